@@ -1,0 +1,97 @@
+"""Compaction in plain torch, written to be read.
+
+Works on *views* of a layer's cache in which `keys[block, head, slot]` and `values[block, head, slot]` are rows; how a
+backend really lays them out in memory is the caller's business (see `vllm_l2kv.worker.rows`).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_l2kv.scoring import l2
+
+
+class LayerRows(NamedTuple):
+    """One layer's cache as rows. Views: writing to them writes the cache.
+
+    Attributes:
+        keys: `[num_blocks, num_kv_heads, block_size, head_size]`.
+        values: `[num_blocks, num_kv_heads, block_size, head_size_v]`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def select(scores: torch.Tensor, num_keep: int, protect_first: int = 0, protect_last: int = 0) -> torch.Tensor:
+    """Positions that each head keeps: the protected ones, then the best scores, ties to the lower position.
+
+    Args:
+        scores: `[num_kv_heads, n]` fp32, higher is kept sooner.
+        num_keep: Positions to keep, `protect_first + protect_last <= num_keep <= n` unless all n are kept.
+        protect_first: Positions at the start that are always kept.
+        protect_last: Positions at the end that are always kept.
+
+    Returns:
+        `[num_kv_heads, num_keep]` int64, ascending in each head.
+    """
+    n = scores.shape[-1]
+    ranked = scores.clone()
+    ranked[:, :protect_first] = torch.inf
+    ranked[:, max(n - protect_last, 0) :] = torch.inf
+    # A stable sort keeps equal scores in the order of their positions; topk promises nothing about ties.
+    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices
+    return order[:, :num_keep].sort(dim=-1).values
+
+
+def compact_layer(
+    rows: LayerRows,
+    source: torch.Tensor,
+    destination: torch.Tensor,
+    num_prompt_tokens: int,
+    num_keep: int,
+    num_tokens: int,
+    protect_first: int = 0,
+    protect_last: int = 0,
+) -> None:
+    """Gathers one layer's kept rows of one request into the destination blocks.
+
+    Kept prompt rows come first, in the order of their positions; the rows of generated tokens
+    (`num_prompt_tokens..num_tokens`) follow. Slots behind them in the last block are zeroed. All rows are read before
+    any is written, so destination blocks may be among the source blocks.
+
+    Args:
+        rows: The layer's cache.
+        source: `[num_source_blocks]` int64, the request's table.
+        destination: `[num_destination_blocks]` int64, blocks for `num_keep + num_tokens - num_prompt_tokens` rows.
+        num_prompt_tokens: Candidates for eviction.
+        num_keep: Prompt tokens that each head keeps.
+        num_tokens: Slots in use in the source blocks.
+        protect_first: Prompt tokens at the start that are always kept.
+        protect_last: Prompt tokens at the end that are always kept.
+    """
+    keys = _read(rows.keys, source, num_tokens)  # [num_kv_heads, num_tokens, head_size]
+    values = _read(rows.values, source, num_tokens)
+    kept = select(l2(keys[:, :num_prompt_tokens]), num_keep, protect_first, protect_last)
+    generated = torch.arange(num_prompt_tokens, num_tokens, device=kept.device)
+    positions = torch.cat([kept, generated.expand(kept.shape[0], -1)], dim=1)
+    _write(rows.keys, destination, _take(keys, positions))
+    _write(rows.values, destination, _take(values, positions))
+
+
+def _read(cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Rows of a block table in slot order: `[num_kv_heads, num_tokens, head_size]`, a copy."""
+    return cache[blocks].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+
+
+def _take(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Each head's own rows: `[num_kv_heads, num_positions, head_size]`."""
+    return rows.gather(1, positions.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+
+
+def _write(cache: torch.Tensor, blocks: torch.Tensor, rows: torch.Tensor) -> None:
+    """Packs `[num_kv_heads, num_rows, head_size]` into blocks, zeroing the slots behind."""
+    num_kv_heads, num_rows, head_size = rows.shape
+    packed = rows.new_zeros(num_kv_heads, blocks.shape[0] * cache.shape[2], head_size)
+    packed[:, :num_rows] = rows
+    cache[blocks] = packed.view(num_kv_heads, blocks.shape[0], cache.shape[2], head_size).transpose(0, 1)

@@ -1,0 +1,149 @@
+"""Classes of layers as vLLM sees them: KV-cache specs, and the block sizes that let them share one pool.
+
+Full layers need a slot for every token, compressed layers only for the kept ones, so they need two block tables.
+vLLM has that as KV-cache groups; in a block-outermost layout it packs groups of different page sizes into one pool.
+A block is the same bytes for every group: `[28 layers x 32 tokens]` or `[2 layers x 448 tokens]`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+    replace_as,
+)
+
+from vllm_l2kv.settings import Settings
+
+FULL_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OneClassSpec(FullAttentionSpec):
+    """A spec that groups with its own class alone, or vLLM would fold full and compressed layers into one group."""
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Merges specs of this very class.
+
+        Raises:
+            AssertionError: Classes are mixed; vLLM takes that as "not mergeable".
+        """
+        assert all(type(spec) is cls for spec in specs), "full and compressed layers cannot share a KV-cache group"
+        return super().merge(specs)
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether every spec is of this very class."""
+        return all(type(spec) is type(self) for spec in kv_cache_specs.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedLayerSpec(_OneClassSpec):
+    """A full-attention layer whose cache is compacted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullLayerSpec(_OneClassSpec):
+    """A full-attention layer whose cache is never compacted, beside compressed ones."""
+
+
+def classify_layers(specs: Mapping[str, KVCacheSpec], settings: Settings) -> dict[str, KVCacheSpec]:
+    """Turns a model's full-attention specs into compressed and full ones.
+
+    Sliding-window layers stay as they are: they hold a window already.
+
+    Args:
+        specs: Layer names to the specs that vLLM found.
+        settings: Which layers stay full.
+
+    Returns:
+        Layer names, in the same order, to specs.
+
+    Raises:
+        ValueError: A layer whose cache we cannot compact, a full layer that the model does not have, or nothing left
+            to compact.
+    """
+    _check_specs(specs)
+    index_of = {name: extract_layer_index(name) for name in specs}
+    unknown = sorted(set(settings.full_layers) - set(index_of.values()))
+    if unknown:
+        raise ValueError(
+            f"full_layers names layer {unknown[0]}, but this model's layers with a KV cache are "
+            f"{min(index_of.values())} to {max(index_of.values())}; change --kv-full-layers."
+        )
+    candidates = [name for name, spec in specs.items() if isinstance(spec, FullAttentionSpec)]
+    full = [name for name in candidates if index_of[name] in settings.full_layers]
+    compressed = [name for name in candidates if name not in full]
+    if not compressed:
+        raise ValueError("No full-attention layer is left to compress; name fewer layers in --kv-full-layers.")
+
+    classified = dict(specs)
+    for name in compressed:
+        classified[name] = replace_as(specs[name], CompressedLayerSpec)
+    for name in full:
+        classified[name] = replace_as(specs[name], FullLayerSpec)
+    if full:
+        rare, common = sorted((full, compressed), key=len)
+        size = packed_block_size(specs[rare[0]].block_size, len(rare), len(common))
+        for name in rare:
+            classified[name] = classified[name].copy_with_new_block_size(size)
+    return classified
+
+
+def packed_block_size(block_size: int, num_rare: int, num_common: int) -> int:
+    """Block size of the rarer class of layers, so that a block weighs about the same in both groups.
+
+    A multiple of `block_size`: every kernel that takes the one takes the other, block hashes stay at the granularity
+    of `block_size`, and the least common multiple of both, at which prefix-cache hits of a two-group model land, is no
+    larger than need be.
+
+    Args:
+        block_size: Tokens in a block of the commoner class.
+        num_rare: Layers of the rarer class, at least 1.
+        num_common: Layers of the commoner class, at least `num_rare`.
+
+    Returns:
+        `block_size * floor(num_common / num_rare)`: no more bytes than a block of the commoner class.
+    """
+    return block_size * (num_common // num_rare)
+
+
+def _check_specs(specs: Mapping[str, KVCacheSpec]) -> None:
+    for name, spec in specs.items():
+        if isinstance(spec, SlidingWindowSpec) and type(spec) is SlidingWindowSpec:
+            continue
+        # Exact class: subclasses (MLA, sinks, R-SWA, hidden states) store something else than plain keys and values.
+        if type(spec) is not FullAttentionSpec:
+            raise ValueError(
+                f"Layer {name} caches {type(spec).__name__}, which cannot be compressed; "
+                "serve this model with stock vLLM."
+            )
+        if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+            raise ValueError(
+                f"Layer {name} attends to a window but caches every token; leave vLLM's hybrid KV-cache manager on "
+                "(no --disable-hybrid-kv-cache-manager) or serve this model with stock vLLM."
+            )
+        if spec.non_causal:
+            raise ValueError(f"Layer {name} attends non-causally; serve this model with stock vLLM.")
+        if spec.dtype not in FULL_CACHE_DTYPES:
+            raise ValueError(
+                f"Layer {name} caches {spec.dtype}; set --kv-cache-dtype auto, quantized caches are not supported yet."
+            )
+
+
+def group_layer_specs(group: KVCacheGroupSpec) -> dict[str, KVCacheSpec]:
+    """Each layer's own spec in a group; vLLM wraps packed groups in one spec for all their layers.
+
+    Layers that share another layer's cache have no spec and are left out.
+    """
+    spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return dict(spec.kv_cache_specs)
+    return dict.fromkeys(group.layer_names, spec)

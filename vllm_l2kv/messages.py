@@ -1,0 +1,64 @@
+"""What the scheduler tells the worker: compact this request, from these blocks into those.
+
+An order holds block ids and counts only. Which tokens are kept is decided on the device and never leaves it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+_ATTRIBUTE = "compactions"
+
+
+@dataclass(frozen=True)
+class GroupMove:
+    """Blocks of one KV-cache group before and after a compaction.
+
+    `destination` either shares no block with `source` (fresh blocks) or is made of blocks that only this request
+    holds (in place). Within one step no block is a destination of one order and belongs to another.
+    """
+
+    group_id: int
+    source: tuple[int, ...]
+    destination: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CompactionOrder:
+    """One request's compaction, to be carried out before anything else of the step.
+
+    Attributes:
+        req_id: vLLM's request id.
+        num_prompt_tokens: Candidates for eviction: the first n slots of the source blocks.
+        num_keep: Prompt tokens that each head keeps.
+        num_tokens: Slots in use in the source blocks; those from `num_prompt_tokens` on are generated tokens, kept.
+        protect_first: Prompt tokens at the start that are always kept.
+        protect_last: Prompt tokens at the end that are always kept.
+        moves: One entry for each compressed group.
+    """
+
+    req_id: str
+    num_prompt_tokens: int
+    num_keep: int
+    num_tokens: int
+    protect_first: int
+    protect_last: int
+    moves: tuple[GroupMove, ...]
+
+    @property
+    def num_evicted(self) -> int:
+        """Slots by which every later position moves forward."""
+        return self.num_prompt_tokens - self.num_keep
+
+
+def attach_orders(scheduler_output: Any, orders: tuple[CompactionOrder, ...]) -> None:
+    """Lets orders ride on a step's `SchedulerOutput`.
+
+    vLLM's dataclass has no spare field; an extra attribute survives both in-process executors and pickling.
+    """
+    setattr(scheduler_output, _ATTRIBUTE, orders)
+
+
+def orders_of(scheduler_output: Any) -> tuple[CompactionOrder, ...]:
+    """The orders of a step; none for a step of a scheduler that compacts nothing."""
+    orders: tuple[CompactionOrder, ...] = getattr(scheduler_output, _ATTRIBUTE, ())
+    return orders

@@ -1,0 +1,163 @@
+"""What a request may ask of its KV cache, checked.
+
+Knows nothing of HTTP, vLLM or tensors: plain values in, one frozen dataclass out. Every entrance (HTTP body,
+`vllm_xargs`, offline `SamplingParams.extra_args`, server defaults) comes through here, so a value is good everywhere
+or nowhere.
+"""
+
+import difflib
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+PREFIX = "kv_"
+MAX_TOKENS = 2**31 - 1
+"""Largest count a request may name; vLLM keeps lengths in 32-bit integers."""
+
+
+class ParamError(ValueError):
+    """A field with a value out of bounds, or an unknown `kv_` field.
+
+    Attributes:
+        param: Name of the offending field, as the client wrote it.
+    """
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True)
+class Field:
+    """One request field: its name on the wire and what it takes."""
+
+    name: str
+    attribute: str
+    type: str
+    bounds: str
+    description: str
+
+
+FIELDS: tuple[Field, ...] = (
+    Field(
+        "kv_keep_ratio",
+        "keep_ratio",
+        "number",
+        "0 < kv_keep_ratio <= 1",
+        "Share of the prompt's tokens whose KV is kept in compressed layers; 1 keeps everything.",
+    ),
+    Field(
+        "kv_protect_first",
+        "protect_first",
+        "integer",
+        f"0 <= kv_protect_first <= {MAX_TOKENS}",
+        "Tokens at the start of the prompt that are always kept.",
+    ),
+    Field(
+        "kv_protect_last",
+        "protect_last",
+        "integer",
+        f"0 <= kv_protect_last <= {MAX_TOKENS}",
+        "Tokens at the end of the prompt that are always kept.",
+    ),
+)
+FIELD_NAMES = tuple(field.name for field in FIELDS)
+
+
+@dataclass(frozen=True)
+class CompressionParams:
+    """How much of a request's prompt stays in the KV cache of compressed layers.
+
+    Attributes:
+        keep_ratio: Share of the prompt's tokens kept, in (0, 1].
+        protect_first: Prompt tokens at the start that are always kept.
+        protect_last: Prompt tokens at the end that are always kept.
+
+    Raises:
+        ParamError: A value is of the wrong type or out of bounds.
+    """
+
+    keep_ratio: float = 1.0
+    protect_first: int = 0
+    protect_last: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_ratio", check_keep_ratio("kv_keep_ratio", self.keep_ratio))
+        check_count("kv_protect_first", self.protect_first)
+        check_count("kv_protect_last", self.protect_last)
+
+    def override(self, values: Mapping[str, Any]) -> "CompressionParams":
+        """These params with the `kv_` fields of a request laid over them.
+
+        Args:
+            values: Field names to values; `None` means not given, names without the `kv_` prefix are ignored.
+
+        Raises:
+            ParamError: A bad value, or an unknown name that starts with `kv_`.
+        """
+        check_names(values)
+        given = {f.attribute: values[f.name] for f in FIELDS if values.get(f.name) is not None}
+        return replace(self, **given)
+
+    def as_fields(self) -> dict[str, float | int]:
+        """The params under their names on the wire."""
+        return {field.name: getattr(self, field.attribute) for field in FIELDS}
+
+
+def asks_for_compression(values: Mapping[str, Any] | None) -> bool:
+    """Whether any of our fields is given, be it to keep everything."""
+    return values is not None and any(values.get(name) is not None for name in FIELD_NAMES)
+
+
+def check_names(names: Collection[str], known_elsewhere: Collection[str] = ()) -> None:
+    """Refuses unknown names that start with `kv_`.
+
+    Args:
+        names: Names that a client wrote.
+        known_elsewhere: Names with the prefix that belong to somebody else, such as vLLM's `kv_transfer_params`.
+
+    Raises:
+        ParamError: For the first unknown name; the message holds the nearest known one.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name.startswith(PREFIX):
+            continue
+        if name not in FIELD_NAMES and name not in known_elsewhere:
+            nearest = difflib.get_close_matches(name, FIELD_NAMES, n=1, cutoff=0.0)[0]
+            raise ParamError(name, f"Unknown field {name!r}; did you mean {nearest!r}?")
+
+
+def check_keep_ratio(param: str, value: Any) -> float:
+    """Returns the ratio as a float.
+
+    Raises:
+        ParamError: Not a number, or outside (0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ParamError(param, f"{param} must be a number with 0 < {param} <= 1, got {_show(value)}.")
+    # Compare before converting: float() of a huge integer overflows. NaN fails the comparison.
+    if not 0 < value <= 1 or math.isnan(value):
+        raise ParamError(param, f"{param} must satisfy 0 < {param} <= 1, got {_show(value)}.")
+    return float(value)
+
+
+def check_count(param: str, value: Any) -> int:
+    """Returns the token count.
+
+    Raises:
+        ParamError: Not an integer, negative, or beyond `MAX_TOKENS`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ParamError(param, f"{param} must be an integer >= 0, got {_show(value)}.")
+    if not 0 <= value <= MAX_TOKENS:
+        raise ParamError(param, f"{param} must satisfy 0 <= {param} <= {MAX_TOKENS}, got {_show(value)}.")
+    return value
+
+
+def _show(value: Any) -> str:
+    # A huge integer cannot even be printed (Python limits int to str), a long string should not be.
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**18:
+        return "an integer of more than 18 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

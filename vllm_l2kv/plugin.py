@@ -1,0 +1,65 @@
+"""Entry points into vLLM: what it calls at start-up in every process, and what we refuse at start-up."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+SCHEDULER_CLS = "vllm_l2kv.scheduler.scheduler.L2KVScheduler"
+CPU_WORKER_CLS = "vllm_l2kv.worker.cpu.L2KVCPUWorker"
+CPU_BLOCK_SIZE = 32
+
+
+def register() -> None:
+    """Tells vLLM which block manager serves which of our specs.
+
+    Called by vLLM as `vllm.general_plugins` in the front end, the engine core and each worker, more than once. It
+    registers our own classes and changes nothing of vLLM's: an engine without our worker never meets them.
+    """
+    from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec
+    from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, FullLayerManager
+
+    # Once anything is registered vLLM skips its built-in specs, so those go first.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(CompressedLayerSpec, CompressedLayerManager)
+    KVCacheSpecRegistry.register(FullLayerSpec, FullLayerManager)
+
+
+def device_engine_args() -> dict[str, Any]:
+    """Scheduler and worker class for this machine's device.
+
+    Raises:
+        ValueError: A device without a worker of ours.
+    """
+    if current_platform.is_cpu():
+        return {"scheduler_cls": SCHEDULER_CLS, "worker_cls": CPU_WORKER_CLS, "block_size": CPU_BLOCK_SIZE}
+    raise ValueError(
+        f"vllm-l2kv does not run on {current_platform.device_name} yet; use a machine where vLLM's platform is the CPU."
+    )
+
+
+def check_supported(config: VllmConfig) -> None:
+    """Refuses what was never shown to work together with compaction.
+
+    Raises:
+        ValueError: One sentence that names the setting and says what to do.
+    """
+    parallel = config.parallel_config
+    refusals = {
+        "KV connectors and KV offloading (drop --kv-transfer-config)": config.kv_transfer_config is not None,
+        "context parallelism (set --decode-context-parallel-size and --prefill-context-parallel-size to 1)": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "pipeline parallelism (set --pipeline-parallel-size 1)": parallel.pipeline_parallel_size > 1,
+        "speculative decoding (drop --speculative-config)": config.speculative_config is not None,
+        "pooling models (serve them with stock vLLM)": config.model_config.runner_type == "pooling",
+        "encoder-decoder models (serve them with stock vLLM)": config.model_config.is_encoder_decoder,
+        "R-SWA models (serve them with stock vLLM)": config.model_config.rswa_window is not None,
+        "a single KV-cache group for all layers (drop --disable-hybrid-kv-cache-manager)": bool(
+            config.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+    }
+    for what, found in refusals.items():
+        if found:
+            raise ValueError(f"vllm-l2kv does not support {what}.")

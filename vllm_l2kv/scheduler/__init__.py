@@ -1,0 +1,1 @@
+"""Engine-core process: who is compacted when, and which blocks that takes. No CUDA, no tensors."""

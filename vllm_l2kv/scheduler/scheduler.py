@@ -1,0 +1,182 @@
+"""When a request is compacted: at the first step after its prefill, before that step schedules anything.
+
+Decides on paper and lets vLLM's own scheduler do the rest. Knows nothing of keys, norms or devices.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_l2kv.messages import CompactionOrder, attach_orders
+from vllm_l2kv.params import CompressionParams, ParamError, asks_for_compression
+from vllm_l2kv.plugin import check_supported
+from vllm_l2kv.policy import num_keep
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, stop_prefix_caching
+from vllm_l2kv.settings import Settings
+
+# vLLM configures logging below its own name only.
+logger = init_logger(f"vllm.{__name__}")
+
+USAGE_KEY = "kv_cache"
+"""Where a request's numbers are found in `RequestOutput.kv_transfer_params`."""
+
+
+class L2KVScheduler(AsyncScheduler):
+    """vLLM's async scheduler that also compacts.
+
+    A subclass of `Scheduler` would silently lose async scheduling.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_supported(self.vllm_config)
+        self.settings = Settings.from_config(self.vllm_config.additional_config)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
+        if not self._compressed:
+            raise ValueError(
+                "No KV-cache group is managed by vllm-l2kv: pass its worker class together with its scheduler class, "
+                "and if VLLM_PLUGINS is set, add l2kv to it."
+            )
+        self._params: dict[str, CompressionParams] = {}  # unfinished requests that are to be compressed
+        self._to_compact: dict[str, None] = {}  # of these, begun and not compacted, oldest first
+        self._usage: dict[str, dict[str, int]] = {}  # unfinished requests whose client is told its numbers
+
+    def add_request(self, request: Request) -> None:
+        """Reads the request's `kv_` fields, then as vLLM's."""
+        extra_args = request.sampling_params.extra_args if request.sampling_params else None
+        try:
+            params = self.settings.defaults.override(extra_args or {})
+        except ParamError as error:
+            # The server and `compression()` check first; whoever comes around them gets an error for this request
+            # alone. vLLM fails requests of this set at the end of the next step.
+            logger.error("Request %s is refused: %s", request.request_id, error)
+            self.grammar_compile_error_reqs.add(request.request_id)
+        else:
+            if params.keep_ratio < 1:
+                self._params[request.request_id] = params
+            if params.keep_ratio < 1 or asks_for_compression(extra_args):
+                self._usage[request.request_id] = _usage(request.num_prompt_tokens, request.num_prompt_tokens)
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Compacts on paper, then schedules as vLLM does; the orders ride on the step's output."""
+        orders = self._compact_prefilled()
+        output = super().schedule(*args, **kwargs)
+        # The step may have preempted a request that was compacted a moment ago. Its blocks may be somebody else's by
+        # now, so the worker must not hear of the order.
+        orders = [order for order in orders if self._is_compacted(order.req_id)]
+        if orders:
+            attach_orders(output, tuple(orders))
+        if self._params:
+            self._track(output)
+        self._forget(output.finished_req_ids)
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; outputs of requests that asked carry their numbers.
+
+        On every output, not only on the last: when the front end ends a request at a stop string, the engine never
+        makes a last one.
+        """
+        outputs_of_clients = super().update_from_output(*args, **kwargs)
+        if self._usage:
+            for outputs in outputs_of_clients.values():
+                for output in outputs.outputs:
+                    usage = self._usage.get(output.request_id)
+                    if usage is not None:
+                        output.kv_transfer_params = {USAGE_KEY: usage}
+        return outputs_of_clients
+
+    def _compact_prefilled(self) -> list[CompactionOrder]:
+        """Compacts every request that is ready and for which there are blocks."""
+        orders: list[CompactionOrder] = []
+        released: list[KVCacheBlock] = []
+        for req_id in list(self._to_compact):
+            request = self.requests.get(req_id)  # None: finished since the last step
+            if request is not None and self._is_ready(request):
+                order = self._compact(request, self._params[req_id], released)
+                if order is not None:
+                    orders.append(order)
+        # Tails first, so that prefix-cache hits lose the longest prefixes last.
+        self.kv_cache_manager.block_pool.free_blocks(reversed(released))
+        return orders
+
+    def _is_ready(self, request: Request) -> bool:
+        """Whether the last chunk of the prefill has been scheduled and another step will follow."""
+        scheduled_output = request.num_output_tokens + request.num_output_placeholders
+        return (
+            request.status == RequestStatus.RUNNING
+            and not request.is_prefill_chunk
+            and request.num_computed_tokens >= request.num_prompt_tokens
+            and scheduled_output < request.max_tokens
+        )
+
+    def _compact(
+        self, request: Request, params: CompressionParams, released: list[KVCacheBlock]
+    ) -> CompactionOrder | None:
+        """Compacts one request, or leaves it for a later step if there are no blocks to move it to."""
+        req_id, num_prompt_tokens = request.request_id, request.num_prompt_tokens
+        keep = num_keep(num_prompt_tokens, params)
+        num_evicted = num_prompt_tokens - keep
+        if num_evicted == 0:
+            self._to_compact.pop(req_id, None)
+            return None
+        # Tokens beyond the prompt: generated while compaction waited for blocks, or before a preemption. All kept.
+        num_slots = request.num_computed_tokens - num_evicted
+        needed = sum(manager.num_destination_blocks(num_slots) for manager in self._compressed)
+        fresh = needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
+        picks = [None if fresh else manager.picks_in_place(req_id, num_slots) for manager in self._compressed]
+        if not fresh and None in picks:
+            return None
+
+        moves = []
+        for manager, picked in zip(self._compressed, picks, strict=True):
+            move, blocks = manager.compact(req_id, num_evicted, num_slots, picked)
+            moves.append(move)
+            released.extend(blocks)
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            stop_prefix_caching(manager, req_id)
+        self._to_compact.pop(req_id, None)
+        self._usage[req_id] = _usage(num_prompt_tokens, keep)
+        return CompactionOrder(
+            req_id=req_id,
+            num_prompt_tokens=num_prompt_tokens,
+            num_keep=keep,
+            num_tokens=request.num_computed_tokens,
+            protect_first=params.protect_first,
+            protect_last=params.protect_last,
+            moves=tuple(moves),
+        )
+
+    def _is_compacted(self, req_id: str) -> bool:
+        return req_id in self._compressed[0].num_evicted
+
+    def _track(self, output: SchedulerOutput) -> None:
+        """Notes requests that begin a prefill in this step, for the first time or after a preemption."""
+        begun = (new.req_id for new in output.scheduled_new_reqs)
+        for req_id in (*begun, *output.scheduled_cached_reqs.resumed_req_ids):
+            if req_id in self._params:
+                num_prompt_tokens = self.requests[req_id].num_prompt_tokens
+                self._to_compact[req_id] = None
+                self._usage[req_id] = _usage(num_prompt_tokens, num_prompt_tokens)
+
+    def _forget(self, req_ids: Iterable[str]) -> None:
+        for req_id in req_ids:
+            if req_id not in self.requests:
+                self._params.pop(req_id, None)
+                self._usage.pop(req_id, None)
+                self._to_compact.pop(req_id, None)
+
+
+def _usage(num_prompt_tokens: int, num_kept: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "kept_tokens": num_kept,
+        "evicted_tokens": num_prompt_tokens - num_kept,
+    }

@@ -1,0 +1,57 @@
+"""What the operator sets once for an engine.
+
+Travels to every process inside vLLM's own `additional_config`, under the key `l2kv`. Standard library only.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_l2kv.params import CompressionParams
+
+CONFIG_KEY = "l2kv"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one engine.
+
+    Attributes:
+        full_layers: Indices of layers that never compact; the paper's skipped layers are 0 and 1.
+        defaults: Params of a request that says nothing.
+
+    Raises:
+        ValueError: An index that is not a non-negative integer.
+    """
+
+    full_layers: tuple[int, ...] = (0, 1)
+    defaults: CompressionParams = field(default_factory=CompressionParams)
+
+    def __post_init__(self) -> None:
+        layers = tuple(self.full_layers)
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"full_layers must hold layer indices >= 0, got {layer!r}.")
+        object.__setattr__(self, "full_layers", tuple(sorted(set(layers))))
+
+    def as_config(self) -> dict[str, Any]:
+        """A JSON-able form for `additional_config["l2kv"]`."""
+        return {"full_layers": list(self.full_layers), **self.defaults.as_fields()}
+
+    @classmethod
+    def from_config(cls, additional_config: Any) -> "Settings":
+        """Reads `additional_config`; what is not given keeps its default.
+
+        Raises:
+            ValueError: An unknown key or a bad value below `l2kv`.
+        """
+        section = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+        section = dict(section or {})
+        layers: Iterable[int] = section.pop("full_layers", (0, 1))
+        known = ["full_layers", *CompressionParams().as_fields()]
+        for key in section:
+            if key not in known:
+                nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"Unknown key {key!r} in additional_config[{CONFIG_KEY!r}]; did you mean {nearest!r}?")
+        return cls(tuple(layers), CompressionParams().override(section))

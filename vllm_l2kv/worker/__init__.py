@@ -1,0 +1,1 @@
+"""Device process: carries out compactions and turns positions into slots. Never talks back to the scheduler."""

@@ -1,0 +1,59 @@
+"""The worker for CPUs."""
+
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_l2kv.kernels.reference import LayerRows
+from vllm_l2kv.kv_cache_spec import CompressedLayerSpec
+from vllm_l2kv.worker.rows import cpu_rows
+from vllm_l2kv.worker.runner_v1 import RunnerV1
+from vllm_l2kv.worker.worker import CompactionWorker, RunnerAdapter
+
+
+class L2KVCPUWorker(CompactionWorker, CPUWorker):
+    """vLLM's CPU worker that compacts, with the torch reference."""
+
+    def _packed_layouts(self) -> list[KVCacheLayout]:
+        # The backend declares LBHNC only, but its kernels read head-major blocks at any stride.
+        return [KVCacheLayout.BLHNC]
+
+    def _rows_of(self, layer: Any, spec: CompressedLayerSpec) -> LayerRows:
+        check_cpu_layout(layer.isa, spec)
+        return cpu_rows(layer.kv_cache, spec.head_size)
+
+    def _adapt_runner(self, group_ids: list[int]) -> RunnerAdapter:
+        if self.use_v2_model_runner:
+            raise ValueError("vllm-l2kv needs runner V1 on a CPU; set VLLM_USE_V2_MODEL_RUNNER=0.")
+        return RunnerV1(self.model_runner, group_ids, self._counts)
+
+
+def check_cpu_layout(isa: str, spec: CompressedLayerSpec) -> None:
+    """Writes known rows with vLLM's kernel for this instruction set and reads them back through our views.
+
+    vLLM packs keys differently for some instruction sets (AMX, Arm); reading those as rows would silently score and
+    move the wrong numbers.
+
+    Args:
+        isa: vLLM's name of the attention kernel's instruction set.
+        spec: The layer's cache.
+
+    Raises:
+        ValueError: The kernel lays keys or values out in another way.
+    """
+    shape = (spec.block_size, spec.num_kv_heads, spec.head_size)
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(shape, generator=generator).to(spec.dtype) for _ in range(2))
+    cache = torch.zeros(1, spec.num_kv_heads, spec.block_size, 2 * spec.head_size, dtype=spec.dtype)
+    halves = cache.view(1, spec.num_kv_heads, 2 * spec.block_size, spec.head_size).chunk(2, dim=2)
+    slots = torch.arange(spec.block_size)
+    ops.cpu_attn_reshape_and_cache(keys, values, *halves, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto")
+    rows = cpu_rows(cache, spec.head_size)
+    if not (torch.equal(rows.keys[0], keys.transpose(0, 1)) and torch.equal(rows.values[0], values.transpose(0, 1))):
+        raise ValueError(
+            f"vLLM's CPU attention kernel for {isa!r} lays its cache out in a way that vllm-l2kv does not know; "
+            "serve on a machine where vLLM uses the 'vec' kernel, or with --dtype float32."
+        )
