@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 PREFIX = "kv_"
+USAGE_KEY = "kv_cache"
+"""Where a request's numbers stand: in `usage` of an answer, in `kv_transfer_params` of vLLM's `RequestOutput`."""
 MAX_TOKENS = 2**31 - 1
 """Largest count a request may name; vLLM keeps lengths in 32-bit integers."""
 

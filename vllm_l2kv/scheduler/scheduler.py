@@ -13,7 +13,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_l2kv.messages import CompactionOrder, attach_orders
-from vllm_l2kv.params import CompressionParams, ParamError, asks_for_compression
+from vllm_l2kv.params import USAGE_KEY, CompressionParams, ParamError, asks_for_compression
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.policy import num_keep
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, stop_prefix_caching
@@ -21,9 +21,6 @@ from vllm_l2kv.settings import Settings
 
 # vLLM configures logging below its own name only.
 logger = init_logger(f"vllm.{__name__}")
-
-USAGE_KEY = "kv_cache"
-"""Where a request's numbers are found in `RequestOutput.kv_transfer_params`."""
 
 
 class L2KVScheduler(AsyncScheduler):
