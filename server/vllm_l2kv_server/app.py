@@ -1,0 +1,136 @@
+"""The endpoint plugin: our version of the two generating routes, and `GET /v1/kv_compression`."""
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.datastructures import State
+from starlette.responses import Response
+from vllm.entrypoints.openai.chat_completion import api_router as chat
+from vllm.entrypoints.openai.completion import api_router as completion
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from vllm_l2kv.params import FIELDS, asks_for_compression
+from vllm_l2kv.settings import Settings
+from vllm_l2kv_server.engine_client import stand_before
+from vllm_l2kv_server.middleware import MisplacedFieldsMiddleware
+from vllm_l2kv_server.protocol import (
+    CompressibleChatCompletionRequest,
+    CompressibleCompletionRequest,
+    FieldInfo,
+    KVCacheGroup,
+    KVCompressionInfo,
+)
+from vllm_l2kv_server.snippet import announce_when_ready
+from vllm_l2kv_server.usage import UsageBox, add_usage, current_box
+
+ERRORS = (
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.NOT_IMPLEMENTED,
+)
+GENERATES: dict[str, Any] = {
+    "dependencies": [Depends(validate_json_request)],
+    "response_model": None,
+    "responses": {
+        HTTPStatus.OK.value: {"content": {"text/event-stream": {}}},
+        **{status.value: {"model": ErrorResponse} for status in ERRORS},
+    },
+}
+router = APIRouter()
+
+
+class KVCompressionEndpoints:
+    """What `VLLM_PLUGINS=l2kv` adds to vLLM's API server."""
+
+    name = "l2kv"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds our routes; vLLM lets them replace its own of the same path and method."""
+        app.include_router(router)
+        app.add_middleware(MisplacedFieldsMiddleware)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Asks the engine for its KV-cache groups and stands before its client.
+
+        Raises:
+            RuntimeError: The engine runs without our worker, so the fields would be ignored.
+        """
+        config = engine_client.vllm_config
+        settings = Settings.from_config(config.additional_config)
+        try:
+            groups = (await engine_client.collective_rpc("kv_cache_groups"))[0]
+        except Exception as error:
+            raise RuntimeError(
+                "VLLM_PLUGINS names l2kv, but this engine has no worker of vllm-l2kv: start with `vllm-l2kv serve`, "
+                "or pass --scheduler-cls and --worker-cls, or take l2kv out of VLLM_PLUGINS."
+            ) from error
+        models = [path.name for path in state.openai_serving_models.base_model_paths]
+        state.kv_compression = _describe(models, settings, groups)
+        state.kv_compresses_by_default = settings.defaults.keep_ratio < 1
+        stand_before(engine_client, state, settings.defaults)
+        if config.parallel_config._api_process_rank == 0:
+            # The state holds the task, or it could be collected while it waits.
+            state.kv_announcement = asyncio.create_task(announce_when_ready(state, args, models[0]))
+
+
+@router.post("/v1/chat/completions", **GENERATES)
+async def create_chat_completion(request: CompressibleChatCompletionRequest, raw_request: Request) -> Any:
+    """OpenAI's chat completions; `kv_` fields compress the KV cache of this request."""
+    return await _answer(chat.create_chat_completion, request, raw_request)
+
+
+@router.post("/v1/completions", **GENERATES)
+async def create_completion(request: CompressibleCompletionRequest, raw_request: Request) -> Any:
+    """OpenAI's completions; `kv_` fields compress the KV cache of this request."""
+    return await _answer(completion.create_completion, request, raw_request)
+
+
+@router.get("/v1/kv_compression")
+async def show_kv_compression(raw_request: Request) -> KVCompressionInfo:
+    """What this server takes and does: fields, defaults, bounds, full layers, KV-cache groups, model."""
+    info: KVCompressionInfo = raw_request.app.state.kv_compression
+    return info
+
+
+async def _answer(
+    stock: Callable[..., Awaitable[Response | None]],
+    request: CompressibleChatCompletionRequest | CompressibleCompletionRequest,
+    raw_request: Request,
+) -> Response | None:
+    """vLLM's answer, with `usage.kv_cache` if the engine reports it."""
+    compresses = asks_for_compression(request.given_fields()) or raw_request.app.state.kv_compresses_by_default
+    # The engine requests of a beam search are steps, not prompts, and are never compacted.
+    if request.use_beam_search or not compresses:
+        return await stock(request, raw_request)
+    box = UsageBox()
+    token = current_box.set(box)
+    try:
+        return add_usage(await stock(request, raw_request), box)
+    finally:
+        current_box.reset(token)
+
+
+def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]]) -> KVCompressionInfo:
+    defaults = settings.defaults.as_fields()
+    return KVCompressionInfo(
+        models=models,
+        fields=[
+            FieldInfo(
+                name=field.name,
+                type=field.type,
+                default=defaults[field.name],
+                bounds=field.bounds,
+                description=field.description,
+            )
+            for field in FIELDS
+        ],
+        full_layers=list(settings.full_layers),
+        kv_cache_groups=[KVCacheGroup(**group) for group in groups],
+    )

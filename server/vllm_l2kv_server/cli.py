@@ -1,0 +1,50 @@
+"""The command `vllm-l2kv`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vllm_l2kv import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one subcommand.
+
+    Args:
+        argv: The words after `vllm-l2kv`; those of this process by default.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["serve"]:
+        # vLLM's own parser reads the rest, so it never meets ours.
+        from vllm_l2kv_server.serve import serve
+
+        serve(words[1:])
+        return
+    command = _parser().parse_args(words).command
+    if command == "demo-model":
+        _show_demo_model()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-l2kv", description="vLLM with per-request KV-cache compression by the L2 norm of keys."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("serve", help="start the OpenAI-compatible server; see vllm-l2kv serve --help")
+    commands.add_parser("demo-model", help="make the demo model available and print its folder")
+    return parser
+
+
+def _show_demo_model() -> None:
+    from vllm_l2kv_server.demo_model import DemoModelError, ensure_demo_model
+
+    try:
+        folder = ensure_demo_model()
+    except DemoModelError as error:
+        sys.exit(f"vllm-l2kv: {error}")
+    sys.stdout.write(f"{folder}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""`vllm-l2kv serve`: our options beside vLLM's, then vLLM's own server."""
+
+import argparse
+import json
+import os
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import MutableMapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from vllm_l2kv import engine_args
+from vllm_l2kv.params import ParamError, check_count, check_keep_ratio
+from vllm_l2kv.settings import CONFIG_KEY
+from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
+
+PLUGIN = "l2kv"
+OPTIONAL_PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
+"""Groups whose plugins vLLM loads when `VLLM_PLUGINS` is unset; endpoint plugins must always be named."""
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_CACHE_BYTES = 2 * 2**30
+
+DESCRIPTION = """\
+Starts vLLM's OpenAI-compatible server with per-request KV-cache compression.
+Without MODEL it serves the demo model, {demo}.
+
+{own}
+Every option of `vllm serve` works too; they are listed below by section.
+"""
+EPILOG = """\
+For a section: vllm-l2kv serve --help=ModelConfig
+For a flag:    vllm-l2kv serve --help=max-model-len
+For full list: vllm-l2kv serve --help=all
+"""
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Runs the server until it is told to stop.
+
+    Args:
+        argv: The words after `serve`.
+
+    Raises:
+        SystemExit: With 2 after a bad option, one line on standard error.
+    """
+    name_plugin(os.environ)
+    # Everything of vLLM is imported late: it reads VLLM_PLUGINS, and takes seconds that `--version` need not wait for.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    cli_env_setup()
+    parser = make_parser()
+    args = parse(parser, argv)
+    configure_logging_from_args(args)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    if args.model is None:
+        use_demo_model(args)
+    ServeSubcommand.cmd(args)
+
+
+def name_plugin(environ: MutableMapping[str, str]) -> None:
+    """Makes sure that `VLLM_PLUGINS`, which child processes inherit, names us and loses nobody.
+
+    vLLM loads endpoint plugins only when they are named there, and once the variable is set it loads no others.
+    """
+    named = environ.get("VLLM_PLUGINS")
+    if named is None:
+        groups = (entry_points(group=f"vllm.{group}_plugins") for group in OPTIONAL_PLUGIN_GROUPS)
+        names = [entry_point.name for group in groups for entry_point in group]
+    else:
+        names = [name for name in named.split(",") if name]
+    environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def own_options() -> argparse.ArgumentParser:
+    """The options that vLLM does not have."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("KV-cache compression")
+    group.add_argument(
+        "--kv-full-layers",
+        type=_layers,
+        default=(0, 1),
+        metavar="I,J,...",
+        help="layers that never compact; the paper's are 0,1, the default; an empty string means none",
+    )
+    group.add_argument(
+        "--kv-default-keep-ratio",
+        type=_ratio,
+        default=1.0,
+        metavar="R",
+        help="keep ratio of a request that names none, 0 < R <= 1 (default: 1.0, keep everything)",
+    )
+    group.add_argument(
+        "--kv-protect-first",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="tokens at the start of every prompt that are always kept, unless a request says otherwise (default: 0)",
+    )
+    group.add_argument(
+        "--kv-protect-last",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="tokens at the end of every prompt that are always kept, unless a request says otherwise (default: 0)",
+    )
+    return parser
+
+
+def make_parser() -> Any:
+    """vLLM's parser of `vllm serve`, with our options."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    own = own_options()
+    parser = FlexibleArgumentParser(
+        prog="vllm-l2kv serve",
+        usage="vllm-l2kv serve [MODEL] [--config FILE] [options]",
+        description=DESCRIPTION.format(demo=DEMO_NAME, own=own.format_help()),
+        epilog=EPILOG,
+        parents=[own],
+        allow_abbrev=False,
+    )
+    make_arg_parser(parser)
+    # What is still None after parsing was not given.
+    parser.set_defaults(model=None, scheduler_cls=None, worker_cls=None, block_size=None)
+    return parser
+
+
+def parse(parser: Any, argv: Sequence[str]) -> Namespace:
+    """The command line, over the config file, over our defaults, over vLLM's.
+
+    Raises:
+        SystemExit: A bad option.
+    """
+    args: Namespace = parser.parse_args(_with_config_file(parser, argv))
+    args.model = args.model_tag or args.model
+    args.model_tag = None
+    if args.grpc or os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        parser.error("--grpc and VLLM_USE_RUST_FRONTEND go around the HTTP fields of vllm-l2kv; leave them out.")
+    for option in ("scheduler_cls", "worker_cls"):
+        if getattr(args, option) is not None:
+            parser.error(f"argument --{option.replace('_', '-')}: set by vllm-l2kv itself; leave it out.")
+    if CONFIG_KEY in (args.additional_config or {}):
+        parser.error(f"argument --additional-config: set {CONFIG_KEY!r} by the --kv- options instead.")
+    try:
+        ours = engine_args(
+            full_layers=args.kv_full_layers,
+            default_keep_ratio=args.kv_default_keep_ratio,
+            protect_first=args.kv_protect_first,
+            protect_last=args.kv_protect_last,
+            additional_config=args.additional_config,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    for name, value in ours.items():
+        if name == "additional_config" or getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def use_demo_model(args: Namespace) -> None:
+    """Serves the demo model, with settings that fit an ordinary machine where the user gave none."""
+    from vllm.platforms import current_platform
+
+    from vllm_l2kv_server.demo_model import ensure_demo_model
+
+    args.model = str(ensure_demo_model())
+    args.served_model_name = args.served_model_name or [DEMO_NAME]
+    # vLLM would take nearly all memory of the machine for the cache.
+    if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or DEMO_CACHE_BYTES
+
+
+def _with_config_file(parser: Any, argv: Sequence[str]) -> list[str]:
+    """The words of the config file, if one is named, before those of the command line, which win by being later."""
+    finder = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    found, words = finder.parse_known_args(argv)
+    if found.config is None:
+        return words
+    known = [option for option in parser._option_string_actions if option not in ("--config", "--help")]
+    try:
+        return [*read_config_file(found.config, known, comma_lists=["--kv-full-layers"]), *words]
+    except ConfigFileError as error:
+        parser.error(f"argument --config: {error}")
+        raise  # never reached: error() exits
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        layers = tuple(check_count("layer", json.loads(word)) for word in text.split(",") if text.strip())
+    except ValueError:
+        raise ArgumentTypeError(f"layer indices >= 0 with commas between them, such as 0,1, got {text!r}.") from None
+    return layers
+
+
+def _ratio(text: str) -> float:
+    try:
+        return check_keep_ratio("R", _number(text))
+    except ParamError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def _count(text: str) -> int:
+    try:
+        return check_count("N", _number(text))
+    except ParamError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def _number(text: str) -> Any:
+    """A number, or the text itself for the check to refuse by name."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
