@@ -1,0 +1,65 @@
+# Set-up, server, tests. `make` alone lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PORT ?= 8000
+CONFIG ?= configs/demo-cpu.yaml
+ARGS ?=
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+
+.PHONY: help setup serve test check fmt lock clean
+
+help: ## List the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@printf '%s\n' '' \
+	  'Variables: PYTHON (to make $(VENV) with), PIP_ARGS (for every pip install), PORT and CONFIG (of serve),' \
+	  'ARGS (more arguments of serve or test): make serve PORT=9000 ARGS="--api-key secret"'
+
+setup: $(STAMP) ## Make .venv with every dependency (again only after the lock or pyproject.toml changed)
+
+$(STAMP): requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 12) else \
+	  f"vllm-l2kv needs Python 3.11 or 3.12, $(PYTHON) is {sys.version.split()[0]}; name another: make setup PYTHON=python3.11")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -r requirements/cpu.txt
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
+	@# A CUDA build of torch has the same version, so pip would leave it in place the next time: take it away.
+	@$(BIN)/python -c 'import torch; raise SystemExit(3 if torch.version.cuda else 0)' || { \
+	  test $$? = 3 || exit 1; \
+	  $(BIN)/python -m pip uninstall --quiet --yes torch; \
+	  printf '%s\n' '' 'pip installed a CUDA build of torch, and this set-up is for CPUs. Run' \
+	    '    make setup PIP_ARGS="--extra-index-url URL"' \
+	    'with the URL of the command that pytorch.org shows under Get Started for Linux, Pip and CPU.' >&2; \
+	  exit 1; }
+	$(BIN)/python -c 'from vllm.platforms import current_platform; assert current_platform.is_cpu(), current_platform'
+	@touch $@
+
+serve: setup ## Serve the demo model on port 8000; another one with ARGS=MODEL
+	$(BIN)/vllm-l2kv serve $(ARGS) --config $(CONFIG) --port $(PORT)
+
+test: setup ## Run all tests that need no GPU
+	$(BIN)/vllm-l2kv demo-model
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+check: setup ## Lint, format check, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+fmt: setup ## Format, and fix what can be fixed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lock: setup ## Write requirements/cpu.txt anew; newest versions with ARGS=--upgrade
+	$(BIN)/python scripts/lock.py $(ARGS)
+
+clean: ## Remove .venv and everything made by tools
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
