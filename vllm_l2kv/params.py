@@ -14,6 +14,8 @@ from typing import Any
 PREFIX = "kv_"
 USAGE_KEY = "kv_cache"
 """Where a request's numbers stand: in `usage` of an answer, in `kv_transfer_params` of vLLM's `RequestOutput`."""
+VLLM_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
+"""vLLM's own request fields and `extra_args` keys that happen to start with our prefix."""
 MAX_TOKENS = 2**31 - 1
 """Largest count a request may name; vLLM keeps lengths in 32-bit integers."""
 
@@ -116,8 +118,8 @@ def check_names(names: Collection[str], known_elsewhere: Collection[str] = ()) -
     """Refuses unknown names that start with `kv_`.
 
     Args:
-        names: Names that a client wrote.
-        known_elsewhere: Names with the prefix that belong to somebody else, such as vLLM's `kv_transfer_params`.
+        names: Names that a client wrote; vLLM's own are let through.
+        known_elsewhere: Further names with the prefix that belong to somebody else.
 
     Raises:
         ParamError: For the first unknown name; the message holds the nearest known one.
@@ -125,7 +127,7 @@ def check_names(names: Collection[str], known_elsewhere: Collection[str] = ()) -
     for name in names:
         if not isinstance(name, str) or not name.startswith(PREFIX):
             continue
-        if name not in FIELD_NAMES and name not in known_elsewhere:
+        if name not in FIELD_NAMES and name not in VLLM_NAMES and name not in known_elsewhere:
             nearest = difflib.get_close_matches(name, FIELD_NAMES, n=1, cutoff=0.0)[0]
             raise ParamError(name, f"Unknown field {name!r}; did you mean {nearest!r}?")
 

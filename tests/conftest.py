@@ -1,0 +1,85 @@
+"""Shared engines: a start takes half a minute, so tests of one kind share one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before vLLM is imported: its CPU worker reads them once. In-process engines let tests look at blocks and rows.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Without it vLLM lowers torch to one thread.
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    from vllm_l2kv_server.demo_model import ensure_demo_model
+
+    return ensure_demo_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_model)
+
+
+@pytest.fixture(scope="session")
+def text_ids(tokenizer) -> list[int]:
+    """Tokens of English prose followed by a licence, more than 4,000 of them."""
+    root = Path(__file__).parent.parent
+    text = (root / "examples" / "lighthouse.txt").read_text() + (root / "LICENSE").read_text()
+    return tokenizer(text)["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def reference(demo_model):
+    from reference import Reference
+
+    return Reference(demo_model)
+
+
+def start(demo_model: Path, **arguments: object):
+    from engine import Engine
+
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 32,
+        "seed": 0,
+    }
+    return Engine(demo_model, **{**defaults, **arguments})
+
+
+@pytest.fixture(scope="session")
+def compressing(demo_model) -> Iterator:
+    """Full layers {0, 1}, prompts cut into chunks of 512 tokens."""
+    import vllm_l2kv
+
+    engine = start(demo_model, **vllm_l2kv.engine_args(full_layers=(0, 1)))
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="session")
+def all_layers(demo_model) -> Iterator:
+    """No full layers: one KV-cache group in vLLM's own layout."""
+    import vllm_l2kv
+
+    engine = start(demo_model, **vllm_l2kv.engine_args(full_layers=()))
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="session")
+def stock(demo_model) -> Iterator:
+    """vLLM without us."""
+    engine = start(demo_model, block_size=32)
+    yield engine
+    engine.shutdown()

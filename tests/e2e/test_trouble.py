@@ -1,0 +1,160 @@
+"""What goes wrong in production: too little memory, aborts, odd requests. After each the pool is whole."""
+
+import pytest
+from engine import greedy, keep
+from reference import expected_keep
+
+from vllm_l2kv.plan import num_blocks_for
+
+
+@pytest.fixture(params=["compressing", "all_layers"])
+def engine(request):
+    engine = request.getfixturevalue(request.param)
+    yield engine
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    engine.check_whole()
+    assert not engine.scheduler._params
+    assert not engine.scheduler._to_compact
+    # The worker hears of the last finished requests with the next step.
+    engine.generate([[1, 2, 3]], [greedy(2)])
+    assert len(engine.worker._counts._num_evicted) == 0
+
+
+def full_layers_of(engine):
+    return engine.worker.settings.full_layers
+
+
+def test_compaction_in_place_when_no_block_is_free(engine, reference, text_ids):
+    prompt = text_ids[:300]
+    full = sum(num_blocks_for(301, manager.block_size) for manager in engine.managers)
+    with engine.pool_of(full):
+        req_id = engine.add("r", prompt, keep("0.5", num_tokens=12))
+        engine.step()
+        before = [block.block_id for block in engine.managers[-1].req_to_blocks[req_id]]
+        engine.step()
+        after = [block.block_id for block in engine.managers[-1].req_to_blocks[req_id]]
+        assert after == before[: len(after)]
+        assert len(after) == num_blocks_for(151, 32)
+        answer = engine.drain()["r"]
+    assert list(answer.outputs[0].token_ids) == reference.generate(prompt, 12, "0.5", full_layers_of(engine))
+
+
+def test_compaction_waits_while_blocks_are_shared_and_none_is_free(engine, reference, text_ids):
+    """Neither fresh nor private blocks: the request goes on with its full cache until a neighbour ends."""
+    prompt = text_ids[:897]
+    assert engine.kv_cache_manager.reset_prefix_cache()
+    neighbour = engine.add("neighbour", prompt, greedy(8))
+    while engine.scheduler.requests[neighbour].num_output_tokens < 1:
+        engine.step()
+    shared = sum(engine.num_blocks(neighbour))
+    with engine_filled_up(engine, free=4):
+        req_id = engine.add("r", prompt, keep("0.9", num_tokens=16))
+        for _ in range(4):
+            engine.step()
+        request = engine.scheduler.requests[req_id]
+        assert request.num_output_tokens >= 3
+        assert req_id not in engine.scheduler._compressed[0].num_evicted
+        assert sum(engine.num_blocks(neighbour)) >= shared
+        num_before = None
+        answers = {}
+        while engine.llm.llm_engine.has_unfinished_requests():
+            for output in engine.step():
+                answers[output.request_id] = output
+            if num_before is None and req_id in engine.scheduler._compressed[0].num_evicted:
+                # This step's token is the first one computed on the compacted cache.
+                num_before = request.num_output_tokens - 1
+        assert num_before is not None
+        assert num_before > 3
+    expected = reference.generate(prompt, 16, "0.9", full_layers_of(engine), delay=num_before - 1)
+    assert list(answers["r"].outputs[0].token_ids) == expected
+    usage = answers["r"].kv_transfer_params["kv_cache"]
+    assert usage["kept_tokens"] == expected_keep(897, "0.9")
+
+
+def engine_filled_up(engine, free: int):
+    """Somebody holds all free blocks but a few; what is cached and shared stays."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def filled():
+        manager = engine.managers[0]
+        manager.req_to_blocks["somebody else"] = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - free)
+        try:
+            yield
+        finally:
+            engine.pool.free_blocks(manager.req_to_blocks.pop("somebody else"))
+
+    return filled()
+
+
+def test_preempted_requests_come_back_and_are_compacted_again(engine, text_ids):
+    prompts = [text_ids[50 * i : 50 * i + 150] for i in range(6)]
+    num_tokens = 100
+    solo = [engine.fresh_tokens(prompt, keep("0.5", num_tokens=num_tokens)) for prompt in prompts]
+    with engine.pool_of(32):
+        ids = [engine.add(str(i), prompt, keep("0.5", num_tokens=num_tokens)) for i, prompt in enumerate(prompts)]
+        preempted, answers = set(), {}
+        while engine.llm.llm_engine.has_unfinished_requests():
+            for output in engine.step():
+                answers[output.request_id] = output
+            running = engine.scheduler.requests
+            preempted |= {i for i, req_id in enumerate(ids) if req_id in running and running[req_id].num_preemptions}
+    assert preempted
+    assert len(preempted) < len(prompts)
+    for i in range(len(prompts)):
+        tokens = list(answers[str(i)].outputs[0].token_ids)
+        assert len(tokens) == num_tokens
+        # What was generated before a preemption is computed again on the full prompt, which may change what follows.
+        if i not in preempted:
+            assert tokens == solo[i]
+        assert answers[str(i)].kv_transfer_params["kv_cache"]["evicted_tokens"] == 75
+
+
+def test_prefix_cache_reset_under_running_requests(engine, text_ids):
+    """Preempts everything in the middle of it."""
+    ids = [engine.add(str(i), text_ids[:200], keep("0.3", num_tokens=10)) for i in range(3)]
+    for _ in range(4):
+        engine.step()
+    assert all(req_id in engine.scheduler._compressed[0].num_evicted for req_id in ids)
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert not engine.scheduler._compressed[0].num_evicted
+    answers = engine.drain()
+    assert {len(answer.outputs[0].token_ids) for answer in answers.values()} == {10}
+
+
+@pytest.mark.parametrize("num_steps", range(5))
+def test_abort_at_any_step(engine, text_ids, num_steps):
+    engine.add("gone", text_ids[:600], keep("0.3", num_tokens=50))
+    engine.add("stays", text_ids[600:700], keep("0.3", num_tokens=6))
+    for _ in range(num_steps):
+        engine.step()
+    engine.llm.llm_engine.abort_request(["gone"])
+    answers = engine.drain()
+    assert set(answers) >= {"stays"}
+    assert len(answers["stays"].outputs[0].token_ids) == 6
+
+
+def test_four_answers_to_one_prompt(engine, reference, text_ids):
+    prompt = text_ids[:500]
+    (output,) = engine.generate([prompt], [keep("0.3", num_tokens=8, n=4)])
+    expected = reference.generate(prompt, 8, "0.3", full_layers_of(engine))
+    assert [list(answer.token_ids) for answer in output.outputs] == [expected] * 4
+
+
+def test_a_ratio_that_keeps_one_token(engine, reference, text_ids):
+    prompt = text_ids[:200]
+    (tokens,) = engine.tokens([prompt], [keep("0.0001")])
+    assert tokens == reference.generate(prompt, 12, "0.0001", full_layers_of(engine))
+
+
+def test_a_prompt_shorter_than_its_protection_keeps_everything(engine, text_ids):
+    (output,) = engine.generate([text_ids[:20]], [keep("0.1", 16, 16)])
+    assert output.kv_transfer_params["kv_cache"] == {"prompt_tokens": 20, "kept_tokens": 20, "evicted_tokens": 0}
+
+
+@pytest.mark.parametrize("extra_args", [{"kv_keep_ratio": 7}, {"kv_keep_ratio": "0.5"}, {"kv_kep_ratio": 0.5}])
+def test_a_bad_value_that_came_around_every_check_fails_its_request_alone(engine, text_ids, extra_args):
+    good, bad = engine.generate([text_ids[:50]] * 2, [keep("0.5"), greedy(12, extra_args)])
+    assert len(good.outputs[0].token_ids) == 12
+    assert good.outputs[0].finish_reason == "length"
+    assert bad.outputs[0].finish_reason == "error"

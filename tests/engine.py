@@ -1,0 +1,109 @@
+"""A real vLLM engine in this process, with its inside open to tests."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+from vllm_l2kv import compression
+from vllm_l2kv.scheduler.integrity import check_block_conservation
+
+
+def greedy(num_tokens: int = 12, extra_args: dict[str, Any] | None = None, **arguments: Any) -> SamplingParams:
+    arguments = {"temperature": 0.0, "ignore_eos": True, **arguments}
+    return SamplingParams(max_tokens=num_tokens, extra_args=extra_args, **arguments)
+
+
+def keep(ratio: str | float, first: int = 0, last: int = 0, num_tokens: int = 12, **arguments: Any) -> SamplingParams:
+    return greedy(num_tokens, compression(float(ratio), first, last), **arguments)
+
+
+class Engine:
+    def __init__(self, model: Path, **arguments: Any) -> None:
+        self.llm = LLM(str(model), disable_log_stats=True, **arguments)
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.kv_cache_manager = self.scheduler.kv_cache_manager
+        self.pool = self.kv_cache_manager.block_pool
+
+    @property
+    def worker(self) -> Any:
+        return self.core.model_executor.driver_worker.worker
+
+    def shutdown(self) -> None:
+        self.core.shutdown()
+
+    # --- whole requests
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Any]:
+        """Runs all at once; the pool must be whole afterwards."""
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self.llm.generate(requests, list(params), use_tqdm=False)
+        self.check_whole()
+        return outputs
+
+    def tokens(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in self.generate(prompts, params)]
+
+    def fresh_tokens(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+        """One request on its own, with nothing in the prefix cache."""
+        assert self.kv_cache_manager.reset_prefix_cache()
+        return self.tokens([prompt], [params])[0]
+
+    # --- step by step
+
+    def add(self, req_id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> str:
+        """Adds a request and returns the engine's own id for it."""
+        before = set(self.scheduler.requests)
+        self.llm.llm_engine.add_request(req_id, {"prompt_token_ids": list(prompt)}, params, priority=priority)
+        (added,) = set(self.scheduler.requests) - before
+        return added
+
+    def step(self) -> list[Any]:
+        outputs = self.llm.llm_engine.step()
+        check_block_conservation(self.kv_cache_manager)
+        return outputs
+
+    def drain(self, max_steps: int = 2000) -> dict[str, Any]:
+        """Steps until nothing is left; the last output of each request by its id."""
+        last: dict[str, Any] = {}
+        for _ in range(max_steps):
+            if not self.llm.llm_engine.has_unfinished_requests():
+                # One more step tells the worker what has finished.
+                return last
+            last.update({output.request_id: output for output in self.step()})
+        raise AssertionError(f"requests still unfinished after {max_steps} steps")
+
+    # --- blocks
+
+    @property
+    def managers(self) -> tuple[SingleTypeKVCacheManager, ...]:
+        return self.kv_cache_manager.coordinator.single_type_managers
+
+    def num_blocks(self, req_id: str) -> list[int]:
+        """Blocks that a request holds, per group."""
+        return [len(manager.req_to_blocks.get(req_id, ())) for manager in self.managers]
+
+    @property
+    def num_usable_blocks(self) -> int:
+        return self.pool.num_gpu_blocks - 1  # one is vLLM's null block
+
+    def check_whole(self) -> None:
+        check_block_conservation(self.kv_cache_manager)
+        assert self.pool.get_num_free_blocks() == self.num_usable_blocks
+
+    @contextmanager
+    def pool_of(self, num_free: int) -> Iterator[None]:
+        """The same engine with a cache of `num_free` blocks: somebody else holds the others."""
+        assert self.kv_cache_manager.reset_prefix_cache()
+        manager = self.managers[0]
+        blocks = self.pool.get_new_blocks(self.pool.get_num_free_blocks() - num_free)
+        manager.req_to_blocks["somebody else"] = blocks
+        try:
+            yield
+        finally:
+            del manager.req_to_blocks["somebody else"]
+            self.pool.free_blocks(blocks)

@@ -1,0 +1,94 @@
+"""The torch reference against loops that a reader can check by eye."""
+
+import pytest
+import torch
+
+from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
+from vllm_l2kv.scoring import l2
+
+HEADS, HEAD_SIZE = 3, 8
+
+
+def random_rows(num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32, head_size_v: int = HEAD_SIZE):
+    generator = torch.Generator().manual_seed(num_blocks * 1000 + block_size)
+    keys = torch.randn(num_blocks, HEADS, block_size, HEAD_SIZE, generator=generator).to(dtype)
+    values = torch.randn(num_blocks, HEADS, block_size, head_size_v, generator=generator).to(dtype)
+    return LayerRows(keys, values)
+
+
+def row(cache: torch.Tensor, table: list[int], head: int, slot: int) -> torch.Tensor:
+    block_size = cache.shape[2]
+    return cache[table[slot // block_size], head, slot % block_size]
+
+
+def check_compaction(rows, source, destination, n, num_keep, num_tokens, first=0, last=0):
+    before = LayerRows(rows.keys.clone(), rows.values.clone())
+    compact_layer(rows, torch.tensor(source), torch.tensor(destination), n, num_keep, num_tokens, first, last)
+    for head in range(HEADS):
+        norms = [row(before.keys, source, head, slot).float().norm().item() for slot in range(n)]
+        protected = [slot < first or slot >= n - last for slot in range(n)]
+        kept = sorted(sorted(range(n), key=lambda slot: (not protected[slot], norms[slot], slot))[:num_keep])
+        expected = kept + list(range(n, num_tokens))
+        for slot, position in enumerate(expected):
+            for new, old in zip(rows, before, strict=True):
+                assert torch.equal(row(new, destination, head, slot), row(old, source, head, position))
+    untouched = [block for block in range(rows.keys.shape[0]) if block not in destination]
+    for new, old in zip(rows, before, strict=True):
+        assert torch.equal(new[untouched], old[untouched])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 63, 100])
+@pytest.mark.parametrize("num_generated", [0, 1, 20])
+def test_every_moved_row_is_equal(dtype, n, num_generated):
+    num_tokens = n + num_generated
+    num_source = -(-num_tokens // 16)
+    num_keep = max(n // 3, 1)
+    num_destination = -(-(num_keep + num_generated) // 16)
+    rows = random_rows(num_source + num_destination + 2, 16, dtype)
+    order = torch.randperm(num_source + num_destination + 2, generator=torch.Generator().manual_seed(n)).tolist()
+    source, destination = order[:num_source], order[num_source : num_source + num_destination]
+    check_compaction(rows, source, destination, n, num_keep, num_tokens)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (5, 0), (0, 7), (5, 7)])
+def test_protected_rows_stay(first, last):
+    check_compaction(random_rows(12, 16), [3, 1, 4, 11, 5], [2, 6], 70, 20, 75, first, last)
+
+
+def test_in_place():
+    check_compaction(random_rows(8, 16), [3, 1, 4, 6, 5], [1, 4], 70, 20, 75)
+
+
+def test_values_may_be_wider_than_keys():
+    check_compaction(random_rows(8, 16, head_size_v=2 * HEAD_SIZE), [3, 1], [0], 30, 10, 30)
+
+
+def test_keeping_everything_moves_everything():
+    check_compaction(random_rows(8, 16), [3, 1], [0, 2], 30, 30, 30)
+
+
+def test_ties_go_to_the_lower_position():
+    scores = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, 1.0]])
+    assert select(scores, 4).tolist() == [[0, 1, 2, 3]]
+    assert select(torch.zeros(1, 1000), 10).tolist() == [list(range(10))]
+
+
+def test_heads_choose_for_themselves():
+    scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 3.0, 2.0]])
+    assert select(scores, 2).tolist() == [[0, 2], [1, 2]]
+
+
+def test_protection_beats_any_score_and_counts_in():
+    scores = torch.tensor([[0.0, 9.0, 8.0, 7.0, 0.0]])
+    assert select(scores, 3, protect_first=1, protect_last=1).tolist() == [[0, 1, 4]]
+
+
+def test_lowest_norms_are_kept_in_fp32():
+    """Norms that bf16 cannot tell apart."""
+    keys = torch.zeros(1, 4, 2, dtype=torch.bfloat16)
+    keys[0, :, 0] = 16.0
+    keys[0, :, 1] = torch.tensor([0.5, 0.25, 0.75, 0.125], dtype=torch.bfloat16)
+    assert l2(keys).dtype == torch.float32
+    assert keys.norm(dim=-1).unique().numel() == 1
+    assert select(l2(keys), 2).tolist() == [[1, 3]]

@@ -1,0 +1,220 @@
+"""The plugin inside vLLM's app, with a fake engine behind vLLM's real routes and error handlers."""
+
+import asyncio
+import json
+from argparse import Namespace
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from vllm.entrypoints.openai.chat_completion import api_router as chat
+from vllm.entrypoints.openai.completion import api_router as completion
+from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
+from vllm_l2kv_server.app import KVCompressionEndpoints
+
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.settings import Settings
+
+GROUPS = [{"layers": ["a", "b"], "block_size": 32, "compressed": True}]
+NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5}
+
+
+class FakeClient:
+    """Answers every request as a compressing engine would."""
+
+    def __init__(self, defaults: CompressionParams, groups=GROUPS):
+        self.vllm_config = SimpleNamespace(
+            additional_config={"l2kv": Settings((0, 1), defaults).as_config()},
+            parallel_config=SimpleNamespace(_api_process_rank=1),
+        )
+        self.groups = groups
+
+    async def collective_rpc(self, method):
+        assert method == "kv_cache_groups"
+        if self.groups is None:
+            raise AttributeError(method)
+        return [self.groups, self.groups]
+
+    async def generate(self, prompt, sampling_params, request_id):
+        yield SimpleNamespace(kv_transfer_params={"kv_cache": NUMBERS}, outputs=[SimpleNamespace(index=0)])
+
+
+class FakeServing:
+    """Stands in for vLLM's serving objects: engine calls in the handler, numbers read later."""
+
+    def __init__(self, engine_client):
+        self.engine_client = engine_client
+
+    async def create_completion(self, request, raw_request):
+        prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+        params = request.to_sampling_params(8, {})
+        generators = [self.engine_client.generate(prompt, params, str(i)) for i, prompt in enumerate(prompts)]
+        if request.stream:
+            return self.stream(generators)
+        for generator in generators:
+            async for output in generator:
+                assert output.kv_transfer_params is None or not request.given_fields()
+        return CompletionResponse(model="m", choices=[], usage=UsageInfo(prompt_tokens=10))
+
+    create_chat_completion = create_completion
+
+    async def stream(self, generators):
+        for generator in generators:
+            async for _ in generator:
+                yield 'data: {"choices":[{"text":"a"}]}\n\n'
+        yield 'data: {"choices":[],"usage":{"prompt_tokens":10}}\n\n'
+        yield "data: [DONE]\n\n"
+
+
+def make_app(monkeypatch, keep_ratio=1.0, groups=GROUPS) -> FastAPI:
+    monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
+    app = FastAPI()
+    app.include_router(chat.router)
+    app.include_router(completion.router)
+    attach_endpoint_plugins(app, ("generate",))
+    init_exception_handler(app)
+    client = FakeClient(CompressionParams(keep_ratio), groups)
+    app.state.args = Namespace(log_error_stack=False)
+    app.state.engine_client = client
+    app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="m")])
+    app.state.openai_serving_completion = FakeServing(client)
+    app.state.openai_serving_chat = None
+    (plugin,) = app.state.endpoint_plugins
+    asyncio.run(plugin.init_state(client, app.state, app.state.args))
+    return app
+
+
+@pytest.fixture
+def app(monkeypatch) -> FastAPI:
+    return make_app(monkeypatch)
+
+
+def request(app, method, path, **kwargs) -> httpx.Response:
+    async def run():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **kwargs)
+
+    return asyncio.run(run())
+
+
+def complete(app, **body) -> httpx.Response:
+    return request(app, "POST", "/v1/completions", json={"model": "m", "prompt": "hello", **body})
+
+
+def test_obeys_the_protocol():
+    assert isinstance(KVCompressionEndpoints(), EndpointPlugin)
+
+
+def test_routes_replace_vllms(app):
+    owners = {route.path: route.endpoint.__module__ for route in app.routes if "POST" in getattr(route, "methods", ())}
+    assert owners["/v1/chat/completions"] == "vllm_l2kv_server.app"
+    assert owners["/v1/completions"] == "vllm_l2kv_server.app"
+    assert owners["/v1/chat/completions/batch"] == "vllm.entrypoints.openai.chat_completion.api_router"
+
+
+def test_openapi_shows_the_fields(app):
+    spec = request(app, "GET", "/openapi.json").json()
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        content = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        name = content["schema"]["$ref"].rsplit("/", 1)[-1]
+        assert spec["components"]["schemas"][name]["properties"]["kv_keep_ratio"]["description"]
+
+
+def test_usage_is_added(app):
+    response = complete(app, kv_keep_ratio=0.5)
+    assert response.json()["usage"]["kv_cache"] == NUMBERS
+    assert response.json()["kv_transfer_params"] is None
+
+
+def test_usage_sums_prompts(app):
+    usage = complete(app, prompt=["a", "b", "c"], kv_keep_ratio=0.5).json()["usage"]
+    assert usage["kv_cache"] == {key: 3 * value for key, value in NUMBERS.items()}
+
+
+def test_usage_in_the_stream(app):
+    events = complete(app, kv_keep_ratio=0.5, stream=True).text.split("\n\n")
+    assert json.loads(events[1].removeprefix("data: "))["usage"]["kv_cache"] == NUMBERS
+    assert events[-2:] == ["data: [DONE]", ""]
+
+
+def test_nothing_asked_nothing_added(app):
+    assert "kv_cache" not in complete(app).json()["usage"]
+
+
+def test_server_default_counts_as_asking(monkeypatch):
+    app = make_app(monkeypatch, keep_ratio=0.5)
+    assert complete(app).json()["usage"]["kv_cache"] == NUMBERS
+    # Its engine requests are steps of one token, not prompts.
+    assert "kv_cache" not in complete(app, use_beam_search=True).json()["usage"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e400", "1" + "0" * 400, "1" + "0" * 5000, '"\\u00e9"', "[[]]"])
+def test_bad_value_is_400_in_openais_shape(app, value):
+    body = f'{{"model": "m", "prompt": "a", "kv_keep_ratio": {value}}}'
+    response = request(app, "POST", "/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["code"], error["type"]) == ("kv_keep_ratio", 400, "BadRequestError")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"\xff", b"[" * 100_000, rb'{"model": "\ud800"}', b"[1]", b"null", b'{"prompt": 1e999}']
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_malformed_body_is_400_in_openais_shape(app, path, body):
+    response = request(app, "POST", path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == 400
+
+
+def test_only_json_is_taken(app):
+    body = '{"model": "m", "prompt": "a"}'
+    response = request(app, "POST", "/v1/completions", content=body, headers={"content-type": "text/plain"})
+    assert response.status_code == 400
+
+
+def test_misplaced_field(app):
+    response = request(app, "POST", "/v1/chat/completions/batch", json={"kv_keep_ratio": 0.5})
+    assert response.json()["error"]["param"] == "kv_keep_ratio"
+
+
+def test_info(app):
+    assert request(app, "GET", "/v1/kv_compression").json() == {
+        "models": ["m"],
+        "fields": [
+            {
+                "name": "kv_keep_ratio",
+                "type": "number",
+                "default": 1.0,
+                "bounds": "0 < kv_keep_ratio <= 1",
+                "description": "Share of the prompt's tokens whose KV is kept in compressed layers; "
+                "1 keeps everything.",
+            },
+            {
+                "name": "kv_protect_first",
+                "type": "integer",
+                "default": 0,
+                "bounds": "0 <= kv_protect_first <= 2147483647",
+                "description": "Tokens at the start of the prompt that are always kept.",
+            },
+            {
+                "name": "kv_protect_last",
+                "type": "integer",
+                "default": 0,
+                "bounds": "0 <= kv_protect_last <= 2147483647",
+                "description": "Tokens at the end of the prompt that are always kept.",
+            },
+        ],
+        "full_layers": [0, 1],
+        "kv_cache_groups": GROUPS,
+    }
+
+
+def test_an_engine_without_our_worker_is_refused(monkeypatch):
+    with pytest.raises(RuntimeError, match="vllm-l2kv serve"):
+        make_app(monkeypatch, groups=None)

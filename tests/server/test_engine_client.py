@@ -1,0 +1,100 @@
+"""The client that stands before vLLM's."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from starlette.datastructures import State
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm_l2kv_server.engine_client import CompressionEngineClient, stand_before
+from vllm_l2kv_server.usage import UsageBox, current_box
+
+from vllm_l2kv.params import CompressionParams
+
+NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5}
+
+
+class FakeClient:
+    errored = False
+
+    def __init__(self):
+        self.calls: list = []
+
+    async def generate(self, prompt, sampling_params, request_id, **kwargs):
+        self.calls.append((prompt, request_id, kwargs))
+        yield SimpleNamespace(kv_transfer_params={"kv_cache": NUMBERS}, outputs=[SimpleNamespace(index=0)])
+
+
+@pytest.fixture
+def fake() -> FakeClient:
+    return FakeClient()
+
+
+def run(client, extra_args, box=None):
+    async def consume():
+        current_box.set(box)
+        params = SamplingParams(extra_args=extra_args)
+        return [output async for output in client.generate("text", params, "id", priority=3)]
+
+    return asyncio.run(consume())
+
+
+def test_everything_else_is_vllms(fake):
+    client = CompressionEngineClient(fake, CompressionParams())
+    assert client.errored is False
+    assert client.calls is fake.calls
+    with pytest.raises(AttributeError):
+        _ = client.no_such_thing
+
+
+def test_numbers_go_to_the_box_of_the_request(fake):
+    box = UsageBox()
+    (output,) = run(CompressionEngineClient(fake, CompressionParams()), {"kv_keep_ratio": 0.5}, box)
+    assert box.total() == NUMBERS
+    assert output.kv_transfer_params is None
+    assert fake.calls == [("text", "id", {"priority": 3})]
+
+
+def test_numbers_are_hidden_without_a_box(fake):
+    (output,) = run(CompressionEngineClient(fake, CompressionParams()), {"kv_keep_ratio": 0.5})
+    assert output.kv_transfer_params is None
+
+
+def test_server_default_counts_as_asking(fake):
+    box = UsageBox()
+    run(CompressionEngineClient(fake, CompressionParams(keep_ratio=0.5)), None, box)
+    assert box.total() == NUMBERS
+
+
+def test_who_asks_nothing_gets_vllms_generator(fake):
+    client = CompressionEngineClient(fake, CompressionParams())
+    outputs = client.generate("text", SamplingParams(), "id")
+    assert outputs.__qualname__ == "FakeClient.generate"
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "param"), [({"kv_keep_ratio": 5}, "kv_keep_ratio"), ({"kv_keep": 0.5}, "kv_keep")]
+)
+def test_bad_extra_args_never_reach_the_engine(fake, extra_args, param):
+    client = CompressionEngineClient(fake, CompressionParams())
+    with pytest.raises(VLLMValidationError) as caught:
+        client.generate("text", SamplingParams(extra_args=extra_args), "id")
+    assert caught.value.parameter == param
+    assert fake.calls == []
+
+
+def test_stands_before_the_client_of_every_serving_object(fake):
+    other = object()
+    state = State(
+        {
+            "engine_client": fake,
+            "chat": SimpleNamespace(engine_client=fake),
+            "other": SimpleNamespace(engine_client=other),
+            "nothing": None,
+        }
+    )
+    stand_before(fake, state, CompressionParams())
+    assert isinstance(state.chat.engine_client, CompressionEngineClient)
+    assert state.other.engine_client is other
+    assert state.engine_client is fake  # health checks and shutdown go to vLLM's own

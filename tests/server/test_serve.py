@@ -1,0 +1,246 @@
+"""The command line of the server, down to what vLLM is given."""
+
+import json
+from pathlib import Path
+
+import pytest
+from vllm_l2kv_server import serve
+from vllm_l2kv_server.cli import main
+from vllm_l2kv_server.serve import make_parser, name_plugin, parse, use_demo_model
+
+import vllm_l2kv
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return make_parser()
+
+
+def test_defaults(parser):
+    args = parse(parser, ["some/model"])
+    ours = vllm_l2kv.engine_args()
+    assert args.model == "some/model"
+    assert (args.scheduler_cls, args.worker_cls) == (ours["scheduler_cls"], ours["worker_cls"])
+    assert args.block_size == ours["block_size"]
+    assert args.additional_config == ours["additional_config"]
+
+
+def test_own_options(parser):
+    words = ["--kv-full-layers=3,1", "--kv-default-keep-ratio=0.5", "--kv-protect-first", "4", "--kv-protect-last", "8"]
+    assert parse(parser, words).additional_config["l2kv"] == {
+        "full_layers": [1, 3],
+        "kv_keep_ratio": 0.5,
+        "kv_protect_first": 4,
+        "kv_protect_last": 8,
+    }
+
+
+def test_no_full_layers(parser):
+    assert parse(parser, ["m", "--kv-full-layers", ""]).additional_config["l2kv"]["full_layers"] == []
+    assert parse(parser, ["m", "--kv-full-layers="]).additional_config["l2kv"]["full_layers"] == []
+
+
+def test_vllms_options_pass_through(parser):
+    words = [
+        "m",
+        "--middleware",
+        "a.b",
+        "--middleware",
+        "c.d",
+        "--api-key",
+        "k1",
+        "k2",
+        "--served-model-name",
+        "x",
+        "y",
+    ]
+    words += ["--api-server-count", "2", "--block-size", "64", "--max_model_len", "2048", "--no-enable-prefix-caching"]
+    args = parse(parser, words)
+    assert args.middleware == ["a.b", "c.d"]
+    assert args.api_key == ["k1", "k2"]
+    assert args.served_model_name == ["x", "y"]
+    assert args.api_server_count == 2
+    assert args.block_size == 64
+    assert args.max_model_len == 2048
+    assert args.enable_prefix_caching is False
+
+
+def test_additional_config_is_merged(parser):
+    args = parse(parser, ["m", "--additional-config", '{"theirs": 1}'])
+    assert args.additional_config["theirs"] == 1
+    assert args.additional_config["l2kv"]["kv_keep_ratio"] == 1.0
+
+
+def test_model_option(parser):
+    assert parse(parser, ["--model", "m"]).model == "m"
+    assert parse(parser, []).model is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kv-default-keep-ratio", "0"], "--kv-default-keep-ratio: R must satisfy 0 < R <= 1, got 0"),
+        (["--kv-default-keep-ratio", "1.5"], "0 < R <= 1, got 1.5"),
+        (["--kv-default-keep-ratio", "nan"], "0 < R <= 1, got nan"),
+        (["--kv-default-keep-ratio", "half"], "0 < R <= 1, got 'half'"),
+        (["--kv-protect-first", "-1"], "--kv-protect-first: N must satisfy 0 <= N"),
+        (["--kv-protect-last", "1.5"], "--kv-protect-last: N must be an integer >= 0, got 1.5"),
+        (["--kv-full-layers", "0,x"], "--kv-full-layers: layer indices >= 0"),
+        (["--kv-full-layers", "-1"], "--kv-full-layers"),
+        (["--scheduler-cls", "a.B"], "--scheduler-cls: set by vllm-l2kv itself"),
+        (["--worker-cls", "a.B"], "--worker-cls: set by vllm-l2kv itself"),
+        (["--additional-config", '{"l2kv": {}}'], "--additional-config: set 'l2kv' by the --kv- options"),
+        (["--grpc"], "--grpc"),
+        (["--no-such-option"], "--no-such-option"),
+        (["--config", "none.yaml"], "--config: cannot read none.yaml"),
+        (["--config=none.yaml"], "--config: cannot read none.yaml"),
+    ],
+)
+def test_bad_options(parser, capsys, words, message):
+    with pytest.raises(SystemExit) as caught:
+        parse(parser, ["m", *words])
+    assert caught.value.code == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("vllm-l2kv serve: error: ")
+    assert message in last_line
+
+
+def test_rust_front_end_is_refused(parser, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(SystemExit):
+        parse(parser, ["m"])
+    assert "VLLM_USE_RUST_FRONTEND" in capsys.readouterr().err
+
+
+class TestConfigFile:
+    @pytest.fixture
+    def config(self, tmp_path) -> str:
+        path = tmp_path / "c.yaml"
+        path.write_text("model: from-file\nkv-default-keep-ratio: 0.5\nkv-full-layers: [2]\nport: 8123\n")
+        return str(path)
+
+    @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
+    def test_read(self, parser, config, form):
+        args = parse(parser, [word.format(config) for word in form])
+        assert (args.model, args.port) == ("from-file", 8123)
+        assert args.additional_config["l2kv"]["kv_keep_ratio"] == 0.5
+        assert args.additional_config["l2kv"]["full_layers"] == [2]
+
+    def test_command_line_wins(self, parser, config):
+        words = ["mine", "--port", "9000", "--kv-default-keep-ratio", "0.25", "--config", config]
+        args = parse(parser, words)
+        assert (args.model, args.port) == ("mine", 9000)
+        assert args.additional_config["l2kv"]["kv_keep_ratio"] == 0.25
+        assert args.additional_config["l2kv"]["full_layers"] == [2]
+
+    def test_bad_value_names_the_option(self, parser, tmp_path, capsys):
+        path = tmp_path / "c.yaml"
+        path.write_text("kv-protect-last: -1\n")
+        with pytest.raises(SystemExit) as caught:
+            parse(parser, ["--config", str(path)])
+        assert caught.value.code == 2
+        assert "--kv-protect-last: N must satisfy 0 <= N" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+    def test_ours_are_good(self, parser, path):
+        args = parse(parser, ["--config", str(path)])
+        assert args.additional_config["l2kv"].keys() >= {"full_layers", "kv_keep_ratio"}
+
+
+class TestPlugins:
+    def test_unset(self):
+        environ: dict[str, str] = {}
+        name_plugin(environ)
+        assert set(environ["VLLM_PLUGINS"].split(",")) >= {"l2kv", "lora_filesystem_resolver"}
+
+    @pytest.mark.parametrize(
+        ("before", "after"), [("", "l2kv"), ("a", "a,l2kv"), ("a,l2kv,b", "a,l2kv,b"), ("a,,b", "a,b,l2kv")]
+    )
+    def test_set(self, before, after):
+        environ = {"VLLM_PLUGINS": before}
+        name_plugin(environ)
+        assert environ == {"VLLM_PLUGINS": after}
+
+
+class TestDemoModel:
+    @pytest.fixture(autouse=True)
+    def no_download(self, monkeypatch):
+        monkeypatch.setattr("vllm_l2kv_server.demo_model.ensure_demo_model", lambda: Path("/cache/demo"))
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+
+    def test_settings_for_an_ordinary_machine(self, parser):
+        args = parse(parser, [])
+        use_demo_model(args)
+        assert args.model == "/cache/demo"
+        assert args.served_model_name == ["SmolLM2-135M-Instruct"]
+        assert args.kv_cache_memory_bytes == 2 * 2**30
+        assert (args.dtype, args.enforce_eager) == ("float32", True)
+
+    def test_the_user_wins(self, parser, monkeypatch):
+        args = parse(parser, ["--served-model-name", "x", "--kv-cache-memory-bytes", "1G", "--dtype", "bfloat16"])
+        use_demo_model(args)
+        assert args.served_model_name == ["x"]
+        assert args.kv_cache_memory_bytes == 2**30
+        assert args.dtype == "bfloat16"
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        args = parse(parser, [])
+        use_demo_model(args)
+        assert args.kv_cache_memory_bytes is None
+
+
+class TestMain:
+    def test_bad_option_of_ours_is_told_before_vllm_is_imported(self, capsys, monkeypatch):
+        monkeypatch.setattr(serve, "name_plugin", lambda environ: pytest.fail("too late"))
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", "--kv-default-keep-ratio", "7"])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == (
+            "vllm-l2kv serve: error: argument --kv-default-keep-ratio: R must satisfy 0 < R <= 1, got 7.\n"
+        )
+
+    def test_help_of_serve(self, parser):
+        text = parser.format_help()
+        for option in ("--kv-full-layers", "--kv-default-keep-ratio", "--kv-protect-first", "--kv-protect-last"):
+            assert option in text
+        assert "Every option of `vllm serve` works too" in text
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main(["--version"])
+        assert caught.value.code == 0
+        assert capsys.readouterr().out == f"vllm-l2kv {vllm_l2kv.__version__}\n"
+
+    @pytest.mark.parametrize("words", [[], ["server"], ["demo-model", "x"]])
+    def test_bad_command(self, words):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+
+    def test_demo_model_prints_its_folder_last(self, capsys, monkeypatch):
+        monkeypatch.setattr("vllm_l2kv_server.demo_model.ensure_demo_model", lambda: Path("/cache/demo"))
+        main(["demo-model"])
+        assert capsys.readouterr().out.splitlines()[-1] == "/cache/demo"
+
+    def test_demo_model_out_of_reach(self, monkeypatch):
+        from vllm_l2kv_server.demo_model import DemoModelError
+
+        def fail():
+            raise DemoModelError("no network")
+
+        monkeypatch.setattr("vllm_l2kv_server.demo_model.ensure_demo_model", fail)
+        with pytest.raises(SystemExit, match="no network"):
+            main(["demo-model"])
+
+
+def test_serve_hands_over_to_vllm(monkeypatch):
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    handed = []
+    monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(handed.append))
+    main(["serve", "some/model", "--port", "8123"])
+    (args,) = handed
+    assert (args.model, args.model_tag, args.port) == ("some/model", None, 8123)
+    assert json.dumps(args.additional_config)

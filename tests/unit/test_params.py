@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+
+import vllm_l2kv
+from vllm_l2kv.params import (
+    FIELD_NAMES,
+    MAX_TOKENS,
+    CompressionParams,
+    ParamError,
+    asks_for_compression,
+    check_names,
+)
+
+BAD_RATIOS = [
+    0, -0.5, 1.0001, 2, float("nan"), float("inf"), -float("inf"), 10**400, -(10**400),
+    "0.5", "", True, False, [0.5], {}, {"a": 1}, (0.5,), b"0.5",
+]  # fmt: skip
+BAD_COUNTS = [-1, 1.0, 0.5, float("nan"), MAX_TOKENS + 1, 10**400, "3", True, [], {}, None.__class__]
+
+
+@pytest.mark.parametrize("value", BAD_RATIOS, ids=lambda value: repr(value)[:20] if value != 10**400 else "huge")
+def test_bad_ratio_is_refused_by_name_and_bound(value):
+    with pytest.raises(ParamError, match="0 < kv_keep_ratio <= 1") as error:
+        CompressionParams().override({"kv_keep_ratio": value})
+    assert error.value.param == "kv_keep_ratio"
+
+
+@pytest.mark.parametrize("name", ["kv_protect_first", "kv_protect_last"])
+@pytest.mark.parametrize("value", BAD_COUNTS, ids=lambda value: repr(value)[:20] if value != 10**400 else "huge")
+def test_bad_count_is_refused_by_name(name, value):
+    with pytest.raises(ParamError, match=name) as error:
+        CompressionParams().override({name: value})
+    assert error.value.param == name
+
+
+@pytest.mark.parametrize("value", [1, 1.0, 0.5, 1e-300])
+def test_good_ratio(value):
+    params = CompressionParams().override({"kv_keep_ratio": value})
+    assert params.keep_ratio == value
+    assert type(params.keep_ratio) is float
+
+
+def test_null_means_not_given():
+    defaults = CompressionParams(0.5, 4, 8)
+    assert defaults.override(dict.fromkeys(FIELD_NAMES)) == defaults
+    assert not asks_for_compression(dict.fromkeys(FIELD_NAMES))
+    assert not asks_for_compression(None)
+
+
+def test_fields_lie_over_defaults():
+    params = CompressionParams(0.5, 4, 8).override({"kv_protect_first": 0, "temperature": 1})
+    assert params == CompressionParams(0.5, 0, 8)
+    assert asks_for_compression({"kv_protect_first": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("kv_keep_ration", "kv_keep_ratio"),
+        ("kv_ratio", "kv_keep_ratio"),
+        ("kv_protect_frist", "kv_protect_first"),
+        ("kv_protectlast", "kv_protect_last"),
+    ],
+)
+def test_unknown_name_gets_the_nearest_known_one(name, nearest):
+    with pytest.raises(ParamError, match=f"did you mean '{nearest}'") as error:
+        CompressionParams().override({name: 0.5})
+    assert error.value.param == name
+
+
+def test_names_of_vllm_and_of_others_pass():
+    check_names(["kv_transfer_params", "temperature", "top_p"])
+    check_names(["kv_of_somebody"], known_elsewhere=["kv_of_somebody"])
+
+
+def test_params_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CompressionParams().keep_ratio = 0.5
+
+
+def test_compression_names_only_what_is_given():
+    assert vllm_l2kv.compression() == {}
+    assert vllm_l2kv.compression(0.5, protect_last=0) == {"kv_keep_ratio": 0.5, "kv_protect_last": 0}
+
+
+def test_compression_refuses_bad_values():
+    with pytest.raises(ValueError, match="kv_keep_ratio"):
+        vllm_l2kv.compression(keep_ratio=1.5)
+    with pytest.raises(ValueError, match="kv_protect_last"):
+        vllm_l2kv.compression(protect_last=-1)
