@@ -16,6 +16,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from vllm_l2kv.params import FIELDS, asks_for_compression
 from vllm_l2kv.settings import Settings
+from vllm_l2kv_server.body import CheckedBodyRoute
 from vllm_l2kv_server.engine_client import stand_before
 from vllm_l2kv_server.middleware import MisplacedFieldsMiddleware
 from vllm_l2kv_server.protocol import (
@@ -42,7 +43,7 @@ GENERATES: dict[str, Any] = {
         **{status.value: {"model": ErrorResponse} for status in ERRORS},
     },
 }
-router = APIRouter()
+router = APIRouter(route_class=CheckedBodyRoute)
 
 
 class KVCompressionEndpoints:

@@ -13,6 +13,7 @@ from vllm_l2kv.params import ParamError, check_count, check_keep_ratio
 from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 
+PROG = "vllm-l2kv serve"
 PLUGIN = "l2kv"
 OPTIONAL_PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 """Groups whose plugins vLLM loads when `VLLM_PLUGINS` is unset; endpoint plugins must always be named."""
@@ -43,6 +44,7 @@ def serve(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: With 2 after a bad option, one line on standard error.
     """
+    own_options().parse_known_args(argv)  # so that a bad option of ours is told at once
     name_plugin(os.environ)
     # Everything of vLLM is imported late: it reads VLLM_PLUGINS, and takes seconds that `--version` need not wait for.
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -79,7 +81,7 @@ def name_plugin(environ: MutableMapping[str, str]) -> None:
 
 def own_options() -> argparse.ArgumentParser:
     """The options that vLLM does not have."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=PROG, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("KV-cache compression")
     group.add_argument(
         "--kv-full-layers",
@@ -119,7 +121,7 @@ def make_parser() -> Any:
 
     own = own_options()
     parser = FlexibleArgumentParser(
-        prog="vllm-l2kv serve",
+        prog=PROG,
         usage="vllm-l2kv serve [MODEL] [--config FILE] [options]",
         description=DESCRIPTION.format(demo=DEMO_NAME, own=own.format_help()),
         epilog=EPILOG,
@@ -165,15 +167,21 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
 
 
 def use_demo_model(args: Namespace) -> None:
-    """Serves the demo model, with settings that fit an ordinary machine where the user gave none."""
+    """Serves the demo model, with settings that fit an ordinary machine where vLLM's defaults still stand."""
     from vllm.platforms import current_platform
 
     from vllm_l2kv_server.demo_model import ensure_demo_model
 
     args.model = str(ensure_demo_model())
     args.served_model_name = args.served_model_name or [DEMO_NAME]
-    # vLLM would take nearly all memory of the machine for the cache.
-    if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+    if not current_platform.is_cpu():
+        return
+    # Works with the attention kernel of every CPU; some pack bf16 keys in a way that cannot be compacted.
+    args.dtype = "float32" if args.dtype == "auto" else args.dtype
+    # Needs no C++ compiler and starts sooner.
+    args.enforce_eager = True
+    # vLLM would take nearly all memory of the machine.
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or DEMO_CACHE_BYTES
 
 

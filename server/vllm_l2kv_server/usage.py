@@ -78,10 +78,10 @@ async def _add_to_stream(chunks: Any, box: UsageBox) -> AsyncIterator[str | byte
 
 def _add_to_event(event: str, box: UsageBox) -> str:
     """One server-sent event; vLLM yields each as one string."""
-    data = event.removeprefix("data: ")
-    if data == event or '"usage":' not in data or data.startswith("[DONE]"):
+    if not event.startswith("data: {") or '"usage":' not in event:
         return event
-    return f"data: {_add_to_json(data.encode(), box).decode()}\n\n"
+    data = event.removeprefix("data: ").rstrip().encode()
+    return f"data: {_add_to_json(data, box).decode()}\n\n"
 
 
 def _num_evicted(numbers: Numbers) -> int:
