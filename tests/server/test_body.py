@@ -32,8 +32,22 @@ def test_surrogate_pairs_are_fine():
     assert parse_body(rb'"\ud83e\udd8a"') == "\N{FOX FACE}"
 
 
-def test_integers_beyond_pythons_limit_become_infinite():
-    assert parse_body(b'{"a": ' + b"9" * 5000 + b', "b": 7}') == {"a": math.inf, "b": 7}
+@pytest.mark.parametrize(
+    ("digits", "value"),
+    [
+        ("9223372036854775807", 2**63 - 1),
+        ("-9223372036854775808", -(2**63)),
+        ("18446744073709551615", 2**64 - 1),
+        ("18446744073709551616", math.inf),
+        ("-9223372036854775809", -math.inf),
+        ("9" * 5000, math.inf),
+        ("-" + "9" * 400, -math.inf),
+    ],
+)
+def test_integers_beyond_64_bits_become_infinite(digits, value):
+    parsed = parse_body(f'{{"a": {digits}, "b": 7, "c": "{digits}"}}'.encode())
+    assert parsed == {"a": value, "b": 7, "c": digits}
+    assert type(parsed["a"]) is type(value)
 
 
 def test_plain():
