@@ -38,7 +38,7 @@ def test_no_full_layers_all_ratios_in_one_batch(all_layers, reference, text_ids)
 def test_protected_tokens_are_kept(engine_name, reference, text_ids, request):
     engine = request.getfixturevalue(engine_name)
     full_layers = {"compressing": (0, 1), "all_layers": ()}[engine_name]
-    prompts = [text_ids[:200], text_ids[7:1007]]
+    prompts = [text_ids[:200], text_ids[7:507]]
     cases = [(prompt, ratio, 4, 32) for prompt, ratio in itertools.product(prompts, ("0.5", "0.1"))]
     # More protection than the ratio keeps, and than the prompt has.
     cases += [(text_ids[:200], "0.1", 100, 50), (text_ids[:200], "0.1", 0, 60), (text_ids[:200], "0.1", 300, 0)]
@@ -46,7 +46,7 @@ def test_protected_tokens_are_kept(engine_name, reference, text_ids, request):
 
 
 def test_nothing_asked_equals_stock_vllm(compressing, all_layers, stock, text_ids):
-    prompts = list(prompts_of(text_ids).values())
+    prompts = [prompt for length, prompt in prompts_of(text_ids).items() if length < 1000]
     params = [greedy(NUM_TOKENS)] * len(prompts)
     expected = stock.tokens(prompts, params)
     assert compressing.tokens(prompts, params) == expected

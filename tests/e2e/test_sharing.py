@@ -8,7 +8,7 @@ from vllm_l2kv.kernels.reference import LayerRows
 
 
 def test_the_same_prompt_at_another_ratio_hits_and_answers_as_on_a_fresh_engine(compressing, text_ids):
-    prompt = text_ids[:1000]
+    prompt = text_ids[:520]
     fresh = {ratio: compressing.fresh_tokens(prompt, keep(ratio)) for ratio in ("0.5", "0.3")}
     assert fresh["0.5"] != fresh["0.3"]  # or the comparison would say little
 
@@ -17,17 +17,17 @@ def test_the_same_prompt_at_another_ratio_hits_and_answers_as_on_a_fresh_engine(
     (second,) = compressing.generate([prompt], [keep("0.3")])
     (third,) = compressing.generate([prompt], [keep("0.5")])
     assert first.num_cached_tokens == 0
-    assert second.num_cached_tokens == third.num_cached_tokens == 2 * 448
+    assert second.num_cached_tokens == third.num_cached_tokens == 448
     assert list(second.outputs[0].token_ids) == fresh["0.3"]
     assert list(third.outputs[0].token_ids) == fresh["0.5"]
 
 
 def test_one_group_hits_at_the_granularity_of_its_blocks(all_layers, text_ids):
-    prompt = text_ids[:1000]
+    prompt = text_ids[:200]
     assert all_layers.kv_cache_manager.reset_prefix_cache()
     all_layers.generate([prompt], [keep("0.3", num_tokens=3)])
     (second,) = all_layers.generate([prompt], [keep("0.5", num_tokens=3)])
-    assert second.num_cached_tokens == 992
+    assert second.num_cached_tokens == 192
 
 
 def rows_of(engine, req_id: str) -> list[LayerRows]:
@@ -42,11 +42,11 @@ def rows_of(engine, req_id: str) -> list[LayerRows]:
 @pytest.mark.parametrize("engine_name", ["compressing", "all_layers"])
 def test_an_uncompressed_neighbour_is_not_changed(engine_name, text_ids, request):
     engine = request.getfixturevalue(engine_name)
-    prompt = text_ids[:900]
-    alone = engine.fresh_tokens(prompt, greedy(40))
+    prompt = text_ids[:460]
+    alone = engine.fresh_tokens(prompt, greedy(24))
 
     assert engine.kv_cache_manager.reset_prefix_cache()
-    neighbour = engine.add("neighbour", prompt, greedy(40))
+    neighbour = engine.add("neighbour", prompt, greedy(24))
     while engine.scheduler.requests[neighbour].num_output_tokens < 2:
         engine.step()
     before = rows_of(engine, neighbour)
@@ -56,7 +56,7 @@ def test_an_uncompressed_neighbour_is_not_changed(engine_name, text_ids, request
         engine.step()
     after = rows_of(engine, neighbour)
     for old, new in zip(before, after, strict=True):
-        num_full_blocks = 900 // 32  # the last block of the prompt grows by generated tokens
+        num_full_blocks = 460 // 32  # the last block of the prompt grows by generated tokens
         assert torch.equal(old.keys[:num_full_blocks], new.keys[:num_full_blocks])
         assert torch.equal(old.values[:num_full_blocks], new.values[:num_full_blocks])
     answers = engine.drain()
@@ -66,20 +66,20 @@ def test_an_uncompressed_neighbour_is_not_changed(engine_name, text_ids, request
 
 def test_tokens_generated_from_a_compressed_context_are_never_shared(compressing, text_ids):
     """Their keys and values depend on what was evicted; an uncompressed request must compute its own."""
-    prompt = text_ids[:430]
-    longer = prompt + compressing.fresh_tokens(prompt, keep("0.3", num_tokens=60))
+    prompt = text_ids[:440]
+    longer = prompt + compressing.fresh_tokens(prompt, keep("0.3", num_tokens=12))
     alone = compressing.fresh_tokens(longer, greedy())
 
     assert compressing.kv_cache_manager.reset_prefix_cache()
-    compressing.generate([prompt], [keep("0.3", num_tokens=60)])
+    compressing.generate([prompt], [keep("0.3", num_tokens=12)])
     (answer,) = compressing.generate([longer], [greedy()])
     assert answer.num_cached_tokens == 0  # the block of 448 tokens holds generated ones
     assert list(answer.outputs[0].token_ids) == alone
 
 
 def test_tokens_generated_from_a_full_context_are_shared_as_ever(compressing, text_ids):
-    prompt = text_ids[:430]
-    longer = prompt + compressing.fresh_tokens(prompt, greedy(60))
+    prompt = text_ids[:440]
+    longer = prompt + compressing.fresh_tokens(prompt, greedy(12))
     (answer,) = compressing.generate([longer], [keep("0.5")])
     assert answer.num_cached_tokens == 448
 

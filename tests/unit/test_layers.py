@@ -40,7 +40,7 @@ def imports_of(path: Path) -> set[str]:
 
 def part_of(module: str) -> str:
     """`vllm_l2kv.worker.cpu` belongs to `worker`."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("vllm_l2kv.")])
@@ -93,7 +93,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 KVCacheSpecRegistry._ensure_registered()
 modules = [a, b, c, d, e, f, g, h, i, j]
 def snapshot():
-    classes = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, type) and v.__module__.startswith("vllm.")}
+    found = [v for m in modules for v in vars(m).values() if isinstance(v, type)]
+    classes = {id(v): v for v in found if v.__module__.startswith("vllm.")}
     return {(k.__qualname__, n): id(v) for k in classes.values() for n, v in vars(k).items()}
 before = snapshot()
 import vllm_l2kv

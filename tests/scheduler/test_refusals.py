@@ -1,0 +1,128 @@
+"""What is refused at start-up, in one sentence that says what to do."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SinkFullAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec, classify_layers, packed_block_size
+from vllm_l2kv.plugin import check_supported
+from vllm_l2kv.settings import Settings
+
+SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.bfloat16}
+
+
+def config(**changes):
+    parts = {
+        "kv_transfer_config": None,
+        "speculative_config": None,
+        "parallel_config": SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1
+        ),
+        "model_config": SimpleNamespace(runner_type="generate", is_encoder_decoder=False, rswa_window=None),
+        "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+    }
+    for path, value in changes.items():
+        owner, _, name = path.partition("__")
+        if name:
+            setattr(parts[owner], name, value)
+        else:
+            parts[owner] = value
+    return SimpleNamespace(**parts)
+
+
+def test_an_ordinary_configuration_passes():
+    check_supported(config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"model_config__runner_type": "pooling"}, "pooling"),
+        ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_config__rswa_window": 128}, "R-SWA"),
+        ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+    ],
+)
+def test_unsupported_settings_are_named(changes, setting):
+    with pytest.raises(ValueError, match=setting):
+        check_supported(config(**changes))
+
+
+def layers(*specs):
+    return {f"model.layers.{i}.self_attn.attn": spec for i, spec in enumerate(specs)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (MLAAttentionSpec(**SHAPE), "MLAAttentionSpec"),
+        (SinkFullAttentionSpec(**SHAPE, sink_len=4), "SinkFullAttentionSpec"),
+        (FullAttentionSpec(**SHAPE, sliding_window=128), "hybrid KV-cache manager"),
+        (FullAttentionSpec(**SHAPE, attention_chunk_size=128), "hybrid KV-cache manager"),
+        (FullAttentionSpec(**SHAPE, non_causal=True), "non-causally"),
+        (FullAttentionSpec(**{**SHAPE, "dtype": torch.uint8}), "--kv-cache-dtype"),
+    ],
+)
+def test_caches_that_cannot_be_compacted_are_named(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        classify_layers(layers(FullAttentionSpec(**SHAPE), spec), Settings(()))
+    assert "model.layers.1.self_attn.attn" in str(error.value)
+
+
+def test_a_full_layer_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"full_layers names layer 2, but .* 0 to 1"):
+        classify_layers(layers(*[FullAttentionSpec(**SHAPE)] * 2), Settings((0, 2)))
+
+
+def test_nothing_left_to_compress():
+    with pytest.raises(ValueError, match="name fewer layers"):
+        classify_layers(layers(*[FullAttentionSpec(**SHAPE)] * 2), Settings((0, 1)))
+
+
+def test_classes_of_an_ordinary_model():
+    classified = classify_layers(layers(*[FullAttentionSpec(**SHAPE)] * 6), Settings((0, 1)))
+    assert [type(spec) for spec in classified.values()] == [FullLayerSpec] * 2 + [CompressedLayerSpec] * 4
+    assert [spec.block_size for spec in classified.values()] == [32] * 2 + [16] * 4
+
+
+def test_more_full_layers_than_compressed_ones():
+    classified = classify_layers(layers(*[FullAttentionSpec(**SHAPE)] * 5), Settings((0, 1, 2)))
+    assert [spec.block_size for spec in classified.values()] == [16] * 3 + [16] * 2
+    classified = classify_layers(layers(*[FullAttentionSpec(**SHAPE)] * 5), Settings((0, 1, 2, 3)))
+    assert [spec.block_size for spec in classified.values()] == [16] * 4 + [64]
+
+
+def test_sliding_window_layers_are_left_alone():
+    window = SlidingWindowSpec(**SHAPE, sliding_window=512)
+    classified = classify_layers(layers(window, window, FullAttentionSpec(**SHAPE)), Settings(()))
+    assert list(classified.values())[:2] == [window, window]
+    assert type(list(classified.values())[2]) is CompressedLayerSpec
+
+
+def test_classes_never_merge():
+    full, compressed = FullLayerSpec(**SHAPE), CompressedLayerSpec(**SHAPE)
+    for specs in ([full, compressed], [compressed, full]):
+        with pytest.raises(AssertionError):
+            type(specs[0]).merge(specs)
+        assert not specs[0].is_uniform_with_collection(dict(enumerate(specs)))
+    assert CompressedLayerSpec.merge([compressed] * 3) == compressed
+
+
+@pytest.mark.parametrize(
+    ("num_rare", "num_common", "size"),
+    [(2, 30, 240), (2, 28, 224), (1, 15, 240), (3, 28, 144), (4, 4, 16)],
+)
+def test_packed_block_size(num_rare, num_common, size):
+    assert packed_block_size(16, num_rare, num_common) == size
