@@ -13,8 +13,8 @@ _ATTRIBUTE = "compactions"
 class GroupMove:
     """Blocks of one KV-cache group before and after a compaction.
 
-    `destination` either shares no block with `source` (fresh blocks) or is made of blocks that only this request
-    holds (in place). Within one step no block is a destination of one order and belongs to another.
+    `destination` either shares no block with `source` (fresh blocks) or is the beginning of `source`, blocks that only
+    this request holds (in place). Within one step no block is a destination of one order and belongs to another.
     """
 
     group_id: int

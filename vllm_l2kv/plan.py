@@ -11,18 +11,14 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-def in_place(private: Sequence[bool], num_destination_blocks: int) -> tuple[int, ...] | None:
-    """Picks the destination among a request's own blocks when the pool has too few free ones.
+def fits_in_place(private: Sequence[bool], num_destination_blocks: int) -> bool:
+    """Whether a request's own first blocks can take its kept rows when the pool has too few free ones.
 
-    Only blocks that nobody else holds may be written. The worker reads all rows before it writes any, so the choice
-    among them is free; the first ones leave the tail to be freed.
+    Only blocks that nobody else holds may be written. With the first blocks of the table as destination, a kept row
+    moves to its own slot or to an earlier one, so the rows can be moved in order without a copy of them.
 
     Args:
         private: For each block of the request's table, whether this request is its only holder.
         num_destination_blocks: Blocks that the kept rows need.
-
-    Returns:
-        Indices into the table, ascending, or `None` if there are too few private blocks.
     """
-    indices = [index for index, is_private in enumerate(private) if is_private][:num_destination_blocks]
-    return tuple(indices) if len(indices) == num_destination_blocks else None
+    return len(private) >= num_destination_blocks and all(private[:num_destination_blocks])

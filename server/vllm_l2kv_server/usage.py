@@ -84,10 +84,6 @@ def _add_to_event(event: str, box: UsageBox) -> str:
     return f"data: {_add_to_json(data, box).decode()}\n\n"
 
 
-def _num_evicted(numbers: Numbers) -> int:
-    return numbers["evicted_tokens"]
-
-
 def _add_to_json(body: bytes, box: UsageBox) -> bytes:
     numbers = box.total()
     answer = json.loads(body) if numbers is not None else None

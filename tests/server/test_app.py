@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from fastapi import FastAPI
+from vllm.envs import disable_envs_cache
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
@@ -71,6 +72,8 @@ class FakeServing:
 
 
 def make_app(monkeypatch, keep_ratio=1.0, groups=GROUPS) -> FastAPI:
+    # An engine in this process, of another test, makes vLLM remember the environment of its start.
+    disable_envs_cache()
     monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
     app = FastAPI()
     app.include_router(chat.router)

@@ -63,13 +63,13 @@ class CompressedLayerManager(FullAttentionManager):
         """Blocks that a compaction to `num_slots` rows needs."""
         return plan.num_blocks_for(num_slots, self.block_size)
 
-    def picks_in_place(self, request_id: str, num_slots: int) -> tuple[int, ...] | None:
-        """Indices of the request's own blocks that could take the rows, `None` if too many of them are shared."""
+    def fits_in_place(self, request_id: str, num_slots: int) -> bool:
+        """Whether the request's own first blocks could take `num_slots` rows."""
         private = [block.ref_cnt == 1 and not block.is_null for block in self.req_to_blocks[request_id]]
-        return plan.in_place(private, self.num_destination_blocks(num_slots))
+        return plan.fits_in_place(private, self.num_destination_blocks(num_slots))
 
     def compact(
-        self, request_id: str, num_evicted: int, num_slots: int, picked: tuple[int, ...] | None
+        self, request_id: str, num_evicted: int, num_slots: int, in_place: bool
     ) -> tuple[GroupMove, list[KVCacheBlock]]:
         """Points the request at the blocks of its kept rows.
 
@@ -77,7 +77,7 @@ class CompressedLayerManager(FullAttentionManager):
             request_id: The request, not compacted yet.
             num_evicted: Slots that vanish.
             num_slots: Rows that stay.
-            picked: Indices of the request's own blocks to use, or `None` to take fresh ones from the pool.
+            in_place: Use the request's own first blocks instead of fresh ones from the pool.
 
         Returns:
             The move, and the blocks that the caller must free once every order of this step has its blocks: freed
@@ -85,16 +85,15 @@ class CompressedLayerManager(FullAttentionManager):
         """
         assert request_id not in self.num_evicted
         source = self.req_to_blocks[request_id]
-        if picked is None:
-            destination = self.block_pool.get_new_blocks(self.num_destination_blocks(num_slots))
-        else:
-            destination = [source[index] for index in picked]
+        num_blocks = self.num_destination_blocks(num_slots)
+        if in_place:
+            destination, released = source[:num_blocks], source[num_blocks:]
             # Their contents are about to change under the hash that others would find them by.
             self.block_pool.evict_blocks({block.block_id for block in destination})
+        else:
+            destination, released = self.block_pool.get_new_blocks(num_blocks), source
         self.req_to_blocks[request_id] = destination
         self.num_evicted[request_id] = num_evicted
-        stays = {block.block_id for block in destination}
-        released = [block for block in source if block.block_id not in stays]
         move = GroupMove(
             self.kv_cache_group_id,
             tuple(block.block_id for block in source),

@@ -127,14 +127,13 @@ class L2KVScheduler(AsyncScheduler):
         # Tokens beyond the prompt: generated while compaction waited for blocks, or before a preemption. All kept.
         num_slots = request.num_computed_tokens - num_evicted
         needed = sum(manager.num_destination_blocks(num_slots) for manager in self._compressed)
-        fresh = needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
-        picks = [None if fresh else manager.picks_in_place(req_id, num_slots) for manager in self._compressed]
-        if not fresh and None in picks:
+        in_place = needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
+        if in_place and not all(manager.fits_in_place(req_id, num_slots) for manager in self._compressed):
             return None
 
         moves = []
-        for manager, picked in zip(self._compressed, picks, strict=True):
-            move, blocks = manager.compact(req_id, num_evicted, num_slots, picked)
+        for manager in self._compressed:
+            move, blocks = manager.compact(req_id, num_evicted, num_slots, in_place)
             moves.append(move)
             released.extend(blocks)
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
