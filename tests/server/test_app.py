@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from fastapi import FastAPI
-from vllm.envs import disable_envs_cache
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.envs import disable_envs_cache
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm_l2kv_server.app import KVCompressionEndpoints
 
