@@ -8,6 +8,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 SCHEDULER_CLS = "vllm_l2kv.scheduler.scheduler.L2KVScheduler"
 CPU_WORKER_CLS = "vllm_l2kv.worker.cpu.L2KVCPUWorker"
+GPU_WORKER_CLS = "vllm_l2kv.worker.gpu.L2KVGPUWorker"
 CPU_BLOCK_SIZE = 32
 
 
@@ -34,8 +35,10 @@ def device_engine_args() -> dict[str, Any]:
     """
     if current_platform.is_cpu():
         return {"scheduler_cls": SCHEDULER_CLS, "worker_cls": CPU_WORKER_CLS, "block_size": CPU_BLOCK_SIZE}
+    if current_platform.is_cuda():
+        return {"scheduler_cls": SCHEDULER_CLS, "worker_cls": GPU_WORKER_CLS}
     raise ValueError(
-        f"vllm-l2kv does not run on {current_platform.device_name} yet; use a machine where vLLM's platform is the CPU."
+        f"vllm-l2kv does not run on {current_platform.device_name}; use a machine with an NVIDIA GPU or a CPU only."
     )
 
 

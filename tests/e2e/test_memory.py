@@ -21,6 +21,7 @@ def test_both_groups_fill_the_pool_without_waste(compressing, all_layers):
 
 def test_a_request_holds_exactly_the_blocks_of_the_formula(compressing, text_ids):
     n, num_tokens = 1000, 70
+    assert compressing.kv_cache_manager.reset_prefix_cache()
     req_id = compressing.add("r", text_ids[:n], keep("0.5", num_tokens=num_tokens))
     evicted, seen = 0, set()
     while compressing.llm.llm_engine.has_unfinished_requests():

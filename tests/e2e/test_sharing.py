@@ -33,7 +33,7 @@ def test_one_group_hits_at_the_granularity_of_its_blocks(all_layers, text_ids):
 def rows_of(engine, req_id: str) -> list[LayerRows]:
     """Copies of everything that a request's tables point at in compressed layers."""
     copies = []
-    for group_id, layers in engine.worker._rows.items():
+    for group_id, layers in engine.worker._compactor._rows.items():
         blocks = [block.block_id for block in engine.managers[group_id].req_to_blocks[req_id]]
         copies += [LayerRows(rows.keys[blocks].clone(), rows.values[blocks].clone()) for rows in layers]
     return copies

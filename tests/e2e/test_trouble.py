@@ -17,7 +17,7 @@ def engine(request):
     engine.generate([[1, 2, 3]], [greedy(2)])
     assert not engine.scheduler._params
     assert not engine.scheduler._to_compact
-    assert not engine.worker._counts._num_evicted
+    assert len(engine.worker._runner.counts) == 0
 
 
 def full_layers_of(engine):

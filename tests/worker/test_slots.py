@@ -1,7 +1,9 @@
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_l2kv.worker.slots import CompressedAttentionGroup, CompressedBlockTable, EvictedCounts
+from vllm_l2kv.worker.runner_v1 import CompressedBlockTable, EvictedCounts, subtract_evicted
+from vllm_l2kv.worker.slots import PhysicalAttentionGroup, make_groups_physical
 
 
 class FakeTable:
@@ -62,12 +64,30 @@ def metadata(seq_lens: list[int]) -> CommonAttentionMetadata:
 
 
 def test_attention_sees_physical_lengths_and_vllm_keeps_its_own():
-    counts = counts_of(a=90)
-    group = CompressedAttentionGroup(None, [], None, 0, batch_counts=lambda: counts.of_batch(["a", "b"]))
     logical = metadata([100, 50, 0])  # the last row is padding
-    physical = group._with_physical_lengths(logical)
+    physical = subtract_evicted(logical, torch.tensor([90, 0], dtype=torch.int32))
     assert physical.seq_lens.tolist() == [10, 50, 0]
     assert physical.seq_lens_cpu_upper_bound.tolist() == [10, 50, 0]
     assert physical.max_seq_len == 50
     assert logical.seq_lens.tolist() == [100, 50, 0]
     assert logical.max_seq_len == 100
+
+
+class FakeBuilder:
+    def build(self, common_prefix_len, common_attn_metadata):
+        return "built", common_attn_metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata):
+        return "captured", common_attn_metadata
+
+
+def test_only_compressed_groups_become_physical():
+    groups = [[AttentionGroup(None, [], None, i, metadata_builders=[FakeBuilder()])] for i in range(2)]
+    held_elsewhere = groups[1]
+    make_groups_physical(groups, [1], lambda seen: ("physical", seen))
+    assert type(groups[0][0]) is AttentionGroup
+    (group,) = held_elsewhere
+    assert type(group) is PhysicalAttentionGroup
+    assert group.build_metadata("logical") == ("built", ("physical", "logical"))
+    assert group.build_metadata_for_cudagraph_capture("logical") == ("captured", ("physical", "logical"))
+    assert groups[0][0].build_metadata("logical") == ("built", "logical")

@@ -1,17 +1,17 @@
 """The worker for CPUs."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_l2kv.kernels.reference import LayerRows
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec
+from vllm_l2kv.worker.compactor import ReferenceCompactor
 from vllm_l2kv.worker.rows import cpu_rows
 from vllm_l2kv.worker.runner_v1 import RunnerV1
-from vllm_l2kv.worker.worker import CompactionWorker, RunnerAdapter
+from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Runner
 
 
 class L2KVCPUWorker(CompactionWorker, CPUWorker):
@@ -21,14 +21,21 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
         # The backend declares LBHNC only, but its kernels read head-major blocks at any stride.
         return [KVCacheLayout.BLHNC]
 
-    def _rows_of(self, layer: Any, spec: CompressedLayerSpec) -> LayerRows:
-        check_cpu_layout(layer.isa, spec)
-        return cpu_rows(layer.kv_cache, spec.head_size)
+    def _make_compactor(self, layers: GroupLayers) -> Compactor:
+        for group in layers.values():
+            for layer, spec in group[:1]:
+                check_cpu_layout(layer.isa, spec)
+        return ReferenceCompactor(
+            {
+                group_id: [cpu_rows(layer.kv_cache, spec.head_size) for layer, spec in group]
+                for group_id, group in layers.items()
+            }
+        )
 
-    def _adapt_runner(self, group_ids: list[int]) -> RunnerAdapter:
+    def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
         if self.use_v2_model_runner:
             raise ValueError("vllm-l2kv needs runner V1 on a CPU; set VLLM_USE_V2_MODEL_RUNNER=0.")
-        return RunnerV1(self.model_runner, group_ids, self._counts)
+        return RunnerV1(self.model_runner, group_ids)
 
 
 def check_cpu_layout(isa: str, spec: CompressedLayerSpec) -> None:

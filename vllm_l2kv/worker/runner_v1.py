@@ -1,46 +1,134 @@
-"""Runner V1 (`gpu_model_runner.GPUModelRunner`), which vLLM uses on CPUs: where its tables are and how a row changes.
+"""Runner V1 (`gpu_model_runner.GPUModelRunner`), which vLLM uses on CPUs."""
 
-A second runner needs the same two methods and nothing else of the worker.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.block_table import BlockTable
 
-from vllm_l2kv.messages import GroupMove
-from vllm_l2kv.worker.slots import CompressedAttentionGroup, CompressedBlockTable, EvictedCounts
+from vllm_l2kv.messages import CompactionOrder
+from vllm_l2kv.worker.slots import make_groups_physical
+
+BatchCounts = Callable[[], torch.Tensor | None]
 
 
 class RunnerV1:
-    """Makes a runner's compressed groups physical and rewrites their block-table rows.
+    """Makes a runner's compressed groups physical and obeys orders on its side.
 
     Args:
         runner: vLLM's runner, its KV cache initialised.
         group_ids: Compressed KV-cache groups.
-        counts: Shared with the worker, which keeps it up to date.
     """
 
-    def __init__(self, runner: Any, group_ids: Iterable[int], counts: EvictedCounts) -> None:
+    def __init__(self, runner: Any, group_ids: Sequence[int]) -> None:
         self._runner = runner
-        self._counts = counts
+        self.counts = EvictedCounts()
         tables = runner.input_batch.block_table.block_tables
         for group_id in group_ids:
-            tables[group_id] = CompressedBlockTable(tables[group_id], self._batch_counts)
-            runner.attn_groups[group_id] = [
-                CompressedAttentionGroup.of(group, self._batch_counts) for group in runner.attn_groups[group_id]
-            ]
+            tables[group_id] = CompressedBlockTable(tables[group_id], self._of_batch)
+        make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
-    def rewrite_row(self, req_id: str, move: GroupMove) -> None:
-        """Points a request at the blocks of its kept rows.
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drops requests that finished, were aborted or preempted."""
+        self.counts.forget(req_ids)
+
+    def apply(self, orders: Iterable[CompactionOrder]) -> None:
+        """Points requests at the blocks of their kept rows.
 
         Both the request's state and, if it is in the batch, its row: a request that sits out a step leaves the batch
         and comes back by its state.
         """
-        self._runner.requests[req_id].block_ids[move.group_id][:] = move.destination
-        row = self._runner.input_batch.req_id_to_index.get(req_id)
-        if row is not None:
-            self._runner.input_batch.block_table[move.group_id].add_row(list(move.destination), row)
+        batch = self._runner.input_batch
+        for order in orders:
+            row = batch.req_id_to_index.get(order.req_id)
+            for move in order.moves:
+                self._runner.requests[order.req_id].block_ids[move.group_id][:] = move.destination
+                if row is not None:
+                    batch.block_table[move.group_id].add_row(list(move.destination), row)
+            self.counts.set(order.req_id, order.num_evicted)
 
-    def _batch_counts(self) -> torch.Tensor | None:
-        return self._counts.of_batch(self._runner.input_batch.req_ids)
+    def _of_batch(self) -> torch.Tensor | None:
+        return self.counts.of_batch(self._runner.input_batch.req_ids)
+
+    def _make_physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        counts = self._of_batch()
+        return metadata if counts is None else subtract_evicted(metadata, counts)
+
+
+class EvictedCounts:
+    """Slots by which each compacted request's positions moved forward; requests not compacted are absent."""
+
+    def __init__(self) -> None:
+        self._num_evicted: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._num_evicted)
+
+    def set(self, req_id: str, num_evicted: int) -> None:
+        """Notes a compaction."""
+        self._num_evicted[req_id] = num_evicted
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drops requests; those never compacted may be among them."""
+        for req_id in req_ids:
+            self._num_evicted.pop(req_id, None)
+
+    def of_batch(self, req_ids: Sequence[str]) -> torch.Tensor | None:
+        """Counts in batch order.
+
+        Args:
+            req_ids: The batch's requests.
+
+        Returns:
+            `[len(req_ids)]` int32 on the CPU, or `None` if none of them is compacted.
+        """
+        if not self._num_evicted:
+            return None
+        counts = [self._num_evicted.get(req_id, 0) for req_id in req_ids]
+        return torch.tensor(counts, dtype=torch.int32) if any(counts) else None
+
+
+class CompressedBlockTable:
+    """Stands before one group's `BlockTable` and gives it slots for positions: `slot = position - num_evicted`.
+
+    Everything else goes to the table itself.
+    """
+
+    def __init__(self, table: BlockTable, of_batch: BatchCounts) -> None:
+        self._table = table
+        self._of_batch = of_batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def compute_slot_mapping(self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor) -> None:
+        """As vLLM's, for slots.
+
+        Args:
+            num_reqs: Requests in the batch.
+            query_start_loc: `[num_reqs + 1]` int32, where each request's tokens begin.
+            positions: `[num_tokens]` int64.
+        """
+        counts = self._of_batch()
+        if counts is not None:
+            num_tokens_of = query_start_loc[1 : num_reqs + 1] - query_start_loc[:num_reqs]
+            positions = positions - torch.repeat_interleave(counts[:num_reqs], num_tokens_of)
+        self._table.compute_slot_mapping(num_reqs, query_start_loc, positions)
+
+
+def subtract_evicted(metadata: CommonAttentionMetadata, counts: torch.Tensor) -> CommonAttentionMetadata:
+    """The metadata with physical lengths; vLLM's own tensors stay as they are.
+
+    Args:
+        metadata: Of a batch, maybe padded.
+        counts: `[num_reqs]` int32, evicted slots in batch order.
+    """
+    seq_lens = metadata.seq_lens.clone()
+    seq_lens[: counts.shape[0]] -= counts
+    changes: dict[str, Any] = {"seq_lens": seq_lens, "max_seq_len": int(seq_lens.max())}
+    if metadata.seq_lens_cpu_upper_bound is not None:
+        upper_bound = metadata.seq_lens_cpu_upper_bound.clone()
+        upper_bound[: counts.shape[0]] -= counts
+        changes["seq_lens_cpu_upper_bound"] = upper_bound
+    return metadata.replace(**changes)

@@ -1,0 +1,209 @@
+"""The GPU kernels against the torch reference; without a GPU in Triton's interpreter, on smaller sizes."""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
+from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.scoring import l2
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU here; test_interpreted.py runs these in Triton's interpreter", allow_module_level=True)
+
+from vllm_l2kv.kernels import slots  # noqa: E402
+from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor  # noqa: E402
+
+NUM_KV_HEADS = 2
+
+
+class Pool:
+    """A pool in one of vLLM's layouts, filled with keys whose norms all differ."""
+
+    def __init__(self, num_blocks, block_size, num_layers=2, dtype=torch.bfloat16, head_size=64, layout="BLHNC"):
+        generator = torch.Generator().manual_seed(num_blocks + block_size)
+        sizes = {"B": num_blocks, "L": num_layers, "H": NUM_KV_HEADS, "N": block_size, "C": 2 * head_size}
+        pool = torch.randn([sizes[axis] for axis in layout], generator=generator).to(dtype).to(DEVICE)
+        self.views = pool.permute([layout.index(axis) for axis in "LBHNC"])
+        # Exact in every type, and so far apart that the order of summation cannot matter.
+        scale = torch.randint(1, 2**14, (num_layers, num_blocks, NUM_KV_HEADS, block_size), generator=generator)
+        self.views[..., :head_size] = 0
+        self.views[..., 0] = (scale / 2**7).to(dtype).to(DEVICE)
+        self.head_size = head_size
+
+    def rows(self, layer: int) -> LayerRows:
+        view = self.views[layer]
+        return LayerRows(view[..., : self.head_size], view[..., self.head_size :])
+
+    def compactor(self, max_num_tokens: int = 512) -> GroupCompactor:
+        return GroupCompactor(GroupCache.of(list(self.views), self.head_size), 0, max_num_tokens)
+
+
+def order(source, destination, n, num_keep, num_tokens=None, first=0, last=0) -> CompactionOrder:
+    num_tokens = n if num_tokens is None else num_tokens
+    return CompactionOrder(
+        "r", n, num_keep, num_tokens, first, last, (GroupMove(0, tuple(source), tuple(destination)),)
+    )
+
+
+def tables(num_blocks: int, *counts: int) -> list[list[int]]:
+    """Disjoint tables of shuffled blocks."""
+    blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(num_blocks)).tolist()
+    cuts = itertools.accumulate(counts, initial=0)
+    return [blocks[begin:end] for begin, end in itertools.pairwise(cuts)]
+
+
+def check(pool: Pool, orders: list[CompactionOrder], max_num_tokens: int = 512) -> None:
+    expected = pool.views.clone()
+    for i in range(pool.views.shape[0]):
+        rows = LayerRows(expected[i][..., : pool.head_size], expected[i][..., pool.head_size :])
+        for o in orders:
+            (move,) = o.moves
+            source, destination = (torch.tensor(blocks, device=DEVICE) for blocks in (move.source, move.destination))
+            compact_layer(
+                rows,
+                source,
+                destination,
+                o.num_prompt_tokens,
+                o.num_keep,
+                o.num_tokens,
+                o.protect_first,
+                o.protect_last,
+            )
+    pool.compactor(max_num_tokens).compact(orders)
+    assert torch.equal(pool.views, expected)
+
+
+LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 130]
+if ON_GPU:
+    LENGTHS += [1000, 2047, 2048, 2049, 30_000]
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("num_generated", [0, 3])
+def test_every_moved_row_is_equal(n, num_generated):
+    num_keep, num_tokens = max(n // 3, 1), n + num_generated
+    counts = -(-num_tokens // 16), -(-(num_keep + num_generated) // 16)
+    source, destination = tables(sum(counts) + 3, *counts)
+    check(Pool(sum(counts) + 3, 16), [order(source, destination, n, num_keep, num_tokens)], max_num_tokens=n)
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
+def test_head_sizes_and_layouts(head_size, layout):
+    source, destination = tables(12, 6, 3)
+    check(Pool(12, 16, head_size=head_size, layout=layout), [order(source, destination, 90, 40, 93)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_types(dtype):
+    source, destination = tables(12, 6, 3)
+    check(Pool(12, 16, dtype=dtype), [order(source, destination, 90, 40, 93)])
+
+
+@pytest.mark.parametrize(("first", "last"), [(4, 0), (0, 9), (4, 9), (40, 0)])
+def test_protection(first, last):
+    source, destination = tables(12, 6, 3)
+    check(Pool(12, 16), [order(source, destination, 90, 40, 93, first, last)])
+
+
+@pytest.mark.parametrize("num_keep", [1, 45, 89, 90])
+def test_in_place(num_keep):
+    (source,) = tables(12, 6)
+    num_destination = -(-(num_keep + 3) // 16)
+    check(Pool(12, 16), [order(source, source[:num_destination], 90, num_keep, 93)])
+
+
+def test_several_orders_in_one_launch():
+    a, b, c, d, e = tables(30, 6, 3, 4, 1, 5)
+    orders = [order(a, b, 90, 40, 93), order(c, d, 50, 10), order(e, e[:2], 70, 20, 75, 2, 2)]
+    check(Pool(30, 16), orders)
+
+
+def test_more_orders_than_the_scratch_memory_holds():
+    a, b, c, d = tables(30, 6, 3, 4, 1)
+    check(Pool(30, 16), [order(a, b, 90, 40, 93), order(c, d, 50, 10)], max_num_tokens=90)
+
+
+def test_ties_go_to_the_lower_position():
+    pool = Pool(8, 16)
+    pool.views[..., : pool.head_size] = 1
+    source, destination = tables(8, 4, 2)
+    check(pool, [order(source, destination, 60, 21)])
+
+
+def test_norms_of_random_keys_select_as_the_reference():
+    """Summation order may differ in the last bit: kept sets may differ only among keys that close to the edge."""
+    pool = Pool(10, 16, dtype=torch.float32, head_size=64)
+    pool.views.copy_(torch.randn(pool.views.shape, generator=torch.Generator().manual_seed(0)))
+    source, destination = tables(10, 6, 3)
+    before = pool.views.clone()
+    pool.compactor().compact([order(source, destination, 90, 40)])
+    for layer in range(pool.views.shape[0]):
+        keys = before[layer][source][..., :64].transpose(0, 1).flatten(1, 2)[:, :90]
+        kept = select(l2(keys), 40)
+        norms = torch.linalg.vector_norm(keys, dim=-1)
+        got = pool.views[layer][destination][..., :64].transpose(0, 1).flatten(1, 2)[:, :40]
+        expected = norms.gather(1, kept)
+        assert torch.allclose(torch.linalg.vector_norm(got, dim=-1).sort().values, expected.sort().values, rtol=1e-6)
+
+
+def test_layers_must_be_alike():
+    pool = Pool(4, 16)
+    with pytest.raises(ValueError, match="differ"):
+        GroupCache.of([pool.views[0], pool.views[1][:2]], 64)
+
+
+# --- slots
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [5, 1, 40], [2000, 1]])
+def test_slot_mappings_against_a_loop(lengths):
+    num_reqs, max_num_reqs, block_sizes = len(lengths), 8, [64, 16]
+    generator = torch.Generator().manual_seed(sum(lengths))
+    states = torch.randperm(max_num_reqs, generator=generator)[:num_reqs].to(torch.int32)
+    starts = torch.randint(200, 400, (num_reqs,), generator=generator)
+    evicted = torch.randint(0, 200, (max_num_reqs,), generator=generator).to(torch.int32)
+    group_tables = [
+        torch.randint(1, 10_000, (max_num_reqs, 256), generator=generator).to(torch.int32) for _ in block_sizes
+    ]
+    query_start_loc = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    positions = torch.cat([start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)])
+    num_tokens, max_num_tokens = sum(lengths), sum(lengths) + 10
+
+    expected = torch.full((2, max_num_tokens), -1)
+    for group, block_size in enumerate(block_sizes):
+        for i in range(num_reqs):
+            for token in range(int(query_start_loc[i]), int(query_start_loc[i + 1])):
+                slot = int(positions[token]) - (int(evicted[states[i]]) if group == 1 else 0)
+                block = int(group_tables[group][states[i], slot // block_size])
+                expected[group, token] = block * block_size + slot % block_size
+
+    on_device = [table.to(DEVICE) for table in group_tables]
+    out = torch.full((2, max_num_tokens), -7, device=DEVICE)
+    slots.slot_mappings(
+        out,
+        states.to(DEVICE),
+        query_start_loc.to(DEVICE),
+        positions.to(DEVICE),
+        evicted.to(DEVICE),
+        torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
+        torch.tensor([table.data_ptr() for table in on_device], dtype=torch.uint64, device=DEVICE),
+        torch.tensor([table.stride(0) for table in on_device], device=DEVICE),
+        torch.tensor(block_sizes, dtype=torch.int32, device=DEVICE),
+    )
+    assert torch.equal(out.cpu(), expected)
+    assert num_tokens < max_num_tokens
+
+
+def test_physical_lengths_leave_padding_alone():
+    out = torch.full((5,), -7, dtype=torch.int32, device=DEVICE)
+    seq_lens = torch.tensor([100, 50, 70, 0, 3], dtype=torch.int32, device=DEVICE)
+    idx_mapping = torch.tensor([2, 0, -1], dtype=torch.int32, device=DEVICE)
+    num_evicted = torch.tensor([5, 1000, 90], dtype=torch.int32, device=DEVICE)
+    slots.physical_lengths(out, seq_lens, idx_mapping, num_evicted)
+    assert out.tolist() == [10, 45, 70, 0, 3]

@@ -1,0 +1,306 @@
+"""Compaction on a GPU: three launches for all layers, heads and requests of a KV-cache group in one step.
+
+    score    norms of the prompt's keys, straight from the paged cache
+    select   each head's kept positions, ascending
+    move     kept rows, then rows of generated tokens, into the destination blocks
+
+Equals `vllm_l2kv.kernels.reference`. Knows nothing of vLLM. Names: `i_` program index, `o_` offsets, `m_` mask, `b_`
+loaded values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_l2kv.messages import CompactionOrder
+
+SCORE_ROWS = 64
+SELECT_TILE = 2048
+MOVE_ROWS = 32
+MOVE_SPLIT = 8
+NUM_ORDER_FIELDS = 9
+
+
+@dataclass(frozen=True)
+class GroupCache:
+    """The caches of a group's compressed layers, alike but for their address.
+
+    Attributes:
+        layers: One view a layer, `[num_blocks, num_kv_heads, block_size, content]`; a row is contiguous and holds
+            the key, then the value.
+        head_size: Elements of a key.
+        pointers: `[num_layers]` int64, addresses of the views.
+    """
+
+    layers: tuple[torch.Tensor, ...]
+    head_size: int
+    pointers: torch.Tensor
+
+    @classmethod
+    def of(cls, layers: Sequence[torch.Tensor], head_size: int) -> "GroupCache":
+        """Checks that the layers are alike.
+
+        Raises:
+            ValueError: Shapes, strides or types differ, or rows are not contiguous.
+        """
+        first = layers[0]
+        for layer in layers:
+            if (layer.shape, layer.stride(), layer.dtype) != (first.shape, first.stride(), first.dtype):
+                raise ValueError("layers of a KV-cache group differ in shape, strides or type")
+        if first.stride(3) != 1:
+            raise ValueError("rows of the KV cache are not contiguous")
+        pointers = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64, device=first.device)
+        return cls(tuple(layers), head_size, pointers)
+
+    @property
+    def num_rows_per_token(self) -> int:
+        """Layers times heads: selections that one prompt takes."""
+        return len(self.layers) * self.layers[0].shape[1]
+
+
+class GroupCompactor:
+    """Carries out the orders of one KV-cache group.
+
+    Args:
+        cache: The group's caches.
+        group_id: Its id in `GroupMove`.
+        max_num_tokens: Longest prompt; one such prompt always fits the scratch memory.
+    """
+
+    def __init__(self, cache: GroupCache, group_id: int, max_num_tokens: int) -> None:
+        self.cache = cache
+        self.group_id = group_id
+        # Norms as sortable integers, then the kept positions in the same place.
+        self._scratch = torch.empty(
+            cache.num_rows_per_token * max_num_tokens, dtype=torch.int32, device=cache.pointers.device
+        )
+
+    def compact(self, orders: Sequence[CompactionOrder]) -> None:
+        """Launches the kernels; several orders at a time, as many as the scratch memory holds."""
+        batch: list[CompactionOrder] = []
+        num_tokens = 0
+        for order in orders:
+            capacity = self._scratch.numel() // self.cache.num_rows_per_token
+            if batch and num_tokens + order.num_prompt_tokens > capacity:
+                self._launch(batch)
+                batch, num_tokens = [], 0
+            batch.append(order)
+            num_tokens += order.num_prompt_tokens
+        if batch:
+            self._launch(batch)
+
+    def _launch(self, orders: Sequence[CompactionOrder]) -> None:
+        cache = self.cache
+        layer = cache.layers[0]
+        num_kv_heads, block_size, content = layer.shape[1:]
+        table, tiles = self._tables(orders)
+        num_selections = cache.num_rows_per_token
+        strides = layer.stride()[:3]
+        _score_kernel[(len(tiles) // 2, num_selections)](
+            cache.pointers, layer, table, tiles, self._scratch, *strides, num_kv_heads, block_size,
+            HEAD_SIZE=cache.head_size, HEAD_PADDED=triton.next_power_of_2(cache.head_size),
+            ORDER_FIELDS=NUM_ORDER_FIELDS, ROWS=SCORE_ROWS,
+        )  # fmt: skip
+        _select_kernel[(len(orders), num_selections)](
+            table, self._scratch, ORDER_FIELDS=NUM_ORDER_FIELDS, TILE=SELECT_TILE, num_warps=8
+        )
+        _move_kernel[(len(orders), num_selections, MOVE_SPLIT)](
+            cache.pointers, layer, table, self._scratch, *strides, num_kv_heads, block_size,
+            CONTENT=content, CONTENT_PADDED=triton.next_power_of_2(content),
+            ORDER_FIELDS=NUM_ORDER_FIELDS, ROWS=MOVE_ROWS, SPLIT=MOVE_SPLIT,
+        )  # fmt: skip
+
+    def _tables(self, orders: Sequence[CompactionOrder]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything the kernels must know of the orders, in one transfer.
+
+        Returns:
+            `table`, int32: `NUM_ORDER_FIELDS` numbers an order, then all block ids. `tiles`, int32: (order, tile)
+            pairs, one for each `SCORE_ROWS` prompt tokens.
+        """
+        fields: list[int] = []
+        blocks: list[int] = []
+        tiles: list[int] = []
+        first_block = len(orders) * NUM_ORDER_FIELDS
+        first_score = 0
+        for i, order in enumerate(orders):
+            (move,) = (move for move in order.moves if move.group_id == self.group_id)
+            source = first_block + len(blocks)
+            blocks += [*move.source, *move.destination]
+            fields += [
+                order.num_prompt_tokens,
+                order.num_keep,
+                order.num_tokens,
+                order.protect_first,
+                order.protect_last,
+                source,
+                source + len(move.source),
+                len(move.destination),
+                first_score,
+            ]
+            first_score += order.num_prompt_tokens
+            for tile in range(-(-order.num_prompt_tokens // SCORE_ROWS)):
+                tiles += [i, tile]
+        numbers = torch.tensor([*fields, *blocks, *tiles], dtype=torch.int32)
+        if self._scratch.is_cuda:
+            numbers = numbers.pin_memory().to(self._scratch.device, non_blocking=True)
+        return numbers[: len(fields) + len(blocks)], numbers[len(fields) + len(blocks) :]
+
+
+@triton.jit
+def _row_base(pointers, like, i_layer):
+    """Address of a layer's cache, as a pointer of the cache's element type."""
+    return tl.load(pointers + i_layer).to(like.dtype)
+
+
+@triton.jit
+def _score_kernel(
+    pointers,  # [num_layers] int64
+    like,  # a tensor of the cache's type
+    table,  # [num_orders * ORDER_FIELDS + num_blocks] int32
+    tiles,  # [num_tiles, 2] int32
+    scores,  # [num_selections * num_tokens] int32
+    stride_block,
+    stride_head,
+    stride_slot,
+    num_kv_heads,
+    block_size,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    ORDER_FIELDS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    i_tile, i_selection = tl.program_id(0), tl.program_id(1)
+    i_layer, i_head = i_selection // num_kv_heads, i_selection % num_kv_heads
+    order = table + tl.load(tiles + 2 * i_tile) * ORDER_FIELDS
+    num_prompt_tokens = tl.load(order)
+    protect_first, protect_last = tl.load(order + 3), tl.load(order + 4)
+    source = table + tl.load(order + 5)
+    first_score = tl.load(order + 8).to(tl.int64)
+
+    o_token = tl.load(tiles + 2 * i_tile + 1) * ROWS + tl.arange(0, ROWS)
+    m_token = o_token < num_prompt_tokens
+    b_block = tl.load(source + o_token // block_size, mask=m_token, other=0).to(tl.int64)
+    o_row = b_block * stride_block + i_head * stride_head + (o_token % block_size).to(tl.int64) * stride_slot
+    o_dim = tl.arange(0, HEAD_PADDED)
+    mask = m_token[:, None] & (o_dim < HEAD_SIZE)[None, :]
+    base = _row_base(pointers, like, i_layer)
+    b_key = tl.load(base + o_row[:, None] + o_dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_norm = tl.sqrt_rn(tl.sum(b_key * b_key, axis=1))
+
+    # Norms are not negative, so their bits sort as they do. 0 is kept for protected tokens; a NaN sorts last.
+    b_bits = tl.minimum(b_norm.to(tl.int32, bitcast=True), 0x7FFFFFFE) + 1
+    m_protected = (o_token < protect_first) | (o_token >= num_prompt_tokens - protect_last)
+    o_score = (first_score * tl.num_programs(1)) + i_selection.to(tl.int64) * num_prompt_tokens + o_token
+    tl.store(scores + o_score, tl.where(m_protected, 0, b_bits), mask=m_token)
+
+
+@triton.jit
+def _select_kernel(
+    table,  # [num_orders * ORDER_FIELDS + num_blocks] int32
+    scores,  # [num_selections * num_tokens] int32; the kept positions replace the scores
+    ORDER_FIELDS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    i_order, i_selection = tl.program_id(0), tl.program_id(1)
+    order = table + i_order * ORDER_FIELDS
+    num_prompt_tokens, num_keep = tl.load(order), tl.load(order + 1)
+    first_score = tl.load(order + 8).to(tl.int64)
+    row = scores + first_score * tl.num_programs(1) + i_selection.to(tl.int64) * num_prompt_tokens
+
+    # Radix search for the num_keep-th smallest score, a byte at a time from the top.
+    o_bin = tl.arange(0, 512)
+    prefix = 0
+    remaining = num_keep
+    for step in tl.static_range(4):
+        shift: tl.constexpr = 24 - 8 * step
+        b_count = tl.zeros([512], dtype=tl.int32)
+        for start in range(0, num_prompt_tokens, TILE):
+            o_token = start + tl.arange(0, TILE)
+            m_token = o_token < num_prompt_tokens
+            b_score = tl.load(row + o_token, mask=m_token, other=0)
+            # The top byte has nothing above it; scores are below 2^31, so shifts stay in range.
+            if step == 0:  # noqa: SIM108  a compile-time branch
+                m_candidate = m_token
+            else:
+                m_candidate = m_token & ((b_score >> (shift + 8)) == prefix)
+            b_bin = tl.where(m_candidate, (b_score >> shift) & 0xFF, 256)
+            b_count += tl.histogram(b_bin, 512)
+        b_count = tl.where(o_bin < 256, b_count, 0)
+        b_total = tl.cumsum(b_count, axis=0)
+        b_before = (b_total < remaining) & (o_bin < 256)
+        bin_ = tl.sum(b_before.to(tl.int32), axis=0)
+        remaining -= tl.sum(tl.where(b_before, b_count, 0), axis=0)
+        prefix = prefix * 256 + bin_
+    threshold = prefix
+    # `remaining` of the scores equal to the threshold are kept: those of the lowest positions.
+
+    num_taken = 0
+    num_equal = 0
+    for start in range(0, num_prompt_tokens, TILE):
+        o_token = start + tl.arange(0, TILE)
+        m_token = o_token < num_prompt_tokens
+        b_score = tl.load(row + o_token, mask=m_token, other=0x7FFFFFFF)
+        b_equal = ((b_score == threshold) & m_token).to(tl.int32)
+        b_rank = num_equal + tl.cumsum(b_equal, axis=0)
+        b_take = (((b_score < threshold) & m_token) | ((b_equal == 1) & (b_rank <= remaining))).to(tl.int32)
+        o_kept = num_taken + tl.cumsum(b_take, axis=0) - 1
+        # Kept positions never overtake the tiles that are read: a row of n scores ends as num_keep <= n positions.
+        tl.debug_barrier()
+        tl.store(row + o_kept, o_token, mask=b_take == 1)
+        num_taken += tl.sum(b_take, axis=0)
+        num_equal += tl.sum(b_equal, axis=0)
+
+
+@triton.jit
+def _move_kernel(
+    pointers,  # [num_layers] int64
+    like,  # a tensor of the cache's type
+    table,  # [num_orders * ORDER_FIELDS + num_blocks] int32
+    kept,  # [num_selections * num_tokens] int32
+    stride_block,
+    stride_head,
+    stride_slot,
+    num_kv_heads,
+    block_size,
+    CONTENT: tl.constexpr,
+    CONTENT_PADDED: tl.constexpr,
+    ORDER_FIELDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    i_order, i_selection, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_layer, i_head = i_selection // num_kv_heads, i_selection % num_kv_heads
+    order = table + i_order * ORDER_FIELDS
+    num_prompt_tokens, num_keep, num_tokens = tl.load(order), tl.load(order + 1), tl.load(order + 2)
+    source, destination = table + tl.load(order + 5), table + tl.load(order + 6)
+    num_slots = tl.load(order + 7) * block_size
+    first_score = tl.load(order + 8).to(tl.int64)
+    row = kept + first_score * tl.num_programs(1) + i_selection.to(tl.int64) * num_prompt_tokens
+    base = _row_base(pointers, like, i_layer) + i_head * stride_head
+    o_content = tl.arange(0, CONTENT_PADDED)
+    m_content = (o_content < CONTENT)[None, :]
+
+    # In place a row may lie where another is about to be written. Destination blocks are the first source blocks then,
+    # and kept positions ascend, so slot j takes a row from slot j or later: one program, in order, reads a tile before
+    # it writes it. Into fresh blocks the tiles are independent.
+    in_place = tl.load(source) == tl.load(destination)
+    step = tl.where(in_place, 1, SPLIT)
+    first = tl.where(in_place & (i_split > 0), num_slots, i_split * ROWS)
+    for start in range(first, num_slots, step * ROWS):
+        o_slot = start + tl.arange(0, ROWS)
+        m_kept = o_slot < num_keep
+        b_position = tl.load(row + o_slot, mask=m_kept, other=0)
+        b_position = tl.where(m_kept, b_position, o_slot - num_keep + num_prompt_tokens)
+        m_row = b_position < num_tokens
+        b_block = tl.load(source + b_position // block_size, mask=m_row, other=0).to(tl.int64)
+        o_from = b_block * stride_block + (b_position % block_size).to(tl.int64) * stride_slot
+        b_row = tl.load(base + o_from[:, None] + o_content[None, :], mask=m_row[:, None] & m_content, other=0)
+
+        m_slot = o_slot < num_slots
+        b_block = tl.load(destination + o_slot // block_size, mask=m_slot, other=0).to(tl.int64)
+        o_to = b_block * stride_block + (o_slot % block_size).to(tl.int64) * stride_slot
+        tl.debug_barrier()
+        tl.store(base + o_to[:, None] + o_content[None, :], b_row, mask=m_slot[:, None] & m_content)

@@ -1,0 +1,56 @@
+"""The worker for NVIDIA GPUs."""
+
+from collections.abc import Sequence
+
+import torch
+from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor
+from vllm_l2kv.messages import CompactionOrder
+from vllm_l2kv.worker.runner_v2 import RunnerV2
+from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Runner
+
+
+class L2KVGPUWorker(CompactionWorker, Worker):
+    """vLLM's GPU worker that compacts, with Triton kernels."""
+
+    def _packed_layouts(self) -> list[KVCacheLayout]:
+        return [KVCacheLayout.BLHNC]
+
+    def _make_compactor(self, layers: GroupLayers) -> Compactor:
+        return TritonCompactor(layers, self.vllm_config.model_config.max_model_len)
+
+    def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
+        if not self.use_v2_model_runner:
+            raise ValueError(
+                "vllm-l2kv needs vLLM's runner V2 on a GPU, and this configuration uses V1; vLLM's log names the "
+                "setting that asks for it, or set VLLM_USE_V2_MODEL_RUNNER=1."
+            )
+        return RunnerV2(self.model_runner, group_ids)
+
+
+class TritonCompactor:
+    """The kernels, once for all layers of a group that are alike.
+
+    Args:
+        layers: Compressed groups to their attention layers and specs.
+        max_num_tokens: Longest prompt.
+    """
+
+    def __init__(self, layers: GroupLayers, max_num_tokens: int) -> None:
+        alike: dict[tuple[int, int, object], list[torch.Tensor]] = {}
+        for group_id, group in layers.items():
+            for layer, spec in group:
+                cache = layer.kv_cache
+                like = (cache.dtype, tuple(cache.shape), cache.stride())
+                alike.setdefault((group_id, spec.head_size, like), []).append(cache)
+        self._compactors = [
+            GroupCompactor(GroupCache.of(caches, head_size), group_id, max_num_tokens)
+            for (group_id, head_size, _), caches in alike.items()
+        ]
+
+    def compact(self, orders: Sequence[CompactionOrder]) -> None:
+        """Launches the kernels for all orders of a step."""
+        for compactor in self._compactors:
+            compactor.compact(orders)

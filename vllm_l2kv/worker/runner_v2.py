@@ -1,0 +1,140 @@
+"""Runner V2 (`gpu.model_runner.GPUModelRunner`), vLLM's default on GPUs.
+
+Its tables live on the device and its metadata in CUDA graphs, so slots and lengths are made by kernels, in buffers
+that never move. Nothing here waits for the device or looks at each request of a batch.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+
+from vllm_l2kv.kernels.slots import physical_lengths, slot_mappings
+from vllm_l2kv.messages import CompactionOrder
+from vllm_l2kv.worker.slots import make_groups_physical
+
+
+class RunnerV2:
+    """Makes a runner's compressed groups physical and obeys orders on its side.
+
+    Args:
+        runner: vLLM's runner, its KV cache initialised and no CUDA graph captured.
+        group_ids: Compressed KV-cache groups.
+    """
+
+    def __init__(self, runner: Any, group_ids: Sequence[int]) -> None:
+        self._runner = runner
+        self.counts = EvictedCounts(runner.max_num_reqs)
+        self._tables = CompressedBlockTables(runner.block_tables, group_ids, self.counts)
+        self._seq_lens = torch.zeros(runner.max_num_reqs, dtype=torch.int32, device=runner.device)
+        runner.block_tables = self._tables
+        make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drops requests that finished, were aborted or preempted."""
+        self.counts.forget(req_ids)
+
+    def apply(self, orders: Iterable[CompactionOrder]) -> None:
+        """Points requests at the blocks of their kept rows; the runner sends the rows to the device with its own."""
+        for order in orders:
+            state = self._runner.req_states.req_id_to_index[order.req_id]
+            for move in order.moves:
+                self._tables.block_tables[move.group_id].stage_write(state, 0, list(move.destination))
+                self._tables.num_blocks.np[move.group_id, state] = len(move.destination)
+            self.counts.set(order.req_id, state, order.num_evicted)
+        self.counts.publish()
+
+    def _make_physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """The same buffer at capture and at replay; the host's upper bounds stay logical, for they are bounds."""
+        seq_lens = self._seq_lens[: metadata.seq_lens.shape[0]]
+        idx_mapping = self._tables.idx_mapping
+        if idx_mapping is None or not len(self.counts):
+            seq_lens.copy_(metadata.seq_lens)
+        else:
+            physical_lengths(seq_lens, metadata.seq_lens, idx_mapping, self.counts.on_device)
+        return metadata.replace(seq_lens=seq_lens)
+
+
+class EvictedCounts:
+    """Slots by which each compacted request's positions moved forward, by the runner's request state."""
+
+    def __init__(self, max_num_reqs: int) -> None:
+        self._counts = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        self._state_of: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._state_of)
+
+    @property
+    def on_device(self) -> torch.Tensor:
+        """`[max_num_reqs]` int32 as last published; 0 where nothing was evicted."""
+        return self._counts.gpu
+
+    def set(self, req_id: str, state: int, num_evicted: int) -> None:
+        """Notes a compaction, to be published."""
+        self._state_of[req_id] = state
+        self._counts.np[state] = num_evicted
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drops requests and publishes that; those never compacted may be among them."""
+        states = [self._state_of.pop(req_id) for req_id in req_ids if req_id in self._state_of]
+        if states:
+            self._counts.np[states] = 0
+            self.publish()
+
+    def publish(self) -> None:
+        """Gives kernels launched from now on the present counts; steps in flight keep theirs."""
+        self._counts.copy_to_uva()
+
+
+class CompressedBlockTables:
+    """Stands before the runner's `BlockTables` and gives compressed groups slots for positions.
+
+    Attributes:
+        idx_mapping: `[num_reqs]` int32, request states of the batch under way; `None` for a dummy batch.
+    """
+
+    def __init__(self, tables: BlockTables, group_ids: Iterable[int], counts: EvictedCounts) -> None:
+        self._tables = tables
+        self._counts = counts
+        self.idx_mapping: torch.Tensor | None = None
+        is_compressed = [int(group_id in set(group_ids)) for group_id in range(tables.num_kv_cache_groups)]
+        self._is_compressed = torch.tensor(is_compressed, dtype=torch.int32, device=tables.device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tables, name)
+
+    def compute_slot_mappings(
+        self,
+        idx_mapping: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        positions: torch.Tensor,
+        num_tokens_padded: int,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's, one launch for all groups; slots of compressed groups are `position - num_evicted`."""
+        self.idx_mapping = idx_mapping
+        tables = self._tables
+        if not len(self._counts):
+            return tables.compute_slot_mappings(idx_mapping, query_start_loc, positions, num_tokens_padded, out)
+        mappings: torch.Tensor = tables.slot_mappings if out is None else out
+        slot_mappings(
+            mappings,
+            idx_mapping,
+            query_start_loc,
+            positions,
+            self._counts.on_device,
+            self._is_compressed,
+            tables.block_table_ptrs,
+            tables.block_table_strides,
+            tables.block_sizes_tensor,
+        )
+        return mappings[:, :num_tokens_padded]
+
+    def get_dummy_block_tables(self, num_reqs: int) -> tuple[torch.Tensor, ...]:
+        """As vLLM's; a dummy batch has no request states."""
+        self.idx_mapping = None
+        return self._tables.get_dummy_block_tables(num_reqs)
