@@ -5,13 +5,15 @@ vLLM has that as KV-cache groups; in a block-outermost layout it packs groups of
 A block is the same bytes for every group: `[28 layers x 32 tokens]` or `[2 layers x 448 tokens]`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.math_utils import round_up
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
@@ -23,6 +25,26 @@ from vllm.v1.kv_cache_interface import (
 from vllm_l2kv.settings import Settings
 
 FULL_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What an attention kernel wants of blocks in which several layers lie side by side.
+
+    Attributes:
+        stride: Bytes between blocks: this or a multiple of it.
+        max_waste: Share of a block of the commoner class that padding may take.
+        max_factor: Blocks of vLLM's size that may be joined to come near the stride.
+    """
+
+    stride: int
+    max_waste: float = 0.07
+    max_factor: int = 8
+
+
+FLASH_ATTENTION = Geometry(stride=2 * 2**20)
+"""FlashAttention 3 on an H100 loses 10 to 35 % of its decode speed at strides that are no multiple of 2 MiB, and
+nothing at those that are (`benchmarks/speed/attention.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +76,9 @@ class FullLayerSpec(_OneClassSpec):
     """A full-attention layer whose cache is never compacted, beside compressed ones."""
 
 
-def classify_layers(specs: Mapping[str, KVCacheSpec], settings: Settings) -> dict[str, KVCacheSpec]:
+def classify_layers(
+    specs: Mapping[str, KVCacheSpec], settings: Settings, geometry: Geometry | None = None
+) -> dict[str, KVCacheSpec]:
     """Turns a model's full-attention specs into compressed and full ones.
 
     Sliding-window layers stay as they are: they hold a window already.
@@ -62,6 +86,7 @@ def classify_layers(specs: Mapping[str, KVCacheSpec], settings: Settings) -> dic
     Args:
         specs: Layer names to the specs that vLLM found.
         settings: Which layers stay full.
+        geometry: What the attention kernel wants of packed blocks; `None` if it reads any stride equally fast.
 
     Returns:
         Layer names, in the same order, to specs.
@@ -91,28 +116,50 @@ def classify_layers(specs: Mapping[str, KVCacheSpec], settings: Settings) -> dic
         classified[name] = replace_as(specs[name], FullLayerSpec)
     if full:
         rare, common = sorted((full, compressed), key=len)
-        size = packed_block_size(specs[rare[0]].block_size, len(rare), len(common))
-        for name in rare:
-            classified[name] = classified[name].copy_with_new_block_size(size)
+        sizes = pack([specs[name] for name in rare], [specs[name] for name in common], geometry)
+        for names, size in zip((rare, common), sizes[:2], strict=True):
+            for name in names:
+                classified[name] = replace(classified[name], block_size=size, block_stride_alignment=sizes.alignment)
     return classified
 
 
-def packed_block_size(block_size: int, num_rare: int, num_common: int) -> int:
-    """Block size of the rarer class of layers, so that a block weighs about the same in both groups.
+class PackedSizes(NamedTuple):
+    """Block sizes of the two classes of layers, and the stride between blocks.
 
-    A multiple of `block_size`: every kernel that takes the one takes the other, block hashes stay at the granularity
-    of `block_size`, and the least common multiple of both, at which prefix-cache hits of a two-group model land, is no
-    larger than need be.
+    Attributes:
+        rare: Tokens in a block of the rarer class.
+        common: Tokens in a block of the commoner class.
+        alignment: Bytes that the stride is rounded up to, or `None` for no rounding.
+    """
+
+    rare: int
+    common: int
+    alignment: int | None
+
+
+def pack(rare: Sequence[AttentionSpec], common: Sequence[AttentionSpec], geometry: Geometry | None) -> PackedSizes:
+    """Block sizes at which a block weighs about the same in both classes.
+
+    The rarer class's size is a multiple of the commoner one's: every kernel that takes the one takes the other, block
+    hashes stay at the finer granularity, and the least common multiple, at which prefix-cache hits of a two-group
+    model land, is no larger than need be.
 
     Args:
-        block_size: Tokens in a block of the commoner class.
-        num_rare: Layers of the rarer class, at least 1.
-        num_common: Layers of the commoner class, at least `num_rare`.
-
-    Returns:
-        `block_size * floor(num_common / num_rare)`: no more bytes than a block of the commoner class.
+        rare: Specs of the class with fewer layers, all of one block size.
+        common: Specs of the other class, of the same block size.
+        geometry: The stride to aim at, or `None`.
     """
-    return block_size * (num_common // num_rare)
+    block_size = common[0].block_size
+    rare_bytes, common_bytes = (sum(spec.page_size_bytes for spec in specs) for specs in (rare, common))
+    if geometry is not None:
+        for factor in range(1, geometry.max_factor + 1):
+            stride = round_up(factor * common_bytes, geometry.stride)
+            if 1 - factor * common_bytes / stride <= geometry.max_waste:
+                # Full layers can use what the padding adds.
+                return PackedSizes(
+                    factor * block_size * (stride // (factor * rare_bytes)), factor * block_size, geometry.stride
+                )
+    return PackedSizes(block_size * (common_bytes // rare_bytes), block_size, None)
 
 
 def _check_specs(specs: Mapping[str, KVCacheSpec]) -> None:

@@ -11,7 +11,13 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec, classify_layers, packed_block_size
+from vllm_l2kv.kv_cache_spec import (
+    FLASH_ATTENTION,
+    CompressedLayerSpec,
+    FullLayerSpec,
+    classify_layers,
+    pack,
+)
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.settings import Settings
 
@@ -124,5 +130,29 @@ def test_classes_never_merge():
     ("num_rare", "num_common", "size"),
     [(2, 30, 240), (2, 28, 224), (1, 15, 240), (3, 28, 144), (4, 4, 16)],
 )
-def test_packed_block_size(num_rare, num_common, size):
-    assert packed_block_size(16, num_rare, num_common) == size
+def test_packing_without_a_wish_for_strides(num_rare, num_common, size):
+    spec = FullAttentionSpec(**SHAPE)
+    assert pack([spec] * num_rare, [spec] * num_common, None) == (size, 16, None)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_size", "num_rare", "num_common", "rare", "common"),
+    [
+        (8, 128, 2, 30, 256, 16),  # Llama-3-8B: 1.875 of 2 MiB
+        (8, 64, 1, 15, 1024, 64),  # 1B shape: four blocks joined, 1.875 of 2 MiB
+        (8, 128, 2, 78, 1280, 32),  # 70B: two blocks joined, 9.75 of 10 MiB
+    ],
+)
+def test_packing_for_flash_attention(heads, head_size, num_rare, num_common, rare, common):
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=head_size, dtype=torch.bfloat16)
+    sizes = pack([spec] * num_rare, [spec] * num_common, FLASH_ATTENTION)
+    assert (sizes.rare, sizes.common, sizes.alignment) == (rare, common, 2**21)
+    block = spec.page_size_bytes // 16
+    for size, num_layers in ((sizes.rare, num_rare), (sizes.common, num_common)):
+        stride = -(-sizes.common * num_common * block // 2**21) * 2**21
+        assert 0.93 * stride <= size * num_layers * block <= stride
+
+
+def test_packing_gives_up_on_strides_that_would_waste_too_much():
+    spec = FullAttentionSpec(**SHAPE)
+    assert pack([spec], [spec] * 5, FLASH_ATTENTION) == (80, 16, None)

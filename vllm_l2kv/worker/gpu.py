@@ -1,12 +1,14 @@
 """The worker for NVIDIA GPUs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor
+from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, Geometry
 from vllm_l2kv.messages import CompactionOrder
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Runner
@@ -14,6 +16,11 @@ from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Ru
 
 class L2KVGPUWorker(CompactionWorker, Worker):
     """vLLM's GPU worker that compacts, with Triton kernels."""
+
+    def _geometry(self) -> Geometry:
+        # A block size that somebody asked for stays; its stride may still be padded.
+        asked = self.vllm_config.cache_config.user_specified_block_size
+        return replace(FLASH_ATTENTION, max_factor=1) if asked else FLASH_ATTENTION
 
     def _packed_layouts(self) -> list[KVCacheLayout]:
         return [KVCacheLayout.BLHNC]

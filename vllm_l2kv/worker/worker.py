@@ -7,7 +7,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.worker_base import WorkerBase
 
-from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, classify_layers, group_layer_specs
+from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, Geometry, classify_layers, group_layer_specs
 from vllm_l2kv.messages import CompactionOrder, orders_of
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.settings import Settings
@@ -46,7 +46,7 @@ class CompactionWorker(WorkerBase):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, as full and compressed layers."""
-        specs: dict[str, KVCacheSpec] = classify_layers(super().get_kv_cache_spec(), self.settings)
+        specs: dict[str, KVCacheSpec] = classify_layers(super().get_kv_cache_spec(), self.settings, self._geometry())
         self._is_packed = len({spec.page_size_bytes for spec in specs.values()}) > 1
         return specs
 
@@ -93,6 +93,10 @@ class CompactionWorker(WorkerBase):
             }
             for group_id, group in enumerate(self.model_runner.kv_cache_config.kv_cache_groups)
         ]
+
+    def _geometry(self) -> Geometry | None:
+        """What this device's attention kernels want of packed blocks."""
+        return None
 
     def _packed_layouts(self) -> list[KVCacheLayout]:
         """Block-outermost layouts that this device's attention kernels read, most preferred first."""
