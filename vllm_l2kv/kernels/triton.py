@@ -214,15 +214,14 @@ def _select_kernel(
     o_bin = tl.arange(0, 512)
     prefix = 0
     remaining = num_keep
-    for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
+    for shift in tl.static_range(24, -1, -8):
         b_count = tl.zeros([512], dtype=tl.int32)
         for start in range(0, num_prompt_tokens, TILE):
             o_token = start + tl.arange(0, TILE)
             m_token = o_token < num_prompt_tokens
             b_score = tl.load(row + o_token, mask=m_token, other=0)
             # The top byte has nothing above it; scores are below 2^31, so shifts stay in range.
-            if step == 0:  # noqa: SIM108  a compile-time branch
+            if shift == 24:  # noqa: SIM108  a compile-time branch
                 m_candidate = m_token
             else:
                 m_candidate = m_token & ((b_score >> (shift + 8)) == prefix)

@@ -1,0 +1,104 @@
+"""Compaction alone, beside a copy of the same bytes.
+
+PYTHONPATH=. python benchmarks/speed/compaction.py --out compaction.jsonl
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor
+from vllm_l2kv.messages import CompactionOrder, GroupMove
+
+NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE = 30, 8, 16, 128
+STRIDE_BYTES = 2 * 2**20
+LENGTHS = (1000, 8000, 15_000, 30_000)
+REPEATS = 20
+
+
+def main() -> None:
+    """Times the 8B shape at several lengths and ratios, one prompt and eight at once."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    num_blocks = 10_000
+    content = 2 * HEAD_SIZE
+    pool = torch.empty(num_blocks, STRIDE_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
+    page = NUM_KV_HEADS * BLOCK_SIZE * content
+    views = [
+        pool[:, layer * page : (layer + 1) * page].view(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, content)
+        for layer in range(NUM_LAYERS)
+    ]
+    compactor = GroupCompactor(GroupCache.of(views, HEAD_SIZE), 0, 8 * 15_000)
+    for num_prompts in (1, 8):
+        for n in LENGTHS:
+            for ratio in (0.5, 0.25, 0.1):
+                if num_prompts * n > 120_000:
+                    continue
+                orders = make_orders(num_prompts, n, int(n * ratio), num_blocks)
+                us = median_us(lambda orders=orders: compactor.compact(orders))
+                copy_us = median_us(copy_of(moved_bytes(num_prompts, n, int(n * ratio))))
+                row = {
+                    "gpu": torch.cuda.get_device_name(),
+                    "commit": os.environ.get("COMMIT", ""),
+                    "num_prompts": num_prompts,
+                    "num_prompt_tokens": n,
+                    "keep_ratio": ratio,
+                    "us": round(us, 1),
+                    "copy_us": round(copy_us, 1),
+                    "multiple": round(us / copy_us, 2),
+                }
+                with args.out.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+                sys.stdout.write(json.dumps(row) + "\n")
+                sys.stdout.flush()
+
+
+def make_orders(num_prompts: int, n: int, num_keep: int, num_blocks: int) -> list[CompactionOrder]:
+    """Orders over shuffled blocks; prompts may share sources, since only reads of them are timed."""
+    blocks = torch.randperm(num_blocks).tolist()
+    num_source, num_destination = -(-n // BLOCK_SIZE), -(-num_keep // BLOCK_SIZE)
+    orders = []
+    for i in range(num_prompts):
+        begin = i * (num_source + num_destination) % (num_blocks - num_source - num_destination)
+        table = blocks[begin : begin + num_source + num_destination]
+        move = GroupMove(0, tuple(table[:num_source]), tuple(table[num_source:]))
+        orders.append(CompactionOrder(str(i), n, num_keep, n, 0, 0, (move,)))
+    return orders
+
+
+def moved_bytes(num_prompts: int, n: int, num_keep: int) -> int:
+    """What compaction must touch: keys read once for their norms, kept rows read and written."""
+    row = 2 * HEAD_SIZE * 2
+    return num_prompts * NUM_LAYERS * NUM_KV_HEADS * (n * row // 2 + 2 * num_keep * row)
+
+
+def copy_of(num_bytes: int):
+    """A device-to-device copy that reads and writes `num_bytes` together."""
+    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def median_us(launch) -> float:
+    """Median device time of a call, between events."""
+    for _ in range(3):
+        launch()
+    times = []
+    for _ in range(REPEATS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        launch()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
