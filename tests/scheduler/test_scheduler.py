@@ -206,3 +206,20 @@ def test_a_bad_value_fails_its_request_alone(make_harness, depth):
     assert harness.outputs["good"] == [7] * 8
     assert len(harness.outputs.get("bad", [])) < 8
     check_whole(harness, 40)
+
+
+def test_no_compaction_between_the_chunks_of_a_second_prefill(make_harness, depth):
+    """After a preemption the generated tokens are prefilled too; the first chunk already covers the prompt."""
+    harness = make_harness(100, depth=depth, max_num_batched_tokens=64)
+    request = harness.add("r", 60, max_tokens=80, ratio=0.5)
+    while request.num_output_tokens < 40:
+        harness.step()
+    assert harness.scheduler.reset_prefix_cache(reset_running_requests=True)
+    num_tokens = request.num_tokens
+    assert num_tokens > 64  # more than one chunk
+    harness.run()
+    first, second = orders(harness)
+    assert first.num_tokens == 60
+    assert second.num_tokens >= num_tokens
+    assert (second.num_prompt_tokens, second.num_keep) == (60, 30)
+    check_whole(harness, 100)
