@@ -7,13 +7,14 @@ Times only steps in which the whole batch decodes. The model needs a `config.jso
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from engines import start
 
 # (requests, prompt tokens, keep ratio or None)
 CASES = {
@@ -48,33 +49,7 @@ def main() -> None:
 
 def measure(engine: str, args: argparse.Namespace) -> None:
     """Runs the cases on one engine and appends a JSON row for each."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import torch
-    import vllm
-    from vllm import LLM
-
-    import vllm_l2kv
-
-    ours = vllm_l2kv.engine_args(full_layers=(0, 1)) if engine == "l2kv" else {}
-    llm = LLM(
-        args.model,
-        load_format="dummy",
-        dtype="bfloat16",
-        max_model_len=16384,
-        max_num_seqs=64,
-        max_num_batched_tokens=8192,
-        kv_cache_memory_bytes=34 << 30,
-        disable_log_stats=True,
-        skip_tokenizer_init=True,
-        **ours,
-    )
-    about = {
-        "gpu": torch.cuda.get_device_name(),
-        "vllm": vllm.__version__,
-        "commit": os.environ.get("COMMIT", ""),
-        "engine": engine,
-        "groups": describe_groups(llm),
-    }
+    llm, about = start(engine, args.model, kv_cache_memory_bytes=34 << 30)
     for i, name in enumerate(args.cases):
         num_requests, num_prompt_tokens, ratio = CASES[name]
         if ratio is not None and engine == "stock":
@@ -131,12 +106,6 @@ def run_case(
     while engine.has_unfinished_requests():
         engine.step()
     return steps, prefill
-
-
-def describe_groups(llm: Any) -> list[tuple[int, int]]:
-    """(layers, block size) of each KV-cache group."""
-    config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
-    return [(len(group.layer_names), group.kv_cache_spec.block_size) for group in config.kv_cache_groups]
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_imports_of(module):
     part = part_of(module)
     allowed = set(sys.stdlib_module_names)
     if part in WITH_TORCH:
-        allowed |= {"torch", "triton"}
+        allowed |= {"numpy", "torch", "triton"}
         assert inside <= {*STDLIB_ONLY, *WITH_TORCH}
     elif part in WITH_VLLM:
         allowed |= {"torch", "triton", "vllm"}

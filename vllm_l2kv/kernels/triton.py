@@ -10,17 +10,19 @@ loaded values.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from vllm_l2kv.messages import CompactionOrder
 
-SCORE_ROWS = 64
-SELECT_TILE = 2048
-MOVE_ROWS = 32
-MOVE_SPLIT = 8
+SCORE_ROWS = 32
+SELECT_TILE = 4096
+MOVE_ROWS = 64
+MOVE_SPLIT = 32
 NUM_ORDER_FIELDS = 9
 
 
@@ -96,16 +98,17 @@ class GroupCompactor:
         cache = self.cache
         layer = cache.layers[0]
         num_kv_heads, block_size, content = layer.shape[1:]
-        table, tiles = self._tables(orders)
+        table = self._table(orders)
+        num_tiles = triton.cdiv(max(order.num_prompt_tokens for order in orders), SCORE_ROWS)
         num_selections = cache.num_rows_per_token
         strides = layer.stride()[:3]
-        _score_kernel[(len(tiles) // 2, num_selections)](
-            cache.pointers, layer, table, tiles, self._scratch, *strides, num_kv_heads, block_size,
+        _score_kernel[(num_tiles, num_selections, len(orders))](
+            cache.pointers, layer, table, self._scratch, *strides, num_kv_heads, block_size,
             HEAD_SIZE=cache.head_size, HEAD_PADDED=triton.next_power_of_2(cache.head_size),
             ORDER_FIELDS=NUM_ORDER_FIELDS, ROWS=SCORE_ROWS,
         )  # fmt: skip
         _select_kernel[(len(orders), num_selections)](
-            table, self._scratch, ORDER_FIELDS=NUM_ORDER_FIELDS, TILE=SELECT_TILE, num_warps=8
+            table, self._scratch, ORDER_FIELDS=NUM_ORDER_FIELDS, TILE=SELECT_TILE
         )
         _move_kernel[(len(orders), num_selections, MOVE_SPLIT)](
             cache.pointers, layer, table, self._scratch, *strides, num_kv_heads, block_size,
@@ -113,46 +116,44 @@ class GroupCompactor:
             ORDER_FIELDS=NUM_ORDER_FIELDS, ROWS=MOVE_ROWS, SPLIT=MOVE_SPLIT,
         )  # fmt: skip
 
-    def _tables(self, orders: Sequence[CompactionOrder]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _table(self, orders: Sequence[CompactionOrder]) -> torch.Tensor:
         """Everything the kernels must know of the orders, in one transfer.
 
         Returns:
-            `table`, int32: `NUM_ORDER_FIELDS` numbers an order, then all block ids. `tiles`, int32: (order, tile)
-            pairs, one for each `SCORE_ROWS` prompt tokens.
+            int32: `NUM_ORDER_FIELDS` numbers for each order, then all block ids.
         """
         fields: list[int] = []
-        blocks: list[int] = []
-        tiles: list[int] = []
-        first_block = len(orders) * NUM_ORDER_FIELDS
+        blocks: list[tuple[int, ...]] = []
+        next_block = len(orders) * NUM_ORDER_FIELDS
         first_score = 0
-        for i, order in enumerate(orders):
+        for order in orders:
             (move,) = (move for move in order.moves if move.group_id == self.group_id)
-            source = first_block + len(blocks)
-            blocks += [*move.source, *move.destination]
+            num_source, num_destination = len(move.source), len(move.destination)
             fields += [
                 order.num_prompt_tokens,
                 order.num_keep,
                 order.num_tokens,
                 order.protect_first,
                 order.protect_last,
-                source,
-                source + len(move.source),
-                len(move.destination),
+                next_block,
+                next_block + num_source,
+                num_destination,
                 first_score,
             ]
+            blocks += [move.source, move.destination]
+            next_block += num_source + num_destination
             first_score += order.num_prompt_tokens
-            for tile in range(-(-order.num_prompt_tokens // SCORE_ROWS)):
-                tiles += [i, tile]
-        numbers = torch.tensor([*fields, *blocks, *tiles], dtype=torch.int32)
-        if self._scratch.is_cuda:
-            numbers = numbers.pin_memory().to(self._scratch.device, non_blocking=True)
-        return numbers[: len(fields) + len(blocks)], numbers[len(fields) + len(blocks) :]
+        table = torch.from_numpy(np.fromiter(chain(fields, *blocks), dtype=np.int32, count=next_block))
+        if not self._scratch.is_cuda:
+            return table
+        return table.pin_memory().to(self._scratch.device, non_blocking=True)
 
 
 @triton.jit
 def _row_base(pointers, like, i_layer):
     """Address of a layer's cache, as a pointer of the cache's element type."""
-    return tl.load(pointers + i_layer).to(like.dtype)
+    # Rows are whole vectors apart from an aligned address; without the hint every element is loaded alone.
+    return tl.multiple_of(tl.load(pointers + i_layer).to(like.dtype), 16)
 
 
 @triton.jit
@@ -160,7 +161,6 @@ def _score_kernel(
     pointers,  # [num_layers] int64
     like,  # a tensor of the cache's type
     table,  # [num_orders * ORDER_FIELDS + num_blocks] int32
-    tiles,  # [num_tiles, 2] int32
     scores,  # [num_selections * num_tokens] int32
     stride_block,
     stride_head,
@@ -172,15 +172,17 @@ def _score_kernel(
     ORDER_FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    i_tile, i_selection = tl.program_id(0), tl.program_id(1)
+    i_tile, i_selection, i_order = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_layer, i_head = i_selection // num_kv_heads, i_selection % num_kv_heads
-    order = table + tl.load(tiles + 2 * i_tile) * ORDER_FIELDS
+    order = table + i_order * ORDER_FIELDS
     num_prompt_tokens = tl.load(order)
+    if i_tile * ROWS >= num_prompt_tokens:
+        return
     protect_first, protect_last = tl.load(order + 3), tl.load(order + 4)
     source = table + tl.load(order + 5)
     first_score = tl.load(order + 8).to(tl.int64)
 
-    o_token = tl.load(tiles + 2 * i_tile + 1) * ROWS + tl.arange(0, ROWS)
+    o_token = i_tile * ROWS + tl.arange(0, ROWS)
     m_token = o_token < num_prompt_tokens
     b_block = tl.load(source + o_token // block_size, mask=m_token, other=0).to(tl.int64)
     o_row = b_block * stride_block + i_head * stride_head + (o_token % block_size).to(tl.int64) * stride_slot
@@ -210,30 +212,33 @@ def _select_kernel(
     first_score = tl.load(order + 8).to(tl.int64)
     row = scores + first_score * tl.num_programs(1) + i_selection.to(tl.int64) * num_prompt_tokens
 
-    # Radix search for the num_keep-th smallest score, a byte at a time from the top.
-    o_bin = tl.arange(0, 512)
-    prefix = 0
-    remaining = num_keep
-    for shift in tl.static_range(24, -1, -8):
-        b_count = tl.zeros([512], dtype=tl.int32)
+    # Bisection for the num_keep-th smallest score: the highest value with fewer than num_keep scores below it. The row
+    # stays in the caches near the program. (A histogram a byte would need fewer passes, but norms share their upper
+    # bytes, and atomics on one bin wait for each other.)
+    lowest, highest = 0x7FFFFFFF, 0
+    for start in range(0, num_prompt_tokens, TILE):
+        o_token = start + tl.arange(0, TILE)
+        m_token = o_token < num_prompt_tokens
+        lowest = tl.minimum(lowest, tl.min(tl.load(row + o_token, mask=m_token, other=0x7FFFFFFF), axis=0))
+        highest = tl.maximum(highest, tl.max(tl.load(row + o_token, mask=m_token, other=0), axis=0))
+    while lowest < highest:
+        middle = highest - (highest - lowest) // 2  # above lowest, so the interval shrinks
+        num_below = 0
         for start in range(0, num_prompt_tokens, TILE):
             o_token = start + tl.arange(0, TILE)
-            m_token = o_token < num_prompt_tokens
-            b_score = tl.load(row + o_token, mask=m_token, other=0)
-            # The top byte has nothing above it; scores are below 2^31, so shifts stay in range.
-            if shift == 24:  # noqa: SIM108  a compile-time branch
-                m_candidate = m_token
-            else:
-                m_candidate = m_token & ((b_score >> (shift + 8)) == prefix)
-            b_bin = tl.where(m_candidate, (b_score >> shift) & 0xFF, 256)
-            b_count += tl.histogram(b_bin, 512)
-        b_count = tl.where(o_bin < 256, b_count, 0)
-        b_total = tl.cumsum(b_count, axis=0)
-        b_before = (b_total < remaining) & (o_bin < 256)
-        bin_ = tl.sum(b_before.to(tl.int32), axis=0)
-        remaining -= tl.sum(tl.where(b_before, b_count, 0), axis=0)
-        prefix = prefix * 256 + bin_
-    threshold = prefix
+            b_score = tl.load(row + o_token, mask=o_token < num_prompt_tokens, other=0x7FFFFFFF)
+            num_below += tl.sum((b_score < middle).to(tl.int32), axis=0)
+        if num_below < num_keep:
+            lowest = middle
+        else:
+            highest = middle - 1
+    threshold = lowest
+    num_below = 0
+    for start in range(0, num_prompt_tokens, TILE):
+        o_token = start + tl.arange(0, TILE)
+        b_score = tl.load(row + o_token, mask=o_token < num_prompt_tokens, other=0x7FFFFFFF)
+        num_below += tl.sum((b_score < threshold).to(tl.int32), axis=0)
+    remaining = num_keep - num_below
     # `remaining` of the scores equal to the threshold are kept: those of the lowest positions.
 
     num_taken = 0
