@@ -26,6 +26,15 @@ Stock vLLM is compared with the same case uncompressed.
 
 {steps}
 
+## A cache too small for its requests
+
+    PYTHONPATH=. python benchmarks/speed/memory_bound.py --model FOLDER_WITH_CONFIG_JSON --out h100_memory_bound.jsonl
+
+16 GiB of KV cache; 48 prompts of 8,000 tokens at once, 400 generated tokens each. Running: median of the steps in which
+others wait. At 0.1 all requests are admitted as fast as they are prefilled, so that median says little.
+
+{memory}
+
 ## Compaction alone
 
     PYTHONPATH=. python benchmarks/speed/compaction.py --out h100_compaction.jsonl
@@ -39,8 +48,16 @@ read once, kept rows read and written). The multiple that we owe is 2.
 
 def main() -> None:
     """Writes the page."""
-    steps, compaction = (read(name) for name in ("h100_steps.jsonl", "h100_compaction.jsonl"))
-    page = TEMPLATE.format(**steps[0], steps=step_table(steps), compaction=compaction_table(compaction))
+    names = ("h100_steps.jsonl", "h100_memory_bound.jsonl", "h100_compaction.jsonl")
+    steps, memory, compaction = (read(name) for name in names)
+    page = TEMPLATE.format(
+        gpu=steps[0]["gpu"],
+        vllm=steps[0]["vllm"],
+        num_steps=steps[0]["num_steps"],
+        steps=step_table(steps),
+        memory=memory_table(memory),
+        compaction=compaction_table(compaction),
+    )
     (ROOT / "docs" / "benchmarks.md").write_text(page)
 
 
@@ -58,6 +75,19 @@ def step_table(rows: list[Row]) -> str:
             base = stock[row["case"].split("@")[0]]
             ours = row["median_step_ms"]
             lines.append(f"| {row['case']} | {base:.2f} | {ours:.2f} | {ours / base:.3f} |")
+    return "\n".join(lines)
+
+
+def memory_table(rows: list[Row]) -> str:
+    """One line a run."""
+    lines = [
+        "| engine | keep ratio | running | peak | output tok/s | median first token, s | preemptions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        running = f"{row['median_running_while_others_wait']:g} | {row['peak_running']}"
+        speed = f"{row['output_tokens_per_s']:,.0f} | {row['median_first_token_s']} | {row['preemptions']}"
+        lines.append(f"| {row['engine']} | {row['keep_ratio']} | {running} | {speed} |")
     return "\n".join(lines)
 
 
