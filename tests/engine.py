@@ -97,13 +97,17 @@ class Engine:
 
     @contextmanager
     def pool_of(self, num_free: int) -> Iterator[None]:
-        """The same engine with a cache of `num_free` blocks: somebody else holds the others."""
+        """The same engine with a cache of `num_free` blocks and nothing in it."""
         assert self.kv_cache_manager.reset_prefix_cache()
-        manager = self.managers[0]
-        blocks = self.pool.get_new_blocks(self.pool.get_num_free_blocks() - num_free)
-        manager.req_to_blocks["somebody else"] = blocks
+        with self.filled_up(num_free):
+            yield
+
+    @contextmanager
+    def filled_up(self, num_free: int) -> Iterator[None]:
+        """Somebody else holds all free blocks but `num_free`; what requests hold and share stays."""
+        tables = self.managers[0].req_to_blocks
+        tables["somebody else"] = self.pool.get_new_blocks(self.pool.get_num_free_blocks() - num_free)
         try:
             yield
         finally:
-            del manager.req_to_blocks["somebody else"]
-            self.pool.free_blocks(blocks)
+            self.pool.free_blocks(tables.pop("somebody else"))

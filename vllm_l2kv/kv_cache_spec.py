@@ -43,8 +43,8 @@ class Geometry:
 
 
 FLASH_ATTENTION = Geometry(stride=2 * 2**20)
-"""FlashAttention 3 on an H100 loses 10 to 35 % of its decode speed at strides that are no multiple of 2 MiB, and
-nothing at those that are (`benchmarks/speed/attention.py`)."""
+"""In a trial FlashAttention 3 on an H100 lost 10 to 35 % of its decode speed at strides that are no multiple of 2 MiB,
+and nothing at those that are. The benchmark of attention alone that should guard this is still to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)

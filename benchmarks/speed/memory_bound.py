@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import start
+from engines import add_requests, start
 
 NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 48, 8000, 400
 RATIOS = {"stock": (None,), "l2kv": (None, 0.5, 0.25, 0.1)}
@@ -44,24 +44,9 @@ def main() -> None:
 
 def run(llm: Any, ratio: float | None, seed: int) -> dict[str, Any]:
     """All requests at once, until the last is done."""
-    import numpy as np
-    from vllm import SamplingParams
-
-    import vllm_l2kv
-
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
-    params = SamplingParams(
-        temperature=0,
-        ignore_eos=True,
-        max_tokens=NUM_OUTPUT_TOKENS,
-        detokenize=False,
-        extra_args=None if ratio is None else vllm_l2kv.compression(ratio),
-    )
-    random = np.random.default_rng(seed)
-    for i in range(NUM_REQUESTS):
-        prompt = random.integers(1000, 100_000, NUM_PROMPT_TOKENS).tolist()
-        engine.add_request(f"{seed}-{i}", {"prompt_token_ids": prompt}, params)
+    add_requests(llm, NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, ratio, seed)
     begin = time.perf_counter()
     first_token: dict[str, float] = {}
     num_running, preempted = [], {}

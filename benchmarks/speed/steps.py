@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import start
+from engines import add_requests, start
 
 # (requests, prompt tokens, keep ratio or None)
 CASES = {
@@ -74,24 +74,9 @@ def run_case(
     llm: Any, num_requests: int, num_prompt_tokens: int, ratio: float | None, seed: int
 ) -> tuple[list[float], float]:
     """Milliseconds of the steps in which every request decodes, and seconds until they all do."""
-    import numpy as np
-    from vllm import SamplingParams
-
-    import vllm_l2kv
-
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
-    params = SamplingParams(
-        temperature=0,
-        ignore_eos=True,
-        max_tokens=NUM_STEPS + num_requests * 4 + 60,
-        detokenize=False,
-        extra_args=None if ratio is None else vllm_l2kv.compression(ratio),
-    )
-    random = np.random.default_rng(seed)
-    for i in range(num_requests):
-        prompt = random.integers(1000, 100_000, num_prompt_tokens).tolist()
-        engine.add_request(f"{seed}-{i}", {"prompt_token_ids": prompt}, params)
+    req_ids = add_requests(llm, num_requests, num_prompt_tokens, NUM_STEPS + num_requests * 4 + 60, ratio, seed)
     begin = time.perf_counter()
     while not (len(scheduler.running) == num_requests and all(r.num_output_tokens > 4 for r in scheduler.running)):
         engine.step()
@@ -102,7 +87,7 @@ def run_case(
         engine.step()
         steps.append((time.perf_counter() - begin) * 1000)
     assert len(scheduler.running) == num_requests
-    engine.abort_request([f"{seed}-{i}" for i in range(num_requests)])
+    engine.abort_request(req_ids)
     while engine.has_unfinished_requests():
         engine.step()
     return steps, prefill

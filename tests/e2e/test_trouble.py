@@ -47,7 +47,7 @@ def test_compaction_waits_while_blocks_are_shared_and_none_is_free(engine, refer
     while engine.scheduler.requests[neighbour].num_output_tokens < 1:
         engine.step()
     shared = sum(engine.num_blocks(neighbour))
-    with engine_filled_up(engine, free=4):
+    with engine.filled_up(4):
         req_id = engine.add("r", prompt, keep("0.9", num_tokens=14))
         for _ in range(4):
             engine.step()
@@ -69,22 +69,6 @@ def test_compaction_waits_while_blocks_are_shared_and_none_is_free(engine, refer
     assert list(answers["r"].outputs[0].token_ids) == expected
     usage = answers["r"].kv_transfer_params["kv_cache"]
     assert usage["kept_tokens"] == expected_keep(465, "0.9")
-
-
-def engine_filled_up(engine, free: int):
-    """Somebody holds all free blocks but a few; what is cached and shared stays."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def filled():
-        manager = engine.managers[0]
-        manager.req_to_blocks["somebody else"] = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - free)
-        try:
-            yield
-        finally:
-            engine.pool.free_blocks(manager.req_to_blocks.pop("somebody else"))
-
-    return filled()
 
 
 def test_preempted_requests_come_back_and_are_compacted_again(engine, text_ids):

@@ -82,10 +82,10 @@ class GroupCompactor:
 
     def compact(self, orders: Sequence[CompactionOrder]) -> None:
         """Launches the kernels; several orders at a time, as many as the scratch memory holds."""
+        capacity = self._scratch.numel() // self.cache.num_rows_per_token
         batch: list[CompactionOrder] = []
         num_tokens = 0
         for order in orders:
-            capacity = self._scratch.numel() // self.cache.num_rows_per_token
             if batch and num_tokens + order.num_prompt_tokens > capacity:
                 self._launch(batch)
                 batch, num_tokens = [], 0
