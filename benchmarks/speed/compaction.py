@@ -8,6 +8,8 @@ import json
 import os
 import statistics
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +43,8 @@ def main() -> None:
                 if num_prompts * n > 120_000:
                     continue
                 orders = make_orders(num_prompts, n, int(n * ratio), num_blocks)
-                us = median_us(lambda orders=orders: compactor.compact(orders))
+                launch = partial(compactor.compact, orders)
+                us = median_us(launch)
                 copy_us = median_us(copy_of(moved_bytes(num_prompts, n, int(n * ratio))))
                 row = {
                     "gpu": torch.cuda.get_device_name(),
@@ -52,6 +55,8 @@ def main() -> None:
                     "us": round(us, 1),
                     "copy_us": round(copy_us, 1),
                     "multiple": round(us / copy_us, 2),
+                    "host_us": round(host_us(launch), 1),
+                    "kernel_us": kernel_us(launch),
                 }
                 with args.out.open("a") as out:
                     out.write(json.dumps(row) + "\n")
@@ -92,12 +97,34 @@ def median_us(launch) -> float:
     times = []
     for _ in range(REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # The host runs ahead, as it does under async scheduling, so that its launches are not what is timed.
+        torch.cuda._sleep(2_000_000)
         begin.record()
         launch()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1000)
     return statistics.median(times)
+
+
+def host_us(launch) -> float:
+    """Median time that the host needs for a call while the device is busy."""
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda._sleep(2_000_000)
+        begin = time.perf_counter()
+        launch()
+        times.append((time.perf_counter() - begin) * 1e6)
+        torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def kernel_us(launch) -> dict[str, float]:
+    """Device time of each kernel of a call, from PyTorch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        launch()
+        torch.cuda.synchronize()
+    return {event.key: round(event.device_time_total, 1) for event in profile.key_averages()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,234 @@
+"""Decode attention alone, at several places of the KV blocks in memory: what the stride between blocks costs.
+
+PYTHONPATH=. python benchmarks/speed/attention.py --out attention.jsonl [--shapes 8b 1b ...]
+
+Eight requests of 15,000 tokens, shuffled block tables, FlashAttention 3 as vLLM calls it in a full CUDA graph. Each
+layer of a pool is read in turn, as a decode step does, so nothing is found in the L2 cache.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+NUM_REQUESTS, NUM_TOKENS = 8, 15_000
+REPEATS = 15
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One rank's attention: `num_layers` of them, the first two full."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's K‖V in one layer."""
+        return 2 * self.num_kv_heads * self.head_size * self.dtype.itemsize
+
+
+SHAPES = {
+    "8b": Shape(32, 32, 8, 128),
+    "8b-fp8": Shape(32, 32, 8, 128, torch.float8_e4m3fn),
+    "8b-tp4": Shape(32, 8, 2, 128),
+    "1b": Shape(16, 32, 8, 64),
+    "70b-8-layers": Shape(8, 64, 8, 128),
+    "135m": Shape(30, 9, 3, 64),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one class of layers lies.
+
+    Attributes:
+        what: `stock`, `compressed`, `full`, or `scan` for what nobody chose.
+        layout: vLLM's name; `L...` is compact in each layer.
+        num_layers: Layers in the pool.
+        block_size: Tokens in a block.
+        stride: Bytes between blocks of one layer.
+    """
+
+    what: str
+    layout: str
+    num_layers: int
+    block_size: int
+    stride: int
+
+
+def main() -> None:
+    """Measures every place of every shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    args = parser.parse_args()
+    pool = torch.empty(60 * 2**30 // 2, dtype=torch.bfloat16, device="cuda").normal_()
+    for name in args.shapes:
+        stock_us = None
+        for place in places(SHAPES[name]):
+            us = median_us_per_layer(SHAPES[name], place, pool.view(torch.uint8))
+            stock_us = stock_us or us
+            row = {
+                "gpu": torch.cuda.get_device_name(),
+                "commit": os.environ.get("COMMIT", ""),
+                "shape": name,
+                **vars(place),
+                "padding": round(1 - place.num_layers * place.block_size * SHAPES[name].token_bytes / place.stride, 4)
+                if place.layout.startswith("B")
+                else 0.0,
+                "us_per_layer": round(us, 1),
+                "ratio": round(us / stock_us, 3),
+            }
+            with args.out.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+
+
+def places(shape: Shape) -> Iterator[Place]:
+    """Stock vLLM's place first, then those that the plugin chooses, then a scan of strides."""
+    page = 16 * shape.token_bytes
+    yield Place("stock", "LBNHC", shape.num_layers, 16, page)
+    yield Place("scan", "LBHNC", shape.num_layers, 16, page)
+    yield from chosen(shape)
+    num_layers = shape.num_layers - 2
+    for factor in (1, 2, 4, 8):
+        plain = num_layers * page * factor
+        for layout in ("BLHNC", "BLNHC"):
+            yield Place("scan", layout, num_layers, 16 * factor, plain)
+            for alignment in (MIB // 8, MIB // 4, MIB // 2, MIB, 2 * MIB):
+                stride = -(-plain // alignment) * alignment
+                if plain < stride <= 1.3 * plain:
+                    yield Place("scan", layout, num_layers, 16 * factor, stride)
+    for eighths in range(9, 25):
+        stride = eighths * MIB // 8
+        if 0.9 * stride <= num_layers * page <= stride:
+            yield Place("scan", "BLHNC", num_layers, 16, stride)
+    # Enough room for any stride that is asked for: what matters is the stride, not who lies between.
+    for stride in (MIB // 8, MIB // 4, MIB // 2, MIB, 3 * MIB // 2, 2 * MIB, 5 * MIB // 2, 3 * MIB, 4 * MIB):
+        if stride >= page:
+            yield Place("scan", "BLHNC", stride // page, 16, stride)
+
+
+def chosen(shape: Shape) -> Iterator[Place]:
+    """What `pack` makes of the shape with full layers {0, 1}."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, pack
+
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=shape.num_kv_heads, head_size=shape.head_size, dtype=shape.dtype
+    )
+    sizes = pack([spec] * 2, [spec] * (shape.num_layers - 2), FLASH_ATTENTION)
+    stride = max(2 * sizes.rare, (shape.num_layers - 2) * sizes.common) * shape.token_bytes
+    if sizes.alignment:
+        stride = -(-stride // sizes.alignment) * sizes.alignment
+    yield Place("compressed", "BLHNC", shape.num_layers - 2, sizes.common, stride)
+    yield Place("full", "BLHNC", 2, sizes.rare, stride)
+    yield Place("scan", "BLNHC", 2, sizes.rare, stride)
+
+
+def median_us_per_layer(shape: Shape, place: Place, pool: torch.Tensor) -> float:
+    """Median over sweeps through all layers of the pool."""
+    launch = [attention_of(shape, view) for view in views(shape, place, pool)]
+    times = []
+    for i in range(REPEATS + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(1_000_000)  # the host runs ahead, so that launches are not what is timed
+        begin.record()
+        for one_layer in launch:
+            one_layer()
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            times.append(begin.elapsed_time(end) * 1000 / len(launch))
+    return statistics.median(times)
+
+
+def views(shape: Shape, place: Place, pool: torch.Tensor) -> list[torch.Tensor]:
+    """Each layer's `[num_blocks, num_kv_heads, block_size, 2 * head_size]` in the pool; at most 16 of them."""
+    content, heads, tokens = 2 * shape.head_size, shape.num_kv_heads, place.block_size
+    num_blocks = NUM_REQUESTS * -(-NUM_TOKENS // tokens) + 1
+    page = tokens * shape.token_bytes
+    inner = (tokens * content, content, 1) if place.layout.endswith("HNC") else (content, heads * content, 1)
+    between = page if place.layout.startswith("B") else num_blocks * page
+    size = shape.dtype.itemsize
+    typed = pool.view(shape.dtype)
+    return [
+        torch.as_strided(
+            typed, (num_blocks, heads, tokens, content), (place.stride // size, *inner), layer * between // size
+        )
+        for layer in range(min(place.num_layers, 16))
+    ]
+
+
+def attention_of(shape: Shape, view: torch.Tensor):
+    """One layer's decode attention, as `FlashAttentionImpl.forward` calls it."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    block_size = view.shape[2]
+    keys, values = view.transpose(1, 2).split(shape.head_size, dim=-1)
+    query = torch.randn(NUM_REQUESTS, shape.num_heads, shape.head_size, device="cuda").to(torch.bfloat16)
+    out = torch.empty_like(query)
+    num_columns = -(-NUM_TOKENS // block_size)
+    # Shuffled, the same for every place; block 0 is nobody's.
+    generator = torch.Generator().manual_seed(block_size)
+    table = torch.randperm(NUM_REQUESTS * num_columns, generator=generator).view(NUM_REQUESTS, num_columns) + 1
+    table = table.to(torch.int32).cuda()
+    lengths = torch.full((NUM_REQUESTS,), NUM_TOKENS, dtype=torch.int32, device="cuda")
+    starts = torch.arange(NUM_REQUESTS + 1, dtype=torch.int32, device="cuda")
+    scales = {}
+    if shape.dtype != torch.bfloat16:
+        one = torch.ones(1, device="cuda").expand(NUM_REQUESTS, shape.num_kv_heads)
+        query, scales = query.to(shape.dtype), {"q_descale": one, "k_descale": one, "v_descale": one}
+    metadata = get_scheduler_metadata(
+        batch_size=NUM_REQUESTS,
+        max_seqlen_q=1,
+        max_seqlen_k=NUM_TOKENS,
+        num_heads_q=shape.num_heads,
+        num_heads_kv=shape.num_kv_heads,
+        headdim=shape.head_size,
+        cache_seqlens=lengths,
+        qkv_dtype=shape.dtype,
+        cu_seqlens_q=starts,
+        page_size=block_size,
+        causal=True,
+        window_size=(-1, -1),
+        num_splits=32,
+    )
+
+    def launch() -> None:
+        flash_attn_varlen_func(
+            q=query,
+            k=keys,
+            v=values,
+            out=out,
+            cu_seqlens_q=starts,
+            max_seqlen_q=1,
+            seqused_k=lengths,
+            max_seqlen_k=NUM_TOKENS,
+            softmax_scale=shape.head_size**-0.5,
+            causal=True,
+            block_table=table,
+            scheduler_metadata=metadata,
+            num_splits=32,
+            fa_version=3,
+            **scales,
+        )
+
+    return launch
+
+
+if __name__ == "__main__":
+    main()
