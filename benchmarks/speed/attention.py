@@ -109,7 +109,7 @@ def places(shape: Shape) -> Iterator[Place]:
     for padding in (4, 8, 16, 32, 48, 64, 96, 128):
         yield Place("scan", "BLHNC", num_layers, 16, num_layers * page + padding * KIB)
     # What decides is the stride, not who lies between: any number of pages.
-    for num_pages in range(num_layers - 6, num_layers + 20):
+    for num_pages in range(max(num_layers - 6, 1), num_layers + 20):
         yield Place("scan", "BLHNC", num_pages, 16, num_pages * page)
 
 
@@ -123,12 +123,9 @@ def chosen(shape: Shape) -> Iterator[Place]:
         block_size=16, num_kv_heads=shape.num_kv_heads, head_size=shape.head_size, dtype=shape.dtype
     )
     sizes = pack([spec] * 2, [spec] * (shape.num_layers - 2), FLASH_ATTENTION)
-    stride = max(2 * sizes.rare, (shape.num_layers - 2) * sizes.common) * shape.token_bytes
-    if sizes.alignment:
-        stride = -(-stride // sizes.alignment) * sizes.alignment
-    yield Place("compressed", "BLHNC", shape.num_layers - 2, sizes.common, stride)
-    yield Place("full", "BLHNC", 2, sizes.rare, stride)
-    yield Place("scan", "BLNHC", 2, sizes.rare, stride)
+    yield Place("compressed", "BLHNC", shape.num_layers - 2, sizes.common, sizes.stride)
+    yield Place("full", "BLHNC", 2, sizes.rare, sizes.stride)
+    yield Place("scan", "BLNHC", 2, sizes.rare, sizes.stride)
 
 
 def median_us_per_layer(shape: Shape, place: Place, pool: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ class L2KVGPUWorker(CompactionWorker, Worker):
     def _geometry(self) -> Geometry:
         # A block size that somebody asked for stays; its stride may still be padded.
         asked = self.vllm_config.cache_config.user_specified_block_size
-        return replace(FLASH_ATTENTION, max_factor=1) if asked else FLASH_ATTENTION
+        return replace(FLASH_ATTENTION, page=0) if asked else FLASH_ATTENTION
 
     def _packed_layouts(self) -> list[KVCacheLayout]:
         return [KVCacheLayout.BLHNC]
