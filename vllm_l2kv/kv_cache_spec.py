@@ -38,7 +38,7 @@ class Geometry:
 
     page: int
     unit: int = 4096
-    factors: tuple[int, ...] = (3, 5)
+    factors: tuple[int, ...] = (5, 47)
 
     def padded(self, stride: int) -> int:
         """The least stride from this one on whose blocks spread over all of the memory."""
@@ -49,11 +49,12 @@ class Geometry:
 
 
 FLASH_ATTENTION = Geometry(page=32 * 1024)
-"""Measured with FlashAttention 3, `benchmarks/speed/attention.py`, on an H100 and an H200.
+"""Measured with FlashAttention 3 by `benchmarks/speed/attention.py`; tables in `docs/benchmarks.md`.
 
-One layer's blocks lie a stride apart. Where the stride is a multiple of the number of memory stacks (five on an H100,
-six on an H200) they meet in few of them, and decode attention takes up to a quarter longer; one page of 4 KiB more is
-enough to spread them. Layers with less than 32 KiB in a block lose up to 4 % to short reads."""
+One layer's blocks lie a stride apart. How a GPU spreads addresses over its memory has a modulus that is no power of
+two, and where it divides the stride, the blocks of a layer meet in a part of the memory: decode attention takes up to
+23 % longer at multiples of 5 on an H100 (80 GB) and up to 40 % at multiples of 47 on an H200 (141 GB). One unit more
+is enough to spread them. Layers with less than 32 KiB in a block lose 3 % to short reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
