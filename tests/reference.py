@@ -1,6 +1,6 @@
 """The rule of the paper on Hugging Face `transformers`, sharing no code with vllm_l2kv.
 
-Prefill, compact each compressed layer per head, decode greedily with the true positions.
+Prefill, compact each compressed layer per head, decode with the true positions.
 """
 
 import copy
@@ -19,57 +19,74 @@ def expected_keep(n: int, ratio: str, first: int = 0, last: int = 0) -> int:
 
 
 class Reference:
-    def __init__(self, model: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self._prefilled: dict[tuple[int, ...], tuple[DynamicCache, int]] = {}
+    def __init__(self, model: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+        self.device = device
+        self._prefilled: dict[tuple[int, ...], tuple[DynamicCache, torch.Tensor]] = {}
+
+    def generate(self, prompt: Sequence[int], num_tokens: int, *args, **kwargs) -> list[int]:
+        """Greedy tokens; further arguments as those of `logits`."""
+        return self.logits(prompt, [None] * num_tokens, *args, **kwargs).argmax(-1).tolist()
 
     @torch.inference_mode()
-    def generate(
+    def logits(
         self,
         prompt: Sequence[int],
-        num_tokens: int,
+        tokens: Sequence[int | None],
         ratio: str = "1",
         full_layers: Sequence[int] = (0, 1),
         first: int = 0,
         last: int = 0,
         delay: int = 0,
-    ) -> list[int]:
-        """Greedy tokens; `delay` more tokens than the first are computed on the full cache before it is compacted."""
-        cache, token = self._prefill(tuple(prompt))
-        n = len(prompt)
-        tokens = [token]
-        if delay:
-            cache = copy.deepcopy(cache)
-            self._decode(cache, tokens, n, delay)
+    ) -> torch.Tensor:
+        """`[len(tokens), vocabulary]` logits of each next token, fp32.
+
+        `tokens` are what was generated; where one is `None`, the likeliest takes its place. `delay` more tokens than
+        the first are computed on the full cache before it is compacted.
+        """
+        cache, logits = self._prefill(tuple(prompt))
+        n, rows = len(prompt), [logits]
+        cache = copy.deepcopy(cache)
+        self._decode(cache, tokens[:delay], rows, n)
+        cache = self._compacted(cache, n, expected_keep(n, ratio, first, last), full_layers, first, last)
+        self._decode(cache, tokens[delay : len(tokens) - 1], rows, n)
+        return torch.stack(rows)
+
+    def _decode(
+        self, cache: DynamicCache, tokens: Sequence[int | None], rows: list[torch.Tensor], num_prompt_tokens: int
+    ) -> None:
+        for token in tokens:
+            chosen = int(rows[-1].argmax()) if token is None else token
+            logits = self.model(
+                torch.tensor([[chosen]], device=self.device),
+                past_key_values=cache,
+                position_ids=torch.tensor([[num_prompt_tokens + len(rows) - 1]], device=self.device),
+                use_cache=True,
+            ).logits
+            rows.append(logits[0, -1].float())
+
+    def _prefill(self, prompt: tuple[int, ...]) -> tuple[DynamicCache, torch.Tensor]:
+        if prompt not in self._prefilled:
+            cache = DynamicCache()
+            ids = torch.tensor([prompt], device=self.device)
+            logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            self._prefilled[prompt] = cache, logits[0, -1].float()
+        return self._prefilled[prompt]
+
+    def _compacted(
+        self, cache: DynamicCache, n: int, num_keep: int, full_layers: Sequence[int], first: int, last: int
+    ) -> DynamicCache:
         compacted = DynamicCache()
         for index, layer in enumerate(cache.layers):
             keys, values = layer.keys, layer.values
             if index not in full_layers:
-                kept = self._kept(keys[:, :, :n], expected_keep(n, ratio, first, last), first, last)
+                kept = self._kept(keys[:, :, :n], num_keep, first, last)
                 generated = torch.arange(n, keys.shape[2]).expand(1, keys.shape[1], -1)
-                kept = torch.cat([kept, generated], dim=2)
+                kept = torch.cat([kept, generated], dim=2).to(self.device)
                 kept = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
                 keys, values = keys.gather(2, kept), values.gather(2, kept)
             compacted.update(keys, values, index)
-        self._decode(compacted, tokens, n, num_tokens - len(tokens))
-        return tokens
-
-    def _decode(self, cache: DynamicCache, tokens: list[int], n: int, num_steps: int) -> None:
-        for _ in range(num_steps):
-            logits = self.model(
-                torch.tensor([[tokens[-1]]]),
-                past_key_values=cache,
-                position_ids=torch.tensor([[n + len(tokens) - 1]]),
-                use_cache=True,
-            ).logits
-            tokens.append(int(logits[0, -1].argmax()))
-
-    def _prefill(self, prompt: tuple[int, ...]) -> tuple[DynamicCache, int]:
-        if prompt not in self._prefilled:
-            cache = DynamicCache()
-            logits = self.model(torch.tensor([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            self._prefilled[prompt] = cache, int(logits[0, -1].argmax())
-        return self._prefilled[prompt]
+        return compacted
 
     @staticmethod
     def _kept(keys: torch.Tensor, num_keep: int, first: int, last: int) -> torch.Tensor:
@@ -78,7 +95,7 @@ class Reference:
         protected = set(range(min(first, n))) | set(range(max(n - last, 0), n))
         rows = []
         for head in keys[0]:
-            norms = [float(norm) for norm in head.norm(dim=-1)]
+            norms = head.float().norm(dim=-1).tolist()
             ranked = sorted(range(n), key=lambda position: (position not in protected, norms[position], position))
             rows.append(sorted(ranked[:num_keep]))
         return torch.tensor(rows)[None]

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
+    KVQuantMode,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
     replace_as,
@@ -23,7 +24,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_l2kv.settings import Settings
 
-FULL_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,16 @@ def pack(rare: Sequence[AttentionSpec], common: Sequence[AttentionSpec], geometr
     )
 
 
+def key_dtype(spec: AttentionSpec) -> torch.dtype | None:
+    """What the elements of a cached key are, or `None` for a cache that cannot be scored.
+
+    A spec says that a cache is fp8 with a scale per layer, not which fp8: `check_supported` refuses e5m2.
+    """
+    if spec.kv_quant_mode == KVQuantMode.FP8_PER_TENSOR:
+        return torch.float8_e4m3fn
+    return spec.dtype if spec.kv_quant_mode == KVQuantMode.NONE and spec.dtype in FLOAT_DTYPES else None
+
+
 def _check_specs(specs: Mapping[str, KVCacheSpec]) -> None:
     for name, spec in specs.items():
         if isinstance(spec, SlidingWindowSpec) and type(spec) is SlidingWindowSpec:
@@ -188,9 +199,10 @@ def _check_specs(specs: Mapping[str, KVCacheSpec]) -> None:
             )
         if spec.non_causal:
             raise ValueError(f"Layer {name} attends non-causally; serve this model with stock vLLM.")
-        if spec.dtype not in FULL_CACHE_DTYPES:
+        if key_dtype(spec) is None:
             raise ValueError(
-                f"Layer {name} caches {spec.dtype}; set --kv-cache-dtype auto, quantized caches are not supported yet."
+                f"Layer {name} caches {spec.dtype} quantized as {spec.kv_quant_mode.name}; set --kv-cache-dtype to "
+                "auto or fp8_e4m3."
             )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 SCHEDULER_CLS = "vllm_l2kv.scheduler.scheduler.L2KVScheduler"
@@ -56,6 +57,13 @@ def check_supported(config: VllmConfig) -> None:
         ),
         "pipeline parallelism (set --pipeline-parallel-size 1)": parallel.pipeline_parallel_size > 1,
         "speculative decoding (drop --speculative-config)": config.speculative_config is not None,
+        "this KV-cache type (set --kv-cache-dtype to auto or fp8_e4m3)": (
+            is_quantized_kv_cache(config.cache_config.cache_dtype)
+            and config.cache_config.cache_dtype not in ("fp8", "fp8_e4m3")
+        ),
+        "quantized KV caches on CPUs (set --kv-cache-dtype auto)": (
+            current_platform.is_cpu() and is_quantized_kv_cache(config.cache_config.cache_dtype)
+        ),
         "pooling models (serve them with stock vLLM)": config.model_config.runner_type == "pooling",
         "encoder-decoder models (serve them with stock vLLM)": config.model_config.is_encoder_decoder,
         "R-SWA models (serve them with stock vLLM)": config.model_config.rswa_window is not None,

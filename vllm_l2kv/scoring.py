@@ -12,7 +12,8 @@ def l2(keys: torch.Tensor) -> torch.Tensor:
     In fp32 whatever the cache's type: in bf16 three quarters of the norms tie.
 
     Args:
-        keys: `[..., num_tokens, head_size]`, any floating type.
+        keys: `[..., num_tokens, head_size]`, any floating type. A factor common to all (the scale of an fp8 cache)
+            leaves their order alone.
 
     Returns:
         `[..., num_tokens]`, fp32.
@@ -20,5 +21,5 @@ def l2(keys: torch.Tensor) -> torch.Tensor:
     Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
     arXiv 2406.11430, section 2.
     """
-    norms: torch.Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    norms: torch.Tensor = torch.linalg.vector_norm(keys.float(), dim=-1)
     return -norms

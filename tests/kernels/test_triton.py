@@ -18,29 +18,38 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 from vllm_l2kv.kernels import slots  # noqa: E402
 from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor  # noqa: E402
 
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 NUM_KV_HEADS = 2
 
 
 class Pool:
-    """A pool in one of vLLM's layouts, filled with keys whose norms all differ."""
+    """A pool in one of vLLM's layouts, filled with keys whose norms all differ as far as their type can tell."""
 
-    def __init__(self, num_blocks, block_size, num_layers=2, dtype=torch.bfloat16, head_size=64, layout="BLHNC"):
+    def __init__(
+        self, num_blocks, block_size, num_layers=2, dtype=torch.bfloat16, head_size=64, layout="BLHNC", padding=0
+    ):
         generator = torch.Generator().manual_seed(num_blocks + block_size)
         sizes = {"B": num_blocks, "L": num_layers, "H": NUM_KV_HEADS, "N": block_size, "C": 2 * head_size}
-        pool = torch.randn([sizes[axis] for axis in layout], generator=generator).to(dtype).to(DEVICE)
-        self.views = pool.permute([layout.index(axis) for axis in "LBHNC"])
+        pool = torch.randn([sizes[axis] for axis in layout], generator=generator)
+        views = pool.permute([layout.index(axis) for axis in "LBHNC"])
         # Exact in every type, and so far apart that the order of summation cannot matter.
         scale = torch.randint(1, 2**14, (num_layers, num_blocks, NUM_KV_HEADS, block_size), generator=generator)
-        self.views[..., :head_size] = 0
-        self.views[..., 0] = (scale / 2**7).to(dtype).to(DEVICE)
+        views[..., :head_size] = 0
+        views[..., 0] = scale / 2**7
+        self.key_dtype = dtype
+        # vLLM keeps quantized caches as bytes.
+        pool = pool.to(dtype).view(torch.uint8 if dtype.itemsize == 1 else dtype).to(DEVICE).flatten(1)
+        padded = torch.zeros(pool.shape[0], pool.shape[1] + padding, dtype=pool.dtype, device=DEVICE)
+        padded[:, : pool.shape[1]] = pool
+        pool = padded[:, : pool.shape[1]].view([sizes[axis] for axis in layout])
+        self.views = pool.permute([layout.index(axis) for axis in "LBHNC"])
         self.head_size = head_size
 
-    def rows(self, layer: int) -> LayerRows:
-        view = self.views[layer]
-        return LayerRows(view[..., : self.head_size], view[..., self.head_size :])
+    def rows(self, layer: torch.Tensor) -> LayerRows:
+        return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype)
 
     def compactor(self, max_num_tokens: int = 512) -> GroupCompactor:
-        return GroupCompactor(GroupCache.of(list(self.views), self.head_size), 0, max_num_tokens)
+        return GroupCompactor(GroupCache.of(list(self.views), self.head_size, self.key_dtype), 0, max_num_tokens)
 
 
 def order(source, destination, n, num_keep, num_tokens=None, first=0, last=0) -> CompactionOrder:
@@ -60,7 +69,7 @@ def tables(num_blocks: int, *counts: int) -> list[list[int]]:
 def check(pool: Pool, orders: list[CompactionOrder], max_num_tokens: int = 512) -> None:
     expected = pool.views.clone()
     for i in range(pool.views.shape[0]):
-        rows = LayerRows(expected[i][..., : pool.head_size], expected[i][..., pool.head_size :])
+        rows = pool.rows(expected[i])
         for o in orders:
             (move,) = o.moves
             source, destination = (torch.tensor(blocks, device=DEVICE) for blocks in (move.source, move.destination))
@@ -78,9 +87,9 @@ def check(pool: Pool, orders: list[CompactionOrder], max_num_tokens: int = 512) 
     assert torch.equal(pool.views, expected)
 
 
-LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 130]
+LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 130, 1025]
 if ON_GPU:
-    LENGTHS += [1000, 2047, 2048, 2049, 30_000]
+    LENGTHS += [1000, 1023, 1024, 2047, 2048, 2049, 30_000]
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -99,10 +108,26 @@ def test_head_sizes_and_layouts(head_size, layout):
     check(Pool(12, 16, head_size=head_size, layout=layout), [order(source, destination, 90, 40, 93)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_types(dtype):
     source, destination = tables(12, 6, 3)
     check(Pool(12, 16, dtype=dtype), [order(source, destination, 90, 40, 93)])
+
+
+# Two GiB of padding: offsets leave 32 bits.
+@pytest.mark.parametrize("padding", [4096, 2**30] if ON_GPU else [4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_padded_blocks(dtype, padding):
+    source, destination = tables(12, 6, 3)
+    check(Pool(12, 16, dtype=dtype, padding=padding), [order(source, destination, 90, 40, 93)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_warming_up_touches_the_null_block_only(dtype):
+    pool = Pool(8, 16, dtype=dtype)
+    before = pool.views.clone()
+    pool.compactor(max_num_tokens=2000).warm_up()
+    assert torch.equal(pool.views[:, 1:], before[:, 1:])
 
 
 @pytest.mark.parametrize(("first", "last"), [(4, 0), (0, 9), (4, 9), (40, 0)])

@@ -9,20 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
+    KVQuantMode,
     MLAAttentionSpec,
     SinkFullAttentionSpec,
     SlidingWindowSpec,
 )
 
+from vllm_l2kv import plugin
 from vllm_l2kv.kv_cache_spec import (
     FLASH_ATTENTION,
     CompressedLayerSpec,
     FullLayerSpec,
     classify_layers,
+    key_dtype,
     pack,
 )
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.settings import Settings
+from vllm_l2kv.worker.worker import check_attention
 
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.bfloat16}
 
@@ -36,6 +40,7 @@ def config(**changes):
         ),
         "model_config": SimpleNamespace(runner_type="generate", is_encoder_decoder=False, rswa_window=None),
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
     }
     for path, value in changes.items():
         owner, _, name = path.partition("__")
@@ -61,6 +66,8 @@ def test_an_ordinary_configuration_passes():
         ({"model_config__runner_type": "pooling"}, "pooling"),
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_config__rswa_window": 128}, "R-SWA"),
+        ({"cache_config__cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype to auto or fp8_e4m3"),
+        ({"cache_config__cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype to auto or fp8_e4m3"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
     ],
 )
@@ -82,6 +89,10 @@ def layers(*specs):
         (FullAttentionSpec(**SHAPE, attention_chunk_size=128), "hybrid KV-cache manager"),
         (FullAttentionSpec(**SHAPE, non_causal=True), "non-causally"),
         (FullAttentionSpec(**{**SHAPE, "dtype": torch.uint8}), "--kv-cache-dtype"),
+        (
+            FullAttentionSpec(**{**SHAPE, "dtype": torch.uint8}, kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD),
+            "FP8_PER_TOKEN_HEAD",
+        ),
     ],
 )
 def test_caches_that_cannot_be_compacted_are_named(spec, message):
@@ -118,6 +129,34 @@ def test_sliding_window_layers_are_left_alone():
     classified = classify_layers(layers(window, window, FullAttentionSpec(**SHAPE)), Settings(()))
     assert list(classified.values())[:2] == [window, window]
     assert type(list(classified.values())[2]) is CompressedLayerSpec
+
+
+def test_an_fp8_cache_holds_e4m3_keys():
+    spec = FullAttentionSpec(**{**SHAPE, "dtype": torch.uint8}, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
+    assert key_dtype(spec) == torch.float8_e4m3fn
+    classified = classify_layers(layers(*[spec] * 6), Settings((0, 1)))
+    assert [key_dtype(spec) for spec in classified.values()] == [torch.float8_e4m3fn] * 6
+
+
+def test_quantized_caches_on_a_cpu(monkeypatch):
+    quantized = config(cache_config__cache_dtype="fp8")
+    monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: False)
+    check_supported(quantized)
+    monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: True)
+    with pytest.raises(ValueError, match="quantized KV caches on CPUs"):
+        check_supported(quantized)
+
+
+@pytest.mark.parametrize(
+    ("backend", "alibi", "message"),
+    [("FLASHINFER", None, "--attention-backend FLASH_ATTN"), ("FLASH_ATTN", [0.5], "ALiBi")],
+)
+def test_attention_that_compaction_would_mislead(backend, alibi, message):
+    layer = SimpleNamespace(
+        attn_backend=SimpleNamespace(get_name=lambda: backend), impl=SimpleNamespace(alibi_slopes=alibi)
+    )
+    with pytest.raises(ValueError, match=message):
+        check_attention("model.layers.3.self_attn.attn", layer, ("FLASH_ATTN",))
 
 
 def test_classes_never_merge():

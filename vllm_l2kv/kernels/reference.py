@@ -17,10 +17,12 @@ class LayerRows(NamedTuple):
     Attributes:
         keys: `[num_blocks, num_kv_heads, block_size, head_size]`.
         values: `[num_blocks, num_kv_heads, block_size, head_size_v]`.
+        key_dtype: What the elements of a key are where `keys` are bytes (fp8); `None` if they are what they say.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    key_dtype: torch.dtype | None = None
 
 
 def select(scores: torch.Tensor, num_keep: int, protect_first: int = 0, protect_last: int = 0) -> torch.Tensor:
@@ -72,7 +74,8 @@ def compact_layer(
     """
     keys = _read(rows.keys, source, num_tokens)  # [num_kv_heads, num_tokens, head_size]
     values = _read(rows.values, source, num_tokens)
-    kept = select(l2(keys[:, :num_prompt_tokens]), num_keep, protect_first, protect_last)
+    scores = l2(keys[:, :num_prompt_tokens].view(rows.key_dtype or keys.dtype))
+    kept = select(scores, num_keep, protect_first, protect_last)
     generated = torch.arange(num_prompt_tokens, num_tokens, device=kept.device)
     positions = torch.cat([kept, generated.expand(kept.shape[0], -1)], dim=1)
     _write(rows.keys, destination, _take(keys, positions))

@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_l2kv.messages import CompactionOrder
+from vllm_l2kv.messages import CompactionOrder, GroupMove
 
 SCORE_ROWS = 32
-SELECT_TILE = 4096
+SELECT_TILES = (1024, 4096)
+"""Scores that a program of `_select_kernel` reads at once: the first for prompts that fit it, else the last."""
 MOVE_ROWS = 64
 MOVE_SPLIT = 32
 NUM_ORDER_FIELDS = 9
@@ -34,16 +35,23 @@ class GroupCache:
         layers: One view a layer, `[num_blocks, num_kv_heads, block_size, content]`; a row is contiguous and holds
             the key, then the value.
         head_size: Elements of a key.
+        key_dtype: What the elements of a key are; a quantized cache is a tensor of bytes.
         pointers: `[num_layers]` int64, addresses of the views.
     """
 
     layers: tuple[torch.Tensor, ...]
     head_size: int
+    key_dtype: torch.dtype
     pointers: torch.Tensor
 
     @classmethod
-    def of(cls, layers: Sequence[torch.Tensor], head_size: int) -> "GroupCache":
+    def of(cls, layers: Sequence[torch.Tensor], head_size: int, key_dtype: torch.dtype | None = None) -> "GroupCache":
         """Checks that the layers are alike.
+
+        Args:
+            layers: As the attribute.
+            head_size: As the attribute.
+            key_dtype: As the attribute; `None` for the tensors' own type.
 
         Raises:
             ValueError: Shapes, strides or types differ, or rows are not contiguous.
@@ -55,12 +63,17 @@ class GroupCache:
         if first.stride(3) != 1:
             raise ValueError("rows of the KV cache are not contiguous")
         pointers = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64, device=first.device)
-        return cls(tuple(layers), head_size, pointers)
+        return cls(tuple(layers), head_size, key_dtype or first.dtype, pointers)
 
     @property
     def num_rows_per_token(self) -> int:
         """Layers times heads: selections that one prompt takes."""
         return len(self.layers) * self.layers[0].shape[1]
+
+
+def scratch_bytes(num_rows_per_token: int, max_num_tokens: int) -> int:
+    """Device memory that compaction needs beside the cache: four bytes for each key of the longest prompt."""
+    return 4 * num_rows_per_token * max_num_tokens
 
 
 class GroupCompactor:
@@ -76,9 +89,8 @@ class GroupCompactor:
         self.cache = cache
         self.group_id = group_id
         # Norms as sortable integers, then the kept positions in the same place.
-        self._scratch = torch.empty(
-            cache.num_rows_per_token * max_num_tokens, dtype=torch.int32, device=cache.pointers.device
-        )
+        num_bytes = scratch_bytes(cache.num_rows_per_token, max_num_tokens)
+        self._scratch = torch.empty(num_bytes // 4, dtype=torch.int32, device=cache.pointers.device)
 
     def compact(self, orders: Sequence[CompactionOrder]) -> None:
         """Launches the kernels; several orders at a time, as many as the scratch memory holds."""
@@ -94,22 +106,33 @@ class GroupCompactor:
         if batch:
             self._launch(batch)
 
+    def warm_up(self) -> None:
+        """Compiles the kernels for every length of prompts, so that no request waits for that; moves the null block."""
+        block_size = self.cache.layers[0].shape[2]
+        capacity = self._scratch.numel() // self.cache.num_rows_per_token
+        for num_tokens in {min(tile, capacity) for tile in SELECT_TILES}:
+            source = (0,) * triton.cdiv(num_tokens, block_size)
+            self._launch(
+                [CompactionOrder("", num_tokens, 1, num_tokens, 0, 0, (GroupMove(self.group_id, source, (0,)),))]
+            )
+
     def _launch(self, orders: Sequence[CompactionOrder]) -> None:
         cache = self.cache
         layer = cache.layers[0]
         num_kv_heads, block_size, content = layer.shape[1:]
         table = self._table(orders)
-        num_tiles = triton.cdiv(max(order.num_prompt_tokens for order in orders), SCORE_ROWS)
+        longest = max(order.num_prompt_tokens for order in orders)
         num_selections = cache.num_rows_per_token
         strides = layer.stride()[:3]
-        _score_kernel[(num_tiles, num_selections, len(orders))](
-            cache.pointers, layer, table, self._scratch, *strides, num_kv_heads, block_size,
+        _score_kernel[(triton.cdiv(longest, SCORE_ROWS), num_selections, len(orders))](
+            cache.pointers, layer.view(cache.key_dtype), table, self._scratch, *strides, num_kv_heads, block_size,
             HEAD_SIZE=cache.head_size, HEAD_PADDED=triton.next_power_of_2(cache.head_size),
             ORDER_FIELDS=NUM_ORDER_FIELDS, ROWS=SCORE_ROWS,
         )  # fmt: skip
         _select_kernel[(len(orders), num_selections)](
-            table, self._scratch, ORDER_FIELDS=NUM_ORDER_FIELDS, TILE=SELECT_TILE
-        )
+            table, self._scratch, ORDER_FIELDS=NUM_ORDER_FIELDS,
+            TILE=SELECT_TILES[0 if longest <= SELECT_TILES[0] else -1],
+        )  # fmt: skip
         _move_kernel[(len(orders), num_selections, MOVE_SPLIT)](
             cache.pointers, layer, table, self._scratch, *strides, num_kv_heads, block_size,
             CONTENT=content, CONTENT_PADDED=triton.next_power_of_2(content),
@@ -159,7 +182,7 @@ def _row_base(pointers, like, i_layer):
 @triton.jit
 def _score_kernel(
     pointers,  # [num_layers] int64
-    like,  # a tensor of the cache's type
+    like,  # a tensor of the keys' type
     table,  # [num_orders * ORDER_FIELDS + num_blocks] int32
     scores,  # [num_selections * num_tokens] int32
     stride_block,
@@ -189,9 +212,11 @@ def _score_kernel(
     o_dim = tl.arange(0, HEAD_PADDED)
     mask = m_token[:, None] & (o_dim < HEAD_SIZE)[None, :]
     base = _row_base(pointers, like, i_layer)
-    b_key = tl.load(base + o_row[:, None] + o_dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_key = tl.load(base + o_row[:, None] + o_dim[None, :], mask=mask).to(tl.float32)
+    b_key = tl.where(mask, b_key, 0.0)
     b_norm = tl.sqrt_rn(tl.sum(b_key * b_key, axis=1))
 
+    # A scale common to a layer's keys (fp8) leaves their order alone, so it is not read.
     # Norms are not negative, so their bits sort as they do. 0 is kept for protected tokens; a NaN sorts last.
     b_bits = tl.minimum(b_norm.to(tl.int32, bitcast=True), 0x7FFFFFFE) + 1
     m_protected = (o_token < protect_first) | (o_token >= num_prompt_tokens - protect_last)

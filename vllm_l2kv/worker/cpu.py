@@ -17,6 +17,8 @@ from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Ru
 class L2KVCPUWorker(CompactionWorker, CPUWorker):
     """vLLM's CPU worker that compacts, with the torch reference."""
 
+    attention_backends = ("CPU_ATTN",)
+
     def _packed_layouts(self) -> list[KVCacheLayout]:
         # The backend declares LBHNC only, but its kernels read head-major blocks at any stride.
         return [KVCacheLayout.BLHNC]

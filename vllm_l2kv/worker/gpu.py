@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor
-from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, Geometry
+from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor, scratch_bytes
+from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, key_dtype
 from vllm_l2kv.messages import CompactionOrder
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Runner
@@ -16,6 +18,20 @@ from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Ru
 
 class L2KVGPUWorker(CompactionWorker, Worker):
     """vLLM's GPU worker that compacts, with Triton kernels."""
+
+    attention_backends = ("FLASH_ATTN",)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """As ours for every device; notes how much memory the kernels will need beside the cache."""
+        specs = super().get_kv_cache_spec()
+        num_rows = sum(spec.num_kv_heads for spec in specs.values() if isinstance(spec, CompressedLayerSpec))
+        self._scratch_bytes = scratch_bytes(num_rows, self.vllm_config.model_config.max_model_len)
+        return specs
+
+    def determine_available_memory(self) -> int:
+        """As vLLM's, less what the kernels will need; a cache of a size that somebody asked for stays."""
+        available: int = super().determine_available_memory()
+        return available if self.vllm_config.cache_config.kv_cache_memory_bytes else available - self._scratch_bytes
 
     def _geometry(self) -> Geometry:
         # A block size that somebody asked for stays; its stride may still be padded.
@@ -26,7 +42,9 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         return [KVCacheLayout.BLHNC]
 
     def _make_compactor(self, layers: GroupLayers) -> Compactor:
-        return TritonCompactor(layers, self.vllm_config.model_config.max_model_len)
+        compactor = TritonCompactor(layers, self.vllm_config.model_config.max_model_len)
+        compactor.warm_up()
+        return compactor
 
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
         if not self.use_v2_model_runner:
@@ -34,7 +52,9 @@ class L2KVGPUWorker(CompactionWorker, Worker):
                 "vllm-l2kv needs vLLM's runner V2 on a GPU, and this configuration uses V1; vLLM's log names the "
                 "setting that asks for it, or set VLLM_USE_V2_MODEL_RUNNER=1."
             )
-        return RunnerV2(self.model_runner, group_ids)
+        runner = RunnerV2(self.model_runner, group_ids)
+        runner.warm_up()
+        return runner
 
 
 class TritonCompactor:
@@ -46,16 +66,21 @@ class TritonCompactor:
     """
 
     def __init__(self, layers: GroupLayers, max_num_tokens: int) -> None:
-        alike: dict[tuple[int, int, object], list[torch.Tensor]] = {}
+        alike: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         for group_id, group in layers.items():
             for layer, spec in group:
                 cache = layer.kv_cache
-                like = (cache.dtype, tuple(cache.shape), cache.stride())
-                alike.setdefault((group_id, spec.head_size, like), []).append(cache)
+                like = (group_id, spec.head_size, key_dtype(spec), cache.dtype, cache.shape, cache.stride())
+                alike.setdefault(like, []).append(cache)
         self._compactors = [
-            GroupCompactor(GroupCache.of(caches, head_size), group_id, max_num_tokens)
-            for (group_id, head_size, _), caches in alike.items()
+            GroupCompactor(GroupCache.of(caches, head_size, dtype), group_id, max_num_tokens)
+            for (group_id, head_size, dtype, *_), caches in alike.items()
         ]
+
+    def warm_up(self) -> None:
+        """Compiles the kernels."""
+        for compactor in self._compactors:
+            compactor.warm_up()
 
     def compact(self, orders: Sequence[CompactionOrder]) -> None:
         """Launches the kernels for all orders of a step."""

@@ -47,6 +47,14 @@ class RunnerV2:
             self.counts.set(order.req_id, state, order.num_evicted)
         self.counts.publish()
 
+    def warm_up(self) -> None:
+        """Compiles the kernels, on a batch of nobody."""
+        idx_mapping = torch.full((1,), -1, dtype=torch.int32, device=self._seq_lens.device)
+        starts = torch.zeros(2, dtype=torch.int32, device=self._seq_lens.device)
+        positions = torch.zeros(1, dtype=torch.int64, device=self._seq_lens.device)
+        self._tables.compressed_slot_mappings(self._tables.slot_mappings, idx_mapping, starts, positions)
+        physical_lengths(self._seq_lens[:1], starts[:1], idx_mapping, self.counts.on_device)
+
     def _make_physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """The same buffer at capture and at replay; the host's upper bounds stay logical, for they are bounds."""
         seq_lens = self._seq_lens[: metadata.seq_lens.shape[0]]
@@ -121,18 +129,24 @@ class CompressedBlockTables:
         if not len(self._counts):
             return tables.compute_slot_mappings(idx_mapping, query_start_loc, positions, num_tokens_padded, out)
         mappings: torch.Tensor = tables.slot_mappings if out is None else out
+        self.compressed_slot_mappings(mappings, idx_mapping, query_start_loc, positions)
+        return mappings[:, :num_tokens_padded]
+
+    def compressed_slot_mappings(
+        self, out: torch.Tensor, idx_mapping: torch.Tensor, query_start_loc: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Launches our kernel; shapes as in `kernels.slots.slot_mappings`."""
         slot_mappings(
-            mappings,
+            out,
             idx_mapping,
             query_start_loc,
             positions,
             self._counts.on_device,
             self._is_compressed,
-            tables.block_table_ptrs,
-            tables.block_table_strides,
-            tables.block_sizes_tensor,
+            self._tables.block_table_ptrs,
+            self._tables.block_table_strides,
+            self._tables.block_sizes_tensor,
         )
-        return mappings[:, :num_tokens_padded]
 
     def get_dummy_block_tables(self, num_reqs: int) -> tuple[torch.Tensor, ...]:
         """As vLLM's; a dummy batch has no request states."""

@@ -1,7 +1,7 @@
 """What every worker of ours does, whatever the device: declare layer classes, obey orders."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -37,7 +37,12 @@ class CompactionWorker(WorkerBase):
     """Stands before one of vLLM's worker classes.
 
     A subclass answers for its device: `_packed_layouts`, `_make_compactor` and `_adapt_runner`.
+
+    Attributes:
+        attention_backends: vLLM's names of the attention backends that take every length from where we put it.
     """
+
+    attention_backends: ClassVar[tuple[str, ...]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,6 +53,9 @@ class CompactionWorker(WorkerBase):
         """vLLM's specs, as full and compressed layers."""
         specs: dict[str, KVCacheSpec] = classify_layers(super().get_kv_cache_spec(), self.settings, self._geometry())
         self._is_packed = len({spec.page_size_bytes for spec in specs.values()}) > 1
+        for name, spec in specs.items():
+            if isinstance(spec, CompressedLayerSpec):
+                check_attention(name, self._layers[name], self.attention_backends)
         return specs
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
@@ -58,13 +66,11 @@ class CompactionWorker(WorkerBase):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """As vLLM's, then takes hold of the compressed groups."""
         super().initialize_from_config(kv_cache_config)
-        context = self.vllm_config.compilation_config.static_forward_context
         layers: dict[int, list[tuple[Any, CompressedLayerSpec]]] = {}
         for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
             for name, spec in group_layer_specs(group).items():
                 if isinstance(spec, CompressedLayerSpec):
-                    _check_attention(name, context[name])
-                    layers.setdefault(group_id, []).append((context[name], spec))
+                    layers.setdefault(group_id, []).append((self._layers[name], spec))
         self._compressed_group_ids = tuple(layers)
         self._compactor = self._make_compactor(layers)
         self._runner = self._adapt_runner(self._compressed_group_ids)
@@ -94,6 +100,11 @@ class CompactionWorker(WorkerBase):
             for group_id, group in enumerate(self.model_runner.kv_cache_config.kv_cache_groups)
         ]
 
+    @property
+    def _layers(self) -> dict[str, Any]:
+        layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
+        return layers
+
     def _geometry(self) -> Geometry | None:
         """What this device's attention kernels want of packed blocks."""
         return None
@@ -111,12 +122,23 @@ class CompactionWorker(WorkerBase):
         raise NotImplementedError
 
 
-def _check_attention(name: str, layer: Any) -> None:
-    """Refuses attention that looks at the distance between slots.
+def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:
+    """Refuses attention that compaction would mislead.
+
+    Args:
+        name: The layer's name.
+        layer: vLLM's attention layer.
+        backends: Names of the backends whose way of finding lengths is known.
 
     Raises:
-        ValueError: The layer uses ALiBi.
+        ValueError: Another backend, or ALiBi.
     """
+    backend = layer.attn_backend.get_name()
+    if backend not in backends:
+        raise ValueError(
+            f"Layer {name} uses the attention backend {backend}, which may read lengths that compaction does not "
+            f"change; set --attention-backend {backends[0]}."
+        )
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         raise ValueError(
             f"Layer {name} uses ALiBi, whose biases follow slots, not positions; serve this model with stock vLLM."
