@@ -14,10 +14,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: help setup serve test check fmt lock clean
+.PHONY: help setup serve test test-gpu check fmt lock clean
 
 help: ## List the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@printf '%s\n' '' \
 	  'Variables: PYTHON (to make $(VENV) with), PIP_ARGS (for every pip install), PORT and CONFIG (of serve),' \
 	  'ARGS (more arguments of serve or test): make serve PORT=9000 ARGS="--api-key secret"'
@@ -44,9 +44,12 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 serve: setup ## Serve the demo model on port 8000; another one with ARGS=MODEL
 	$(BIN)/vllm-l2kv serve $(ARGS) --config $(CONFIG) --port $(PORT)
 
-test: setup ## Run all tests that need no GPU
+test: setup ## Run all tests; those that need a GPU are skipped without one
 	$(BIN)/vllm-l2kv demo-model
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-gpu: ## Run the tests that need a GPU, in an environment of yours: PYTHON with vllm-l2kv[cuda,dev] installed
+	$(PYTHON) -m pytest -m gpu $(ARGS)
 
 check: setup ## Lint, format check, types
 	$(BIN)/ruff check

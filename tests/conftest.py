@@ -14,11 +14,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--demo-model", type=Path, help="folder of the demo model, instead of fetching it")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: `make test-gpu` there"))
+
+
 @pytest.fixture(scope="session")
-def demo_model() -> Path:
+def demo_model(request) -> Path:
     from vllm_l2kv_server.demo_model import ensure_demo_model
 
-    return ensure_demo_model()
+    return request.config.getoption("--demo-model") or ensure_demo_model()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,15 @@
-"""The two engines that benchmarks compare, in the process that asks for one."""
+"""The two engines that benchmarks compare, and what they are asked."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+MAX_NUM_SEQS = 256
 
 
 def start(engine: str, model: str, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """Starts vLLM with made-up weights.
+    """Starts vLLM with made-up weights in this process.
 
     Args:
         engine: `stock` or `l2kv`.
@@ -25,23 +29,26 @@ def start(engine: str, model: str, **arguments: Any) -> tuple[Any, dict[str, Any
     llm = vllm.LLM(
         model,
         load_format="dummy",
-        dtype="bfloat16",
-        max_model_len=16384,
-        max_num_seqs=64,
-        max_num_batched_tokens=8192,
         disable_log_stats=True,
         skip_tokenizer_init=True,
-        **ours,
-        **arguments,
+        **{"dtype": "bfloat16", "max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 8192, **ours, **arguments},
     )
-    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    config = scheduler_of(llm).kv_cache_config
     return llm, {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "vllm": vllm.__version__,
         "commit": os.environ.get("COMMIT", ""),
         "engine": engine,
-        "groups": [(len(group.layer_names), group.kv_cache_spec.block_size) for group in groups],
+        "kv_cache_dtype": arguments.get("kv_cache_dtype", "auto"),
+        "groups": [(len(group.layer_names), group.kv_cache_spec.block_size) for group in config.kv_cache_groups],
+        "num_blocks": config.num_blocks,
+        "block_bytes": sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks,
     }
+
+
+def scheduler_of(llm: Any) -> Any:
+    """The scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
 
 
 def add_requests(
@@ -59,6 +66,7 @@ def add_requests(
     """
     import numpy as np
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     import vllm_l2kv
 
@@ -67,11 +75,34 @@ def add_requests(
         ignore_eos=True,
         max_tokens=num_output_tokens,
         detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
         extra_args=None if ratio is None else vllm_l2kv.compression(ratio),
     )
     random = np.random.default_rng(seed)
     req_ids = [f"{seed}-{i}" for i in range(num_requests)]
     for req_id in req_ids:
-        prompt = random.integers(1000, 100_000, num_prompt_tokens).tolist()
+        prompt = random.integers(1000, 40_000, num_prompt_tokens).tolist()
         llm.llm_engine.add_request(req_id, {"prompt_token_ids": prompt}, params)
     return req_ids
+
+
+def abort_all(llm: Any, req_ids: list[str]) -> None:
+    """Ends requests and lets the engine come to rest."""
+    llm.llm_engine.abort_request(req_ids)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+
+
+@contextmanager
+def cache_of(llm: Any, num_bytes: int, block_bytes: int) -> Iterator[None]:
+    """The engine with a smaller KV cache: somebody else holds the other blocks.
+
+    The same for the scheduler as a start with `kv_cache_memory_bytes`, which would take another minute.
+    """
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    assert scheduler_of(llm).reset_prefix_cache()
+    held = pool.get_new_blocks(pool.get_num_free_blocks() - num_bytes // block_bytes)
+    try:
+        yield
+    finally:
+        pool.free_blocks(held)

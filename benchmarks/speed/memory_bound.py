@@ -1,72 +1,98 @@
-"""A cache too small for its requests: how many run at once, and how fast, with and without vllm-l2kv.
+"""A cache too small for its requests, in steady state: how many run at once, and how fast.
 
-PYTHONPATH=. python benchmarks/speed/memory_bound.py --model FOLDER --out memory_bound.jsonl [--engines stock l2kv]
-
-16 GiB of KV cache, 48 prompts of 8,000 tokens at once, 400 generated tokens each.
+8,000 prompt tokens and 1,000 generated ones, 16 GiB of KV cache, always eight requests in the queue. The first
+requests, which fill the cache, generate fewer tokens, evenly spread from 1 to 1,000, as if the server had been running
+for long.
 """
 
-import argparse
-import json
+import random
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from engines import add_requests, start
+from engines import abort_all, add_requests, cache_of, scheduler_of
 
-NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 48, 8000, 400
-RATIOS = {"stock": (None,), "l2kv": (None, 0.5, 0.25, 0.1)}
-
-
-def main() -> None:
-    """Starts one process an engine, or is one."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--engines", nargs="+", choices=["stock", "l2kv"], default=["stock", "l2kv"])
-    parser.add_argument("--inside", choices=["stock", "l2kv"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.inside is None:
-        for engine in args.engines:
-            words = ["--model", args.model, "--out", str(args.out), "--inside", engine]
-            subprocess.run([sys.executable, __file__, *words], check=True)
-        return
-    llm, about = start(args.inside, args.model, kv_cache_memory_bytes=16 << 30)
-    for seed, ratio in enumerate(RATIOS[args.inside]):
-        row = {**about, "keep_ratio": ratio or 1.0, **run(llm, ratio, seed)}
-        with args.out.open("a") as out:
-            out.write(json.dumps(row) + "\n")
-        sys.stdout.write(json.dumps(row) + "\n")
-        sys.stdout.flush()
+CACHE_BYTES = 16 << 30
+NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, NUM_QUEUED = 8000, 1000, 8
+RATIOS = {None: 20.0, 0.5: 20.0, 0.25: 25.0, 0.1: 25.0}
+"""Keep ratios and seconds of measurement."""
+SETTLE_SECONDS = 3.0
 
 
-def run(llm: Any, ratio: float | None, seed: int) -> dict[str, Any]:
-    """All requests at once, until the last is done."""
-    engine = llm.llm_engine
-    scheduler = engine.engine_core.engine_core.scheduler
-    add_requests(llm, NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, ratio, seed)
-    begin = time.perf_counter()
-    first_token: dict[str, float] = {}
-    num_running, preempted = [], {}
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            first_token.setdefault(output.request_id, time.perf_counter() - begin)
-        if scheduler.waiting:
-            num_running.append(len(scheduler.running))
-        preempted.update({r.request_id: r.num_preemptions for r in scheduler.running if r.num_preemptions})
-        preempted.update({r.request_id: r.num_preemptions for r in scheduler.waiting if r.num_preemptions})
-    seconds = time.perf_counter() - begin
-    return {
-        "peak_running": max(num_running, default=NUM_REQUESTS),
-        "median_running_while_others_wait": statistics.median(num_running or [NUM_REQUESTS]),
-        "output_tokens_per_s": round(NUM_REQUESTS * NUM_OUTPUT_TOKENS / seconds, 1),
-        "median_first_token_s": round(statistics.median(first_token.values()), 2),
-        "preemptions": sum(preempted.values()),
-        "seconds": round(seconds, 2),
-    }
+def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
+    """One row for each ratio."""
+    for seed, (ratio, seconds) in enumerate(RATIOS.items(), start=1):
+        if (ratio is not None and about["engine"] == "stock") or (only and str(ratio or 1.0) not in only):
+            continue
+        with cache_of(llm, CACHE_BYTES, about["block_bytes"]):
+            yield {"keep_ratio": ratio or 1.0, **Server(llm, ratio, seed).measure(seconds)}
 
 
-if __name__ == "__main__":
-    main()
+@dataclass
+class Server:
+    """An engine whose queue never runs dry.
+
+    Attributes:
+        llm: The engine.
+        ratio: Keep ratio, or `None` to ask for nothing.
+        seed: For the prompts.
+    """
+
+    llm: Any
+    ratio: float | None
+    seed: int
+    unfinished: set[str] = field(default_factory=set)
+    waiting_since: dict[str, float] = field(default_factory=dict)
+    preempted: dict[str, int] = field(default_factory=dict)
+    waits: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def measure(self, seconds: float) -> dict[str, Any]:
+        """Fills the cache, lets it settle, then counts."""
+        scheduler = scheduler_of(self.llm)
+        chance = random.Random(self.seed)
+        running = 0
+        while not running or len(scheduler.running) > running:
+            running = len(scheduler.running)
+            self.step(chance.randint(1, NUM_OUTPUT_TOKENS))
+        self.run_for(SETTLE_SECONDS)
+        self.waits, self.num_tokens = [], 0
+        preempted = sum(self.preempted.values())
+        elapsed, num_running = self.run_for(seconds)
+        abort_all(self.llm, list(self.unfinished))
+        return {
+            "mean_running": round(statistics.fmean(num_running), 2),
+            "peak_running": max(num_running),
+            "output_tokens_per_s": round(self.num_tokens / elapsed, 1),
+            "median_first_token_s": round(statistics.median(self.waits), 2) if self.waits else None,
+            "num_first_tokens": len(self.waits),
+            "preemptions": sum(self.preempted.values()) - preempted,
+            "seconds": round(elapsed, 1),
+        }
+
+    def run_for(self, seconds: float) -> tuple[float, list[int]]:
+        """Steps for that long; the seconds it took, and how many requests ran in each step."""
+        num_running = []
+        begin = time.perf_counter()
+        while (elapsed := time.perf_counter() - begin) < seconds:
+            self.step(NUM_OUTPUT_TOKENS)
+            num_running.append(len(scheduler_of(self.llm).running))
+        return elapsed, num_running
+
+    def step(self, num_output_tokens: int) -> None:
+        """Fills the queue up and makes a step."""
+        scheduler = scheduler_of(self.llm)
+        while len(scheduler.waiting) < NUM_QUEUED:
+            self.seed += 1000
+            (req_id,) = add_requests(self.llm, 1, NUM_PROMPT_TOKENS, num_output_tokens, self.ratio, self.seed)
+            self.unfinished.add(req_id)
+            self.waiting_since[req_id] = time.perf_counter()
+        for output in self.llm.llm_engine.step():
+            self.num_tokens += len(output.outputs[0].token_ids)
+            if output.outputs[0].token_ids and output.request_id in self.waiting_since:
+                self.waits.append(time.perf_counter() - self.waiting_since.pop(output.request_id))
+            if output.finished:
+                self.unfinished.discard(output.request_id)
+        self.preempted |= {r.request_id: r.num_preemptions for r in scheduler.waiting if r.num_preemptions}

@@ -30,10 +30,10 @@ def check_compaction(rows, source, destination, n, num_keep, num_tokens, first=0
         kept = sorted(sorted(range(n), key=lambda slot: (not protected[slot], norms[slot], slot))[:num_keep])
         expected = kept + list(range(n, num_tokens))
         for slot, position in enumerate(expected):
-            for new, old in zip(rows, before, strict=True):
+            for new, old in zip(rows[:2], before[:2], strict=True):
                 assert torch.equal(row(new, destination, head, slot), row(old, source, head, position))
     untouched = [block for block in range(rows.keys.shape[0]) if block not in destination]
-    for new, old in zip(rows, before, strict=True):
+    for new, old in zip(rows[:2], before[:2], strict=True):
         assert torch.equal(new[untouched], old[untouched])
 
 

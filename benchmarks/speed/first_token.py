@@ -1,0 +1,41 @@
+"""Time to first token of one request on an idle engine, which is the time of its prefill."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from engines import abort_all, add_requests
+
+LENGTHS = {1000: 9, 8000: 5, 15_000: 5, 30_000: 3}
+RATIOS = (None, 0.5)
+
+
+def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
+    """One row for each length and ratio."""
+    seed = 1000
+    for num_prompt_tokens, repeats in LENGTHS.items():
+        for ratio in RATIOS:
+            if (ratio is not None and about["engine"] == "stock") or (only and str(num_prompt_tokens) not in only):
+                continue
+            times = []
+            for _ in range(repeats + 1):
+                seed += 1
+                times.append(run(llm, num_prompt_tokens, ratio, seed))
+            yield {
+                "num_prompt_tokens": num_prompt_tokens,
+                "keep_ratio": ratio or 1.0,
+                "median_first_token_ms": round(statistics.median(times[1:]), 2),
+                "repeats": repeats,
+            }
+
+
+def run(llm: Any, num_prompt_tokens: int, ratio: float | None, seed: int) -> float:
+    """Milliseconds from the request to its first token."""
+    req_ids = add_requests(llm, 1, num_prompt_tokens, 8, ratio, seed)
+    begin = time.perf_counter()
+    while not any(output.outputs[0].token_ids for output in llm.llm_engine.step()):
+        pass
+    milliseconds = (time.perf_counter() - begin) * 1000
+    abort_all(llm, req_ids)
+    return milliseconds

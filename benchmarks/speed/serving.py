@@ -1,0 +1,47 @@
+"""Engine benchmarks, vLLM with and without vllm-l2kv: each engine in a process of its own, one start for all.
+
+PYTHONPATH=. python benchmarks/speed/serving.py --model FOLDER --out FOLDER [--engines stock l2kv] [--scenarios ...]
+
+The model needs a `config.json`; weights are made up. Appends to one file a scenario in the folder.
+"""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from engines import start
+
+SCENARIOS = ["decode_step", "first_token", "ample_memory", "memory_bound"]
+
+
+def main() -> None:
+    """Starts one process an engine, or is one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--engines", nargs="+", choices=["stock", "l2kv"], default=["stock", "l2kv"])
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=SCENARIOS)
+    parser.add_argument("--only", nargs="+", default=[], help="cases, ratios or lengths, by their names in the rows")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's, a JSON object")
+    parser.add_argument("--inside", choices=["stock", "l2kv"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside is None:
+        for engine in args.engines:
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--inside", engine], check=True)
+        return
+    llm, about = start(args.inside, args.model, **{"max_model_len": 32768, **args.engine_args})
+    args.out.mkdir(parents=True, exist_ok=True)
+    for scenario in args.scenarios:
+        for row in importlib.import_module(scenario).rows(llm, about, args.only):
+            line = json.dumps({**about, **row})
+            with (args.out / f"{scenario}.jsonl").open("a") as out:
+                out.write(line + "\n")
+            sys.stdout.write(f"{scenario} {line}\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
