@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +19,31 @@ def expected_keep(n: int, ratio: str, first: int = 0, last: int = 0) -> int:
     return min(n, max(math.ceil(Fraction(ratio) * n), first + last, 1))
 
 
+class RoundedCache(DynamicCache):
+    """A cache whose keys and values went through a smaller type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def update(self, keys, values, *args, **kwargs):
+        keys, values = (states.to(self.dtype).to(states.dtype) for states in (keys, values))
+        return super().update(keys, values, *args, **kwargs)
+
+
 class Reference:
-    def __init__(self, model: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    """`cache_dtype`, if given, is the type that cached keys and values are rounded to."""
+
+    def __init__(
+        self,
+        model: Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
         self.device = device
+        self.new_cache = DynamicCache if cache_dtype is None else partial(RoundedCache, cache_dtype)
         self._prefilled: dict[tuple[int, ...], tuple[DynamicCache, torch.Tensor]] = {}
 
     def generate(self, prompt: Sequence[int], num_tokens: int, *args, **kwargs) -> list[int]:
@@ -67,7 +89,7 @@ class Reference:
 
     def _prefill(self, prompt: tuple[int, ...]) -> tuple[DynamicCache, torch.Tensor]:
         if prompt not in self._prefilled:
-            cache = DynamicCache()
+            cache = self.new_cache()
             ids = torch.tensor([prompt], device=self.device)
             logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             self._prefilled[prompt] = cache, logits[0, -1].float()
@@ -76,7 +98,7 @@ class Reference:
     def _compacted(
         self, cache: DynamicCache, n: int, num_keep: int, full_layers: Sequence[int], first: int, last: int
     ) -> DynamicCache:
-        compacted = DynamicCache()
+        compacted = self.new_cache()
         for index, layer in enumerate(cache.layers):
             keys, values = layer.keys, layer.values
             if index not in full_layers:

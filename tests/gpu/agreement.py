@@ -1,7 +1,10 @@
-"""When two bf16 runs of one request agree: token by token until logits too close to tell let them part."""
+"""When two runs of one request in bf16 agree: token by token until logits too close to tell let them part."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Step(NamedTuple):
@@ -20,26 +23,48 @@ def steps_of(output: Any) -> list[Step]:
     ]
 
 
+def tokens_of(steps: Sequence[Step]) -> list[int]:
+    return [step.token for step in steps]
+
+
 class Agreement(NamedTuple):
     """How far two runs agree.
 
     Attributes:
         num_equal: Tokens before the first that differs.
-        drift: Largest difference between the runs' logits of one token, at steps with the same past.
-        gap: Where they part, the distance between the two candidates' logits, in the run in which it is larger.
+        differences: Between the runs' logits of one token, at all steps with the same past.
+        gap: Where they part, how far the two candidates' logits lie apart; 0 if they never part.
+        steps: The same, in steps of what bf16 resolves there.
     """
 
     num_equal: int
-    drift: float
+    differences: list[float]
     gap: float
+    steps: float
 
 
 def agreement(one: Sequence[Step], other: Sequence[Step]) -> Agreement:
-    drift = 0.0
+    differences = []
     for i, (a, b) in enumerate(zip(one, other, strict=True)):
         shared = a.logits.keys() & b.logits.keys()
         assert {a.token, b.token} <= shared, f"step {i}: the runs do not even know each other's token"
-        drift = max(drift, *(abs(a.logits[token] - b.logits[token]) for token in shared))
+        differences += [a.logits[token] - b.logits[token] for token in shared]
         if a.token != b.token:
-            return Agreement(i, drift, max(abs(run.logits[a.token] - run.logits[b.token]) for run in (a, b)))
-    return Agreement(len(one), drift, 0.0)
+            gap = max(abs(run.logits[a.token] - run.logits[b.token]) for run in (a, b))
+            return Agreement(i, differences, gap, gap / resolution(a.logits[a.token]))
+    return Agreement(len(one), differences, 0.0, 0.0)
+
+
+def resolution(logit: float) -> float:
+    """What bf16 resolves there: it keeps eight bits."""
+    return 2.0 ** (math.floor(math.log2(abs(logit))) - 7)
+
+
+def likely_differences(steps: Sequence[Step], logits: torch.Tensor) -> list[float]:
+    """Between a run's logits and those of a reference, `[num_steps, vocabulary]`, at the run's likeliest tokens."""
+    return [logit - logits[i, token].item() for i, step in enumerate(steps) for token, logit in step.logits.items()]
+
+
+def rms(differences: Iterable[float]) -> float:
+    values = list(differences)
+    return math.sqrt(sum(value * value for value in values) / len(values))

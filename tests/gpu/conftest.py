@@ -53,3 +53,11 @@ def rounded(demo_model):
     from reference import Reference
 
     return Reference(demo_model, torch.bfloat16, "cuda")
+
+
+@pytest.fixture(scope="session")
+def rounded_to_fp8(demo_model):
+    """The reference in bf16 with a cache in fp8."""
+    from reference import Reference
+
+    return Reference(demo_model, torch.bfloat16, "cuda", torch.float8_e4m3fn)
