@@ -16,9 +16,9 @@ from engines import abort_all, add_requests, cache_of, scheduler_of
 
 CACHE_BYTES = 16 << 30
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, NUM_QUEUED = 8000, 1000, 8
-RATIOS = {None: 20.0, 0.5: 20.0, 0.25: 25.0, 0.1: 25.0}
+RATIOS = {None: 20.0, 0.5: 20.0, 0.25: 20.0, 0.1: 20.0}
 """Keep ratios and seconds of measurement."""
-SETTLE_SECONDS = 3.0
+SETTLE_SECONDS = 2.0
 
 
 def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
