@@ -42,7 +42,8 @@ def start(engine: str, model: str, **arguments: Any) -> tuple[Any, dict[str, Any
         "kv_cache_dtype": arguments.get("kv_cache_dtype", "auto"),
         "groups": [(len(group.layer_names), group.kv_cache_spec.block_size) for group in config.kv_cache_groups],
         "num_blocks": config.num_blocks,
-        "block_bytes": sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks,
+        # Tensors of several groups alias one allocation.
+        "block_bytes": max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks,
     }
 
 
@@ -100,7 +101,7 @@ def cache_of(llm: Any, num_bytes: int, block_bytes: int) -> Iterator[None]:
     The same for the scheduler as a start with `kv_cache_memory_bytes`, which would take another minute.
     """
     pool = scheduler_of(llm).kv_cache_manager.block_pool
-    assert scheduler_of(llm).reset_prefix_cache()
+    assert scheduler_of(llm).kv_cache_manager.reset_prefix_cache()
     held = pool.get_new_blocks(pool.get_num_free_blocks() - num_bytes // block_bytes)
     try:
         yield

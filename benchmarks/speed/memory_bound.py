@@ -27,7 +27,7 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
         if (ratio is not None and about["engine"] == "stock") or (only and str(ratio or 1.0) not in only):
             continue
         with cache_of(llm, CACHE_BYTES, about["block_bytes"]):
-            yield {"keep_ratio": ratio or 1.0, **Server(llm, ratio, seed).measure(seconds)}
+            yield {"cache_bytes": CACHE_BYTES, "keep_ratio": ratio or 1.0, **Server(llm, ratio, seed).measure(seconds)}
 
 
 @dataclass
