@@ -8,7 +8,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
@@ -107,6 +107,17 @@ def test_the_count_of_cached_blocks_ends_publication():
     assert "self.num_cached_block.get(request.request_id, 0)" in source
     assert "if num_cached_blocks >= num_full_blocks" in source
     assert "self.num_cached_block.pop(request_id" in inspect.getsource(SingleTypeKVCacheManager.pop_blocks_for_free)
+
+
+def test_hits_inside_blocks_are_a_switch_of_the_coordinator():
+    """`find_prefixes_inside_blocks` throws it; nothing else of the block managers asks for Mamba."""
+    assert "self.enable_partial_hash_hits" in inspect.getsource(
+        HybridKVCacheCoordinator._cache_hit_alignment_tokens.fget
+    )
+    assert "self.enable_partial_hash_hits" in inspect.getsource(HybridKVCacheCoordinator._align_cacheable)
+    assert FullAttentionManager.supports_fine_grained_hash_lookup
+    assert parameters(BlockPool._insert_block_hash) == ["self", "block_hash_with_group_id", "block", "num_tokens"]
+    assert "self._remove_cached_block_hashes(blk)" in inspect.getsource(BlockPool.cache_full_blocks)
 
 
 def test_async_scheduler_is_what_keeps_async_scheduling():

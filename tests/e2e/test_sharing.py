@@ -17,9 +17,23 @@ def test_the_same_prompt_at_another_ratio_hits_and_answers_as_on_a_fresh_engine(
     (second,) = compressing.generate([prompt], [keep("0.3")])
     (third,) = compressing.generate([prompt], [keep("0.5")])
     assert first.num_cached_tokens == 0
-    assert second.num_cached_tokens == third.num_cached_tokens == 448
+    assert second.num_cached_tokens == third.num_cached_tokens == 512
     assert list(second.outputs[0].token_ids) == fresh["0.3"]
     assert list(third.outputs[0].token_ids) == fresh["0.5"]
+
+
+def test_prompts_that_part_inside_a_block_of_full_layers_answer_as_on_a_fresh_engine(compressing, reference, text_ids):
+    """The second finds the first's block of 448 tokens up to token 192, and gets a copy of it."""
+    first, second = text_ids[:300], text_ids[:200] + text_ids[700:800]
+    assert compressing.kv_cache_manager.reset_prefix_cache()
+    for ratio in ("1.0", "0.5"):
+        compressing.generate([first], [keep(ratio)])
+        (output,) = compressing.generate([second], [keep(ratio)])
+        assert output.num_cached_tokens >= 192
+        assert list(output.outputs[0].token_ids) == reference.generate(second, 12, ratio)
+        (again,) = compressing.generate([first], [keep(ratio)])
+        assert again.num_cached_tokens == 288
+        assert list(again.outputs[0].token_ids) == reference.generate(first, 12, ratio)
 
 
 def test_one_group_hits_at_the_granularity_of_its_blocks(all_layers, text_ids):
@@ -73,7 +87,7 @@ def test_tokens_generated_from_a_compressed_context_are_never_shared(compressing
     assert compressing.kv_cache_manager.reset_prefix_cache()
     compressing.generate([prompt], [keep("0.3", num_tokens=12)])
     (answer,) = compressing.generate([longer], [greedy()])
-    assert answer.num_cached_tokens == 0  # the block of 448 tokens holds generated ones
+    assert answer.num_cached_tokens == 416  # of the prompt's 440, nothing generated
     assert list(answer.outputs[0].token_ids) == alone
 
 

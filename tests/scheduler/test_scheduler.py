@@ -223,3 +223,34 @@ def test_no_compaction_between_the_chunks_of_a_second_prefill(make_harness, dept
     assert second.num_tokens >= num_tokens
     assert (second.num_prompt_tokens, second.num_keep) == (60, 30)
     check_whole(harness, 100)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 7], ids=["compressed", "refused"])
+def test_a_request_inherits_nothing_from_an_aborted_one_of_the_same_id(make_harness, ratio):
+    """vLLM allows an id again at once, before a step has told anybody that its first owner is gone."""
+    from vllm.v1.request import RequestStatus
+
+    harness = make_harness(40)
+    harness.add("r", 100, ratio=ratio)
+    harness.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    harness.add("r", 100)
+    harness.run()
+    assert not orders(harness)
+    assert not harness.usage
+    assert harness.outputs["r"] == [7] * 8
+    check_whole(harness, 40)
+
+
+def test_no_block_is_copied_in_the_step_that_fills_it(make_harness, depth):
+    """A copy for a hit inside a block is made before the step's own rows are written."""
+    harness = make_harness(40, depth=depth, max_num_batched_tokens=256)
+    harness.add("first", 60)
+    first, second = harness.scheduler.requests["first"], harness.add("second", 60)
+    second.prompt_token_ids[:50] = second._all_token_ids[:50] = first.prompt_token_ids[:50]
+    second.block_hashes.clear()
+    second.update_block_hashes()
+    output = harness.step()
+    filled = {block for new in output.scheduled_new_reqs for blocks in new.block_ids for block in blocks}
+    assert not [copy for copy in output.kv_cache_block_copies or () if copy.src_block_id in filled]
+    harness.run()
+    check_whole(harness, 40)

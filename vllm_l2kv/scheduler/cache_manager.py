@@ -6,8 +6,10 @@ and a manager of compressed layers answers in slots.
 
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.request import Request
 
 from vllm_l2kv import plan
 from vllm_l2kv.messages import GroupMove
@@ -26,11 +28,72 @@ def stop_prefix_caching(manager: SingleTypeKVCacheManager, request_id: str) -> N
     manager.num_cached_block[request_id] = _EVERYTHING_CACHED
 
 
-class FullLayerManager(FullAttentionManager):
-    """Blocks of full layers: vLLM's own accounting under a class of ours, because their spec has one."""
+def find_prefixes_inside_blocks(coordinator: KVCacheCoordinator) -> None:
+    """Lets prefix-cache hits end at any hash boundary, not only where the blocks of all groups end.
+
+    The blocks of the rarer class of layers are large, and prompts that part inside one would share nothing of it. vLLM
+    can hit inside a block, and copies it for whoever does, but switches that on for Mamba alone. Unless a manager
+    cannot look inside its blocks and has larger ones.
+    """
+    if not isinstance(coordinator, HybridKVCacheCoordinator):
+        return
+    unit = coordinator.hash_block_size
+    managers = coordinator.single_type_managers
+    if all(manager.supports_fine_grained_hash_lookup or manager.block_size == unit for manager in managers):
+        coordinator.enable_partial_hash_hits = True
+        for manager in managers:
+            manager.cache_hit_alignment_tokens = unit
 
 
-class CompressedLayerManager(FullAttentionManager):
+class _LayerManager(FullAttentionManager):
+    """Blocks that can be found up to every hash boundary inside them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_findable: dict[str, int] = {}  # requests to tokens up to which every boundary is findable
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, with every hash boundary; nothing once `stop_prefix_caching` was called."""
+        num_cached_blocks = self.num_cached_block.get(request.request_id, 0)
+        if num_cached_blocks == _EVERYTHING_CACHED:
+            return
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+        if self.block_size > self.block_pool.hash_block_size:
+            self._cache_boundaries(request, num_tokens, num_cached_blocks)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """As vLLM's; finish, abort and preemption all come through here."""
+        self._num_findable.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
+        """Not as vLLM's, which makes the end of a prompt findable in the step that computes it."""
+
+    def _cache_boundaries(self, request: Request, num_tokens: int, num_cached_blocks: int) -> None:
+        """Adds the boundaries that are not findable yet; while a request decodes that is one in a while.
+
+        Only those of earlier steps: whoever hits inside a block gets a copy of it before the step writes its rows.
+        """
+        unit = self.block_pool.hash_block_size
+        begin = self._num_findable.get(request.request_id, num_cached_blocks * self.block_size)
+        if self.num_cached_block.get(request.request_id, 0) > num_cached_blocks:
+            # A block that fills up gives its boundaries up for its own hash.
+            begin = min(begin, num_cached_blocks * self.block_size)
+        end = min(num_tokens // unit, request.num_computed_tokens // unit, len(request.block_hashes)) * unit
+        self._num_findable[request.request_id] = max(begin, end)
+        blocks = self.req_to_blocks[request.request_id]
+        for boundary in range(begin + unit, end + unit, unit):
+            if boundary % self.block_size:
+                block_hash = request.block_hashes[boundary // unit - 1]
+                key = make_block_hash_with_group_id(block_hash, self.kv_cache_group_id)
+                self.block_pool._insert_block_hash(key, blocks[boundary // self.block_size], num_tokens=boundary)
+
+
+class FullLayerManager(_LayerManager):
+    """Blocks of full layers."""
+
+
+class CompressedLayerManager(_LayerManager):
     """Blocks of compressed layers.
 
     Attributes:
@@ -48,11 +111,6 @@ class CompressedLayerManager(FullAttentionManager):
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
         """As vLLM's, in slots."""
         return super().allocate_new_blocks(request_id, self._num_slots(request_id, num_tokens), *args, **kwargs)
-
-    def cache_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's until the request is compacted, then nothing: its rows no longer lie where their hashes say."""
-        if request.request_id not in self.num_evicted:
-            super().cache_blocks(request, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's; finish, abort and preemption all come through here and forget the compaction."""

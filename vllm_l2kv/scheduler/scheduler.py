@@ -16,7 +16,11 @@ from vllm_l2kv.messages import CompactionOrder, attach_orders
 from vllm_l2kv.params import USAGE_KEY, CompressionParams, ParamError, asks_for_compression
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.policy import num_keep
-from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, stop_prefix_caching
+from vllm_l2kv.scheduler.cache_manager import (
+    CompressedLayerManager,
+    find_prefixes_inside_blocks,
+    stop_prefix_caching,
+)
 from vllm_l2kv.settings import Settings
 
 # vLLM configures logging below its own name only.
@@ -33,6 +37,7 @@ class L2KVScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         check_supported(self.vllm_config)
         self.settings = Settings.from_config(self.vllm_config.additional_config)
+        find_prefixes_inside_blocks(self.kv_cache_manager.coordinator)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
         if not self._compressed:
@@ -46,6 +51,8 @@ class L2KVScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         """Reads the request's `kv_` fields, then as vLLM's."""
+        # vLLM takes the id of a request that ended a moment ago, before any step said so.
+        self._forget((request.request_id,))
         extra_args = request.sampling_params.extra_args if request.sampling_params else None
         try:
             params = self.settings.defaults.override(extra_args or {})
@@ -131,6 +138,8 @@ class L2KVScheduler(AsyncScheduler):
         if in_place and not all(manager.fits_in_place(req_id, num_slots) for manager in self._compressed):
             return None
 
+        # What is computed by now comes from the full cache; the last time that the prompt can be made findable.
+        self.kv_cache_manager.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
         moves = []
         for manager in self._compressed:
             move, blocks = manager.compact(req_id, num_evicted, num_slots, in_place)
@@ -165,6 +174,7 @@ class L2KVScheduler(AsyncScheduler):
     def _forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             if req_id not in self.requests:
+                self.grammar_compile_error_reqs.discard(req_id)
                 self._params.pop(req_id, None)
                 self._usage.pop(req_id, None)
                 self._to_compact.pop(req_id, None)
