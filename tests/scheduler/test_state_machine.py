@@ -1,0 +1,251 @@
+"""Any order of admissions, steps, aborts, preemptions and resets, against a worker that knows every row by name."""
+
+import logging
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import RequestStatus
+from worker_model import STOP, Tokens, WorkerModel
+
+from vllm_l2kv.messages import orders_of
+from vllm_l2kv.plan import num_blocks_for
+from vllm_l2kv.policy import num_keep
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
+from vllm_l2kv.scheduler.integrity import check_block_conservation
+
+BLOCK_SIZE = 4
+MAX_PROMPT, MAX_TOKENS = 40, 20
+POOL_SIZES = (23, 28, 40)  # the longest request takes 15 blocks of 4 tokens and 8 of 8
+SQUEEZE = "somebody else"
+
+REFUSED = 7  # a keep ratio
+
+fields = st.fixed_dictionaries(
+    {"kv_keep_ratio": st.sampled_from([0.5, None, 0.05, 0.3, 0.9, 1.0, REFUSED])},
+    optional={"kv_protect_first": st.integers(0, 9), "kv_protect_last": st.integers(0, 9)},
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """One engine's life. A pool of little more than the longest request makes vLLM preempt all the time."""
+
+    def __init__(self, make_harness, **arguments) -> None:
+        super().__init__()
+        self.make_harness = make_harness
+        self.arguments = arguments
+        self.expected: dict[str, list[int]] = {}  # answers of requests that nobody aborted
+        self.told: dict[str, int] = {}  # compacted requests that the worker knows of
+        self.gone: list[str] = []  # finished request ids
+
+    @initialize(
+        num_blocks=st.sampled_from(POOL_SIZES),
+        full_layers=st.sampled_from([(0,), ()]),
+        depth=st.sampled_from([2, 1]),
+        runner_v2=st.booleans(),
+    )
+    def start(self, num_blocks, full_layers, depth, runner_v2) -> None:
+        self.num_blocks = num_blocks
+        self.harness = self.make_harness(
+            num_blocks,
+            full_layers,
+            depth,
+            num_layers=3,
+            block_size=BLOCK_SIZE,
+            max_num_batched_tokens=16,
+            max_num_seqs=6,
+            max_model_len=64,
+            **self.arguments,
+        )
+        self.scheduler = self.harness.scheduler
+        self.scheduler.use_v2_model_runner = runner_v2  # resumed requests come to the worker as new ones
+        self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.compressed = [manager for manager in self.managers if isinstance(manager, CompressedLayerManager)]
+        self.worker = WorkerModel(
+            [manager.block_size for manager in self.managers],
+            {manager.kv_cache_group_id for manager in self.compressed},
+        )
+        self.harness.execute = self.worker.execute
+
+    @rule(
+        document=st.integers(1, 2),
+        num_shared=st.integers(1, MAX_PROMPT),
+        num_own=st.integers(0, 6),
+        kv_fields=fields,
+        max_tokens=st.integers(1, MAX_TOKENS),
+        stop_after=st.none() | st.integers(0, MAX_TOKENS),
+        priority=st.integers(0, 2),
+        reuse_id=st.booleans(),
+        num_requests=st.integers(1, 3),
+    )
+    def admit(self, document, num_shared, num_own, num_requests, **about) -> None:
+        for _ in range(num_requests):
+            self._submit(([document] * num_shared + [document + 100] * num_own)[:MAX_PROMPT], **about)
+
+    @rule(num_steps=st.integers(1, 6))
+    def step(self, num_steps) -> None:
+        for _ in range(num_steps):
+            if len(self.harness.in_flight) == self.harness.depth:
+                self.finish_step()
+            self.schedule_step()
+
+    @precondition(lambda self: len(self.harness.in_flight) < self.harness.depth)
+    @rule()
+    def schedule_step(self) -> None:
+        output = self.harness.schedule()
+        self._check_step(output)
+        self.check()
+
+    @precondition(lambda self: self.harness.in_flight)
+    @rule()
+    def finish_step(self) -> None:
+        self.harness.finish_one()
+        self.check()
+
+    @precondition(lambda self: self.scheduler.requests)
+    @rule(data=st.data())
+    def abort(self, data) -> None:
+        req_id = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
+        self.scheduler.finish_requests(req_id, RequestStatus.FINISHED_ABORTED)
+        self.expected.pop(req_id, None)
+        self.gone.append(req_id)
+
+    @precondition(lambda self: SQUEEZE not in self.compressed[0].req_to_blocks)
+    @rule(running_too=st.booleans())
+    def reset_prefix_cache(self, running_too) -> None:
+        """With running requests, vLLM preempts all of them; without, it refuses unless it is idle."""
+        self.scheduler.reset_prefix_cache(reset_running_requests=running_too)
+
+    @precondition(lambda self: self.harness.pool.get_num_free_blocks() > 0)
+    @rule(share=st.floats(0.3, 1))
+    def squeeze(self, share) -> None:
+        """Somebody takes blocks out of the pool, so that requests are preempted and compactions wait or go in place."""
+        pool = self.harness.pool
+        self.compressed[0].req_to_blocks[SQUEEZE] += pool.get_new_blocks(round(share * pool.get_num_free_blocks()))
+
+    @precondition(lambda self: SQUEEZE in self.compressed[0].req_to_blocks)
+    @rule()
+    def release(self) -> None:
+        self.harness.pool.free_blocks(self.compressed[0].req_to_blocks.pop(SQUEEZE))
+
+    @rule(state=st.sampled_from([PauseState.PAUSED_ALL, PauseState.PAUSED_NEW]), num_steps=st.integers(1, 3))
+    def pause(self, state, num_steps) -> None:
+        self.scheduler.set_pause_state(state)
+        self.step(num_steps)
+        self.scheduler.set_pause_state(PauseState.UNPAUSED)
+
+    @invariant()
+    def check(self) -> None:
+        check_block_conservation(self.scheduler.kv_cache_manager)
+        self._check_tables()
+        self._check_bookkeeping(set(self.scheduler.requests) | self.scheduler.finished_req_ids)
+
+    def teardown(self) -> None:
+        """Whatever happened, everybody gets an answer, and nothing is left behind."""
+        if sys.exc_info()[0] is not None or not hasattr(self, "worker"):
+            return
+        if SQUEEZE in self.compressed[0].req_to_blocks:
+            self.release()
+        for _ in range(1000):
+            if not self.scheduler.requests:
+                break
+            self.step(1)
+        while self.harness.in_flight:
+            self.finish_step()
+        assert not self.scheduler.requests, "still unfinished"
+        self.schedule_step()
+        for req_id, answer in self.expected.items():
+            assert self.harness.outputs[req_id] == answer
+        assert self.harness.pool.get_num_free_blocks() == self.num_blocks
+        self._check_bookkeeping(set())
+
+    def _submit(self, prompt, kv_fields, max_tokens, stop_after, priority, reuse_id) -> None:
+        req_id = self._free_id(reuse_id)
+        tokens = self.worker.tokens[req_id] = Tokens(prompt, stop_after)
+        self.harness.outputs[req_id] = []
+        self.expected.pop(req_id, None)
+        if kv_fields["kv_keep_ratio"] != REFUSED:
+            self.expected[req_id] = tokens.answer(max_tokens)
+        self.harness.submit(req_id, prompt, kv_fields, max_tokens, STOP, priority=priority)
+
+    def _free_id(self, reuse: bool) -> str:
+        """An id never used, or one that vLLM allows again: of a finished request with no step under way."""
+        in_flight = {req_id for output in self.harness.in_flight for req_id in output.num_scheduled_tokens}
+        again = [req_id for req_id in self.gone if req_id not in in_flight and req_id not in self.scheduler.requests]
+        return again[-1] if reuse and again else f"r{len(self.worker.tokens)}"
+
+    def _check_tables(self) -> None:
+        """Running requests hold as many blocks as their slots need, everybody else none."""
+        running = {request.request_id: request for request in self.scheduler.running}
+        for manager in self.managers:
+            holders = {req_id for req_id, blocks in manager.req_to_blocks.items() if blocks}
+            assert holders - {SQUEEZE} == set(running)
+            num_evicted = manager.num_evicted if manager in self.compressed else {}
+            assert set(num_evicted) <= set(running)
+            for req_id, request in running.items():
+                num_slots = request.num_computed_tokens - num_evicted.get(req_id, 0)
+                assert len(manager.req_to_blocks[req_id]) == num_blocks_for(num_slots, manager.block_size)
+                num_tokens = request.num_computed_tokens
+                assert not manager.get_num_blocks_to_allocate(
+                    req_id, num_tokens, (), num_tokens, num_tokens, num_tokens
+                )
+
+    def _check_bookkeeping(self, unfinished: set[str]) -> None:
+        scheduler = self.scheduler
+        assert set(scheduler._to_compact) <= set(scheduler._params) <= unfinished
+        assert set(scheduler._usage) <= unfinished
+        for manager in self.managers:
+            assert set(manager.num_cached_block) <= unfinished
+        for manager in self.compressed:
+            assert set(manager.num_evicted) <= unfinished
+
+    def _check_step(self, output) -> None:
+        """The worker hears of exactly those compactions that still stand, and nobody is passed over for good."""
+        self._check_bookkeeping(set(self.scheduler.requests))
+        for req_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
+            self.told.pop(req_id, None)
+        for order in orders_of(output):
+            assert self.scheduler.requests[order.req_id].status == RequestStatus.RUNNING
+            assert order.req_id not in self.told
+            self.told[order.req_id] = order.num_evicted
+            for move in order.moves:
+                blocks = self.managers[move.group_id].req_to_blocks[order.req_id]
+                assert tuple(block.block_id for block in blocks[: len(move.destination)]) == move.destination
+                assert all(block.ref_cnt == 1 and block.block_hash is None for block in blocks)
+        for manager in self.compressed:
+            assert manager.num_evicted == self.told
+        for req_id in {request.request_id for request in self.scheduler.running} & set(self.scheduler._params):
+            num_prompt_tokens = len(self.worker.tokens[req_id].prompt)
+            if num_keep(num_prompt_tokens, self.scheduler._params[req_id]) < num_prompt_tokens:
+                assert (req_id in self.told) != (req_id in self.scheduler._to_compact), f"{req_id} is passed over"
+
+
+quick = settings(
+    max_examples=500,
+    stateful_step_count=50,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+long = settings(quick, max_examples=3000, stateful_step_count=80, derandomize=False, print_blob=True)
+profiles = [
+    pytest.param(quick, id="quick"),
+    pytest.param(long, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("profile", profiles)
+def test_every_request_finds_its_own_rows_whatever_happens(make_harness, policy, profile, caplog):
+    caplog.set_level(logging.CRITICAL, logger="vllm")  # thousands of lines about resets and refusals
+    run_state_machine_as_test(lambda: SchedulerMachine(make_harness, scheduling_policy=policy), settings=profile)

@@ -1,0 +1,207 @@
+"""A worker without a model: its memory holds names of rows instead of numbers.
+
+It obeys a step's output as both of our runners do: forget, compact, copy blocks, write the rows of scheduled tokens,
+read everything that attention would read. A row is named by all that its numbers depend on, so a row of another request
+is right exactly if stock vLLM could share it. Every row read is compared with what the request should find there.
+"""
+
+import itertools
+import zlib
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vllm_l2kv.messages import CompactionOrder, GroupMove, orders_of
+from vllm_l2kv.plan import num_blocks_for
+
+STOP = 999
+
+
+class Row(NamedTuple):
+    """What a slot holds.
+
+    Attributes:
+        group: KV-cache group, since a block's bytes mean something else in another one.
+        prefix: The tokens up to this one.
+        position: Of this token.
+        compaction: That under which it was computed; `None` if it saw its whole context.
+    """
+
+    group: int
+    prefix: int
+    position: int
+    compaction: int | None
+
+
+class Tokens:
+    """A request's tokens, the coming ones too: its first token over and over, then maybe a stop token.
+
+    So a request's answer is the prompt of another one that begins with the same token, which is when sharing is most
+    tempting.
+    """
+
+    def __init__(self, prompt: list[int], stop_after: int | None) -> None:
+        self.prompt = prompt
+        self._stop = None if stop_after is None else len(prompt) + stop_after
+        self._prefixes: list[int] = []
+
+    def __getitem__(self, position: int) -> int:
+        if position < len(self.prompt):
+            return self.prompt[position]
+        return STOP if position == self._stop else self.prompt[0]
+
+    def answer(self, max_tokens: int) -> list[int]:
+        tokens = [self[position] for position in range(len(self.prompt), len(self.prompt) + max_tokens)]
+        return tokens[: tokens.index(STOP) + 1] if STOP in tokens else tokens
+
+    def row(self, group: int, position: int, compaction: int | None) -> Row:
+        while position >= len(self._prefixes):
+            before = self._prefixes[-1] if self._prefixes else 0
+            self._prefixes.append(zlib.crc32(b"%d" % self[len(self._prefixes)], before))
+        return Row(group, self._prefixes[position], position, compaction)
+
+
+@dataclass
+class RequestState:
+    """What a worker knows of a request, and in `rows` what the request should find, by group and slot."""
+
+    tokens: Tokens
+    tables: list[list[int]]
+    num_computed: int
+    num_known: int
+    rows: list[list[Row]] = field(default_factory=list)
+    num_evicted: int = 0
+    compaction: int | None = None
+
+
+class WorkerModel:
+    """Executes steps.
+
+    Args:
+        block_sizes: Tokens in a block, by group.
+        compressed: Groups that are compacted.
+    """
+
+    def __init__(self, block_sizes: list[int], compressed: set[int]) -> None:
+        self.tokens: dict[str, Tokens] = {}
+        self._block_sizes = block_sizes
+        self._compressed = compressed
+        self._memory: dict[tuple[int, int], Row | None] = {}
+        self._states: dict[str, RequestState] = {}
+        self._compactions = itertools.count()
+
+    def execute(self, output) -> list[list[int]]:
+        """Runs a step and returns what it sampled, in the order of `num_scheduled_tokens`."""
+        for req_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
+            self._states.pop(req_id, None)
+        self._compact(orders_of(output))
+        self._copy(output.kv_cache_block_copies or [])
+        self._update(output)
+        for req_id, num_tokens in output.num_scheduled_tokens.items():
+            self._write(req_id, num_tokens)
+        return [self._attend(req_id) for req_id in output.num_scheduled_tokens]
+
+    def _compact(self, orders: tuple[CompactionOrder, ...]) -> None:
+        check_disjoint(orders)
+        for order in orders:
+            state = self._states[order.req_id]
+            assert state.compaction is None, f"{order.req_id} is compacted twice"
+            assert order.num_prompt_tokens == len(state.tokens.prompt)
+            assert order.num_tokens == state.num_computed >= state.num_known, f"{order.req_id} is not prefilled"
+            assert {move.group_id for move in order.moves} == self._compressed
+            state.compaction, state.num_evicted = next(self._compactions), order.num_evicted
+            positions = kept_positions(order)
+            for move in order.moves:
+                self._move(order.req_id, move, positions)
+
+    def _move(self, req_id: str, move: GroupMove, positions: list[int]) -> None:
+        state, size = self._states[req_id], self._block_sizes[move.group_id]
+        assert list(move.source) == state.tables[move.group_id], f"{req_id}: sources are not its table"
+        assert len(move.destination) == num_blocks_for(len(positions), size)
+        self._check_rows(req_id, move.group_id)
+        kept = [state.rows[move.group_id][position] for position in positions]
+        slots = [(block, offset) for block in move.destination for offset in range(size)]
+        self._memory.update(itertools.zip_longest(slots, kept))
+        state.tables[move.group_id] = list(move.destination)
+        state.rows[move.group_id] = kept
+
+    def _copy(self, copies) -> None:
+        offsets = range(max(self._block_sizes))
+        rows = [[self._memory.get((copy.src_block_id, offset)) for offset in offsets] for copy in copies]
+        for copy, copied in zip(copies, rows, strict=True):
+            self._memory.update(((copy.dst_block_id, offset), row) for offset, row in enumerate(copied))
+
+    def _update(self, output) -> None:
+        for new in output.scheduled_new_reqs:
+            known = new.prefill_token_ids or new.prompt_token_ids
+            self._begin(new.req_id, new.block_ids, new.num_computed_tokens, len(known))
+        cached = output.scheduled_cached_reqs
+        for i, req_id in enumerate(cached.req_ids):
+            num_known = len(self.tokens[req_id].prompt) + cached.num_output_tokens[i]
+            if req_id in cached.resumed_req_ids:
+                self._begin(req_id, cached.new_block_ids[i], cached.num_computed_tokens[i], num_known)
+                continue
+            state = self._states[req_id]
+            assert state.num_computed == cached.num_computed_tokens[i]
+            state.num_known = num_known
+            for table, blocks in zip(state.tables, cached.new_block_ids[i] or [], strict=False):
+                table.extend(blocks)
+
+    def _begin(self, req_id: str, block_ids: tuple[list[int], ...], num_computed: int, num_known: int) -> None:
+        """A first or a renewed prefill; what it found in the prefix cache must have seen its whole context."""
+        assert req_id not in self._states
+        tokens = self.tokens[req_id]
+        state = RequestState(tokens, [list(blocks) for blocks in block_ids], num_computed, num_known)
+        for group in range(len(block_ids)):
+            state.rows.append([tokens.row(group, position, None) for position in range(num_computed)])
+        self._states[req_id] = state
+
+    def _write(self, req_id: str, num_tokens: int) -> None:
+        state = self._states[req_id]
+        for position in range(state.num_computed, state.num_computed + num_tokens):
+            for group in range(len(state.tables)):
+                slot = position - (state.num_evicted if group in self._compressed else 0)
+                row = state.tokens.row(group, position, state.compaction)
+                self._memory[self._where(req_id, group, slot)] = row
+                state.rows[group].append(row)
+        state.num_computed += num_tokens
+
+    def _attend(self, req_id: str) -> list[int]:
+        """Reads all rows of a request; samples once all known tokens are computed."""
+        state = self._states[req_id]
+        for group in range(len(state.tables)):
+            self._check_rows(req_id, group)
+        return [state.tokens[state.num_computed]] if state.num_computed >= state.num_known else []
+
+    def _check_rows(self, req_id: str, group: int) -> None:
+        for slot, row in enumerate(self._states[req_id].rows[group]):
+            found = self._memory.get(self._where(req_id, group, slot))
+            assert found == row, f"{req_id} reads {found} in slot {slot} instead of {row}"
+
+    def _where(self, req_id: str, group: int, slot: int) -> tuple[int, int]:
+        table, size = self._states[req_id].tables[group], self._block_sizes[group]
+        assert slot < len(table) * size, f"{req_id}: slot {slot} is beyond its table of {len(table)} blocks of {size}"
+        return table[slot // size], slot % size
+
+
+def kept_positions(order: CompactionOrder) -> list[int]:
+    """The protected ones, others as good as random, then all generated ones."""
+    n = order.num_prompt_tokens
+
+    def rank(position: int) -> tuple[bool, int]:
+        protected = position < order.protect_first or position >= n - order.protect_last
+        return not protected, zlib.crc32(b"%d %d" % (position, n))
+
+    return [*sorted(sorted(range(n), key=rank)[: order.num_keep]), *range(n, order.num_tokens)]
+
+
+def check_disjoint(orders: tuple[CompactionOrder, ...]) -> None:
+    """On a GPU the orders of a step run at once: nobody may write what another one reads or writes."""
+    moves = [move for order in orders for move in order.moves]
+    assert len({order.req_id for order in orders}) == len(orders)
+    for move in moves:
+        source, destination = set(move.source), set(move.destination)
+        in_place = move.destination == move.source[: len(move.destination)]
+        assert in_place or not source & destination
+        assert len(destination) == len(move.destination)
+        for other in moves:
+            assert other is move or not destination & {*other.source, *other.destination}, f"{move} writes {other}"
