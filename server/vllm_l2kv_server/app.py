@@ -13,12 +13,15 @@ from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.params import FIELDS, asks_for_compression
 from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.body import CheckedBodyRoute
+from vllm_l2kv_server.body_bound import BodyBoundMiddleware
+from vllm_l2kv_server.end import bounded_end
 from vllm_l2kv_server.engine_client import stand_before
-from vllm_l2kv_server.middleware import MisplacedFieldsMiddleware
+from vllm_l2kv_server.middleware import ForeignBodiesMiddleware
 from vllm_l2kv_server.protocol import (
     CompressibleChatCompletionRequest,
     CompressibleCompletionRequest,
@@ -26,12 +29,14 @@ from vllm_l2kv_server.protocol import (
     KVCacheGroup,
     KVCompressionInfo,
 )
+from vllm_l2kv_server.serve import DEFAULT_MAX_BODY_MIB
 from vllm_l2kv_server.snippet import announce_when_ready
 from vllm_l2kv_server.usage import UsageBox, add_usage, current_box
 
 ERRORS = (
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.NOT_FOUND,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.INTERNAL_SERVER_ERROR,
     HTTPStatus.NOT_IMPLEMENTED,
 )
@@ -43,7 +48,7 @@ GENERATES: dict[str, Any] = {
         **{status.value: {"model": ErrorResponse} for status in ERRORS},
     },
 }
-router = APIRouter(route_class=CheckedBodyRoute)
+router = APIRouter(route_class=CheckedBodyRoute, lifespan=bounded_end)
 
 
 class KVCompressionEndpoints:
@@ -55,7 +60,11 @@ class KVCompressionEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Adds our routes; vLLM lets them replace its own of the same path and method."""
         app.include_router(router)
-        app.add_middleware(MisplacedFieldsMiddleware)
+        app.add_middleware(ForeignBodiesMiddleware)
+        # The later one is asked first; both after the API key, so a stranger's body is not read.
+        # `vllm serve` does not have our option.
+        max_mib = getattr(app.state.args, "max_body_mib", DEFAULT_MAX_BODY_MIB)
+        app.add_middleware(BodyBoundMiddleware, max_mib=max_mib)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Asks the engine for its KV-cache groups and stands before its client.
@@ -84,7 +93,11 @@ class KVCompressionEndpoints:
 @router.post("/v1/chat/completions", **GENERATES)
 async def create_chat_completion(request: CompressibleChatCompletionRequest, raw_request: Request) -> Any:
     """OpenAI's chat completions; `kv_` fields compress the KV cache of this request."""
-    return await _answer(chat.create_chat_completion, request, raw_request)
+    try:
+        return await _answer(chat.create_chat_completion, request, raw_request)
+    except RecursionError:
+        # vLLM parses the arguments of earlier tool calls, which are JSON inside a string.
+        raise VLLMValidationError("The arguments of a tool call are nested too deeply.", parameter="messages") from None
 
 
 @router.post("/v1/completions", **GENERATES)

@@ -1,7 +1,7 @@
 """Bodies that no handler should meet: told apart before anything of vLLM's sees them, and answered with 400.
 
 Some would be answered with 400 in another shape by FastAPI, others (lone surrogates, integers beyond 64 bits) with 500
-by vLLM.
+by vLLM, and some would end the server: deep ones its engine core, those with millions of bad values its memory.
 """
 
 import json
@@ -14,6 +14,17 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 from vllm.exceptions import VLLMValidationError
+
+MAX_DEPTH = 128
+"""Arrays and objects inside each other. Python's parser, and pickle on the way to the engine's workers, count levels
+against the depth of their stack; when pickle is the one that fails, the engine core ends and the server with it.
+"""
+
+MAX_VALUES = 30_000
+"""Items of arrays and objects in a body, apart from token ids. Each bad one can become 15 errors of pydantic, 24 kB."""
+
+TOKEN_FIELDS = ("prompt", "tokens", "token_ids")
+"""How the names of fields end that hold token ids, in a list or in a list of lists."""
 
 MAX_DIGITS = len(str(2**64))
 LONG_INTEGER = re.compile(rb"\d{19}")
@@ -30,12 +41,59 @@ def parse_body(body: bytes) -> Any:
         if rb"\ud" in body.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise VLLMValidationError("The body is nested too deeply.") from None
+        raise too_deep() from None
     except UnicodeError as error:
         raise VLLMValidationError(f"The body is not Unicode text: {error}") from None
     except json.JSONDecodeError as error:
         raise VLLMValidationError(f"The body is not JSON: {error}") from None
+    if may_be_unwieldy(body):
+        check_shape(value)
     return value
+
+
+def may_be_unwieldy(body: bytes) -> bool:
+    """Whether a body has the brackets or commas that `check_shape` could refuse, at the cost of counting them."""
+    return body.count(b"[") + body.count(b"{") > MAX_DEPTH or body.count(b",") >= MAX_VALUES
+
+
+def check_shape(value: Any) -> None:
+    """Refuses what is nested too deeply or holds too many values, level by level, without recursion.
+
+    Raises:
+        VLLMValidationError: Answered with 400.
+    """
+    level, num_values = [_without_tokens(value)], 0
+    for _ in range(MAX_DEPTH):
+        items = [item for parent in level for item in (parent.values() if isinstance(parent, dict) else parent)]
+        num_values += len(items)
+        if num_values > MAX_VALUES:
+            raise VLLMValidationError(f"The body holds more than {MAX_VALUES} values, token ids not counted.")
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise too_deep()
+
+
+def too_deep() -> VLLMValidationError:
+    """The error for which vLLM's handlers answer 400."""
+    return VLLMValidationError(f"The body is nested too deeply: more than {MAX_DEPTH} levels.")
+
+
+def _without_tokens(value: Any) -> list[Any] | dict[str, Any]:
+    """A body as something to walk through, the integers of its token lists left out."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else []
+    return {name: _no_integers(field) if name.endswith(TOKEN_FIELDS) else field for name, field in value.items()}
+
+
+def _no_integers(value: Any) -> Any:
+    """A list without its integers and those of the lists in it."""
+    if not isinstance(value, list):
+        return value
+    items = [item for item in value if type(item) is not int]
+    if len(items) > MAX_VALUES:
+        return items  # too many, whatever is in them
+    return [[token for token in item if type(token) is not int] if isinstance(item, list) else item for item in items]
 
 
 def _loads(body: bytes) -> Any:

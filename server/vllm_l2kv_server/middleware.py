@@ -1,6 +1,7 @@
-"""Refuses our fields where nobody would read them.
+"""Refuses on other endpoints what ours refuse themselves.
 
-vLLM ignores fields it does not know, so a `kv_keep_ratio` on `/v1/responses` would silently keep a full cache.
+Our fields, because vLLM ignores those it does not know: a `kv_keep_ratio` on `/v1/responses` would silently keep a full
+cache. And bodies of a shape that ends the server, because they would do so from there as well.
 """
 
 import json
@@ -8,17 +9,18 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.params import FIELD_NAMES, PREFIX
+from vllm_l2kv_server.body import check_shape, may_be_unwieldy
+from vllm_l2kv_server.body_bound import read_body, replay
 
 COMPRESSING_PATHS = ("/v1/chat/completions", "/v1/completions")
-MAX_BODY_BYTES = 32 * 2**20
-"""A longer body is passed on unread; it is some upload, not a prompt."""
 
 
-class MisplacedFieldsMiddleware:
+class ForeignBodiesMiddleware:
     """Pure ASGI: reads the JSON bodies of POST requests to other paths and hands everything on as it came."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -29,13 +31,14 @@ class MisplacedFieldsMiddleware:
         if not _is_json_elsewhere(scope):
             await self.app(scope, receive, send)
             return
-        messages = await _read(receive)
-        field = _misplaced_field(b"".join(message.get("body", b"") for message in messages))
-        if field is None:
-            await self.app(scope, _replay(messages, receive), send)
+        messages = await read_body(receive) or []
+        try:
+            _check(b"".join(message.get("body", b"") for message in messages))
+        except VLLMValidationError as error:
+            answer = create_error_response(error)
+            await JSONResponse(answer.model_dump(), status_code=answer.error.code)(scope, receive, send)
         else:
-            error = create_error_response(f"{field} works on POST {' and '.join(COMPRESSING_PATHS)} only.", param=field)
-            await JSONResponse(error.model_dump(), status_code=error.error.code)(scope, receive, send)
+            await self.app(scope, replay(messages, receive), send)
 
 
 def _is_json_elsewhere(scope: Scope) -> bool:
@@ -45,37 +48,20 @@ def _is_json_elsewhere(scope: Scope) -> bool:
     return path not in COMPRESSING_PATHS and "json" in Headers(scope=scope).get("content-type", "")
 
 
-async def _read(receive: Receive) -> list[Message]:
-    """The messages of a body, up to the bound."""
-    messages, num_bytes = [], 0
-    while num_bytes <= MAX_BODY_BYTES:
-        message = await receive()
-        messages.append(message)
-        num_bytes += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            break
-    return messages
+def _check(body: bytes) -> None:
+    """Parses a body only if it could hold what is refused.
 
-
-def _replay(messages: list[Message], receive: Receive) -> Receive:
-    """A `receive` that gives what was read, then goes on where that ended."""
-    unread = iter(messages)
-
-    async def replay() -> Message:
-        message = next(unread, None)
-        return await receive() if message is None else message
-
-    return replay
-
-
-def _misplaced_field(body: bytes) -> str | None:
-    """The first of our fields that stands at the top level of a JSON object with a value."""
-    if len(body) > MAX_BODY_BYTES or f'"{PREFIX}'.encode() not in body:
-        return None
+    Raises:
+        VLLMValidationError: Unwieldy, or one of our fields stands at the top level with a value.
+    """
+    if f'"{PREFIX}'.encode() not in body and not may_be_unwieldy(body):
+        return
     try:
         parsed: Any = json.loads(body)
     except (ValueError, RecursionError):
-        return None  # the endpoint answers 400 in its own words
-    if not isinstance(parsed, dict):
-        return None
-    return next((name for name in FIELD_NAMES if parsed.get(name) is not None), None)
+        return  # the endpoint answers 400 in its own words
+    check_shape(parsed)
+    fields = parsed if isinstance(parsed, dict) else {}
+    for name in FIELD_NAMES:
+        if fields.get(name) is not None:
+            raise VLLMValidationError(f"{name} works on POST {' and '.join(COMPRESSING_PATHS)} only.", parameter=name)

@@ -1,17 +1,21 @@
 """The bodies of the two endpoints that compress: vLLM's, with our fields declared and checked."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import OpenAIBaseModel
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMError, VLLMValidationError
 
 from vllm_l2kv.params import FIELD_NAMES, FIELDS, MAX_TOKENS, CompressionParams, ParamError, asks_for_compression
 
 XARGS = "vllm_xargs"
+TRANSFER = "kv_transfer_params"
+MAX_LENGTH_PENALTY = 50
+"""A million to this power is a float still."""
+
 DESCRIPTIONS = {field.name: field.description for field in FIELDS}
 
 
@@ -26,15 +30,19 @@ def bad_request(error: ParamError) -> VLLMValidationError:
 
 
 def check_fields(values: Mapping[str, Any] | None) -> None:
-    """Refuses bad values of our fields and unknown `kv_` names, wherever in a request they stand.
+    """Refuses bad values of `kv_` fields and unknown `kv_` names, wherever in a request they stand.
 
     Raises:
         VLLMValidationError: Answered with 400.
     """
+    values = values or {}
     try:
-        CompressionParams().override(values or {})
+        CompressionParams().override(values)
     except ParamError as error:
         raise bad_request(error) from error
+    # vLLM's own name with our prefix. In `vllm_xargs` nothing checks its type before the engine's client stumbles.
+    if not isinstance(values.get(TRANSFER), dict | None):
+        raise VLLMValidationError(f"{TRANSFER} must be an object.", parameter=TRANSFER)
 
 
 class CompressionFields(OpenAIBaseModel):
@@ -67,6 +75,17 @@ class CompressionFields(OpenAIBaseModel):
             XARGS: {key: value for key, value in nested.items() if key not in FIELD_NAMES} or None,
         }
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def blame_the_body(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Some checks of vLLM stumble over values of a wrong type, which would be answered with 500."""
+        try:
+            return validate(data)
+        except (ValueError, VLLMError):
+            raise
+        except Exception as error:
+            raise VLLMValidationError(f"The body has a value of a wrong type: {error}") from error
+
     @model_validator(mode="after")
     def refuse_beam_search(self) -> "CompressionFields":
         """vLLM's beam search makes a new engine request for every token, so no request lives to be compacted."""
@@ -76,6 +95,18 @@ class CompressionFields(OpenAIBaseModel):
                 "Beam search generates one token per engine request, so nothing would ever be compressed; "
                 f"drop use_beam_search or {param}.",
                 parameter=param,
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_length_penalty(self) -> "CompressionFields":
+        """vLLM's beam search divides by `length ** length_penalty`, which must be neither 0 nor infinite."""
+        penalty = getattr(self, "length_penalty", 1.0)
+        if getattr(self, "use_beam_search", False) and not abs(penalty) <= MAX_LENGTH_PENALTY:
+            raise VLLMValidationError(
+                f"length_penalty must satisfy {-MAX_LENGTH_PENALTY} <= length_penalty <= {MAX_LENGTH_PENALTY}, "
+                f"got {penalty}.",
+                parameter="length_penalty",
             )
         return self
 

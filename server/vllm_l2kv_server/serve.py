@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import MutableMapping, Sequence
 from importlib.metadata import entry_points
@@ -20,6 +21,8 @@ OPTIONAL_PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_CACHE_BYTES = 2 * 2**30
+DEFAULT_MAX_BODY_MIB = 64
+"""Room for 48 MiB of pictures or sound as base64, and for a prompt of millions of tokens, as text or as ids."""
 
 DESCRIPTION = """\
 Starts vLLM's OpenAI-compatible server with per-request KV-cache compression.
@@ -42,7 +45,7 @@ def serve(argv: Sequence[str]) -> None:
         argv: The words after `serve`.
 
     Raises:
-        SystemExit: With 2 after a bad option, one line on standard error.
+        SystemExit: With 2 after a bad option, with 1 if the engine ended by itself; one line on standard error.
     """
     own_options().parse_known_args(argv)  # so that a bad option of ours is told at once
     name_plugin(os.environ)
@@ -63,6 +66,8 @@ def serve(argv: Sequence[str]) -> None:
     if args.model is None:
         use_demo_model(args)
     ServeSubcommand.cmd(args)
+    if args.engine_lost:
+        sys.exit("vllm-l2kv: the engine ended by itself, and so did the server; the log above says why.")
 
 
 def name_plugin(environ: MutableMapping[str, str]) -> None:
@@ -111,6 +116,14 @@ def own_options() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens at the end of every prompt that are always kept, unless a request says otherwise (default: 0)",
     )
+    group = parser.add_argument_group("Requests")
+    group.add_argument(
+        "--max-body-mib",
+        type=_positive,
+        default=DEFAULT_MAX_BODY_MIB,
+        metavar="N",
+        help=f"a request whose body is longer than N MiB gets 413 (default: {DEFAULT_MAX_BODY_MIB})",
+    )
     return parser
 
 
@@ -129,8 +142,8 @@ def make_parser() -> Any:
         allow_abbrev=False,
     )
     make_arg_parser(parser)
-    # What is still None after parsing was not given.
-    parser.set_defaults(model=None, scheduler_cls=None, worker_cls=None, block_size=None)
+    # What is still None after parsing was not given. The app, which is handed the options, says how the engine ended.
+    parser.set_defaults(model=None, scheduler_cls=None, worker_cls=None, block_size=None, engine_lost=False)
     return parser
 
 
@@ -220,6 +233,13 @@ def _count(text: str) -> int:
         return check_count("N", _number(text))
     except ParamError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    count = _count(text)
+    if count < 1:
+        raise ArgumentTypeError(f"N must satisfy 1 <= N, got {count}.")
+    return count
 
 
 def _number(text: str) -> Any:

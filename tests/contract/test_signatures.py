@@ -131,3 +131,14 @@ def test_every_step_frees_before_it_schedules_and_preempts_through_one_door():
     source = inspect.getsource(Scheduler._preempt_request)
     assert "self._free_request_blocks(request)" in source
     assert "self.reset_preempted_req_ids.add(request.request_id)" in source
+
+
+def test_what_the_end_of_the_server_relies_on():
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    assert parameters(AsyncLLM.shutdown)[:2] == ["self", "timeout"]
+    assert parameters(OutputProcessor.propagate_error) == ["self", "e"]
+    assert isinstance(AsyncLLM.errored, property)
+    assert isinstance(AsyncLLM.dead_error, property)
+    assert {"output_handler", "output_processor"} <= names_assigned_in(AsyncLLM.__init__)

@@ -75,6 +75,62 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
 }
 
 
+def nested(depth: int) -> dict[str, Any]:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def _output(**fields: Any) -> dict[str, Any]:
+    return {"structured_outputs": fields}
+
+
+HARMFUL: list[dict[str, Any]] = [
+    # The first three ended the engine, or the server, before their depth and number were bounded.
+    {"kv_transfer_params": nested(600)},
+    {"mm_processor_kwargs": nested(900)},
+    {"stop": [{}] * 30_001},
+    {"no_field_at_all": nested(200)},
+    {"vllm_xargs": {"kv_transfer_params": "text"}},
+    {"structured_outputs": "text"},
+    {"use_beam_search": True, "length_penalty": -1e300},
+    # Grammars that vLLM takes, and its engine core then cannot compile or follow.
+    _output(grammar="root ::= root"),
+    _output(grammar='root ::= root "a" | '),
+    _output(regex=r"\p{L}+"),
+    _output(json={"$ref": "#"}),
+    _output(json={"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
+    _output(json={"type": "object", "properties": {"a": False}}),
+    _output(json={"type": "array", "minItems": 100_000, "maxItems": 200_000}),
+    _output(json={"type": "object", "patternProperties": {"(": {}}}),
+    # Grammars that vLLM refuses.
+    _output(grammar="not a grammar"),
+    _output(regex="("),
+    _output(regex="a\0b"),
+    _output(json="{"),
+    _output(json={"type": "no such type"}),
+    _output(json="[" * 100_000),
+    _output(structural_tag="[" * 100_000),
+    _output(choice=[]),
+    _output(choice=["a"], regex="a"),
+]
+HARMFUL_TO_CHAT: list[dict[str, Any]] = [
+    {"messages": [{}] * 15_000},
+    {"chat_template": "{{ 1 / 0 }}"},
+    {"chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
+    {
+        "messages": [
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}],
+            }
+        ]
+    },
+]
+
+
 def malformed(good: dict[str, dict[str, Any]], count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
     """Paths and bodies that no server should take.
 

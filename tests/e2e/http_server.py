@@ -16,12 +16,13 @@ STOP_SECONDS = 60
 
 
 class Server:
-    """`vllm-l2kv serve` on a free port, its log in a file."""
+    """`vllm-l2kv serve` on a free port and in a session of its own, its log in a file."""
 
     def __init__(self, log: Path, *words: str) -> None:
-        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [sys.executable, "-m", "vllm_l2kv_server.cli", "serve", "--port", str(port), *words]
+        command = [sys.executable, "-m", "vllm_l2kv_server.cli", "serve", "--port", str(self.port), *words]
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -30,7 +31,9 @@ class Server:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         }
         with log.open("w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -46,20 +49,17 @@ class Server:
             return False
 
     def family(self) -> list[psutil.Process]:
-        """The server's process and all that it started."""
-        root = psutil.Process(self.process.pid)
-        return [root, *root.children(recursive=True)]
+        """The server's process and all that it started, also those that have outlived it."""
+        return [process for process in psutil.process_iter() if _session(process.pid) == self.process.pid]
 
     def stop(self) -> list[psutil.Process]:
         """Asks the server to end; returns who is still there after it."""
-        if self.process.poll() is not None:
-            return []
-        family = self.family()
-        self.process.send_signal(signal.SIGTERM)
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(STOP_SECONDS)
         finally:
-            _, left = psutil.wait_procs(family, timeout=10)
+            _, left = psutil.wait_procs(self.family(), timeout=10)
             for process in left:
                 process.kill()
         return left
@@ -69,3 +69,10 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None  # it has ended, or is not ours to ask about

@@ -21,6 +21,7 @@ from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.settings import Settings
 
 GROUPS = [{"layers": ["a", "b"], "block_size": 32, "compressed": True}]
+ARGS = Namespace(log_error_stack=False, max_body_mib=1)
 NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5}
 
 
@@ -61,7 +62,8 @@ class FakeServing:
                 assert output.kv_transfer_params is None or not request.given_fields()
         return CompletionResponse(model="m", choices=[], usage=UsageInfo(prompt_tokens=10))
 
-    create_chat_completion = create_completion
+    async def create_chat_completion(self, request, raw_request):
+        json.loads(request.messages[0]["tool_calls"][0]["function"]["arguments"])
 
     async def stream(self, generators):
         for generator in generators:
@@ -71,21 +73,21 @@ class FakeServing:
         yield "data: [DONE]\n\n"
 
 
-def make_app(monkeypatch, keep_ratio=1.0, groups=GROUPS) -> FastAPI:
+def make_app(monkeypatch, keep_ratio=1.0, groups=GROUPS, args=ARGS) -> FastAPI:
     # An engine in this process, of another test, makes vLLM remember the environment of its start.
     disable_envs_cache()
     monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
     app = FastAPI()
+    app.state.args = Namespace(**vars(args))
     app.include_router(chat.router)
     app.include_router(completion.router)
     attach_endpoint_plugins(app, ("generate",))
     init_exception_handler(app)
     client = FakeClient(CompressionParams(keep_ratio), groups)
-    app.state.args = Namespace(log_error_stack=False)
     app.state.engine_client = client
     app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="m")])
     app.state.openai_serving_completion = FakeServing(client)
-    app.state.openai_serving_chat = None
+    app.state.openai_serving_chat = FakeServing(client)
     (plugin,) = app.state.endpoint_plugins
     asyncio.run(plugin.init_state(client, app.state, app.state.args))
     return app
@@ -173,6 +175,45 @@ def test_malformed_body_is_400_in_openais_shape(app, path, body):
     response = request(app, "POST", path, content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["code"] == 400
+
+
+def test_deep_arguments_of_a_tool_call_are_the_clients_fault(app):
+    function = {"name": "f", "arguments": "[" * 100_000}
+    call = {"id": "c", "type": "function", "function": function}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    response = request(app, "POST", "/v1/chat/completions", json={"model": "m", "messages": messages})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch"])
+def test_a_long_body_is_413_in_openais_shape(app, path):
+    body = b'{"prompt": "' + b"x" * 2**20 + b'"}'
+    response = request(app, "POST", path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == 413
+
+
+def test_vllm_serve_has_the_default_bound(monkeypatch):
+    app = make_app(monkeypatch, args=Namespace(log_error_stack=False))
+    assert complete(app, prompt="x" * 2**21).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("errored", "told_to_stop", "lost"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_the_end_is_bounded_and_its_cause_noted(app, errored, told_to_stop, lost):
+    state = app.state
+    state.server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=None))
+
+    async def live():
+        async with app.router.lifespan_context(app):
+            assert 0 < state.server.config.timeout_graceful_shutdown <= 10
+            state.engine_client.told_to_stop = told_to_stop
+            state.engine_client._client.errored = errored
+
+    asyncio.run(live())
+    assert state.args.engine_lost is lost
 
 
 def test_only_json_is_taken(app):

@@ -1,5 +1,6 @@
 """Bodies that no handler should meet."""
 
+import json
 import math
 
 import pytest
@@ -18,6 +19,13 @@ from vllm_l2kv_server.body import parse_body
         (rb'{"a": "\uD800"}', "not Unicode"),
         (rb'{"\udfff": 1}', "not Unicode"),
         (b"[" * 100_000, "too deeply"),
+        (b"[" * 129 + b"]" * 129, "too deeply"),
+        (b'{"a":' * 600 + b"1" + b"}" * 600, "too deeply"),
+        (b"[" + b"0," * 30_000 + b"0]", "more than 30000 values"),
+        (b'{"messages": [' + b"0," * 30_000 + b"0]}", "more than 30000 values"),
+        (b'{"prompt": [' + b"null," * 30_000 + b"0]}", "more than 30000 values"),
+        (b'{"prompt": [' + b"[null]," * 20_000 + b"0]}", "more than 30000 values"),
+        (b'{"prompt": [' + b"[]," * 40_000 + b"0]}", "more than 30000 values"),
         (b'{"a":' * 100_000, "too deeply"),
         (b"[" * 100_000 + b"1" * 5000 + b"]" * 100_000, "too deeply"),
         (b'{"a": ' + b"1" * 5000, "not JSON"),
@@ -52,3 +60,17 @@ def test_integers_beyond_64_bits_become_infinite(digits, value):
 
 def test_plain():
     assert parse_body(b'{"a": [1, 2.5, null, "x"]}') == {"a": [1, 2.5, None, "x"]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 128 + b"]" * 128,
+        b"[" + b"0," * 29_999 + b"0]",
+        b'{"prompt": [' + b"5," * 100_000 + b"5]}",
+        b'{"prompt": [[' + b"5," * 100_000 + b'5], [5]], "stop_token_ids": [' + b"5," * 40_000 + b"5]}",
+        b'{"prompt": "' + b"[{," * 100_000 + b'"}',
+    ],
+)
+def test_large_but_fine(body):
+    assert parse_body(body) == json.loads(body)

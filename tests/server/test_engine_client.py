@@ -7,6 +7,7 @@ import pytest
 from starlette.datastructures import State
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 from vllm_l2kv_server.engine_client import CompressionEngineClient, stand_before
 from vllm_l2kv_server.usage import UsageBox, current_box
 
@@ -74,7 +75,12 @@ def test_who_asks_nothing_gets_vllms_generator(fake):
 
 
 @pytest.mark.parametrize(
-    ("extra_args", "param"), [({"kv_keep_ratio": 5}, "kv_keep_ratio"), ({"kv_keep": 0.5}, "kv_keep")]
+    ("extra_args", "param"),
+    [
+        ({"kv_keep_ratio": 5}, "kv_keep_ratio"),
+        ({"kv_keep": 0.5}, "kv_keep"),
+        ({"kv_transfer_params": "x"}, "kv_transfer_params"),
+    ],
 )
 def test_bad_extra_args_never_reach_the_engine(fake, extra_args, param):
     client = CompressionEngineClient(fake, CompressionParams())
@@ -95,6 +101,60 @@ def test_stands_before_the_client_of_every_serving_object(fake):
         }
     )
     stand_before(fake, state, CompressionParams())
-    assert isinstance(state.chat.engine_client, CompressionEngineClient)
+    assert type(state.chat.engine_client) is CompressionEngineClient
     assert state.other.engine_client is other
-    assert state.engine_client is fake  # health checks and shutdown go to vLLM's own
+    assert state.engine_client is state.chat.engine_client  # it must hear when the server is told to stop
+    assert isinstance(state.engine_client, FakeClient)  # some routes of vLLM ask
+
+
+class StoppedClient(FakeClient):
+    """Leaves its requests waiting, as vLLM's may: its output handler is cancelled before it can tell them."""
+
+    dead_error = RuntimeError("dead")
+
+    def __init__(self):
+        super().__init__()
+        self.output_processor = SimpleNamespace(propagate_error=self.calls.append)
+        self.output_handler: asyncio.Task | None = None
+
+    def shutdown(self, timeout=None):
+        self.calls.append(timeout)
+
+
+def test_requests_in_flight_hear_of_a_shutdown():
+    async def run():
+        stopped.output_handler = asyncio.create_task(asyncio.sleep(0))
+        client = CompressionEngineClient(stopped, CompressionParams())
+        assert not client.told_to_stop
+        await asyncio.to_thread(client.shutdown, timeout=3)
+        await asyncio.sleep(0)
+        assert client.told_to_stop
+
+    stopped = StoppedClient()
+    asyncio.run(run())
+    assert stopped.calls == [3, stopped.dead_error]
+
+
+def test_shutdown_before_the_first_request():
+    stopped = StoppedClient()
+    CompressionEngineClient(stopped, CompressionParams()).shutdown()
+    assert stopped.calls == [None]
+
+
+class FailingClient(FakeClient):
+    async def generate(self, prompt, sampling_params, request_id):
+        for reason in (None, "error"):
+            choice = SimpleNamespace(index=0, token_ids=[1], finish_reason=reason)
+            yield SimpleNamespace(kv_transfer_params=None, outputs=[choice])
+
+
+@pytest.mark.parametrize("extra_args", [None, {"kv_keep_ratio": 0.5}])
+def test_an_error_of_a_structured_request_is_the_fault_of_its_grammar(extra_args):
+    async def consume(params):
+        client = CompressionEngineClient(FailingClient(), CompressionParams())
+        return [output async for output in client.generate("text", params, "id")]
+
+    structured = SamplingParams(extra_args=extra_args, structured_outputs=StructuredOutputsParams(regex="a"))
+    with pytest.raises(VLLMValidationError, match="structured_outputs"):
+        asyncio.run(consume(structured))
+    assert len(asyncio.run(consume(SamplingParams(extra_args=extra_args)))) == 2

@@ -1,12 +1,11 @@
-"""Our fields on endpoints that would ignore them."""
+"""Our fields, and unwieldy bodies, on endpoints that are not ours."""
 
 import asyncio
 import json
 
 import httpx
 import pytest
-from vllm_l2kv_server import middleware
-from vllm_l2kv_server.middleware import MisplacedFieldsMiddleware
+from vllm_l2kv_server.middleware import ForeignBodiesMiddleware
 
 JSON = {"content-type": "application/json"}
 
@@ -28,7 +27,7 @@ async def echo(scope, receive, send):
 
 def post(path: str, content, headers=JSON, root_path: str = "") -> httpx.Response:
     async def run():
-        transport = httpx.ASGITransport(MisplacedFieldsMiddleware(echo), root_path=root_path)
+        transport = httpx.ASGITransport(ForeignBodiesMiddleware(echo), root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(path, content=content, headers=headers)
 
@@ -80,11 +79,22 @@ def test_chunks_pass_as_they_came():
     assert b"3:cde;" in response.content
 
 
-def test_a_long_body_passes_unread(monkeypatch):
-    monkeypatch.setattr(middleware, "MAX_BODY_BYTES", 10)
-    response = post("/v1/responses", chunks_of(b'{"kv_keep_ratio"', b": 0.5", b"}"))
-    assert response.status_code == 200
-    assert b'16:{"kv_keep_ratio";5:: 0.5;1:};' in response.content
+@pytest.mark.parametrize("path", ["/v1/responses", "/invocations"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"a":' * 200 + b"1" + b"}" * 200, "too deeply"),
+        (b'{"messages": [' + b"{}," * 40_000 + b"{}]}", "more than 30000 values"),
+    ],
+)
+def test_unwieldy_bodies(path, content, words):
+    response = post(path, content)
+    assert response.status_code == 400
+    assert words in response.json()["error"]["message"]
+
+
+def test_token_ids_pass():
+    assert post("/detokenize", json.dumps({"tokens": [5] * 100_000})).status_code == 200
 
 
 def test_other_content_passes_unread():
@@ -105,7 +115,7 @@ def test_get_and_other_scopes_pass():
 
     async def run():
         for scope in ({"type": "lifespan"}, {"type": "websocket", "path": "/"}, {"type": "http", "method": "GET"}):
-            await MisplacedFieldsMiddleware(app)(scope, None, None)
+            await ForeignBodiesMiddleware(app)(scope, None, None)
 
     asyncio.run(run())
     assert seen == ["lifespan", "websocket", "http"]

@@ -40,6 +40,21 @@ class TestBothBodies:
         assert params.extra_args == given
         assert params.max_tokens == 8
 
+    def test_checks_of_vllm_that_stumble_over_a_type(self, model, body):
+        assert "wrong type" in str(refused(model, {**body, "structured_outputs": "x"}))
+
+    @pytest.mark.parametrize("penalty", [-51, 1e300, -1e300, math.nan, math.inf])
+    def test_length_penalty_of_a_beam_search(self, model, body, penalty):
+        fields = {"length_penalty": penalty}
+        error = refused(model, {**body, **fields, "use_beam_search": True})
+        assert error.parameter == "length_penalty"
+        assert "-50 <= length_penalty <= 50" in str(error)
+        assert model.model_validate({**body, **fields}).use_beam_search is False
+
+    def test_transfer_params_in_xargs(self, model, body):
+        error = refused(model, {**body, "vllm_xargs": {"kv_transfer_params": "x"}})
+        assert error.parameter == "kv_transfer_params"
+
     def test_nothing_asked_nothing_sent(self, model, body):
         assert model.model_validate({**body, "kv_keep_ratio": None}).to_sampling_params(8, {}).extra_args is None
 

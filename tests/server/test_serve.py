@@ -73,6 +73,11 @@ def test_additional_config_is_merged(parser):
     assert args.additional_config["l2kv"]["kv_keep_ratio"] == 1.0
 
 
+def test_max_body(parser):
+    assert parse(parser, ["m"]).max_body_mib == 64
+    assert parse(parser, ["m", "--max-body-mib", "3"]).max_body_mib == 3
+
+
 def test_model_option(parser):
     assert parse(parser, ["--model", "m"]).model == "m"
     assert parse(parser, []).model is None
@@ -87,6 +92,9 @@ def test_model_option(parser):
         (["--kv-default-keep-ratio", "half"], "0 < R <= 1, got 'half'"),
         (["--kv-protect-first", "-1"], "--kv-protect-first: N must satisfy 0 <= N"),
         (["--kv-protect-last", "1.5"], "--kv-protect-last: N must be an integer >= 0, got 1.5"),
+        (["--max-body-mib", "0"], "--max-body-mib: N must satisfy 1 <= N, got 0"),
+        (["--max-body-mib", "-1"], "--max-body-mib: N must satisfy 0 <= N"),
+        (["--max-body-mib", "many"], "--max-body-mib: N must be an integer"),
         (["--kv-full-layers", "0,x"], "--kv-full-layers: layer indices >= 0"),
         (["--kv-full-layers", "-1"], "--kv-full-layers"),
         (["--scheduler-cls", "a.B"], "--scheduler-cls: set by vllm-l2kv itself"),
@@ -202,7 +210,13 @@ class TestMain:
 
     def test_help_of_serve(self, parser):
         text = parser.format_help()
-        for option in ("--kv-full-layers", "--kv-default-keep-ratio", "--kv-protect-first", "--kv-protect-last"):
+        for option in (
+            "--max-body-mib",
+            "--kv-full-layers",
+            "--kv-default-keep-ratio",
+            "--kv-protect-first",
+            "--kv-protect-last",
+        ):
             assert option in text
         assert "Every option of `vllm serve` works too" in text
 
@@ -244,3 +258,12 @@ def test_serve_hands_over_to_vllm(monkeypatch):
     (args,) = handed
     assert (args.model, args.model_tag, args.port) == ("some/model", None, 8123)
     assert json.dumps(args.additional_config)
+
+
+def test_a_lost_engine_fails_the_command(monkeypatch):
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(lambda args: setattr(args, "engine_lost", True)))
+    with pytest.raises(SystemExit, match="the engine ended by itself"):
+        main(["serve", "some/model"])

@@ -1,0 +1,77 @@
+"""A bound on the length of request bodies, which vLLM and uvicorn do not have."""
+
+from http import HTTPStatus
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+OPTION = "--max-body-mib"
+
+BYTES_PER_MIB = 2**20
+
+
+class BodyBoundMiddleware:
+    """Pure ASGI: reads a body before the app does, and answers 413 itself if it is too long.
+
+    What a client says in `Content-Length` only saves reading; the bytes that came are what counts.
+    """
+
+    def __init__(self, app: ASGIApp, max_mib: int) -> None:
+        self.app = app
+        self.max_mib = max_mib
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers 413 itself, or lets the app answer."""
+        if not _has_body(scope):
+            await self.app(scope, receive, send)
+            return
+        max_bytes = self.max_mib * BYTES_PER_MIB
+        messages = None if _announced_bytes(scope) > max_bytes else await read_body(receive, max_bytes)
+        if messages is None:
+            await self._refuse(scope, receive, send)
+        else:
+            await self.app(scope, replay(messages, receive), send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+        message = f"The body is longer than {self.max_mib} MiB, the bound that {OPTION} of `vllm-l2kv serve` sets."
+        error = create_error_response(message, err_type=status.phrase, status_code=status)
+        await JSONResponse(error.model_dump(), status_code=status)(scope, receive, send)
+
+
+async def read_body(receive: Receive, max_bytes: int | None = None) -> list[Message] | None:
+    """The messages of a body, or `None` if it is longer than `max_bytes`."""
+    messages, num_bytes = [], 0
+    while True:
+        message = await receive()
+        messages.append(message)
+        num_bytes += len(message.get("body", b""))
+        if max_bytes is not None and num_bytes > max_bytes:
+            return None
+        if not message.get("more_body", False):
+            return messages
+
+
+def replay(messages: list[Message], receive: Receive) -> Receive:
+    """A `receive` that gives what was read, then goes on where that ended."""
+    unread = iter(messages)
+
+    async def replayed() -> Message:
+        message = next(unread, None)
+        return await receive() if message is None else message
+
+    return replayed
+
+
+def _has_body(scope: Scope) -> bool:
+    if scope["type"] != "http":
+        return False
+    headers = Headers(scope=scope)
+    return "content-length" in headers or "transfer-encoding" in headers
+
+
+def _announced_bytes(scope: Scope) -> int:
+    announced = Headers(scope=scope).get("content-length", "")
+    return int(announced) if announced.isdecimal() else 0

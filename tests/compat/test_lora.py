@@ -1,0 +1,61 @@
+"""An adapter changes keys; what is kept follows the changed ones. The reference has the adapter merged in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from engine import keep
+from reference import Reference
+from safetensors.torch import load_file, save_file
+from vllm.lora.request import LoRARequest
+
+RANK, ALPHA = 4, 8
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.fixture(scope="module")
+def adapter_and_merged(llama, tmp_path_factory) -> tuple[Path, Path]:
+    """An adapter with random weights in PEFT's format, and the model that it makes."""
+    adapter = tmp_path_factory.mktemp("adapter")
+    merged = tmp_path_factory.mktemp("merged") / "model"
+    shutil.copytree(llama, merged)
+    weights = load_file(merged / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name in [name for name in weights if name.split(".")[-2] in TARGETS]:
+        out_features, in_features = weights[name].shape
+        a = torch.randn(RANK, in_features, generator=generator) * 0.2
+        b = torch.randn(out_features, RANK, generator=generator) * 0.2
+        weights[name] += ALPHA / RANK * b @ a
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS}
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))
+    return adapter, merged
+
+
+def test_adapted_and_plain_requests_in_one_batch(llama, llama_reference, adapter_and_merged, run, text_ids):
+    adapter, merged = adapter_and_merged
+    request = LoRARequest("random", 1, str(adapter))
+    adapted_reference = Reference(merged)
+    cases = [(ratio, lora) for ratio in ("1.0", "0.5", "0.25") for lora in (request, None)]
+    # vLLM's CPU kernels give a request without an adapter, beside one with, the weights of the last slot, with us or
+    # without. So one slot stays empty.
+    with run(llama, enable_lora=True, max_lora_rank=8, max_loras=2) as engine:
+        # One prompt for all: the prefix cache must keep apart what the adapter changes.
+        prompt = text_ids[:300]
+        outputs = engine.llm.generate(
+            [{"prompt_token_ids": prompt}] * len(cases),
+            [keep(ratio) for ratio, _ in cases],
+            lora_request=[lora for _, lora in cases],
+            use_tqdm=False,
+        )
+        engine.check_whole()
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
+    references = {request: adapted_reference, None: llama_reference}
+    assert answers == [references[lora].generate(prompt, 12, ratio, (0,)) for ratio, lora in cases]
+    assert len({tuple(answer) for answer in answers}) == len(cases)

@@ -1,0 +1,87 @@
+"""Architectures: what differs in keys, heads and layers. Greedy token ids equal those of the reference."""
+
+import pytest
+from reference import Reference
+from tiny import HybridReference
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        pytest.param("qwen3", {}, id="QK-norm (Qwen3)"),
+        pytest.param("qwen2", {"hidden_size": 128}, id="attention bias (Qwen2)"),
+        pytest.param("llama", {"num_key_value_heads": 1}, id="one KV head"),
+        pytest.param(
+            "llama", {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}, id="three heads"
+        ),
+        pytest.param(
+            "llama",
+            {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64},
+            id="six heads on three, of size 64",
+        ),
+        pytest.param("llama", {"head_dim": 256, "num_hidden_layers": 3}, id="heads of size 256"),
+        pytest.param("llama", {"tie_word_embeddings": False, "num_hidden_layers": 2}, id="two layers, one compressed"),
+    ],
+)
+def test_an_architecture(kind, changes, tiny_model, run, check_exact):
+    model = tiny_model(kind, **changes)
+    with run(model) as engine:
+        check_exact(engine, Reference(model))
+
+
+class TestSlidingWindow:
+    """Layers 2, 5, 8 (and so on) attend to everything, the others to a window of 48 tokens."""
+
+    @pytest.mark.parametrize(
+        ("num_blocks", "full_layers", "block_sizes"),
+        [
+            pytest.param(2, (), {32}, id="nothing full"),
+            pytest.param(2, (0, 1), {32}, id="full layers that slide"),
+            pytest.param(2, (2,), {32}, id="one full, one compressed"),
+            pytest.param(3, (2,), {64, 32}, id="one full, two compressed"),
+            pytest.param(3, (5, 8), {64, 32}, id="two full, one compressed"),
+            pytest.param(4, (0, 5), {96, 32}, id="one slides, one full, three compressed"),
+        ],
+    )
+    def test_full_attention_layers_compress_beside_it(
+        self, num_blocks, full_layers, block_sizes, tiny_model, run, check_exact
+    ):
+        model = tiny_model("gemma3", num_blocks=num_blocks)
+        with run(model, full_layers) as engine:
+            assert {manager.block_size for manager in engine.managers} == block_sizes
+            compressed = {
+                int(layer.split(".")[2])
+                for group in engine.worker.kv_cache_groups()
+                if group["compressed"]
+                for layer in group["layers"]
+            }
+            assert compressed == {index for index in range(2, 3 * num_blocks, 3) if index not in full_layers}
+            check_exact(engine, HybridReference(model), full_layers)
+
+    def test_a_full_layer_that_slides_gives_back_as_much_as_none(self, tiny_model, run, text_ids):
+        """The window is all that such a layer holds, so naming it changes nothing."""
+        from engine import keep
+
+        held = []
+        for full_layers in ((), (0, 1)):
+            with run(tiny_model("gemma3", num_blocks=2), full_layers) as engine:
+                req_id = engine.add("r", text_ids[:400], keep("0.25", num_tokens=4))
+                engine.step()
+                engine.step()
+                held.append(sum(engine.num_blocks(req_id)))
+                engine.drain()
+                engine.check_whole()
+        assert held[0] == held[1]
+
+    def test_nothing_left_to_compress_is_refused(self, tiny_model, run):
+        model = tiny_model("gemma3", num_blocks=2)
+        with pytest.raises(ValueError, match="name fewer layers in --kv-full-layers"), run(model, (2, 5)):
+            pass
+
+    def test_one_kind_of_group_for_all_layers_is_refused(self, tiny_model, run):
+        model = tiny_model("gemma3", num_blocks=2)
+        with (
+            pytest.raises(ValueError, match="disable-hybrid-kv-cache-manager"),
+            run(model, (), disable_hybrid_kv_cache_manager=True),
+        ):
+            pass

@@ -1,0 +1,125 @@
+"""One port in front of several processes: every one of them must know the fields, the numbers and the errors."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from http_server import Server
+
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import num_keep
+
+pytestmark = pytest.mark.slow
+
+NUM_REQUESTS = 24
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("--api-server-count", "2"), id="two API servers"),
+        pytest.param(("--data-parallel-size", "2"), id="two engines"),
+        pytest.param(("--data-parallel-size", "2", "--api-server-count", "2"), id="two of each"),
+    ],
+)
+def server(request, tiny_model, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    words = "--served-model-name tiny --dtype float32 --enforce-eager --max-model-len 2048 --kv-full-layers 0"
+    with pytest.MonkeyPatch.context() as patch:
+        # vLLM wants a NUMA node for each engine, unless it is told to leave threads alone.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        server = Server(log, str(tiny_model("llama")), *words.split(), *request.param)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def ask(server, text_ids, number: int, **fields) -> httpx.Response:
+    """A connection of its own for each request, so that any process may take it."""
+    body = {
+        "model": "tiny",
+        "prompt": text_ids[5 * number : 5 * number + 200 + number],
+        "max_tokens": 8,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    return httpx.post(f"{server.url}/v1/completions", json={**body, **fields}, timeout=120)
+
+
+def at_once(call, count: int = NUM_REQUESTS) -> list[httpx.Response]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(call, range(count)))
+
+
+def expected(num_prompt_tokens: int, ratio: float) -> dict[str, int]:
+    kept = num_keep(num_prompt_tokens, CompressionParams(ratio))
+    return {"prompt_tokens": num_prompt_tokens, "kept_tokens": kept, "evicted_tokens": num_prompt_tokens - kept}
+
+
+def ratio_of(number: int) -> float:
+    return (1.0, 0.5, 0.25)[number % 3]
+
+
+def test_numbers_and_tokens(server, text_ids, tiny_model, tokenizer):
+    from reference import Reference
+
+    reference = Reference(tiny_model("llama"))
+    answers = at_once(lambda number: ask(server, text_ids, number, kv_keep_ratio=ratio_of(number)))
+    for number, answer in enumerate(answers):
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        assert body["usage"]["kv_cache"] == expected(200 + number, ratio_of(number))
+        assert body.get("kv_transfer_params") is None
+        prompt = text_ids[5 * number : 5 * number + 200 + number]
+        tokens = reference.generate(prompt, 8, str(ratio_of(number)), (0,))
+        assert body["choices"][0]["text"] == tokenizer.decode(tokens)
+
+
+def test_nothing_asked_nothing_told(server, text_ids):
+    for answer in at_once(lambda number: ask(server, text_ids, number), 8):
+        assert "kv_cache" not in answer.json()["usage"]
+
+
+def test_streams(server, text_ids):
+    options = {"stream": True, "stream_options": {"include_usage": True}, "kv_keep_ratio": 0.5}
+    for number, answer in enumerate(at_once(lambda number: ask(server, text_ids, number, **options))):
+        events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        assert events[-1] == "[DONE]"
+        last = json.loads(events[-2])
+        assert last["usage"]["kv_cache"] == expected(200 + number, 0.5)
+
+
+def test_errors(server, text_ids):
+    bad = [
+        ("kv_keep_ratio", {"kv_keep_ratio": 7}),
+        ("kv_kep_ratio", {"kv_kep_ratio": 0.5}),
+        ("kv_protect_last", {"vllm_xargs": {"kv_protect_last": -1}}),
+    ]
+    for number, answer in enumerate(at_once(lambda number: ask(server, text_ids, number, **bad[number % 3][1]))):
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"].split(".")[-1] == bad[number % 3][0]
+
+
+def test_the_page_about_compression(server):
+    pages = at_once(lambda _: httpx.get(f"{server.url}/v1/kv_compression", timeout=120), 12)
+    assert {page.status_code for page in pages} == {200}
+    assert len({page.text for page in pages}) == 1
+    assert pages[0].json()["full_layers"] == [0]
+
+
+def test_every_process_took_its_share_and_still_runs(server, request):
+    """What the tests above say, they say of each process."""
+    assert server.is_healthy()
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    words = request.node.callspec.params["server"]
+    if "--api-server-count" in words:
+        assert set(re.findall(r"\((ApiServer_\d+) .*POST /v1/completions", log)) == {"ApiServer_0", "ApiServer_1"}
+    if "--data-parallel-size" in words:
+        metrics = httpx.get(f"{server.url}/metrics", timeout=120).text
+        counts = re.findall(r'vllm:request_success_total\{engine="(\d)".*\} (\S+)', metrics)
+        assert {engine for engine, count in counts if float(count) > 0} == {"0", "1"}

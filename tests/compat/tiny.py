@@ -1,0 +1,105 @@
+"""Tiny models with random weights: architectures of real ones, small enough to start in seconds."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import Reference
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 49152,  # of the demo model's tokenizer
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "tie_word_embeddings": True,
+    # Large weights: attention that picks tokens, and logits far apart.
+    "initializer_range": 0.2,
+}
+SLIDING_WINDOW = 48
+
+
+def llama(**changes: Any) -> PretrainedConfig:
+    return LlamaConfig(**{**SHAPE, **changes})
+
+
+def qwen2(**changes: Any) -> PretrainedConfig:
+    """Biases in the projections of queries, keys and values."""
+    return Qwen2Config(**{**SHAPE, **changes})
+
+
+def qwen3(**changes: Any) -> PretrainedConfig:
+    """Queries and keys are normalised before RoPE."""
+    return Qwen3Config(**{**SHAPE, **changes})
+
+
+def gemma3(num_blocks: int = 2, **changes: Any) -> PretrainedConfig:
+    """Two sliding-window layers before each full-attention one, each kind with a RoPE of its own."""
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * num_blocks
+    hybrid = {
+        "num_hidden_layers": len(types),
+        "layer_types": types,
+        "sliding_window": SLIDING_WINDOW,
+        "query_pre_attn_scalar": 32,
+        # Gemma scales embeddings up; tied to the output they would repeat the last token, whatever the context.
+        "tie_word_embeddings": False,
+    }
+    return Gemma3TextConfig(**{**SHAPE, **hybrid, **changes})
+
+
+def write(folder: Path, config: PretrainedConfig, tokenizer: Path) -> Path:
+    """Writes a model with random weights and the tokenizer of another one.
+
+    Args:
+        folder: Where to.
+        config: Of the model.
+        tokenizer: Folder to copy the tokenizer's files from.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Biases begin as zeros, weights of norms as ones. With the latter, keys behind a QK-norm would all be of
+            # one length, and the choice of tokens a matter of rounding.
+            if parameter.dim() == 1:
+                parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer / file, folder)
+    return folder
+
+
+class HybridReference(Reference):
+    """The reference for models with sliding-window layers, whose caches hold the window alone."""
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(model)
+        self.new_cache: Callable[[], DynamicCache] = lambda: DynamicCache(config=self.model.config)
+
+    def _compacted(self, cache, n, num_keep, full_layers, first, last):
+        sliding = [index for index, layer in enumerate(cache.layers) if layer.is_sliding]
+        compacted = super()._compacted(cache, n, num_keep, (*full_layers, *sliding), first, last)
+        for index in sliding:
+            # As it was, together with its count of the tokens that it has seen.
+            compacted.layers[index] = cache.layers[index]
+        return compacted
