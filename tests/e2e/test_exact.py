@@ -15,6 +15,17 @@ def prompts_of(text_ids: list[int]) -> dict[int, list[int]]:
     return {length: text_ids[7 * i : 7 * i + length] for i, length in enumerate(LENGTHS)}
 
 
+def no_token_twice(text_ids: list[int]) -> list[int]:
+    """For engines that compress layer 0.
+
+    Rotation leaves norms alone, so there a token's keys are equally long wherever it stands, and fp32 rounding, another
+    on every machine, would decide which of them is kept.
+    """
+    once = list(dict.fromkeys(text_ids))
+    assert len(once) > 720
+    return once
+
+
 def check(engine, reference, cases, full_layers):
     """All cases in one batch, each against the reference."""
     params = [keep(ratio, first, last, NUM_TOKENS) for _, ratio, first, last in cases]
@@ -30,7 +41,8 @@ def test_full_layers_0_and_1_all_ratios_in_one_batch(compressing, reference, tex
 
 
 def test_no_full_layers_all_ratios_in_one_batch(all_layers, reference, text_ids):
-    prompts = [prompt for length, prompt in prompts_of(text_ids).items() if length in (1, 33, 449, 1000)]
+    once = no_token_twice(text_ids)
+    prompts = [once[7 * i : 7 * i + length] for i, length in enumerate((1, 33, 449, 700))]
     check(all_layers, reference, [(prompt, ratio, 0, 0) for prompt in prompts for ratio in RATIOS], full_layers=())
 
 
@@ -38,6 +50,7 @@ def test_no_full_layers_all_ratios_in_one_batch(all_layers, reference, text_ids)
 def test_protected_tokens_are_kept(engine_name, reference, text_ids, request):
     engine = request.getfixturevalue(engine_name)
     full_layers = {"compressing": (0, 1), "all_layers": ()}[engine_name]
+    text_ids = no_token_twice(text_ids)
     prompts = [text_ids[:200], text_ids[7:507]]
     cases = [(prompt, ratio, 4, 32) for prompt, ratio in itertools.product(prompts, ("0.5", "0.1"))]
     # More protection than the ratio keeps, and than the prompt has.
