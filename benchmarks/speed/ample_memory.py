@@ -4,19 +4,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from engines import MAX_NUM_SEQS, add_requests
+from engines import MAX_NUM_SEQS, RATIOS, add_requests, is_measured
 
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, REPEATS = 256, 256, 3
-RATIOS = (None, 0.5, 0.25, 0.1)
 
 
 def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
     """One row for each ratio: as many requests as run at once, until the last is done; ratios take turns."""
-    ratios = [
-        ratio
-        for ratio in RATIOS
-        if (ratio is None or about["engine"] != "stock") and (not only or str(ratio or 1.0) in only)
-    ]
+    ratios = [ratio for ratio in RATIOS if is_measured(about, ratio, None, only)]
     seed = 100
     seconds: dict[float | None, list[float]] = {ratio: [] for ratio in ratios}
     for i in range(REPEATS + 1):  # the first warms up

@@ -7,15 +7,13 @@ layer of a pool is read in turn, as a decode step does, so nothing is found in t
 """
 
 import argparse
-import json
-import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rows import append, where
 
 NUM_REQUESTS, NUM_TOKENS = 8, 15_000
 REPEATS = 7
@@ -80,8 +78,7 @@ def main() -> None:
             us = median_us_per_layer(SHAPES[name], place, pool.view(torch.uint8))
             stock_us = stock_us or us
             row = {
-                "gpu": torch.cuda.get_device_name(),
-                "commit": os.environ.get("COMMIT", ""),
+                **where(),
                 "shape": name,
                 **vars(place),
                 "padding": round(1 - place.num_layers * place.block_size * SHAPES[name].token_bytes / place.stride, 4)
@@ -90,10 +87,7 @@ def main() -> None:
                 "us_per_layer": round(us, 1),
                 "ratio": round(us / stock_us, 3),
             }
-            with args.out.open("a") as out:
-                out.write(json.dumps(row) + "\n")
-            sys.stdout.write(json.dumps(row) + "\n")
-            sys.stdout.flush()
+            append(args.out, row)
 
 
 def places(shape: Shape) -> Iterator[Place]:

@@ -4,15 +4,13 @@ PYTHONPATH=. python benchmarks/speed/compaction.py --out compaction.jsonl
 """
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+from rows import append, where
 
 from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor
 from vllm_l2kv.messages import CompactionOrder, GroupMove
@@ -47,8 +45,7 @@ def main() -> None:
                 us = median_us(launch)
                 copy_us = median_us(copy_of(moved_bytes(num_prompts, n, int(n * ratio))))
                 row = {
-                    "gpu": torch.cuda.get_device_name(),
-                    "commit": os.environ.get("COMMIT", ""),
+                    **where(),
                     "num_prompts": num_prompts,
                     "num_prompt_tokens": n,
                     "keep_ratio": ratio,
@@ -58,10 +55,7 @@ def main() -> None:
                     "host_us": round(host_us(launch), 1),
                     "kernel_us": kernel_us(launch),
                 }
-                with args.out.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
-                sys.stdout.write(json.dumps(row) + "\n")
-                sys.stdout.flush()
+                append(args.out, row)
 
 
 def make_orders(num_prompts: int, n: int, num_keep: int, num_blocks: int) -> list[CompactionOrder]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from engines import abort_all, add_requests, scheduler_of
+from engines import abort_all, add_requests, is_measured, scheduler_of
 
 # (requests, prompt tokens, keep ratio or None)
 CASES = {
@@ -23,9 +23,9 @@ NUM_STEPS = 180
 
 
 def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
-    """One row for each case; stock vLLM knows no ratios."""
+    """One row for each case."""
     for seed, (name, (num_requests, num_prompt_tokens, ratio)) in enumerate(CASES.items()):
-        if (ratio is not None and about["engine"] == "stock") or (only and name not in only):
+        if not is_measured(about, ratio, name, only):
             continue
         steps = time_steps(llm, num_requests, num_prompt_tokens, ratio, seed)
         yield {

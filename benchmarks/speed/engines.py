@@ -5,7 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rows import where
+
 MAX_NUM_SEQS = 256
+RATIOS = (None, 0.5, 0.25, 0.1)
+"""Keep ratios to compare; `None` asks for nothing."""
 
 
 def start(engine: str, model: str, **arguments: Any) -> tuple[Any, dict[str, Any]]:
@@ -20,7 +24,6 @@ def start(engine: str, model: str, **arguments: Any) -> tuple[Any, dict[str, Any
         The `LLM`, and what a result row says about it.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import torch
     import vllm
 
     import vllm_l2kv
@@ -35,9 +38,8 @@ def start(engine: str, model: str, **arguments: Any) -> tuple[Any, dict[str, Any
     )
     config = scheduler_of(llm).kv_cache_config
     return llm, {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        **where(),
         "vllm": vllm.__version__,
-        "commit": os.environ.get("COMMIT", ""),
         "engine": engine,
         "kv_cache_dtype": arguments.get("kv_cache_dtype", "auto"),
         "groups": [(len(group.layer_names), group.kv_cache_spec.block_size) for group in config.kv_cache_groups],
@@ -45,6 +47,19 @@ def start(engine: str, model: str, **arguments: Any) -> tuple[Any, dict[str, Any
         # Tensors of several groups alias one allocation.
         "block_bytes": max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks,
     }
+
+
+def is_measured(about: dict[str, Any], ratio: float | None, name: str | None, only: list[str]) -> bool:
+    """Whether a scenario's case belongs to this run: stock vLLM knows no ratios.
+
+    Args:
+        about: As from `start`.
+        ratio: The case's keep ratio, or `None`.
+        name: What `--only` calls the case; by default its ratio.
+        only: Names to confine the run to, or none.
+    """
+    name = str(ratio or 1.0) if name is None else name
+    return (ratio is None or about["engine"] != "stock") and (not only or name in only)
 
 
 def scheduler_of(llm: Any) -> Any:

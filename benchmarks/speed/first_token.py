@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from engines import abort_all, add_requests
+from engines import abort_all, add_requests, is_measured
 
 LENGTHS = {1000: 9, 8000: 5, 15_000: 5, 30_000: 3}
 RATIOS = (None, 0.5)
@@ -16,7 +16,7 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
     seed = 1000
     for num_prompt_tokens, repeats in LENGTHS.items():
         for ratio in RATIOS:
-            if (ratio is not None and about["engine"] == "stock") or (only and str(num_prompt_tokens) not in only):
+            if not is_measured(about, ratio, str(num_prompt_tokens), only):
                 continue
             times = []
             for _ in range(repeats + 1):

@@ -12,22 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from engines import abort_all, add_requests, cache_of, scheduler_of
+from engines import RATIOS, abort_all, add_requests, cache_of, is_measured, scheduler_of
 
 CACHE_BYTES = 16 << 30
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, NUM_QUEUED = 8000, 1000, 8
-RATIOS = {None: 20.0, 0.5: 20.0, 0.25: 20.0, 0.1: 20.0}
-"""Keep ratios and seconds of measurement."""
-SETTLE_SECONDS = 2.0
+SETTLE_SECONDS, MEASURED_SECONDS = 2.0, 20.0
 
 
 def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
     """One row for each ratio."""
-    for seed, (ratio, seconds) in enumerate(RATIOS.items(), start=1):
-        if (ratio is not None and about["engine"] == "stock") or (only and str(ratio or 1.0) not in only):
+    for seed, ratio in enumerate(RATIOS, start=1):
+        if not is_measured(about, ratio, None, only):
             continue
         with cache_of(llm, CACHE_BYTES, about["block_bytes"]):
-            yield {"cache_bytes": CACHE_BYTES, "keep_ratio": ratio or 1.0, **Server(llm, ratio, seed).measure(seconds)}
+            yield {"cache_bytes": CACHE_BYTES, "keep_ratio": ratio or 1.0, **Server(llm, ratio, seed).measure()}
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Server:
     waits: list[float] = field(default_factory=list)
     num_tokens: int = 0
 
-    def measure(self, seconds: float) -> dict[str, Any]:
+    def measure(self) -> dict[str, Any]:
         """Fills the cache, lets it settle, then counts."""
         scheduler = scheduler_of(self.llm)
         chance = random.Random(self.seed)
@@ -60,7 +58,7 @@ class Server:
         self.run_for(SETTLE_SECONDS)
         self.waits, self.num_tokens = [], 0
         preempted = sum(self.preempted.values())
-        elapsed, num_running = self.run_for(seconds)
+        elapsed, num_running = self.run_for(MEASURED_SECONDS)
         abort_all(self.llm, list(self.unfinished))
         return {
             "mean_running": round(statistics.fmean(num_running), 2),

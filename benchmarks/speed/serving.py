@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from engines import start
+from rows import append
 
 SCENARIOS = ["decode_step", "first_token", "ample_memory", "memory_bound"]
 
@@ -36,11 +37,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for scenario in args.scenarios:
         for row in importlib.import_module(scenario).rows(llm, about, args.only):
-            line = json.dumps({**about, **row})
-            with (args.out / f"{scenario}.jsonl").open("a") as out:
-                out.write(line + "\n")
-            sys.stdout.write(f"{scenario} {line}\n")
-            sys.stdout.flush()
+            append(args.out / f"{scenario}.jsonl", {**about, **row})
 
 
 if __name__ == "__main__":

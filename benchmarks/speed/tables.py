@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same file
 import matplotlib.pyplot as plt  # noqa: E402
+from serving import SCENARIOS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -139,9 +140,6 @@ def main() -> None:
     (ROOT / "docs" / "benchmarks.md").write_text(page)
 
 
-SCENARIOS = ("decode_step", "first_token", "ample_memory", "memory_bound")
-
-
 def read(name: str) -> list[Row]:
     """The rows of one result file."""
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
@@ -181,14 +179,10 @@ def first_token_table(rows: list[Row]) -> str:
     stock = by_engine(rows, "stock", "num_prompt_tokens", "median_first_token_ms")
     lines = []
     for length, base in stock.items():
-        ours = {r["keep_ratio"]: r["median_first_token_ms"] for r in rows if is_ours(r, length)}
+        of_length = [row for row in rows if row["num_prompt_tokens"] == length]
+        ours = by_engine(of_length, "l2kv", "keep_ratio", "median_first_token_ms")
         lines.append([f"{length:,}", base, *(f"{ours[r]} ({ours[r] / base:.3f})" for r in (1.0, 0.5))])
     return table("prompt,tokens stock vllm-l2kv vllm-l2kv,at,0.5", lines)
-
-
-def is_ours(row: Row, length: int) -> bool:
-    """A row of vllm-l2kv for prompts of that length."""
-    return row["engine"] == "l2kv" and row["num_prompt_tokens"] == length
 
 
 def ample_table(rows: list[Row]) -> str:
@@ -268,14 +262,9 @@ def padding_table(rows: list[Row]) -> str:
 def joined_table(rows: list[Row]) -> str:
     """Unpadded places by tokens a block and layout."""
     found: dict[tuple[str, str, int], dict[str, float]] = {}
+    num_layers = {"8b": 30, "8b-tp4": 30, "1b": 14, "70b-8-layers": 6, "135m": 28}
     for row in rows:
-        num_layers = {"8b": 30, "8b-fp8": 30, "8b-tp4": 30, "1b": 14, "70b-8-layers": 6, "135m": 28}[row["shape"]]
-        if (
-            row["what"] == "scan"
-            and row["num_layers"] == num_layers
-            and not row["padding"]
-            and row["shape"] != "8b-fp8"
-        ):
+        if row["what"] == "scan" and not row["padding"] and row["num_layers"] == num_layers.get(row["shape"]):
             key = (gpu_of(row), row["shape"], row["block_size"])
             found.setdefault(key, {})[row["layout"]] = row["ratio"]
     lines = [[*key, on.get("BLHNC", ""), on.get("BLNHC", "")] for key, on in found.items() if len(on) == 2]

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-OPTION = "--max-body-mib"
+from vllm_l2kv_server.serve import MAX_BODY_OPTION
 
 BYTES_PER_MIB = 2**20
 
@@ -36,7 +36,9 @@ class BodyBoundMiddleware:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        message = f"The body is longer than {self.max_mib} MiB, the bound that {OPTION} of `vllm-l2kv serve` sets."
+        message = (
+            f"The body is longer than {self.max_mib} MiB, the bound that {MAX_BODY_OPTION} of `vllm-l2kv serve` sets."
+        )
         error = create_error_response(message, err_type=status.phrase, status_code=status)
         await JSONResponse(error.model_dump(), status_code=status)(scope, receive, send)
 

@@ -192,19 +192,9 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
     with contextlib.redirect_stdout(sys.stderr):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+        from transformers import GenerationConfig
 
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        model = model.to(torch.bfloat16)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model, tokenizer = load_gguf(gguf)
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
@@ -218,6 +208,23 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         )
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+def load_gguf(gguf: Path) -> tuple[Any, Any]:
+    """A GGUF file's model, dequantized to bf16, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model = model.to(torch.bfloat16)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
 def check_sha256(file: Path, expected: str) -> None:

@@ -21,6 +21,7 @@ OPTIONAL_PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_CACHE_BYTES = 2 * 2**30
+MAX_BODY_OPTION = "--max-body-mib"
 DEFAULT_MAX_BODY_MIB = 64
 """Room for 48 MiB of pictures or sound as base64, and for a prompt of millions of tokens, as text or as ids."""
 
@@ -118,7 +119,7 @@ def own_options() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("Requests")
     group.add_argument(
-        "--max-body-mib",
+        MAX_BODY_OPTION,
         type=_positive,
         default=DEFAULT_MAX_BODY_MIB,
         metavar="N",

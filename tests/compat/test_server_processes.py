@@ -6,10 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from http_server import Server
-
-from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.policy import num_keep
+from http_server import Server, expected_usage
 
 pytestmark = pytest.mark.slow
 
@@ -31,11 +28,8 @@ def server(request, tiny_model, tmp_path_factory):
         # vLLM wants a NUMA node for each engine, unless it is told to leave threads alone.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         server = Server(log, str(tiny_model("llama")), *words.split(), *request.param)
-    try:
-        server.wait_until_ready()
+    with server:
         yield server
-    finally:
-        server.stop()
 
 
 def ask(server, text_ids, number: int, **fields) -> httpx.Response:
@@ -55,11 +49,6 @@ def at_once(call, count: int = NUM_REQUESTS) -> list[httpx.Response]:
         return list(pool.map(call, range(count)))
 
 
-def expected(num_prompt_tokens: int, ratio: float) -> dict[str, int]:
-    kept = num_keep(num_prompt_tokens, CompressionParams(ratio))
-    return {"prompt_tokens": num_prompt_tokens, "kept_tokens": kept, "evicted_tokens": num_prompt_tokens - kept}
-
-
 def ratio_of(number: int) -> float:
     return (1.0, 0.5, 0.25)[number % 3]
 
@@ -72,7 +61,7 @@ def test_numbers_and_tokens(server, text_ids, tiny_model, tokenizer):
     for number, answer in enumerate(answers):
         assert answer.status_code == 200, answer.text
         body = answer.json()
-        assert body["usage"]["kv_cache"] == expected(200 + number, ratio_of(number))
+        assert body["usage"]["kv_cache"] == expected_usage(200 + number, keep_ratio=ratio_of(number))
         assert body.get("kv_transfer_params") is None
         prompt = text_ids[5 * number : 5 * number + 200 + number]
         tokens = reference.generate(prompt, 8, str(ratio_of(number)), (0,))
@@ -90,7 +79,7 @@ def test_streams(server, text_ids):
         events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
         assert events[-1] == "[DONE]"
         last = json.loads(events[-2])
-        assert last["usage"]["kv_cache"] == expected(200 + number, 0.5)
+        assert last["usage"]["kv_cache"] == expected_usage(200 + number, keep_ratio=0.5)
 
 
 def test_errors(server, text_ids):

@@ -7,9 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 import httpx
 import psutil
+
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import num_keep
 
 START_SECONDS = 240
 STOP_SECONDS = 60
@@ -34,6 +38,17 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
+
+    def __enter__(self) -> Self:
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -63,6 +78,12 @@ class Server:
             for process in left:
                 process.kill()
         return left
+
+
+def expected_usage(num_prompt_tokens: int, **params: float) -> dict[str, int]:
+    """What `usage.kv_cache` of a compacted request must say; params as those of `CompressionParams`."""
+    kept = num_keep(num_prompt_tokens, CompressionParams(**params))
+    return {"prompt_tokens": num_prompt_tokens, "kept_tokens": kept, "evicted_tokens": num_prompt_tokens - kept}
 
 
 def free_port() -> int:

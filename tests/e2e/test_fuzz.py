@@ -32,12 +32,8 @@ MIB = 2**20
 def server(demo_model, tmp_path_factory) -> Iterator[Server]:
     words = "--max-model-len 4096 --enforce-eager --dtype float32 --enable-auto-tool-choice --tool-call-parser hermes"
     words += f" --trust-request-chat-template --api-key {KEY} --max-body-mib 1"
-    server = Server(tmp_path_factory.mktemp("fuzz") / "server.log", *words.split())
-    try:
-        server.wait_until_ready()
+    with Server(tmp_path_factory.mktemp("fuzz") / "server.log", *words.split()) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ import httpx
 import openai
 import pytest
 from http_bodies import BAD_FIELDS, malformed
-from http_server import Server
+from http_server import Server, expected_usage
 
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.policy import num_keep
 
 KEY = "sesame"
 MODEL = "SmolLM2-135M-Instruct"
@@ -27,12 +26,8 @@ GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 8}
 def server(demo_model, tmp_path_factory):
     # Without MODEL: that serves the demo model, which the fixture has fetched.
     words = "--max-model-len 4096 --enforce-eager --dtype float32 --enable-auto-tool-choice --tool-call-parser hermes"
-    server = Server(tmp_path_factory.mktemp("http") / "server.log", *words.split(), "--api-key", KEY)
-    try:
-        server.wait_until_ready()
+    with Server(tmp_path_factory.mktemp("http") / "server.log", *words.split(), "--api-key", KEY) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +40,6 @@ def client(server):
 def http(server):
     with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
         yield http
-
-
-def expected(num_prompt_tokens: int, **params) -> dict[str, int]:
-    kept = num_keep(num_prompt_tokens, CompressionParams(**params))
-    return {"prompt_tokens": num_prompt_tokens, "kept_tokens": kept, "evicted_tokens": num_prompt_tokens - kept}
 
 
 def kv_cache(usage) -> dict[str, int] | None:
@@ -65,7 +55,7 @@ class TestUsage:
     def test_chat(self, client):
         answer = client.chat.completions.create(**GREEDY, messages=MESSAGES, extra_body={"kv_keep_ratio": 0.5})
         assert answer.usage.prompt_tokens > 200
-        assert kv_cache(answer.usage) == expected(answer.usage.prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.5)
         assert answer.choices[0].message.content
         assert answer.model_extra.get("kv_transfer_params") is None
 
@@ -73,7 +63,7 @@ class TestUsage:
         fields = {"kv_keep_ratio": 0.1, "kv_protect_first": 40, "kv_protect_last": 80}
         answer = client.completions.create(**GREEDY, prompt=TEXT, extra_body=fields)
         numbers = kv_cache(answer.usage)
-        assert numbers == expected(answer.usage.prompt_tokens, keep_ratio=0.1, protect_first=40, protect_last=80)
+        assert numbers == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.1, protect_first=40, protect_last=80)
         assert numbers["kept_tokens"] == 120
 
     def test_compression_changes_no_token_count(self, client):
@@ -91,19 +81,19 @@ class TestUsage:
 
     def test_ratio_of_one_keeps_everything_and_says_so(self, client):
         answer = client.completions.create(**GREEDY, prompt=TEXT, extra_body={"kv_keep_ratio": 1})
-        assert kv_cache(answer.usage) == expected(answer.usage.prompt_tokens)
+        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens)
         assert answer.choices[0].text == client.completions.create(**GREEDY, prompt=TEXT).choices[0].text
 
     def test_one_token_ends_before_compaction(self, client):
         answer = client.completions.create(model=MODEL, prompt=TEXT, max_tokens=1, extra_body={"kv_keep_ratio": 0.5})
-        assert kv_cache(answer.usage) == expected(answer.usage.prompt_tokens)
+        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens)
 
     def test_choices_share_a_prompt(self, client):
         answer = client.chat.completions.create(
             model=MODEL, messages=MESSAGES, max_tokens=8, n=3, seed=1, extra_body={"kv_keep_ratio": 0.25}
         )
         assert len(answer.choices) == 3
-        assert kv_cache(answer.usage) == expected(answer.usage.prompt_tokens, keep_ratio=0.25)
+        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.25)
 
     def test_prompts_add_up(self, client):
         prompts = [TEXT, TEXT[:700], "A short one, of a few words only."]
@@ -111,14 +101,14 @@ class TestUsage:
         answer = client.completions.create(
             model=MODEL, prompt=prompts, max_tokens=8, n=2, extra_body={"kv_keep_ratio": 0.3}
         )
-        each = [expected(length, keep_ratio=0.3) for length in lengths]
+        each = [expected_usage(length, keep_ratio=0.3) for length in lengths]
         assert len(answer.choices) == 6
         assert kv_cache(answer.usage) == {key: sum(numbers[key] for numbers in each) for key in each[0]}
 
     def test_xargs(self, client):
         fields = {"vllm_xargs": {"kv_keep_ratio": 0.25, "kv_protect_last": None}}
         answer = client.chat.completions.create(**GREEDY, messages=MESSAGES, extra_body=fields)
-        assert kv_cache(answer.usage) == expected(answer.usage.prompt_tokens, keep_ratio=0.25)
+        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.25)
 
 
 class TestStream:
@@ -138,7 +128,7 @@ class TestStream:
         with_usage = [chunk.usage for chunk in chunks if chunk.usage]
         assert len(with_usage) == 1
         assert chunks[-1].usage is with_usage[0]
-        assert kv_cache(with_usage[0]) == expected(with_usage[0].prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(with_usage[0]) == expected_usage(with_usage[0].prompt_tokens, keep_ratio=0.5)
         assert {choice.index for chunk in chunks for choice in chunk.choices} == set(range(n))
 
     def test_completion_prompts(self, client):
@@ -152,7 +142,7 @@ class TestStream:
             )
         )
         usage = chunks[-1].usage
-        one = expected(usage.prompt_tokens // 2, keep_ratio=0.5)
+        one = expected_usage(usage.prompt_tokens // 2, keep_ratio=0.5)
         assert kv_cache(usage) == {key: 2 * value for key, value in one.items()}
 
     def test_same_text_as_without_streaming(self, client):
@@ -173,7 +163,7 @@ class TestStream:
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
         usage = chunks[-1].usage
         assert usage.completion_tokens <= 12
-        assert kv_cache(usage) == expected(usage.prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(usage) == expected_usage(usage.prompt_tokens, keep_ratio=0.5)
 
     def test_absent_when_nothing_is_asked(self, client):
         chunks = list(
@@ -193,7 +183,7 @@ class TestStream:
         next(iter(stream))
         stream.close()
         answer = client.completions.create(**GREEDY, prompt=TEXT, extra_body={"kv_keep_ratio": 0.5})
-        assert kv_cache(answer.usage) == expected(answer.usage.prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.5)
         running = [line for line in http.get("/metrics").text.splitlines() if "num_requests_running{" in line]
         assert [float(line.split()[-1]) for line in running] == [0]
 
@@ -266,7 +256,7 @@ class TestBadRequests:
         ]
         assert taken == []
         answer = client.chat.completions.create(**GREEDY, messages=MESSAGES, extra_body={"kv_keep_ratio": 0.5})
-        assert kv_cache(answer.usage) == expected(answer.usage.prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.5)
 
 
 class TestTheRestOfVLLM:

@@ -3,24 +3,10 @@
 import random
 
 import pytest
-from vllm import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher
-from vllm.v1.request import Request
 
 
-def add(harness, req_id: str, prompt: list[int], max_tokens: int = 4, ratio: float = 1.0, **arguments) -> Request:
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args={"kv_keep_ratio": ratio})
-    request = Request(
-        request_id=req_id,
-        prompt_token_ids=prompt,
-        sampling_params=params,
-        pooling_params=None,
-        block_hasher=get_request_block_hasher(16, sha256),
-        **arguments,
-    )
-    harness.scheduler.add_request(request)
-    return request
+def add(harness, req_id: str, prompt: list[int], max_tokens: int = 4, ratio: float = 1.0):
+    return harness.submit(req_id, prompt, {"kv_keep_ratio": ratio}, max_tokens)
 
 
 def hit_tokens(harness, req_id: str, prompt: list[int], **arguments) -> int:
@@ -81,7 +67,7 @@ def test_generated_tokens_are_found_unless_the_request_was_compacted(harness):
 
 
 def test_large_blocks_of_compressed_layers_are_shared_inside_too(turned_round):
-    assert [manager.block_size for manager in turned_round.scheduler.kv_cache_manager.coordinator.single_type_managers]
+    assert turned_round.compressed.block_size == 64
     common = different(0, 100)
     hit_tokens(turned_round, "first", common + different(1000, 90), ratio=0.5)
     assert hit_tokens(turned_round, "second", common + different(2000, 50), ratio=0.25) == 96
@@ -103,7 +89,7 @@ def test_a_hit_inside_a_block_copies_it(harness):
     harness.run()
 
 
-def test_a_request_that_was_preempted_is_found_at_its_boundaries_again(make_harness):
+def test_boundaries_are_forgotten_with_the_blocks(make_harness):
     harness = make_harness(14, full_layers=(0,))
     for i in range(4):
         add(harness, f"{i}", different(100 * i, 60), max_tokens=40)
