@@ -40,6 +40,14 @@ def on_gpu_fp8(demo_model):
 
 
 @pytest.fixture(scope="session")
+def sleepy(demo_model):
+    """Started when it is asked for, with graphs, in memory that vLLM gives back while it sleeps."""
+    engine = start_on_gpu(demo_model, enable_sleep_mode=True, max_num_seqs=4, gpu_memory_utilization=0.15)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="session")
 def exact(demo_model):
     """The reference in fp32."""
     from reference import Reference

@@ -133,6 +133,25 @@ def test_prefix_cache_hits_after_compaction(on_gpu, reach, text_ids):
     assert rms(found.differences) <= 2 * rms(reach["0.5"])
 
 
+def test_prefix_cache_hits_inside_a_large_block(on_gpu, reach, text_ids):
+    """vLLM copies the part that is shared, on the device, for whoever goes on differently."""
+    large = max(manager.block_size for manager in on_gpu.managers)
+    prompt = text_ids[100 : 100 + large + 300]
+    fork = prompt[: large - 100] + text_ids[2500:2900]
+    assert on_gpu.kv_cache_manager.reset_prefix_cache()
+    (alone,) = on_gpu.generate([fork], [asks("0.5")])
+    assert on_gpu.kv_cache_manager.reset_prefix_cache()
+    (before,) = on_gpu.generate([prompt], [asks("1.0")])
+    (forked,) = on_gpu.generate([fork], [asks("0.5")])
+    (after,) = on_gpu.generate([prompt], [asks("1.0")])
+    assert alone.num_cached_tokens == before.num_cached_tokens == 0
+    assert large - 200 <= forked.num_cached_tokens < large - 100
+    assert agreement(steps_of(before), steps_of(after)).steps <= 2, "the copy or its writer reached the original"
+    found = agreement(steps_of(alone), steps_of(forked))
+    assert found.gap <= max(map(abs, reach["0.5"]))
+    assert rms(found.differences) <= 2 * rms(reach["0.5"])
+
+
 def test_a_small_cache_preempts_and_stays_whole(on_gpu, text_ids):
     prompts = [text_ids[30 * i : 30 * i + 700] for i in range(24)]
     with on_gpu.pool_of(60):

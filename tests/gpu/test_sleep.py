@@ -1,0 +1,37 @@
+"""Sleep mode on a GPU: weights and KV cache leave the device, and CUDA graphs find all of it again."""
+
+import pytest
+import torch
+from agreement import steps_of, tokens_of
+from engine import keep
+
+pytestmark = pytest.mark.gpu
+
+
+def answer(engine, prompt):
+    (output,) = engine.generate([prompt], [keep("0.5", num_tokens=24, logprobs=20)])
+    return output
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_answers_after_waking_up(sleepy, text_ids, level):
+    prompt = text_ids[100:1100]
+    assert sleepy.kv_cache_manager.reset_prefix_cache()
+    before = answer(sleepy, prompt)
+    # One that was compacted; the worker hears of its end only when it is awake again.
+    sleepy.add("compacted", text_ids[200:1200], keep("0.5", num_tokens=200))
+    for _ in range(8):
+        sleepy.step()
+    assert any(getattr(manager, "num_evicted", None) for manager in sleepy.managers)
+    sleepy.llm.llm_engine.abort_request(["compacted"])
+    free, total = torch.cuda.mem_get_info()
+    sleepy.llm.sleep(level)
+    assert torch.cuda.mem_get_info()[0] - free > 0.1 * total
+    sleepy.llm.wake_up()
+    if level == 2:
+        sleepy.llm.collective_rpc("reload_weights")
+    sleepy.drain()
+    sleepy.check_whole()
+    after = answer(sleepy, prompt)
+    assert after.num_cached_tokens == 0
+    assert tokens_of(steps_of(after)) == tokens_of(steps_of(before))
