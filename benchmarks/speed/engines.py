@@ -12,18 +12,20 @@ RATIOS = (None, 0.5, 0.25, 0.1)
 """Keep ratios to compare; `None` asks for nothing."""
 
 
-def start(engine: str, model: str, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """Starts vLLM with made-up weights in this process.
+def start(engine: str, model: str, in_process: bool, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """Starts vLLM with made-up weights.
 
     Args:
         engine: `stock` or `l2kv`.
         model: Folder with a `config.json`.
+        in_process: Run the engine core in this process, its scheduler open to us, instead of in one of its own, as
+            users run it.
         arguments: More of vLLM's engine arguments.
 
     Returns:
         The `LLM`, and what a result row says about it.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not in_process))
     import vllm
 
     import vllm_l2kv
@@ -36,14 +38,21 @@ def start(engine: str, model: str, **arguments: Any) -> tuple[Any, dict[str, Any
         skip_tokenizer_init=True,
         **{"dtype": "bfloat16", "max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 8192, **ours, **arguments},
     )
-    config = scheduler_of(llm).kv_cache_config
-    return llm, {
+    about = {
         **where(),
         "vllm": vllm.__version__,
         "engine": engine,
         "kv_cache_dtype": arguments.get("kv_cache_dtype", "auto"),
+        "num_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+    }
+    return llm, {**about, **blocks_of(llm)} if in_process else about
+
+
+def blocks_of(llm: Any) -> dict[str, Any]:
+    """What a result row says of the KV cache of an engine in this process."""
+    config = scheduler_of(llm).kv_cache_config
+    return {
         "groups": [(len(group.layer_names), group.kv_cache_spec.block_size) for group in config.kv_cache_groups],
-        "num_blocks": config.num_blocks,
         # Tensors of several groups alias one allocation.
         "block_bytes": max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks,
     }

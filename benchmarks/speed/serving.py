@@ -1,4 +1,6 @@
-"""Engine benchmarks, vLLM with and without vllm-l2kv: each engine in a process of its own, one start for all.
+"""Engine benchmarks, vLLM with and without vllm-l2kv, each engine in a process of its own.
+
+Two starts an engine: `ample_memory` runs as users run it, with the engine core apart, and all others look into it.
 
 PYTHONPATH=. python benchmarks/speed/serving.py --model FOLDER --out FOLDER [--engines stock l2kv] [--scenarios ...]
 
@@ -10,16 +12,18 @@ import importlib
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 from engines import start
 from rows import append
 
-SCENARIOS = ["decode_step", "first_token", "ample_memory", "memory_bound"]
+IN_PROCESS = ["decode_step", "first_token", "memory_bound"]
+SCENARIOS = [*IN_PROCESS, "ample_memory"]
 
 
 def main() -> None:
-    """Starts one process an engine, or is one."""
+    """Starts the engines' processes, or is one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -30,10 +34,14 @@ def main() -> None:
     parser.add_argument("--inside", choices=["stock", "l2kv"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside is None:
-        for engine in args.engines:
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--inside", engine], check=True)
+        for engine, scenarios in product(args.engines, (IN_PROCESS, ["ample_memory"])):
+            chosen = [scenario for scenario in scenarios if scenario in args.scenarios]
+            if chosen:
+                command = [sys.executable, __file__, *sys.argv[1:], "--scenarios", *chosen, "--inside", engine]
+                subprocess.run(command, check=True)
         return
-    llm, about = start(args.inside, args.model, **{"max_model_len": 32768, **args.engine_args})
+    in_process = args.scenarios[0] in IN_PROCESS
+    llm, about = start(args.inside, args.model, in_process, **{"max_model_len": 32768, **args.engine_args})
     args.out.mkdir(parents=True, exist_ok=True)
     for scenario in args.scenarios:
         for row in importlib.import_module(scenario).rows(llm, about, args.only):

@@ -2,9 +2,9 @@
 
 bf16 keeps eight bits, so two ways to compute one sum differ, and logits that are equal decide by chance. Nothing is
 waved through for that reason. Two runs must agree token by token until they part, and where they part the candidates'
-logits must lie within two steps of bf16, or, where rounding also decides which tokens are kept, within its reach. On
-the way their logits must agree as well as bf16 can make them. How far it carries logits away is not guessed but
-measured, on the Hugging Face reference in bf16 beside itself in fp32.
+logits must lie within two steps of bf16 or within its reach. On the way their logits must agree as well as bf16 can
+make them. How far it carries logits away is not guessed but measured, on the Hugging Face reference in bf16 beside
+itself in fp32.
 """
 
 import random
@@ -63,14 +63,15 @@ def test_a_mixed_batch_equals_the_same_requests_one_by_one(on_gpu, mixed, reach,
     for (prompt, ratio), together in zip(cases_of(text_ids), mixed, strict=True):
         (output,) = on_gpu.generate([prompt], [asks(ratio)])
         found = agreement(steps_of(output), together)
-        part_well = found.steps <= 2 or (ratio != "1.0" and found.gap <= max(map(abs, reach[ratio])))
+        part_well = found.steps <= 2 or found.gap <= max(map(abs, reach[ratio]))
         assert part_well, f"{len(prompt)} tokens, keep {ratio}, part after {found.num_equal} at {found.gap}"
         moved[ratio] += found.differences
         num_equal += found.num_equal == NUM_TOKENS
         print(f"{len(prompt)} tokens, keep {ratio}: {found.num_equal} equal, then {found.steps} steps of bf16")
     print(f"{num_equal} of {len(mixed)} answers equal")
     for ratio in RATIOS:
-        print(f"keep {ratio}: logits differ by {rms(moved[ratio]):.3f}, bf16 moves them by {rms(reach[ratio]):.3f}")
+        by_bf16 = f"{rms(reach[ratio]):.3f}, at most {max(map(abs, reach[ratio])):.3f}"
+        print(f"keep {ratio}: logits differ by {rms(moved[ratio]):.3f}, bf16 moves them by {by_bf16}")
         assert rms(moved[ratio]) <= 2 * rms(reach[ratio]), f"keep {ratio}"
 
 
@@ -146,7 +147,8 @@ def test_prefix_cache_hits_inside_a_large_block(on_gpu, reach, text_ids):
     (after,) = on_gpu.generate([prompt], [asks("1.0")])
     assert alone.num_cached_tokens == before.num_cached_tokens == 0
     assert large - 200 <= forked.num_cached_tokens < large - 100
-    assert agreement(steps_of(before), steps_of(after)).steps <= 2, "the copy or its writer reached the original"
+    unchanged = agreement(steps_of(before), steps_of(after))
+    assert unchanged.gap <= max(map(abs, reach["1.0"])), "the copy or its writer reached the original"
     found = agreement(steps_of(alone), steps_of(forked))
     assert found.gap <= max(map(abs, reach["0.5"]))
     assert rms(found.differences) <= 2 * rms(reach["0.5"])

@@ -23,7 +23,7 @@ def slot_mappings(
 
     Args:
         out: `[num_groups, max_num_tokens]` int64; tokens behind the batch get -1.
-        idx_mapping: `[num_reqs]` int32, batch order to request state; -1 for a request without blocks.
+        idx_mapping: `[num_reqs]` int64, batch order to request state; -1 for a request without blocks.
         query_start_loc: `[num_reqs + 1]` int32, where each request's tokens begin.
         positions: `[num_tokens]` int64, logical.
         num_evicted: `[max_num_reqs]` int32, by request state.
@@ -47,7 +47,7 @@ def physical_lengths(
     Args:
         out: `[num_reqs_padded]` int32.
         seq_lens: `[num_reqs_padded]` int32, logical; padding is copied.
-        idx_mapping: `[num_reqs]` int32, batch order to request state.
+        idx_mapping: `[num_reqs]` int64, batch order to request state.
         num_evicted: `[max_num_reqs]` int32, by request state.
     """
     num_reqs_padded = out.shape[0]
@@ -60,7 +60,7 @@ def physical_lengths(
 def _physical_lengths_kernel(
     out,  # [num_reqs_padded] int32
     seq_lens,  # [num_reqs_padded] int32
-    idx_mapping,  # [num_reqs] int32
+    idx_mapping,  # [num_reqs] int64
     num_evicted,  # [max_num_reqs] int32
     num_reqs,
     num_reqs_padded,
@@ -78,7 +78,7 @@ def _slot_mappings_kernel(
     out,  # [num_groups, max_num_tokens] int64
     out_stride,
     max_num_tokens,
-    idx_mapping,  # [num_reqs] int32
+    idx_mapping,  # [num_reqs] int64
     query_start_loc,  # [num_reqs + 1] int32
     positions,  # [num_tokens] int64
     num_evicted,  # [max_num_reqs] int32

@@ -14,8 +14,8 @@ from vllm.v1.request import Request
 from vllm_l2kv import plan
 from vllm_l2kv.messages import GroupMove
 
-_EVERYTHING_CACHED = 2**62
-"""A number of cached blocks that no request reaches."""
+_BEYOND_EVERY_REQUEST = 2**62
+"""A number of blocks or tokens that no request reaches."""
 
 
 def stop_prefix_caching(manager: SingleTypeKVCacheManager, request_id: str) -> None:
@@ -25,7 +25,9 @@ def stop_prefix_caching(manager: SingleTypeKVCacheManager, request_id: str) -> N
     not the compression must not find them. A manager publishes blocks from its count of cached ones upward, so a
     count beyond every block ends that. vLLM drops the count when the request's blocks are freed.
     """
-    manager.num_cached_block[request_id] = _EVERYTHING_CACHED
+    manager.num_cached_block[request_id] = _BEYOND_EVERY_REQUEST
+    if isinstance(manager, _LayerManager):
+        manager.next_findable[request_id] = _BEYOND_EVERY_REQUEST
 
 
 def find_prefixes_inside_blocks(coordinator: KVCacheCoordinator) -> None:
@@ -46,47 +48,60 @@ def find_prefixes_inside_blocks(coordinator: KVCacheCoordinator) -> None:
 
 
 class _LayerManager(FullAttentionManager):
-    """Blocks that can be found up to every hash boundary inside them."""
+    """Blocks that can be found up to every hash boundary inside them.
+
+    Attributes:
+        next_findable: Requests to the number of tokens at which there is more to find; absent before the first call.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._num_findable: dict[str, int] = {}  # requests to tokens up to which every boundary is findable
+        self.next_findable: dict[str, int] = {}
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's, with every hash boundary; nothing once `stop_prefix_caching` was called."""
-        num_cached_blocks = self.num_cached_block.get(request.request_id, 0)
-        if num_cached_blocks == _EVERYTHING_CACHED:
+        """As vLLM's, with every hash boundary; nothing once `stop_prefix_caching` was called.
+
+        vLLM calls twice a request and step, and mostly for nothing, hence the look at one number first.
+        """
+        next_findable = self.next_findable.get(request.request_id, 0)
+        if num_tokens < next_findable:
             return
+        unit = self.block_pool.hash_block_size
+        was_cached = self.num_cached_block.get(request.request_id, 0) * self.block_size
         super().cache_blocks(request, num_tokens, *args, **kwargs)
-        if self.block_size > self.block_pool.hash_block_size:
-            self._cache_boundaries(request, num_tokens, num_cached_blocks)
+        findable = is_cached = self.num_cached_block.get(request.request_id, 0) * self.block_size
+        if self.block_size > unit:
+            begin = next_findable - unit if next_findable else was_cached
+            # A block that fills up gives its boundaries up for its own hash, so those are added once more.
+            begin = min(begin, was_cached) if is_cached > was_cached else begin
+            findable = self._cache_boundaries(request, begin, num_tokens)
+        self.next_findable[request.request_id] = findable + unit
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's; finish, abort and preemption all come through here."""
-        self._num_findable.pop(request_id, None)
+        self.next_findable.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
         """Not as vLLM's, which makes the end of a prompt findable in the step that computes it."""
 
-    def _cache_boundaries(self, request: Request, num_tokens: int, num_cached_blocks: int) -> None:
-        """Adds the boundaries that are not findable yet; while a request decodes that is one in a while.
+    def _cache_boundaries(self, request: Request, begin: int, end: int) -> int:
+        """Adds the boundaries behind `begin`, up to `end`; while a request decodes that is one in a while.
 
         Only those of earlier steps: whoever hits inside a block gets a copy of it before the step writes its rows.
+
+        Returns:
+            The number of tokens up to which every boundary is findable.
         """
         unit = self.block_pool.hash_block_size
-        begin = self._num_findable.get(request.request_id, num_cached_blocks * self.block_size)
-        if self.num_cached_block.get(request.request_id, 0) > num_cached_blocks:
-            # A block that fills up gives its boundaries up for its own hash.
-            begin = min(begin, num_cached_blocks * self.block_size)
-        end = min(num_tokens // unit, request.num_computed_tokens // unit, len(request.block_hashes)) * unit
-        self._num_findable[request.request_id] = max(begin, end)
+        end = min(end // unit, request.num_computed_tokens // unit, len(request.block_hashes)) * unit
         blocks = self.req_to_blocks[request.request_id]
         for boundary in range(begin + unit, end + unit, unit):
             if boundary % self.block_size:
                 block_hash = request.block_hashes[boundary // unit - 1]
                 key = make_block_hash_with_group_id(block_hash, self.kv_cache_group_id)
                 self.block_pool._insert_block_hash(key, blocks[boundary // self.block_size], num_tokens=boundary)
+        return max(begin, end)
 
 
 class FullLayerManager(_LayerManager):

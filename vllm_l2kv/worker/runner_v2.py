@@ -48,8 +48,8 @@ class RunnerV2:
         self.counts.publish()
 
     def warm_up(self) -> None:
-        """Compiles the kernels, on a batch of nobody."""
-        idx_mapping = torch.full((1,), -1, dtype=torch.int32, device=self._seq_lens.device)
+        """Compiles the kernels for the types that the runner gives them, on a batch of nobody."""
+        idx_mapping = torch.full((1,), -1, dtype=torch.int64, device=self._seq_lens.device)
         starts = torch.zeros(2, dtype=torch.int32, device=self._seq_lens.device)
         positions = torch.zeros(1, dtype=torch.int64, device=self._seq_lens.device)
         self._tables.compressed_slot_mappings(self._tables.slot_mappings, idx_mapping, starts, positions)
@@ -102,7 +102,7 @@ class CompressedBlockTables:
     """Stands before the runner's `BlockTables` and gives compressed groups slots for positions.
 
     Attributes:
-        idx_mapping: `[num_reqs]` int32, request states of the batch under way; `None` for a dummy batch.
+        idx_mapping: `[num_reqs]` int64, request states of the batch under way; `None` for a dummy batch.
     """
 
     def __init__(self, tables: BlockTables, group_ids: Iterable[int], counts: EvictedCounts) -> None:
