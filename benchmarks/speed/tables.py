@@ -1,9 +1,10 @@
-"""Writes docs/benchmarks.md and its plots from the rows in benchmarks/speed/results.
+"""Writes docs/benchmarks.md, its plots and the README's headline table from the rows in benchmarks/speed/results.
 
 python benchmarks/speed/tables.py
 """
 
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from serving import SCENARIOS  # noqa: E402
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 PLOTS = ROOT / "docs" / "img"
+README = ROOT / "README.md"
+HEADLINE_BEGIN, HEADLINE_END = "<!-- headline: benchmarks/speed/tables.py -->", "<!-- end of headline -->"
 Row = dict[str, Any]
 GIB = 2**30
 
@@ -57,7 +60,8 @@ so compression is not in it.
 ## Ample memory
 
 `--scenarios ample_memory`. Prompts of 256 tokens and 256 generated ones, the whole GPU for the cache, {ample_requests}
-requests, output tokens per second.
+requests at once, the engine core in a process of its own; output tokens per second of three runs, and their median
+beside stock vLLM's.
 
 {ample}
 
@@ -66,10 +70,7 @@ requests, output tokens per second.
 `--scenarios memory_bound`. Prompts of 8,000 tokens, 1,000 generated ones, always eight requests in the queue, in steady
 state for 20 seconds. First token: from joining the queue. The bound is how many requests of average length, half of
 their tokens generated, fit the cache if not a byte were padded: full layers keep all their tokens, and generated tokens
-stay everywhere, so it is well below "stock / keep ratio".
-
-**These rows are not yet what they should be**: when they were made the script gave vllm-l2kv half the cache by mistake
-(it took two tensors that alias one allocation for two allocations). Compare rows of the same cache.
+stay everywhere, so it is well below "stock / keep ratio". In 20 seconds the average may lie a little above it.
 
 {memory}
 
@@ -92,8 +93,8 @@ Where the time goes, by PyTorch's profiler, for one prompt at 0.25 (microseconds
     PYTHONPATH=. python benchmarks/speed/attention.py --out h100_attention.jsonl
 
 Decode attention of 8 requests x 15,000 tokens, FlashAttention 3, microseconds a layer. `compressed` and `full` are the
-places that `vllm_l2kv.kv_cache_spec.pack` chose when the rows were made (units of 4 KiB then, 32 KiB now; the stride of
-the 8B shape is 1,952 KiB now, and a scan of it is in the rows).
+places that `vllm_l2kv.kv_cache_spec.pack` chose when the rows were made (on the H200 it padded by units of 4 KiB then,
+it is 32 KiB now).
 
 {attention}
 
@@ -115,7 +116,7 @@ that of longer reads:
 
 def main() -> None:
     """Writes the page and the plots."""
-    steps, first, ample, memory = (read(f"h100_{name}") for name in SCENARIOS)
+    steps, first, memory, ample = (read(f"h100_{name}") for name in SCENARIOS)
     compaction, attention, attention_h200 = read("h100_compaction"), read("h100_attention"), read("h200_attention")
     bf16 = [row for row in steps if row["kv_cache_dtype"] == "auto"]
     PLOTS.mkdir(exist_ok=True)
@@ -138,6 +139,56 @@ def main() -> None:
         joined=joined_table([*attention, *attention_h200]),
     )
     (ROOT / "docs" / "benchmarks.md").write_text(page)
+    before, begin, rest = README.read_text().partition(HEADLINE_BEGIN)
+    end = rest[rest.index(HEADLINE_END) :]
+    README.write_text(f"{before}{begin}\n{headline(steps, ample, memory, compaction, first)}\n{end}")
+
+
+def headline(
+    steps: list[Row], ample: list[Row], memory: list[Row], compaction: list[Row], first_token: list[Row]
+) -> str:
+    """What a user gains and loses, one line a measurement."""
+    bf16 = [row for row in steps if row["kv_cache_dtype"] == "auto"]
+    stock = by_engine(bf16, "stock", "case", "median_step_ms")
+    ours = by_engine(bf16, "l2kv", "case", "median_step_ms")
+    idle = [ours[case] / stock[case] for case in stock]
+    long = [stock["8x15000"], *(ours["8x15000" + ratio] for ratio in ("", "@0.5", "@0.25", "@0.1"))]
+    prefill = by_engine(first_token, "stock", "num_prompt_tokens", "median_first_token_ms")
+    shares = [row["us"] / 10 / prefill[row["num_prompt_tokens"]] / row["num_prompts"] for row in compaction]
+    multiples = [row["multiple"] for row in compaction]
+    running, speed = (
+        {(row["engine"], row["kv_cache_dtype"], row["keep_ratio"]): row[name] for row in memory}
+        for name in ("mean_running", "output_tokens_per_s")
+    )
+    of_memory = [("stock", "auto", 1.0), *(("l2kv", "auto", ratio) for ratio in (1.0, 0.5, 0.25, 0.1))]
+    of_fp8 = [("l2kv", dtype, ratio) for dtype in ("auto", "fp8_e4m3") for ratio in (1.0, 0.5)]
+    _, *shares_of_stock = ample_shares(ample)
+    fast, slow = min(idle), max(idle)
+    lines = [
+        ["decode step, nothing compressed, 1 x 128 to 12 x 15,000 tokens", f"{fast:.3f} to {slow:.3f} x stock", "1"],
+        ["decode step (ms), 8 x 15,000: stock; keep 1, 0.5, 0.25, 0.1", values(long, ".1f"), "1"],
+        ["requests running at once, 16 GiB of cache, 8,000 tokens: the same", pick(running, of_memory, ".1f"), "2"],
+        ["output tok/s there: the same", pick(speed, of_memory, ",.0f"), "2"],
+        ["requests running there: keep 1, 0.5; fp8 cache, keep 1, 0.5", pick(running, of_fp8, ".1f"), "3"],
+        ["compacting a prompt, of copying those bytes", f"{min(multiples)} to {max(multiples)} x", "4"],
+        ["compacting a prompt, of its prefill", f"{min(shares):.2f} to {max(shares):.2f} %", "4"],
+        [
+            "output tok/s of stock, ample memory, 256 + 256 tokens: keep 1, 0.5, 0.25, 0.1",
+            values(shares_of_stock, ".2f"),
+            "5",
+        ],
+    ]
+    return table("what one,H100 command", lines)
+
+
+def values(numbers: Iterable[float], form: str) -> str:
+    """Numbers in one cell of a table."""
+    return ", ".join(format(number, form) for number in numbers)
+
+
+def pick(numbers: dict[Any, float], keys: Iterable[Any], form: str) -> str:
+    """Some of them, in one cell of a table."""
+    return values((numbers[key] for key in keys), form)
 
 
 def read(name: str) -> list[Row]:
@@ -186,13 +237,19 @@ def first_token_table(rows: list[Row]) -> str:
 
 
 def ample_table(rows: list[Row]) -> str:
-    """One line a run."""
+    """One line a ratio."""
     lines = []
-    for row in rows:
-        speeds = row["output_tokens_per_s"]
-        speeds = speeds if isinstance(speeds, list) else [speeds]
-        lines.append([row["engine"], row["keep_ratio"], " ".join(f"{speed:,.0f}" for speed in speeds)])
-    return table("engine keep,ratio output,tok/s", lines)
+    for row, share in zip(rows, ample_shares(rows), strict=True):
+        runs = " ".join(f"{speed:,.0f}" for speed in row["output_tokens_per_s"])
+        lines.append([row["engine"], row["keep_ratio"], runs, f"{share:.3f}"])
+    return table("engine keep,ratio output,tok/s of,stock", lines)
+
+
+def ample_shares(rows: list[Row]) -> list[float]:
+    """Median throughput of each row beside that of stock vLLM."""
+    medians = [statistics.median(row["output_tokens_per_s"]) for row in rows]
+    (stock,) = (speed for row, speed in zip(rows, medians, strict=True) if row["engine"] == "stock")
+    return [speed / stock for speed in medians]
 
 
 def memory_table(rows: list[Row]) -> str:
