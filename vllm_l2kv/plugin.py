@@ -50,13 +50,19 @@ def check_supported(config: VllmConfig) -> None:
         ValueError: One sentence that names the setting and says what to do.
     """
     parallel = config.parallel_config
+    speculator = config.speculative_config and config.speculative_config.method
     refusals = {
         "KV connectors and KV offloading (drop --kv-transfer-config)": config.kv_transfer_config is not None,
         "context parallelism (set --decode-context-parallel-size and --prefill-context-parallel-size to 1)": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
         "pipeline parallelism (set --pipeline-parallel-size 1)": parallel.pipeline_parallel_size > 1,
-        "speculative decoding (drop --speculative-config)": config.speculative_config is not None,
+        "speculative decoding other than by n-grams (drop --speculative-config, or set its method to ngram)": (
+            speculator not in (None, "ngram")
+        ),
+        "speculative decoding on GPUs (drop --speculative-config)": (
+            speculator is not None and not current_platform.is_cpu()
+        ),
         "this KV-cache type (set --kv-cache-dtype to auto or fp8_e4m3)": (
             is_quantized_kv_cache(config.cache_config.cache_dtype)
             and config.cache_config.cache_dtype not in ("fp8", "fp8_e4m3")

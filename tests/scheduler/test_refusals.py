@@ -59,7 +59,9 @@ def test_an_ordinary_configuration_passes():
     ("changes", "setting"),
     [
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
-        ({"speculative_config": object()}, "--speculative-config"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "set its method to ngram"),
+        ({"speculative_config": SimpleNamespace(method="mtp")}, "set its method to ngram"),
+        ({"speculative_config": SimpleNamespace(method="ngram_gpu")}, "set its method to ngram"),
         ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
@@ -74,6 +76,14 @@ def test_an_ordinary_configuration_passes():
 def test_unsupported_settings_are_named(changes, setting):
     with pytest.raises(ValueError, match=setting):
         check_supported(config(**changes))
+
+
+def test_drafts_of_ngrams_are_taken_on_cpus_alone(monkeypatch):
+    drafting = config(speculative_config=SimpleNamespace(method="ngram"))
+    check_supported(drafting)
+    monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match="on GPUs"):
+        check_supported(drafting)
 
 
 def layers(*specs):

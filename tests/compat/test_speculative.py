@@ -1,0 +1,114 @@
+"""N-gram speculative decoding: drafts are written into slots of compacted requests, and most are thrown away."""
+
+from collections import Counter
+
+import pytest
+from engine import keep
+
+NUM_TOKENS = 64
+VOCABULARY = 64
+"""So few that a model with random weights runs in circles now and then, and some drafts come true."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("llama", vocab_size=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def small_reference(model):
+    from reference import Reference
+
+    return Reference(model)
+
+
+@pytest.fixture(scope="module")
+def drafting(model, run):
+    speculative = {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }
+    with run(model, speculative_config=speculative) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def prompts(text_ids):
+    """Of different lengths; none is the beginning of another one."""
+    return [[token % VOCABULARY for token in text_ids[17 * i : 17 * i + 40 + 37 * i]] for i in range(8)]
+
+
+@pytest.fixture
+def counted(drafting, monkeypatch) -> Counter:
+    """Draft tokens scheduled and accepted, and requests preempted, from now on."""
+    counts: Counter = Counter()
+    schedule, update = drafting.scheduler.schedule, drafting.scheduler.update_from_output
+
+    def count_drafts(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        counts["preempted"] += len(output.preempted_req_ids or ())
+        counts["drafts"] += sum(map(len, output.scheduled_spec_decode_tokens.values()))
+        return output
+
+    def count_accepted(scheduler_output, model_output):
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        sampled = zip(model_output.req_ids, model_output.sampled_token_ids, strict=True)
+        counts["accepted"] += sum(len(tokens) - 1 for req_id, tokens in sampled if req_id in drafted)
+        return update(scheduler_output, model_output)
+
+    monkeypatch.setattr(drafting.scheduler, "schedule", count_drafts)
+    monkeypatch.setattr(drafting.scheduler, "update_from_output", count_accepted)
+    return counts
+
+
+def test_answers_equal_the_reference(drafting, counted, small_reference, prompts):
+    for ratio in ("1.0", "0.5", "0.25"):
+        answers = drafting.tokens(prompts, [keep(ratio, num_tokens=NUM_TOKENS)] * len(prompts))
+        expected = [small_reference.generate(prompt, NUM_TOKENS, ratio, (0,)) for prompt in prompts]
+        assert answers == expected, f"keep {ratio}"
+    print(counted)
+    assert counted["accepted"] > 100
+    assert counted["drafts"] - counted["accepted"] > 100
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 4, 5, 6, 7])
+def test_the_end_comes_among_the_drafts(num_tokens, drafting, small_reference, prompts):
+    answers = drafting.tokens(prompts, [keep("0.5", num_tokens=num_tokens)] * len(prompts))
+    assert answers == [small_reference.generate(prompt, num_tokens, "0.5", (0,)) for prompt in prompts]
+
+
+def test_a_small_cache_preempts(drafting, counted, small_reference, prompts):
+    """Who is preempted gives up its drafts with its blocks, and is compacted again over its prompt alone."""
+    params = [keep("0.5", num_tokens=NUM_TOKENS)] * len(prompts)
+    with drafting.pool_of(24):
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = drafting.llm.generate(requests, params, use_tqdm=False)
+    drafting.check_whole()
+    assert counted["preempted"] > 0
+    assert all(len(output.outputs[0].token_ids) == NUM_TOKENS for output in outputs)
+    # Tokens generated while compressed are computed again from a full cache, so the answers themselves may differ. The
+    # next ones may not.
+    answers = drafting.tokens(prompts, params)
+    assert answers == [small_reference.generate(prompt, NUM_TOKENS, "0.5", (0,)) for prompt in prompts]
+
+
+def test_compaction_that_waits_for_blocks(drafting, counted, prompts):
+    """Drafts are written meanwhile; rows of rejected ones must not be taken for tokens."""
+    prompt = prompts[-1]
+    assert drafting.kv_cache_manager.reset_prefix_cache()
+    drafting.add("shares its blocks", prompt, keep("1.0", num_tokens=60))
+    drafting.step()
+    drafting.add("waits", prompt, keep("0.5", num_tokens=30))
+    drafting.step()
+    with drafting.filled_up(2):
+        for _ in range(3):
+            drafting.step()
+        assert not drafting.managers[1].num_evicted, "it should have waited"
+    assert counted["drafts"] > 0
+    drafting.step()
+    assert drafting.managers[1].num_evicted
+    last = drafting.drain()
+    assert len(last["waits"].outputs[0].token_ids) == 30
+    drafting.check_whole()
