@@ -50,19 +50,37 @@ def find_prefixes_inside_blocks(coordinator: KVCacheCoordinator) -> None:
 class _LayerManager(FullAttentionManager):
     """Blocks that can be found up to every hash boundary inside them.
 
+    vLLM asks each manager several times a request and step, and mostly nothing is to do: a block fills up every so
+    many steps. With two groups that is twice the work, so each answer begins with a look at one number.
+
     Attributes:
-        next_findable: Requests to the number of tokens at which there is more to find; absent before the first call.
+        room: Requests to the number of tokens that their blocks hold, evicted ones included.
+        next_findable: Requests to the number of tokens at which there is more to find.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.room: dict[str, int] = {}
         self.next_findable: dict[str, int] = {}
 
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's, with every hash boundary; nothing once `stop_prefix_caching` was called.
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        """As vLLM's, in slots."""
+        if num_tokens <= self.room.get(request_id, 0):
+            return 0
+        num_slots = num_tokens - self._num_evicted(request_id)
+        return super().get_num_blocks_to_allocate(request_id, num_slots, *args, **kwargs)
 
-        vLLM calls twice a request and step, and mostly for nothing, hence the look at one number first.
-        """
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
+        """As vLLM's, in slots."""
+        if num_tokens <= self.room.get(request_id, 0):
+            return []
+        num_slots = num_tokens - self._num_evicted(request_id)
+        blocks = super().allocate_new_blocks(request_id, num_slots, *args, **kwargs)
+        self._measure_room(request_id)
+        return blocks
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, with every hash boundary; nothing once `stop_prefix_caching` was called."""
         next_findable = self.next_findable.get(request.request_id, 0)
         if num_tokens < next_findable:
             return
@@ -79,8 +97,17 @@ class _LayerManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's; finish, abort and preemption all come through here."""
+        self.room.pop(request_id, None)
         self.next_findable.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def _num_evicted(self, request_id: str) -> int:
+        """Slots by which a request's positions moved forward."""
+        return 0
+
+    def _measure_room(self, request_id: str) -> None:
+        num_slots = len(self.req_to_blocks[request_id]) * self.block_size
+        self.room[request_id] = num_slots + self._num_evicted(request_id)
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
         """Not as vLLM's, which makes the end of a prompt findable in the step that computes it."""
@@ -118,14 +145,6 @@ class CompressedLayerManager(_LayerManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_evicted: dict[str, int] = {}
-
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        """As vLLM's, in slots."""
-        return super().get_num_blocks_to_allocate(request_id, self._num_slots(request_id, num_tokens), *args, **kwargs)
-
-    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
-        """As vLLM's, in slots."""
-        return super().allocate_new_blocks(request_id, self._num_slots(request_id, num_tokens), *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's; finish, abort and preemption all come through here and forget the compaction."""
@@ -167,6 +186,7 @@ class CompressedLayerManager(_LayerManager):
             destination, released = self.block_pool.get_new_blocks(num_blocks), source
         self.req_to_blocks[request_id] = destination
         self.num_evicted[request_id] = num_evicted
+        self._measure_room(request_id)
         move = GroupMove(
             self.kv_cache_group_id,
             tuple(block.block_id for block in source),
@@ -174,5 +194,5 @@ class CompressedLayerManager(_LayerManager):
         )
         return move, released
 
-    def _num_slots(self, request_id: str, num_tokens: int) -> int:
-        return num_tokens - self.num_evicted.get(request_id, 0)
+    def _num_evicted(self, request_id: str) -> int:
+        return self.num_evicted.get(request_id, 0)
