@@ -24,6 +24,9 @@ LOCK = ROOT / "requirements" / "cpu.txt"
 # Text models never use these, and their PyPI builds do not import beside a CPU build of torch.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 
+# Tests call functions of these, which need nothing of what their metadata asks for.
+WITHOUT_DEPENDENCIES = ["kvpress==0.5.5"]
+
 PYTHONS = ("3.11", "3.12")
 
 HEADER = """\
@@ -79,7 +82,8 @@ def main() -> None:
     wanted = asked_for()
     (vllm,) = resolve("--no-deps", *(requirement for requirement in wanted if requirement.startswith("vllm")))
     others = [requirement for requirement in wanted if not requirement.startswith("vllm")]
-    installs = [vllm, *resolve(*constraints, *others, *asked_for_by(vllm))]
+    alone = resolve("--no-deps", *WITHOUT_DEPENDENCIES)
+    installs = [vllm, *alone, *resolve(*constraints, *others, *asked_for_by(vllm))]
     # The local part of a version (2.13.0+cpu) names a build, and which one there is depends on the package index.
     pins = {item["metadata"]["name"]: Version(item["metadata"]["version"]).public for item in installs}
     if found := {canonicalize_name(name) for name in pins} & LEFT_OUT:

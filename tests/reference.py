@@ -102,7 +102,7 @@ class Reference:
         for index, layer in enumerate(cache.layers):
             keys, values = layer.keys, layer.values
             if index not in full_layers:
-                kept = self._kept(keys[:, :, :n], num_keep, first, last)
+                kept = self._kept(index, keys[0, :, :n], values[0, :, :n], num_keep, first, last)
                 generated = torch.arange(n, keys.shape[2]).expand(1, keys.shape[1], -1)
                 kept = torch.cat([kept, generated], dim=2).to(self.device)
                 kept = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
@@ -110,13 +110,17 @@ class Reference:
             compacted.update(keys, values, index)
         return compacted
 
-    @staticmethod
-    def _kept(keys: torch.Tensor, num_keep: int, first: int, last: int) -> torch.Tensor:
-        """`[1, num_kv_heads, num_keep]` positions, one head at a time, one token at a time."""
-        n = keys.shape[2]
+    def _kept(
+        self, index: int, keys: torch.Tensor, values: torch.Tensor, num_keep: int, first: int, last: int
+    ) -> torch.Tensor:
+        """`[1, num_kv_heads, num_keep]` positions in layer `index`, one head at a time, one token at a time.
+
+        Keys and values are `[num_kv_heads, n, head_size]`.
+        """
+        n = keys.shape[1]
         protected = set(range(min(first, n))) | set(range(max(n - last, 0), n))
         rows = []
-        for head in keys[0]:
+        for head in keys:
             norms = head.float().norm(dim=-1).tolist()
             ranked = sorted(range(n), key=lambda position: (position not in protected, norms[position], position))
             rows.append(sorted(ranked[:num_keep]))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
-from vllm_l2kv.params import CompressionParams, ParamError
+from vllm_l2kv.params import CompressionParams, FieldValue, ParamError
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 
 __version__ = version("vllm-l2kv")
@@ -16,14 +16,18 @@ __all__ = ["CompressionParams", "ParamError", "__version__", "compression", "eng
 
 
 def compression(
-    keep_ratio: float | None = None, protect_first: int | None = None, protect_last: int | None = None
-) -> dict[str, float | int]:
+    keep_ratio: float | None = None,
+    protect_first: int | None = None,
+    protect_last: int | None = None,
+    scorer: str | None = None,
+) -> dict[str, FieldValue]:
     """What one offline request asks: `SamplingParams(extra_args=compression(keep_ratio=0.5))`.
 
     Args:
         keep_ratio: Share of the prompt's tokens kept in compressed layers, in (0, 1].
         protect_first: Prompt tokens at the start that are always kept.
         protect_last: Prompt tokens at the end that are always kept.
+        scorer: What decides which of the others are kept, one of `vllm_l2kv.params.SCORERS`.
 
     Returns:
         The given fields under their names on the wire; what is `None` is left to the engine's defaults.
@@ -31,7 +35,12 @@ def compression(
     Raises:
         ParamError: A value out of bounds (a `ValueError`).
     """
-    given = {"kv_keep_ratio": keep_ratio, "kv_protect_first": protect_first, "kv_protect_last": protect_last}
+    given = {
+        "kv_keep_ratio": keep_ratio,
+        "kv_protect_first": protect_first,
+        "kv_protect_last": protect_last,
+        "kv_scorer": scorer,
+    }
     fields = {name: value for name, value in given.items() if value is not None}
     CompressionParams().override(fields)
     return fields
@@ -42,6 +51,7 @@ def engine_args(
     default_keep_ratio: float = 1.0,
     protect_first: int = 0,
     protect_last: int = 0,
+    scorer: str = "l2",
     additional_config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Arguments that make vLLM compress: `LLM(model, **engine_args(full_layers=(0, 1)))`.
@@ -51,6 +61,7 @@ def engine_args(
         default_keep_ratio: Keep ratio of a request that names none, in (0, 1].
         protect_first: Default number of protected tokens at the start of a prompt.
         protect_last: Default number of protected tokens at the end of a prompt.
+        scorer: Default scorer, one of `vllm_l2kv.params.SCORERS`.
         additional_config: Other entries for vLLM's option of this name.
 
     Returns:
@@ -63,7 +74,8 @@ def engine_args(
     # vLLM finds the device when it is imported, so wait until somebody needs to know it.
     from vllm_l2kv.plugin import device_engine_args
 
-    settings = Settings(tuple(full_layers), CompressionParams(default_keep_ratio, protect_first, protect_last))
+    defaults = CompressionParams(default_keep_ratio, protect_first, protect_last, scorer)
+    settings = Settings(tuple(full_layers), defaults)
     return {
         **device_engine_args(),
         "additional_config": {**(additional_config or {}), CONFIG_KEY: settings.as_config()},

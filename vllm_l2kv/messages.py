@@ -33,6 +33,7 @@ class CompactionOrder:
         num_tokens: Slots in use in the source blocks; those from `num_prompt_tokens` on are generated tokens, kept.
         protect_first: Prompt tokens at the start that are always kept.
         protect_last: Prompt tokens at the end that are always kept.
+        scorer: What decides which of the others are kept.
         moves: One entry for each compressed group.
     """
 
@@ -42,6 +43,7 @@ class CompactionOrder:
     num_tokens: int
     protect_first: int
     protect_last: int
+    scorer: str
     moves: tuple[GroupMove, ...]
 
     @property

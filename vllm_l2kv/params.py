@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 PREFIX = "kv_"
+FieldValue = float | int | str
 USAGE_KEY = "kv_cache"
 """Where a request's numbers stand: in `usage` of an answer, in `kv_transfer_params` of vLLM's `RequestOutput`."""
 VLLM_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 """vLLM's own request fields and `extra_args` keys that happen to start with our prefix."""
+SCORERS = ("l2", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", "random", "l2_high", "first_last")
+"""What may decide which tokens stay: the modules of `vllm_l2kv.scorers`; the last three are controls."""
 MAX_TOKENS = 2**31 - 1
 """Largest count a request may name; vLLM keeps lengths in 32-bit integers."""
 
@@ -65,6 +68,13 @@ FIELDS: tuple[Field, ...] = (
         f"0 <= kv_protect_last <= {MAX_TOKENS}",
         "Tokens at the end of the prompt that are always kept.",
     ),
+    Field(
+        "kv_scorer",
+        "scorer",
+        "string",
+        f"one of {', '.join(SCORERS)}",
+        "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
+    ),
 )
 FIELD_NAMES = tuple(field.name for field in FIELDS)
 
@@ -77,6 +87,7 @@ class CompressionParams:
         keep_ratio: Share of the prompt's tokens kept, in (0, 1].
         protect_first: Prompt tokens at the start that are always kept.
         protect_last: Prompt tokens at the end that are always kept.
+        scorer: What decides which of the others are kept, one of `SCORERS`.
 
     Raises:
         ParamError: A value is of the wrong type or out of bounds.
@@ -85,11 +96,13 @@ class CompressionParams:
     keep_ratio: float = 1.0
     protect_first: int = 0
     protect_last: int = 0
+    scorer: str = "l2"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_ratio", check_keep_ratio("kv_keep_ratio", self.keep_ratio))
         check_count("kv_protect_first", self.protect_first)
         check_count("kv_protect_last", self.protect_last)
+        check_scorer("kv_scorer", self.scorer)
 
     def override(self, values: Mapping[str, Any]) -> "CompressionParams":
         """These params with the `kv_` fields of a request laid over them.
@@ -104,7 +117,7 @@ class CompressionParams:
         given = {f.attribute: values[f.name] for f in FIELDS if values.get(f.name) is not None}
         return replace(self, **given)
 
-    def as_fields(self) -> dict[str, float | int]:
+    def as_fields(self) -> dict[str, FieldValue]:
         """The params under their names on the wire."""
         return {field.name: getattr(self, field.attribute) for field in FIELDS}
 
@@ -156,6 +169,17 @@ def check_count(param: str, value: Any) -> int:
         raise ParamError(param, f"{param} must be an integer >= 0, got {_show(value)}.")
     if not 0 <= value <= MAX_TOKENS:
         raise ParamError(param, f"{param} must satisfy 0 <= {param} <= {MAX_TOKENS}, got {_show(value)}.")
+    return value
+
+
+def check_scorer(param: str, value: Any) -> str:
+    """Returns the scorer's name.
+
+    Raises:
+        ParamError: Not one of `SCORERS`.
+    """
+    if not isinstance(value, str) or value not in SCORERS:
+        raise ParamError(param, f"{param} must be one of {', '.join(SCORERS)}, got {_show(value)}.")
     return value
 
 

@@ -9,7 +9,16 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import OpenAIBaseModel
 from vllm.exceptions import VLLMError, VLLMValidationError
 
-from vllm_l2kv.params import FIELD_NAMES, FIELDS, MAX_TOKENS, CompressionParams, ParamError, asks_for_compression
+from vllm_l2kv.params import (
+    FIELD_NAMES,
+    FIELDS,
+    MAX_TOKENS,
+    SCORERS,
+    CompressionParams,
+    FieldValue,
+    ParamError,
+    asks_for_compression,
+)
 
 XARGS = "vllm_xargs"
 TRANSFER = "kv_transfer_params"
@@ -53,6 +62,9 @@ class CompressionFields(OpenAIBaseModel):
         default=None, ge=0, le=MAX_TOKENS, description=DESCRIPTIONS["kv_protect_first"]
     )
     kv_protect_last: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description=DESCRIPTIONS["kv_protect_last"])
+    kv_scorer: str | None = Field(
+        default=None, description=DESCRIPTIONS["kv_scorer"], json_schema_extra={"enum": [*SCORERS, None]}
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -110,7 +122,7 @@ class CompressionFields(OpenAIBaseModel):
             )
         return self
 
-    def given_fields(self) -> dict[str, float | int]:
+    def given_fields(self) -> dict[str, FieldValue]:
         """Our fields that the client gave."""
         fields = {name: getattr(self, name) for name in FIELD_NAMES}
         return {name: value for name, value in fields.items() if value is not None}
@@ -150,7 +162,7 @@ class FieldInfo(BaseModel):
 
     name: str
     type: str
-    default: float | int
+    default: FieldValue
     bounds: str
     description: str
 

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_l2kv import engine_args
-from vllm_l2kv.params import ParamError, check_count, check_keep_ratio
+from vllm_l2kv.params import SCORERS, ParamError, check_count, check_keep_ratio
 from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 
@@ -117,6 +117,12 @@ def own_options() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens at the end of every prompt that are always kept, unless a request says otherwise (default: 0)",
     )
+    group.add_argument(
+        "--kv-scorer",
+        choices=SCORERS,
+        default="l2",
+        help="what decides which of the other tokens are kept, unless a request says otherwise (default: l2)",
+    )
     group = parser.add_argument_group("Requests")
     group.add_argument(
         MAX_BODY_OPTION,
@@ -170,6 +176,7 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
             default_keep_ratio=args.kv_default_keep_ratio,
             protect_first=args.kv_protect_first,
             protect_last=args.kv_protect_last,
+            scorer=args.kv_scorer,
             additional_config=args.additional_config,
         )
     except ValueError as error:

@@ -11,6 +11,7 @@ BAD_COUNTS = [-1, 0.5, math.nan, math.inf, 2**31, 10**400, "1", True, [], [1], {
 BAD_FIELDS = [("kv_keep_ratio", value) for value in BAD_RATIOS] + [
     (name, value) for name in ("kv_protect_first", "kv_protect_last") for value in BAD_COUNTS
 ]
+BAD_FIELDS += [("kv_scorer", value) for value in ("", "L2", "knorm", 1, True, ["l2"], {})]
 
 WRONG_EVERYWHERE: list[tuple[str, Any]] = [
     ("model", 5),

@@ -66,6 +66,16 @@ class TestUsage:
         assert numbers == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.1, protect_first=40, protect_last=80)
         assert numbers["kept_tokens"] == 120
 
+    def test_another_scorer(self, client):
+        low, high = (
+            client.completions.create(
+                **GREEDY, prompt=TEXT, extra_body={"kv_keep_ratio": 0.3, "kv_protect_last": 32, "kv_scorer": scorer}
+            )
+            for scorer in ("l2", "l2_high")
+        )
+        assert kv_cache(low.usage) == kv_cache(high.usage)
+        assert low.choices[0].text != high.choices[0].text
+
     def test_compression_changes_no_token_count(self, client):
         plain, half = (
             client.completions.create(**GREEDY, prompt=TEXT, extra_body=fields)

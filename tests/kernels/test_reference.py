@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
-from vllm_l2kv.scoring import l2
+from vllm_l2kv.scorers import norms
 
 HEADS, HEAD_SIZE = 3, 8
 
@@ -89,6 +89,6 @@ def test_lowest_norms_are_kept_in_fp32():
     keys = torch.zeros(1, 4, 2, dtype=torch.bfloat16)
     keys[0, :, 0] = 16.0
     keys[0, :, 1] = torch.tensor([0.5, 0.25, 0.75, 0.125], dtype=torch.bfloat16)
-    assert l2(keys).dtype == torch.float32
+    assert norms(keys).dtype == torch.float32
     assert keys.norm(dim=-1).unique().numel() == 1
-    assert select(l2(keys), 2).tolist() == [[1, 3]]
+    assert select(-norms(keys), 2).tolist() == [[1, 3]]

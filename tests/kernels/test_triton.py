@@ -8,7 +8,8 @@ import torch
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
 from vllm_l2kv.messages import CompactionOrder, GroupMove
-from vllm_l2kv.scoring import l2
+from vllm_l2kv.params import SCORERS
+from vllm_l2kv.scorers import norms
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -16,6 +17,7 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU here; test_interpreted.py runs these in Triton's interpreter", allow_module_level=True)
 
 from vllm_l2kv.kernels import slots  # noqa: E402
+from vllm_l2kv.kernels import triton as kernels  # noqa: E402
 from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
@@ -45,17 +47,17 @@ class Pool:
         self.views = pool.permute([layout.index(axis) for axis in "LBHNC"])
         self.head_size = head_size
 
-    def rows(self, layer: torch.Tensor) -> LayerRows:
-        return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype)
+    def rows(self, layer: torch.Tensor, first_row: int) -> LayerRows:
+        return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype, first_row)
 
     def compactor(self, max_num_tokens: int = 512) -> GroupCompactor:
         return GroupCompactor(GroupCache.of(list(self.views), self.head_size, self.key_dtype), 0, max_num_tokens)
 
 
-def order(source, destination, n, num_keep, num_tokens=None, first=0, last=0) -> CompactionOrder:
+def order(source, destination, n, num_keep, num_tokens=None, first=0, last=0, scorer="l2") -> CompactionOrder:
     num_tokens = n if num_tokens is None else num_tokens
     return CompactionOrder(
-        "r", n, num_keep, num_tokens, first, last, (GroupMove(0, tuple(source), tuple(destination)),)
+        "r", n, num_keep, num_tokens, first, last, scorer, (GroupMove(0, tuple(source), tuple(destination)),)
     )
 
 
@@ -69,7 +71,7 @@ def tables(num_blocks: int, *counts: int) -> list[list[int]]:
 def check(pool: Pool, orders: list[CompactionOrder], max_num_tokens: int = 512) -> None:
     expected = pool.views.clone()
     for i in range(pool.views.shape[0]):
-        rows = pool.rows(expected[i])
+        rows = pool.rows(expected[i], i * NUM_KV_HEADS)
         for o in orders:
             (move,) = o.moves
             source, destination = (torch.tensor(blocks, device=DEVICE) for blocks in (move.source, move.destination))
@@ -82,6 +84,7 @@ def check(pool: Pool, orders: list[CompactionOrder], max_num_tokens: int = 512) 
                 o.num_tokens,
                 o.protect_first,
                 o.protect_last,
+                o.scorer,
             )
     pool.compactor(max_num_tokens).compact(orders)
     assert torch.equal(pool.views, expected)
@@ -170,11 +173,27 @@ def test_norms_of_random_keys_select_as_the_reference():
     pool.compactor().compact([order(source, destination, 90, 40)])
     for layer in range(pool.views.shape[0]):
         keys = before[layer][source][..., :64].transpose(0, 1).flatten(1, 2)[:, :90]
-        kept = select(l2(keys), 40)
-        norms = torch.linalg.vector_norm(keys, dim=-1)
+        kept = select(-norms(keys), 40)
         got = pool.views[layer][destination][..., :64].transpose(0, 1).flatten(1, 2)[:, :40]
-        expected = norms.gather(1, kept)
-        assert torch.allclose(torch.linalg.vector_norm(got, dim=-1).sort().values, expected.sort().values, rtol=1e-6)
+        assert torch.allclose(norms(got).sort().values, norms(keys).gather(1, kept).sort().values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("n", [1, 5, 300] + ([2500] if ON_GPU else []))
+def test_other_scorers(scorer, n):
+    """Random keys and values, so that every scorer has an opinion; the same torch code scores for both sides."""
+    num_source, num_destination = -(-n // 16), -(-(n // 2 + 4) // 16)
+    a, b, c, d = tables(num_source + num_destination + 12, num_source, num_destination, 6, 3)
+    pool = Pool(num_source + num_destination + 12, 16, dtype=torch.float32)
+    pool.views.copy_(torch.randn(pool.views.shape, generator=torch.Generator().manual_seed(0)))
+    orders = [order(c, d, 90, 40, 93), order(a, b, n, n // 2 + 1, n, min(n // 4, 2), min(n // 4, 3), scorer)]
+    check(pool, orders, max_num_tokens=n + 90)
+
+
+def test_torch_scores_heads_one_by_one_if_memory_is_short(monkeypatch):
+    monkeypatch.setattr(kernels, "TORCH_BYTES", 1)
+    source, destination = tables(12, 6, 3)
+    check(Pool(12, 16), [order(source, destination, 90, 40, 93, scorer="random")])
 
 
 def test_layers_must_be_alike():

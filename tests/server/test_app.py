@@ -17,7 +17,7 @@ from vllm.envs import disable_envs_cache
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm_l2kv_server.app import KVCompressionEndpoints
 
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import SCORERS, CompressionParams
 from vllm_l2kv.settings import Settings
 
 GROUPS = [{"layers": ["a", "b"], "block_size": 32, "compressed": True}]
@@ -252,6 +252,13 @@ def test_info(app):
                 "default": 0,
                 "bounds": "0 <= kv_protect_last <= 2147483647",
                 "description": "Tokens at the end of the prompt that are always kept.",
+            },
+            {
+                "name": "kv_scorer",
+                "type": "string",
+                "default": "l2",
+                "bounds": f"one of {', '.join(SCORERS)}",
+                "description": "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
             },
         ],
         "full_layers": [0, 1],

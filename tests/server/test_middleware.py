@@ -39,7 +39,7 @@ async def chunks_of(*parts: bytes):
         yield part
 
 
-@pytest.mark.parametrize("name", ["kv_keep_ratio", "kv_protect_first", "kv_protect_last"])
+@pytest.mark.parametrize("name", ["kv_keep_ratio", "kv_protect_first", "kv_protect_last", "kv_scorer"])
 def test_refused_elsewhere(name):
     response = post("/v1/responses", json.dumps({"input": "hi", name: 1}))
     assert response.status_code == 400

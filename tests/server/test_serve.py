@@ -29,11 +29,13 @@ def test_defaults(parser):
 
 def test_own_options(parser):
     words = ["--kv-full-layers=3,1", "--kv-default-keep-ratio=0.5", "--kv-protect-first", "4", "--kv-protect-last", "8"]
+    words += ["--kv-scorer", "keydiff"]
     assert parse(parser, words).additional_config["l2kv"] == {
         "full_layers": [1, 3],
         "kv_keep_ratio": 0.5,
         "kv_protect_first": 4,
         "kv_protect_last": 8,
+        "kv_scorer": "keydiff",
     }
 
 

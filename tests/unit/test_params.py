@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +7,7 @@ import vllm_l2kv
 from vllm_l2kv.params import (
     FIELD_NAMES,
     MAX_TOKENS,
+    SCORERS,
     CompressionParams,
     ParamError,
     asks_for_compression,
@@ -32,6 +34,19 @@ def test_bad_count_is_refused_by_name(name, value):
     with pytest.raises(ParamError, match=name) as error:
         CompressionParams().override({name: value})
     assert error.value.param == name
+
+
+@pytest.mark.parametrize("value", ["", "L2", "l2 ", "knorm", 0, True, [], ["l2"], {}, "x" * 1000])
+def test_bad_scorer_is_refused_by_name_and_with_the_good_ones(value):
+    with pytest.raises(ParamError, match="kv_scorer must be one of l2, keydiff,") as error:
+        CompressionParams().override({"kv_scorer": value})
+    assert error.value.param == "kv_scorer"
+    assert len(str(error.value)) < 250
+
+
+def test_every_scorer_has_a_module():
+    files = {path.stem for path in (Path(vllm_l2kv.__file__).parent / "scorers").glob("*.py")}
+    assert files == {"__init__", *SCORERS}
 
 
 @pytest.mark.parametrize("value", [1, 1.0, 0.5, 1e-300])

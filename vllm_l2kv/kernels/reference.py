@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_l2kv.scoring import l2
+from vllm_l2kv.scorers import Prompt, scorer_of
 
 
 class LayerRows(NamedTuple):
@@ -17,33 +17,54 @@ class LayerRows(NamedTuple):
     Attributes:
         keys: `[num_blocks, num_kv_heads, block_size, head_size]`.
         values: `[num_blocks, num_kv_heads, block_size, head_size_v]`.
-        key_dtype: What the elements of a key are where `keys` are bytes (fp8); `None` if they are what they say.
+        dtype: What the elements are where the cache is bytes (fp8); `None` if they are what they say.
+        first_row: Number of the first head's row, counted over the layers of a group.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    key_dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None
+    first_row: int = 0
+
+    def prompt(self, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
+        """What a scorer sees of this layer's rows `[num_kv_heads, num_tokens, head_size]`."""
+        row_ids = self.first_row + torch.arange(keys.shape[0], device=keys.device)
+        return Prompt(keys.view(self.dtype or keys.dtype), values.view(self.dtype or values.dtype), row_ids)
 
 
-def select(scores: torch.Tensor, num_keep: int, protect_first: int = 0, protect_last: int = 0) -> torch.Tensor:
-    """Positions that each head keeps: the protected ones, then the best scores, ties to the lower position.
+def ranked(scores: torch.Tensor, protect_first: int = 0, protect_last: int = 0) -> torch.Tensor:
+    """Positions in the order in which each head keeps them: the protected ones, then the best scores.
 
     Args:
-        scores: `[num_kv_heads, n]` fp32, higher is kept sooner.
-        num_keep: Positions to keep, `protect_first + protect_last <= num_keep <= n` unless all n are kept.
+        scores: `[num_kv_heads, n]` fp32, higher is kept sooner. Ties go to the lower position, NaN comes last.
         protect_first: Positions at the start that are always kept.
         protect_last: Positions at the end that are always kept.
 
     Returns:
-        `[num_kv_heads, num_keep]` int64, ascending in each head.
+        `[num_kv_heads, n]` int64.
     """
     n = scores.shape[-1]
-    ranked = scores.clone()
-    ranked[:, :protect_first] = torch.inf
-    ranked[:, max(n - protect_last, 0) :] = torch.inf
+    # Infinity belongs to the protected.
+    scores = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    scores[:, :protect_first] = torch.inf
+    scores[:, max(n - protect_last, 0) :] = torch.inf
     # A stable sort keeps equal scores in the order of their positions; topk promises nothing about ties.
-    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices
-    return order[:, :num_keep].sort(dim=-1).values
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+
+
+def select(scores: torch.Tensor, num_keep: int, protect_first: int = 0, protect_last: int = 0) -> torch.Tensor:
+    """Positions that each head keeps.
+
+    Args:
+        scores: As those of `ranked`.
+        num_keep: Positions to keep, `protect_first + protect_last <= num_keep <= n` unless all n are kept.
+        protect_first: As of `ranked`.
+        protect_last: As of `ranked`.
+
+    Returns:
+        `[num_kv_heads, num_keep]` int64, ascending in each head.
+    """
+    return ranked(scores, protect_first, protect_last)[:, :num_keep].sort(dim=-1).values
 
 
 def compact_layer(
@@ -55,6 +76,7 @@ def compact_layer(
     num_tokens: int,
     protect_first: int = 0,
     protect_last: int = 0,
+    scorer: str = "l2",
 ) -> None:
     """Gathers one layer's kept rows of one request into the destination blocks.
 
@@ -71,10 +93,10 @@ def compact_layer(
         num_tokens: Slots in use in the source blocks.
         protect_first: Prompt tokens at the start that are always kept.
         protect_last: Prompt tokens at the end that are always kept.
+        scorer: What decides which of the others are kept.
     """
-    keys = _read(rows.keys, source, num_tokens)  # [num_kv_heads, num_tokens, head_size]
-    values = _read(rows.values, source, num_tokens)
-    scores = l2(keys[:, :num_prompt_tokens].view(rows.key_dtype or keys.dtype))
+    keys, values = read(rows.keys, source, num_tokens), read(rows.values, source, num_tokens)
+    scores = scorer_of(scorer)(rows.prompt(keys[:, :num_prompt_tokens], values[:, :num_prompt_tokens]))
     kept = select(scores, num_keep, protect_first, protect_last)
     generated = torch.arange(num_prompt_tokens, num_tokens, device=kept.device)
     positions = torch.cat([kept, generated.expand(kept.shape[0], -1)], dim=1)
@@ -82,7 +104,7 @@ def compact_layer(
     _write(rows.values, destination, _take(values, positions))
 
 
-def _read(cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def read(cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Rows of a block table in slot order: `[num_kv_heads, num_tokens, head_size]`, a copy."""
     return cache[blocks].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
 

@@ -1,6 +1,6 @@
 """Compaction on a GPU: three launches for all layers, heads and requests of a KV-cache group in one step.
 
-    score    norms of the prompt's keys, straight from the paged cache
+    score    norms of the prompt's keys, straight from the paged cache; other scorers than `l2` are left to torch
     select   each head's kept positions, ascending
     move     kept rows, then rows of generated tokens, into the destination blocks
 
@@ -10,14 +10,16 @@ loaded values.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from vllm_l2kv.kernels.reference import LayerRows, ranked, read
 from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.scorers import scorer_of
 
 SCORE_ROWS = 32
 SELECT_TILES = (1024, 4096)
@@ -25,6 +27,10 @@ SELECT_TILES = (1024, 4096)
 MOVE_ROWS = 64
 MOVE_SPLIT = 32
 NUM_ORDER_FIELDS = 9
+TORCH_BYTES = 128 << 20
+"""Memory that torch's scorers may take, if one head at a time fits it."""
+TORCH_COPIES = 8
+"""What they take at most, in copies of the keys in fp32."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,13 @@ class GroupCache:
 
 
 def scratch_bytes(num_rows_per_token: int, max_num_tokens: int) -> int:
-    """Device memory that compaction needs beside the cache: four bytes for each key of the longest prompt."""
+    """Device memory of scores: four bytes for each key of the longest prompt."""
     return 4 * num_rows_per_token * max_num_tokens
+
+
+def torch_bytes_of_a_head(head_size: int, num_tokens: int) -> int:
+    """Device memory that torch's scorers take for one head of one prompt."""
+    return TORCH_COPIES * 4 * head_size * num_tokens
 
 
 class GroupCompactor:
@@ -113,7 +124,7 @@ class GroupCompactor:
         for num_tokens in {min(tile, capacity) for tile in SELECT_TILES}:
             source = (0,) * triton.cdiv(num_tokens, block_size)
             self._launch(
-                [CompactionOrder("", num_tokens, 1, num_tokens, 0, 0, (GroupMove(self.group_id, source, (0,)),))]
+                [CompactionOrder("", num_tokens, 1, num_tokens, 0, 0, "l2", (GroupMove(self.group_id, source, (0,)),))]
             )
 
     def _launch(self, orders: Sequence[CompactionOrder]) -> None:
@@ -129,6 +140,10 @@ class GroupCompactor:
             HEAD_SIZE=cache.head_size, HEAD_PADDED=triton.next_power_of_2(cache.head_size),
             ORDER_FIELDS=NUM_ORDER_FIELDS, ROWS=SCORE_ROWS,
         )  # fmt: skip
+        firsts = accumulate((order.num_prompt_tokens for order in orders), initial=0)
+        for order, first in zip(orders, firsts, strict=False):
+            if order.scorer != "l2":
+                self._rank(order, first * num_selections)
         _select_kernel[(len(orders), num_selections)](
             table, self._scratch, ORDER_FIELDS=NUM_ORDER_FIELDS,
             TILE=SELECT_TILES[0 if longest <= SELECT_TILES[0] else -1],
@@ -138,6 +153,27 @@ class GroupCompactor:
             CONTENT=content, CONTENT_PADDED=triton.next_power_of_2(content),
             ORDER_FIELDS=NUM_ORDER_FIELDS, ROWS=MOVE_ROWS, SPLIT=MOVE_SPLIT,
         )  # fmt: skip
+
+    def _rank(self, order: CompactionOrder, first: int) -> None:
+        """Puts ranks in the place of one order's norms, which begin at `first`; as many heads at once as memory allows.
+
+        What is selected by the lowest ranks is what the reference selects by the highest scores.
+        """
+        cache, n = self.cache, order.num_prompt_tokens
+        score, (move,) = scorer_of(order.scorer), [move for move in order.moves if move.group_id == self.group_id]
+        blocks = _to_device(np.array(move.source, dtype=np.int64), self._scratch.device)
+        ranks = _to_device(np.arange(1, n + 1, dtype=np.int32), self._scratch.device)
+        num_kv_heads = cache.layers[0].shape[1]
+        at_once = max(1, TORCH_BYTES // torch_bytes_of_a_head(cache.head_size, n))
+        for i_layer, layer in enumerate(cache.layers):
+            for head in range(0, num_kv_heads, at_once):
+                heads, first_row = layer[:, head : head + at_once], i_layer * num_kv_heads + head
+                keys, values = heads[..., : cache.head_size], heads[..., cache.head_size :]
+                rows = LayerRows(keys, values, cache.key_dtype, first_row)
+                scores = score(rows.prompt(read(keys, blocks, n), read(values, blocks, n)))
+                kept = ranked(scores, order.protect_first, order.protect_last)
+                place = self._scratch[first + first_row * n :][: kept.numel()].view_as(kept)
+                place.scatter_(1, kept, ranks.expand(kept.shape))
 
     def _table(self, orders: Sequence[CompactionOrder]) -> torch.Tensor:
         """Everything the kernels must know of the orders, in one transfer.
@@ -166,10 +202,14 @@ class GroupCompactor:
             blocks += [move.source, move.destination]
             next_block += num_source + num_destination
             first_score += order.num_prompt_tokens
-        table = torch.from_numpy(np.fromiter(chain(fields, *blocks), dtype=np.int32, count=next_block))
-        if not self._scratch.is_cuda:
-            return table
-        return table.pin_memory().to(self._scratch.device, non_blocking=True)
+        table = np.fromiter(chain(fields, *blocks), dtype=np.int32, count=next_block)
+        return _to_device(table, self._scratch.device)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @triton.jit

@@ -156,6 +156,7 @@ class L2KVScheduler(AsyncScheduler):
             num_tokens=request.num_computed_tokens,
             protect_first=params.protect_first,
             protect_last=params.protect_last,
+            scorer=params.scorer,
             moves=tuple(moves),
         )
 

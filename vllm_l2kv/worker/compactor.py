@@ -33,4 +33,5 @@ class ReferenceCompactor:
                         order.num_tokens,
                         order.protect_first,
                         order.protect_last,
+                        order.scorer,
                     )

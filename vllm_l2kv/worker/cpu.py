@@ -29,7 +29,10 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
                 check_cpu_layout(layer.isa, spec)
         return ReferenceCompactor(
             {
-                group_id: [cpu_rows(layer.kv_cache, spec.head_size) for layer, spec in group]
+                group_id: [
+                    cpu_rows(layer.kv_cache, spec.head_size, i * spec.num_kv_heads)
+                    for i, (layer, spec) in enumerate(group)
+                ]
                 for group_id, group in layers.items()
             }
         )

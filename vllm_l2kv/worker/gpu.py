@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor, scratch_bytes
+from vllm_l2kv.kernels.triton import TORCH_BYTES, GroupCache, GroupCompactor, scratch_bytes, torch_bytes_of_a_head
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, key_dtype
 from vllm_l2kv.messages import CompactionOrder
 from vllm_l2kv.worker.runner_v2 import RunnerV2
@@ -24,8 +24,12 @@ class L2KVGPUWorker(CompactionWorker, Worker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """As ours for every device; notes how much memory the kernels will need beside the cache."""
         specs = super().get_kv_cache_spec()
-        num_rows = sum(spec.num_kv_heads for spec in specs.values() if isinstance(spec, CompressedLayerSpec))
-        self._scratch_bytes = scratch_bytes(num_rows, self.vllm_config.model_config.max_model_len)
+        compressed = [spec for spec in specs.values() if isinstance(spec, CompressedLayerSpec)]
+        longest = self.vllm_config.model_config.max_model_len
+        self._scratch_bytes = scratch_bytes(sum(spec.num_kv_heads for spec in compressed), longest)
+        self._scratch_bytes += max(
+            TORCH_BYTES, *(torch_bytes_of_a_head(spec.head_size, longest) for spec in compressed)
+        )
         return specs
 
     def determine_available_memory(self) -> int:

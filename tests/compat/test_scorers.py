@@ -1,0 +1,54 @@
+"""What a request names as its scorer decides, through the whole engine."""
+
+import pytest
+import torch
+from engine import keep
+from reference import Reference
+
+from vllm_l2kv import compression
+from vllm_l2kv.params import SCORERS
+from vllm_l2kv.scorers import Prompt, scorer_of
+
+NUM_TOKENS = 12
+FULL_LAYERS = (0,)
+
+
+class ScoredReference(Reference):
+    """The reference with another scorer; scorers themselves are checked in `tests/kernels/test_scorers.py`."""
+
+    scorer = "l2"
+
+    def _kept(self, index, keys, values, num_keep, first, last):
+        num_kv_heads, n = keys.shape[:2]
+        place = index - len(FULL_LAYERS)
+        rows = torch.arange(place * num_kv_heads, (place + 1) * num_kv_heads)
+        scores = scorer_of(self.scorer)(Prompt(keys, values, rows)).clone()
+        scores[:, :first] = scores[:, n - last :] = torch.inf
+        return scores.sort(descending=True, stable=True).indices[:, :num_keep].sort().values[None]
+
+
+@pytest.fixture(scope="module")
+def scored(llama):
+    return ScoredReference(llama)
+
+
+def ask(scorer, last=0):
+    params = keep("0.5", num_tokens=NUM_TOKENS)
+    params.extra_args = compression(0.5, protect_last=last, scorer=scorer)
+    return params
+
+
+@pytest.mark.parametrize("last", [0, 8])
+def test_all_scorers_in_one_batch(engine, scored, text_ids, last):
+    prompt = text_ids[40:440]
+    answers = engine.tokens([prompt] * len(SCORERS), [ask(scorer, last) for scorer in SCORERS])
+    for scorer, answer in zip(SCORERS, answers, strict=True):
+        scored.scorer = scorer
+        assert answer == scored.generate(prompt, NUM_TOKENS, "0.5", FULL_LAYERS, 0, last), scorer
+    assert len(set(map(tuple, answers))) >= len(SCORERS) - 2, "scorers should differ"
+
+
+def test_the_default_is_l2(engine, text_ids):
+    prompt = text_ids[40:440]
+    unnamed, named = engine.tokens([prompt] * 2, [keep("0.5", num_tokens=NUM_TOKENS), ask("l2")])
+    assert unnamed == named

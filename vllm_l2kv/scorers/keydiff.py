@@ -1,0 +1,17 @@
+"""Keys unlike the others.
+
+Source: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
+Resource-Constrained Environments", arXiv 2504.15364, section 3, over the whole prompt at once.
+"""
+
+import torch
+from torch.nn.functional import cosine_similarity, normalize
+
+from vllm_l2kv.scorers import Prompt
+
+
+def score(prompt: Prompt) -> torch.Tensor:
+    """`-cos(k, mean of k / ||k||)`."""
+    keys = prompt.keys.float()
+    anchor = normalize(keys, dim=-1).mean(dim=-2, keepdim=True)
+    return -cosine_similarity(keys, anchor, dim=-1)

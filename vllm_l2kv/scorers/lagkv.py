@@ -1,0 +1,40 @@
+"""Tokens that stand out against what follows them.
+
+The prompt behind the sinks is cut into partitions. A token's key and value are measured on the range of the next
+partition; tokens whose channels then spread widely rank high in their own partition. The sinks, the last whole
+partition and what is left behind it are always kept as long as the budget reaches.
+
+Source: Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important",
+arXiv 2504.04704, section 3, with ranks that are comparable between partitions.
+"""
+
+import torch
+
+from vllm_l2kv.scorers import Prompt
+
+NUM_SINKS, LAG = 4, 128
+
+
+def score(prompt: Prompt) -> torch.Tensor:
+    """Rank in the partition, in [0, 1); 1 for what is always kept. Short prompts: the latest tokens."""
+    num_rows, num_tokens = prompt.keys.shape[:2]
+    num_partitions = (num_tokens - NUM_SINKS) // LAG
+    scores = torch.ones(num_rows, num_tokens, device=prompt.keys.device)
+    if num_partitions < 2:
+        behind = max(num_tokens - NUM_SINKS, 0)
+        scores[:, NUM_SINKS:] = torch.arange(behind, device=scores.device) / max(behind, 1)
+        return scores
+    spread = (_spread(prompt.keys, num_partitions) + _spread(prompt.values, num_partitions)) / 2
+    ranks = spread.sort(dim=-1, stable=True).indices.argsort(dim=-1) / LAG
+    scores[:, NUM_SINKS : NUM_SINKS + ranks[0].numel()] = ranks.flatten(1)
+    return scores
+
+
+def _spread(rows: torch.Tensor, num_partitions: int) -> torch.Tensor:
+    """`[num_rows, num_tokens, size]` to `[num_rows, num_partitions - 1, LAG]`, which sums up to 1 in each partition."""
+    end = NUM_SINKS + num_partitions * LAG
+    partitions = rows[:, NUM_SINKS:end].float().reshape(rows.shape[0], num_partitions, LAG, -1)
+    own, following = partitions[:, :-1], partitions[:, 1:]
+    low, high = following.amin(dim=-2, keepdim=True), following.amax(dim=-2, keepdim=True)
+    spread: torch.Tensor = ((own - low) / (high - low)).std(dim=-1).softmax(dim=-1)
+    return spread
