@@ -8,8 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    CrossAttentionSpec,
+    EncoderOnlyAttentionSpec,
     FullAttentionSpec,
     KVQuantMode,
+    MambaSpec,
     MLAAttentionSpec,
     SinkFullAttentionSpec,
     SlidingWindowSpec,
@@ -95,6 +99,10 @@ def layers(*specs):
     [
         (MLAAttentionSpec(**SHAPE), "MLAAttentionSpec"),
         (SinkFullAttentionSpec(**SHAPE, sink_len=4), "SinkFullAttentionSpec"),
+        (MambaSpec(block_size=16, shapes=((4, 8),), dtypes=(torch.float32,)), "MambaSpec"),
+        (CrossAttentionSpec(**SHAPE), "CrossAttentionSpec"),
+        (EncoderOnlyAttentionSpec(**SHAPE), "EncoderOnlyAttentionSpec"),
+        (ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64), "ChunkedLocalAttentionSpec"),
         (FullAttentionSpec(**SHAPE, sliding_window=128), "hybrid KV-cache manager"),
         (FullAttentionSpec(**SHAPE, attention_chunk_size=128), "hybrid KV-cache manager"),
         (FullAttentionSpec(**SHAPE, non_causal=True), "non-causally"),
