@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: help setup serve test test-gpu check fmt lock clean
+.PHONY: help setup serve test test-gpu soak check fmt lock clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,6 +50,10 @@ test: setup ## Run all tests; those that need a GPU are skipped without one
 
 test-gpu: ## Run the tests that need a GPU, in an environment of yours: PYTHON with vllm-l2kv[cuda,dev] installed
 	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+soak: setup ## Thousands of requests from clients that come and go, in a small cache; ten minutes
+	$(BIN)/vllm-l2kv demo-model
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest tests/e2e/test_churn.py -s --timeout 7200 --soak-requests 1000 $(ARGS)
 
 check: setup ## Lint, format check, types
 	$(BIN)/ruff check

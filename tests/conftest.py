@@ -1,6 +1,7 @@
 """Shared engines: a start takes half a minute, so tests of one kind share one."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--demo-model", type=Path, help="folder of the demo model, instead of fetching it")
+    parser.addoption("--soak-requests", type=int, default=200, help="requests of each test in tests/e2e/test_churn.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +56,20 @@ def reference(demo_model):
     from reference import Reference
 
     return Reference(demo_model)
+
+
+@pytest.fixture(scope="session")
+def num_requests(request) -> int:
+    return request.config.getoption("--soak-requests")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(demo_model, tmp_path_factory) -> Path:
+    """Random weights, four layers: answers many requests in a second."""
+    sys.path.append(str(Path(__file__).parent / "compat"))
+    import tiny
+
+    return tiny.write(tmp_path_factory.mktemp("tiny") / "llama", tiny.llama(), demo_model)
 
 
 def start(demo_model: Path, **arguments: object):

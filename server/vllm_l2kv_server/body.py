@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi.routing import APIRoute
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from vllm.exceptions import VLLMValidationError
 
@@ -127,7 +127,11 @@ class CheckedBodyRoute(APIRoute):
 
         async def parse_and_answer(request: Request) -> Response:
             request = _ParsedRequest(request.scope, request.receive)
-            if "json" in request.headers.get("content-type", "") and await request.body():
+            try:
+                body = await request.body()
+            except ClientDisconnect:
+                return Response(status_code=400)  # for the log; nobody is there to read it
+            if "json" in request.headers.get("content-type", "") and body:
                 await request.json()
             return await answer(request)
 

@@ -56,6 +56,7 @@ def serve(argv: Sequence[str]) -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
+    load_routes()
     cli_env_setup()
     parser = make_parser()
     args = parse(parser, argv)
@@ -83,6 +84,16 @@ def name_plugin(environ: MutableMapping[str, str]) -> None:
     else:
         names = [name for name in named.split(",") if name]
     environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def load_routes() -> None:
+    """Fails if our routes cannot be imported, where vLLM would log that and serve without them.
+
+    Raises:
+        ImportError: They, or something that they need, are broken or missing.
+    """
+    (routes,) = entry_points(group="vllm.endpoint_plugins", name=PLUGIN)
+    routes.load()
 
 
 def own_options() -> argparse.ArgumentParser:

@@ -1,12 +1,13 @@
 """The command line of the server, down to what vLLM is given."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from vllm_l2kv_server import serve
 from vllm_l2kv_server.cli import main
-from vllm_l2kv_server.serve import make_parser, name_plugin, parse, use_demo_model
+from vllm_l2kv_server.serve import load_routes, make_parser, name_plugin, parse, use_demo_model
 
 import vllm_l2kv
 
@@ -37,6 +38,13 @@ def test_own_options(parser):
         "kv_protect_last": 8,
         "kv_scorer": "keydiff",
     }
+
+
+def test_routes_that_cannot_be_imported_end_the_start(monkeypatch):
+    load_routes()
+    monkeypatch.setitem(sys.modules, "vllm_l2kv_server.app", None)
+    with pytest.raises(ImportError):
+        load_routes()
 
 
 def test_no_full_layers(parser):

@@ -1,0 +1,132 @@
+"""Tool calls together with compression, over HTTP: the grammar of a call meets the compressed context."""
+
+import json
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+from http_server import Server, expected_usage
+
+MODEL = "SmolLM2-135M-Instruct"
+# The demo model's own template knows nothing of tools.
+TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+Tools: {{ tools | tojson }}
+A call looks so: <tool_call>{"name": "...", "arguments": {...}}</tool_call><|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "count_ships": {
+        "type": "object",
+        "properties": {"day": {"type": "integer", "minimum": 0, "maximum": 11}, "at_night": {"type": "boolean"}},
+        "required": ["day", "at_night"],
+        "additionalProperties": False,
+    },
+    "light_the_lamp": {
+        "type": "object",
+        "properties": {"colour": {"enum": ["white", "red"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    },
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "strict": True, "parameters": schema}}
+    for name, schema in SCHEMAS.items()
+]
+PROTECT_LAST = 64  # the question
+NAMED = {"type": "function", "function": {"name": "light_the_lamp"}}
+
+
+def turn(day: int, ships: int) -> list[dict[str, Any]]:
+    """A question, the call of a tool, what that said, the answer."""
+    function = {"name": "count_ships", "arguments": json.dumps({"day": day, "at_night": False})}
+    return [
+        {"role": "user", "content": f"How many ships on day {day}?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": f"call-{day}", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": f"call-{day}", "content": json.dumps({"ships": ships})},
+        {"role": "assistant", "content": f"He saw {ships} ships."},
+    ]
+
+
+# Turns that even a model of 135 million parameters goes on with by itself.
+TURNS = [message for day in range(3) for message in turn(day, day * 7 % 11)]
+QUESTION, CALL, RESULT, _ = turn(3, 10)
+
+
+@pytest.fixture(scope="module")
+def client(demo_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tools")
+    template = folder / "tools.jinja"
+    template.write_text(TEMPLATE)
+    words = "--max-model-len 4096 --enable-auto-tool-choice --tool-call-parser hermes --chat-template"
+    # Without MODEL: that serves the demo model, which the fixture has fetched.
+    with (
+        Server(folder / "server.log", *words.split(), str(template)) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client,
+    ):
+        yield client
+
+
+def ask(client, messages: list[dict[str, Any]], keep_ratio: float | None, **fields: Any) -> Any:
+    fields = {"tools": TOOLS, "max_tokens": 200, "temperature": 0, "parallel_tool_calls": False, **fields}
+    compression = {} if keep_ratio is None else {"kv_keep_ratio": keep_ratio, "kv_protect_last": PROTECT_LAST}
+    return client.chat.completions.create(model=MODEL, messages=messages, extra_body=compression, **fields)
+
+
+def call_of_stream(chunks: list[Any]) -> tuple[str, str]:
+    """The name and the arguments of the one call of a stream, put together."""
+    deltas = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
+    assert {call.index for call in deltas} == {0}
+    names, arguments = ([getattr(call.function, field) or "" for call in deltas] for field in ("name", "arguments"))
+    return "".join(names), "".join(arguments)
+
+
+def check_call(name: str, arguments: str, tool_choice: Any) -> None:
+    jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+    if tool_choice == NAMED:
+        assert name == NAMED["function"]["name"]
+
+
+def check_usage(usage: Any, keep_ratio: float | None) -> None:
+    assert usage.prompt_tokens > 200
+    params = {"keep_ratio": keep_ratio, "protect_last": PROTECT_LAST}
+    numbers = None if keep_ratio is None else expected_usage(usage.prompt_tokens, **params)
+    assert usage.to_dict().get("kv_cache") == numbers
+
+
+@pytest.mark.parametrize("keep_ratio", [None, 0.5])
+@pytest.mark.parametrize("tool_choice", ["required", NAMED, "auto"], ids=["required", "named", "auto"])
+class TestACall:
+    def test_at_once(self, client, tool_choice, keep_ratio):
+        answer = ask(client, [*TURNS, QUESTION], keep_ratio, tool_choice=tool_choice)
+        (call,) = answer.choices[0].message.tool_calls
+        check_call(call.function.name, call.function.arguments, tool_choice)
+        check_usage(answer.usage, keep_ratio)
+
+    def test_streamed(self, client, tool_choice, keep_ratio):
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = list(ask(client, [*TURNS, QUESTION], keep_ratio, tool_choice=tool_choice, **options))
+        check_call(*call_of_stream(chunks), tool_choice)
+        check_usage(chunks[-1].usage, keep_ratio)
+
+
+@pytest.mark.parametrize("keep_ratio", [None, 0.5])
+def test_what_a_tool_said_is_answered(client, keep_ratio):
+    answer = ask(client, [*TURNS, QUESTION, CALL, RESULT], keep_ratio, tool_choice="none")
+    assert answer.choices[0].message.content == "He saw 10 ships."
+    assert not answer.choices[0].message.tool_calls
+    check_usage(answer.usage, keep_ratio)

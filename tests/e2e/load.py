@@ -1,0 +1,78 @@
+"""Clients whose answers would take minutes, and how a server must end while it answers them."""
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+import httpx
+import psutil
+from http_server import Server
+
+NUM_STREAMS = 4
+NUM_PLAIN = 2
+END_SECONDS = 20
+"""Until the process is gone and every client has an answer; Kubernetes, for one, kills after 30."""
+
+Answers = list[Future[str]]
+
+
+def ask(url: str, stream: bool) -> str:
+    """What a client meets whose answer would take minutes: a status and the end of a text, or an error of httpx."""
+    body = {"prompt": "The sea was", "max_tokens": 4000, "ignore_eos": True, "stream": stream, "kv_keep_ratio": 0.5}
+    try:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+            return f"{response.status_code} {response.read().decode()[-600:]}"
+    except httpx.TransportError as error:
+        return type(error).__name__
+
+
+def num_running(url: str) -> float:
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running{"))
+
+
+@contextmanager
+def under_load(server: Server) -> Iterator[Answers]:
+    """Requests in flight: streams first, then others."""
+    with ThreadPoolExecutor(NUM_STREAMS + NUM_PLAIN) as pool:
+        answers = [pool.submit(ask, server.url, number < NUM_STREAMS) for number in range(NUM_STREAMS + NUM_PLAIN)]
+        try:
+            deadline = time.monotonic() + 60
+            while num_running(server.url) < len(answers):
+                assert time.monotonic() < deadline, [answer.result() for answer in answers if answer.done()]
+                time.sleep(0.2)
+            yield answers
+        finally:
+            kill(server)  # or the pool would wait for clients that hang
+
+
+def kill(server: Server) -> None:
+    for process in server.family():
+        process.kill()
+    server.process.wait()
+
+
+def process_named(server: Server, title: str) -> psutil.Process:
+    """The one process of the server whose title, as `ps` shows it, ends so."""
+    (process,) = [process for process in server.family() if process.name().endswith(title)]
+    return process
+
+
+def check_end(server: Server) -> None:
+    """The server ends in time, with all its processes, and its port is free."""
+    server.process.wait(END_SECONDS)
+    _, left = psutil.wait_procs(server.family(), timeout=5)
+    assert left == []
+    with socket.socket() as listener:
+        # As servers do: closed connections to the port may linger.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", server.port))
+
+
+def texts_of(answers: Answers) -> list[str]:
+    """What every client met; nobody hangs."""
+    _, hanging = wait(answers, timeout=5)
+    assert not hanging
+    return [answer.result() for answer in answers]

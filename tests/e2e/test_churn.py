@@ -1,0 +1,101 @@
+"""Hundreds of clients that come and go, in a cache that is too small for them: nobody's answer is lost, doubled or
+another one's, and afterwards the server is as empty as before. `make soak` asks thousands of times.
+"""
+
+import time
+
+import churn
+import httpx
+import pytest
+from churn import Mix
+from http_server import Server
+
+# One prompt and answer of --max-model-len would fit, or vLLM refuses to start: 11 + 32 blocks and the null block.
+NUM_BLOCKS = 49
+OPTIONS = (
+    "--served-model-name tiny --dtype float32 --enforce-eager --kv-full-layers 0 --scheduling-policy priority "
+    # Chunked prefill all the time. And kernels keep something for every number of tokens that they meet in a step, so
+    # that memory grows until all of them have been met; with few numbers that is soon.
+    "--max-num-batched-tokens 128 "
+    f"--max-model-len 1024 --max-num-seqs 16 --num-gpu-blocks-override {NUM_BLOCKS}"
+)
+# A request holds most before its compaction, 2 + 6 blocks, and needs as many as 5 more for it: five of them never wait.
+CALM = Mix(concurrency=3, prompt_lengths=(1, 150), seed=1)
+PHASES = {
+    "all lengths": Mix(seed=2),
+    # vLLM lets in whoever's prompt has room. So many short prompts and long answers make it preempt all the time.
+    "long answers": Mix(prompt_lengths=(1, 60), answer_lengths=(40, 160), seed=3),
+    "clients that leave": Mix(cut_off=0.5, seed=4),
+    "priorities": Mix(prompt_lengths=(100, 600), priorities=range(-2, 3), cut_off=0.1, seed=5),
+}
+NUM_AGAIN = 40
+LEAK_MIB = 40
+"""Measured: 19 by 200 requests behind a warm-up of 200 alone, as kernels still meet new numbers of tokens. Behind the
+tests above, 0.3 by 200 and 1.6 by 1,000.
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama, tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("churn") / "server.log", str(tiny_llama), *OPTIONS.split()) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def comes_to_rest(server):
+    """After each test nothing is left of it."""
+    yield
+    churn.wait_until_idle(server)
+    assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert " 500 Internal" not in log
+
+
+@pytest.fixture
+def ask(server, text_ids):
+    def ask(mix: Mix, num_requests: int) -> list[churn.Answer]:
+        begin, num_preemptions = time.monotonic(), churn.num_preemptions(server)
+        answers = churn.ask_all(server.url, churn.make_requests(mix, num_requests, text_ids), mix.concurrency)
+        seconds, num_preemptions = time.monotonic() - begin, churn.num_preemptions(server) - num_preemptions
+        print(
+            f"{len(answers)} requests in {seconds:.0f} s, {num_preemptions} preemptions, "
+            f"{sum(answer.is_complete for answer in answers)} complete answers, "
+            f"{churn.resident_mib(server).total():.1f} MiB"
+        )
+        return answers
+
+    return ask
+
+
+def test_undisturbed_answers_are_those_to_each_request_alone(server, ask, num_requests):
+    before = churn.num_preemptions(server)
+    answers = ask(CALM, num_requests // 2)
+    assert churn.num_preemptions(server) == before, "or answers may differ"
+    churn.check_answers(answers, may_be_whole=False)
+    assert sum(answer.is_compressed for answer in answers) > len(answers) / 3
+    churn.check_again(server.url, answers)
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_every_client_who_stays_has_one_answer(server, ask, num_requests, name):
+    before = churn.num_preemptions(server)
+    answers = ask(PHASES[name], num_requests)
+    churn.check_answers(answers, may_be_whole=True)
+    if name == "long answers":
+        assert churn.num_preemptions(server) >= before + num_requests / 10
+    if PHASES[name].cut_off:
+        assert any(not answer.is_complete for answer in answers)
+        assert any(answer.events and not answer.is_complete for answer in answers), "somebody leaves in mid-stream"
+    churn.wait_until_idle(server)
+    # What an uncompressed request answers does not depend on preemptions, its own or others'.
+    whole = [answer for answer in answers if answer.is_complete and not answer.is_compressed]
+    churn.check_again(server.url, whole[:NUM_AGAIN])
+
+
+def test_memory_does_not_grow(server, ask, num_requests):
+    ask(Mix(cut_off=0.2, seed=6), num_requests)
+    before = churn.resident_mib(server)
+    ask(Mix(cut_off=0.2, seed=7), num_requests)
+    after = churn.resident_mib(server)
+    assert after.total() < before.total() + LEAK_MIB, (before, after)

@@ -1,0 +1,225 @@
+"""Nobody reads what belongs to somebody else: what the tables of running requests lead to, row by row.
+
+Hundreds of requests at mixed ratios go through a cache that holds a few of them. Many begin alike; then each has
+canaries, tokens that no other request has. The rows that it should find come from Hugging Face `transformers`: with
+full layer 0, those of layers 0 and 1 depend on its tokens alone, also behind a compaction.
+"""
+
+import random
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from engine import Engine, keep
+from reference import Reference
+from vllm.model_executor.models.utils import extract_layer_index
+
+import vllm_l2kv
+from vllm_l2kv.plan import num_blocks_for
+from vllm_l2kv.worker.rows import cpu_rows
+
+NUM_REQUESTS = 300
+NUM_CANARIES = 12
+VOCAB_SIZE = 49152
+RATIOS = ("1.0", "0.9", "0.5", "0.3", "0.1")
+TOLERANCE = 1e-3
+"""Of a row's length. Measured: from its own 0.00001 at most, from another one of the same request 0.09 at least."""
+STEPS_BETWEEN_LOOKS = 4
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama):
+    """Of 70 blocks. A request holds up to 3 + 9 of them, and 30 may run at once."""
+    engine = Engine(
+        tiny_llama,
+        **vllm_l2kv.engine_args(full_layers=(0,)),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_batched_tokens=128,
+        max_num_seqs=30,
+        num_gpu_blocks_override=70,
+        seed=0,
+    )
+    # Dropped, not shut down: that would take away the process groups of every other engine in this process.
+    engine.llm.llm_engine.engine_core._finalizer.detach()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama):
+    return Reference(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def prompts(text_ids) -> list[list[int]]:
+    """Beginnings that some share, then words and canaries."""
+    chance = random.Random(0)
+    unused = sorted(set(range(3, VOCAB_SIZE)) - set(text_ids))
+    canaries = iter(chance.sample(unused, NUM_REQUESTS * NUM_CANARIES))
+    prompts = []
+    for number in range(NUM_REQUESTS):
+        begin = 200 * (number % 5)
+        words = text_ids[begin + 100 : begin + 100 + chance.randint(0, 80)]
+        own = words + [next(canaries) for _ in range(NUM_CANARIES)]
+        chance.shuffle(own)
+        prompts.append(text_ids[begin : begin + chance.choice((0, 31, 64, 100))] + own)
+    return prompts
+
+
+class Rows:
+    """What lies in the cache, as the worker's tables lead to it: `[num_kv_heads, num_rows, key and value]`."""
+
+    def __init__(self, engine) -> None:
+        self.runner = engine.worker.model_runner
+        self.groups = [
+            (
+                group.kv_cache_spec.block_size,
+                {extract_layer_index(name): self._rows(engine, name) for name in group.layer_names},
+            )
+            for group in self.runner.kv_cache_config.kv_cache_groups
+        ]
+
+    @staticmethod
+    def _rows(engine, name: str):
+        layer = engine.worker._layers[name]
+        return cpu_rows(layer.kv_cache, layer.head_size)
+
+    def blocks(self, req_id: str, group_id: int, num_rows: int) -> list[int]:
+        """Of the request's state and, if it was in the last step, of the batch that attention sees."""
+        blocks = self.runner.requests[req_id].block_ids[group_id][: num_blocks_for(num_rows, self.groups[group_id][0])]
+        row = self.runner.input_batch.req_id_to_index.get(req_id)
+        if row is not None:
+            table = self.runner.input_batch.block_table[group_id].get_numpy_array()
+            assert table[row, : len(blocks)].tolist() == blocks
+        return blocks
+
+    def of(self, req_id: str, num_rows: list[int]) -> dict[int, torch.Tensor]:
+        """By layer; `num_rows` by group."""
+        found = {}
+        for group_id, (_, layers) in enumerate(self.groups):
+            blocks = self.blocks(req_id, group_id, num_rows[group_id])
+            for layer, rows in layers.items():
+                both = torch.cat([rows.keys[blocks], rows.values[blocks]], dim=-1)
+                found[layer] = both.transpose(0, 1).flatten(1, 2)[:, : num_rows[group_id]]
+        return found
+
+
+@torch.inference_mode()
+def own_rows(reference, tokens: list[int]) -> list[torch.Tensor]:
+    """What each layer computes for these tokens and nothing else, as `Rows.of`."""
+    cache = reference.new_cache()
+    reference.model(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [torch.cat([layer.keys[0], layer.values[0]], dim=-1) for layer in cache.layers]
+
+
+def distances(found: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Between each row found and each own one, in lengths of the latter."""
+    return torch.cdist(found, own, compute_mode="donot_use_mm_for_euclid_dist") / own.norm(dim=-1)[:, None]
+
+
+def check_equal(found: torch.Tensor, own: torch.Tensor) -> None:
+    """Row by row."""
+    far = (found - own).norm(dim=-1) / own.norm(dim=-1)
+    assert (far < TOLERANCE).all(), f"rows {(far >= TOLERANCE).nonzero().tolist()[:9]} are not its own"
+
+
+def check_kept(found: torch.Tensor, own: torch.Tensor) -> None:
+    """Every row is one of its own, none of them twice, in order."""
+    nearest = distances(found, own).min(dim=-1)
+    assert (nearest.values < TOLERANCE).all(), "kept rows are not its own"
+    assert all(before < after for head in nearest.indices.tolist() for before, after in pairwise(head))
+
+
+def check_rows(engine, rows: Rows, reference, request) -> None:
+    """Everything that attention reads for this request, apart from what it cannot know."""
+    req_id, num_prompt_tokens = request.request_id, request.num_prompt_tokens
+    num_tokens = request.num_computed_tokens
+    num_evicted = engine.scheduler._compressed[0].num_evicted.get(req_id, 0)
+    assert engine.worker._runner.counts._num_evicted.get(req_id, 0) == num_evicted
+    is_compressed = [manager in engine.scheduler._compressed for manager in engine.managers]
+    found = rows.of(req_id, [num_tokens - num_evicted * compressed for compressed in is_compressed])
+    own = own_rows(reference, request.all_token_ids[:num_tokens])
+    num_kept = num_prompt_tokens - num_evicted
+    for layer, expected in enumerate(own):
+        if num_evicted == 0 or layer == 0:
+            check_equal(found[layer], expected)
+            continue
+        check_kept(found[layer][:, :num_kept], expected[:, :num_prompt_tokens])
+        if layer == 1:  # what generated tokens are in later ones depends on what was evicted
+            check_equal(found[layer][:, num_kept:], expected[:, num_prompt_tokens:])
+
+
+def check_answer(reference, prompt, answer, ratio: str, was_preempted: bool, delay: int) -> None:
+    """As alone. After a preemption, generated tokens were computed again on the full prompt, and others may follow."""
+    num_tokens = len(answer)
+    if ratio == "1.0":
+        assert answer == reference.generate(prompt, num_tokens)
+    elif was_preempted:
+        assert answer[0] == reference.generate(prompt, 1)[0]
+    else:
+        assert answer == reference.generate(prompt, num_tokens, ratio, (0,), delay=delay)
+
+
+def test_every_row_is_the_requests_own(engine, reference, prompts):
+    chance = random.Random(1)
+    ratios = [chance.choice(RATIOS) for _ in prompts]
+    numbers, preempted, delays, answers, looks = {}, set(), {}, {}, Counter()
+    for number, (prompt, ratio) in enumerate(zip(prompts, ratios, strict=True)):
+        numbers[engine.add(str(number), prompt, keep(ratio, num_tokens=chance.randint(2, 90)))] = number
+    rows = Rows(engine)
+    step = 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        answers.update({int(output.request_id): output for output in engine.step()})
+        preempted |= {
+            numbers[req_id] for req_id, request in engine.scheduler.requests.items() if request.num_preemptions
+        }
+        just_compacted = set()
+        for request in engine.scheduler.running:
+            number = numbers[request.request_id]
+            if engine.scheduler._is_compacted(request.request_id) and number not in delays:
+                # This step's token is the first one computed on the compacted cache.
+                delays[number] = request.num_output_tokens - 2
+                just_compacted.add(request.request_id)
+        step += 1
+        for request in engine.scheduler.running if step % STEPS_BETWEEN_LOOKS == 0 else ():
+            check_rows(engine, rows, reference, request)
+            compacted = engine.scheduler._is_compacted(request.request_id)
+            looks["just compacted"] += request.request_id in just_compacted
+            looks["compacted"] += compacted
+            looks["compacted again"] += compacted and request.num_preemptions > 0
+            looks["in prefill"] += request.num_computed_tokens < request.num_prompt_tokens
+            looks["whole"] += not compacted
+    engine.check_whole()
+    print(f"{step} steps, {len(preempted)} preempted, looks {dict(looks)}, waited {sum(map(bool, delays.values()))}")
+    assert all(looks[moment] for moment in ("just compacted", "compacted", "compacted again", "in prefill", "whole"))
+    assert len(answers) == len(prompts)
+    assert any(output.num_cached_tokens for output in answers.values()), "some begin alike"
+    for number, output in answers.items():
+        answer = list(output.outputs[0].token_ids)
+        check_answer(reference, prompts[number], answer, ratios[number], number in preempted, delays.get(number, 0))
+
+
+def test_users_with_other_salts_share_no_block(engine, text_ids):
+    """Though their prompts are equal. Those of one user do share, or this would say little."""
+    users: dict[str, str] = {}
+    for number in range(40):
+        salt = ("mine", "yours")[number % 2]
+        prompt = {"prompt_token_ids": text_ids[: (200, 130)[number // 2 % 2]], "cache_salt": salt}
+        before = set(engine.scheduler.requests)
+        engine.llm.llm_engine.add_request(f"salt {number}", prompt, keep(RATIOS[number % 5], num_tokens=20))
+        (req_id,) = set(engine.scheduler.requests) - before
+        users[req_id] = salt
+    shared = 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+        holders: dict[int, list[str]] = {}
+        for manager in engine.managers:
+            for req_id, blocks in manager.req_to_blocks.items():
+                for block in blocks:
+                    holders.setdefault(block.block_id, []).append(users[req_id])
+        assert all(len(set(salts)) == 1 for salts in holders.values())
+        shared += sum(len(salts) > 1 for salts in holders.values())
+    assert shared
+    engine.check_whole()
