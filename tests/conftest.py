@@ -1,9 +1,9 @@
 """Shared engines: a start takes half a minute, so tests of one kind share one."""
 
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,12 +64,25 @@ def num_requests(request) -> int:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(demo_model, tmp_path_factory) -> Path:
-    """Random weights, four layers: answers many requests in a second."""
-    sys.path.append(str(Path(__file__).parent / "compat"))
+def tiny_model(demo_model, tmp_path_factory) -> Callable[..., Path]:
+    """Writes a tiny model of `tiny.<kind>(**changes)`, once for each."""
     import tiny
 
-    return tiny.write(tmp_path_factory.mktemp("tiny") / "llama", tiny.llama(), demo_model)
+    root, written = tmp_path_factory.mktemp("tiny"), {}
+
+    def model(kind: str, **changes: Any) -> Path:
+        key = (kind, *sorted(changes.items()))
+        if key not in written:
+            config = getattr(tiny, kind)(**changes)
+            written[key] = tiny.write(root / f"{len(written)}-{kind}", config, demo_model)
+        return written[key]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_model) -> Path:
+    return tiny_model("llama")
 
 
 def start(demo_model: Path, **arguments: object):

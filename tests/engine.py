@@ -8,7 +8,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
-from vllm_l2kv import compression
+import vllm_l2kv
 from vllm_l2kv.scheduler.integrity import check_block_conservation
 
 
@@ -18,7 +18,7 @@ def greedy(num_tokens: int = 12, extra_args: dict[str, Any] | None = None, **arg
 
 
 def keep(ratio: str | float, first: int = 0, last: int = 0, num_tokens: int = 12, **arguments: Any) -> SamplingParams:
-    return greedy(num_tokens, compression(float(ratio), first, last), **arguments)
+    return greedy(num_tokens, vllm_l2kv.compression(float(ratio), first, last), **arguments)
 
 
 class Engine:
@@ -111,3 +111,25 @@ class Engine:
             yield
         finally:
             self.pool.free_blocks(tables.pop("somebody else"))
+
+
+@contextmanager
+def running(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments: Any) -> Iterator[Engine]:
+    """An engine for a while; without us if `full_layers` is `None`.
+
+    It is dropped, not shut down: that would take away the process groups of every other engine in this process. So
+    would vLLM's finalizer, at whatever moment the garbage collector comes by.
+    """
+    ours = {"block_size": 32} if full_layers is None else vllm_l2kv.engine_args(full_layers=full_layers)
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": 800,
+        "seed": 0,
+    }
+    engine = Engine(model, **{**defaults, **ours, **arguments})
+    engine.llm.llm_engine.engine_core._finalizer.detach()
+    yield engine

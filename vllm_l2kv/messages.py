@@ -46,6 +46,11 @@ class CompactionOrder:
     scorer: str
     moves: tuple[GroupMove, ...]
 
+    def move_of(self, group_id: int) -> GroupMove:
+        """The move of one group."""
+        (move,) = (move for move in self.moves if move.group_id == group_id)
+        return move
+
     @property
     def num_evicted(self) -> int:
         """Slots by which every later position moves forward."""

@@ -68,7 +68,7 @@ beside stock vLLM's.
 Where the host is the limit, the scheduler decides. Its time alone, without an engine, for 256 requests that decode (on
 another machine, so only the ratio counts):
 
-    PYTHONPATH=. VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/speed/scheduler.py --model FOLDER --out scheduler.jsonl
+    PYTHONPATH=.:tests VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/speed/scheduler.py --model FOLDER --out FILE
 
 {scheduler}
 
@@ -126,7 +126,8 @@ that of longer reads:
 
 def main() -> None:
     """Writes the page and the plots."""
-    steps, first, memory, ample = (read(f"h100_{name}") for name in SCENARIOS)
+    rows = {name: read(f"h100_{name}") for name in SCENARIOS}
+    steps, first, ample, memory = (rows[n] for n in ("decode_step", "first_token", "ample_memory", "memory_bound"))
     compaction, attention, attention_h200 = read("h100_compaction"), read("h100_attention"), read("h200_attention")
     bf16 = [row for row in steps if row["kv_cache_dtype"] == "auto"]
     PLOTS.mkdir(exist_ok=True)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +12,10 @@ sys.path.append(str(Path(__file__).parent.parent / "e2e"))
 
 
 @pytest.fixture(scope="session")
-def tiny_model(demo_model, tmp_path_factory) -> Callable[..., Path]:
-    """Writes a tiny model of `tiny.<kind>(**changes)`, once for each."""
-    import tiny
-
-    root, written = tmp_path_factory.mktemp("tiny"), {}
-
-    def model(kind: str, **changes: Any) -> Path:
-        key = (kind, *sorted(changes.items()))
-        if key not in written:
-            config = getattr(tiny, kind)(**changes)
-            written[key] = tiny.write(root / f"{len(written)}-{kind}", config, demo_model)
-        return written[key]
-
-    return model
-
-
-@contextmanager
-def running(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments: Any) -> Iterator[Any]:
-    """An engine for a while; without us if `full_layers` is `None`.
-
-    It is dropped, not shut down: that would take away the process groups of every other engine in this process. So
-    would vLLM's finalizer, at whatever moment the garbage collector comes by.
-    """
-    from engine import Engine
-
-    import vllm_l2kv
-
-    ours = {"block_size": 32} if full_layers is None else vllm_l2kv.engine_args(full_layers=full_layers)
-    defaults = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 2048,
-        "max_num_batched_tokens": 512,
-        "max_num_seqs": 16,
-        "num_gpu_blocks_override": 800,
-        "seed": 0,
-    }
-    engine = Engine(model, **{**defaults, **ours, **arguments})
-    engine.llm.llm_engine.engine_core._finalizer.detach()
-    yield engine
-
-
-@pytest.fixture(scope="session")
 def run() -> Callable[..., Any]:
+    from engine import running
+
     return running
-
-
-@pytest.fixture(scope="session")
-def llama(tiny_model) -> Path:
-    return tiny_model("llama")
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +28,8 @@ def llama_reference(llama):
 @pytest.fixture(scope="module")
 def engine(llama) -> Iterator[Any]:
     """Full layer 0 in blocks of 96 tokens, three compressed layers in blocks of 32."""
+    from engine import running
+
     with running(llama) as engine:
         yield engine
 
@@ -82,6 +37,8 @@ def engine(llama) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def plain(llama) -> Iterator[Any]:
     """vLLM without us."""
+    from engine import running
+
     with running(llama, full_layers=None) as engine:
         yield engine
 

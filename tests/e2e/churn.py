@@ -242,25 +242,15 @@ def check_again(url: str, answers: Sequence[Answer]) -> None:
 # --- what the server says
 
 
-def metrics(server: Server) -> Counter[str]:
-    """Values of `/metrics` by name, labels added up."""
-    values: Counter[str] = Counter()
-    for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
-        if not line.startswith("#"):
-            name, value = line.rsplit(maxsplit=1)
-            values[name.partition("{")[0]] += float(value)
-    return values
-
-
 def num_preemptions(server: Server) -> int:
-    return int(metrics(server)["vllm:num_preemptions_total"])
+    return int(server.metrics()["vllm:num_preemptions_total"])
 
 
 def wait_until_idle(server: Server) -> None:
     """Nobody runs or waits, and no block is held."""
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     deadline = time.monotonic() + QUIET_SECONDS
-    while any(busy := {name: metrics(server)[name] for name in names}.values()):
+    while any(busy := {name: server.metrics()[name] for name in names}.values()):
         assert time.monotonic() < deadline, busy
         time.sleep(0.2)
 

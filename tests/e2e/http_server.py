@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Self
 
@@ -62,6 +63,15 @@ class Server:
             return httpx.get(f"{self.url}/health", timeout=10).status_code == 200
         except httpx.TransportError:
             return False
+
+    def metrics(self) -> Counter[str]:
+        """Values of `/metrics` by name, labels added up."""
+        values: Counter[str] = Counter()
+        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+            if not line.startswith("#"):
+                name, value = line.rsplit(maxsplit=1)
+                values[name.partition("{")[0]] += float(value)
+        return values
 
     def family(self) -> list[psutil.Process]:
         """The server's process and all that it started, also those that have outlived it."""

@@ -28,11 +28,6 @@ def ask(url: str, stream: bool) -> str:
         return type(error).__name__
 
 
-def num_running(url: str) -> float:
-    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running{"))
-
-
 @contextmanager
 def under_load(server: Server) -> Iterator[Answers]:
     """Requests in flight: streams first, then others."""
@@ -40,7 +35,7 @@ def under_load(server: Server) -> Iterator[Answers]:
         answers = [pool.submit(ask, server.url, number < NUM_STREAMS) for number in range(NUM_STREAMS + NUM_PLAIN)]
         try:
             deadline = time.monotonic() + 60
-            while num_running(server.url) < len(answers):
+            while server.metrics()["vllm:num_requests_running"] < len(answers):
                 assert time.monotonic() < deadline, [answer.result() for answer in answers if answer.done()]
                 time.sleep(0.2)
             yield answers

@@ -36,8 +36,8 @@ tests above, 0.3 by 200 and 1.6 by 1,000.
 
 
 @pytest.fixture(scope="module")
-def server(tiny_llama, tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("churn") / "server.log", str(tiny_llama), *OPTIONS.split()) as server:
+def server(llama, tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("churn") / "server.log", str(llama), *OPTIONS.split()) as server:
         yield server
 
 

@@ -11,11 +11,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine import Engine, keep
+from engine import keep, running
 from reference import Reference
 from vllm.model_executor.models.utils import extract_layer_index
 
-import vllm_l2kv
 from vllm_l2kv.plan import num_blocks_for
 from vllm_l2kv.worker.rows import cpu_rows
 
@@ -29,27 +28,16 @@ STEPS_BETWEEN_LOOKS = 4
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_llama):
+def engine(llama):
     """Of 70 blocks. A request holds up to 3 + 9 of them, and 30 may run at once."""
-    engine = Engine(
-        tiny_llama,
-        **vllm_l2kv.engine_args(full_layers=(0,)),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=512,
-        max_num_batched_tokens=128,
-        max_num_seqs=30,
-        num_gpu_blocks_override=70,
-        seed=0,
-    )
-    # Dropped, not shut down: that would take away the process groups of every other engine in this process.
-    engine.llm.llm_engine.engine_core._finalizer.detach()
-    return engine
+    small = {"max_model_len": 512, "max_num_batched_tokens": 128, "max_num_seqs": 30, "num_gpu_blocks_override": 70}
+    with running(llama, **small) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_llama):
-    return Reference(tiny_llama)
+def reference(llama):
+    return Reference(llama)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
+from vllm_l2kv.messages import CompactionOrder, GroupMove
 from vllm_l2kv.scorers import norms
 
 HEADS, HEAD_SIZE = 3, 8
@@ -23,7 +24,8 @@ def row(cache: torch.Tensor, table: list[int], head: int, slot: int) -> torch.Te
 
 def check_compaction(rows, source, destination, n, num_keep, num_tokens, first=0, last=0):
     before = LayerRows(rows.keys.clone(), rows.values.clone())
-    compact_layer(rows, torch.tensor(source), torch.tensor(destination), n, num_keep, num_tokens, first, last)
+    move = GroupMove(0, tuple(source), tuple(destination))
+    compact_layer(rows, CompactionOrder("r", n, num_keep, num_tokens, first, last, "l2", (move,)), move)
     for head in range(HEADS):
         norms = [row(before.keys, source, head, slot).float().norm().item() for slot in range(n)]
         protected = [slot < first or slot >= n - last for slot in range(n)]

@@ -73,19 +73,7 @@ def check(pool: Pool, orders: list[CompactionOrder], max_num_tokens: int = 512) 
     for i in range(pool.views.shape[0]):
         rows = pool.rows(expected[i], i * NUM_KV_HEADS)
         for o in orders:
-            (move,) = o.moves
-            source, destination = (torch.tensor(blocks, device=DEVICE) for blocks in (move.source, move.destination))
-            compact_layer(
-                rows,
-                source,
-                destination,
-                o.num_prompt_tokens,
-                o.num_keep,
-                o.num_tokens,
-                o.protect_first,
-                o.protect_last,
-                o.scorer,
-            )
+            compact_layer(rows, o, o.move_of(0))
     pool.compactor(max_num_tokens).compact(orders)
     assert torch.equal(pool.views, expected)
 

@@ -5,7 +5,6 @@ import zlib
 from collections import deque
 
 import pytest
-import torch
 
 
 class Harness:
@@ -24,23 +23,13 @@ class Harness:
         return self.submit(req_id, prompt, {**({} if ratio is None else {"kv_keep_ratio": ratio}), **extra}, max_tokens)
 
     def submit(self, req_id: str, prompt: list[int], extra_args: dict, max_tokens: int, stop_token: int = -1, **about):
+        from bare_scheduler import add_request
         from vllm import SamplingParams
-        from vllm.utils.hashing import sha256
-        from vllm.v1.core.kv_cache_utils import get_request_block_hasher
-        from vllm.v1.request import Request
 
-        request = Request(
-            request_id=req_id,
-            prompt_token_ids=prompt,
-            sampling_params=SamplingParams(
-                max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[stop_token], extra_args=extra_args
-            ),
-            pooling_params=None,
-            block_hasher=get_request_block_hasher(self.pool.hash_block_size, sha256),
-            **about,
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[stop_token], extra_args=extra_args
         )
-        self.scheduler.add_request(request)
-        return request
+        return add_request(self.scheduler, req_id, prompt, params, **about)
 
     def step(self):
         output = self.schedule()
@@ -111,63 +100,14 @@ class Harness:
 
 @pytest.fixture(scope="session")
 def make_harness(demo_model):
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.hashing import sha256
-    from vllm.v1.core.kv_cache_utils import (
-        generate_scheduler_kv_cache_config,
-        get_kv_cache_config_from_groups,
-        get_kv_cache_groups,
-        init_none_hash,
-        resolve_kv_cache_block_sizes,
-    )
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-    from vllm.v1.structured_output import StructuredOutputManager
+    from bare_scheduler import plan
 
-    import vllm_l2kv
-    from vllm_l2kv.kv_cache_spec import classify_layers
-    from vllm_l2kv.plugin import register
-    from vllm_l2kv.scheduler.scheduler import L2KVScheduler
-    from vllm_l2kv.settings import Settings
+    planned = functools.cache(functools.partial(plan, demo_model))
+    given = {"max_num_batched_tokens": 64, "max_num_seqs": 64, "max_model_len": 2048}
 
-    register()
-    init_none_hash(sha256)
-
-    @functools.cache
-    def configure(num_blocks: int, full_layers: tuple[int, ...], depth: int, num_layers: int, block_size: int, **given):
-        given = {"max_num_batched_tokens": 64, "max_num_seqs": 64, "max_model_len": 2048, **given}
-        engine_args = {**vllm_l2kv.engine_args(full_layers=full_layers), "block_size": block_size}
-        config = EngineArgs(model=str(demo_model), **{**engine_args, **given}).create_engine_config()
-        config.scheduler_config.async_scheduling = depth > 1
-        config.cache_config.kv_cache_layout = "BLHNC"
-        spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=8, dtype=torch.float32)
-        specs = {f"model.layers.{i}.self_attn": spec for i in range(num_layers)}
-        groups = get_kv_cache_groups(config, classify_layers(specs, Settings(full_layers)))
-        bytes_per_block = max(
-            sum(s.page_size_bytes for s in getattr(g.kv_cache_spec, "kv_cache_specs", {}).values())
-            or g.kv_cache_spec.page_size_bytes * len(g.layer_names)
-            for g in groups
-        )
-        worker_config = get_kv_cache_config_from_groups(config, groups, bytes_per_block * (num_blocks + 1))
-        kv_cache_config = generate_scheduler_kv_cache_config([worker_config])
-        config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
-        config.cache_config.block_size = block_size
-        return config, kv_cache_config, *resolve_kv_cache_block_sizes(kv_cache_config, config)
-
-    def make(
-        num_blocks: int, full_layers=(0,), depth: int = 1, num_layers: int = 5, block_size: int = 16, **arguments
-    ) -> Harness:
-        config, kv_cache_config, scheduler_block_size, hash_block_size = configure(
-            num_blocks, tuple(full_layers), depth, num_layers, block_size, **arguments
-        )
-        scheduler = L2KVScheduler(
-            vllm_config=config,
-            kv_cache_config=kv_cache_config,
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=scheduler_block_size,
-            hash_block_size=hash_block_size,
-            log_stats=False,
-        )
-        harness = Harness(scheduler, depth)
+    def make(num_blocks: int, full_layers=(0,), depth: int = 1, **arguments) -> Harness:
+        arguments = {**given, **arguments}
+        harness = Harness(planned(num_blocks, tuple(full_layers), is_async=depth > 1, **arguments).make(), depth)
         assert harness.pool.get_num_free_blocks() == num_blocks
         return harness
 

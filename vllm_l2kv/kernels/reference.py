@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_l2kv.messages import CompactionOrder, GroupMove
 from vllm_l2kv.scorers import Prompt, scorer_of
 
 
@@ -67,17 +68,7 @@ def select(scores: torch.Tensor, num_keep: int, protect_first: int = 0, protect_
     return ranked(scores, protect_first, protect_last)[:, :num_keep].sort(dim=-1).values
 
 
-def compact_layer(
-    rows: LayerRows,
-    source: torch.Tensor,
-    destination: torch.Tensor,
-    num_prompt_tokens: int,
-    num_keep: int,
-    num_tokens: int,
-    protect_first: int = 0,
-    protect_last: int = 0,
-    scorer: str = "l2",
-) -> None:
+def compact_layer(rows: LayerRows, order: CompactionOrder, move: GroupMove) -> None:
     """Gathers one layer's kept rows of one request into the destination blocks.
 
     Kept prompt rows come first, in the order of their positions; the rows of generated tokens
@@ -86,19 +77,15 @@ def compact_layer(
 
     Args:
         rows: The layer's cache.
-        source: `[num_source_blocks]` int64, the request's table.
-        destination: `[num_destination_blocks]` int64, blocks for `num_keep + num_tokens - num_prompt_tokens` rows.
-        num_prompt_tokens: Candidates for eviction.
-        num_keep: Prompt tokens that each head keeps.
-        num_tokens: Slots in use in the source blocks.
-        protect_first: Prompt tokens at the start that are always kept.
-        protect_last: Prompt tokens at the end that are always kept.
-        scorer: What decides which of the others are kept.
+        order: What is asked.
+        move: The blocks of the layer's group; `destination` holds `num_keep + num_tokens - num_prompt_tokens` rows.
     """
-    keys, values = read(rows.keys, source, num_tokens), read(rows.values, source, num_tokens)
-    scores = scorer_of(scorer)(rows.prompt(keys[:, :num_prompt_tokens], values[:, :num_prompt_tokens]))
-    kept = select(scores, num_keep, protect_first, protect_last)
-    generated = torch.arange(num_prompt_tokens, num_tokens, device=kept.device)
+    source, destination = (torch.tensor(blocks, device=rows.keys.device) for blocks in (move.source, move.destination))
+    n = order.num_prompt_tokens
+    keys, values = read(rows.keys, source, order.num_tokens), read(rows.values, source, order.num_tokens)
+    scores = scorer_of(order.scorer)(rows.prompt(keys[:, :n], values[:, :n]))
+    kept = select(scores, order.num_keep, order.protect_first, order.protect_last)
+    generated = torch.arange(n, order.num_tokens, device=kept.device)
     positions = torch.cat([kept, generated.expand(kept.shape[0], -1)], dim=1)
     _write(rows.keys, destination, _take(keys, positions))
     _write(rows.values, destination, _take(values, positions))

@@ -160,8 +160,8 @@ class GroupCompactor:
         What is selected by the lowest ranks is what the reference selects by the highest scores.
         """
         cache, n = self.cache, order.num_prompt_tokens
-        score, (move,) = scorer_of(order.scorer), [move for move in order.moves if move.group_id == self.group_id]
-        blocks = _to_device(np.array(move.source, dtype=np.int64), self._scratch.device)
+        score = scorer_of(order.scorer)
+        blocks = _to_device(np.array(order.move_of(self.group_id).source, dtype=np.int64), self._scratch.device)
         ranks = _to_device(np.arange(1, n + 1, dtype=np.int32), self._scratch.device)
         num_kv_heads = cache.layers[0].shape[1]
         at_once = max(1, TORCH_BYTES // torch_bytes_of_a_head(cache.head_size, n))
@@ -186,7 +186,7 @@ class GroupCompactor:
         next_block = len(orders) * NUM_ORDER_FIELDS
         first_score = 0
         for order in orders:
-            (move,) = (move for move in order.moves if move.group_id == self.group_id)
+            move = order.move_of(self.group_id)
             num_source, num_destination = len(move.source), len(move.destination)
             fields += [
                 order.num_prompt_tokens,

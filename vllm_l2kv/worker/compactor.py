@@ -24,14 +24,4 @@ class ReferenceCompactor:
         for order in orders:
             for move in order.moves:
                 for rows in self._rows[move.group_id]:
-                    compact_layer(
-                        rows,
-                        torch.tensor(move.source, device=rows.keys.device),
-                        torch.tensor(move.destination, device=rows.keys.device),
-                        order.num_prompt_tokens,
-                        order.num_keep,
-                        order.num_tokens,
-                        order.protect_first,
-                        order.protect_last,
-                        order.scorer,
-                    )
+                    compact_layer(rows, order, move)

@@ -1,0 +1,97 @@
+"""A real scheduler without an engine: vLLM's config and block pool, an attention layer's shape made up."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_kv_cache_config_from_groups,
+    get_kv_cache_groups,
+    get_request_block_hasher,
+    init_none_hash,
+    resolve_kv_cache_block_sizes,
+)
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+import vllm_l2kv
+from vllm_l2kv.kv_cache_spec import classify_layers
+from vllm_l2kv.plugin import register
+from vllm_l2kv.scheduler.scheduler import L2KVScheduler
+from vllm_l2kv.settings import Settings
+
+
+class Plan(NamedTuple):
+    """What schedulers are made of; making it takes a second, a scheduler of it nothing."""
+
+    is_ours: bool
+    config: VllmConfig
+    kv_cache_config: KVCacheConfig
+    block_size: int
+    hash_block_size: int
+
+    def make(self) -> AsyncScheduler:
+        return (L2KVScheduler if self.is_ours else AsyncScheduler)(
+            vllm_config=self.config,
+            kv_cache_config=self.kv_cache_config,
+            structured_output_manager=StructuredOutputManager(self.config),
+            block_size=self.block_size,
+            hash_block_size=self.hash_block_size,
+            log_stats=False,
+        )
+
+
+def plan(
+    model: Path | str,
+    num_blocks: int,
+    full_layers: tuple[int, ...] | None = (0,),
+    num_layers: int = 5,
+    block_size: int = 16,
+    is_async: bool = False,
+    **engine_args: Any,
+) -> Plan:
+    """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`."""
+    register()
+    init_none_hash(sha256)
+    is_ours = full_layers is not None
+    ours = vllm_l2kv.engine_args(full_layers=full_layers) if is_ours else {}
+    config = EngineArgs(model=str(model), **{**ours, "block_size": block_size, **engine_args}).create_engine_config()
+    config.scheduler_config.async_scheduling = is_async
+    config.cache_config.kv_cache_layout = "BLHNC" if is_ours else "LBNHC"
+    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    specs = {f"model.layers.{i}.self_attn": spec for i in range(num_layers)}
+    groups = get_kv_cache_groups(config, classify_layers(specs, Settings(full_layers)) if is_ours else specs)
+    bytes_per_block = max(
+        sum(s.page_size_bytes for s in getattr(g.kv_cache_spec, "kv_cache_specs", {}).values())
+        or g.kv_cache_spec.page_size_bytes * len(g.layer_names)
+        for g in groups
+    )
+    worker_config = get_kv_cache_config_from_groups(config, groups, bytes_per_block * (num_blocks + 1))
+    kv_cache_config = generate_scheduler_kv_cache_config([worker_config])
+    config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
+    config.cache_config.block_size = block_size
+    return Plan(is_ours, config, kv_cache_config, *resolve_kv_cache_block_sizes(kv_cache_config, config))
+
+
+def add_request(
+    scheduler: AsyncScheduler, req_id: str, prompt: Sequence[int], params: SamplingParams, **about: Any
+) -> Request:
+    """Adds a request as the engine core does, its blocks hashed."""
+    request = Request(
+        request_id=req_id,
+        prompt_token_ids=list(prompt),
+        sampling_params=params,
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(scheduler.kv_cache_manager.block_pool.hash_block_size, sha256),
+        **about,
+    )
+    scheduler.add_request(request)
+    return request
