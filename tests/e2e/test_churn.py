@@ -24,7 +24,7 @@ CALM = Mix(concurrency=3, prompt_lengths=(1, 150), seed=1)
 PHASES = {
     "all lengths": Mix(seed=2),
     # vLLM lets in whoever's prompt has room. So many short prompts and long answers make it preempt all the time.
-    "long answers": Mix(prompt_lengths=(1, 60), answer_lengths=(40, 160), seed=3),
+    "long answers": Mix(prompt_lengths=(1, 60), answer_lengths=(80, 200), seed=3),
     "clients that leave": Mix(cut_off=0.5, seed=4),
     "priorities": Mix(prompt_lengths=(100, 600), priorities=range(-2, 3), cut_off=0.1, seed=5),
 }
