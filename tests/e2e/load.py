@@ -1,4 +1,4 @@
-"""Clients whose answers would take minutes, and how a server must end while it answers them."""
+"""Clients who always wait for an answer, and how a server must end while it answers them."""
 
 import socket
 import time
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import httpx
 import psutil
-from http_server import Server
+from http_server import START_SECONDS, Server
 
 NUM_STREAMS = 4
 NUM_PLAIN = 2
@@ -19,11 +19,14 @@ Answers = list[Future[str]]
 
 
 def ask(url: str, stream: bool) -> str:
-    """What a client meets whose answer would take minutes: a status and the end of a text, or an error of httpx."""
+    """Asks again and again until an answer fails; returns a status and the end of a text, or an error of httpx."""
     body = {"prompt": "The sea was", "max_tokens": 4000, "ignore_eos": True, "stream": stream, "kv_keep_ratio": 0.5}
     try:
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
-            return f"{response.status_code} {response.read().decode()[-600:]}"
+        while True:
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=600) as response:
+                text = response.read().decode()
+            if '"finish_reason":"length"' not in text:
+                return f"{response.status_code} {text[-600:]}"
     except httpx.TransportError as error:
         return type(error).__name__
 
@@ -34,9 +37,11 @@ def under_load(server: Server) -> Iterator[Answers]:
     with ThreadPoolExecutor(NUM_STREAMS + NUM_PLAIN) as pool:
         answers = [pool.submit(ask, server.url, number < NUM_STREAMS) for number in range(NUM_STREAMS + NUM_PLAIN)]
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + START_SECONDS
             while server.metrics()["vllm:num_requests_running"] < len(answers):
-                assert time.monotonic() < deadline, [answer.result() for answer in answers if answer.done()]
+                failed = [answer.result() for answer in answers if answer.done()]
+                assert not failed, failed
+                assert time.monotonic() < deadline, server.log.read_text()[-4000:]
                 time.sleep(0.2)
             yield answers
         finally:
