@@ -20,6 +20,7 @@ def compression(
     protect_first: int | None = None,
     protect_last: int | None = None,
     scorer: str | None = None,
+    granularity: str | None = None,
 ) -> dict[str, FieldValue]:
     """What one offline request asks: `SamplingParams(extra_args=compression(keep_ratio=0.5))`.
 
@@ -28,6 +29,7 @@ def compression(
         protect_first: Prompt tokens at the start that are always kept.
         protect_last: Prompt tokens at the end that are always kept.
         scorer: What decides which of the others are kept, one of `vllm_l2kv.params.SCORERS`.
+        granularity: What is kept or evicted as one, one of `vllm_l2kv.params.GRANULARITIES`.
 
     Returns:
         The given fields under their names on the wire; what is `None` is left to the engine's defaults.
@@ -40,6 +42,7 @@ def compression(
         "kv_protect_first": protect_first,
         "kv_protect_last": protect_last,
         "kv_scorer": scorer,
+        "kv_granularity": granularity,
     }
     fields = {name: value for name, value in given.items() if value is not None}
     CompressionParams().override(fields)
@@ -52,6 +55,7 @@ def engine_args(
     protect_first: int = 0,
     protect_last: int = 0,
     scorer: str = "l2",
+    granularity: str = "token",
     additional_config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Arguments that make vLLM compress: `LLM(model, **engine_args(full_layers=(0, 1)))`.
@@ -62,6 +66,7 @@ def engine_args(
         protect_first: Default number of protected tokens at the start of a prompt.
         protect_last: Default number of protected tokens at the end of a prompt.
         scorer: Default scorer, one of `vllm_l2kv.params.SCORERS`.
+        granularity: Default granularity, one of `vllm_l2kv.params.GRANULARITIES`.
         additional_config: Other entries for vLLM's option of this name.
 
     Returns:
@@ -74,7 +79,7 @@ def engine_args(
     # vLLM finds the device when it is imported, so wait until somebody needs to know it.
     from vllm_l2kv.plugin import device_engine_args
 
-    defaults = CompressionParams(default_keep_ratio, protect_first, protect_last, scorer)
+    defaults = CompressionParams(default_keep_ratio, protect_first, protect_last, scorer, granularity)
     settings = Settings(tuple(full_layers), defaults)
     return {
         **device_engine_args(),

@@ -34,6 +34,7 @@ class CompactionOrder:
         protect_first: Prompt tokens at the start that are always kept.
         protect_last: Prompt tokens at the end that are always kept.
         scorer: What decides which of the others are kept.
+        granularity: What is kept or evicted as one.
         moves: One entry for each compressed group.
     """
 
@@ -44,6 +45,7 @@ class CompactionOrder:
     protect_first: int
     protect_last: int
     scorer: str
+    granularity: str
     moves: tuple[GroupMove, ...]
 
     def move_of(self, group_id: int) -> GroupMove:

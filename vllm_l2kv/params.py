@@ -19,6 +19,10 @@ VLLM_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 """vLLM's own request fields and `extra_args` keys that happen to start with our prefix."""
 SCORERS = ("l2", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", "random", "l2_high", "first_last")
 """What may decide which tokens stay: the modules of `vllm_l2kv.scorers`; the last three are controls."""
+GRANULARITIES = ("token", "block")
+"""What is kept or evicted as one, see `vllm_l2kv.granularity`."""
+TOKENS_PER_BLOCK = 16
+"""Of the granularity `block`: the page of PagedEviction, arXiv 2509.04377, whatever the size of the cache's blocks."""
 MAX_TOKENS = 2**31 - 1
 """Largest count a request may name; vLLM keeps lengths in 32-bit integers."""
 
@@ -75,6 +79,14 @@ FIELDS: tuple[Field, ...] = (
         f"one of {', '.join(SCORERS)}",
         "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
     ),
+    Field(
+        "kv_granularity",
+        "granularity",
+        "string",
+        f"one of {', '.join(GRANULARITIES)}",
+        f"What is kept or evicted as one: a token of a head, or {TOKENS_PER_BLOCK} tokens in a row of all heads of a "
+        "layer.",
+    ),
 )
 FIELD_NAMES = tuple(field.name for field in FIELDS)
 
@@ -88,6 +100,7 @@ class CompressionParams:
         protect_first: Prompt tokens at the start that are always kept.
         protect_last: Prompt tokens at the end that are always kept.
         scorer: What decides which of the others are kept, one of `SCORERS`.
+        granularity: What is kept or evicted as one, one of `GRANULARITIES`.
 
     Raises:
         ParamError: A value is of the wrong type or out of bounds.
@@ -97,12 +110,14 @@ class CompressionParams:
     protect_first: int = 0
     protect_last: int = 0
     scorer: str = "l2"
+    granularity: str = "token"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_ratio", check_keep_ratio("kv_keep_ratio", self.keep_ratio))
         check_count("kv_protect_first", self.protect_first)
         check_count("kv_protect_last", self.protect_last)
-        check_scorer("kv_scorer", self.scorer)
+        check_choice("kv_scorer", self.scorer, SCORERS)
+        check_choice("kv_granularity", self.granularity, GRANULARITIES)
 
     def override(self, values: Mapping[str, Any]) -> "CompressionParams":
         """These params with the `kv_` fields of a request laid over them.
@@ -172,14 +187,14 @@ def check_count(param: str, value: Any) -> int:
     return value
 
 
-def check_scorer(param: str, value: Any) -> str:
-    """Returns the scorer's name.
+def check_choice(param: str, value: Any, choices: Collection[str]) -> str:
+    """Returns the name.
 
     Raises:
-        ParamError: Not one of `SCORERS`.
+        ParamError: Not one of `choices`.
     """
-    if not isinstance(value, str) or value not in SCORERS:
-        raise ParamError(param, f"{param} must be one of {', '.join(SCORERS)}, got {_show(value)}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ParamError(param, f"{param} must be one of {', '.join(choices)}, got {_show(value)}.")
     return value
 
 

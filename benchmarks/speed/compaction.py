@@ -67,7 +67,7 @@ def make_orders(num_prompts: int, n: int, num_keep: int, num_blocks: int) -> lis
         begin = i * (num_source + num_destination) % (num_blocks - num_source - num_destination)
         table = blocks[begin : begin + num_source + num_destination]
         move = GroupMove(0, tuple(table[:num_source]), tuple(table[num_source:]))
-        orders.append(CompactionOrder(str(i), n, num_keep, n, 0, 0, "l2", (move,)))
+        orders.append(CompactionOrder(str(i), n, num_keep, n, 0, 0, "l2", "token", (move,)))
     return orders
 
 

@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm_l2kv.params import (
     FIELD_NAMES,
     FIELDS,
+    GRANULARITIES,
     MAX_TOKENS,
     SCORERS,
     CompressionParams,
@@ -64,6 +65,9 @@ class CompressionFields(OpenAIBaseModel):
     kv_protect_last: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description=DESCRIPTIONS["kv_protect_last"])
     kv_scorer: str | None = Field(
         default=None, description=DESCRIPTIONS["kv_scorer"], json_schema_extra={"enum": [*SCORERS, None]}
+    )
+    kv_granularity: str | None = Field(
+        default=None, description=DESCRIPTIONS["kv_granularity"], json_schema_extra={"enum": [*GRANULARITIES, None]}
     )
 
     @model_validator(mode="before")

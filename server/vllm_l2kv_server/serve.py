@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_l2kv import engine_args
-from vllm_l2kv.params import SCORERS, ParamError, check_count, check_keep_ratio
+from vllm_l2kv.params import GRANULARITIES, SCORERS, TOKENS_PER_BLOCK, ParamError, check_count, check_keep_ratio
 from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 
@@ -134,6 +134,13 @@ def own_options() -> argparse.ArgumentParser:
         default="l2",
         help="what decides which of the other tokens are kept, unless a request says otherwise (default: l2)",
     )
+    group.add_argument(
+        "--kv-granularity",
+        choices=GRANULARITIES,
+        default="token",
+        help="what is kept or evicted as one, unless a request says otherwise: a token of a head, or "
+        f"{TOKENS_PER_BLOCK} tokens in a row of all heads of a layer (default: token)",
+    )
     group = parser.add_argument_group("Requests")
     group.add_argument(
         MAX_BODY_OPTION,
@@ -188,6 +195,7 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
             protect_first=args.kv_protect_first,
             protect_last=args.kv_protect_last,
             scorer=args.kv_scorer,
+            granularity=args.kv_granularity,
             additional_config=args.additional_config,
         )
     except ValueError as error:

@@ -12,6 +12,7 @@ BAD_FIELDS = [("kv_keep_ratio", value) for value in BAD_RATIOS] + [
     (name, value) for name in ("kv_protect_first", "kv_protect_last") for value in BAD_COUNTS
 ]
 BAD_FIELDS += [("kv_scorer", value) for value in ("", "L2", "knorm", 1, True, ["l2"], {})]
+BAD_FIELDS += [("kv_granularity", value) for value in ("", "Token", "page", 16, True, ["block"], {})]
 
 WRONG_EVERYWHERE: list[tuple[str, Any]] = [
     ("model", 5),

@@ -66,15 +66,14 @@ class TestUsage:
         assert numbers == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.1, protect_first=40, protect_last=80)
         assert numbers["kept_tokens"] == 120
 
-    def test_another_scorer(self, client):
-        low, high = (
-            client.completions.create(
-                **GREEDY, prompt=TEXT, extra_body={"kv_keep_ratio": 0.3, "kv_protect_last": 32, "kv_scorer": scorer}
-            )
-            for scorer in ("l2", "l2_high")
+    @pytest.mark.parametrize("other", [{"kv_scorer": "l2_high"}, {"kv_granularity": "block"}])
+    def test_another_choice_of_tokens(self, client, other):
+        fields = {"kv_keep_ratio": 0.3, "kv_protect_last": 32}
+        ours, theirs = (
+            client.completions.create(**GREEDY, prompt=TEXT, extra_body=body) for body in (fields, fields | other)
         )
-        assert kv_cache(low.usage) == kv_cache(high.usage)
-        assert low.choices[0].text != high.choices[0].text
+        assert kv_cache(ours.usage) == kv_cache(theirs.usage)
+        assert ours.choices[0].text != theirs.choices[0].text
 
     def test_compression_changes_no_token_count(self, client):
         plain, half = (

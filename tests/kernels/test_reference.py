@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_l2kv.granularity import at_granularity
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
 from vllm_l2kv.messages import CompactionOrder, GroupMove
 from vllm_l2kv.scorers import norms
@@ -22,14 +23,26 @@ def row(cache: torch.Tensor, table: list[int], head: int, slot: int) -> torch.Te
     return cache[table[slot // block_size], head, slot % block_size]
 
 
-def check_compaction(rows, source, destination, n, num_keep, num_tokens, first=0, last=0):
+def means_of_blocks(rows: list[list[float]]) -> list[float]:
+    """For each position the mean over its 16 positions, or as many as there are, of all heads."""
+    means = []
+    for position in range(len(rows[0])):
+        begin = position - position % 16
+        block = [x for row in rows for x in row[begin : begin + 16]]
+        means.append(sum(block) / len(block))
+    return means
+
+
+def check_compaction(rows, source, destination, n, num_keep, num_tokens, first=0, last=0, granularity="token"):
     before = LayerRows(rows.keys.clone(), rows.values.clone())
     move = GroupMove(0, tuple(source), tuple(destination))
-    compact_layer(rows, CompactionOrder("r", n, num_keep, num_tokens, first, last, "l2", (move,)), move)
+    compact_layer(rows, CompactionOrder("r", n, num_keep, num_tokens, first, last, "l2", granularity, (move,)), move)
+    norms = [[row(before.keys, source, head, slot).float().norm().item() for slot in range(n)] for head in range(HEADS)]
+    protected = [slot < first or slot >= n - last for slot in range(n)]
+    if granularity == "block":
+        norms = [means_of_blocks(norms)] * HEADS
     for head in range(HEADS):
-        norms = [row(before.keys, source, head, slot).float().norm().item() for slot in range(n)]
-        protected = [slot < first or slot >= n - last for slot in range(n)]
-        kept = sorted(sorted(range(n), key=lambda slot: (not protected[slot], norms[slot], slot))[:num_keep])
+        kept = sorted(sorted(range(n), key=lambda slot: (not protected[slot], norms[head][slot], slot))[:num_keep])
         expected = kept + list(range(n, num_tokens))
         for slot, position in enumerate(expected):
             for new, old in zip(rows[:2], before[:2], strict=True):
@@ -58,6 +71,17 @@ def test_protected_rows_stay(first, last):
     check_compaction(random_rows(12, 16), [3, 1, 4, 11, 5], [2, 6], 70, 20, 75, first, last)
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 63, 200])
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (5, 0), (0, 7), (5, 7)])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1])
+def test_blocks_of_tokens(n, first, last, ratio):
+    """In a cache whose blocks are not those: 24 tokens long, and shuffled."""
+    num_keep = min(n, max(int(ratio * n), first + last, 1))
+    table = torch.randperm(20, generator=torch.Generator().manual_seed(n)).tolist()
+    rows = random_rows(20, 24)
+    check_compaction(rows, table[:9], table[9:19], n, num_keep, n + 3, first, last, granularity="block")
+
+
 def test_in_place():
     check_compaction(random_rows(8, 16), [3, 1, 4, 6, 5], [1, 4], 70, 20, 75)
 
@@ -79,6 +103,40 @@ def test_ties_go_to_the_lower_position():
 def test_heads_choose_for_themselves():
     scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 3.0, 2.0]])
     assert select(scores, 2).tolist() == [[0, 2], [1, 2]]
+
+
+def test_blocks_are_chosen_by_the_mean_over_tokens_and_heads():
+    """Blocks of 16, 16 and 3 tokens. Either head alone, sums and extremes would choose otherwise."""
+    scores = torch.zeros(2, 35)
+    scores[0, :16], scores[0, 16:32], scores[0, 32:] = 3, 2, 9
+    scores[1, :16], scores[1, 16:32], scores[1, 32:] = 0, 2, -4
+    scores[1, 3] = 7
+    shared = at_granularity(scores, "block")
+    assert [shared[:, i].tolist() for i in (0, 16, 34)] == [[1.71875] * 2, [2] * 2, [2.5] * 2]
+    assert select(shared, 8).tolist() == [[*range(16, 21), 32, 33, 34]] * 2
+    assert select(shared, 20).tolist() == [[0, *range(16, 35)]] * 2
+    assert select(shared, 9, protect_first=2, protect_last=1).tolist() == [[0, 1, *range(16, 20), 32, 33, 34]] * 2
+
+
+def test_equal_blocks_are_kept_in_the_order_of_their_positions():
+    scores = torch.ones(2, 40)
+    scores[:, 16:32:2] = 0
+    scores[:, 17:32:2] = 2
+    assert select(at_granularity(scores, "block"), 20).tolist() == [list(range(20))] * 2
+
+
+@pytest.mark.parametrize("broken", [float("nan"), -float("inf")])
+def test_one_broken_score_makes_its_block_the_last(broken):
+    scores = torch.zeros(2, 48)
+    scores[:, :16] = 5
+    scores[1, 2] = broken
+    assert select(at_granularity(scores, "block"), 33).tolist() == [[0, *range(16, 48)]] * 2
+
+
+def test_huge_scores_do_not_overflow():
+    scores = torch.full((2, 48), 3e38)
+    scores[:, 16:32] = torch.finfo(torch.float32).max
+    assert select(at_granularity(scores, "block"), 16).tolist() == [list(range(16, 32))] * 2
 
 
 def test_protection_beats_any_score_and_counts_in():

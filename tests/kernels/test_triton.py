@@ -8,7 +8,7 @@ import torch
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
 from vllm_l2kv.messages import CompactionOrder, GroupMove
-from vllm_l2kv.params import SCORERS
+from vllm_l2kv.params import GRANULARITIES, SCORERS
 from vllm_l2kv.scorers import norms
 
 ON_GPU = torch.cuda.is_available()
@@ -54,11 +54,10 @@ class Pool:
         return GroupCompactor(GroupCache.of(list(self.views), self.head_size, self.key_dtype), 0, max_num_tokens)
 
 
-def order(source, destination, n, num_keep, num_tokens=None, first=0, last=0, scorer="l2") -> CompactionOrder:
+def order(source, destination, n, num_keep, num_tokens=None, first=0, last=0, scorer="l2", granularity="token"):
+    move = GroupMove(0, tuple(source), tuple(destination))
     num_tokens = n if num_tokens is None else num_tokens
-    return CompactionOrder(
-        "r", n, num_keep, num_tokens, first, last, scorer, (GroupMove(0, tuple(source), tuple(destination)),)
-    )
+    return CompactionOrder("r", n, num_keep, num_tokens, first, last, scorer, granularity, (move,))
 
 
 def tables(num_blocks: int, *counts: int) -> list[list[int]]:
@@ -167,21 +166,34 @@ def test_norms_of_random_keys_select_as_the_reference():
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("n", [1, 5, 300] + ([2500] if ON_GPU else []))
-def test_other_scorers(scorer, n):
+def test_what_torch_scores(scorer, granularity, n):
     """Random keys and values, so that every scorer has an opinion; the same torch code scores for both sides."""
     num_source, num_destination = -(-n // 16), -(-(n // 2 + 4) // 16)
     a, b, c, d = tables(num_source + num_destination + 12, num_source, num_destination, 6, 3)
     pool = Pool(num_source + num_destination + 12, 16, dtype=torch.float32)
     pool.views.copy_(torch.randn(pool.views.shape, generator=torch.Generator().manual_seed(0)))
-    orders = [order(c, d, 90, 40, 93), order(a, b, n, n // 2 + 1, n, min(n // 4, 2), min(n // 4, 3), scorer)]
+    protected = min(n // 4, 2), min(n // 4, 3)
+    orders = [order(c, d, 90, 40, 93), order(a, b, n, n // 2 + 1, n, *protected, scorer, granularity)]
     check(pool, orders, max_num_tokens=n + 90)
 
 
-def test_torch_scores_heads_one_by_one_if_memory_is_short(monkeypatch):
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_torch_scores_heads_one_by_one_if_memory_is_short(monkeypatch, granularity):
     monkeypatch.setattr(kernels, "TORCH_BYTES", 1)
-    source, destination = tables(12, 6, 3)
-    check(Pool(12, 16), [order(source, destination, 90, 40, 93, scorer="random")])
+    a, b, c, d = tables(30, 6, 3, 4, 1)
+    orders = [order(c, d, 50, 10), order(a, b, 90, 40, 93, scorer="random", granularity=granularity)]
+    check(Pool(30, 16), orders)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("num_keep", [1, 40, 89])
+def test_blocks_of_tokens(dtype, num_keep):
+    """In a cache whose blocks are longer, beside an order of the kernels' own."""
+    a, b, c, d = tables(16, 3, -(-(num_keep + 3) // 32), 2, 1)
+    orders = [order(a, b, 90, num_keep, 93, granularity="block"), order(c, d, 50, 10)]
+    check(Pool(16, 32, dtype=dtype), orders)
 
 
 def test_layers_must_be_alike():

@@ -260,6 +260,14 @@ def test_info(app):
                 "bounds": f"one of {', '.join(SCORERS)}",
                 "description": "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
             },
+            {
+                "name": "kv_granularity",
+                "type": "string",
+                "default": "token",
+                "bounds": "one of token, block",
+                "description": "What is kept or evicted as one: a token of a head, or 16 tokens in a row of all "
+                "heads of a layer.",
+            },
         ],
         "full_layers": [0, 1],
         "kv_cache_groups": GROUPS,

@@ -7,6 +7,8 @@ import httpx
 import pytest
 from vllm_l2kv_server.middleware import ForeignBodiesMiddleware
 
+from vllm_l2kv.params import FIELD_NAMES
+
 JSON = {"content-type": "application/json"}
 
 
@@ -39,7 +41,7 @@ async def chunks_of(*parts: bytes):
         yield part
 
 
-@pytest.mark.parametrize("name", ["kv_keep_ratio", "kv_protect_first", "kv_protect_last", "kv_scorer"])
+@pytest.mark.parametrize("name", FIELD_NAMES)
 def test_refused_elsewhere(name):
     response = post("/v1/responses", json.dumps({"input": "hi", name: 1}))
     assert response.status_code == 400

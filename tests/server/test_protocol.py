@@ -24,6 +24,7 @@ BAD_COUNTS = [-1, 0.5, 1.0, math.nan, math.inf, 2**31, 10**400, "1", True, [], [
 BAD_VALUES = [("kv_keep_ratio", value) for value in BAD_RATIOS] + [
     (name, value) for name in ("kv_protect_first", "kv_protect_last") for value in BAD_COUNTS
 ]
+BAD_VALUES += [(name, value) for name in ("kv_scorer", "kv_granularity") for value in ("", "L2", 1, True, ["l2"], {})]
 
 
 def refused(model, body) -> VLLMValidationError:
@@ -36,6 +37,7 @@ def refused(model, body) -> VLLMValidationError:
 class TestBothBodies:
     def test_fields_reach_the_engine(self, model, body):
         given = {"kv_keep_ratio": 0.25, "kv_protect_first": 4, "kv_protect_last": 32}
+        given |= {"kv_scorer": "keydiff", "kv_granularity": "block"}
         params = model.model_validate({**body, **given}).to_sampling_params(8, {})
         assert params.extra_args == given
         assert params.max_tokens == 8
@@ -123,6 +125,7 @@ class TestBothBodies:
         properties = model.model_json_schema()["properties"]
         assert properties["kv_keep_ratio"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
         assert properties["kv_protect_last"]["anyOf"][0]["type"] == "integer"
+        assert properties["kv_granularity"]["enum"] == ["token", "block", None]
         assert "always kept" in properties["kv_protect_first"]["description"]
 
 

@@ -30,13 +30,14 @@ def test_defaults(parser):
 
 def test_own_options(parser):
     words = ["--kv-full-layers=3,1", "--kv-default-keep-ratio=0.5", "--kv-protect-first", "4", "--kv-protect-last", "8"]
-    words += ["--kv-scorer", "keydiff"]
+    words += ["--kv-scorer", "keydiff", "--kv-granularity", "block"]
     assert parse(parser, words).additional_config["l2kv"] == {
         "full_layers": [1, 3],
         "kv_keep_ratio": 0.5,
         "kv_protect_first": 4,
         "kv_protect_last": 8,
         "kv_scorer": "keydiff",
+        "kv_granularity": "block",
     }
 
 
@@ -110,6 +111,7 @@ def test_model_option(parser):
         (["--scheduler-cls", "a.B"], "--scheduler-cls: set by vllm-l2kv itself"),
         (["--worker-cls", "a.B"], "--worker-cls: set by vllm-l2kv itself"),
         (["--additional-config", '{"l2kv": {}}'], "--additional-config: set 'l2kv' by the --kv- options"),
+        (["--kv-granularity", "page"], "--kv-granularity: invalid choice: 'page' (choose from "),
         (["--grpc"], "--grpc"),
         (["--no-such-option"], "--no-such-option"),
         (["--config", "none.yaml"], "--config: cannot read none.yaml"),

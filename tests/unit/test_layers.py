@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STDLIB_ONLY = ["params", "policy", "plan", "messages", "settings"]
-WITH_TORCH = ["scorers", "kernels"]
+WITH_TORCH = ["scorers", "granularity", "kernels"]
 WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "metrics"]
 
 

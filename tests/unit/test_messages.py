@@ -5,7 +5,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_l2kv.messages import CompactionOrder, GroupMove, attach_orders, orders_of
 
-ORDER = CompactionOrder("r", 100, 40, 103, 4, 8, "l2", (GroupMove(1, (5, 6, 7, 8), (9, 10)),))
+ORDER = CompactionOrder("r", 100, 40, 103, 4, 8, "l2", "token", (GroupMove(1, (5, 6, 7, 8), (9, 10)),))
 
 
 def test_orders_survive_the_ways_an_executor_passes_a_step_on():

@@ -44,6 +44,14 @@ def test_bad_scorer_is_refused_by_name_and_with_the_good_ones(value):
     assert len(str(error.value)) < 250
 
 
+@pytest.mark.parametrize("value", ["", "Block", "block ", "head", 16, True, [], ["block"], {}, "x" * 1000])
+def test_bad_granularity_is_refused_by_name_and_with_the_good_ones(value):
+    with pytest.raises(ParamError, match="kv_granularity must be one of token, block, got ") as error:
+        CompressionParams().override({"kv_granularity": value})
+    assert error.value.param == "kv_granularity"
+    assert len(str(error.value)) < 250
+
+
 def test_every_scorer_has_a_module():
     files = {path.stem for path in (Path(vllm_l2kv.__file__).parent / "scorers").glob("*.py")}
     assert files == {"__init__", *SCORERS}
@@ -97,6 +105,7 @@ def test_params_cannot_be_changed():
 def test_compression_names_only_what_is_given():
     assert vllm_l2kv.compression() == {}
     assert vllm_l2kv.compression(0.5, protect_last=0) == {"kv_keep_ratio": 0.5, "kv_protect_last": 0}
+    assert vllm_l2kv.compression(granularity="block") == {"kv_granularity": "block"}
 
 
 def test_compression_refuses_bad_values():
@@ -104,3 +113,5 @@ def test_compression_refuses_bad_values():
         vllm_l2kv.compression(keep_ratio=1.5)
     with pytest.raises(ValueError, match="kv_protect_last"):
         vllm_l2kv.compression(protect_last=-1)
+    with pytest.raises(ValueError, match="kv_granularity"):
+        vllm_l2kv.compression(granularity="page")

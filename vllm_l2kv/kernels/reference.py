@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_l2kv.granularity import at_granularity
 from vllm_l2kv.messages import CompactionOrder, GroupMove
 from vllm_l2kv.scorers import Prompt, scorer_of
 
@@ -84,6 +85,7 @@ def compact_layer(rows: LayerRows, order: CompactionOrder, move: GroupMove) -> N
     n = order.num_prompt_tokens
     keys, values = read(rows.keys, source, order.num_tokens), read(rows.values, source, order.num_tokens)
     scores = scorer_of(order.scorer)(rows.prompt(keys[:, :n], values[:, :n]))
+    scores = at_granularity(scores, order.granularity)
     kept = select(scores, order.num_keep, order.protect_first, order.protect_last)
     generated = torch.arange(n, order.num_tokens, device=kept.device)
     positions = torch.cat([kept, generated.expand(kept.shape[0], -1)], dim=1)

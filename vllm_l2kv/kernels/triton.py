@@ -1,6 +1,7 @@
 """Compaction on a GPU: three launches for all layers, heads and requests of a KV-cache group in one step.
 
-    score    norms of the prompt's keys, straight from the paged cache; other scorers than `l2` are left to torch
+    score    norms of the prompt's keys, straight from the paged cache; other scorers than `l2`, and other granularities
+             than `token`, are left to torch
     select   each head's kept positions, ascending
     move     kept rows, then rows of generated tokens, into the destination blocks
 
@@ -17,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_l2kv.granularity import at_granularity
 from vllm_l2kv.kernels.reference import LayerRows, ranked, read
 from vllm_l2kv.messages import CompactionOrder, GroupMove
 from vllm_l2kv.scorers import scorer_of
@@ -123,9 +125,8 @@ class GroupCompactor:
         capacity = self._scratch.numel() // self.cache.num_rows_per_token
         for num_tokens in {min(tile, capacity) for tile in SELECT_TILES}:
             source = (0,) * triton.cdiv(num_tokens, block_size)
-            self._launch(
-                [CompactionOrder("", num_tokens, 1, num_tokens, 0, 0, "l2", (GroupMove(self.group_id, source, (0,)),))]
-            )
+            move = GroupMove(self.group_id, source, (0,))
+            self._launch([CompactionOrder("", num_tokens, 1, num_tokens, 0, 0, "l2", "token", (move,))])
 
     def _launch(self, orders: Sequence[CompactionOrder]) -> None:
         cache = self.cache
@@ -142,7 +143,7 @@ class GroupCompactor:
         )  # fmt: skip
         firsts = accumulate((order.num_prompt_tokens for order in orders), initial=0)
         for order, first in zip(orders, firsts, strict=False):
-            if order.scorer != "l2":
+            if (order.scorer, order.granularity) != ("l2", "token"):
                 self._rank(order, first * num_selections)
         _select_kernel[(len(orders), num_selections)](
             table, self._scratch, ORDER_FIELDS=NUM_ORDER_FIELDS,
@@ -165,15 +166,20 @@ class GroupCompactor:
         ranks = _to_device(np.arange(1, n + 1, dtype=np.int32), self._scratch.device)
         num_kv_heads = cache.layers[0].shape[1]
         at_once = max(1, TORCH_BYTES // torch_bytes_of_a_head(cache.head_size, n))
-        for i_layer, layer in enumerate(cache.layers):
+        places = self._scratch[first:][: cache.num_rows_per_token * n].view(-1, num_kv_heads, n)
+        for i_layer, (layer, place) in enumerate(zip(cache.layers, places, strict=True)):
+            # A score is as long as a rank: scores wait in the ranks' place until all heads of the layer have theirs.
+            # Their means take less memory than a scorer does for one head, and are made after it gave that back.
+            scores = place.view(torch.float32)
             for head in range(0, num_kv_heads, at_once):
                 heads, first_row = layer[:, head : head + at_once], i_layer * num_kv_heads + head
                 keys, values = heads[..., : cache.head_size], heads[..., cache.head_size :]
                 rows = LayerRows(keys, values, cache.key_dtype, first_row)
-                scores = score(rows.prompt(read(keys, blocks, n), read(values, blocks, n)))
-                kept = ranked(scores, order.protect_first, order.protect_last)
-                place = self._scratch[first + first_row * n :][: kept.numel()].view_as(kept)
-                place.scatter_(1, kept, ranks.expand(kept.shape))
+                scores[head : head + at_once] = score(rows.prompt(read(keys, blocks, n), read(values, blocks, n)))
+            scores = at_granularity(scores, order.granularity)
+            for scores_of_heads, place_of_heads in zip(scores.split(at_once), place.split(at_once), strict=True):
+                kept = ranked(scores_of_heads, order.protect_first, order.protect_last)
+                place_of_heads.scatter_(1, kept, ranks.expand(kept.shape))
 
     def _table(self, orders: Sequence[CompactionOrder]) -> torch.Tensor:
         """Everything the kernels must know of the orders, in one transfer.

@@ -157,6 +157,7 @@ class L2KVScheduler(AsyncScheduler):
             protect_first=params.protect_first,
             protect_last=params.protect_last,
             scorer=params.scorer,
+            granularity=params.granularity,
             moves=tuple(moves),
         )
 
