@@ -55,10 +55,11 @@ def applies(requirement: Requirement) -> bool:
 
 
 def asked_for() -> list[str]:
-    """What pyproject.toml asks of a CPU set-up, to build and to develop."""
+    """What pyproject.toml asks of a CPU set-up, to build, to develop and to evaluate."""
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project, extras = pyproject["project"], pyproject["project"]["optional-dependencies"]
-    return [*project["dependencies"], *extras["cpu"], *extras["dev"], *pyproject["build-system"]["requires"]]
+    set_up = (requirement for extra in ("cpu", "dev", "eval") for requirement in extras[extra])
+    return [*project["dependencies"], *set_up, *pyproject["build-system"]["requires"]]
 
 
 def asked_for_by(distribution: dict[str, Any]) -> list[str]:
