@@ -20,6 +20,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         serve(words[1:])
         return
+    if words[:1] in (["eval"], ["diagnose"]):
+        from vllm_l2kv.evaluation import cli
+
+        (cli.evaluate if words[0] == "eval" else cli.diagnose)(words[1:])
+        return
     command = _parser().parse_args(words).command
     if command == "demo-model":
         _show_demo_model()
@@ -32,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="start the OpenAI-compatible server; see vllm-l2kv serve --help")
+    commands.add_parser("eval", help="measure what a keep ratio costs; see vllm-l2kv eval --help")
+    commands.add_parser("diagnose", help="measure a model's norms and recommend settings; see vllm-l2kv diagnose --help")
     commands.add_parser("demo-model", help="make the demo model available and print its folder")
     return parser
 

@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STDLIB_ONLY = ["params", "policy", "plan", "messages", "settings"]
 WITH_TORCH = ["scorers", "granularity", "kernels"]
+TOOLS = ["evaluation"]
+"""Stands on the others, as a user would: nobody imports it but the command line."""
 WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "metrics"]
 
 
@@ -55,6 +57,21 @@ def test_imports_of(module):
         assert inside <= {*STDLIB_ONLY, *WITH_TORCH}
     elif part in WITH_VLLM:
         allowed |= {"torch", "triton", "vllm"}
+        assert not inside & set(TOOLS)
+    elif part in TOOLS:
+        allowed |= {
+            "jinja2",
+            "lm_eval",
+            "matplotlib",
+            "numpy",
+            "scipy",
+            "torch",
+            "tqdm",
+            "transformers",
+            "vllm",
+            "wonderwords",
+        }
+        assert inside <= {*STDLIB_ONLY, *WITH_TORCH, *TOOLS, "engine_args"}
     else:
         assert part in STDLIB_ONLY, f"{module} is in no layer"
         assert inside <= set(STDLIB_ONLY)
@@ -69,7 +86,8 @@ def test_imports_of(module):
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("vllm_l2kv_server.")])
 def test_the_server_sees_only_the_surface(module):
     inside = {part_of(name) for name in imports_of(modules()[module]) if name.startswith("vllm_l2kv.")}
-    assert inside <= {"params", "settings", "plugin", "compression", "engine_args", "__version__"}
+    tools = {"evaluation"} if module.endswith(".cli") else set()
+    assert inside <= {"params", "settings", "plugin", "compression", "engine_args", "__version__", *tools}
 
 
 def test_importing_the_package_loads_neither_vllm_nor_torch():

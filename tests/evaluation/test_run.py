@@ -1,0 +1,108 @@
+"""Cases through the real engine: losses equal a reference's, and the whole command leaves its files."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference import Reference
+
+from vllm_l2kv.evaluation.cases import Case
+from vllm_l2kv.evaluation.run import Engine
+from vllm_l2kv.evaluation.tasks import perplexity
+from vllm_l2kv.evaluation.texts import encode, read_text
+from vllm_l2kv.params import CompressionParams
+
+FULL_LAYERS = (0, 1)
+VARIANTS = [CompressionParams(1.0), CompressionParams(0.5), CompressionParams(0.25, protect_first=4, protect_last=16)]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model):
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    engine = Engine(str(folder), FULL_LAYERS, max_model_len=1024, num_gpu_blocks_override=200)
+    # As in `engine.running`: what vLLM does at its end would end every other engine of this process.
+    engine._llm.llm_engine.engine_core._finalizer.detach()
+    return engine
+
+
+def test_losses_are_those_of_the_reference(engine, folder):
+    """Of forced text, at every position, before and behind a compaction, with prompts from the prefix cache."""
+    reference = Reference(folder)
+    cases = list(perplexity.cases(engine.tokenizer, read_text("moby_dick"), [200, 333], 2, num_continued=24))
+    rows = list(engine.rows("perplexity", cases, VARIANTS))
+    assert len(rows) == len(cases) * len(VARIANTS)
+    for i, row in enumerate(rows):
+        case, variant = cases[i // len(VARIANTS)], VARIANTS[i % len(VARIANTS)]
+        protection = (variant.protect_first, variant.protect_last)
+        logits = reference.logits(case.prompt, case.forced, str(variant.keep_ratio), FULL_LAYERS, *protection)
+        losses = -logits.log_softmax(-1).gather(-1, torch.tensor(case.forced)[:, None])[1:, 0]
+        assert row["losses"] == pytest.approx(losses.tolist(), abs=2e-3)
+        assert row["loss"] == pytest.approx(losses.mean().item(), abs=2e-3)
+        hits = (logits.argmax(-1) == torch.tensor(case.forced))[1:]
+        assert row["hits"] == hits.int().tolist()
+        assert (row["keep_ratio"], row["protect_last"], row["length"]) == (
+            variant.keep_ratio,
+            variant.protect_last,
+            case.about["length"],
+        )
+
+
+def test_a_variant_changes_nothing_for_another(engine):
+    """The same case alone, and in the middle of many."""
+    text = read_text("state_of_the_union")
+    cases = list(perplexity.cases(engine.tokenizer, text, [256], 6, num_continued=8))
+    many = list(engine.rows("perplexity", cases, VARIANTS))
+    alone = list(engine.rows("perplexity", cases[3:4], VARIANTS[1:2]))
+    assert alone[0]["losses"] == pytest.approx(many[3 * len(VARIANTS) + 1]["losses"], abs=2e-3)
+
+
+def test_cases_larger_than_the_cache_come_one_by_one(engine):
+    """Prompts, copies and answers of a group fit into the cache."""
+    prompt = encode(engine.tokenizer, read_text("moby_dick"))[:900]
+    cases = [Case(prompt, 8, lambda answer: {}) for _ in range(6)]
+    groups = list(engine._groups(cases, VARIANTS))
+    assert [case for group in groups for case in group] == cases
+    size = len(prompt) + sum(math.ceil(900 * variant.keep_ratio) + 8 for variant in VARIANTS)
+    assert all(len(group) == 1 or len(group) * size <= 200 * 32 for group in groups)
+    assert len(groups) == math.ceil(len(cases) / (int(0.9 * 200 * 32) // size))
+
+
+def test_command(folder, tmp_path):
+    """Rows, plots and report of a run; the same run again changes no number of the report."""
+
+    def run(*words: str) -> None:
+        command = [sys.executable, "-m", "vllm_l2kv_server.cli", "eval", *words]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+
+    run(
+        "passkey",
+        str(folder),
+        "--out",
+        "out",
+        "--lengths",
+        "300",
+        "--depths",
+        "0,1",
+        "--samples",
+        "2",
+        "--ratios",
+        "0.5",
+    )
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 5  # no compression, l2, three controls
+    assert {row["model"] for row in rows} == {folder.name}
+    assert all(row["full_layers"] == [0, 1] and row["score"] in (0, 1) for row in rows)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == len(list((tmp_path / "out").glob("*.png"))) == 2
+    run("report", "out/rows.jsonl", "out/rows.jsonl", "--out", "again")
+    assert "n=4" in report
+    assert (tmp_path / "again" / "report.html").read_text().count("n=4)") == report.count("n=4)")

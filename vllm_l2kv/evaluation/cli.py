@@ -1,0 +1,251 @@
+"""`vllm-l2kv eval` and `vllm-l2kv diagnose`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_l2kv.evaluation.cases import Case
+from vllm_l2kv.evaluation.texts import SAMPLES, read_text
+from vllm_l2kv.params import GRANULARITIES, SCORERS, check_count, check_keep_ratio
+
+ROWS = "rows.jsonl"
+TASKS = ("perplexity", "passkey", "needle", "ruler")
+ESSAYS = "state_of_the_union"
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Runs one task, or draws a report again.
+
+    Args:
+        argv: The words after `eval`.
+
+    Raises:
+        SystemExit: With 2 after a bad option; one line on standard error.
+    """
+    parser = _eval_parser()
+    options = parser.parse_args(argv)
+    if options.task == "report":
+        report(options.rows, options.out)
+        return
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from vllm_l2kv.evaluation.run import Engine
+    from vllm_l2kv.evaluation.variants import variants
+
+    compared = variants(options.scorers, options.ratios, options.protect, options.granularities)
+    longest = max(options.lengths)
+    try:
+        engine = Engine(options.model, options.full_layers, max_model_len=options.max_model_len or longest + 256)
+        cases = list(_cases(options, engine.tokenizer))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if longer := [len(case.prompt) for case in cases if len(case.prompt) + case.num_tokens > engine.max_tokens]:
+        parser.error(f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = engine.rows(options.task, cases, compared)
+    total = len(cases) * len(compared)
+    with (options.out / ROWS).open("a", encoding="utf-8") as file:
+        for row in tqdm(rows, total=total, desc=options.task, unit="answer"):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    report([options.out / ROWS], options.out)
+
+
+def report(paths: Sequence[Path], out: Path) -> None:
+    """Draws plots and the HTML report of rows into a folder."""
+    from vllm_l2kv.evaluation.report import write_report
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    sys.stdout.write(f"{write_report(rows, out)}\n")
+
+
+def diagnose(argv: Sequence[str]) -> None:
+    """Measures a model's norms and attention, and recommends settings.
+
+    Args:
+        argv: The words after `diagnose`.
+
+    Raises:
+        SystemExit: With 2 after a bad option; one line on standard error.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vllm-l2kv diagnose",
+        description="Measures whether key norms foretell attention, layer by layer, and recommends full layers and a "
+        "keep ratio. Runs the model in transformers, in fp32.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
+    parser.add_argument(
+        "--text", action="append", metavar="FILE", help=f"text to read, or {_listed(SAMPLES)}; repeatable"
+    )
+    parser.add_argument("--tokens", type=_positive, default=1024, metavar="N", help="tokens of a chunk (default: 1024)")
+    parser.add_argument(
+        "--chunks", type=_positive, default=8, metavar="N", help="chunks to read of each text (default: 8)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("diagnosis"), metavar="DIR", help="folder of results")
+    options = parser.parse_args(argv)
+
+    from vllm_l2kv.evaluation.diagnose import config_text, heat_maps, measure, recommend
+    from vllm_l2kv.evaluation.report import write_diagnosis
+
+    try:
+        texts = [read_text(name) for name in options.text or SAMPLES]
+        diagnosis = measure(options.model, texts, options.tokens, options.chunks)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    recommendation = recommend(diagnosis)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(row) for row in diagnosis.rows()]
+    (options.out / ROWS).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    config = config_text(recommendation, Path(options.model).name)
+    (options.out / "config.yaml").write_text(config, encoding="utf-8")
+    write_diagnosis(config, heat_maps(diagnosis, options.out), options.out)
+    sys.stdout.write(config)
+
+
+def _cases(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
+    from vllm_l2kv.evaluation.tasks import needle, passkey, perplexity, ruler
+
+    num_samples, seed = options.samples, options.seed
+    if options.task == "perplexity":
+        return perplexity.cases(tokenizer, read_text(options.text), options.lengths, num_samples, options.continued)
+    if options.task == "passkey":
+        return passkey.cases(tokenizer, options.lengths, options.depths, num_samples, seed)
+    if options.task == "needle":
+        return needle.cases(tokenizer, read_text(options.text), options.lengths, options.depths, num_samples, seed)
+    return ruler.cases(tokenizer, read_text(options.text), options.lengths, options.subtasks, num_samples, seed)
+
+
+def _eval_parser() -> argparse.ArgumentParser:
+    from vllm_l2kv.evaluation.tasks.ruler import TASKS as SUBTASKS
+
+    parser = argparse.ArgumentParser(
+        prog="vllm-l2kv eval",
+        description="Measures what a keep ratio costs, on a real engine: rows, plots and a report go into a folder. "
+        "Any other task: see docs/lm_eval.md.",
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    helps = {
+        "perplexity": "loss and accuracy on a text's continuation",
+        "passkey": "a number hidden in noise",
+        "needle": "a sentence hidden in essays",
+        "ruler": "RULER's task families that need no download",
+    }
+    for task in TASKS:
+        options = tasks.add_parser(task, help=helps[task], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        options.add_argument("model", metavar="MODEL", help="folder or name of a model")
+        add = options.add_argument
+        add("--out", type=Path, default=Path("eval") / task, metavar="DIR", help="folder of results; rows are added")
+        add("--full-layers", type=_list_of(_layer), default="0,1", metavar="I,J", help="layers that never compact")
+        add("--ratios", type=_list_of(_ratio), default="0.75,0.5,0.25,0.1", metavar="R,R", help="keep ratios")
+        add(
+            "--scorers",
+            type=_list_of(_one_of(SCORERS)),
+            default="l2",
+            metavar="S,S",
+            help=f"of {_listed(SCORERS)}; the controls come by themselves",
+        )
+        add(
+            "--granularities",
+            type=_list_of(_one_of(GRANULARITIES)),
+            default="token",
+            metavar="G,G",
+            help=f"of {_listed(GRANULARITIES)}",
+        )
+        add(
+            "--protect",
+            type=_list_of(_protection),
+            default="0:0",
+            metavar="FIRST:LAST",
+            help="protected tokens, pairs with commas between them",
+        )
+        add("--lengths", type=_list_of(_positive), default="1024", metavar="N,N", help="prompt lengths in tokens")
+        add("--samples", type=_positive, default=10, metavar="N", help="samples of each length, and depth or task")
+        add("--seed", type=_count, default=0, metavar="N", help="another one makes other prompts")
+        add("--max-model-len", type=_positive, metavar="N", help="of the engine; by default as much as is needed")
+        if task != "passkey":
+            add(
+                "--text",
+                default=ESSAYS if task != "perplexity" else "moby_dick",
+                metavar="FILE",
+                help=f"file, or {_listed(SAMPLES)}",
+            )
+        if task == "perplexity":
+            add("--continued", type=_positive, default=128, metavar="N", help="tokens of the continuation")
+        if task in ("passkey", "needle"):
+            add(
+                "--depths",
+                type=_list_of(_depth),
+                default="0,0.25,0.5,0.75,1",
+                metavar="D,D",
+                help="where it is hidden; 0 is the beginning",
+            )
+        if task == "ruler":
+            add(
+                "--subtasks",
+                type=_list_of(_one_of(SUBTASKS)),
+                default=",".join(SUBTASKS),
+                metavar="T,T",
+                help="RULER's names",
+            )
+    drawing = tasks.add_parser("report", help="draw plots and report of rows again, of several runs together")
+    drawing.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help=f"files named {ROWS}")
+    drawing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    return parser
+
+
+def _list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse_list(text: str) -> list[Any]:
+        try:
+            return [parse(word.strip()) for word in text.split(",") if word.strip()]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_list
+
+
+def _one_of(names: Sequence[str]) -> Callable[[str], str]:
+    def check(word: str) -> str:
+        if word not in names:
+            raise ValueError(f"{word!r} is not one of {_listed(names)}.")
+        return word
+
+    return check
+
+
+def _ratio(word: str) -> float:
+    return check_keep_ratio("a ratio", float(word))
+
+
+def _depth(word: str) -> float:
+    depth = float(word)
+    if not 0 <= depth <= 1:
+        raise ValueError(f"a depth must satisfy 0 <= depth <= 1, got {word}.")
+    return depth
+
+
+def _layer(word: str) -> int:
+    return check_count("a layer", int(word))
+
+
+def _count(word: str) -> int:
+    return check_count("N", int(word))
+
+
+def _positive(word: str) -> int:
+    if (count := _count(word)) < 1:
+        raise argparse.ArgumentTypeError(f"N must satisfy 1 <= N, got {count}.")
+    return count
+
+
+def _protection(word: str) -> tuple[int, int]:
+    first, colon, last = word.partition(":")
+    if not colon:
+        raise ValueError(f"protection must be FIRST:LAST, such as 4:64, got {word!r}.")
+    return _count(first), _count(last)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,213 @@
+"""Plots and one HTML file, made of rows."""
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from vllm_l2kv.evaluation.statistics import Estimate, average, share
+from vllm_l2kv.evaluation.variants import CONTROLS
+from vllm_l2kv.params import SCORERS
+
+Row = Mapping[str, Any]
+REPORT = "report.html"
+NUM_POSITIONS = 8
+"""Points of a curve over positions."""
+VARIANT = ("scorer", "granularity", "protect_first", "protect_last")
+IDENTITY = ("task", "model", "full_layers", *VARIANT, "keep_ratio", "subtask", "length", "depth", "sample")
+METRICS: Mapping[str, Mapping[str, Callable[[Sequence[float]], Estimate]]] = {
+    "perplexity": {"excess loss": average, "accuracy": average},
+    "passkey": {"score": share},
+    "needle": {"score": share, "exact": share},
+    "ruler": {"score": share},
+}
+"""Of each task, what is averaged and how."""
+
+
+def write_report(rows: Iterable[Row], folder: Path) -> Path:
+    """Draws what the rows hold; those that say the same thing again replace the earlier ones.
+
+    Returns:
+        Path of the HTML file, which holds the plots too.
+    """
+    rows = with_excess_loss({json.dumps([row.get(name) for name in IDENTITY]): row for row in rows}.values())
+    sections = []
+    for (task, model, layers), group in _grouped(rows, "task", "model", "full_layers"):
+        name = f"{task}-{model}-{'-'.join(map(str, layers)) or 'none'}"
+        plots = [
+            _curves(group, task, metric, folder / f"{name}-{metric.replace(' ', '-')}.png") for metric in METRICS[task]
+        ]
+        if task == "perplexity":
+            plots.append(_positions(group, folder / f"{name}-positions.png"))
+        if "depth" in group[0]:
+            plots.append(_depths(group, folder / f"{name}-depths.png"))
+        title = f"{task}: {model}, full layers {', '.join(map(str, layers)) or 'none'}"
+        sections.append({"title": title, "plots": [_embedded(plot) for plot in plots], "table": table(group, task)})
+    return _write_html("What a keep ratio costs", sections, folder)
+
+
+def write_diagnosis(config: str, plots: Sequence[Path], folder: Path) -> Path:
+    """The HTML file of a diagnosis."""
+    section = {"title": "Norms and attention", "plots": [_embedded(plot) for plot in plots], "text": config}
+    return _write_html("Diagnosis", [section], folder)
+
+
+def with_excess_loss(rows: Iterable[Row]) -> list[Row]:
+    """Rows of losses, each with what it loses over the uncompressed answer to the same prompt, in nats a token."""
+    rows = list(rows)
+    prompt = ("model", "full_layers", "length", "sample")
+
+    def key(row: Row) -> str:
+        return json.dumps([row[name] for name in prompt])
+
+    full = {key(row): row["loss"] for row in rows if "loss" in row and row["keep_ratio"] == 1}
+    return [{**row, "excess loss": row["loss"] - full[key(row)]} if "loss" in row else row for row in rows]
+
+
+def estimates(rows: Sequence[Row], task: str) -> list[dict[str, Any]]:
+    """One entry for each variant and keep ratio, with an `Estimate` under the name of each metric."""
+    found = []
+    for values, group in _grouped(rows, *VARIANT, "keep_ratio"):
+        entry = dict(zip((*VARIANT, "keep_ratio"), values, strict=True))
+        entry |= {metric: how([row[metric] for row in group]) for metric, how in METRICS[task].items()}
+        found.append(entry)
+    return found
+
+
+def label(entry: Row) -> str:
+    """How plots and tables call a variant."""
+    if entry["keep_ratio"] == 1:
+        return "no compression"
+    words = [entry["scorer"]]
+    if entry["granularity"] != "token":
+        words.append(f"by {entry['granularity']}")
+    if entry["protect_first"] or entry["protect_last"]:
+        words.append(f"+{entry['protect_first']}/{entry['protect_last']}")
+    return " ".join(words)
+
+
+def table(rows: Sequence[Row], task: str) -> list[list[str]]:
+    """Lines of words, the first one a heading: every variant by keep ratio, for each metric."""
+    entries = estimates(rows, task)
+    ratios = sorted({entry["keep_ratio"] for entry in entries}, reverse=True)
+    lines = [["", "metric", *(f"{ratio:g}" for ratio in ratios)]]
+    for name in dict.fromkeys(label(entry) for entry in entries):
+        for metric in METRICS[task]:
+            cells = {entry["keep_ratio"]: _shown(entry[metric]) for entry in entries if label(entry) == name}
+            lines.append([name, metric, *(cells.get(ratio, "") for ratio in ratios)])
+    return lines
+
+
+def _shown(estimate: Estimate) -> str:
+    return f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f}, n={estimate.num_samples})"
+
+
+def _grouped(rows: Iterable[Row], *names: str) -> list[tuple[list[Any], list[Row]]]:
+    def key(row: Row) -> list[Any]:
+        return [row[name] for name in names]
+
+    return [(values, list(group)) for values, group in groupby(sorted(rows, key=key), key)]
+
+
+def _curves(rows: Sequence[Row], task: str, metric: str, path: Path) -> Path:
+    """A metric over the keep ratio: a line for each variant, dashed for controls."""
+    entries = estimates(rows, task)
+    figure, axes = _figure(f"{task}, {metric}", "keep ratio", metric)
+    for name in dict.fromkeys(label(entry) for entry in entries):
+        line = sorted((entry for entry in entries if label(entry) == name), key=lambda entry: entry["keep_ratio"])
+        means = [entry[metric].mean for entry in line]
+        errors = [
+            [entry[metric].mean - entry[metric].low for entry in line],
+            [entry[metric].high - entry[metric].mean for entry in line],
+        ]
+        ratios = [entry["keep_ratio"] for entry in line]
+        axes.errorbar(ratios, means, errors, label=name, capsize=2, **_style(line[0]))
+    return _save(figure, axes, path)
+
+
+def _positions(rows: Sequence[Row], path: Path) -> Path:
+    """Excess loss over the position in the continuation, at the middle of the keep ratios."""
+    ratios = sorted({row["keep_ratio"] for row in rows if row["keep_ratio"] < 1})
+    ratio = ratios[len(ratios) // 2]
+    full = {(row["length"], row["sample"]): row["losses"] for row in rows if row["keep_ratio"] == 1}
+    figure, axes = _figure(f"excess loss at keep ratio {ratio:g}", "tokens after the compressed context", "nats")
+    for _, group in _grouped((row for row in rows if row["keep_ratio"] == ratio), *VARIANT):
+        excess = [
+            [loss - other for loss, other in zip(row["losses"], full[row["length"], row["sample"]], strict=True)]
+            for row in group
+        ]
+        means = [sum(column) / len(column) for column in zip(*excess, strict=True)]
+        size = max(len(means) // NUM_POSITIONS, 1)
+        points = [sum(means[start : start + size]) / size for start in range(0, len(means) - size + 1, size)]
+        axes.plot(
+            [1.5 + size * (i + 0.5) for i in range(len(points))], points, label=label(group[0]), **_style(group[0])
+        )
+    return _save(figure, axes, path)
+
+
+def _depths(rows: Sequence[Row], path: Path) -> Path:
+    """Heat maps of the score, lengths by depths: one for each keep ratio, of the first variant that is no control."""
+    from matplotlib.figure import Figure
+
+    tested = [row for row in rows if row["keep_ratio"] == 1 or row["scorer"] not in CONTROLS]
+    ratios = sorted({row["keep_ratio"] for row in tested}, reverse=True)
+    first = min(label(row) for row in tested if row["keep_ratio"] < 1)
+    lengths, depths = (sorted({row[name] for row in tested}) for name in ("length", "depth"))
+    figure = Figure(figsize=(2.6 * len(ratios), 3), layout="constrained")
+    figure.suptitle(f"score of {first}")
+    for axes, ratio in zip(figure.subplots(1, len(ratios), squeeze=False)[0], ratios, strict=True):
+        cells: dict[Any, list[float]] = {}
+        for row in tested:
+            if row["keep_ratio"] == ratio and label(row) in (first, "no compression"):
+                cells.setdefault((row["depth"], row["length"]), []).append(row["score"])
+        values = [[sum(cells[depth, length]) / len(cells[depth, length]) for length in lengths] for depth in depths]
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set(title=f"keep {ratio:g}", xlabel="tokens", xticks=range(len(lengths)), xticklabels=lengths)
+        axes.set(yticks=range(len(depths)), yticklabels=depths)
+    figure.colorbar(image)
+    figure.savefig(path)
+    return path
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _style(entry: Row) -> dict[str, Any]:
+    """A colour for each scorer, squares for what protects, dashes for controls."""
+    protects = entry["protect_first"] or entry["protect_last"]
+    return {
+        "color": f"C{SCORERS.index(entry['scorer'])}" if entry["keep_ratio"] < 1 else "black",
+        "linestyle": "--" if entry["scorer"] in CONTROLS else "-",
+        "marker": "s" if protects else "o",
+        "fillstyle": "full" if entry["granularity"] == "token" else "none",
+        "markersize": 4,
+        "linewidth": 0.8,
+    }
+
+
+def _save(figure: Any, axes: Any, path: Path) -> Path:
+    axes.legend(fontsize=6, ncols=2)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _embedded(path: Path) -> dict[str, str]:
+    return {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()}
+
+
+def _write_html(title: str, sections: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("vllm_l2kv.evaluation", "templates"), autoescape=True)
+    path = folder / REPORT
+    path.write_text(environment.get_template(REPORT).render(title=title, sections=sections), encoding="utf-8")
+    return path

@@ -1,0 +1,1 @@
+"""Tasks of `vllm-l2kv eval`: one module each, which makes cases and knows how to score their answers."""

@@ -1,0 +1,33 @@
+"""What is compared: ways of compressing one and the same prompt."""
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+
+from vllm_l2kv.params import CompressionParams
+
+CONTROLS = ("random", "l2_high", "first_last")
+"""What every comparison holds beside the scorers under test: chance, the opposite of the rule, StreamingLLM."""
+BASELINE = CompressionParams()
+"""No compression."""
+
+
+def variants(
+    scorers: Iterable[str],
+    ratios: Iterable[float],
+    protections: Iterable[tuple[int, int]] = ((0, 0),),
+    granularities: Sequence[str] = ("token",),
+) -> list[CompressionParams]:
+    """Every combination, behind the baseline; controls are added and measured token by token.
+
+    Args:
+        scorers: Names of `SCORERS`.
+        ratios: Keep ratios below 1.
+        protections: Pairs of `protect_first` and `protect_last`.
+        granularities: `token`, `block`.
+    """
+    kinds = [(scorer, granularity) for granularity in granularities for scorer in scorers]
+    kinds += [(control, "token") for control in CONTROLS if (control, "token") not in kinds]
+    return [BASELINE] + [
+        CompressionParams(ratio, first, last, scorer, granularity)
+        for (first, last), (scorer, granularity), ratio in product(protections, kinds, ratios)
+    ]
