@@ -28,7 +28,7 @@ def main() -> None:
             max_tokens=100,
             temperature=0,
             # The question stands at the end; the rule alone would evict most of it.
-            extra_body={"kv_keep_ratio": ratio, "kv_protect_first": 4, "kv_protect_last": 64},
+            extra_body={"kv_keep_ratio": ratio},
         )
         print(f"--- kv_keep_ratio {ratio}: {answer.usage.model_extra['kv_cache']}")
         print(answer.choices[0].message.content)

@@ -37,7 +37,7 @@ def main() -> None:
             stream=True,
             stream_options={"include_usage": True},
             # The question stands at the end; the rule alone would evict most of it.
-            extra_body={"kv_keep_ratio": ratio, "kv_protect_first": 4, "kv_protect_last": 64},
+            extra_body={"kv_keep_ratio": ratio},
         )
         words, in_use, usage = [], 0.0, None
         for chunk in stream:

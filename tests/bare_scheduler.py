@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from engine import bare_rule
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -22,7 +23,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-import vllm_l2kv
 from vllm_l2kv.kv_cache_spec import classify_layers
 from vllm_l2kv.plugin import register
 from vllm_l2kv.scheduler.scheduler import L2KVScheduler
@@ -62,7 +62,7 @@ def plan(
     register()
     init_none_hash(sha256)
     is_ours = full_layers is not None
-    ours = vllm_l2kv.engine_args(full_layers=full_layers) if is_ours else {}
+    ours = bare_rule(full_layers=full_layers) if is_ours else {}
     config = EngineArgs(model=str(model), **{**ours, "block_size": block_size, **engine_args}).create_engine_config()
     config.scheduler_config.async_scheduling = is_async
     config.cache_config.kv_cache_layout = "BLHNC" if is_ours else "LBNHC"

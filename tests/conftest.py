@@ -102,9 +102,9 @@ def start(demo_model: Path, **arguments: object):
 @pytest.fixture(scope="session")
 def compressing(demo_model) -> Iterator:
     """Full layers {0, 1}, prompts cut into chunks of 512 tokens."""
-    import vllm_l2kv
+    from engine import bare_rule
 
-    engine = start(demo_model, **vllm_l2kv.engine_args(full_layers=(0, 1)))
+    engine = start(demo_model, **bare_rule(full_layers=(0, 1)))
     yield engine
     engine.shutdown()
 
@@ -112,9 +112,9 @@ def compressing(demo_model) -> Iterator:
 @pytest.fixture(scope="session")
 def all_layers(demo_model) -> Iterator:
     """No full layers: one KV-cache group in vLLM's own layout."""
-    import vllm_l2kv
+    from engine import bare_rule
 
-    engine = start(demo_model, **vllm_l2kv.engine_args(full_layers=()))
+    engine = start(demo_model, **bare_rule(full_layers=()))
     yield engine
     engine.shutdown()
 

@@ -12,6 +12,11 @@ import vllm_l2kv
 from vllm_l2kv.scheduler.integrity import check_block_conservation
 
 
+def bare_rule(**arguments: Any) -> dict[str, Any]:
+    """Engine arguments without protection by default: tests of the rule name all that they want."""
+    return vllm_l2kv.engine_args(protect_first=0, protect_last=0, **arguments)
+
+
 def greedy(num_tokens: int = 12, extra_args: dict[str, Any] | None = None, **arguments: Any) -> SamplingParams:
     arguments = {"temperature": 0.0, "ignore_eos": True, **arguments}
     return SamplingParams(max_tokens=num_tokens, extra_args=extra_args, **arguments)
@@ -120,7 +125,7 @@ def running(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments
     It is dropped, not shut down: that would take away the process groups of every other engine in this process. So
     would vLLM's finalizer, at whatever moment the garbage collector comes by.
     """
-    ours = {"block_size": 32} if full_layers is None else vllm_l2kv.engine_args(full_layers=full_layers)
+    ours = {"block_size": 32} if full_layers is None else bare_rule(full_layers=full_layers)
     defaults = {
         "dtype": "float32",
         "enforce_eager": True,

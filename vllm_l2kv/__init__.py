@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
-from vllm_l2kv.params import CompressionParams, FieldValue, ParamError
+from vllm_l2kv.params import PROTECT_FIRST, PROTECT_LAST, CompressionParams, FieldValue, ParamError
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 
 __version__ = version("vllm-l2kv")
@@ -52,8 +52,8 @@ def compression(
 def engine_args(
     full_layers: Iterable[int] = (0, 1),
     default_keep_ratio: float = 1.0,
-    protect_first: int = 0,
-    protect_last: int = 0,
+    protect_first: int = PROTECT_FIRST,
+    protect_last: int = PROTECT_LAST,
     scorer: str = "l2",
     granularity: str = "token",
     additional_config: dict[str, Any] | None = None,

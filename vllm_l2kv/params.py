@@ -21,6 +21,8 @@ SCORERS = ("l2", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", "random",
 """What may decide which tokens stay: the modules of `vllm_l2kv.scorers`; the last three are controls."""
 GRANULARITIES = ("token", "block")
 """What is kept or evicted as one, see `vllm_l2kv.granularity`."""
+PROTECT_FIRST, PROTECT_LAST = 4, 64
+"""What an engine protects unless its operator or a request says otherwise; docs/quality.md says why."""
 TOKENS_PER_BLOCK = 16
 """Of the granularity `block`: the page of PagedEviction, arXiv 2509.04377, whatever the size of the cache's blocks."""
 MAX_TOKENS = 2**31 - 1

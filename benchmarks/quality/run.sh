@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The measurements of docs/quality.md: benchmarks/quality/run.sh MODEL OUT "FULL_LAYERS ..." [TASK ...]
-# The first set of full layers is measured with every scorer, the others ("0,1", "none") with l2 and the controls.
+# The first set of full layers is measured with every scorer and ratio, the others
+# (such as "0,1 none") with l2 and the controls at two ratios, and so is eviction by blocks.
 set -euo pipefail
 model=$1 out=$2
 read -ra sets <<<"$3"
@@ -21,9 +22,10 @@ measure() { # TASK FULL_LAYERS SCORERS [more options]
     --lengths 1024 ${options[$1]} "${@:4}"
 }
 
-for task in "${tasks[@]}"; do measure "$task" "${sets[0]}" "$every"; done
 for task in "${tasks[@]}"; do
+  measure "$task" "${sets[0]}" "$every"
   [[ $task == perplexity || $task == passkey ]] || continue
+  options[$task]+=" --ratios 0.5,0.25"
   for layers in "${sets[@]:1}"; do measure "$task" "$layers" l2; done
   measure "$task" "${sets[0]}" l2 --granularities block
 done

@@ -30,7 +30,9 @@ def start(engine: str, model: str, in_process: bool, **arguments: Any) -> tuple[
 
     import vllm_l2kv
 
-    ours = vllm_l2kv.engine_args(full_layers=(0, 1)) if engine == "l2kv" else {}
+    # Unprotected: rows are compared by what their ratio says.
+    unprotected = vllm_l2kv.engine_args(full_layers=(0, 1), protect_first=0, protect_last=0)
+    ours = unprotected if engine == "l2kv" else {}
     llm = vllm.LLM(
         model,
         load_format="dummy",

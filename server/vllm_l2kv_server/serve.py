@@ -10,7 +10,16 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_l2kv import engine_args
-from vllm_l2kv.params import GRANULARITIES, SCORERS, TOKENS_PER_BLOCK, ParamError, check_count, check_keep_ratio
+from vllm_l2kv.params import (
+    GRANULARITIES,
+    PROTECT_FIRST,
+    PROTECT_LAST,
+    SCORERS,
+    TOKENS_PER_BLOCK,
+    ParamError,
+    check_count,
+    check_keep_ratio,
+)
 from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 
@@ -117,16 +126,18 @@ def own_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--kv-protect-first",
         type=_count,
-        default=0,
+        default=PROTECT_FIRST,
         metavar="N",
-        help="tokens at the start of every prompt that are always kept, unless a request says otherwise (default: 0)",
+        help="tokens at the start of every prompt that are always kept, unless a request says otherwise "
+        f"(default: {PROTECT_FIRST})",
     )
     group.add_argument(
         "--kv-protect-last",
         type=_count,
-        default=0,
+        default=PROTECT_LAST,
         metavar="N",
-        help="tokens at the end of every prompt that are always kept, unless a request says otherwise (default: 0)",
+        help="tokens at the end of every prompt that are always kept, unless a request says otherwise "
+        f"(default: {PROTECT_LAST})",
     )
     group.add_argument(
         "--kv-scorer",

@@ -27,7 +27,9 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [sys.executable, "-m", "vllm_l2kv_server.cli", "serve", "--port", str(self.port), *words]
+        # Tests say what they protect.
+        bare_rule = ["--kv-protect-first", "0", "--kv-protect-last", "0"]
+        command = [sys.executable, "-m", "vllm_l2kv_server.cli", "serve", "--port", str(self.port), *bare_rule, *words]
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",

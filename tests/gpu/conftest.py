@@ -7,9 +7,7 @@ LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": 20}
 
 
 def start_on_gpu(demo_model, **arguments):
-    from engine import Engine
-
-    import vllm_l2kv
+    from engine import Engine, bare_rule
 
     defaults = {
         "dtype": "bfloat16",
@@ -19,7 +17,7 @@ def start_on_gpu(demo_model, **arguments):
         "gpu_memory_utilization": 0.5,
         "seed": 0,
         **LOGITS,
-        **vllm_l2kv.engine_args(full_layers=(0, 1)),
+        **bare_rule(full_layers=(0, 1)),
     }
     return Engine(demo_model, **{**defaults, **arguments})
 

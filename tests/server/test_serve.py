@@ -10,6 +10,7 @@ from vllm_l2kv_server.cli import main
 from vllm_l2kv_server.serve import load_routes, make_parser, name_plugin, parse, use_demo_model
 
 import vllm_l2kv
+from vllm_l2kv.settings import CONFIG_KEY
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -26,6 +27,9 @@ def test_defaults(parser):
     assert (args.scheduler_cls, args.worker_cls) == (ours["scheduler_cls"], ours["worker_cls"])
     assert args.block_size == ours["block_size"]
     assert args.additional_config == ours["additional_config"]
+    # Chosen in docs/quality.md.
+    config = args.additional_config[CONFIG_KEY]
+    assert (config["kv_protect_first"], config["kv_protect_last"], config["kv_scorer"]) == (4, 64, "l2")
 
 
 def test_own_options(parser):

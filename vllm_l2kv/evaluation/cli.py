@@ -5,15 +5,23 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_l2kv.evaluation.cases import Case
 from vllm_l2kv.evaluation.texts import SAMPLES, read_text
 from vllm_l2kv.params import GRANULARITIES, SCORERS, check_count, check_keep_ratio
 
 ROWS = "rows.jsonl"
+NUM_ANSWER_TOKENS = 256
+"""Room behind prompts; a task that needs more says so."""
 TASKS = ("perplexity", "passkey", "needle", "ruler")
 ESSAYS = "state_of_the_union"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line; the usage is long, and `--help` shows it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -28,17 +36,20 @@ def evaluate(argv: Sequence[str]) -> None:
     parser = _eval_parser()
     options = parser.parse_args(argv)
     if options.task == "report":
-        report(options.rows, options.out)
+        try:
+            report(options.rows, options.out)
+        except (OSError, ValueError) as error:
+            parser.error(f"argument ROWS: {error}")
         return
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from vllm_l2kv.evaluation.run import Engine
     from vllm_l2kv.evaluation.variants import variants
 
+    longest = max(options.lengths) + NUM_ANSWER_TOKENS + vars(options).get("continued", 0)
     compared = variants(options.scorers, options.ratios, options.protect, options.granularities)
-    longest = max(options.lengths)
     try:
-        engine = Engine(options.model, options.full_layers, max_model_len=options.max_model_len or longest + 256)
+        engine = Engine(options.model, options.full_layers, max_model_len=options.max_model_len or longest)
         cases = list(_cases(options, engine.tokenizer))
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -46,10 +57,11 @@ def evaluate(argv: Sequence[str]) -> None:
         parser.error(f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens.")
     options.out.mkdir(parents=True, exist_ok=True)
     rows = engine.rows(options.task, cases, compared)
+    run = {name: value for name, value in vars(options).items() if name in ("text", "seed", "continued")}
     total = len(cases) * len(compared)
     with (options.out / ROWS).open("a", encoding="utf-8") as file:
         for row in tqdm(rows, total=total, desc=options.task, unit="answer"):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row | run, ensure_ascii=False) + "\n")
     report([options.out / ROWS], options.out)
 
 
@@ -71,7 +83,7 @@ def diagnose(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: With 2 after a bad option; one line on standard error.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vllm-l2kv diagnose",
         description="Measures whether key norms foretell attention, layer by layer, and recommends full layers and a "
         "keep ratio. Runs the model in transformers, in fp32.",
@@ -121,7 +133,7 @@ def _cases(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
 def _eval_parser() -> argparse.ArgumentParser:
     from vllm_l2kv.evaluation.tasks.ruler import TASKS as SUBTASKS
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vllm-l2kv eval",
         description="Measures what a keep ratio costs, on a real engine: rows, plots and a report go into a folder. "
         "Any other task: see docs/lm_eval.md.",
@@ -138,7 +150,13 @@ def _eval_parser() -> argparse.ArgumentParser:
         options.add_argument("model", metavar="MODEL", help="folder or name of a model")
         add = options.add_argument
         add("--out", type=Path, default=Path("eval") / task, metavar="DIR", help="folder of results; rows are added")
-        add("--full-layers", type=_list_of(_layer), default="0,1", metavar="I,J", help="layers that never compact")
+        add(
+            "--full-layers",
+            type=_list_of(_layer, may_be_empty=True),
+            default="0,1",
+            metavar="I,J",
+            help="layers that never compact",
+        )
         add("--ratios", type=_list_of(_ratio), default="0.75,0.5,0.25,0.1", metavar="R,R", help="keep ratios")
         add(
             "--scorers",
@@ -196,10 +214,13 @@ def _eval_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+def _list_of(parse: Callable[[str], Any], may_be_empty: bool = False) -> Callable[[str], list[Any]]:
     def parse_list(text: str) -> list[Any]:
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        if not words and not may_be_empty:
+            raise argparse.ArgumentTypeError("at least one is needed.")
         try:
-            return [parse(word.strip()) for word in text.split(",") if word.strip()]
+            return [parse(word) for word in words]
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -231,7 +252,10 @@ def _layer(word: str) -> int:
 
 
 def _count(word: str) -> int:
-    return check_count("N", int(word))
+    try:
+        return check_count("N", int(word))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(word: str) -> int:

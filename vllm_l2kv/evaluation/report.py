@@ -2,9 +2,11 @@
 
 import base64
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from vllm_l2kv.evaluation.statistics import Estimate, average, share
@@ -16,7 +18,9 @@ REPORT = "report.html"
 NUM_POSITIONS = 8
 """Points of a curve over positions."""
 VARIANT = ("scorer", "granularity", "protect_first", "protect_last")
-IDENTITY = ("task", "model", "full_layers", *VARIANT, "keep_ratio", "subtask", "length", "depth", "sample")
+PROMPT = ("model", "full_layers", "text", "seed", "continued", "subtask", "length", "depth", "sample")
+"""What makes an answer comparable with another one; a task may lack some."""
+IDENTITY = ("task", *PROMPT, *VARIANT, "keep_ratio")
 METRICS: Mapping[str, Mapping[str, Callable[[Sequence[float]], Estimate]]] = {
     "perplexity": {"excess loss": average, "accuracy": average},
     "passkey": {"score": share},
@@ -39,7 +43,8 @@ def write_report(rows: Iterable[Row], folder: Path) -> Path:
         plots = [
             _curves(group, task, metric, folder / f"{name}-{metric.replace(' ', '-')}.png") for metric in METRICS[task]
         ]
-        if task == "perplexity":
+        is_compressed = any(row["keep_ratio"] < 1 for row in group)
+        if task == "perplexity" and is_compressed:
             plots.append(_positions(group, folder / f"{name}-positions.png"))
         if "depth" in group[0]:
             plots.append(_depths(group, folder / f"{name}-depths.png"))
@@ -57,13 +62,8 @@ def write_diagnosis(config: str, plots: Sequence[Path], folder: Path) -> Path:
 def with_excess_loss(rows: Iterable[Row]) -> list[Row]:
     """Rows of losses, each with what it loses over the uncompressed answer to the same prompt, in nats a token."""
     rows = list(rows)
-    prompt = ("model", "full_layers", "length", "sample")
-
-    def key(row: Row) -> str:
-        return json.dumps([row[name] for name in prompt])
-
-    full = {key(row): row["loss"] for row in rows if "loss" in row and row["keep_ratio"] == 1}
-    return [{**row, "excess loss": row["loss"] - full[key(row)]} if "loss" in row else row for row in rows]
+    full = {_prompt(row): row["loss"] for row in rows if "loss" in row and row["keep_ratio"] == 1}
+    return [{**row, "excess loss": row["loss"] - full[_prompt(row)]} if "loss" in row else row for row in rows]
 
 
 def estimates(rows: Sequence[Row], task: str) -> list[dict[str, Any]]:
@@ -104,6 +104,10 @@ def _shown(estimate: Estimate) -> str:
     return f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f}, n={estimate.num_samples})"
 
 
+def _prompt(row: Row) -> str:
+    return json.dumps([row.get(name) for name in PROMPT])
+
+
 def _grouped(rows: Iterable[Row], *names: str) -> list[tuple[list[Any], list[Row]]]:
     def key(row: Row) -> list[Any]:
         return [row[name] for name in names]
@@ -131,14 +135,13 @@ def _positions(rows: Sequence[Row], path: Path) -> Path:
     """Excess loss over the position in the continuation, at the middle of the keep ratios."""
     ratios = sorted({row["keep_ratio"] for row in rows if row["keep_ratio"] < 1})
     ratio = ratios[len(ratios) // 2]
-    full = {(row["length"], row["sample"]): row["losses"] for row in rows if row["keep_ratio"] == 1}
+    full = {_prompt(row): row["losses"] for row in rows if row["keep_ratio"] == 1}
     figure, axes = _figure(f"excess loss at keep ratio {ratio:g}", "tokens after the compressed context", "nats")
     for _, group in _grouped((row for row in rows if row["keep_ratio"] == ratio), *VARIANT):
         excess = [
-            [loss - other for loss, other in zip(row["losses"], full[row["length"], row["sample"]], strict=True)]
-            for row in group
+            [loss - other for loss, other in zip(row["losses"], full[_prompt(row)], strict=True)] for row in group
         ]
-        means = [sum(column) / len(column) for column in zip(*excess, strict=True)]
+        means = [mean(column) for column in zip(*excess, strict=False)]  # continuations may differ in length
         size = max(len(means) // NUM_POSITIONS, 1)
         points = [sum(means[start : start + size]) / size for start in range(0, len(means) - size + 1, size)]
         axes.plot(
@@ -153,7 +156,7 @@ def _depths(rows: Sequence[Row], path: Path) -> Path:
 
     tested = [row for row in rows if row["keep_ratio"] == 1 or row["scorer"] not in CONTROLS]
     ratios = sorted({row["keep_ratio"] for row in tested}, reverse=True)
-    first = min(label(row) for row in tested if row["keep_ratio"] < 1)
+    first = min((label(row) for row in tested if row["keep_ratio"] < 1), default="no compression")
     lengths, depths = (sorted({row[name] for row in tested}) for name in ("length", "depth"))
     figure = Figure(figsize=(2.6 * len(ratios), 3), layout="constrained")
     figure.suptitle(f"score of {first}")
@@ -162,7 +165,8 @@ def _depths(rows: Sequence[Row], path: Path) -> Path:
         for row in tested:
             if row["keep_ratio"] == ratio and label(row) in (first, "no compression"):
                 cells.setdefault((row["depth"], row["length"]), []).append(row["score"])
-        values = [[sum(cells[depth, length]) / len(cells[depth, length]) for length in lengths] for depth in depths]
+        # Runs may differ in what they measured.
+        values = [[mean(cells.get((depth, length), [math.nan])) for length in lengths] for depth in depths]
         image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set(title=f"keep {ratio:g}", xlabel="tokens", xticks=range(len(lengths)), xticklabels=lengths)
         axes.set(yticks=range(len(depths)), yticklabels=depths)

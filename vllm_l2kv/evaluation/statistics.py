@@ -27,7 +27,8 @@ def share(scores: Sequence[float]) -> Estimate:
     n, p = len(scores), mean(scores)
     centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    return Estimate(p, max(centre - half, 0.0), min(centre + half, 1.0), n)
+    # Rounding must not put a mean of 0 or 1 outside.
+    return Estimate(p, min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p), n)
 
 
 def average(values: Sequence[float]) -> Estimate:

@@ -21,13 +21,15 @@ def variants(
 
     Args:
         scorers: Names of `SCORERS`.
-        ratios: Keep ratios below 1.
+        ratios: Keep ratios; 1 is the baseline.
         protections: Pairs of `protect_first` and `protect_last`.
         granularities: `token`, `block`.
     """
     kinds = [(scorer, granularity) for granularity in granularities for scorer in scorers]
     kinds += [(control, "token") for control in CONTROLS if (control, "token") not in kinds]
-    return [BASELINE] + [
+    compressed = (
         CompressionParams(ratio, first, last, scorer, granularity)
         for (first, last), (scorer, granularity), ratio in product(protections, kinds, ratios)
-    ]
+        if ratio < 1
+    )
+    return list(dict.fromkeys([BASELINE, *compressed]))

@@ -1,7 +1,8 @@
 """A needle in a haystack of essays.
 
 Source: Devoto et al., arXiv 2406.11430, section 3, with needle, question and word-overlap score of the authors' code.
-The haystack is a text in the public domain.
+The haystack is a text in the public domain, and the answer is begun, as RULER begins them: small models say nothing
+else.
 """
 
 import random
@@ -16,7 +17,8 @@ ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day."
 NEEDLE = f"The best thing to do in San Francisco is {ANSWER}"
 BEFORE = "This is a very long story book: <book> "
 BEHIND = (
-    " </book>.\n Based on the content of the book, Question: What is the best thing to do in San Francisco?\nAnswer:"
+    " </book>.\n Based on the content of the book, Question: What is the best thing to do in San Francisco?\n"
+    "Answer: The best thing to do in San Francisco is"
 )
 NUM_ANSWER_TOKENS = 50
 
@@ -27,7 +29,7 @@ def cases(
     """Prompts for each length (tokens, not exceeded), depth and sample; each begins somewhere else in the text.
 
     Raises:
-        ValueError: The text is too short.
+        ValueError: The text or a length is too short.
     """
     sentences = sentences_of(text)
     chance = random.Random(seed)
@@ -46,6 +48,8 @@ def cases(
                 num_sentences = largest(most, lambda n: len(token_ids(n)) <= length)  # noqa: B023
                 if num_sentences == len(behind):
                     raise ValueError(f"The text is too short for a haystack of {length} tokens.")
+                if num_sentences == 0:
+                    raise ValueError(f"A haystack does not fit into {length} tokens.")
                 yield Case(
                     prompt=token_ids(num_sentences),
                     num_tokens=NUM_ANSWER_TOKENS,

@@ -25,10 +25,16 @@ NUM_ANSWER_TOKENS = 8
 def cases(
     tokenizer: Any, lengths: Sequence[int], depths: Sequence[float], num_samples: int, seed: int = 0
 ) -> Iterator[Case]:
-    """Prompts for each length (tokens, not exceeded), depth (0 is the beginning) and sample."""
+    """Prompts for each length (tokens, not exceeded), depth (0 is the beginning) and sample.
+
+    Raises:
+        ValueError: A length is too short.
+    """
     chance = random.Random(seed)
     for length in lengths:
         num_noises = largest(length, lambda n: len(encode(tokenizer, prompt(49_999, n, 0.5))) <= length)  # noqa: B023
+        if len(encode(tokenizer, prompt(49_999, num_noises, 0.5))) > length:
+            raise ValueError(f"A prompt with a pass key does not fit into {length} tokens.")
         for depth in depths:
             for sample in range(num_samples):
                 key = chance.randrange(1, 50_000)

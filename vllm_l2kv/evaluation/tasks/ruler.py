@@ -5,6 +5,7 @@ Variable tracking, common and frequent words come from lm-evaluation-harness. It
 module that wants to download when it is imported.
 """
 
+import math
 import random
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,6 +63,9 @@ NEEDLES = {
 TASKS = (*NEEDLES, "vt", "cwe", "fwe")
 NUM_ANSWER_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50}
 NUM_NEEDLE_TOKENS = 128
+NUM_COMMON_WORDS = 10
+MIN_CODED_WORDS = 90
+"""With fewer the third and the fourth coded word may be as frequent."""
 
 
 def cases(
@@ -78,7 +82,7 @@ def cases(
         seed: Makes other prompts.
 
     Raises:
-        ValueError: A length is too short for a task.
+        ValueError: The text or a length is too short for a task.
     """
     sentences = sentences_of(text)
     for length in lengths:
@@ -89,9 +93,12 @@ def cases(
                 key = f"{seed}-{task}-{length}-{sample}"
                 make = partial(make_prompt, task, key, sentences, tokenizer, length)
                 room = length - num_tokens
-                size = largest(length, lambda n: len(encode(tokenizer, make(n)[0])) <= room)  # noqa: B023
+                most = int(min(length, _most(task, sentences)))
+                size = largest(most, lambda n: len(encode(tokenizer, make(n)[0])) <= room)  # noqa: B023
                 if size == 0:
                     raise ValueError(f"{task} does not fit into {length} tokens.")
+                if size == most < length and task in NEEDLES:
+                    raise ValueError(f"The text is too short for {task} with {length} tokens.")
                 prompt, expected = make(size)
                 yield Case(
                     prompt=encode(tokenizer, prompt),
@@ -167,6 +174,17 @@ def _words() -> tuple[list[str], list[str]]:
     return adjectives, nouns
 
 
+def _most(task: str, sentences: Sequence[str]) -> float:
+    """The largest size of a prompt."""
+    if task == "cwe":
+        from lm_eval.tasks.ruler import cwe_utils
+
+        return len(cwe_utils.WORDS) - NUM_COMMON_WORDS
+    if task in NEEDLES and NEEDLES[task].haystack == "essay":
+        return len(sentences) // 2  # they begin in the first half
+    return math.inf
+
+
 def _from_harness(task: str, key: str, tokenizer: Any, length: int, size: int) -> Prompt:
     """`size` counts pieces of noise, words of a list, coded words."""
     import numpy as np
@@ -182,10 +200,10 @@ def _from_harness(task: str, key: str, tokenizer: Any, length: int, size: int) -
             text, expected = vt_utils.generate_input_output(size + 5, num_chains=1, num_hops=4)
             return text.rstrip(), expected
         if task == "cwe":
-            example, text, expected = cwe_utils.generate_input_output(10 + size, length)
+            example, text, expected = cwe_utils.generate_input_output(NUM_COMMON_WORDS + size, length)
             return f"{example}\n{text}", expected
         text, expected, _ = fwe_utils.generate_input_output(
-            10**9, tokenizer, num_words=10 * (size + 1), vocab_size=max(length // 50, 10)
+            10**9, tokenizer, num_words=MIN_CODED_WORDS + 10 * size, vocab_size=max(length // 50, 10)
         )
         return text, expected
     finally:

@@ -1,0 +1,122 @@
+"""Writes the tables and plots of docs/quality.md from the rows in benchmarks/quality/results.
+
+python benchmarks/quality/tables.py
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_l2kv.evaluation.report import METRICS, estimates, label, with_excess_loss
+from vllm_l2kv.evaluation.statistics import Estimate
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+DOCUMENT = ROOT / "docs" / "quality.md"
+MAIN_LAYERS = [0, 1]
+TASKS = {"perplexity": "excess loss", "passkey": "score", "needle": "score", "ruler": "score"}
+SHOWN = {"excess loss": "excess loss in nats a token, less is better", "score": "score from 0 to 1, more is better"}
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Replaces what stands between the marks of each model."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        rows = {task: read(folder / task / "rows.jsonl") for task in TASKS}
+        begin, end = f"<!-- {folder.name}: benchmarks/quality/tables.py -->", f"<!-- end of {folder.name} -->"
+        made = "\n\n".join(section for section in sections(rows) if section)
+        text, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{made}\n{end}", text, flags=re.DOTALL)  # noqa: B023
+        if count != 1:
+            raise SystemExit(f"{DOCUMENT} must hold the marks of {folder.name} once.")
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a file, none if it was not made."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return with_excess_loss(json.loads(line) for line in lines)
+
+
+def sections(rows: dict[str, list[Row]]) -> Iterable[str]:
+    """Every scorer by task, then full layers and blocks."""
+    for task, metric in TASKS.items():
+        measured = [row for row in rows[task] if row["full_layers"] == MAIN_LAYERS and row["granularity"] == "token"]
+        if measured:
+            yield f"**{task}**, {SHOWN[metric]}; {samples(measured)}:\n\n{by_scorer(measured, task, metric)}"
+    yield by_layers(rows)
+    yield by_granularity(rows)
+
+
+def samples(rows: Sequence[Row]) -> str:
+    """How many prompts of which lengths."""
+    prompts = {(row["length"], row.get("depth"), row.get("subtask"), row["sample"]) for row in rows}
+    lengths = sorted({row["length"] for row in rows})
+    baseline = [row for row in rows if row["keep_ratio"] == 1]
+    metric = "loss" if "loss" in baseline[0] else "score"
+    mean = sum(row[metric] for row in baseline) / len(baseline)
+    return (
+        f"{len(prompts)} prompts of {' and '.join(map(str, lengths))} tokens, {metric} without compression {mean:.2f}"
+    )
+
+
+def by_scorer(rows: Sequence[Row], task: str, metric: str) -> str:
+    """Lines are variants, columns keep ratios."""
+    entries = [entry for entry in estimates(rows, task) if entry["keep_ratio"] < 1]
+    ratios = sorted({entry["keep_ratio"] for entry in entries}, reverse=True)
+    cells = {(label(entry), entry["keep_ratio"]): shown(entry[metric]) for entry in entries}
+    names = sorted({name for name, _ in cells}, key=lambda name: ("+" in name, name))
+    return table(
+        ["keep ratio", *map(str, ratios)], [[name, *(cells[name, ratio] for ratio in ratios)] for name in names]
+    )
+
+
+def by_layers(rows: dict[str, list[Row]]) -> str:
+    """`l2` with other full layers."""
+    lines = []
+    for layers in sorted({tuple(row["full_layers"]) for row in rows["passkey"]}):
+        for protected in (False, True):
+            line = [f"{{{', '.join(map(str, layers))}}}{' +4/64' if protected else ''}"]
+            for task in ("perplexity", "passkey"):
+                found = {
+                    entry["keep_ratio"]: shown(entry[TASKS[task]])
+                    for entry in estimates([row for row in rows[task] if tuple(row["full_layers"]) == layers], task)
+                    if (entry["scorer"], entry["granularity"], entry["protect_first"] > 0) == ("l2", "token", protected)
+                }
+                line += [found.get(ratio, "-") for ratio in (0.5, 0.25)]
+            lines.append(line)
+    heads = [f"{task}, {ratio}" for task in ("excess loss", "passkey") for ratio in (0.5, 0.25)]
+    return "**Full layers**, `l2`:\n\n" + table(["full layers", *heads], lines)
+
+
+def by_granularity(rows: dict[str, list[Row]]) -> str:
+    """`l2` by token and by block."""
+    found: dict[str, dict[Any, str]] = {}
+    for task in ("perplexity", "passkey"):
+        measured = [row for row in rows[task] if row["full_layers"] == MAIN_LAYERS and row["scorer"] == "l2"]
+        for entry in estimates(measured, task):
+            if entry["keep_ratio"] in (0.5, 0.25):
+                found.setdefault(label(entry), {})[task, entry["keep_ratio"]] = shown(entry[TASKS[task]])
+    if not any("block" in name for name in found):
+        return ""
+    columns = [(task, ratio) for task in ("perplexity", "passkey") for ratio in (0.5, 0.25)]
+    heads = [f"{'excess loss' if task == 'perplexity' else task}, {ratio}" for task, ratio in columns]
+    lines = [[name, *(cells.get(column, "-") for column in columns)] for name, cells in sorted(found.items())]
+    return "**By token and by block**:\n\n" + table(["", *heads], lines)
+
+
+def shown(estimate: Estimate) -> str:
+    """Mean and interval."""
+    return f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+if __name__ == "__main__":
+    assert set(TASKS) == set(METRICS)
+    main()

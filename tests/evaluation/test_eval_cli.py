@@ -1,0 +1,167 @@
+"""Options of `vllm-l2kv eval`, and what it makes of an engine that is none."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_l2kv.evaluation import cli, run
+from vllm_l2kv.evaluation.cases import Answer, Case
+from vllm_l2kv.evaluation.tasks.ruler import TASKS as SUBTASKS
+from vllm_l2kv.params import CompressionParams
+
+
+class Mute:
+    """Answers nothing, with a loss of 1 for each token."""
+
+    tokenizer: Any = None
+
+    def __init__(self, model: str, full_layers: Sequence[int], max_model_len: int) -> None:
+        self.about = {"model": model, "full_layers": full_layers}
+        self.max_tokens = max_model_len
+
+    def rows(self, task: str, cases: Iterable[Case], compared: Sequence[CompressionParams]) -> Iterator[dict[str, Any]]:
+        for case, variant in product(cases, compared):
+            fields = {name.removeprefix("kv_"): value for name, value in variant.as_fields().items()}
+            answer = Answer("", (1.0,) * case.num_tokens, (True,) * case.num_tokens)
+            yield {"task": task, **self.about, **fields, **case.about, **case.score(answer)}
+
+
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch):
+    monkeypatch.setattr(run, "Engine", lambda *arguments, **options: pytest.fail("too late"))
+
+
+@pytest.fixture
+def mute(monkeypatch, tokenizer):
+    monkeypatch.setattr(Mute, "tokenizer", tokenizer)
+    monkeypatch.setattr(run, "Engine", Mute)
+
+
+def refused(capsys, *words: str) -> str:
+    """The last line on standard error."""
+    with pytest.raises(SystemExit) as caught:
+        cli.evaluate(words)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "bound"),
+    [
+        ("passkey", ["--ratios", "0.5,0"], "0 < a ratio <= 1, got 0"),
+        ("passkey", ["--ratios", "2"], "0 < a ratio <= 1, got 2"),
+        ("passkey", ["--ratios", "nan"], "0 < a ratio <= 1, got nan"),
+        ("passkey", ["--scorers", "l2,l3"], "'l3' is not one of l2, keydiff"),
+        ("passkey", ["--granularities", "page"], "'page' is not one of token, block"),
+        ("passkey", ["--depths", "1.5"], "0 <= depth <= 1, got 1.5"),
+        ("needle", ["--depths=-0.5"], "0 <= depth <= 1, got -0.5"),
+        ("passkey", ["--samples", "0"], "1 <= N, got 0"),
+        ("passkey", ["--samples", "-1"], "0 <= N"),
+        ("passkey", ["--seed", "-1"], "0 <= N"),
+        ("passkey", ["--lengths", "100,0"], "1 <= N, got 0"),
+        ("passkey", ["--lengths", ""], ""),
+        ("passkey", ["--depths", ""], ""),
+        ("passkey", ["--max-model-len", "0"], "1 <= N, got 0"),
+        ("passkey", ["--protect", "4"], "FIRST:LAST, such as 4:64, got '4'"),
+        ("passkey", ["--protect", "4:-1"], "0 <= N"),
+        ("passkey", ["--full-layers=-1"], "0 <= a layer"),
+        ("perplexity", ["--continued", "0"], "1 <= N, got 0"),
+        ("ruler", ["--subtasks", "vt,qa_1"], "'qa_1' is not one of niah_single_1"),
+    ],
+)
+def test_bad_options_are_named_with_their_bound(capsys, task, words, bound):
+    line = refused(capsys, task, "model", *words)
+    assert line.startswith(f"vllm-l2kv eval {task}: error: argument {words[0].split('=')[0]}: ")
+    assert bound in line
+
+
+def test_one_line_is_said(capsys):
+    with pytest.raises(SystemExit):
+        cli.evaluate(["passkey", "model", "--ratios", "2"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["passkey", "model", "--text", "moby_dick"], ["ruler", "model", "--depths", "0"], ["quality", "model"]]
+)
+def test_options_of_other_tasks_are_unknown(capsys, words):
+    assert "error: " in refused(capsys, *words)
+
+
+@pytest.mark.parametrize("task", cli.TASKS)
+def test_defaults(task):
+    options = cli._eval_parser().parse_args([task, "model"])
+    assert (options.model, options.out) == ("model", Path("eval") / task)
+    assert (options.full_layers, options.ratios) == ([0, 1], [0.75, 0.5, 0.25, 0.1])
+    assert (options.scorers, options.granularities, options.protect) == (["l2"], ["token"], [(0, 0)])
+    assert (options.lengths, options.samples, options.seed, options.max_model_len) == ([1024], 10, 0, None)
+    own = {
+        "perplexity": {"text": "moby_dick", "continued": 128},
+        "passkey": {"depths": [0, 0.25, 0.5, 0.75, 1]},
+        "needle": {"text": "state_of_the_union", "depths": [0, 0.25, 0.5, 0.75, 1]},
+        "ruler": {"text": "state_of_the_union", "subtasks": list(SUBTASKS)},
+    }
+    assert vars(options).items() >= own[task].items()
+
+
+def test_lists():
+    words = ["--full-layers", "", "--protect", "0:0, 4:64", "--ratios", "0.5,0.25"]
+    options = cli._eval_parser().parse_args(["passkey", "model", *words])
+    assert (options.full_layers, options.protect, options.ratios) == ([], [(0, 0), (4, 64)], [0.5, 0.25])
+
+
+@pytest.mark.parametrize("task", [*cli.TASKS, "report"])
+def test_help(capsys, task):
+    with pytest.raises(SystemExit) as caught:
+        cli.evaluate([task, "--help"])
+    assert caught.value.code == 0
+    assert f"vllm-l2kv eval {task}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("mute")
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("perplexity", []), ("needle", ["--depths", "0"]), ("ruler", ["--subtasks", "niah_single_1"])],
+)
+def test_rows_are_added_and_reported(capsys, tmp_path, task, words):
+    command = [task, "model", "--lengths", "400", "--samples", "2", "--ratios", "0.5", "--out", str(tmp_path), *words]
+    cli.evaluate(command)
+    report = (tmp_path / "report.html").read_text()
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    cli.evaluate(command)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    # Of two samples, without compression, by l2 and by three controls.
+    assert len(rows) == 2 * (2 * 5)
+    assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
+    assert (tmp_path / "report.html").read_text() == report
+
+
+@pytest.mark.usefixtures("mute")
+def test_the_engine_is_as_long_as_needed(tmp_path):
+    words = ["--lengths", "400", "--samples", "2", "--continued", "300", "--ratios", "0.5", "--out", str(tmp_path)]
+    cli.evaluate(["perplexity", "model", *words])
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.usefixtures("mute")
+def test_an_engine_too_short_is_told_before_it_works(capsys, tmp_path):
+    out = tmp_path / "out"
+    line = refused(capsys, "passkey", "model", "--max-model-len", "200", "--out", str(out))
+    assert "argument --max-model-len: 200 is too short for prompts of 10" in line
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("mute")
+def test_bad_texts_are_told(capsys, tmp_path):
+    path = tmp_path / "text"
+    assert str(path) in refused(capsys, "needle", "model", "--text", str(path))
+    path.write_text("Short.")
+    assert "The text has 2 tokens" in refused(capsys, "perplexity", "model", "--text", str(path))
+
+
+def test_rows_that_are_not_there_are_told(capsys, tmp_path):
+    assert "rows.jsonl" in refused(capsys, "report", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"))

@@ -1,0 +1,180 @@
+"""Intervals against scipy; reports of made-up rows."""
+
+import base64
+import html
+import math
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy.stats import binomtest, ttest_1samp
+
+from vllm_l2kv.evaluation.report import table, with_excess_loss, write_diagnosis, write_report
+from vllm_l2kv.evaluation.statistics import average, share
+from vllm_l2kv.evaluation.variants import variants
+
+NUM_PLOTS = {"perplexity": 3, "passkey": 2, "needle": 3, "ruler": 1}
+NUM_METRICS = {"perplexity": 2, "passkey": 1, "needle": 2, "ruler": 1}
+
+
+def made_up(
+    task: str,
+    scorers=("l2",),
+    ratios=(0.5, 0.25),
+    lengths=(100, 200),
+    depths=(0, 0.5),
+    num_samples: int = 4,
+    score: float | None = None,
+    **about: Any,
+) -> list[dict[str, Any]]:
+    """Rows as `Engine.rows` makes them; the excess loss is `1 - ratio`, every other sample is right unless told."""
+    rows = []
+    places = {"perplexity": [{}], "ruler": [{"subtask": "vt"}, {"subtask": "cwe"}]}
+    for length, place, sample, variant in product(
+        lengths,
+        places.get(task, [{"depth": depth} for depth in depths]),
+        range(num_samples),
+        variants(scorers, ratios, [(0, 0), (4, 64)]),
+    ):
+        loss, right = 2 + 0.1 * sample + (1 - variant.keep_ratio), sample % 2 if score is None else score
+        perplexity = {"loss": loss, "accuracy": 0.5, "losses": [loss] * 19, "hits": [0] * 19}
+        scores = {"score": right, "exact": right, "answer": "<i>42</i>"}
+        rows.append(
+            {
+                "task": task,
+                "model": "tiny",
+                "full_layers": [0, 1],
+                **{name.removeprefix("kv_"): value for name, value in variant.as_fields().items()},
+                "length": length,
+                **place,
+                "sample": sample,
+                **(perplexity if task == "perplexity" else scores),
+                **about,
+            }
+        )
+    return rows
+
+
+def cells_of(rows: list[dict[str, Any]], task: str, name: str, metric: str) -> list[str]:
+    return next(line[2:] for line in table(rows, task) if line[:2] == [name, metric])
+
+
+class TestStatistics:
+    @pytest.mark.parametrize(
+        ("hits", "n"), [(0, 1), (1, 1), (0, 10), (10, 10), (1, 2), (3, 10), (81, 263), (999, 1000)]
+    )
+    def test_share_is_wilsons(self, hits, n):
+        expected = binomtest(hits, n).proportion_ci(method="wilson")
+        found = share([1.0] * hits + [0.0] * (n - hits))
+        assert found == pytest.approx((hits / n, expected.low, expected.high, n), abs=1e-6)
+        assert found.high - found.low > 1 / (n + 4)
+
+    @pytest.mark.parametrize("score", [0.0, 1.0])
+    def test_a_share_lies_within_its_interval(self, score):
+        for n in range(1, 100):
+            assert 0 <= share([score] * n).low <= score <= share([score] * n).high <= 1
+
+    def test_shares_in_between(self):
+        assert share([0.25, 0.75]) == share([0.0, 1.0])
+
+    @pytest.mark.parametrize("values", [[1.0, 2.0], [0.1, -0.4, 2.5, 0.3, 0.3]])
+    def test_average_is_students(self, values):
+        expected = ttest_1samp(values, 0).confidence_interval()
+        mean = sum(values) / len(values)
+        assert average(values) == pytest.approx((mean, expected.low, expected.high, len(values)))
+
+    def test_one_value_has_no_interval(self):
+        mean, low, high, num_samples = average([3.0])
+        assert (mean, num_samples) == (3.0, 1)
+        assert math.isnan(low)
+        assert math.isnan(high)
+
+    def test_values_that_agree(self):
+        assert average([3.0] * 5) == (3.0, 3.0, 3.0, 5)
+
+
+class TestReport:
+    @pytest.mark.parametrize("task", NUM_PLOTS)
+    def test_every_task_is_drawn_and_told(self, tmp_path, task):
+        rows = made_up(task)
+        path = write_report(rows, tmp_path)
+        text, plots = html.unescape(path.read_text()), list(tmp_path.glob("*.png"))
+        assert path == tmp_path / "report.html"
+        assert len(plots) == text.count("<img ") == NUM_PLOTS[task]
+        for plot in plots:
+            assert plot.read_bytes().startswith(b"\x89PNG")
+            assert f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}" in text
+        heading, *lines = table(with_excess_loss(rows), task)
+        assert heading == ["", "metric", "1", "0.5", "0.25"]
+        # No compression; l2 and three controls, with protection and without.
+        assert len(lines) == (1 + 2 * 4) * NUM_METRICS[task]
+        assert all(f"<td>{cell}</td>" in text for line in lines for cell in line)
+        assert not any("nan" in cell for line in lines for cell in line)
+
+    def test_models_and_full_layers_have_sections_of_their_own(self, tmp_path):
+        rows = [*made_up("ruler"), *made_up("ruler", model="other"), *made_up("ruler", full_layers=[])]
+        text = write_report(rows, tmp_path).read_text()
+        assert text.count("<h2>") == len(list(tmp_path.glob("*.png"))) == 3
+        assert "<h2>ruler: tiny, full layers none</h2>" in text
+
+    def test_rows_said_again_replace_earlier_ones(self, tmp_path):
+        old, new = made_up("passkey", score=0.0, num_samples=2), made_up("passkey", score=1.0, num_samples=2)
+        again = write_report([*old, *new], tmp_path).read_text()
+        assert again == write_report(new, tmp_path).read_text()
+        assert "1.00 (0.68 to 1.00, n=8)" in again
+        assert "0.00 (" not in again
+
+    def test_cells_are_those_of_their_variant(self):
+        rows = made_up("needle", score=1.0)
+        for row in rows:
+            if (row["scorer"], row["protect_first"], row["keep_ratio"]) == ("l2", 4, 0.25):
+                row["exact"] = 0.0
+        hit, miss = "1.00 (0.81 to 1.00, n=16)", "0.00 (0.00 to 0.19, n=16)"
+        assert cells_of(rows, "needle", "l2 +4/64", "exact") == ["", hit, miss]
+        assert (
+            cells_of(rows, "needle", "l2", "exact") == cells_of(rows, "needle", "l2 +4/64", "score") == ["", hit, hit]
+        )
+        assert cells_of(rows, "needle", "no compression", "exact") == [hit, "", ""]
+
+    def test_excess_loss_is_over_no_compression(self):
+        rows = made_up("perplexity") + [
+            {**row, "loss": row["loss"] + 7} for row in made_up("perplexity", full_layers=[2])
+        ]
+        found = with_excess_loss([*rows, *made_up("ruler")])
+        for row in found[: len(rows)]:
+            assert row["excess loss"] == pytest.approx(1 - row["keep_ratio"], abs=1e-9)
+        assert all(row["excess loss"] == 0 for row in found[: len(rows)] if row["keep_ratio"] == 1)
+        assert found[len(rows) :] == made_up("ruler")
+
+    def test_names_are_escaped(self, tmp_path):
+        text = write_report(made_up("passkey", model="<b>"), tmp_path).read_text()
+        assert "&lt;b&gt;" in text
+        assert "<b>" not in text
+        assert "<i>" not in text
+
+    @pytest.mark.parametrize(("score", "num_samples"), [(0.0, 3), (1.0, 4)])
+    def test_scores_that_agree(self, tmp_path, score, num_samples):
+        write_report(made_up("passkey", lengths=[100], depths=[0], score=score, num_samples=num_samples), tmp_path)
+
+    @pytest.mark.parametrize("task", ["perplexity", "needle"])
+    def test_one_sample(self, tmp_path, task):
+        write_report(made_up(task, lengths=[100], depths=[0], num_samples=1), tmp_path)
+
+    def test_controls_alone(self, tmp_path):
+        write_report(made_up("needle", scorers=["random"]), tmp_path)
+
+    @pytest.mark.parametrize("task", ["perplexity", "needle"])
+    def test_no_compression_alone(self, tmp_path, task):
+        write_report(made_up(task, ratios=[]), tmp_path)
+
+    @pytest.mark.parametrize("second", [{"lengths": [300], "depths": [1]}, {"lengths": [300], "ratios": [0.1]}])
+    def test_runs_with_other_options_together(self, tmp_path, second):
+        write_report([*made_up("needle"), *made_up("needle", **second)], tmp_path)
+
+    def test_diagnosis(self, tmp_path):
+        plot = Path(tmp_path, "alr.png")
+        plot.write_bytes(b"pixels")
+        text = write_diagnosis("kv-scorer: l2  # <b>\n", [plot], tmp_path).read_text()
+        assert f'<img alt="alr" src="data:image/png;base64,{base64.b64encode(b"pixels").decode()}">' in text
+        assert "<pre>kv-scorer: l2  # &lt;b&gt;\n</pre>" in text
