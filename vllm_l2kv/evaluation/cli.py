@@ -94,7 +94,7 @@ def diagnose(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--tokens", type=_positive, default=1024, metavar="N", help="tokens of a chunk (default: 1024)")
     parser.add_argument(
-        "--chunks", type=_positive, default=8, metavar="N", help="chunks to read of each text (default: 8)"
+        "--chunks", type=_positive, default=4, metavar="N", help="chunks to read of each text (default: 4)"
     )
     parser.add_argument("--out", type=Path, default=Path("diagnosis"), metavar="DIR", help="folder of results")
     options = parser.parse_args(argv)

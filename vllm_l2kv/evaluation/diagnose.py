@@ -142,9 +142,9 @@ def measure(
 
     Args:
         model_path: Folder or name of a model that `transformers` can load; runs in fp32, on a GPU if there is one.
-        texts: Cut into chunks one after the other, each by itself; what is left at an end is not used.
+        texts: Cut into chunks, each by itself; what is left at an end is not used.
         num_tokens: Length of a chunk, with the tokenizer's BOS token, if it has one, in front.
-        num_chunks: Chunks to measure, fewer if the texts have fewer.
+        num_chunks: Chunks to measure of each text, fewer if it has fewer.
         progress: Whether to show a bar on standard error.
 
     Raises:
@@ -155,7 +155,8 @@ def measure(
 
     if num_tokens < 2 * NUM_QUERIES:
         raise ValueError(f"num_tokens must be at least {2 * NUM_QUERIES}, got {num_tokens}.")
-    read = list(islice(chunks(AutoTokenizer.from_pretrained(model_path), texts, num_tokens), num_chunks))
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    read = [chunk for text in texts for chunk in islice(chunks(tokenizer, text, num_tokens), num_chunks)]
     if not read:
         raise ValueError(f"No text is {num_tokens} tokens long; give longer ones or a smaller num_tokens.")
     model = load(model_path)

@@ -1,11 +1,12 @@
 """A model of `transformers` watched while it reads: the norms of its keys and what its last queries look at."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from vllm_l2kv.evaluation.attention import per_kv_head
+from vllm_l2kv.evaluation.texts import encode
 from vllm_l2kv.scorers import norms
 
 FULL_ATTENTION = "full_attention"
@@ -43,15 +44,14 @@ def layer_types(model: Any) -> tuple[str, ...]:
     return (kind,) * int(config.num_hidden_layers)
 
 
-def chunks(tokenizer: Any, texts: Iterable[str], num_tokens: int) -> Iterator[torch.Tensor]:
-    """Cuts each text into token ids `[1, num_tokens]` int64, leaving out what remains at its end."""
-    # Not every tokenizer puts it there by itself, and some models are lost without.
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def chunks(tokenizer: Any, text: str, num_tokens: int) -> Iterator[torch.Tensor]:
+    """Cuts a text into token ids `[1, num_tokens]` int64, leaving out what remains at its end."""
+    # With BOS in front of each chunk, as `encode` puts it in front of a text.
+    bos = encode(tokenizer, "")
+    token_ids = encode(tokenizer, text)[len(bos) :]
     size = num_tokens - len(bos)
-    for text in texts:
-        token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for start in range(0, len(token_ids) - size + 1, size):
-            yield torch.tensor([bos + token_ids[start : start + size]])
+    for start in range(0, len(token_ids) - size + 1, size):
+        yield torch.tensor([bos + token_ids[start : start + size]])
 
 
 @torch.inference_mode()
