@@ -36,7 +36,7 @@ def write_report(rows: Iterable[Row], folder: Path) -> Path:
     Returns:
         Path of the HTML file, which holds the plots too.
     """
-    rows = with_excess_loss({json.dumps([row.get(name) for name in IDENTITY]): row for row in rows}.values())
+    rows = with_excess_loss(rows)
     sections = []
     for (task, model, layers), group in _grouped(rows, "task", "model", "full_layers"):
         name = f"{task}-{model}-{'-'.join(map(str, layers)) or 'none'}"
@@ -60,8 +60,8 @@ def write_diagnosis(config: str, plots: Sequence[Path], folder: Path) -> Path:
 
 
 def with_excess_loss(rows: Iterable[Row]) -> list[Row]:
-    """Rows of losses, each with what it loses over the uncompressed answer to the same prompt, in nats a token."""
-    rows = list(rows)
+    """Rows without those that were said again; losses with their excess over the whole cache, nats a token."""
+    rows = {json.dumps([row.get(name) for name in IDENTITY]): row for row in rows}.values()
     full = {_prompt(row): row["loss"] for row in rows if "loss" in row and row["keep_ratio"] == 1}
     return [{**row, "excess loss": row["loss"] - full[_prompt(row)]} if "loss" in row else row for row in rows]
 
