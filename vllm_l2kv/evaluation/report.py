@@ -118,7 +118,9 @@ def _grouped(rows: Iterable[Row], *names: str) -> list[tuple[list[Any], list[Row
 def _curves(rows: Sequence[Row], task: str, metric: str, path: Path) -> Path:
     """A metric over the keep ratio: a line for each variant, dashed for controls."""
     entries = estimates(rows, task)
-    figure, axes = _figure(f"{task}, {metric}", "keep ratio", metric)
+    numbers = sorted({entry[metric].num_samples for entry in entries})
+    title = f"{task}, {metric}; samples of each point: {' or '.join(map(str, numbers))}"
+    figure, axes = _figure(title, "keep ratio", metric)
     for name in dict.fromkeys(label(entry) for entry in entries):
         line = sorted((entry for entry in entries if label(entry) == name), key=lambda entry: entry["keep_ratio"])
         means = [entry[metric].mean for entry in line]
