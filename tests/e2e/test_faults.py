@@ -44,6 +44,7 @@ def test_sigterm(server):
     assert server.process.returncode == 0
 
 
+@pytest.mark.slow  # a server start more, and its end is that of SIGTERM
 def test_interrupt(server):
     """As a terminal sends it, to the whole process group."""
     with under_load(server) as answers:
