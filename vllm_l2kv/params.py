@@ -17,8 +17,10 @@ USAGE_KEY = "kv_cache"
 """Where a request's numbers stand: in `usage` of an answer, in `kv_transfer_params` of vLLM's `RequestOutput`."""
 VLLM_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 """vLLM's own request fields and `extra_args` keys that happen to start with our prefix."""
-SCORERS = ("l2", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", "random", "l2_high", "first_last")
-"""What may decide which tokens stay: the modules of `vllm_l2kv.scorers`; the last three are controls."""
+CONTROLS = ("random", "l2_high", "first_last")
+"""Scorers that others are measured against: chance, the opposite of the rule, StreamingLLM."""
+SCORERS = ("l2", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", *CONTROLS)
+"""What may decide which tokens stay: the modules of `vllm_l2kv.scorers`."""
 GRANULARITIES = ("token", "block")
 """What is kept or evicted as one, see `vllm_l2kv.granularity`."""
 PROTECT_FIRST, PROTECT_LAST = 4, 64

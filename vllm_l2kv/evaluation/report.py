@@ -10,8 +10,7 @@ from statistics import mean
 from typing import Any
 
 from vllm_l2kv.evaluation.statistics import Estimate, average, share
-from vllm_l2kv.evaluation.variants import CONTROLS
-from vllm_l2kv.params import SCORERS
+from vllm_l2kv.params import CONTROLS, SCORERS
 
 Row = Mapping[str, Any]
 REPORT = "report.html"

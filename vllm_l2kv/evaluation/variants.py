@@ -3,10 +3,8 @@
 from collections.abc import Iterable, Sequence
 from itertools import product
 
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import CONTROLS, CompressionParams
 
-CONTROLS = ("random", "l2_high", "first_last")
-"""What every comparison holds beside the scorers under test: chance, the opposite of the rule, StreamingLLM."""
 BASELINE = CompressionParams()
 """No compression."""
 

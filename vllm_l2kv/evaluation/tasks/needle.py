@@ -8,6 +8,7 @@ else.
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vllm_l2kv.evaluation.cases import Answer, Case
@@ -38,11 +39,7 @@ def cases(
             for sample in range(num_samples):
                 start = chance.randrange(max(len(sentences) // 2, 1))
                 behind = sentences[start:]
-
-                def token_ids(num_sentences: int, behind: list[str] = behind, depth: float = depth) -> list[int]:
-                    context = hide(NEEDLE, behind[:num_sentences], depth)
-                    return encode(tokenizer, BEFORE + context + BEHIND)
-
+                token_ids = partial(_token_ids, tokenizer, behind, depth)
                 # No sentence is shorter than two tokens.
                 most = min(len(behind), length // 2)
                 num_sentences = largest(most, lambda n: len(token_ids(n)) <= length)  # noqa: B023
@@ -56,6 +53,10 @@ def cases(
                     score=score,
                     about={"length": length, "depth": depth, "sample": sample},
                 )
+
+
+def _token_ids(tokenizer: Any, sentences: Sequence[str], depth: float, num_sentences: int) -> list[int]:
+    return encode(tokenizer, BEFORE + hide(NEEDLE, sentences[:num_sentences], depth) + BEHIND)
 
 
 def sentences_of(text: str) -> list[str]:
