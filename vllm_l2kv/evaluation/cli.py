@@ -59,7 +59,8 @@ def evaluate(argv: Sequence[str]) -> None:
     rows = engine.rows(options.task, cases, compared)
     run = {name: value for name, value in vars(options).items() if name in ("text", "seed", "continued")}
     total = len(cases) * len(compared)
-    with (options.out / ROWS).open("a", encoding="utf-8") as file:
+    # By the line: a run that is killed leaves whole rows.
+    with (options.out / ROWS).open("a", buffering=1, encoding="utf-8") as file:
         for row in tqdm(rows, total=total, desc=options.task, unit="answer"):
             file.write(json.dumps(row | run, ensure_ascii=False) + "\n")
     report([options.out / ROWS], options.out)

@@ -1,0 +1,92 @@
+"""The measurements of docs/quality.md, one engine for each set of full layers.
+
+PYTHONPATH=. python benchmarks/quality/grid.py MODEL OUT --full-layers 0,1 none 0 [--lengths 1024 4096]
+
+The first set is measured with every scorer, and l2 by block, in every task; the others with l2 and the controls, on
+text and pass keys of the first length. Appends to one `rows.jsonl` a task in the folder.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from vllm_l2kv.evaluation.cases import Case
+from vllm_l2kv.evaluation.cli import ESSAYS, NUM_ANSWER_TOKENS, ROWS
+from vllm_l2kv.evaluation.run import Engine
+from vllm_l2kv.evaluation.tasks import needle, passkey, perplexity, ruler
+from vllm_l2kv.evaluation.texts import read_text
+from vllm_l2kv.evaluation.variants import variants
+from vllm_l2kv.params import CONTROLS, SCORERS
+
+RATIOS = {
+    "perplexity": (0.75, 0.5, 0.25),
+    "passkey": (0.75, 0.5, 0.25, 0.1),
+    "needle": (0.75, 0.5, 0.25),
+    "ruler": (0.5, 0.25),
+}
+BRIEF = ("perplexity", "passkey")
+PROTECTIONS = ((0, 0), (4, 64))
+DEPTHS = (0.1, 0.5, 0.9)
+NOVEL = "moby_dick"
+NUM_CONTINUED = 64
+SEED = 0
+
+
+def main() -> None:
+    """Starts a process for each set of full layers, or is one of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--full-layers", nargs="+", default=["0,1"], metavar="I,J", help="sets; none is the empty one")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
+    parser.add_argument("--samples", type=int, default=10, help="of each length, and depth or subtask")
+    parser.add_argument("--inside", choices=["whole", "brief"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside is None:
+        for i, layers in enumerate(args.full_layers):
+            inside = ["--full-layers", layers, "--inside", "brief" if i else "whole"]
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], *inside], check=True)
+        return
+    full_layers = [int(layer) for layer in args.full_layers[0].split(",") if layer != "none"]
+    engine = Engine(args.model, full_layers, max_model_len=max(args.lengths) + NUM_ANSWER_TOKENS)
+    for task, ratios in RATIOS.items():
+        if args.inside == "whole":
+            scorers = [scorer for scorer in SCORERS if scorer not in CONTROLS]
+            compared = variants(scorers, ratios, PROTECTIONS) + variants(["l2"], ratios, PROTECTIONS, ["block"])
+            run(engine, task, args.lengths, args.samples, list(dict.fromkeys(compared)), args.out)
+        elif task in BRIEF:
+            run(engine, task, args.lengths[:1], args.samples, variants(["l2"], ratios, PROTECTIONS), args.out)
+
+
+def run(engine: Engine, task: str, lengths: list[int], num_samples: int, compared: list[Any], out: Path) -> None:
+    """Measures one task."""
+    # RULER's eleven subtasks count as depths do elsewhere.
+    num_samples = max(1, num_samples // 2) if task == "ruler" else num_samples
+    cases = list(cases_of(task, engine.tokenizer, lengths, num_samples))
+    text = {"perplexity": NOVEL, "passkey": None}.get(task, ESSAYS)
+    about = {"seed": SEED, **({"text": text} if text else {}), **({"continued": NUM_CONTINUED} if text == NOVEL else {})}
+    (out / task).mkdir(parents=True, exist_ok=True)
+    rows = engine.rows(task, cases, compared)
+    with (out / task / ROWS).open("a", buffering=1, encoding="utf-8") as file:
+        for row in tqdm(rows, total=len(cases) * len(compared), desc=task, unit="answer", mininterval=5):
+            file.write(json.dumps(row | about, ensure_ascii=False) + "\n")
+
+
+def cases_of(task: str, tokenizer: Any, lengths: list[int], num_samples: int) -> Iterator[Case]:
+    """The task's prompts."""
+    if task == "perplexity":
+        return perplexity.cases(tokenizer, read_text(NOVEL), lengths, num_samples, NUM_CONTINUED)
+    if task == "passkey":
+        return passkey.cases(tokenizer, lengths, DEPTHS, num_samples, SEED)
+    if task == "needle":
+        return needle.cases(tokenizer, read_text(ESSAYS), lengths, DEPTHS, num_samples, SEED)
+    return ruler.cases(tokenizer, read_text(ESSAYS), lengths, list(ruler.TASKS), num_samples, SEED)
+
+
+if __name__ == "__main__":
+    main()
