@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--full-layers", nargs="+", default=["0,1"], metavar="I,J", help="sets; none is the empty one")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
     parser.add_argument("--samples", type=int, default=10, help="of each length, and depth or subtask")
+    parser.add_argument("--tasks", nargs="+", choices=RATIOS, default=list(RATIOS))
     parser.add_argument("--inside", choices=["whole", "brief"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside is None:
@@ -54,7 +55,8 @@ def main() -> None:
         return
     full_layers = [int(layer) for layer in args.full_layers[0].split(",") if layer != "none"]
     engine = Engine(args.model, full_layers, max_model_len=max(args.lengths) + NUM_ANSWER_TOKENS)
-    for task, ratios in RATIOS.items():
+    for task in args.tasks:
+        ratios = RATIOS[task]
         if args.inside == "whole":
             scorers = [scorer for scorer in SCORERS if scorer not in CONTROLS]
             compared = variants(scorers, ratios, PROTECTIONS) + variants(["l2"], ratios, PROTECTIONS, ["block"])
@@ -69,7 +71,11 @@ def run(engine: Engine, task: str, lengths: list[int], num_samples: int, compare
     num_samples = max(1, num_samples // 2) if task == "ruler" else num_samples
     cases = list(cases_of(task, engine.tokenizer, lengths, num_samples))
     text = {"perplexity": NOVEL, "passkey": None}.get(task, ESSAYS)
-    about = {"seed": SEED, **({"text": text} if text else {}), **({"continued": NUM_CONTINUED} if text == NOVEL else {})}
+    about = {
+        "seed": SEED,
+        **({"text": text} if text else {}),
+        **({"continued": NUM_CONTINUED} if text == NOVEL else {}),
+    }
     (out / task).mkdir(parents=True, exist_ok=True)
     rows = engine.rows(task, cases, compared)
     with (out / task / ROWS).open("a", buffering=1, encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Host time of the scheduler alone, without an engine: stock vLLM's and ours, for requests that all decode.
+"""Processor time of the scheduler alone, without an engine: stock vLLM's and ours, for requests that all decode.
 
 PYTHONPATH=.:tests VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/speed/scheduler.py --model FOLDER --out scheduler.jsonl
 
@@ -60,15 +60,15 @@ def run(scheduler: Any, ratio: float | None, seed: int) -> float:
     in_flight: deque[Any] = deque()
     num_steps, elapsed = 0, 0.0
     while scheduler.has_unfinished_requests():
-        begin = time.perf_counter()
+        begin = time.thread_time()
         output = scheduler.schedule()
-        elapsed += time.perf_counter() - begin
+        elapsed += time.thread_time() - begin
         in_flight.append((output, sampled(scheduler, output)))
         num_steps += 1
         if len(in_flight) == STEPS_IN_FLIGHT:
-            begin = time.perf_counter()
+            begin = time.thread_time()
             scheduler.update_from_output(*in_flight.popleft())
-            elapsed += time.perf_counter() - begin
+            elapsed += time.thread_time() - begin
     while in_flight:
         scheduler.update_from_output(*in_flight.popleft())
     return elapsed * 1000 / num_steps

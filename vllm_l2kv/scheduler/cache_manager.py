@@ -26,7 +26,7 @@ def stop_prefix_caching(manager: SingleTypeKVCacheManager, request_id: str) -> N
     count beyond every block ends that. vLLM drops the count when the request's blocks are freed.
     """
     manager.num_cached_block[request_id] = _BEYOND_EVERY_REQUEST
-    if isinstance(manager, _LayerManager):
+    if isinstance(manager, LayerManager):
         manager.next_findable[request_id] = _BEYOND_EVERY_REQUEST
 
 
@@ -47,7 +47,7 @@ def find_prefixes_inside_blocks(coordinator: KVCacheCoordinator) -> None:
             manager.cache_hit_alignment_tokens = unit
 
 
-class _LayerManager(FullAttentionManager):
+class LayerManager(FullAttentionManager):
     """Blocks that can be found up to every hash boundary inside them.
 
     vLLM asks each manager several times a request and step, and mostly nothing is to do: a block fills up every so
@@ -131,11 +131,11 @@ class _LayerManager(FullAttentionManager):
         return max(begin, end)
 
 
-class FullLayerManager(_LayerManager):
+class FullLayerManager(LayerManager):
     """Blocks of full layers."""
 
 
-class CompressedLayerManager(_LayerManager):
+class CompressedLayerManager(LayerManager):
     """Blocks of compressed layers.
 
     Attributes:

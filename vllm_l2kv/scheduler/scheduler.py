@@ -21,6 +21,7 @@ from vllm_l2kv.scheduler.cache_manager import (
     find_prefixes_inside_blocks,
     stop_prefix_caching,
 )
+from vllm_l2kv.scheduler.shortcut import take_shortcuts
 from vllm_l2kv.settings import Settings
 
 # vLLM configures logging below its own name only.
@@ -38,6 +39,7 @@ class L2KVScheduler(AsyncScheduler):
         check_supported(self.vllm_config)
         self.settings = Settings.from_config(self.vllm_config.additional_config)
         find_prefixes_inside_blocks(self.kv_cache_manager.coordinator)
+        self.kv_cache_manager = take_shortcuts(self.kv_cache_manager)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
         if not self._compressed:
