@@ -56,6 +56,7 @@ def engine_args(
     protect_last: int = PROTECT_LAST,
     scorer: str = "l2",
     granularity: str = "token",
+    metrics: bool = False,
     additional_config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Arguments that make vLLM compress: `LLM(model, **engine_args(full_layers=(0, 1)))`.
@@ -67,6 +68,8 @@ def engine_args(
         protect_last: Default number of protected tokens at the end of a prompt.
         scorer: Default scorer, one of `vllm_l2kv.params.SCORERS`.
         granularity: Default granularity, one of `vllm_l2kv.params.GRANULARITIES`.
+        metrics: Tell the front end about compactions, for `/metrics`. For servers of ours alone: vLLM's `LLM` would
+            not know what to do with it.
         additional_config: Other entries for vLLM's option of this name.
 
     Returns:
@@ -80,7 +83,7 @@ def engine_args(
     from vllm_l2kv.plugin import device_engine_args
 
     defaults = CompressionParams(default_keep_ratio, protect_first, protect_last, scorer, granularity)
-    settings = Settings(tuple(full_layers), defaults)
+    settings = Settings(tuple(full_layers), defaults, metrics)
     return {
         **device_engine_args(),
         "additional_config": {**(additional_config or {}), CONFIG_KEY: settings.as_config()},

@@ -1,12 +1,15 @@
 """What the scheduler tells the worker: compact this request, from these blocks into those.
 
-An order holds block ids and counts only. Which tokens are kept is decided on the device and never leaves it.
+An order holds block ids and counts only. Which tokens are kept is decided on the device and never leaves it. What comes
+back is how long it took.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 _ATTRIBUTE = "compactions"
+_SECONDS = "compaction_seconds"
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,19 @@ def orders_of(scheduler_output: Any) -> tuple[CompactionOrder, ...]:
     """The orders of a step; none for a step of a scheduler that compacts nothing."""
     orders: tuple[CompactionOrder, ...] = getattr(scheduler_output, _ATTRIBUTE, ())
     return orders
+
+
+def with_seconds(model_runner_output: Any, seconds: list[float]) -> Any:
+    """A step's `ModelRunnerOutput` that also tells times of compactions; they may be those of an earlier step.
+
+    A copy: vLLM answers steps without work with one and the same object.
+    """
+    output = copy(model_runner_output)
+    setattr(output, _SECONDS, seconds)
+    return output
+
+
+def seconds_of(model_runner_output: Any) -> list[float]:
+    """Times of compactions, mostly none."""
+    seconds: list[float] = getattr(model_runner_output, _SECONDS, [])
+    return seconds

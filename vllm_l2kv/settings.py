@@ -20,6 +20,7 @@ class Settings:
     Attributes:
         full_layers: Indices of layers that never compact; the paper's skipped layers are 0 and 1.
         defaults: Params of a request that says nothing.
+        metrics: Whether the engine tells its front end about compactions, which must then be one of ours.
 
     Raises:
         ValueError: An index that is not a non-negative integer.
@@ -27,17 +28,20 @@ class Settings:
 
     full_layers: tuple[int, ...] = (0, 1)
     defaults: CompressionParams = field(default_factory=CompressionParams)
+    metrics: bool = False
 
     def __post_init__(self) -> None:
         layers = tuple(self.full_layers)
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ValueError(f"full_layers must hold layer indices >= 0, got {layer!r}.")
+        if not isinstance(self.metrics, bool):
+            raise ValueError(f"metrics must be true or false, got {self.metrics!r}.")
         object.__setattr__(self, "full_layers", tuple(sorted(set(layers))))
 
     def as_config(self) -> dict[str, Any]:
         """A JSON-able form for `additional_config["l2kv"]`."""
-        return {"full_layers": list(self.full_layers), **self.defaults.as_fields()}
+        return {"full_layers": list(self.full_layers), "metrics": self.metrics, **self.defaults.as_fields()}
 
     @classmethod
     def from_config(cls, additional_config: Any) -> "Settings":
@@ -49,9 +53,10 @@ class Settings:
         section = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         section = dict(section or {})
         layers: Iterable[int] = section.pop("full_layers", (0, 1))
-        known = ["full_layers", *CompressionParams().as_fields()]
+        metrics = section.pop("metrics", False)
+        known = ["full_layers", "metrics", *CompressionParams().as_fields()]
         for key in section:
             if key not in known:
                 nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"Unknown key {key!r} in additional_config[{CONFIG_KEY!r}]; did you mean {nearest!r}?")
-        return cls(tuple(layers), CompressionParams().override(section))
+        return cls(tuple(layers), CompressionParams().override(section), metrics)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
 from vllm_l2kv.evaluation.cases import Case
 from vllm_l2kv.evaluation.cli import ESSAYS, NUM_ANSWER_TOKENS, ROWS
 from vllm_l2kv.evaluation.run import Engine

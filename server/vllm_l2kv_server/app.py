@@ -21,6 +21,7 @@ from vllm_l2kv_server.body import CheckedBodyRoute
 from vllm_l2kv_server.body_bound import BodyBoundMiddleware
 from vllm_l2kv_server.end import bounded_end
 from vllm_l2kv_server.engine_client import stand_before
+from vllm_l2kv_server.metrics import add_metrics
 from vllm_l2kv_server.middleware import ForeignBodiesMiddleware
 from vllm_l2kv_server.protocol import (
     CompressibleChatCompletionRequest,
@@ -84,7 +85,7 @@ class KVCompressionEndpoints:
         models = [path.name for path in state.openai_serving_models.base_model_paths]
         state.kv_compression = _describe(models, settings, groups)
         state.kv_compresses_by_default = settings.defaults.keep_ratio < 1
-        stand_before(engine_client, state, settings.defaults)
+        stand_before(engine_client, state, settings.defaults, add_metrics(engine_client, settings))
         if config.parallel_config._api_process_rank == 0:
             # The state holds the task, or it could be collected while it waits.
             state.kv_announcement = asyncio.create_task(announce_when_ready(state, args, models[0]))

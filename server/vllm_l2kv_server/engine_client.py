@@ -8,6 +8,7 @@ from starlette.datastructures import State
 from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.params import CompressionParams, asks_for_compression
+from vllm_l2kv_server.metrics import RequestMetrics
 from vllm_l2kv_server.protocol import check_fields
 from vllm_l2kv_server.usage import current_box, record
 
@@ -19,9 +20,10 @@ class CompressionEngineClient:
     takes `vllm_xargs`, and the numbers never show as `kv_transfer_params`.
     """
 
-    def __init__(self, client: Any, defaults: CompressionParams) -> None:
+    def __init__(self, client: Any, defaults: CompressionParams, metrics: RequestMetrics | None = None) -> None:
         self._client = client
-        self._compresses_by_default = defaults.keep_ratio < 1
+        self._defaults = defaults
+        self._metrics = metrics
         self.told_to_stop = False
         """Whether the server was told to stop, in contrast to an engine that ended by itself."""
 
@@ -46,7 +48,9 @@ class CompressionEngineClient:
         outputs = self._client.generate(prompt, sampling_params, *args, **kwargs)
         if sampling_params.structured_outputs is not None:
             outputs = blame_grammar(outputs)
-        if not (self._compresses_by_default or asks_for_compression(extra_args)):
+        if self._metrics is not None:
+            outputs = self._metrics.observe(outputs, self._defaults.override(extra_args or {}).keep_ratio)
+        if not (self._defaults.keep_ratio < 1 or asks_for_compression(extra_args)):
             return outputs
         box = current_box.get()
         return record(outputs, {} if box is None else box.new_prompt())
@@ -84,9 +88,9 @@ async def blame_grammar(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
             yield output
 
 
-def stand_before(client: Any, state: State, defaults: CompressionParams) -> None:
+def stand_before(client: Any, state: State, defaults: CompressionParams, metrics: RequestMetrics | None = None) -> None:
     """Puts ours before `client` in the app and in every serving object of it."""
-    ours = CompressionEngineClient(client, defaults)
+    ours = CompressionEngineClient(client, defaults, metrics)
     state.engine_client = ours
     for name in state:
         if getattr(state[name], "engine_client", None) is client:

@@ -207,6 +207,7 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
             protect_last=args.kv_protect_last,
             scorer=args.kv_scorer,
             granularity=args.kv_granularity,
+            metrics=True,
             additional_config=args.additional_config,
         )
     except ValueError as error:

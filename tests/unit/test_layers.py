@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STDLIB_ONLY = ["params", "policy", "plan", "messages", "settings"]
+STDLIB_ONLY = ["params", "policy", "plan", "messages", "metrics", "settings"]
 WITH_TORCH = ["scorers", "granularity", "kernels"]
 TOOLS = ["evaluation"]
 """Stands on the others, as a user would: nobody imports it but the command line."""
-WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "metrics"]
+WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin"]
 
 
 def modules() -> dict[str, Path]:

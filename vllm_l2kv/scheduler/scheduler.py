@@ -10,9 +10,11 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_l2kv.messages import CompactionOrder, attach_orders
+from vllm_l2kv.messages import CompactionOrder, attach_orders, seconds_of
+from vllm_l2kv.metrics import attach_stats
 from vllm_l2kv.params import USAGE_KEY, CompressionParams, ParamError, asks_for_compression
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.policy import num_keep
@@ -22,6 +24,7 @@ from vllm_l2kv.scheduler.cache_manager import (
     stop_prefix_caching,
 )
 from vllm_l2kv.scheduler.shortcut import take_shortcuts
+from vllm_l2kv.scheduler.tally import Tally
 from vllm_l2kv.settings import Settings
 
 # vLLM configures logging below its own name only.
@@ -39,8 +42,8 @@ class L2KVScheduler(AsyncScheduler):
         check_supported(self.vllm_config)
         self.settings = Settings.from_config(self.vllm_config.additional_config)
         find_prefixes_inside_blocks(self.kv_cache_manager.coordinator)
-        self.kv_cache_manager = take_shortcuts(self.kv_cache_manager)
         managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.kv_cache_manager: Any = take_shortcuts(self.kv_cache_manager)
         self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
         if not self._compressed:
             raise ValueError(
@@ -50,6 +53,7 @@ class L2KVScheduler(AsyncScheduler):
         self._params: dict[str, CompressionParams] = {}  # unfinished requests that are to be compressed
         self._to_compact: dict[str, None] = {}  # of these, begun and not compacted, oldest first
         self._usage: dict[str, dict[str, int]] = {}  # unfinished requests whose client is told its numbers
+        self._tally = Tally() if self.settings.metrics and self.log_stats else None
 
     def add_request(self, request: Request) -> None:
         """Reads the request's `kv_` fields, then as vLLM's."""
@@ -84,13 +88,15 @@ class L2KVScheduler(AsyncScheduler):
         self._forget(output.finished_req_ids)
         return output
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """As vLLM's; outputs of requests that asked carry their numbers.
 
         On every output, not only on the last: when the front end ends a request at a stop string, the engine never
         makes a last one.
         """
-        outputs_of_clients = super().update_from_output(*args, **kwargs)
+        if self._tally is not None:
+            self._tally.measured(seconds_of(model_runner_output))
+        outputs_of_clients = super().update_from_output(scheduler_output, model_runner_output)
         if self._usage:
             for outputs in outputs_of_clients.values():
                 for output in outputs.outputs:
@@ -98,6 +104,15 @@ class L2KVScheduler(AsyncScheduler):
                     if usage is not None:
                         output.kv_transfer_params = {USAGE_KEY: usage}
         return outputs_of_clients
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """As vLLM's, with ours on them."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self._tally is not None:
+            logical_tokens = sum(request.num_computed_tokens for request in self.running)
+            num_evicted = sum(self._compressed[0].num_evicted.values())
+            attach_stats(stats, self._tally.take(logical_tokens, logical_tokens - num_evicted))
+        return stats
 
     def _compact_prefilled(self) -> list[CompactionOrder]:
         """Compacts every request that is ready and for which there are blocks."""
@@ -109,8 +124,12 @@ class L2KVScheduler(AsyncScheduler):
                 order = self._compact(request, self._params[req_id], released)
                 if order is not None:
                     orders.append(order)
+        pool = self.kv_cache_manager.block_pool
+        num_free = pool.get_num_free_blocks()
         # Tails first, so that prefix-cache hits lose the longest prefixes last.
-        self.kv_cache_manager.block_pool.free_blocks(reversed(released))
+        pool.free_blocks(reversed(released))
+        if self._tally is not None:
+            self._tally.freed(pool.get_num_free_blocks() - num_free)
         return orders
 
     def _is_ready(self, request: Request) -> bool:
@@ -138,6 +157,8 @@ class L2KVScheduler(AsyncScheduler):
         needed = sum(manager.num_destination_blocks(num_slots) for manager in self._compressed)
         in_place = needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
         if in_place and not all(manager.fits_in_place(req_id, num_slots) for manager in self._compressed):
+            if self._tally is not None:
+                self._tally.waited(req_id)
             return None
 
         # What is computed by now comes from the full cache; the last time that the prompt can be made findable.
@@ -151,6 +172,8 @@ class L2KVScheduler(AsyncScheduler):
             stop_prefix_caching(manager, req_id)
         self._to_compact.pop(req_id, None)
         self._usage[req_id] = _usage(num_prompt_tokens, keep)
+        if self._tally is not None:
+            self._tally.compacted(req_id, keep, num_evicted, 0 if in_place else needed)
         return CompactionOrder(
             req_id=req_id,
             num_prompt_tokens=num_prompt_tokens,
@@ -182,6 +205,8 @@ class L2KVScheduler(AsyncScheduler):
                 self._params.pop(req_id, None)
                 self._usage.pop(req_id, None)
                 self._to_compact.pop(req_id, None)
+                if self._tally is not None:
+                    self._tally.forget(req_id)
 
 
 def _usage(num_prompt_tokens: int, num_kept: int) -> dict[str, int]:

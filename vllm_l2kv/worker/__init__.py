@@ -1,1 +1,1 @@
-"""Device process: carries out compactions and turns positions into slots. Never talks back to the scheduler."""
+"""Device process: carries out compactions and turns positions into slots. Tells the scheduler nothing but times."""

@@ -8,6 +8,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec
+from vllm_l2kv.worker.clock import Clock, HostClock
 from vllm_l2kv.worker.compactor import ReferenceCompactor
 from vllm_l2kv.worker.rows import cpu_rows
 from vllm_l2kv.worker.runner_v1 import RunnerV1
@@ -36,6 +37,9 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
                 for group_id, group in layers.items()
             }
         )
+
+    def _make_clock(self) -> Clock:
+        return HostClock()
 
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
         if self.use_v2_model_runner:

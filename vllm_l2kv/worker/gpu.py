@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_l2kv.kernels.triton import TORCH_BYTES, GroupCache, GroupCompactor, scratch_bytes, torch_bytes_of_a_head
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, key_dtype
 from vllm_l2kv.messages import CompactionOrder
+from vllm_l2kv.worker.clock import Clock, CUDAClock
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Runner
 
@@ -49,6 +50,9 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         compactor = TritonCompactor(layers, self.vllm_config.model_config.max_model_len)
         compactor.warm_up()
         return compactor
+
+    def _make_clock(self) -> Clock:
+        return CUDAClock()
 
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
         if not self.use_v2_model_runner:

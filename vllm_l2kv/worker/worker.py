@@ -5,12 +5,14 @@ from typing import Any, ClassVar, Protocol
 
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, Geometry, classify_layers, group_layer_specs
-from vllm_l2kv.messages import CompactionOrder, orders_of
+from vllm_l2kv.messages import CompactionOrder, orders_of, with_seconds
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.settings import Settings
+from vllm_l2kv.worker.clock import Clock
 
 GroupLayers = Mapping[int, Sequence[tuple[Any, CompressedLayerSpec]]]
 """Compressed KV-cache groups to their attention layers and specs."""
@@ -36,7 +38,7 @@ class Runner(Protocol):
 class CompactionWorker(WorkerBase):
     """Stands before one of vLLM's worker classes.
 
-    A subclass answers for its device: `_packed_layouts`, `_make_compactor` and `_adapt_runner`.
+    A subclass answers for its device: `_packed_layouts`, `_make_compactor`, `_make_clock` and `_adapt_runner`.
 
     Attributes:
         attention_backends: vLLM's names of the attention backends that take every length from where we put it.
@@ -73,6 +75,7 @@ class CompactionWorker(WorkerBase):
                     layers.setdefault(group_id, []).append((self._layers[name], spec))
         self._compressed_group_ids = tuple(layers)
         self._compactor = self._make_compactor(layers)
+        self._clock = self._make_clock()
         self._runner = self._adapt_runner(self._compressed_group_ids)
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -85,9 +88,14 @@ class CompactionWorker(WorkerBase):
         self._runner.forget(scheduler_output.preempted_req_ids or ())
         orders = orders_of(scheduler_output)
         if orders:
-            self._compactor.compact(orders)
+            with self._clock.measure():
+                self._compactor.compact(orders)
             self._runner.apply(orders)
-        return super().execute_model(scheduler_output)
+        return self._with_seconds(super().execute_model(scheduler_output))
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's."""
+        return self._with_seconds(super().sample_tokens(*args, **kwargs))
 
     def kv_cache_groups(self) -> list[dict[str, Any]]:
         """The KV-cache groups of this engine, for `collective_rpc`."""
@@ -99,6 +107,17 @@ class CompactionWorker(WorkerBase):
             }
             for group_id, group in enumerate(self.model_runner.kv_cache_config.kv_cache_groups)
         ]
+
+    def _with_seconds(self, output: Any) -> Any:
+        """A step's output, with times of compactions if there are new ones; `None` has none."""
+        seconds = self._clock.take() if output is not None else []
+        if not seconds:
+            return output
+        return (
+            TimedOutput(output, seconds)
+            if isinstance(output, AsyncModelRunnerOutput)
+            else with_seconds(output, seconds)
+        )
 
     @property
     def _layers(self) -> dict[str, Any]:
@@ -117,9 +136,25 @@ class CompactionWorker(WorkerBase):
         """What moves rows of these layers."""
         raise NotImplementedError
 
+    def _make_clock(self) -> Clock:
+        """What measures the compactor."""
+        raise NotImplementedError
+
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
         """Makes the runner's compressed groups physical."""
         raise NotImplementedError
+
+
+class TimedOutput(AsyncModelRunnerOutput):
+    """A step's output that is not here yet, with times of compactions."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, seconds: list[float]) -> None:
+        self._output = output
+        self._seconds = seconds
+
+    def get_output(self) -> Any:
+        """As vLLM's: waits for it."""
+        return with_seconds(self._output.get_output(), self._seconds)
 
 
 def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:

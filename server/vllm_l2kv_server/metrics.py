@@ -1,0 +1,169 @@
+"""What `/metrics` says of compression, beside vLLM's own metrics and with the same labels.
+
+Two sources: the engine's stats, which `vllm_l2kv.metrics` carries here, and the requests that pass through this API
+process. Prometheus' client adds up over API processes.
+"""
+
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+from vllm_l2kv.metrics import take_stats
+from vllm_l2kv.settings import Settings
+
+PREFIX = "vllm_l2kv:"
+LABELS = ("model_name", "engine")
+TENTHS = [i / 10 for i in range(1, 11)]
+KEPT_TOKENS = [2**i for i in range(4, 21)]
+DEVICE_SECONDS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10]
+FIRST_TOKEN_SECONDS = [0.01, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 200]
+OUTPUT_TOKEN_SECONDS = [0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2]
+REQUEST_SECONDS = [0.3, 0.5, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 200, 400, 800, 1600]
+
+
+class EngineMetrics(AggregateStatLoggerBase):
+    """Metrics of compactions, from the engines' stats.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        engine_indexes: The engines whose stats come to this process.
+    """
+
+    def __init__(self, vllm_config: Any, engine_indexes: Sequence[int]) -> None:
+        self._model = vllm_config.model_config.served_model_name
+        self._compressed = Counter(f"{PREFIX}requests_compressed", "Requests whose prompt was compressed.", LABELS)
+        self._kept = Counter(
+            f"{PREFIX}prompt_tokens_kept", "Prompt tokens of compressed requests that each head kept.", LABELS
+        )
+        self._evicted = Counter(
+            f"{PREFIX}prompt_tokens_evicted", "Prompt tokens of compressed requests that each head evicted.", LABELS
+        )
+        self._freed = Counter(
+            f"{PREFIX}blocks_freed", "KV-cache blocks that compactions gave back to the pool.", LABELS
+        )
+        self._taken = Counter(f"{PREFIX}blocks_taken", "KV-cache blocks that compactions took for kept rows.", LABELS)
+        self._waited = Counter(
+            f"{PREFIX}compactions_waited", "Compactions that had to wait for blocks for their kept rows.", LABELS
+        )
+        self._kept_of_request = Histogram(
+            f"{PREFIX}request_kept_tokens",
+            "Prompt tokens that each head kept, of each compressed request.",
+            LABELS,
+            buckets=KEPT_TOKENS,
+        )
+        self._seconds = Histogram(
+            f"{PREFIX}compaction_device_seconds",
+            "Time on the device of the compactions of one step.",
+            LABELS,
+            buckets=DEVICE_SECONDS,
+        )
+        self._logical = self._gauge("logical_tokens", "Tokens of running requests, as their positions count.")
+        self._physical = self._gauge("physical_tokens", "Rows of running requests in compressed layers.")
+        self._ratio = self._gauge("logical_physical_ratio", "Logical tokens a physical one; 1 if nothing runs.")
+        for index in engine_indexes:
+            for metric in vars(self).values():
+                if isinstance(metric, Counter | Gauge | Histogram):
+                    metric.labels(self._model, index)  # shows 0 until something happens
+            self._ratio.labels(self._model, index).set(1)
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """Takes what an engine told."""
+        stats = take_stats(scheduler_stats) if scheduler_stats is not None else None
+        if stats is None:
+            return
+        labels = self._model, engine_idx
+        for kept in stats.kept_tokens:
+            self._kept_of_request.labels(*labels).observe(kept)
+        for seconds in stats.seconds:
+            self._seconds.labels(*labels).observe(seconds)
+        for counter, number in (
+            (self._compressed, len(stats.kept_tokens)),
+            (self._kept, sum(stats.kept_tokens)),
+            (self._evicted, sum(stats.evicted_tokens)),
+            (self._freed, stats.num_freed_blocks),
+            (self._taken, stats.num_taken_blocks),
+            (self._waited, stats.num_waited),
+        ):
+            if number:
+                counter.labels(*labels).inc(number)
+        self._logical.labels(*labels).set(stats.logical_tokens)
+        self._physical.labels(*labels).set(stats.physical_tokens)
+        ratio = stats.logical_tokens / stats.physical_tokens if stats.physical_tokens else 1
+        self._ratio.labels(*labels).set(ratio)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to log."""
+
+    @staticmethod
+    def _gauge(name: str, documentation: str) -> Gauge:
+        return Gauge(PREFIX + name, documentation, LABELS, multiprocess_mode="mostrecent")
+
+
+class RequestMetrics:
+    """Keep ratios and latencies of the requests that pass through this process.
+
+    Args:
+        vllm_config: vLLM's configuration.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        self._model = vllm_config.model_config.served_model_name
+        self._keep_ratio = Histogram(
+            f"{PREFIX}request_keep_ratio", "Keep ratio of each request.", ["model_name"], buckets=[0.01, 0.05, *TENTHS]
+        )
+        labels = ["model_name", "keep_ratio"]
+        self._first_token, self._output_token, self._request = (
+            Histogram(
+                f"{PREFIX}{name}_seconds", f"{text} By keep ratio, rounded up to a tenth.", labels, buckets=buckets
+            )
+            for name, text, buckets in (
+                ("time_to_first_token", "Time to first token.", FIRST_TOKEN_SECONDS),
+                ("time_per_output_token", "Mean time between a request's output tokens.", OUTPUT_TOKEN_SECONDS),
+                ("e2e_request_latency", "Time of whole requests.", REQUEST_SECONDS),
+            )
+        )
+
+    async def observe(self, outputs: AsyncIterator[Any], keep_ratio: float) -> AsyncIterator[Any]:
+        """Passes a request's outputs on and measures it; a request that is aborted has no latencies.
+
+        Args:
+            outputs: What the engine client generates, an async generator.
+            keep_ratio: The request's.
+        """
+        self._keep_ratio.labels(self._model).observe(keep_ratio)
+        # Closed with us, at once: that is how vLLM learns that the client has gone.
+        async with aclosing(outputs):  # type: ignore[type-var]
+            async for output in outputs:
+                if output.finished and output.metrics is not None:
+                    self._finished(output.metrics, tenth_of(keep_ratio))
+                yield output
+
+    def _finished(self, times: Any, tenth: str) -> None:
+        labels = self._model, tenth
+        self._first_token.labels(*labels).observe(times.first_token_latency)
+        self._request.labels(*labels).observe(time.time() - times.arrival_time)
+        if times.num_generation_tokens > 1:
+            decoding = times.last_token_ts - times.first_token_ts
+            self._output_token.labels(*labels).observe(decoding / (times.num_generation_tokens - 1))
+
+
+def add_metrics(engine_client: Any, settings: Settings) -> RequestMetrics | None:
+    """Adds ours to vLLM's metrics, unless it has none (`--disable-log-stats`) or the engine was not told to tell."""
+    loggers = engine_client.logger_manager
+    if loggers is None or not settings.metrics:
+        return None
+    # Before vLLM's own loggers, which would take our stats for a KV connector's.
+    loggers.stat_loggers.insert(0, EngineMetrics(engine_client.vllm_config, loggers.engine_indexes))
+    return RequestMetrics(engine_client.vllm_config)
+
+
+def tenth_of(keep_ratio: float) -> str:
+    """The label of a keep ratio: few values, whatever clients ask."""
+    return f"{math.ceil(round(keep_ratio * 10, 6)) / 10:.1f}"

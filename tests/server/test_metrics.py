@@ -1,0 +1,159 @@
+"""Our metrics, from the stats of an engine and from the requests of a process."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import REGISTRY
+from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
+from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics, add_metrics, tenth_of
+
+from vllm_l2kv.metrics import CompactionStats, attach_stats
+from vllm_l2kv.settings import Settings
+
+CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    """Whatever a test registers is gone after it."""
+    before = set(REGISTRY._collector_to_names)
+    yield
+    for collector in set(REGISTRY._collector_to_names) - before:
+        REGISTRY.unregister(collector)
+
+
+def value(name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(PREFIX + name, {"model_name": "m", **labels})
+
+
+def scheduler_stats(**fields) -> SchedulerStats:
+    stats = SchedulerStats()
+    attach_stats(stats, CompactionStats(**fields))
+    return stats
+
+
+def test_all_metrics_are_there_before_anything_happens():
+    EngineMetrics(CONFIG, [0, 1])
+    for engine in ("0", "1"):
+        assert value("requests_compressed_total", engine=engine) == 0
+        assert value("compaction_device_seconds_count", engine=engine) == 0
+        assert value("logical_physical_ratio", engine=engine) == 1
+
+
+def test_stats_of_engines_add_up_and_gauges_follow():
+    metrics = EngineMetrics(CONFIG, [0, 1])
+    told = {"kept_tokens": [50, 25], "evicted_tokens": [50, 75], "num_freed_blocks": 8, "num_taken_blocks": 5}
+    metrics.record(scheduler_stats(**told, seconds=[0.5], logical_tokens=210, physical_tokens=84), None)
+    metrics.record(scheduler_stats(kept_tokens=[1], evicted_tokens=[9], num_waited=1), None)
+    metrics.record(scheduler_stats(kept_tokens=[7], evicted_tokens=[3]), None, engine_idx=1)
+    assert value("requests_compressed_total", engine="0") == 3
+    assert value("requests_compressed_total", engine="1") == 1
+    assert value("prompt_tokens_kept_total", engine="0") == 76
+    assert value("prompt_tokens_evicted_total", engine="0") == 134
+    assert value("blocks_freed_total", engine="0") == 8
+    assert value("blocks_taken_total", engine="0") == 5
+    assert value("compactions_waited_total", engine="0") == 1
+    assert value("request_kept_tokens_sum", engine="0") == 76
+    assert value("compaction_device_seconds_sum", engine="0") == 0.5
+    assert value("logical_tokens", engine="0") == value("physical_tokens", engine="0") == 0
+    assert value("logical_physical_ratio", engine="0") == 1
+    metrics.record(scheduler_stats(logical_tokens=210, physical_tokens=84), None)
+    assert value("logical_physical_ratio", engine="0") == 2.5
+
+
+def test_ours_is_taken_off_before_vllm_looks():
+    stats = scheduler_stats()
+    EngineMetrics(CONFIG, [0]).record(stats, None)
+    assert stats.kv_connector_stats is None
+
+
+def test_stats_of_somebody_else_stay():
+    metrics = EngineMetrics(CONFIG, [0])
+    stats = SchedulerStats(kv_connector_stats={"Other": {}})
+    metrics.record(stats, None)
+    metrics.record(None, None)
+    assert stats.kv_connector_stats == {"Other": {}}
+
+
+async def outputs_of(*outputs):
+    for output in outputs:
+        yield output
+
+
+def observe(metrics: RequestMetrics, ratio: float, *outputs):
+    async def gather():
+        return [output async for output in metrics.observe(outputs_of(*outputs), ratio)]
+
+    return asyncio.run(gather())
+
+
+def test_a_finished_request_is_measured_under_its_ratio():
+    metrics = RequestMetrics(CONFIG)
+    times = RequestStateStats(
+        num_generation_tokens=5,
+        arrival_time=time.time() - 7,
+        first_token_latency=0.25,
+        first_token_ts=100.0,
+        last_token_ts=102.0,
+    )
+    outputs = [SimpleNamespace(finished=i == 2, metrics=times) for i in range(3)]
+    assert observe(metrics, 0.25, *outputs) == outputs
+    assert value("time_to_first_token_seconds_sum", keep_ratio="0.3") == 0.25
+    assert value("time_to_first_token_seconds_count", keep_ratio="0.3") == 1
+    assert value("time_per_output_token_seconds_sum", keep_ratio="0.3") == 0.5
+    assert 7 <= value("e2e_request_latency_seconds_sum", keep_ratio="0.3") < 60
+    assert value("request_keep_ratio_sum") == 0.25
+
+
+def test_one_token_has_no_time_between_tokens_and_an_abort_no_latency():
+    metrics = RequestMetrics(CONFIG)
+    one = RequestStateStats(num_generation_tokens=1, arrival_time=time.time(), first_token_latency=1.0)
+    observe(metrics, 1.0, SimpleNamespace(finished=True, metrics=one))
+    observe(metrics, 0.5, SimpleNamespace(finished=False, metrics=one))
+    assert value("time_to_first_token_seconds_count", keep_ratio="1.0") == 1
+    assert value("time_per_output_token_seconds_count", keep_ratio="1.0") == 0
+    assert value("time_to_first_token_seconds_count", keep_ratio="0.5") is None
+    assert value("request_keep_ratio_count") == 2
+
+
+def test_the_engine_is_left_at_once_when_the_client_goes():
+    closed = []
+
+    async def outputs():
+        try:
+            yield SimpleNamespace(finished=False, metrics=None)
+            yield SimpleNamespace(finished=False, metrics=None)
+        finally:
+            closed.append(True)
+
+    async def leave():
+        stream = RequestMetrics(CONFIG).observe(outputs(), 1.0)
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(leave())
+    assert closed == [True]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "tenth"), [(1.0, "1.0"), (0.5, "0.5"), (0.3, "0.3"), (0.7, "0.7"), (0.25, "0.3"), (1e-9, "0.1")]
+)
+def test_ratios_are_rounded_up_to_tenths(ratio, tenth):
+    assert tenth_of(ratio) == tenth
+
+
+@pytest.mark.parametrize(("has_loggers", "tells"), [(False, True), (True, False)])
+def test_no_metrics_where_vllm_has_none_or_the_engine_tells_nothing(has_loggers, tells):
+    loggers = SimpleNamespace(stat_loggers=[], engine_indexes=[0]) if has_loggers else None
+    client = SimpleNamespace(logger_manager=loggers, vllm_config=CONFIG)
+    assert add_metrics(client, Settings(metrics=tells)) is None
+    assert not has_loggers or loggers.stat_loggers == []
+
+
+def test_ours_is_asked_before_vllms_loggers():
+    loggers = SimpleNamespace(stat_loggers=["vllm's"], engine_indexes=[0])
+    assert add_metrics(SimpleNamespace(logger_manager=loggers, vllm_config=CONFIG), Settings(metrics=True))
+    assert isinstance(loggers.stat_loggers[0], EngineMetrics)
+    assert loggers.stat_loggers[1:] == ["vllm's"]
