@@ -38,14 +38,14 @@ class Plan(NamedTuple):
     block_size: int
     hash_block_size: int
 
-    def make(self) -> AsyncScheduler:
+    def make(self, log_stats: bool = False) -> AsyncScheduler:
         return (L2KVScheduler if self.is_ours else AsyncScheduler)(
             vllm_config=self.config,
             kv_cache_config=self.kv_cache_config,
             structured_output_manager=StructuredOutputManager(self.config),
             block_size=self.block_size,
             hash_block_size=self.hash_block_size,
-            log_stats=False,
+            log_stats=log_stats,
         )
 
 
@@ -62,7 +62,7 @@ def plan(
     register()
     init_none_hash(sha256)
     is_ours = full_layers is not None
-    ours = bare_rule(full_layers=full_layers) if is_ours else {}
+    ours = bare_rule(full_layers=full_layers, metrics=True) if is_ours else {}
     config = EngineArgs(model=str(model), **{**ours, "block_size": block_size, **engine_args}).create_engine_config()
     config.scheduler_config.async_scheduling = is_async
     config.cache_config.kv_cache_layout = "BLHNC" if is_ours else "LBNHC"

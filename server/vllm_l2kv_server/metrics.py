@@ -166,4 +166,4 @@ def add_metrics(engine_client: Any, settings: Settings) -> RequestMetrics | None
 
 def tenth_of(keep_ratio: float) -> str:
     """The label of a keep ratio: few values, whatever clients ask."""
-    return f"{math.ceil(round(keep_ratio * 10, 6)) / 10:.1f}"
+    return f"{max(math.ceil(round(keep_ratio * 10, 6)), 1) / 10:.1f}"

@@ -57,6 +57,7 @@ def test_numbers_and_tokens(server, text_ids, tiny_model, tokenizer):
     from reference import Reference
 
     reference = Reference(tiny_model("llama"))
+    before = server.metrics()
     answers = at_once(lambda number: ask(server, text_ids, number, kv_keep_ratio=ratio_of(number)))
     for number, answer in enumerate(answers):
         assert answer.status_code == 200, answer.text
@@ -66,6 +67,22 @@ def test_numbers_and_tokens(server, text_ids, tiny_model, tokenizer):
         prompt = text_ids[5 * number : 5 * number + 200 + number]
         tokens = reference.generate(prompt, 8, str(ratio_of(number)), (0,))
         assert body["choices"][0]["text"] == tokenizer.decode(tokens)
+    check_metrics(before, server.metrics(), [answer.json()["usage"]["kv_cache"] for answer in answers])
+
+
+def check_metrics(before, after, usage: list[dict[str, int]]) -> None:
+    """Whatever process is asked, it answers for all engines and all API processes."""
+    compressed = [numbers for numbers in usage if numbers["evicted_tokens"]]
+    expected = {
+        "requests_compressed_total": len(compressed),
+        "prompt_tokens_kept_total": sum(numbers["kept_tokens"] for numbers in compressed),
+        "prompt_tokens_evicted_total": sum(numbers["evicted_tokens"] for numbers in compressed),
+        "request_kept_tokens_count": len(compressed),
+        "request_keep_ratio_count": len(usage),
+        "e2e_request_latency_seconds_count": len(usage),
+    }
+    names = {name: f"vllm_l2kv:{name}" for name in expected}
+    assert {name: after[names[name]] - before[names[name]] for name in names} == expected
 
 
 def test_nothing_asked_nothing_told(server, text_ids):

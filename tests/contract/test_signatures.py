@@ -15,8 +15,11 @@ from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm.v1.request import Request
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -71,6 +74,8 @@ def test_first_parameters(function, first):
         (CommonAttentionMetadata, ["seq_lens", "max_seq_len", "seq_lens_cpu_upper_bound"]),
         (SchedulerOutput, ["scheduled_new_reqs", "scheduled_cached_reqs", "finished_req_ids", "preempted_req_ids"]),
         (CachedRequestData, ["resumed_req_ids"]),
+        (SchedulerStats, ["kv_connector_stats"]),
+        (RequestStateStats, ["arrival_time", "first_token_latency", "first_token_ts", "last_token_ts"]),
         (FullAttentionSpec, ["sliding_window", "attention_chunk_size", "non_causal"]),
         (AttentionSpec, ["block_size", "num_kv_heads", "head_size", "dtype"]),
         (KVCacheGroupSpec, ["layer_names", "kv_cache_spec"]),
@@ -142,3 +147,28 @@ def test_what_the_end_of_the_server_relies_on():
     assert isinstance(AsyncLLM.errored, property)
     assert isinstance(AsyncLLM.dead_error, property)
     assert {"output_handler", "output_processor"} <= names_assigned_in(AsyncLLM.__init__)
+
+
+def test_loggers_see_one_object_and_others_than_vllms_come_first():
+    """`vllm_l2kv_server.metrics` takes our stats out of it before vLLM's loggers look."""
+    assert parameters(StatLoggerManager.record)[:5] == [
+        "self",
+        "scheduler_stats",
+        "iteration_stats",
+        "mm_cache_stats",
+        "engine_idx",
+    ]
+    assert " in self.stat_loggers:" in inspect.getsource(StatLoggerManager.record)
+    assert {"logger_manager"} <= names_assigned_in(AsyncLLM.__init__)
+    assert {"engine_indexes", "stat_loggers"} <= names_assigned_in(StatLoggerManager.__init__)
+    assert "Any" in str(next(f.type for f in fields(SchedulerStats) if f.name == "kv_connector_stats"))
+
+
+def test_what_a_decoding_request_asks_of_the_manager():
+    """`Shortcut` answers exactly this call."""
+    source = inspect.getsource(Scheduler.schedule)
+    assert "num_lookahead_tokens=self.num_lookahead_tokens" in source
+    assert parameters(KVCacheManager.allocate_slots)[:3] == ["self", "request", "num_new_tokens"]
+    assert {"empty_kv_cache_blocks"} <= names_assigned_in(KVCacheManager.__init__)
+    source = inspect.getsource(KVCacheManager.allocate_slots)
+    assert "self.coordinator.cache_blocks(request, num_tokens_to_cache)" in source

@@ -276,6 +276,28 @@ class TestTheRestOfVLLM:
         assert http.get("/health").status_code == 200
         assert "vllm:num_requests_running" in http.get("/metrics").text
 
+    def test_metrics_of_compression(self, http, client):
+        def read() -> dict[str, float]:
+            lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith("vllm_l2kv:")]
+            return {
+                line.partition("{")[0]: float(line.rsplit(maxsplit=1)[1]) for line in lines if "_bucket" not in line
+            }
+
+        before = read()
+        answer = client.completions.create(**GREEDY, prompt=TEXT, extra_body={"kv_keep_ratio": 0.4})
+        client.completions.create(**GREEDY, prompt=TEXT)
+        after = read()
+        grown = {name.removeprefix("vllm_l2kv:"): after[name] - before.get(name, 0) for name in after}
+        assert grown["requests_compressed_total"] == 1
+        assert grown["prompt_tokens_kept_total"] == kv_cache(answer.usage)["kept_tokens"]
+        assert grown["prompt_tokens_evicted_total"] == kv_cache(answer.usage)["evicted_tokens"]
+        assert grown["compaction_device_seconds_count"] == 1
+        assert grown["compaction_device_seconds_sum"] > 0
+        assert grown["blocks_taken_total"] > 0
+        assert grown["request_keep_ratio_count"] == 2
+        assert grown["request_keep_ratio_sum"] == pytest.approx(1.4)
+        assert after["vllm_l2kv:logical_tokens"] == after["vllm_l2kv:physical_tokens"] == 0
+
     def test_tokenize(self, http, client):
         tokens = http.post("/tokenize", json={"model": MODEL, "prompt": TEXT}).json()
         assert tokens["count"] == client.completions.create(**GREEDY, prompt=TEXT).usage.prompt_tokens

@@ -1,5 +1,7 @@
 """What the scheduler tells of its compactions, against the pool and the orders."""
 
+from itertools import chain
+
 import pytest
 
 from vllm_l2kv.messages import orders_of, seconds_of, with_seconds
@@ -12,14 +14,9 @@ def telling(make_harness):
     """A harness whose scheduler tells; all stats are in its list `told`."""
 
     def make(num_blocks: int, **arguments):
-        harness = make_harness(num_blocks, **arguments)
-        scheduler = harness.scheduler
-        scheduler.log_stats = scheduler.kv_cache_manager._manager.log_stats = True
-        scheduler.kv_cache_manager._manager.prefix_cache_stats = None
-        scheduler.kv_cache_manager._manager.make_prefix_cache_stats = lambda: object()
-        scheduler._tally = Tally()
+        harness = make_harness(num_blocks, log_stats=True, **arguments)
         harness.told = []
-        update = scheduler.update_from_output
+        update = harness.scheduler.update_from_output
 
         def listen(*args):
             outputs = update(*args)
@@ -28,7 +25,7 @@ def telling(make_harness):
             ]
             return outputs
 
-        scheduler.update_from_output = listen
+        harness.scheduler.update_from_output = listen
         return harness
 
     return make
@@ -36,7 +33,7 @@ def telling(make_harness):
 
 def total(harness, name: str):
     values = [getattr(stats, name) for stats in harness.told]
-    return sum(values, []) if isinstance(values[0], list) else sum(values)
+    return list(chain(*values)) if isinstance(values[0], list) else sum(values)
 
 
 def test_numbers_are_those_of_the_orders(telling):

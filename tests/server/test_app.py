@@ -34,6 +34,7 @@ class FakeClient:
             parallel_config=SimpleNamespace(_api_process_rank=1),
         )
         self.groups = groups
+        self.logger_manager = None  # as with --disable-log-stats
 
     async def collective_rpc(self, method):
         assert method == "kv_cache_groups"

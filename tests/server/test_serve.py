@@ -22,7 +22,7 @@ def parser():
 
 def test_defaults(parser):
     args = parse(parser, ["some/model"])
-    ours = vllm_l2kv.engine_args()
+    ours = vllm_l2kv.engine_args(metrics=True)
     assert args.model == "some/model"
     assert (args.scheduler_cls, args.worker_cls) == (ours["scheduler_cls"], ours["worker_cls"])
     assert args.block_size == ours["block_size"]
@@ -37,6 +37,7 @@ def test_own_options(parser):
     words += ["--kv-scorer", "keydiff", "--kv-granularity", "block"]
     assert parse(parser, words).additional_config["l2kv"] == {
         "full_layers": [1, 3],
+        "metrics": True,
         "kv_keep_ratio": 0.5,
         "kv_protect_first": 4,
         "kv_protect_last": 8,
