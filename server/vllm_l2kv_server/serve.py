@@ -10,15 +10,14 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_l2kv import engine_args
+from vllm_l2kv.options import count, positive, ratio
 from vllm_l2kv.params import (
     GRANULARITIES,
     PROTECT_FIRST,
     PROTECT_LAST,
     SCORERS,
     TOKENS_PER_BLOCK,
-    ParamError,
     check_count,
-    check_keep_ratio,
 )
 from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
@@ -118,14 +117,14 @@ def own_options() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--kv-default-keep-ratio",
-        type=_ratio,
+        type=ratio,
         default=1.0,
         metavar="R",
         help="keep ratio of a request that names none, 0 < R <= 1 (default: 1.0, keep everything)",
     )
     group.add_argument(
         "--kv-protect-first",
-        type=_count,
+        type=count,
         default=PROTECT_FIRST,
         metavar="N",
         help="tokens at the start of every prompt that are always kept, unless a request says otherwise "
@@ -133,7 +132,7 @@ def own_options() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--kv-protect-last",
-        type=_count,
+        type=count,
         default=PROTECT_LAST,
         metavar="N",
         help="tokens at the end of every prompt that are always kept, unless a request says otherwise "
@@ -155,7 +154,7 @@ def own_options() -> argparse.ArgumentParser:
     group = parser.add_argument_group("Requests")
     group.add_argument(
         MAX_BODY_OPTION,
-        type=_positive,
+        type=positive,
         default=DEFAULT_MAX_BODY_MIB,
         metavar="N",
         help=f"a request whose body is longer than N MiB gets 413 (default: {DEFAULT_MAX_BODY_MIB})",
@@ -258,36 +257,3 @@ def _layers(text: str) -> tuple[int, ...]:
     except ValueError:
         raise ArgumentTypeError(f"layer indices >= 0 with commas between them, such as 0,1, got {text!r}.") from None
     return layers
-
-
-def _ratio(text: str) -> float:
-    try:
-        return check_keep_ratio("R", _number(text))
-    except ParamError as error:
-        raise ArgumentTypeError(str(error)) from None
-
-
-def _count(text: str) -> int:
-    try:
-        return check_count("N", _number(text))
-    except ParamError as error:
-        raise ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> int:
-    count = _count(text)
-    if count < 1:
-        raise ArgumentTypeError(f"N must satisfy 1 <= N, got {count}.")
-    return count
-
-
-def _number(text: str) -> Any:
-    """A number, or the text itself for the check to refuse by name."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text

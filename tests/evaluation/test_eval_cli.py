@@ -52,9 +52,9 @@ def refused(capsys, *words: str) -> str:
 @pytest.mark.parametrize(
     ("task", "words", "bound"),
     [
-        ("passkey", ["--ratios", "0.5,0"], "0 < a ratio <= 1, got 0"),
-        ("passkey", ["--ratios", "2"], "0 < a ratio <= 1, got 2"),
-        ("passkey", ["--ratios", "nan"], "0 < a ratio <= 1, got nan"),
+        ("passkey", ["--ratios", "0.5,0"], "0 < R <= 1, got 0"),
+        ("passkey", ["--ratios", "2"], "0 < R <= 1, got 2"),
+        ("passkey", ["--ratios", "nan"], "0 < R <= 1, got nan"),
         ("passkey", ["--scorers", "l2,l3"], "'l3' is not one of l2, keydiff"),
         ("passkey", ["--granularities", "page"], "'page' is not one of token, block"),
         ("passkey", ["--depths", "1.5"], "0 <= depth <= 1, got 1.5"),

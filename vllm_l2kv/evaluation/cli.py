@@ -3,25 +3,20 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vllm_l2kv.evaluation.cases import Case
 from vllm_l2kv.evaluation.texts import SAMPLES, read_text
-from vllm_l2kv.params import GRANULARITIES, SCORERS, check_count, check_keep_ratio
+from vllm_l2kv.options import OneLineParser, count, list_of, listed, one_of, positive, ratio
+from vllm_l2kv.params import GRANULARITIES, SCORERS, check_count
 
 ROWS = "rows.jsonl"
 NUM_ANSWER_TOKENS = 256
 """Room behind prompts; a task that needs more says so."""
 TASKS = ("perplexity", "passkey", "needle", "ruler")
 ESSAYS = "state_of_the_union"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line; the usage is long, and `--help` shows it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -84,18 +79,18 @@ def diagnose(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: With 2 after a bad option; one line on standard error.
     """
-    parser = _Parser(
+    parser = OneLineParser(
         prog="vllm-l2kv diagnose",
         description="Measures whether key norms foretell attention, layer by layer, and recommends full layers and a "
         "keep ratio. Runs the model in transformers, in fp32.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
     parser.add_argument(
-        "--text", action="append", metavar="FILE", help=f"text to read, or {_listed(SAMPLES)}; repeatable"
+        "--text", action="append", metavar="FILE", help=f"text to read, or {listed(SAMPLES)}; repeatable"
     )
-    parser.add_argument("--tokens", type=_positive, default=1024, metavar="N", help="tokens of a chunk (default: 1024)")
+    parser.add_argument("--tokens", type=positive, default=1024, metavar="N", help="tokens of a chunk (default: 1024)")
     parser.add_argument(
-        "--chunks", type=_positive, default=4, metavar="N", help="chunks to read of each text (default: 4)"
+        "--chunks", type=positive, default=4, metavar="N", help="chunks to read of each text (default: 4)"
     )
     parser.add_argument("--out", type=Path, default=Path("diagnosis"), metavar="DIR", help="folder of results")
     options = parser.parse_args(argv)
@@ -134,7 +129,7 @@ def _cases(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
 def _eval_parser() -> argparse.ArgumentParser:
     from vllm_l2kv.evaluation.tasks.ruler import TASKS as SUBTASKS
 
-    parser = _Parser(
+    parser = OneLineParser(
         prog="vllm-l2kv eval",
         description="Measures what a keep ratio costs, on a real engine: rows, plots and a report go into a folder. "
         "Any other task: see docs/lm_eval.md.",
@@ -153,50 +148,50 @@ def _eval_parser() -> argparse.ArgumentParser:
         add("--out", type=Path, default=Path("eval") / task, metavar="DIR", help="folder of results; rows are added")
         add(
             "--full-layers",
-            type=_list_of(_layer, may_be_empty=True),
+            type=list_of(_layer, may_be_empty=True),
             default="0,1",
             metavar="I,J",
             help="layers that never compact",
         )
-        add("--ratios", type=_list_of(_ratio), default="0.75,0.5,0.25,0.1", metavar="R,R", help="keep ratios")
+        add("--ratios", type=list_of(ratio), default="0.75,0.5,0.25,0.1", metavar="R,R", help="keep ratios")
         add(
             "--scorers",
-            type=_list_of(_one_of(SCORERS)),
+            type=list_of(one_of(SCORERS)),
             default="l2",
             metavar="S,S",
-            help=f"of {_listed(SCORERS)}; the controls come by themselves",
+            help=f"of {listed(SCORERS)}; the controls come by themselves",
         )
         add(
             "--granularities",
-            type=_list_of(_one_of(GRANULARITIES)),
+            type=list_of(one_of(GRANULARITIES)),
             default="token",
             metavar="G,G",
-            help=f"of {_listed(GRANULARITIES)}",
+            help=f"of {listed(GRANULARITIES)}",
         )
         add(
             "--protect",
-            type=_list_of(_protection),
+            type=list_of(_protection),
             default="0:0",
             metavar="FIRST:LAST",
             help="protected tokens, pairs with commas between them",
         )
-        add("--lengths", type=_list_of(_positive), default="1024", metavar="N,N", help="prompt lengths in tokens")
-        add("--samples", type=_positive, default=10, metavar="N", help="samples of each length, and depth or task")
-        add("--seed", type=_count, default=0, metavar="N", help="another one makes other prompts")
-        add("--max-model-len", type=_positive, metavar="N", help="of the engine; by default as much as is needed")
+        add("--lengths", type=list_of(positive), default="1024", metavar="N,N", help="prompt lengths in tokens")
+        add("--samples", type=positive, default=10, metavar="N", help="samples of each length, and depth or task")
+        add("--seed", type=count, default=0, metavar="N", help="another one makes other prompts")
+        add("--max-model-len", type=positive, metavar="N", help="of the engine; by default as much as is needed")
         if task != "passkey":
             add(
                 "--text",
                 default=ESSAYS if task != "perplexity" else "moby_dick",
                 metavar="FILE",
-                help=f"file, or {_listed(SAMPLES)}",
+                help=f"file, or {listed(SAMPLES)}",
             )
         if task == "perplexity":
-            add("--continued", type=_positive, default=128, metavar="N", help="tokens of the continuation")
+            add("--continued", type=positive, default=128, metavar="N", help="tokens of the continuation")
         if task in ("passkey", "needle"):
             add(
                 "--depths",
-                type=_list_of(_depth),
+                type=list_of(_depth),
                 default="0,0.25,0.5,0.75,1",
                 metavar="D,D",
                 help="where it is hidden; 0 is the beginning",
@@ -204,7 +199,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         if task == "ruler":
             add(
                 "--subtasks",
-                type=_list_of(_one_of(SUBTASKS)),
+                type=list_of(one_of(SUBTASKS)),
                 default=",".join(SUBTASKS),
                 metavar="T,T",
                 help="RULER's names",
@@ -213,32 +208,6 @@ def _eval_parser() -> argparse.ArgumentParser:
     drawing.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help=f"files named {ROWS}")
     drawing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     return parser
-
-
-def _list_of(parse: Callable[[str], Any], may_be_empty: bool = False) -> Callable[[str], list[Any]]:
-    def parse_list(text: str) -> list[Any]:
-        words = [word.strip() for word in text.split(",") if word.strip()]
-        if not words and not may_be_empty:
-            raise argparse.ArgumentTypeError("at least one is needed.")
-        try:
-            return [parse(word) for word in words]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse_list
-
-
-def _one_of(names: Sequence[str]) -> Callable[[str], str]:
-    def check(word: str) -> str:
-        if word not in names:
-            raise ValueError(f"{word!r} is not one of {_listed(names)}.")
-        return word
-
-    return check
-
-
-def _ratio(word: str) -> float:
-    return check_keep_ratio("a ratio", float(word))
 
 
 def _depth(word: str) -> float:
@@ -252,25 +221,8 @@ def _layer(word: str) -> int:
     return check_count("a layer", int(word))
 
 
-def _count(word: str) -> int:
-    try:
-        return check_count("N", int(word))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(word: str) -> int:
-    if (count := _count(word)) < 1:
-        raise argparse.ArgumentTypeError(f"N must satisfy 1 <= N, got {count}.")
-    return count
-
-
 def _protection(word: str) -> tuple[int, int]:
     first, colon, last = word.partition(":")
     if not colon:
         raise ValueError(f"protection must be FIRST:LAST, such as 4:64, got {word!r}.")
-    return _count(first), _count(last)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+    return count(first), count(last)

@@ -1,6 +1,5 @@
 """Plots and one HTML file, made of rows."""
 
-import base64
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,10 +9,11 @@ from statistics import mean
 from typing import Any
 
 from vllm_l2kv.evaluation.statistics import Estimate, average, share
+from vllm_l2kv.page import embedded, figure, save, write_html
 from vllm_l2kv.params import CONTROLS, SCORERS
 
 Row = Mapping[str, Any]
-REPORT = "report.html"
+NOTE = "Means with 95 % confidence intervals; n is the number of samples."
 NUM_POSITIONS = 8
 """Points of a curve over positions."""
 VARIANT = ("scorer", "granularity", "protect_first", "protect_last")
@@ -48,14 +48,15 @@ def write_report(rows: Iterable[Row], folder: Path) -> Path:
         if "depth" in group[0]:
             plots.append(_depths(group, folder / f"{name}-depths.png"))
         title = f"{task}: {model}, full layers {', '.join(map(str, layers)) or 'none'}"
-        sections.append({"title": title, "plots": [_embedded(plot) for plot in plots], "table": table(group, task)})
-    return _write_html("What a keep ratio costs", sections, folder)
+        shown = {"plots": [embedded(plot) for plot in plots], "note": NOTE, "table": table(group, task)}
+        sections.append({"title": title, **shown})
+    return write_html("What a keep ratio costs", sections, folder)
 
 
 def write_diagnosis(config: str, plots: Sequence[Path], folder: Path) -> Path:
     """The HTML file of a diagnosis."""
-    section = {"title": "Norms and attention", "plots": [_embedded(plot) for plot in plots], "text": config}
-    return _write_html("Diagnosis", [section], folder)
+    section = {"title": "Norms and attention", "plots": [embedded(plot) for plot in plots], "text": config}
+    return write_html("Diagnosis", [section], folder)
 
 
 def with_excess_loss(rows: Iterable[Row]) -> list[Row]:
@@ -119,7 +120,7 @@ def _curves(rows: Sequence[Row], task: str, metric: str, path: Path) -> Path:
     entries = estimates(rows, task)
     numbers = sorted({entry[metric].num_samples for entry in entries})
     title = f"{task}, {metric}; samples of each point: {' or '.join(map(str, numbers))}"
-    figure, axes = _figure(title, "keep ratio", metric)
+    drawn, axes = figure(title, "keep ratio", metric)
     for name in dict.fromkeys(label(entry) for entry in entries):
         line = sorted((entry for entry in entries if label(entry) == name), key=lambda entry: entry["keep_ratio"])
         means = [entry[metric].mean for entry in line]
@@ -129,7 +130,7 @@ def _curves(rows: Sequence[Row], task: str, metric: str, path: Path) -> Path:
         ]
         ratios = [entry["keep_ratio"] for entry in line]
         axes.errorbar(ratios, means, errors, label=name, capsize=2, **_style(line[0]))
-    return _save(figure, axes, path)
+    return save(drawn, axes, path)
 
 
 def _positions(rows: Sequence[Row], path: Path) -> Path:
@@ -137,7 +138,7 @@ def _positions(rows: Sequence[Row], path: Path) -> Path:
     ratios = sorted({row["keep_ratio"] for row in rows if row["keep_ratio"] < 1})
     ratio = ratios[len(ratios) // 2]
     full = {_prompt(row): row["losses"] for row in rows if row["keep_ratio"] == 1}
-    figure, axes = _figure(f"excess loss at keep ratio {ratio:g}", "tokens after the compressed context", "nats")
+    drawn, axes = figure(f"excess loss at keep ratio {ratio:g}", "tokens after the compressed context", "nats")
     for _, group in _grouped((row for row in rows if row["keep_ratio"] == ratio), *VARIANT):
         excess = [
             [loss - other for loss, other in zip(row["losses"], full[_prompt(row)], strict=True)] for row in group
@@ -148,7 +149,7 @@ def _positions(rows: Sequence[Row], path: Path) -> Path:
         axes.plot(
             [1.5 + size * (i + 0.5) for i in range(len(points))], points, label=label(group[0]), **_style(group[0])
         )
-    return _save(figure, axes, path)
+    return save(drawn, axes, path)
 
 
 def _depths(rows: Sequence[Row], path: Path) -> Path:
@@ -176,16 +177,6 @@ def _depths(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
 def _style(entry: Row) -> dict[str, Any]:
     """A colour for each scorer, squares for what protects, dashes for controls."""
     protects = entry["protect_first"] or entry["protect_last"]
@@ -197,22 +188,3 @@ def _style(entry: Row) -> dict[str, Any]:
         "markersize": 4,
         "linewidth": 0.8,
     }
-
-
-def _save(figure: Any, axes: Any, path: Path) -> Path:
-    axes.legend(fontsize=6, ncols=2)
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _embedded(path: Path) -> dict[str, str]:
-    return {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()}
-
-
-def _write_html(title: str, sections: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("vllm_l2kv.evaluation", "templates"), autoescape=True)
-    path = folder / REPORT
-    path.write_text(environment.get_template(REPORT).render(title=title, sections=sections), encoding="utf-8")
-    return path
