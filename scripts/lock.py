@@ -55,10 +55,10 @@ def applies(requirement: Requirement) -> bool:
 
 
 def asked_for() -> list[str]:
-    """What pyproject.toml asks of a CPU set-up, to build, to develop and to evaluate."""
+    """What pyproject.toml asks of a CPU set-up, to build, to develop, to evaluate and to load."""
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project, extras = pyproject["project"], pyproject["project"]["optional-dependencies"]
-    set_up = (requirement for extra in ("cpu", "dev", "eval") for requirement in extras[extra])
+    set_up = (requirement for extra in ("cpu", "dev", "eval", "bench") for requirement in extras[extra])
     return [*project["dependencies"], *set_up, *pyproject["build-system"]["requires"]]
 
 

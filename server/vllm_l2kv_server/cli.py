@@ -25,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         (cli.evaluate if words[0] == "eval" else cli.diagnose)(words[1:])
         return
+    if words[:1] == ["bench"]:
+        from vllm_l2kv.bench.cli import bench
+
+        bench(words[1:])
+        return
     command = _parser().parse_args(words).command
     if command == "demo-model":
         _show_demo_model()
@@ -41,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "diagnose", help="measure a model's norms and recommend settings; see vllm-l2kv diagnose --help"
     )
+    commands.add_parser("bench", help="put a server under load at several keep ratios; see vllm-l2kv bench --help")
     commands.add_parser("demo-model", help="make the demo model available and print its folder")
     return parser
 

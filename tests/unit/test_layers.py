@@ -60,10 +60,13 @@ def test_imports_of(module):
         assert not inside & set(TOOLS)
     elif part in TOOLS:
         allowed |= {
+            "httpx",
             "jinja2",
             "lm_eval",
             "matplotlib",
             "numpy",
+            "prometheus_client",
+            "psutil",
             "scipy",
             "torch",
             "tqdm",

@@ -1,0 +1,121 @@
+"""Looks at a server while it is under load: its own `/metrics`, and its memory if it runs on this machine."""
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import httpx
+
+OWN_PREFIX = "vllm_l2kv:"
+HISTOGRAM = ("_bucket", "_sum", "_count", "_created")
+"""Endings of samples that are parts of something larger."""
+
+Metrics = defaultdict[str, float]
+"""Values by name, 0 where there is none."""
+Memory = Callable[[], dict[str, int]]
+"""Bytes by what they are counted of."""
+
+
+@dataclass
+class Sample:
+    """The server at one moment."""
+
+    at_s: float
+    """Seconds since the watch began."""
+    running: float
+    waiting: float
+    kv_cache_usage: float
+    """Share of the KV cache's blocks that requests hold, mean of all engines."""
+    memory: dict[str, int]
+    own: dict[str, float] = field(default_factory=dict)
+    """Metrics of vllm-l2kv, if the server has them."""
+
+
+@dataclass
+class Watch:
+    """What was seen."""
+
+    samples: list[Sample] = field(default_factory=list)
+    counted: dict[str, float] = field(default_factory=dict)
+    """How far each counter of the server went up."""
+    num_failed: int = 0
+    """Samples that the server did not give."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The samples as JSON takes them."""
+        return [asdict(sample) for sample in self.samples]
+
+
+@asynccontextmanager
+async def watching(http: httpx.AsyncClient, interval_s: float, memory: Memory) -> AsyncIterator[Watch]:
+    """Samples until the block ends; counters are read right before and right after it.
+
+    Args:
+        http: Client of the server.
+        interval_s: Seconds between samples.
+        memory: Counts bytes outside of the server.
+    """
+    watch, begin = Watch(), perf_counter()
+    before = await _read(http, watch)
+    sampler = asyncio.create_task(_sample(http, watch, begin, interval_s, memory))
+    try:
+        yield watch
+    finally:
+        sampler.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await sampler
+    after = await _read(http, watch)
+    if before:
+        watch.counted = {name: after[name] - before[name] for name in [*after] if name.endswith("_total")}
+
+
+async def _sample(http: httpx.AsyncClient, watch: Watch, begin: float, interval_s: float, memory: Memory) -> None:
+    while True:
+        await asyncio.sleep(interval_s)
+        at_s = perf_counter() - begin
+        counted = await asyncio.to_thread(memory)
+        metrics = await _read(http, watch)
+        if metrics:
+            if (process := metrics["process_resident_memory_bytes"]) > 0:
+                counted["process"] = int(process)
+            watch.samples.append(
+                Sample(
+                    at_s,
+                    metrics["vllm:num_requests_running"],
+                    metrics["vllm:num_requests_waiting"],
+                    metrics["vllm:kv_cache_usage_perc"],
+                    counted,
+                    {name: value for name, value in metrics.items() if name.startswith(OWN_PREFIX)},
+                )
+            )
+
+
+async def _read(http: httpx.AsyncClient, watch: Watch) -> Metrics:
+    """Metrics by name; none if the server has none to give, which must not end the test."""
+    try:
+        response = await http.get("/metrics", timeout=30)
+        return totals(response.raise_for_status().text)
+    except (httpx.HTTPError, ValueError):
+        watch.num_failed += 1
+        return Metrics(float)
+
+
+def totals(text: str) -> Metrics:
+    """Values by name, labels added up; of shares (`_perc`) the mean."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    sums, numbers = Metrics(float), Metrics(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if not sample.name.endswith(HISTOGRAM):
+                sums[sample.name] += sample.value
+                numbers[sample.name] += 1
+    for name in sums:
+        if name.endswith("_perc"):
+            sums[name] /= numbers[name]
+    return sums
