@@ -65,13 +65,6 @@ def lm_eval(server: Server, folder: Path, gen_kwargs: str) -> subprocess.Complet
 
 
 @pytest.fixture(scope="module")
-def server(demo_model, tmp_path_factory):
-    words = "--max-model-len 4096 --enforce-eager --dtype float32"
-    with Server(tmp_path_factory.mktemp("server") / "server.log", *words.split()) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def runs(server, tmp_path_factory) -> dict[float, Run]:
     """The same task at both ratios."""
     runs = {}

