@@ -9,6 +9,7 @@ page go into the folder OUT, and so do the servers' logs.
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ CACHE_MIB = 96
 """Room for about 2,000 tokens, so that requests must wait for memory."""
 ENGINE = f"--served-model-name demo --dtype float32 --enforce-eager --max-model-len 1024 --block-size 32 \
 --kv-cache-memory-bytes {CACHE_MIB * 2**20}"
-LOAD = "--ratios 1,0.5,0.25 --requests 24 --concurrency 12 --prompt-tokens 300:700 --output-tokens 64"
+LOAD = "--ratios 1,0.5,0.25,0.25,0.5,1 --requests 16 --concurrency 12 --prompt-tokens 300:700 --output-tokens 64"
 OURS, STOCK = ["vllm_l2kv_server.cli", "serve"], ["vllm.entrypoints.openai.api_server", "--model"]
 START_SECONDS = 600
 
@@ -35,11 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     args, words = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end too
     args.out.mkdir(parents=True, exist_ok=True)
     with serving(OURS, args.out / "ours.log") as ours, serving(STOCK, args.out / "stock.log") as stock:
         bench = [sys.executable, "-m", "vllm_l2kv_server.cli", "bench", "--url", ours, "--compare", stock]
         status = subprocess.run([*bench, *LOAD.split(), "--out", str(args.out), *words], check=False).returncode
     rows = args.out / "rows.jsonl"
+    if not rows.exists():
+        sys.exit(status)
     found = [json.loads(line) | {"machine": machine(), "options": ENGINE} for line in rows.read_text().splitlines()]
     rows.write_text("".join(json.dumps(row) + "\n" for row in found))
     sys.exit(status)
