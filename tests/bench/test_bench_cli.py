@@ -46,6 +46,8 @@ def rows_of(folder: Path, name: str = "rows.jsonl") -> list[dict[str, Any]]:
         (["--prompt-tokens", "7"], "--prompt-tokens: lengths must satisfy 8 <= LOW <= HIGH, got '7'."),
         (["--output-tokens", "x"], "--output-tokens: N must be an integer >= 0, got 'x'."),
         (["--shared-prefix", "1"], "--shared-prefix: X must be a number with 0 <= X < 1, got '1'."),
+        (["--pid", "4194305"], "--pid: N must be a process of this machine, got 4194305."),
+        (["--compare-pid", "0"], "--compare-pid: N must satisfy 1 <= N, got 0."),
         (["--seed", "-1"], "--seed: N must satisfy 0 <= N"),
         (["--fields", "[1]"], "--fields: must be a JSON object, got '[1]'."),
         (["--fields", "{"], "--fields: must be a JSON object, got '{'."),
@@ -201,6 +203,17 @@ class TestRuns:
         assert "40% of the prompt tokens were in its prefix cache, 0% are shared" in capsys.readouterr().err
         assert run(*words, "--shared-prefix", "0.5", "--out", str(tmp_path / "b")) == 0
         assert "prefix cache" not in capsys.readouterr().err
+
+    def test_a_server_without_metrics_is_tested_too(self, start, tmp_path):
+        words = ["--url", start(metrics=False).url, "--ratios", "1", *QUICK, "--out", str(tmp_path)]
+        assert run(*words) == 0
+        (row,) = rows_of(tmp_path)
+        assert row["num_failed"] == 0 < row["num_samples_failed"]
+        assert row["running"] is row["kv_cache_usage"] is row["preemptions"] is row["prefix_hits"] is None
+
+    def test_a_folder_that_cannot_be_made(self, capsys, ours, tmp_path):
+        (tmp_path / "file").write_text("")
+        assert "argument --out: " in refused(capsys, "--url", ours.url, "--out", str(tmp_path / "file" / "out"))
 
     def test_an_interrupt_reports_what_is_there(self, ours, tmp_path, monkeypatch):
         from vllm_l2kv.bench import run as rounds_of

@@ -65,6 +65,12 @@ class TestSummary:
         for name in ("first_token_s", "inter_token_s", "kept_tokens", "running", "preemptions", "prefix_hits"):
             assert row[name] is None
 
+    def test_levels_that_the_server_did_not_give(self):
+        samples = [Sample(0.5, None, None, None, {}), Sample(1.0, 4, None, 0.5, {})]
+        row = summarise([], Watch(samples))
+        assert (row["running"], row["waiting"]) == ({"mean": 4, "max": 4}, None)
+        assert row["kv_cache_usage"]["mean"] == 0.5
+
     def test_one_token_has_no_gap(self):
         row = summarise([outcome(0, 100.0, 0.5, 0.1, num_tokens=1)], Watch())
         assert row["first_token_s"]["p99"] == pytest.approx(0.5)

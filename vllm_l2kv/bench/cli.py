@@ -42,7 +42,10 @@ def bench(argv: Sequence[str]) -> None:
         sample_s=options.sample_seconds,
     )
     prompts = _prompts(parser, options, plan.servers)
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
     rows: list[Any] = []
     samples: list[Any] = []
     status = 0
@@ -154,6 +157,14 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
+def _process(text: str) -> int:
+    from psutil import pid_exists  # type: ignore[import-untyped]
+
+    if not pid_exists(pid := positive(text)):
+        raise argparse.ArgumentTypeError(f"N must be a process of this machine, got {pid}.")
+    return pid
+
+
 def _object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
@@ -182,8 +193,8 @@ def _parser() -> OneLineParser:
         metavar="KEY",
         help="of both servers; by default what OPENAI_API_KEY says",
     )
-    add("--pid", type=positive, metavar="N", help="process of --url; looked for on this machine if not given")
-    add("--compare-pid", type=positive, metavar="N", help="process of --compare, likewise")
+    add("--pid", type=_process, metavar="N", help="process of --url; looked for on this machine if not given")
+    add("--compare-pid", type=_process, metavar="N", help="process of --compare, likewise")
     add = parser.add_argument_group("load").add_argument
     add("--ratios", type=list_of(ratio), default="1,0.5,0.25", metavar="R,R", help="keep ratios (default: %(default)s)")
     arrivals = parser.add_mutually_exclusive_group()
@@ -225,7 +236,7 @@ def _parser() -> OneLineParser:
     add(
         "--sample-seconds",
         type=positive_number,
-        default=0.5,
+        default=1.0,
         metavar="X",
         help="between looks at /metrics and memory (default: %(default)s)",
     )

@@ -161,11 +161,12 @@ def _timeline(samples: Sequence[Row], folder: Path) -> Path:
     """KV cache in use over time, a line for each round."""
     drawn, axes = figure("KV cache in use", "seconds", "%")
     for i, engine in sorted({(row["round"], row["engine"]) for row in samples}):
-        line = [row for row in samples if (row["round"], row["engine"]) == (i, engine)]
+        of_round = [row for row in samples if (row["round"], row["engine"]) == (i, engine)]
+        line = [row for row in of_round if row["kv_cache_usage"] is not None]
         axes.plot(
             [row["at_s"] for row in line],
             [100 * row["kv_cache_usage"] for row in line],
-            label=label(line[0]),
+            label=label(of_round[0]),
             color=f"C{i}",
             linestyle="-" if engine == OURS else "--",
         )

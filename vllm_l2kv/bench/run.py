@@ -38,7 +38,7 @@ class Plan:
     num_warmups: int = 1
     fields: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float = 600.0
-    sample_s: float = 0.5
+    sample_s: float = 1.0
 
 
 @dataclass

@@ -130,7 +130,8 @@ def _watched(watch: Watch) -> Row:
     }
 
 
-def _level(values: Sequence[float]) -> Mapping[str, float] | None:
+def _level(found: Sequence[float | None]) -> Mapping[str, float] | None:
+    values = [value for value in found if value is not None]
     return {"mean": sum(values) / len(values), "max": max(values)} if values else None
 
 

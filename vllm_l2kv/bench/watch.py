@@ -12,11 +12,15 @@ from typing import Any
 import httpx
 
 OWN_PREFIX = "vllm_l2kv:"
+LEVELS = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+COUNTERS = ("num_preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total")
+WANTED = (*(f"vllm:{name}" for name in (*LEVELS, *COUNTERS)), "process_resident_memory_bytes", OWN_PREFIX)
+"""How the lines begin that are read. There are hundreds of others, and whoever reads them reads no tokens meanwhile."""
 HISTOGRAM = ("_bucket", "_sum", "_count", "_created")
 """Endings of samples that are parts of something larger."""
 
-Metrics = defaultdict[str, float]
-"""Values by name, 0 where there is none."""
+Metrics = dict[str, float]
+"""Values by name."""
 Memory = Callable[[], dict[str, int]]
 """Bytes by what they are counted of."""
 
@@ -27,10 +31,10 @@ class Sample:
 
     at_s: float
     """Seconds since the watch began."""
-    running: float
-    waiting: float
-    kv_cache_usage: float
-    """Share of the KV cache's blocks that requests hold, mean of all engines."""
+    running: float | None
+    waiting: float | None
+    kv_cache_usage: float | None
+    """Share of the KV cache's blocks that requests hold, mean of all engines. `None` where the server did not say."""
     memory: dict[str, int]
     own: dict[str, float] = field(default_factory=dict)
     """Metrics of vllm-l2kv, if the server has them."""
@@ -70,8 +74,9 @@ async def watching(http: httpx.AsyncClient, interval_s: float, memory: Memory) -
         with contextlib.suppress(asyncio.CancelledError):
             await sampler
     after = await _read(http, watch)
+    # A counter that has labels comes into being when it first counts.
     if before:
-        watch.counted = {name: after[name] - before[name] for name in [*after] if name.endswith("_total")}
+        watch.counted = {name: after[name] - before.get(name, 0) for name in after if name.endswith("_total")}
 
 
 async def _sample(http: httpx.AsyncClient, watch: Watch, begin: float, interval_s: float, memory: Memory) -> None:
@@ -80,19 +85,11 @@ async def _sample(http: httpx.AsyncClient, watch: Watch, begin: float, interval_
         at_s = perf_counter() - begin
         counted = await asyncio.to_thread(memory)
         metrics = await _read(http, watch)
-        if metrics:
-            if (process := metrics["process_resident_memory_bytes"]) > 0:
-                counted["process"] = int(process)
-            watch.samples.append(
-                Sample(
-                    at_s,
-                    metrics["vllm:num_requests_running"],
-                    metrics["vllm:num_requests_waiting"],
-                    metrics["vllm:kv_cache_usage_perc"],
-                    counted,
-                    {name: value for name, value in metrics.items() if name.startswith(OWN_PREFIX)},
-                )
-            )
+        if process := metrics.get("process_resident_memory_bytes"):
+            counted["process"] = int(process)
+        running, waiting, in_use = (metrics.get(f"vllm:{name}") for name in LEVELS)
+        own = {name: value for name, value in metrics.items() if name.startswith(OWN_PREFIX)}
+        watch.samples.append(Sample(at_s, running, waiting, in_use, counted, own))
 
 
 async def _read(http: httpx.AsyncClient, watch: Watch) -> Metrics:
@@ -102,20 +99,17 @@ async def _read(http: httpx.AsyncClient, watch: Watch) -> Metrics:
         return totals(response.raise_for_status().text)
     except (httpx.HTTPError, ValueError):
         watch.num_failed += 1
-        return Metrics(float)
+        return {}
 
 
 def totals(text: str) -> Metrics:
-    """Values by name, labels added up; of shares (`_perc`) the mean."""
+    """Values of the wanted metrics, labels added up; of shares (`_perc`) the mean."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    sums, numbers = Metrics(float), Metrics(float)
-    for family in text_string_to_metric_families(text):
+    wanted = "".join(f"{line}\n" for line in text.splitlines() if line.startswith(WANTED))
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for family in text_string_to_metric_families(wanted):
         for sample in family.samples:
             if not sample.name.endswith(HISTOGRAM):
-                sums[sample.name] += sample.value
-                numbers[sample.name] += 1
-    for name in sums:
-        if name.endswith("_perc"):
-            sums[name] /= numbers[name]
-    return sums
+                values[sample.name].append(sample.value)
+    return {name: sum(found) / (len(found) if name.endswith("_perc") else 1) for name, found in values.items()}
