@@ -141,7 +141,7 @@ class TestReport:
         lines = table(made_up(), "vllm-l2kv")
         assert lines[0] == ["", "keep 1", "keep 0.5"]
         assert cells(lines, "first token, p50 (ms)") == ["400", "200"]
-        assert cells(lines, "inter-token, p99 (ms)") == ["100", "50"]
+        assert cells(lines, "inter-token, p99 (ms)") == ["100", "50.0"]
         assert cells(lines, "KV cache in use, mean (%)") == ["50", "25"]
         assert cells(lines, "memory of all its processes, peak (GiB)") == ["1", "1"]
         assert cells(lines, "requests answered") == ["4", "4"]
@@ -162,7 +162,7 @@ class TestReport:
 
     @pytest.mark.parametrize(
         ("number", "words"),
-        [(None, "-"), (0, "0"), (3, "3"), (1234.5, "1,234"), (99.94, "99.9"), (0.01234, "0.0123")],
+        [(None, "-"), (0, "0"), (3, "3"), (1234.5, "1,234"), (99.94, "99.9"), (34.04, "34.0"), (0.01234, "0.0123")],
     )
     def test_numbers(self, number, words):
         assert shown(number) == words

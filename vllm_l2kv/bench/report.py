@@ -87,12 +87,12 @@ def comparison(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def shown(number: float | None) -> str:
-    """Three digits or more, so that small and large numbers can stand in one table."""
+    """Three digits or more, or an integer, so that small and large numbers can stand in one table."""
     if number is None:
         return "-"
     if abs(number) >= 100 or number == int(number):
         return f"{number:,.0f}"
-    return f"{number:.3g}"
+    return f"{number:#.3g}"
 
 
 def errors(rows: Sequence[Row]) -> str:
@@ -158,18 +158,22 @@ def _bars(
 
 
 def _timeline(samples: Sequence[Row], folder: Path) -> Path:
-    """KV cache in use over time, a line for each round."""
+    """KV cache in use over time, a line for each round: a colour for each ratio of ours, grey for stock vLLM."""
     drawn, axes = figure("KV cache in use", "seconds", "%")
+    ratios = list(dict.fromkeys(row["keep_ratio"] for row in samples))
+    named = set()
     for i, engine in sorted({(row["round"], row["engine"]) for row in samples}):
-        of_round = [row for row in samples if (row["round"], row["engine"]) == (i, engine)]
-        line = [row for row in of_round if row["kv_cache_usage"] is not None]
+        line = [row for row in samples if (row["round"], row["engine"]) == (i, engine)]
+        seen = [row for row in line if row["kv_cache_usage"] is not None]
+        name = label(line[0]) if engine == OURS else engine
         axes.plot(
-            [row["at_s"] for row in line],
-            [100 * row["kv_cache_usage"] for row in line],
-            label=label(of_round[0]),
-            color=f"C{i}",
-            linestyle="-" if engine == OURS else "--",
+            [row["at_s"] for row in seen],
+            [100 * row["kv_cache_usage"] for row in seen],
+            label=None if name in named else name,
+            color=f"C{ratios.index(line[0]['keep_ratio'])}" if engine == OURS else "grey",
+            linewidth=1.2 if engine == OURS else 0.6,
         )
+        named.add(name)
     return save(drawn, axes, folder / "kv-cache-in-use.png")
 
 
