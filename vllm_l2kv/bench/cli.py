@@ -30,17 +30,7 @@ def bench(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if (options.out / ROWS).exists():
         parser.error(f"argument --out: {options.out} has rows of another run; name another folder.")
-    from vllm_l2kv.bench.run import Plan, rounds
-
-    plan = Plan(
-        servers=_servers(parser, options),
-        ratios=options.ratios,
-        load=_load(options),
-        num_warmups=options.warmup,
-        fields=options.fields,
-        timeout_s=options.timeout,
-        sample_s=options.sample_seconds,
-    )
+    plan = _plan(parser, options)
     prompts = _prompts(parser, options, plan.servers)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -50,13 +40,7 @@ def bench(argv: Sequence[str]) -> None:
     samples: list[Any] = []
     status = 0
     try:
-        for done in rounds(plan, prompts):
-            rows.append(done.row)
-            samples += done.samples
-            _append(options.out / ROWS, [done.row])
-            _append(options.out / SAMPLES, done.samples)
-            if options.per_request:
-                _append(options.out / REQUESTS, done.requests)
+        _measure(plan, prompts, options, rows, samples)
     except KeyboardInterrupt:
         status = 130
     if rows:
@@ -64,6 +48,42 @@ def bench(argv: Sequence[str]) -> None:
     if not status and all(row["num_failed"] == row["num_requests"] for row in rows):
         status = 1
     sys.exit(status)
+
+
+def _measure(plan: Any, prompts: Any, options: argparse.Namespace, rows: list[Any], samples: list[Any]) -> None:
+    """Adds the rows and samples of each round, and writes them when it is over, so that an interrupt loses no more."""
+    from vllm_l2kv.bench.run import rounds
+
+    for done in rounds(plan, prompts):
+        rows.append(done.row)
+        samples += done.samples
+        _append(options.out / ROWS, [done.row])
+        _append(options.out / SAMPLES, done.samples)
+        if options.per_request:
+            _append(options.out / REQUESTS, done.requests)
+
+
+def _plan(parser: OneLineParser, options: argparse.Namespace) -> Any:
+    from vllm_l2kv.bench.run import Plan
+
+    return Plan(
+        servers=_servers(parser, options),
+        ratios=options.ratios,
+        load=Load(
+            prompt_tokens=options.prompt_tokens,
+            output_tokens=options.output_tokens,
+            shared_prefix=options.shared_prefix,
+            seed=options.seed,
+            rate=options.rate,
+            concurrency=options.concurrency,
+            num_requests=None if options.duration else options.requests,
+            duration_s=options.duration,
+        ),
+        num_warmups=options.warmup,
+        fields=options.fields,
+        timeout_s=options.timeout,
+        sample_s=options.sample_seconds,
+    )
 
 
 def _report(rows: Sequence[Any], samples: Sequence[Any], out: Path) -> None:
@@ -131,19 +151,6 @@ def _prompts(parser: OneLineParser, options: argparse.Namespace, servers: Sequen
     return Prompts(token_ids, bos, options.shared_prefix, options.seed)
 
 
-def _load(options: argparse.Namespace) -> Load:
-    return Load(
-        prompt_tokens=options.prompt_tokens,
-        output_tokens=options.output_tokens,
-        shared_prefix=options.shared_prefix,
-        seed=options.seed,
-        rate=options.rate,
-        concurrency=options.concurrency,
-        num_requests=None if options.duration else options.requests,
-        duration_s=options.duration,
-    )
-
-
 def _append(path: Path, rows: Sequence[Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -176,13 +183,18 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _parser() -> OneLineParser:
-    from vllm_l2kv.bench.prompts import MIN_TOKENS
-
     parser = OneLineParser(
         prog="vllm-l2kv bench",
         description="Puts a running server under load, once for each keep ratio: rows, plots and a page go into a "
         "folder. docs/load_testing.md explains every number.",
     )
+    _add_servers(parser)
+    _add_load(parser)
+    _add_results(parser)
+    return parser
+
+
+def _add_servers(parser: OneLineParser) -> None:
     add = parser.add_argument_group("servers").add_argument
     add("--url", default="http://localhost:8000", help="the vllm-l2kv server (default: %(default)s)")
     add("--compare", metavar="URL", help="a stock vLLM server, which gets the same load uncompressed")
@@ -195,9 +207,15 @@ def _parser() -> OneLineParser:
     )
     add("--pid", type=_process, metavar="N", help="process of --url; looked for on this machine if not given")
     add("--compare-pid", type=_process, metavar="N", help="process of --compare, likewise")
-    add = parser.add_argument_group("load").add_argument
+
+
+def _add_load(parser: OneLineParser) -> None:
+    from vllm_l2kv.bench.prompts import MIN_TOKENS
+
+    group = parser.add_argument_group("load")
+    add = group.add_argument
     add("--ratios", type=list_of(ratio), default="1,0.5,0.25", metavar="R,R", help="keep ratios (default: %(default)s)")
-    arrivals = parser.add_mutually_exclusive_group()
+    arrivals = group.add_mutually_exclusive_group()
     arrivals.add_argument(
         "--concurrency",
         type=positive,
@@ -206,7 +224,7 @@ def _parser() -> OneLineParser:
         help="clients who send the next request when they have an answer (default: %(default)s)",
     )
     arrivals.add_argument("--rate", type=positive_number, metavar="X", help="requests a second, Poisson arrivals")
-    end = parser.add_mutually_exclusive_group()
+    end = group.add_mutually_exclusive_group()
     end.add_argument(
         "--requests", type=positive, default=NUM_REQUESTS, metavar="N", help="for each ratio (default: %(default)s)"
     )
@@ -230,6 +248,9 @@ def _parser() -> OneLineParser:
         help='more fields of requests to --url, such as \'{"kv_scorer": "keydiff"}\'',
     )
     add("--timeout", type=positive_number, default=600.0, metavar="X", help="seconds of a request (default: 600)")
+
+
+def _add_results(parser: OneLineParser) -> None:
     add = parser.add_argument_group("results").add_argument
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder of results (default: %(default)s)")
     add("--per-request", action="store_true", help=f"one row for each request as well, in {REQUESTS}")
@@ -240,4 +261,3 @@ def _parser() -> OneLineParser:
         metavar="X",
         help="between looks at /metrics and memory (default: %(default)s)",
     )
-    return parser
