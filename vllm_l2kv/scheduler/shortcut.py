@@ -12,7 +12,7 @@ class Shortcut:
     """Stands before vLLM's `KVCacheManager` and answers at once where nothing is to do.
 
     A request that decodes asks for slots at every step, and mostly its last block has room and nothing new can be
-    found in it. vLLM asks each group's manager four times to learn that, and we have a group more than vLLM.
+    found in it. vLLM asks each group's manager five times a step to learn that, and we have a group more than vLLM.
     Everything else goes to the manager itself.
     """
 
@@ -27,20 +27,34 @@ class Shortcut:
         self, request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """As vLLM's."""
-        if args or kwargs or not self._has_nothing_to_do(request, num_new_tokens, num_lookahead_tokens):
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        if (
+            args
+            or kwargs
+            or not self._has_room(request, num_tokens + num_lookahead_tokens)
+            or self._has_more_to_find(request, min(num_tokens, request.num_tokens))
+        ):
             kwargs["num_lookahead_tokens"] = num_lookahead_tokens
             return self._manager.allocate_slots(request, num_new_tokens, *args, **kwargs)
         return self._manager.empty_kv_cache_blocks
 
-    def _has_nothing_to_do(self, request: Request, num_new_tokens: int, num_lookahead_tokens: int) -> bool:
-        req_id = request.request_id
-        num_tokens = request.num_computed_tokens + num_new_tokens
-        num_known = min(num_tokens, request.num_tokens)
-        num_tokens += num_lookahead_tokens
-        return all(
-            num_tokens <= layer.room.get(req_id, 0) and num_known < layer.next_findable.get(req_id, 0)
-            for layer in self._layers
-        )
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """As vLLM's."""
+        if self._has_more_to_find(request, num_computed_tokens):
+            self._manager.cache_blocks(request, num_computed_tokens)
+
+    def _has_room(self, request: Request, num_tokens: int) -> bool:
+        # A plain loop, here and below: it is asked for every request at every step.
+        for layer in self._layers:  # noqa: SIM110
+            if num_tokens > layer.room.get(request.request_id, 0):
+                return False
+        return True
+
+    def _has_more_to_find(self, request: Request, num_tokens: int) -> bool:
+        for layer in self._layers:  # noqa: SIM110
+            if num_tokens >= layer.next_findable.get(request.request_id, 0):
+                return True
+        return False
 
 
 def take_shortcuts(manager: KVCacheManager) -> KVCacheManager | Shortcut:
