@@ -41,13 +41,15 @@ def read(path: Path) -> list[Row]:
 
 
 def sections(rows: dict[str, list[Row]]) -> Iterable[str]:
-    """Every scorer by task, then full layers and blocks."""
+    """Every scorer by task and length, then full layers."""
     for task, metric in TASKS.items():
-        measured = [row for row in rows[task] if row["full_layers"] == MAIN_LAYERS and row["granularity"] == "token"]
-        if measured:
-            yield f"**{task}**, {SHOWN[metric]}; {samples(measured)}:\n\n{by_scorer(measured, task, metric)}"
-    yield by_layers(rows)
-    yield by_granularity(rows)
+        main = [row for row in rows[task] if row["full_layers"] == MAIN_LAYERS]
+        if len({row["scorer"] for row in main}) > 1:
+            for length in sorted({row["length"] for row in main}):
+                measured = [row for row in main if row["length"] == length]
+                yield f"**{task}**, {SHOWN[metric]}; {samples(measured)}:\n\n{by_scorer(measured, task, metric)}"
+    if len({tuple(row["full_layers"]) for row in rows["passkey"]}) > 1:
+        yield by_layers(rows)
 
 
 def samples(rows: Sequence[Row]) -> str:
@@ -89,22 +91,6 @@ def by_layers(rows: dict[str, list[Row]]) -> str:
             lines.append(line)
     heads = [f"{task}, {ratio}" for task in ("excess loss", "passkey") for ratio in (0.5, 0.25)]
     return "**Full layers**, `l2`:\n\n" + table(["full layers", *heads], lines)
-
-
-def by_granularity(rows: dict[str, list[Row]]) -> str:
-    """`l2` by token and by block."""
-    found: dict[str, dict[Any, str]] = {}
-    for task in ("perplexity", "passkey"):
-        measured = [row for row in rows[task] if row["full_layers"] == MAIN_LAYERS and row["scorer"] == "l2"]
-        for entry in estimates(measured, task):
-            if entry["keep_ratio"] in (0.5, 0.25):
-                found.setdefault(label(entry), {})[task, entry["keep_ratio"]] = shown(entry[TASKS[task]])
-    if not any("block" in name for name in found):
-        return ""
-    columns = [(task, ratio) for task in ("perplexity", "passkey") for ratio in (0.5, 0.25)]
-    heads = [f"{'excess loss' if task == 'perplexity' else task}, {ratio}" for task, ratio in columns]
-    lines = [[name, *(cells.get(column, "-") for column in columns)] for name, cells in sorted(found.items())]
-    return "**By token and by block**:\n\n" + table(["", *heads], lines)
 
 
 def shown(estimate: Estimate) -> str:
