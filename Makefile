@@ -64,7 +64,7 @@ fmt: setup ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-lock: setup ## Write requirements/cpu.txt anew; newest versions with ARGS=--upgrade
+lock: setup ## Write requirements/*.txt anew; newest versions with ARGS=--upgrade
 	$(BIN)/python scripts/lock.py $(ARGS)
 
 clean: ## Remove .venv and everything made by tools

@@ -1,6 +1,6 @@
 """Writes requirements/cpu.txt: every package of a CPU set-up, runtime and development, pinned.
 
-The roots are what vLLM's CPU build asks for, less the packages below, and what this project asks for. Pins of the
+And requirements/cpu-runtime.txt, the part of it that serving needs, for containers. The roots are what vLLM's CPU build asks for, less the packages below, and what this project asks for. Pins of the
 present lock stay unless `--upgrade` is given. Run it with the set-up's own Python (`make lock`), with pip told of an
 index that has CPU builds of torch.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "cpu.txt"
+RUNTIME = ROOT / "requirements" / "cpu-runtime.txt"
 
 # Text models never use these, and their PyPI builds do not import beside a CPU build of torch.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
@@ -37,6 +39,11 @@ HEADER = """\
 # Made by scripts/lock.py (`make lock`); do not edit by hand.
 """
 
+RUNTIME_HEADER = """\
+# What serving on a CPU needs of cpu.txt, which says how to install it. docker/Dockerfile.cpu does.
+# Made by scripts/lock.py (`make lock`); do not edit by hand.
+"""
+
 
 def resolve(*arguments: str) -> list[dict[str, Any]]:
     """Asks pip what it would install into an empty environment."""
@@ -48,18 +55,23 @@ def resolve(*arguments: str) -> list[dict[str, Any]]:
         return installs
 
 
-def applies(requirement: Requirement) -> bool:
-    """Whether a requirement holds for this machine with any Python that we support, without extras."""
+def applies(requirement: Requirement, extra: str = "") -> bool:
+    """Whether a requirement of a package, or of one of its extras, holds here with any Python that we support."""
     marker = requirement.marker
-    return marker is None or any(marker.evaluate({"extra": "", "python_version": python}) for python in PYTHONS)
+    return marker is None or any(marker.evaluate({"extra": extra, "python_version": python}) for python in PYTHONS)
 
 
-def asked_for() -> list[str]:
-    """What pyproject.toml asks of a CPU set-up, to build, to develop, to evaluate and to load."""
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    project, extras = pyproject["project"], pyproject["project"]["optional-dependencies"]
-    set_up = (requirement for extra in ("cpu", "dev", "eval", "bench") for requirement in extras[extra])
-    return [*project["dependencies"], *set_up, *pyproject["build-system"]["requires"]]
+def asked_for(*names: str) -> list[str]:
+    """What pyproject.toml asks for to run, and in the extras of these names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = (requirement for name in names for requirement in project["optional-dependencies"][name])
+    return [*project["dependencies"], *extras]
+
+
+def asked_for_to_build() -> list[str]:
+    """What pyproject.toml asks of a build."""
+    requires: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    return requires
 
 
 def asked_for_by(distribution: dict[str, Any]) -> list[str]:
@@ -73,14 +85,38 @@ def asked_for_by(distribution: dict[str, Any]) -> list[str]:
     return wanted
 
 
+def needed_by(roots: Iterable[str], installs: Iterable[dict[str, Any]]) -> set[str]:
+    """Names of the distributions that some requirements lead to, directly or not, among those that are installed."""
+    requires = {
+        canonicalize_name(item["metadata"]["name"]): item["metadata"].get("requires_dist", []) for item in installs
+    }
+    needed: set[tuple[str, str]] = set()
+    ahead = [Requirement(root) for root in roots]
+    while ahead:
+        requirement = ahead.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras}:
+            if name in requires and (name, extra) not in needed:
+                needed.add((name, extra))
+                ahead += [found for text in requires[name] if applies(found := Requirement(text), extra)]
+    return {name for name, _ in needed}
+
+
+def write(lock: Path, header: str, pins: dict[str, str]) -> None:
+    """Writes a lock, a line for each pin, and says so."""
+    lines = [f"{name}=={version}" for name, version in sorted(pins.items(), key=lambda pin: pin[0].lower())]
+    lock.write_text(header + "\n".join(lines) + "\n")
+    print(f"{len(lines)} packages in {lock.relative_to(ROOT)}")
+
+
 def main() -> None:
-    """Resolves and writes the lock."""
+    """Resolves and writes the locks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions instead of the present pins")
     upgrade = parser.parse_args().upgrade
 
     constraints = [] if upgrade or not LOCK.exists() else ["--constraint", str(LOCK)]
-    wanted = asked_for()
+    wanted = [*asked_for("cpu", "dev", "eval", "bench"), *asked_for_to_build()]
     (vllm,) = resolve("--no-deps", *(requirement for requirement in wanted if requirement.startswith("vllm")))
     others = [requirement for requirement in wanted if not requirement.startswith("vllm")]
     alone = resolve("--no-deps", *WITHOUT_DEPENDENCIES)
@@ -89,9 +125,9 @@ def main() -> None:
     pins = {item["metadata"]["name"]: Version(item["metadata"]["version"]).public for item in installs}
     if found := {canonicalize_name(name) for name in pins} & LEFT_OUT:
         sys.exit(f"A package asks for {', '.join(sorted(found))}, which must stay out of the lock.")
-    lines = [f"{name}=={version}" for name, version in sorted(pins.items(), key=lambda pin: pin[0].lower())]
-    LOCK.write_text(HEADER + "\n".join(lines) + "\n")
-    print(f"{len(lines)} packages in {LOCK.relative_to(ROOT)}")
+    write(LOCK, HEADER, pins)
+    runtime = needed_by(asked_for("cpu"), installs)
+    write(RUNTIME, RUNTIME_HEADER, {name: pin for name, pin in pins.items() if canonicalize_name(name) in runtime})
 
 
 if __name__ == "__main__":
