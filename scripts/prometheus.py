@@ -1,0 +1,87 @@
+"""Makes Prometheus and promtool available, and prints the folder that has both.
+
+Takes what is installed; else what an earlier run left in the user's cache; else Debian's package, which apt checks and
+dpkg unpacks into that cache, so nothing is installed and nobody need be root. Debian and its descendants only.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from vllm_l2kv_server.demo_model import default_cache, say
+
+PROGRAMS = ("prometheus", "promtool")
+
+
+class PrometheusError(RuntimeError):
+    """Prometheus could not be made available; the message says what failed and what to do."""
+
+
+def ensure_prometheus(cache: Path | None = None) -> Path:
+    """Returns a folder with both programs, after fetching them if there is none.
+
+    Safe to interrupt and to run twice at once, as the package is unpacked aside and takes its place in one step.
+
+    Args:
+        cache: Where to keep them, by default `default_cache()`.
+
+    Raises:
+        PrometheusError: They are not installed and cannot be fetched.
+    """
+    installed = {Path(found).parent for program in PROGRAMS if (found := shutil.which(program))}
+    if len(installed) == 1 and _is_whole(folder := installed.pop()):
+        return folder
+    cache = cache or default_cache()
+    programs = cache / "prometheus" / "usr" / "bin"
+    if not _is_whole(programs):
+        if not (shutil.which("apt-get") and shutil.which("dpkg")):
+            raise PrometheusError("Prometheus is not installed, and only Debian's package can be fetched; install it.")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=cache) as scratch:
+            unpacked = Path(scratch) / "unpacked"
+            _run("dpkg", "-x", str(_download(Path(scratch))), str(unpacked))
+            with contextlib.suppress(OSError):  # who came first has put the same there
+                unpacked.rename(cache / "prometheus")
+    if not _is_whole(programs):
+        raise PrometheusError(f"{programs} lacks {' or '.join(PROGRAMS)}; delete {cache / 'prometheus'} and run again.")
+    return programs
+
+
+def _download(scratch: Path) -> Path:
+    """Fetches the package by the machine's package lists, or by newer ones of our own."""
+    say("Downloading Debian's package of Prometheus ...")
+    lists, packages = scratch / "lists", scratch / "packages"
+    for folder in (lists / "partial", packages):
+        folder.mkdir(parents=True)
+    ours = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={scratch / 'cache'}", "-o", "Debug::NoLocking=1"]
+    try:
+        _run("apt-get", "download", "prometheus", folder=packages)
+    except PrometheusError:
+        _run("apt-get", *ours, "update")
+        _run("apt-get", *ours, "download", "prometheus", folder=packages)
+    (package,) = packages.glob("*.deb")
+    return package
+
+
+def _run(*command: str, folder: Path | None = None) -> None:
+    done = subprocess.run(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no word"]
+        raise PrometheusError(f"`{' '.join(command)}` failed ({lines[-1]}); install Prometheus, or run again.")
+
+
+def _is_whole(folder: Path) -> bool:
+    return all(os.access(folder / program, os.X_OK) for program in PROGRAMS)
+
+
+if __name__ == "__main__":
+    try:
+        print(ensure_prometheus())
+    except PrometheusError as error:
+        sys.exit(f"prometheus: {error}")
