@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -23,13 +24,15 @@ STOP_SECONDS = 60
 class Server:
     """`vllm-l2kv serve` on a free port and in a session of its own, its log in a file."""
 
-    def __init__(self, log: Path, *words: str) -> None:
+    def __init__(
+        self, log: Path, *words: str, program: Sequence[str] = (sys.executable, "-m", "vllm_l2kv_server.cli")
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         # Tests say what they protect.
         bare_rule = ["--kv-protect-first", "0", "--kv-protect-last", "0"]
-        command = [sys.executable, "-m", "vllm_l2kv_server.cli", "serve", "--port", str(self.port), *bare_rule, *words]
+        command = [*program, "serve", "--port", str(self.port), *bare_rule, *words]
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
