@@ -1,0 +1,135 @@
+"""The dashboard and the alerts on a Prometheus that scrapes the real server."""
+
+import json
+import math
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from http_server import Server, free_port
+
+ROOT = Path(__file__).parents[2]
+DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "vllm-l2kv.json").read_text())
+PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"] != "row"}
+# What Grafana puts in the place of variables.
+VARIABLES = {"$model_name": ".*", "$instance": ".*", "$__rate_interval": "1m"}
+SCRAPE_SECONDS = 1
+RATIOS = (1.0, 0.5, 0.3, None)
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model, tmp_path_factory) -> Iterator[Server]:
+    words = f"--served-model-name {MODEL} --dtype float32 --enforce-eager --max-model-len 2048 --kv-full-layers 0"
+    log = tmp_path_factory.mktemp("dashboard") / "server.log"
+    with Server(log, str(tiny_model("llama")), *words.split()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def prometheus(server, prometheus_folder, tmp_path_factory) -> Iterator[httpx.Client]:
+    """Prometheus with our configuration and rules, after two rounds of requests that it saw come in."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    source = ROOT / "docker" / "prometheus"
+    config = yaml.safe_load((source / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": f"{SCRAPE_SECONDS}s"}
+    config["rule_files"] = [str(source / "alerts.yml")]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [server.url.removeprefix("http://")]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port()}"
+    command = [prometheus_folder / "prometheus", f"--config.file={folder / 'prometheus.yml'}"]
+    options = [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, *options], stdout=log, stderr=subprocess.STDOUT)
+    try:
+        with httpx.Client(base_url=f"http://{address}/api/v1", timeout=30) as client:
+            until(lambda: client.get("/targets").is_success, "Prometheus started")
+            for _ in range(2):  # a rate needs a series from before and one from after
+                ask(server)
+                seen(client, server)
+            yield client
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def ask(server: Server) -> None:
+    """Requests at every ratio, and one that is refused."""
+    body = {"model": MODEL, "prompt": list(range(100, 400)), "max_tokens": 16, "ignore_eos": True}
+    fields = [{"kv_keep_ratio": ratio} for ratio in RATIOS] * 4
+    post = lambda more: httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=120)  # noqa: E731
+    with ThreadPoolExecutor(4) as pool:
+        assert {answer.status_code for answer in pool.map(post, fields)} == {200}
+    assert post({"kv_keep_ratio": 7}).status_code == 400
+
+
+def seen(client: httpx.Client, server: Server) -> None:
+    """Waits until Prometheus has scraped what the server counts now."""
+    counted = server.metrics()["vllm:generation_tokens_total"]
+    until(lambda: values(client, "sum(vllm:generation_tokens_total)") == [counted], "the counts were scraped")
+
+
+def until(holds, what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if holds():
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline, f"in vain: {what}"
+        time.sleep(SCRAPE_SECONDS / 4)
+
+
+def values(client: httpx.Client, query: str) -> list[float]:
+    answer = client.get("/query", params={"query": query}).json()
+    assert answer["status"] == "success", answer
+    return [float(series["value"][1]) for series in answer["data"]["result"]]
+
+
+def filled_in(expression: str) -> str:
+    for variable, value in VARIABLES.items():
+        expression = expression.replace(variable, value)
+    return expression
+
+
+@pytest.mark.parametrize("title", sorted(PANELS))
+def test_every_query_of_a_panel_has_data(prometheus, title):
+    for target in PANELS[title]["targets"]:
+        found = values(prometheus, filled_in(target["expr"]))
+        assert any(math.isfinite(value) for value in found), target["expr"]
+
+
+def test_latencies_are_told_apart_by_ratio(prometheus):
+    for title in ("Time to first token", "Time per output token", "Whole request"):
+        (target,) = PANELS[title]["targets"]
+        query = f"count by (keep_ratio) ({filled_in(target['expr'])})"
+        answer = prometheus.get("/query", params={"query": query}).json()
+        assert {series["metric"]["keep_ratio"] for series in answer["data"]["result"]} == {"1.0", "0.5", "0.3"}
+
+
+def test_variables_offer_what_there_is(prometheus, server):
+    for variable in DASHBOARD["templating"]["list"]:
+        if variable["type"] == "query":
+            metric, _, label = variable["definition"].removeprefix("label_values(").removesuffix(")").partition(", ")
+            answer = prometheus.get(f"/label/{label}/values", params={"match[]": metric}).json()
+            assert answer["data"] == [{"model_name": MODEL, "instance": server.url.removeprefix("http://")}[label]]
+
+
+def test_every_alert_is_evaluated(prometheus):
+    (group,) = prometheus.get("/rules").json()["data"]["groups"]
+    assert {rule["health"] for rule in group["rules"]} == {"ok"}
+    assert not [rule["name"] for rule in group["rules"] if rule["state"] == "firing"]
+
+
+def test_panels_and_targets_are_whole():
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
+    assert len(set(places)) == len(places)
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    for panel in PANELS.values():
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]) > 0
