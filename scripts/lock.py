@@ -1,8 +1,8 @@
 """Writes requirements/cpu.txt: every package of a CPU set-up, runtime and development, pinned.
 
-And requirements/cpu-runtime.txt, the part of it that serving needs, for containers. The roots are what vLLM's CPU build asks for, less the packages below, and what this project asks for. Pins of the
-present lock stay unless `--upgrade` is given. Run it with the set-up's own Python (`make lock`), with pip told of an
-index that has CPU builds of torch.
+And requirements/cpu-runtime.txt, the part of it that serving needs, for containers. The roots are what vLLM's CPU build
+asks for, less the packages below, and what this project asks for. Pins of the present lock stay unless `--upgrade` is
+given. Run it with the set-up's own Python (`make lock`), with pip told of an index that has CPU builds of torch.
 """
 
 import argparse

