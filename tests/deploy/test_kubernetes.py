@@ -69,6 +69,8 @@ def test_the_chart_gets_what_vllm_l2kv_serve_sets(model):
     options = dict(zip(words[::2], words[1::2], strict=True))
     config = options.pop("--additional-config")
     assert options == {"--scheduler-cls": SCHEDULER_CLS, "--worker-cls": GPU_WORKER_CLS}
-    assert Settings.from_config(json.loads(config)) == Settings.from_config(engine_args()["additional_config"])
+    assert Settings.from_config(json.loads(config)) == Settings.from_config(
+        engine_args(metrics=True)["additional_config"]
+    )
     assert {"name": "VLLM_PLUGINS", "value": "l2kv"} in model["env"]
     assert model["tag"] == __version__
