@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -133,3 +134,12 @@ def test_panels_and_targets_are_whole():
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     for panel in PANELS.values():
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]) > 0
+
+
+def test_every_metric_is_explained():
+    expressions = [target["expr"] for panel in PANELS.values() for target in panel["targets"]]
+    (group,) = yaml.safe_load((ROOT / "docker" / "prometheus" / "alerts.yml").read_text())["groups"]
+    expressions += [rule["expr"] for rule in group["rules"]]
+    used = set(re.findall(r"(?:vllm(?:_l2kv)?:|http_)\w+", " ".join(expressions)))
+    guide = (ROOT / "docs" / "operating.md").read_text()
+    assert not [name for name in used if f"`{name.removesuffix('_bucket')}`" not in guide]
