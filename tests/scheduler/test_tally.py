@@ -10,8 +10,10 @@ from vllm_l2kv.scheduler.tally import Tally
 
 
 @pytest.fixture
-def telling(make_harness):
+def telling(make_harness, monkeypatch):
     """A harness whose scheduler tells; all stats are in its list `told`."""
+
+    monkeypatch.setenv("VLLM_PLUGINS", "l2kv")  # as the server sets it
 
     def make(num_blocks: int, **arguments):
         harness = make_harness(num_blocks, log_stats=True, **arguments)
@@ -107,3 +109,9 @@ def test_times_ride_on_a_copy():
     shared = Output()
     assert seconds_of(with_seconds(shared, [0.5])) == [0.5]
     assert seconds_of(shared) == []
+
+
+def test_a_front_end_that_is_not_ours_is_not_told(make_harness, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    with pytest.raises(ValueError, match="VLLM_PLUGINS=l2kv"):
+        make_harness(100, log_stats=True)

@@ -13,6 +13,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
+from vllm import envs
 from vllm_l2kv.messages import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.metrics import attach_stats
 from vllm_l2kv.params import USAGE_KEY, CompressionParams, ParamError, asks_for_compression
@@ -54,6 +55,11 @@ class L2KVScheduler(AsyncScheduler):
         self._to_compact: dict[str, None] = {}  # of these, begun and not compacted, oldest first
         self._usage: dict[str, dict[str, int]] = {}  # unfinished requests whose client is told its numbers
         self._tally = Tally() if self.settings.metrics and self.log_stats else None
+        if self._tally is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
+            raise ValueError(
+                "additional_config['l2kv']['metrics'] needs our part of the API server, for vLLM's would fail on what it "
+                "is told: set VLLM_PLUGINS=l2kv, or leave metrics out."
+            )
 
     def add_request(self, request: Request) -> None:
         """Reads the request's `kv_` fields, then as vLLM's."""
