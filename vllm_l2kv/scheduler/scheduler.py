@@ -57,7 +57,7 @@ class L2KVScheduler(AsyncScheduler):
         self._tally = Tally() if self.settings.metrics and self.log_stats else None
         if self._tally is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(
-                "additional_config['l2kv']['metrics'] needs our part of the API server, for vLLM's own fails on what it "
+                "additional_config['l2kv']['metrics'] needs our part of the API server, as vLLM's own fails on what it "
                 "hears: set VLLM_PLUGINS=l2kv, or leave metrics out."
             )
 
