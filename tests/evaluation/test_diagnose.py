@@ -311,3 +311,19 @@ def test_heat_maps_are_drawn(tmp_path):
     paths = heat_maps(diagnosis_of({}, variation=variation), tmp_path)
     assert sorted(path.name for path in paths) == ["alr.png", "correlation.png", "loss_0.5.png", "variation.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_a_model_of_another_layout_is_told_so(monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm_l2kv.evaluation.observe import observe
+
+    class Odd:
+        config = None
+
+        def get_decoder(self):
+            return SimpleNamespace(layers=[SimpleNamespace(attn=None)])
+
+    monkeypatch.setattr("transformers.DynamicCache", lambda config: None)
+    with pytest.raises(ValueError, match="Odd has no attention"):
+        observe(Odd(), [0], torch.zeros(1, 4, dtype=torch.int64), 2)

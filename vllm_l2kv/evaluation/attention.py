@@ -7,6 +7,7 @@ candidates, as tokens generated after a compaction are none.
 Shapes: H KV heads, Q queries, n prompt tokens. All tensors are fp32.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,12 @@ def variation(norms: torch.Tensor) -> torch.Tensor:
 
 def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Spearman's rank correlation along the last axis of `[H, n]` and `[H, n]`: `[H]`, 0 where one is constant."""
-    return torch.cosine_similarity(_centred_ranks(x), _centred_ranks(y), dim=-1)
+    from scipy.stats import ConstantInputWarning, spearmanr  # type: ignore[import-untyped]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        found = [spearmanr(*pair).statistic for pair in zip(x.double().cpu(), y.double().cpu(), strict=True)]
+    return torch.tensor(found, dtype=torch.float64, device=x.device).nan_to_num()
 
 
 def dropped_attention(norms: torch.Tensor, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,12 +92,3 @@ def attention_loss(
 
     by_norm, ideal = dropped_attention(norms, attention)
     return shares(by_norm), shares(ideal)
-
-
-def _centred_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks with a mean of 0; equal values share the mean of theirs."""
-    values = values.contiguous()
-    ascending = values.sort(-1).values
-    below = torch.searchsorted(ascending, values, right=False)
-    not_above = torch.searchsorted(ascending, values, right=True)
-    return (below + not_above - values.shape[-1]).double()

@@ -60,6 +60,9 @@ def observe(model: Any, layers: Sequence[int], token_ids: torch.Tensor, num_quer
 
     By hooks, which hold one layer's map `[num_heads, num_tokens, num_tokens]` at a time; `output_attentions` would
     keep those of all layers.
+
+    Raises:
+        ValueError: A model of another layout.
     """
     from transformers import DynamicCache
 
@@ -74,7 +77,13 @@ def observe(model: Any, layers: Sequence[int], token_ids: torch.Tensor, num_quer
 
         return look
 
-    hooks = [decoder.layers[layer].self_attn.register_forward_hook(hook(layer)) for layer in layers]
+    attentions: list[Any] = [getattr(decoder.layers[layer], "self_attn", None) for layer in layers]
+    if None in attentions:
+        raise ValueError(
+            f"{type(model).__name__} has no attention where diagnose looks for it (a module self_attn in each layer); "
+            "measure with `vllm-l2kv eval` instead."
+        )
+    hooks = [attention.register_forward_hook(hook(i)) for i, attention in zip(layers, attentions, strict=True)]
     try:
         # The decoder alone: nobody looks at logits.
         decoder(token_ids.to(model.device), past_key_values=cache, use_cache=True)
