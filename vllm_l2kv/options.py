@@ -1,92 +1,115 @@
-"""Values of command-line options: every refusal is one line that names the bound."""
+"""Values of command-line options: a word in, a checked value out, for the `type=` of argparse.
+
+Every function here that takes a word raises `argparse.ArgumentTypeError` with one sentence that names the value by the
+letter of its metavar, its bound and what was given; argparse puts the option's name before it.
+"""
 
 import argparse
+import json
+import math
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from vllm_l2kv.params import ParamError, check_count, check_keep_ratio
 
+T = TypeVar("T")
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is long, and `--help` shows it."""
+    """A parser whose errors are one line; the usage is long, and `--help` shows it."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with 2."""
+        """Ends the process with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def ratio(text: str) -> float:
-    """A keep ratio, 0 < R <= 1.
-
-    Raises:
-        ArgumentTypeError: It is none.
-    """
+def ratio(word: str) -> float:
+    """A keep ratio, 0 < R <= 1."""
     try:
-        return check_keep_ratio("R", number(text))
+        return check_keep_ratio("R", number(word))
     except ParamError as error:
         raise ArgumentTypeError(str(error)) from None
 
 
-def count(text: str) -> int:
-    """A number of things, 0 or more.
-
-    Raises:
-        ArgumentTypeError: It is none.
-    """
+def count(word: str) -> int:
+    """An integer, 0 <= N."""
     try:
-        return check_count("N", number(text))
+        return check_count("N", number(word))
     except ParamError as error:
         raise ArgumentTypeError(str(error)) from None
 
 
-def positive(text: str) -> int:
-    """A number of things, 1 or more.
-
-    Raises:
-        ArgumentTypeError: It is none.
-    """
-    if (value := count(text)) < 1:
+def positive(word: str) -> int:
+    """An integer, 1 <= N."""
+    if (value := count(word)) < 1:
         raise ArgumentTypeError(f"N must satisfy 1 <= N, got {value}.")
     return value
 
 
-def number(text: str) -> Any:
-    """A number, or the text itself for a check to refuse by name."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+def real(name: str, bound: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A parser of real numbers.
+
+    Args:
+        name: Letter of the metavar.
+        bound: What must hold, as a person reads it, such as `0 <= D <= 1`.
+        holds: Whether a finite number is within the bound.
+    """
+
+    def parse(word: str) -> float:
+        value = number(word)
+        if isinstance(value, str) or not math.isfinite(value) or not holds(value):
+            raise ArgumentTypeError(f"{name} must be a number with {bound}, got {value!r}.")
+        return float(value)
+
+    return parse
 
 
-def list_of(parse: Callable[[str], Any], may_be_empty: bool = False) -> Callable[[str], list[Any]]:
-    """What reads values with commas between them."""
-
-    def parse_list(text: str) -> list[Any]:
-        words = [word.strip() for word in text.split(",") if word.strip()]
-        if not words and not may_be_empty:
-            raise ArgumentTypeError("at least one is needed.")
-        try:
-            return [parse(word) for word in words]
-        except ValueError as error:
-            raise ArgumentTypeError(str(error)) from None
-
-    return parse_list
+def layers(word: str) -> tuple[int, ...]:
+    """Layer indices with commas between them; an empty word names none."""
+    try:
+        return tuple(check_count("layer", json.loads(index)) for index in word.split(",") if word.strip())
+    except ValueError:
+        raise ArgumentTypeError(f"layer indices >= 0 with commas between them, such as 0,1, got {word!r}.") from None
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """What reads one of these names."""
+    """A parser of one of these names; `choices=` of argparse cannot stand inside `list_of`."""
 
-    def check(word: str) -> str:
+    def parse(word: str) -> str:
         if word not in names:
             raise ArgumentTypeError(f"{word!r} is not one of {listed(names)}.")
         return word
 
-    return check
+    return parse
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names with commas between them, for messages and help."""
+def list_of(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """A parser of at least one value, with commas between them.
+
+    Args:
+        parse: Parses one of them.
+    """
+
+    def parse_list(text: str) -> list[T]:
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        if not words:
+            raise ArgumentTypeError("at least one is needed.")
+        return [parse(word) for word in words]
+
+    return parse_list
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as help texts and errors list them."""
     return ", ".join(names)
+
+
+def number(word: str) -> Any:
+    """A number, or the word itself for a check to refuse by name."""
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word

@@ -1,23 +1,21 @@
 """`vllm-l2kv serve`: our options beside vLLM's, then vLLM's own server."""
 
 import argparse
-import json
 import os
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import MutableMapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_l2kv import engine_args
-from vllm_l2kv.options import count, positive, ratio
+from vllm_l2kv.options import count, layers, positive, ratio
 from vllm_l2kv.params import (
     GRANULARITIES,
     PROTECT_FIRST,
     PROTECT_LAST,
     SCORERS,
     TOKENS_PER_BLOCK,
-    check_count,
 )
 from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
@@ -110,7 +108,7 @@ def own_options() -> argparse.ArgumentParser:
     group = parser.add_argument_group("KV-cache compression")
     group.add_argument(
         "--kv-full-layers",
-        type=_layers,
+        type=layers,
         default=(0, 1),
         metavar="I,J,...",
         help="layers that never compact; the paper's are 0,1, the default; an empty string means none",
@@ -249,11 +247,3 @@ def _with_config_file(parser: Any, argv: Sequence[str]) -> list[str]:
     except ConfigFileError as error:
         parser.error(f"argument --config: {error}")
         raise  # never reached: error() exits
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        layers = tuple(check_count("layer", json.loads(word)) for word in text.split(",") if text.strip())
-    except ValueError:
-        raise ArgumentTypeError(f"layer indices >= 0 with commas between them, such as 0,1, got {text!r}.") from None
-    return layers

@@ -57,18 +57,18 @@ def refused(capsys, *words: str) -> str:
         ("passkey", ["--ratios", "nan"], "0 < R <= 1, got nan"),
         ("passkey", ["--scorers", "l2,l3"], "'l3' is not one of l2, keydiff"),
         ("passkey", ["--granularities", "page"], "'page' is not one of token, block"),
-        ("passkey", ["--depths", "1.5"], "0 <= depth <= 1, got 1.5"),
-        ("needle", ["--depths=-0.5"], "0 <= depth <= 1, got -0.5"),
+        ("passkey", ["--depths", "1.5"], "0 <= D <= 1, got 1.5"),
+        ("needle", ["--depths=-0.5"], "0 <= D <= 1, got -0.5"),
         ("passkey", ["--samples", "0"], "1 <= N, got 0"),
         ("passkey", ["--samples", "-1"], "0 <= N"),
         ("passkey", ["--seed", "-1"], "0 <= N"),
         ("passkey", ["--lengths", "100,0"], "1 <= N, got 0"),
-        ("passkey", ["--lengths", ""], ""),
-        ("passkey", ["--depths", ""], ""),
+        ("passkey", ["--lengths", ""], "at least one"),
+        ("passkey", ["--depths", ""], "at least one"),
         ("passkey", ["--max-model-len", "0"], "1 <= N, got 0"),
         ("passkey", ["--protect", "4"], "FIRST:LAST, such as 4:64, got '4'"),
         ("passkey", ["--protect", "4:-1"], "0 <= N"),
-        ("passkey", ["--full-layers=-1"], "0 <= a layer"),
+        ("passkey", ["--full-layers=-1"], "layer indices >= 0"),
         ("perplexity", ["--continued", "0"], "1 <= N, got 0"),
         ("ruler", ["--subtasks", "vt,qa_1"], "'qa_1' is not one of niah_single_1"),
     ],
@@ -96,7 +96,7 @@ def test_options_of_other_tasks_are_unknown(capsys, words):
 def test_defaults(task):
     options = cli._eval_parser().parse_args([task, "model"])
     assert (options.model, options.out) == ("model", Path("eval") / task)
-    assert (options.full_layers, options.ratios) == ([0, 1], [0.75, 0.5, 0.25, 0.1])
+    assert (options.full_layers, options.ratios) == ((0, 1), [0.75, 0.5, 0.25, 0.1])
     assert (options.scorers, options.granularities, options.protect) == (["l2"], ["token"], [(0, 0)])
     assert (options.lengths, options.samples, options.seed, options.max_model_len) == ([1024], 10, 0, None)
     own = {
@@ -111,7 +111,7 @@ def test_defaults(task):
 def test_lists():
     words = ["--full-layers", "", "--protect", "0:0, 4:64", "--ratios", "0.5,0.25"]
     options = cli._eval_parser().parse_args(["passkey", "model", *words])
-    assert (options.full_layers, options.protect, options.ratios) == ([], [(0, 0), (4, 64)], [0.5, 0.25])
+    assert (options.full_layers, options.protect, options.ratios) == ((), [(0, 0), (4, 64)], [0.5, 0.25])
 
 
 @pytest.mark.parametrize("task", [*cli.TASKS, "report"])

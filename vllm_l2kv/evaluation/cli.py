@@ -9,8 +9,8 @@ from typing import Any
 
 from vllm_l2kv.evaluation.cases import Case
 from vllm_l2kv.evaluation.texts import SAMPLES, read_text
-from vllm_l2kv.options import OneLineParser, count, list_of, listed, one_of, positive, ratio
-from vllm_l2kv.params import GRANULARITIES, SCORERS, check_count
+from vllm_l2kv.options import OneLineParser, count, layers, list_of, listed, one_of, positive, ratio, real
+from vllm_l2kv.params import GRANULARITIES, SCORERS
 
 ROWS = "rows.jsonl"
 NUM_ANSWER_TOKENS = 256
@@ -148,7 +148,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         add("--out", type=Path, default=Path("eval") / task, metavar="DIR", help="folder of results; rows are added")
         add(
             "--full-layers",
-            type=list_of(_layer, may_be_empty=True),
+            type=layers,
             default="0,1",
             metavar="I,J",
             help="layers that never compact",
@@ -210,19 +210,11 @@ def _eval_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _depth(word: str) -> float:
-    depth = float(word)
-    if not 0 <= depth <= 1:
-        raise ValueError(f"a depth must satisfy 0 <= depth <= 1, got {word}.")
-    return depth
-
-
-def _layer(word: str) -> int:
-    return check_count("a layer", int(word))
+_depth = real("D", "0 <= D <= 1", lambda depth: 0 <= depth <= 1)
 
 
 def _protection(word: str) -> tuple[int, int]:
     first, colon, last = word.partition(":")
     if not colon:
-        raise ValueError(f"protection must be FIRST:LAST, such as 4:64, got {word!r}.")
+        raise argparse.ArgumentTypeError(f"protection must be FIRST:LAST, such as 4:64, got {word!r}.")
     return count(first), count(last)
