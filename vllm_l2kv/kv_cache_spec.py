@@ -5,7 +5,7 @@ vLLM has that as KV-cache groups; in a block-outermost layout it packs groups of
 A block is the same bytes for every group: `[28 layers x 32 tokens]` or `[2 layers x 448 tokens]`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -171,6 +171,11 @@ def pack(rare: Sequence[AttentionSpec], common: Sequence[AttentionSpec], geometr
         common=factor * block_size,
         stride=geometry.padded(factor * common_bytes) if geometry else None,
     )
+
+
+def is_packed(specs: Iterable[KVCacheSpec]) -> bool:
+    """Whether layers of different page sizes must share one pool, for which vLLM needs a block-outermost layout."""
+    return len({spec.page_size_bytes for spec in specs}) > 1
 
 
 def key_dtype(spec: AttentionSpec) -> torch.dtype | None:

@@ -73,6 +73,14 @@ def layers(word: str) -> tuple[int, ...]:
         raise ArgumentTypeError(f"layer indices >= 0 with commas between them, such as 0,1, got {word!r}.") from None
 
 
+def protection(word: str) -> tuple[int, int]:
+    """Protected tokens, `FIRST:LAST`."""
+    first, colon, last = word.partition(":")
+    if not colon:
+        raise ArgumentTypeError(f"protection must be FIRST:LAST, such as 4:64, got {word!r}.")
+    return count(first), count(last)
+
+
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
     """A parser of one of these names; `choices=` of argparse cannot stand inside `list_of`."""
 

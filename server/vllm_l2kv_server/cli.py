@@ -30,6 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         bench(words[1:])
         return
+    if words[:1] == ["plan"]:
+        from vllm_l2kv.sizing.cli import plan
+
+        plan(words[1:])
+        return
     command = _parser().parse_args(words).command
     if command == "demo-model":
         _show_demo_model()
@@ -47,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "diagnose", help="measure a model's norms and recommend settings; see vllm-l2kv diagnose --help"
     )
     commands.add_parser("bench", help="put a server under load at several keep ratios; see vllm-l2kv bench --help")
+    commands.add_parser("plan", help="say how many requests fit a GPU; see vllm-l2kv plan --help")
     commands.add_parser("demo-model", help="make the demo model available and print its folder")
     return parser
 

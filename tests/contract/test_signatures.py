@@ -10,13 +10,20 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
@@ -60,6 +67,9 @@ def test_version():
         (BlockPool.evict_blocks, ["self", "block_ids"]),
         (KVCacheSpec.is_uniform_with_collection, ["self", "kv_cache_specs"]),
         (KVCacheSpecRegistry.register, ["kvcache_spec_cls", "manager_class"]),
+        (get_kv_cache_groups, ["vllm_config", "kv_cache_spec"]),
+        (get_kv_cache_config_from_groups, ["vllm_config", "kv_cache_groups", "available_memory"]),
+        (SlidingWindowSpec.max_admission_blocks_per_request, ["self", "max_in_flight_tokens", "max_model_len"]),
     ],
     ids=lambda value: getattr(value, "__qualname__", None),
 )

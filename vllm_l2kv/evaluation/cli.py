@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_l2kv.evaluation.cases import Case
 from vllm_l2kv.evaluation.texts import SAMPLES, read_text
-from vllm_l2kv.options import OneLineParser, count, layers, list_of, listed, one_of, positive, ratio, real
+from vllm_l2kv.options import OneLineParser, count, layers, list_of, listed, one_of, positive, protection, ratio, real
 from vllm_l2kv.params import GRANULARITIES, SCORERS
 
 ROWS = "rows.jsonl"
@@ -170,7 +170,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         )
         add(
             "--protect",
-            type=list_of(_protection),
+            type=list_of(protection),
             default="0:0",
             metavar="FIRST:LAST",
             help="protected tokens, pairs with commas between them",
@@ -211,10 +211,3 @@ def _eval_parser() -> argparse.ArgumentParser:
 
 
 _depth = real("D", "0 <= D <= 1", lambda depth: 0 <= depth <= 1)
-
-
-def _protection(word: str) -> tuple[int, int]:
-    first, colon, last = word.partition(":")
-    if not colon:
-        raise argparse.ArgumentTypeError(f"protection must be FIRST:LAST, such as 4:64, got {word!r}.")
-    return count(first), count(last)

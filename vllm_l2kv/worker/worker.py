@@ -8,7 +8,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
-from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, Geometry, classify_layers, group_layer_specs
+from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, Geometry, classify_layers, group_layer_specs, is_packed
 from vllm_l2kv.messages import CompactionOrder, orders_of, with_seconds
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.settings import Settings
@@ -54,7 +54,7 @@ class CompactionWorker(WorkerBase):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, as full and compressed layers."""
         specs: dict[str, KVCacheSpec] = classify_layers(super().get_kv_cache_spec(), self.settings, self._geometry())
-        self._is_packed = len({spec.page_size_bytes for spec in specs.values()}) > 1
+        self._is_packed = is_packed(specs.values())
         for name, spec in specs.items():
             if isinstance(spec, CompressedLayerSpec):
                 check_attention(name, self._layers[name], self.attention_backends)
