@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from vllm.config import CacheConfig
+from vllm.platforms.interface import UnspecifiedPlatform
 
 from vllm_l2kv.sizing import cli
 from vllm_l2kv.sizing.table import COLUMNS
@@ -64,6 +65,13 @@ def test_blocks_of_a_whole_h100(plan, llama_8b):
     for measured in MEASURED[:2]:
         engine = engine_of(result, "stock" if measured["engine"] == "stock" else "vllm-l2kv")
         assert engine["num_blocks"] == pytest.approx(measured["num_blocks"], rel=0.01)
+
+
+def test_no_device_is_needed(monkeypatch, plan, llama_8b):
+    """A CUDA build of vLLM on a machine without a GPU."""
+    here = plan(llama_8b, gpu_gib=80)
+    monkeypatch.setattr("vllm.platforms._current_platform", UnspecifiedPlatform())
+    assert plan(llama_8b, gpu_gib=80) == here
 
 
 def test_memory_of_a_gpu(plan, llama_8b):

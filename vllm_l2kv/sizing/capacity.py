@@ -126,8 +126,9 @@ def cache_of(specs: Mapping[str, KVCacheSpec], num_bytes: int, max_in_flight_tok
     Raises:
         ValueError: Less memory than two blocks, of which vLLM uses one itself.
     """
-    # The device is asked nothing, and must not be looked for: there may be none.
+    # The device is asked nothing, and must not be looked for: vLLM may know none here, and then expects little of it.
     config = VllmConfig(device_config=DeviceConfig(device="cpu"))
+    config.scheduler_config.disable_hybrid_kv_cache_manager = False
     config.cache_config.kv_cache_layout = "BLHNC" if is_packed(specs.values()) else "LBHNC"
     groups = get_kv_cache_groups(config, dict(specs))
     plan = get_kv_cache_config_from_groups(config, groups, max(0, num_bytes))
