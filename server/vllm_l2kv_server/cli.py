@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from vllm_l2kv import __version__
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = _parser().parse_args(words).command
     if command == "demo-model":
         _show_demo_model()
+    elif command == "config-schema":
+        _show_config_schema()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +57,19 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("bench", help="put a server under load at several keep ratios; see vllm-l2kv bench --help")
     commands.add_parser("plan", help="say how many requests fit a GPU; see vllm-l2kv plan --help")
     commands.add_parser("demo-model", help="make the demo model available and print its folder")
+    commands.add_parser("config-schema", help="print a JSON schema of config files, for editors")
     return parser
+
+
+def _show_config_schema() -> None:
+    # vLLM has help texts only in a process that was asked for help when it was imported, and logs to standard output.
+    sys.argv.append("--help")
+    with redirect_stdout(sys.stderr):
+        from vllm_l2kv_server.config_keys import keys_of, schema_text
+        from vllm_l2kv_server.serve import make_parser
+
+        text = schema_text(keys_of(make_parser()))
+    sys.stdout.write(text)
 
 
 def _show_demo_model() -> None:

@@ -1,32 +1,51 @@
 """A YAML file of options, turned into the command line that it stands for."""
 
 import difflib
-import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonschema import Draft7Validator
+from jsonschema.exceptions import best_match
+
+from vllm_l2kv_server.config_keys import Key
 
 
 class ConfigFileError(ValueError):
     """The file cannot be read or says something that is no option; one line, naming the file."""
 
 
-def read_config_file(path: str, options: Collection[str], comma_lists: Collection[str] = ()) -> list[str]:
+def read_config_file(path: str, keys: Mapping[str, Key]) -> list[str]:
     """What one would have typed.
 
     vLLM's own `--config` is not used: it passes over unknown keys in silence when they are false or empty, and knows
     no `--config=FILE`.
 
     Args:
-        path: A YAML mapping of option names, without dashes in front, to values.
-        options: Known options, such as `--max-model-len`.
-        comma_lists: Those of them that take a list as one comma-separated word.
+        path: A YAML mapping of option names, without dashes in front, to values; a key without a value is not given.
+        keys: Known options.
 
     Raises:
-        ConfigFileError: Unreadable, not a mapping, or an unknown key; the message holds the nearest known one.
+        ConfigFileError: Unreadable, not a mapping, an unknown key, with the nearest known one, or a value that the
+            option cannot take.
     """
+    content = _read_yaml(path)
+    words = []
+    for name, value in content.items():
+        key = keys.get(str(name).replace("_", "-"))
+        if key is None:
+            nearest = difflib.get_close_matches(str(name).replace("_", "-"), keys, n=1, cutoff=0.0)[0]
+            raise ConfigFileError(f"{path}: unknown key {str(name)!r}; did you mean {nearest!r}?")
+        if value is None:
+            continue
+        if error := best_match(Draft7Validator(key.schema).iter_errors(value)):
+            raise ConfigFileError(f"{path}: {name}: {error.message}")
+        words += key.words(value)
+    return words
+
+
+def _read_yaml(path: str) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -34,32 +53,7 @@ def read_config_file(path: str, options: Collection[str], comma_lists: Collectio
     except yaml.YAMLError as error:
         raise ConfigFileError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if content is None:
-        return []
+        return {}
     if not isinstance(content, dict):
         raise ConfigFileError(f"{path} must hold a mapping of option names to values.")
-    words = []
-    for key, value in content.items():
-        option = "--" + str(key).replace("_", "-")
-        if option not in options:
-            nearest = difflib.get_close_matches(option, options, n=1, cutoff=0.0)[0].removeprefix("--")
-            raise ConfigFileError(f"{path}: unknown key {str(key)!r}; did you mean {nearest!r}?")
-        words += _words(option, value, options, option in comma_lists)
-    return words
-
-
-def _words(option: str, value: Any, options: Collection[str], is_comma_list: bool) -> list[str]:
-    if value is None:
-        return []
-    if value is True:
-        return [option]
-    if value is False:
-        # A switch without a `--no-` form is off unless named.
-        no_option = f"--no-{option.removeprefix('--')}"
-        return [no_option] if no_option in options else []
-    if isinstance(value, dict):
-        return [f"{option}={json.dumps(value)}"]
-    if isinstance(value, list):
-        if is_comma_list:
-            return [f"{option}={','.join(map(str, value))}"]
-        return [option, *map(str, value)] if value else []
-    return [f"{option}={value}"]
+    return content

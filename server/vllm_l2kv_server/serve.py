@@ -1,12 +1,13 @@
 """`vllm-l2kv serve`: our options beside vLLM's, then vLLM's own server."""
 
 import argparse
+import copy
 import os
 import sys
 from argparse import Namespace
 from collections.abc import MutableMapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_l2kv import engine_args
 from vllm_l2kv.options import count, layers, positive, ratio
@@ -19,6 +20,7 @@ from vllm_l2kv.params import (
 )
 from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
+from vllm_l2kv_server.config_keys import keys_of
 
 PROG = "vllm-l2kv serve"
 PLUGIN = "l2kv"
@@ -241,9 +243,20 @@ def _with_config_file(parser: Any, argv: Sequence[str]) -> list[str]:
     found, words = finder.parse_known_args(argv)
     if found.config is None:
         return words
-    known = [option for option in parser._option_string_actions if option not in ("--config", "--help")]
     try:
-        return [*read_config_file(found.config, known, comma_lists=["--kv-full-layers"]), *words]
+        from_file = read_config_file(found.config, keys_of(parser))
+        _check_alone(parser, found.config, from_file)
     except ConfigFileError as error:
         parser.error(f"argument --config: {error}")
-        raise  # never reached: error() exits
+    return [*from_file, *words]
+
+
+def _check_alone(parser: Any, path: str, words: Sequence[str]) -> None:
+    """Parses the words of a file, so that a bound that only the parser knows is told with the file's name."""
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigFileError(f"{path}: {message}")
+
+    checker = copy.copy(parser)
+    checker.error = fail
+    checker.parse_args(list(words))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from vllm_l2kv_server.config_file import read_config_file
+from vllm_l2kv_server.config_keys import keys_of
+from vllm_l2kv_server.serve import own_options
 
 from vllm_l2kv.evaluation.attention import (
     attention_loss,
@@ -28,7 +30,6 @@ from vllm_l2kv.evaluation.diagnose import (
 
 NUM_TOKENS = 96
 TEXT = (Path(__file__).parents[2] / "examples" / "lighthouse.txt").read_text()
-OPTIONS = ["--kv-full-layers", "--kv-default-keep-ratio", "--kv-scorer"]
 
 
 def looped_drops(norms: list[float], attention: list[float]) -> list[tuple[float, float]]:
@@ -298,7 +299,7 @@ def test_a_sink_that_hides_losses_is_told():
 def test_the_server_reads_the_config(tmp_path, full_layers, written):
     path = tmp_path / "recommended.yaml"
     path.write_text(config_text(Recommendation(full_layers, 0.5, ("flat norms: 1 of 2 heads",)), "some/model"))
-    assert read_config_file(str(path), OPTIONS, comma_lists=["--kv-full-layers"]) == [
+    assert read_config_file(str(path), keys_of(own_options())) == [
         f"--kv-full-layers={written}",
         "--kv-default-keep-ratio=0.5",
         "--kv-scorer=l2",

@@ -1,0 +1,95 @@
+"""The files in configs/: known to the parser, good by the schema, and able to serve."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from engine import keep
+from jsonschema import Draft7Validator
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm_l2kv_server.serve import make_parser, parse
+
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+PROMPT = [(i * 31) % 40_000 + 1000 for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return make_parser()
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return json.loads((FOLDER / "schema.json").read_text())
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="the schema is that of vLLM's build for CPUs")
+def test_the_schema_is_current():
+    """Otherwise: `vllm-l2kv config-schema > configs/schema.json`."""
+    command = [sys.executable, "-m", "vllm_l2kv_server.cli", "config-schema"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == (FOLDER / "schema.json").read_text()
+
+
+def test_the_schema_is_one(schema):
+    Draft7Validator.check_schema(schema)
+    assert {"kv-full-layers", "kv-scorer", "max-body-mib", "max-model-len", "port"} <= set(schema["properties"])
+    assert all("description" in schema["properties"][name] for name in ("kv-scorer", "max-model-len", "dtype"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+class TestEach:
+    def test_the_parser_takes_it(self, parser, path):
+        options = yaml.safe_load(path.read_text())
+        args = parse(parser, ["--config", str(path)])
+        ours = args.additional_config["l2kv"]
+        assert ours["full_layers"] == [int(layer) for layer in options["kv-full-layers"].split(",")]
+        assert ours["kv_keep_ratio"] == options["kv-default-keep-ratio"]
+        assert (ours["kv_protect_first"], ours["kv_protect_last"]) == (
+            options["kv-protect-first"],
+            options["kv-protect-last"],
+        )
+        assert ours["kv_scorer"] == options["kv-scorer"]
+
+    def test_it_is_good_by_the_schema(self, schema, path):
+        Draft7Validator(schema).validate(yaml.safe_load(path.read_text()))
+        assert path.read_text().splitlines()[0] == "# yaml-language-server: $schema=schema.json"
+
+    def test_it_serves(self, parser, monkeypatch, path, tiny_model):
+        """An engine of these options, with what a CPU needs and a model of the same kind instead of the real one."""
+        model = tiny_model("gemma3" if "gemma" in path.stem else "llama")
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would win
+        words = ["--dtype=float32", "--enforce-eager", "--kv-cache-dtype=auto", "--kv-cache-memory-bytes=64M"]
+        words += ["--disable-log-stats"]  # the server's front end takes ours off, and there is none here
+        words += [] if path.stem == "long-context" else ["--max-model-len=1024"]
+        args = parse(parser, [str(model), "--config", str(path), *words])
+        engine = LLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
+        engine.engine_core._finalizer.detach()  # the process groups are shared with the engines of other tests
+        engine.add_request("a", {"prompt_token_ids": PROMPT}, keep(0.5))
+        outputs = []
+        while engine.has_unfinished_requests():
+            outputs += engine.step()
+        assert outputs[-1].kv_transfer_params["kv_cache"]["kept_tokens"] == 150
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kv-default-keep-ration: 0.5", "'kv-default-keep-ration' was unexpected"),
+        ("kv-default-keep-ratio: half", "'half' is not of type 'number'"),
+        ("kv-default-keep-ratio: 1.5", "1.5 is greater than the maximum of 1"),
+        ("kv-scorer: l3", "'l3' is not one of ['l2', 'keydiff'"),
+        ("port: high", "'high' is not of type 'integer'"),
+        ("enforce-eager: 3", "3 is not of type 'boolean'"),
+    ],
+)
+def test_the_schema_refuses(schema, text, message):
+    (error,) = Draft7Validator(schema).iter_errors(yaml.safe_load(text))
+    assert message in error.message
