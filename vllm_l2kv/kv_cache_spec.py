@@ -221,3 +221,12 @@ def group_layer_specs(group: KVCacheGroupSpec) -> dict[str, KVCacheSpec]:
     if isinstance(spec, UniformTypeKVCacheSpecs):
         return dict(spec.kv_cache_specs)
     return dict.fromkeys(group.layer_names, spec)
+
+
+def group_window(group: KVCacheGroupSpec) -> int | None:
+    """Tokens that a layer of this group attends to at most; `None` if it has no sliding window.
+
+    vLLM puts layers of different windows into different groups.
+    """
+    spec = next(iter(group_layer_specs(group).values()))
+    return spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None

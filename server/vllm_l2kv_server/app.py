@@ -23,6 +23,7 @@ from vllm_l2kv_server.end import bounded_end
 from vllm_l2kv_server.engine_client import stand_before
 from vllm_l2kv_server.metrics import add_metrics
 from vllm_l2kv_server.middleware import ForeignBodiesMiddleware
+from vllm_l2kv_server.playground import add_playground, has_playground
 from vllm_l2kv_server.protocol import (
     CompressibleChatCompletionRequest,
     CompressibleCompletionRequest,
@@ -61,6 +62,8 @@ class KVCompressionEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Adds our routes; vLLM lets them replace its own of the same path and method."""
         app.include_router(router)
+        if has_playground(app.state.args):
+            add_playground(app)
         app.add_middleware(ForeignBodiesMiddleware)
         # The later one is asked first; both after the API key, so a stranger's body is not read.
         # `vllm serve` does not have our option.

@@ -177,6 +177,7 @@ class KVCacheGroup(BaseModel):
     layers: list[str]
     block_size: int
     compressed: bool
+    sliding_window: int | None = None
 
 
 class KVCompressionInfo(BaseModel):

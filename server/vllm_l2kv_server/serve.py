@@ -159,6 +159,13 @@ def own_options() -> argparse.ArgumentParser:
         metavar="N",
         help=f"a request whose body is longer than N MiB gets 413 (default: {DEFAULT_MAX_BODY_MIB})",
     )
+    group.add_argument(
+        "--playground",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="serve a page at /playground that compares two keep ratios; the page needs no API key, what it asks does "
+        "(default: on)",
+    )
     return parser
 
 

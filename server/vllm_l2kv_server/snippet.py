@@ -8,8 +8,10 @@ from argparse import Namespace
 
 from starlette.datastructures import State
 
+from vllm_l2kv_server.playground import has_playground
+
 TEMPLATE = """
-Ready. Half of this prompt's KV cache is kept; `usage.kv_cache` of the answer has the numbers:
+Ready. {page}Half of this prompt's KV cache is kept; `usage.kv_cache` of the answer has the numbers:
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} -d '{body}'
 
@@ -29,7 +31,7 @@ print(answer.choices[0].message.content, answer.usage)
 
 
 def snippet(args: Namespace, model: str) -> str:
-    """A curl and an OpenAI-client call that work for a server started with `args`; never shows its key."""
+    """What works for a server started with `args`: its page, a curl and an OpenAI-client call; never shows its key."""
     scheme = "https" if args.ssl_certfile else "http"
     host = args.host if args.host not in (None, "", "0.0.0.0", "::") else "localhost"
     needs_key = bool(args.api_key or os.environ.get("VLLM_API_KEY"))
@@ -39,12 +41,14 @@ def snippet(args: Namespace, model: str) -> str:
         "max_tokens": 64,
         "kv_keep_ratio": 0.5,
     }
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
     return TEMPLATE.format(
-        url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}",
+        url=url,
         auth=" -H 'Authorization: Bearer YOUR_API_KEY'" if needs_key else "",
         key="YOUR_API_KEY" if needs_key else "none",
         model=json.dumps(model),
         body=json.dumps(body),
+        page=f"A page to try keep ratios: {url}/playground\n\n" if has_playground(args) else "",
     )
 
 

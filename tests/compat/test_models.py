@@ -2,7 +2,7 @@
 
 import pytest
 from reference import Reference
-from tiny import HybridReference
+from tiny import SLIDING_WINDOW, HybridReference
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,11 @@ class TestSlidingWindow:
         model = tiny_model("gemma3", num_blocks=num_blocks)
         with run(model, full_layers) as engine:
             assert {manager.block_size for manager in engine.managers} == block_sizes
-            compressed = {
-                int(layer.split(".")[2])
-                for group in engine.worker.kv_cache_groups()
-                if group["compressed"]
-                for layer in group["layers"]
-            }
+            groups = engine.worker.kv_cache_groups()
+            group_of = {int(layer.split(".")[2]): group for group in groups for layer in group["layers"]}
+            compressed = {index for index, group in group_of.items() if group["compressed"]}
+            sliding = {index for index, group in group_of.items() if group["sliding_window"] == SLIDING_WINDOW}
+            assert sliding == {index for index in range(3 * num_blocks) if index % 3 != 2}
             assert compressed == {index for index in range(2, 3 * num_blocks, 3) if index not in full_layers}
             check_exact(engine, HybridReference(model), full_layers)
 

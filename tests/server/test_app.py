@@ -20,7 +20,7 @@ from vllm_l2kv_server.app import KVCompressionEndpoints
 from vllm_l2kv.params import SCORERS, CompressionParams
 from vllm_l2kv.settings import Settings
 
-GROUPS = [{"layers": ["a", "b"], "block_size": 32, "compressed": True}]
+GROUPS = [{"layers": ["a", "b"], "block_size": 32, "compressed": True, "sliding_window": None}]
 ARGS = Namespace(log_error_stack=False, max_body_mib=1)
 NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5}
 

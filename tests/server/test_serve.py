@@ -92,6 +92,14 @@ def test_max_body(parser):
     assert parse(parser, ["m", "--max-body-mib", "3"]).max_body_mib == 3
 
 
+def test_playground(parser, tmp_path):
+    assert parse(parser, ["m"]).playground is True
+    assert parse(parser, ["m", "--no-playground"]).playground is False
+    config = tmp_path / "c.yaml"
+    config.write_text("playground: false\n")
+    assert parse(parser, ["m", "--config", str(config)]).playground is False
+
+
 def test_model_option(parser):
     assert parse(parser, ["--model", "m"]).model == "m"
     assert parse(parser, []).model is None
@@ -240,6 +248,7 @@ class TestMain:
         text = parser.format_help()
         for option in (
             "--max-body-mib",
+            "--no-playground",
             "--kv-full-layers",
             "--kv-default-keep-ratio",
             "--kv-protect-first",

@@ -54,6 +54,11 @@ def test_the_key_is_never_shown(monkeypatch):
     assert "Authorization: Bearer YOUR_API_KEY" in curl_of(text)
 
 
+@pytest.mark.parametrize(("given", "shown"), [({}, True), ({"playground": True}, True), ({"playground": False}, False)])
+def test_the_page_is_named_where_there_is_one(given, shown):
+    assert ("http://localhost:8123/playground" in snippet(arguments(**given), "m")) is shown
+
+
 def test_printed_once_the_server_has_started(capsys):
     async def run():
         state = State()

@@ -8,7 +8,14 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
-from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, Geometry, classify_layers, group_layer_specs, is_packed
+from vllm_l2kv.kv_cache_spec import (
+    CompressedLayerSpec,
+    Geometry,
+    classify_layers,
+    group_layer_specs,
+    group_window,
+    is_packed,
+)
 from vllm_l2kv.messages import CompactionOrder, orders_of, with_seconds
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.settings import Settings
@@ -104,6 +111,7 @@ class CompactionWorker(WorkerBase):
                 "layers": list(group.layer_names),
                 "block_size": group.kv_cache_spec.block_size,
                 "compressed": group_id in self._compressed_group_ids,
+                "sliding_window": group_window(group),
             }
             for group_id, group in enumerate(self.model_runner.kv_cache_config.kv_cache_groups)
         ]

@@ -1,0 +1,72 @@
+"""The playground: a page that asks one question at two keep ratios and shows both answers.
+
+Static files, which need no API key; what the page asks of `/v1` carries the key that its reader types.
+"""
+
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import FileResponse, RedirectResponse, Response
+
+PATH = "/playground"
+STATIC = Path(__file__).with_name("static")
+INDEX = STATIC / "index.html"
+MEDIA_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",
+}
+"""Ours, not the machine's: a browser that may not guess runs no module of another type."""
+HEADERS = {
+    # An answer of a model stays text, whatever a change of the scripts forgets: no inline script, no HTML from strings.
+    "Content-Security-Policy": "; ".join(
+        (
+            "default-src 'none'",
+            "connect-src 'self'",
+            "img-src 'self'",
+            "script-src 'self'",
+            "style-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        )
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+def has_playground(args: Namespace) -> bool:
+    """Whether a server started with `args` serves the page; `vllm serve` has no option to leave it out."""
+    return getattr(args, "playground", True)
+
+
+def add_playground(app: FastAPI) -> None:
+    """Serves the page at `/playground` and its files below it, to GET and HEAD; no path outside is ever looked up."""
+    app.add_route(PATH, _serve(INDEX), include_in_schema=False)
+    for path in sorted(STATIC.iterdir()):
+        if path != INDEX:
+            app.add_route(f"{PATH}/{path.name}", _serve(path), include_in_schema=False)
+    app.add_route(f"{PATH}/", _leave_slash, include_in_schema=False)
+
+
+def _serve(path: Path) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint of one file."""
+
+    async def send(request: Request) -> Response:
+        return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], headers=HEADERS)
+
+    return send
+
+
+async def _leave_slash(request: Request) -> Response:
+    """Starlette would redirect to an absolute address, which is wrong behind a proxy that takes a prefix away."""
+    return RedirectResponse(f"..{PATH}", headers=HEADERS)

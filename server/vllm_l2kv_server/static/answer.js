@@ -1,0 +1,114 @@
+// One column: an answer while it streams, and its numbers.
+
+import { streamChat } from "./api.js";
+import { sharesOf } from "./memory.js";
+
+const NUMBER = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const FRACTION = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
+const ENDS = { stop: "Done.", length: "Done: max_tokens reached." };
+
+export class Answer {
+  /** root: a `section` made from the page's template. */
+  constructor(root) {
+    this.root = root;
+    this.figures = Object.fromEntries(
+      [...root.querySelectorAll("[data-figure]")].map((figure) => [figure.dataset.figure, figure]),
+    );
+  }
+
+  /** Empties the column. Everything in it is set as text: a model's answer is never read as HTML. */
+  reset(title) {
+    this.#part("h2").textContent = title;
+    for (const name of [".state", ".error", ".reasoning", ".text", ".caption"]) this.#part(name).textContent = "";
+    for (const figure of Object.values(this.figures)) figure.textContent = "–";
+    this.#hideMemory(true);
+  }
+
+  /** Streams one answer to its end. Throws what the server or the network throws, after the column says that it ended. */
+  async run(body, key, signal, groups) {
+    const watch = new Stopwatch();
+    let end = "Done.";
+    this.root.setAttribute("aria-busy", "true");
+    this.setState("Waiting for the first token …");
+    try {
+      for await (const chunk of streamChat(body, key, signal)) {
+        const choice = chunk.choices[0];
+        if (choice) {
+          this.#part(".reasoning").append(choice.delta.reasoning ?? "");
+          this.#part(".text").append(choice.delta.content ?? "");
+          end = ENDS[choice.finish_reason] ?? end;
+          watch.note(chunk.usage.completion_tokens);
+        }
+        this.#showFigures(chunk.usage, watch, groups);
+      }
+      this.setState(end);
+    } catch (error) {
+      this.setState(signal.aborted ? "Stopped." : "Failed.");
+      throw error;
+    } finally {
+      this.root.setAttribute("aria-busy", "false");
+    }
+  }
+
+  setState(text) {
+    const state = this.#part(".state");
+    if (state.textContent !== text) state.textContent = text; // a screen reader speaks each change
+  }
+
+  showError(message) {
+    this.#part(".error").textContent = message;
+  }
+
+  #showFigures(usage, watch, groups) {
+    this.figures.prompt.textContent = NUMBER.format(usage.prompt_tokens);
+    this.figures.generated.textContent = NUMBER.format(usage.completion_tokens);
+    if (watch.first !== null) {
+      this.setState("Streaming …");
+      this.figures.first.textContent = `${FRACTION.format((watch.first - watch.sent) / 1000)} s`;
+    }
+    if (watch.speed !== null) this.figures.speed.textContent = FRACTION.format(watch.speed);
+    if (usage.kv_cache) this.#showMemory(usage.kv_cache, groups);
+  }
+
+  #showMemory(numbers, groups) {
+    const { uncompressed, compressed } = sharesOf(groups, numbers);
+    const total = PERCENT.format(uncompressed + compressed);
+    const caption = `KV memory of the prompt: ${total} of uncompressed`;
+    const bar = this.#part(".bar");
+    this.figures.kept.textContent = NUMBER.format(numbers.kept_tokens);
+    this.figures.evicted.textContent = NUMBER.format(numbers.evicted_tokens);
+    this.#part(".caption").textContent = caption;
+    this.#part(".bar .uncompressed").style.width = `${100 * uncompressed}%`;
+    this.#part(".bar .compressed").style.width = `${100 * compressed}%`;
+    bar.setAttribute("aria-label", caption);
+    bar.setAttribute("aria-valuenow", (100 * (uncompressed + compressed)).toFixed(1));
+    this.#hideMemory(false);
+  }
+
+  #hideMemory(hidden) {
+    for (const name of [".bar", ".legend"]) this.#part(name).hidden = hidden;
+  }
+
+  #part(selector) {
+    return this.root.querySelector(selector);
+  }
+}
+
+/** When a request was sent, when its first tokens came, and how fast the others followed; in milliseconds. */
+class Stopwatch {
+  sent = performance.now();
+  first = null;
+  speed = null; // tokens per second
+
+  /** numTokens: generated so far. */
+  note(numTokens) {
+    const now = performance.now();
+    if (this.first === null && numTokens > 0) {
+      this.first = now;
+      this.firstTokens = numTokens;
+    } else if (this.first !== null && numTokens > this.firstTokens) {
+      this.speed = ((numTokens - this.firstTokens) / (now - this.first)) * 1000;
+    }
+  }
+}

@@ -1,0 +1,138 @@
+"""A page in a headless Chromium, driven through its DevTools protocol."""
+
+import base64
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+from websockets.sync.client import connect
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+START_SECONDS = 60
+KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Backspace": (8, "")}
+"""Key codes, and the text that a key types."""
+
+
+def find_chromium() -> str | None:
+    """The browser's path, if this machine has one."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+class Page:
+    """One page.
+
+    Attributes:
+        urls: Every address it asked for, in order.
+        complaints: What it wrote to the console as an error, threw, or reported, such as a refused script.
+    """
+
+    def __init__(self, browser: str, folder: Path, width: int = 1200, height: int = 1200) -> None:
+        self.urls: list[str] = []
+        self.complaints: list[str] = []
+        self._numbers = itertools.count(1)
+        # The name of no host but ours is looked up. Chromium's sandbox refuses to run as root.
+        words = ["--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}", "--no-first-run"]
+        words += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--hide-scrollbars", "--disable-gpu"]
+        words += [f"--window-size={width},{height}", *(["--no-sandbox"] if os.geteuid() == 0 else []), "about:blank"]
+        with (folder / "chromium.log").open("w") as log:
+            self._process = subprocess.Popen([browser, *words], stdout=log, stderr=log)
+        try:
+            self._socket = connect(self._address(folder), max_size=None)
+            for domain in ("Page", "Runtime", "Network", "Log"):
+                self.command(f"{domain}.enable")
+        except BaseException:
+            self._process.kill()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._socket.close()
+        self._process.terminate()
+        self._process.wait(30)
+
+    def command(self, method: str, **params: Any) -> dict[str, Any]:
+        """Its result; events that came meanwhile are noted."""
+        number = next(self._numbers)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while True:
+            message = json.loads(self._socket.recv(timeout=60))
+            if message.get("id") == number:
+                assert "error" not in message, (method, message["error"])
+                return message["result"]
+            self._note(message.get("method"), message.get("params", {}))
+
+    def open(self, url: str) -> None:
+        answer = self.command("Page.navigate", url=url)
+        assert "errorText" not in answer, (url, answer["errorText"])
+        self.wait_for("document.readyState === 'complete'")
+
+    def evaluate(self, expression: str) -> Any:
+        """Of JavaScript in the page; must be something that JSON has."""
+        result = self.command("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, (expression, result["exceptionDetails"])
+        return result["result"].get("value")
+
+    def wait_for(self, condition: str, seconds: float = 60) -> None:
+        """Until an expression is true."""
+        deadline = time.monotonic() + seconds
+        while not self.evaluate(f"Boolean({condition})"):
+            assert time.monotonic() < deadline, (
+                f"{condition} did not come true:\n{self.evaluate('document.body.innerText')}"
+            )
+            time.sleep(0.1)
+
+    def text(self, selector: str) -> str:
+        return self.evaluate(f"document.querySelector({json.dumps(selector)}).textContent.trim()")
+
+    def fill(self, selector: str, text: str) -> None:
+        """Puts the text in the place of a field's content, as pasting does."""
+        field = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{field}.focus(), {field}.select()")
+        assert self.evaluate(f"document.activeElement === {field}"), f"{selector} cannot be typed into"
+        if text:
+            self.command("Input.insertText", text=text)
+        else:
+            self.press("Backspace")
+
+    def click(self, selector: str) -> None:
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
+
+    def press(self, key: str) -> None:
+        """One key, where the focus is."""
+        code, typed = KEYS.get(key, (0, ""))
+        named = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        self.command("Input.dispatchKeyEvent", type="keyDown", **named, **({"text": typed} if typed else {}))
+        self.command("Input.dispatchKeyEvent", type="keyUp", **named)
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.command("Page.captureScreenshot", format="png")["data"]))
+
+    def _address(self, folder: Path) -> str:
+        """Of the page's own socket, once the browser has said on which port it listens."""
+        told, deadline = folder / "DevToolsActivePort", time.monotonic() + START_SECONDS
+        while not (told.exists() and told.read_text().count("\n")):
+            log = (folder / "chromium.log").read_text()
+            has_time = self._process.poll() is None and time.monotonic() < deadline
+            assert has_time, f"Chromium did not start:\n{log}"
+            time.sleep(0.1)
+        pages = httpx.get(f"http://127.0.0.1:{told.read_text().split()[0]}/json/list", timeout=30).json()
+        return next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
+
+    def _note(self, event: str | None, params: dict[str, Any]) -> None:
+        if event == "Network.requestWillBeSent":
+            self.urls.append(params["request"]["url"])
+        elif event == "Runtime.exceptionThrown":
+            self.complaints.append(str(params["exceptionDetails"]))
+        elif event == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+            self.complaints.append(str(params["args"]))
+        elif event == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            entry = params["entry"]
+            self.complaints.append(f"{entry['source']}: {entry['text']} {entry.get('url', '')}")

@@ -1,0 +1,278 @@
+"""The playground in a real browser, against the real server, as behind a proxy that gives it a path of its own."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from chromium import Page, find_chromium
+from http_server import Server, expected_usage
+
+from vllm_l2kv.params import PROTECT_FIRST, PROTECT_LAST
+
+KEY = "sesame"
+PREFIX = "/llm"
+TEXT = " ".join(f"On day {day} the keeper of the lighthouse saw {day * 7 % 11} ships." for day in range(40))
+QUESTION = "How many ships did the keeper see on day 3?"
+PROTECTED = {"protect_first": PROTECT_FIRST, "protect_last": PROTECT_LAST}
+COLUMNS = (0, 1)
+ENDED = "document.querySelector('#stop').disabled"
+BROWSER = find_chromium()
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium, such as Debian's package chromium")
+
+
+@pytest.fixture(scope="module")
+def server(demo_model, tmp_path_factory):
+    words = ["--max-model-len", "4096", "--enforce-eager", "--dtype", "float32", "--root-path", PREFIX]
+    # What a server protects without options; `Server` has others.
+    words += ["--kv-protect-first", str(PROTECT_FIRST), "--kv-protect-last", str(PROTECT_LAST)]
+    with Server(tmp_path_factory.mktemp("playground") / "server.log", *words, "--api-key", KEY) as server:
+        yield server
+
+
+@pytest.fixture
+def page(server, tmp_path) -> Iterator[Page]:
+    """The playground, its key given."""
+    with Page(BROWSER, tmp_path) as page:
+        page.open(f"{server.url}{PREFIX}/playground")
+        page.wait_for("document.querySelector('#key-error').textContent")
+        give_key(page, KEY)
+        page.wait_for("!document.querySelector('#compare').disabled")
+        page.complaints.clear()  # that the page was refused without the key
+        yield page
+        assert page.complaints == []
+
+
+def give_key(page: Page, key: str) -> None:
+    page.fill("#key", key)
+    page.press("Enter")
+
+
+def ask(page: Page, ratios: tuple[str, str] = ("1.0", "0.3"), max_tokens: int = 24, **options: str) -> None:
+    """Pastes, chooses and presses."""
+    ratio_fields = dict(zip(("kv_keep_ratio-A", "kv_keep_ratio-B"), ratios, strict=True))
+    values = {"text": TEXT, "question": QUESTION, **ratio_fields, "max_tokens": str(max_tokens), **options}
+    page.click("summary")
+    for field, value in values.items():
+        page.fill(f"#{field}", value)
+    page.click("summary")
+    page.click("#compare")
+
+
+def figures(page: Page, column: int) -> dict[str, str]:
+    return page.evaluate(
+        f"Object.fromEntries([...document.querySelectorAll('section')[{column}].querySelectorAll('[data-figure]')]"
+        ".map(figure => [figure.dataset.figure, figure.textContent]))"
+    )
+
+
+def of_column(page: Page, column: int, part: str) -> str:
+    return page.evaluate(f"document.querySelectorAll('section')[{column}].querySelector('{part}').textContent")
+
+
+def answer_of(server: Server, ratio: float, max_tokens: int = 24) -> dict:
+    body = {
+        "model": "SmolLM2-135M-Instruct",
+        "messages": [{"role": "user", "content": f"{TEXT}\n\n{QUESTION}"}],
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "kv_keep_ratio": ratio,
+    }
+    headers = {"Authorization": f"Bearer {KEY}"}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=120).json()
+
+
+@pytest.mark.parametrize("order", ["at-once", "in-turn"])
+def test_two_answers_and_their_numbers(server, page, order):
+    page.evaluate(f"document.querySelector('#order').value = '{order}'")
+    ask(page)
+    page.wait_for(ENDED, 120)
+    for column, ratio in zip(COLUMNS, (1.0, 0.3), strict=True):
+        answer = answer_of(server, ratio)
+        usage, shown = answer["usage"], figures(page, column)
+        expected = expected_usage(usage["prompt_tokens"], keep_ratio=ratio, **PROTECTED)
+        assert usage["kv_cache"] == expected
+        numbers = {"prompt": "prompt_tokens", "kept": "kept_tokens", "evicted": "evicted_tokens"}
+        assert {figure: int(shown[figure].replace(",", "")) for figure in numbers} == {
+            figure: expected[name] for figure, name in numbers.items()
+        }
+        assert int(shown["generated"]) == usage["completion_tokens"]
+        assert of_column(page, column, ".text") == answer["choices"][0]["message"]["content"]
+        assert float(shown["first"].removesuffix(" s")) > 0
+        assert float(shown["speed"].replace(",", "")) > 0
+        # 2 of 30 layers are full.
+        share = (2 + 28 * expected["kept_tokens"] / expected["prompt_tokens"]) / 30
+        bar = f"document.querySelectorAll('.bar')[{column}]"
+        assert float(page.evaluate(f"{bar}.ariaValueNow")) == pytest.approx(100 * share, abs=0.06)
+        drawn = f"[...{bar}.children].map(part => part.getBoundingClientRect().width).reduce((a, b) => a + b)"
+        assert page.evaluate(f"{drawn} / {bar}.clientWidth") == pytest.approx(share, abs=0.01)
+
+
+def test_everything_is_asked_of_this_server_under_its_prefix(server, page):
+    ask(page, max_tokens=2)
+    page.wait_for(ENDED, 120)
+    page.click("#sample")
+    page.wait_for("document.querySelector('#text').value.startsWith('The Lighthouse')")
+    assert page.urls
+    for url in page.urls:
+        parts = urlsplit(url)
+        assert parts.netloc == urlsplit(server.url).netloc, url
+        assert parts.path.startswith(f"{PREFIX}/"), url
+
+
+def test_the_key_is_kept_nowhere(page):
+    ask(page, max_tokens=2)
+    page.wait_for(ENDED, 120)
+    assert KEY not in " ".join(page.urls)
+    assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+
+
+def test_answers_stream(page):
+    """Text is there while the answer goes on."""
+    ask(page, max_tokens=400, question="Tell a long story about the keeper.")
+    page.wait_for("[...document.querySelectorAll('.text')].every(text => text.textContent.length > 20)", 120)
+    assert not page.evaluate(ENDED)
+    assert {of_column(page, column, ".state") for column in COLUMNS} == {"Streaming …"}
+    page.click("#stop")
+    page.wait_for(ENDED)
+    assert {of_column(page, column, ".state") for column in COLUMNS} == {"Stopped."}
+    assert {of_column(page, column, ".error") for column in COLUMNS} == {""}
+
+
+def test_a_bad_ratio_is_told_at_its_field(page):
+    ask(page, ratios=("7", "0.3"))
+    page.wait_for(ENDED, 120)
+    assert page.text("#kv_keep_ratio-A-error").startswith("kv_keep_ratio must satisfy 0 < kv_keep_ratio <= 1, got 7.")
+    assert page.evaluate("document.activeElement.id") == "kv_keep_ratio-A"
+    assert page.text("#kv_keep_ratio-B-error") == ""
+    # One bad request does not hold up the other.
+    assert [of_column(page, column, ".state") for column in COLUMNS] == ["Failed.", "Done: max_tokens reached."]
+    take_refusals(page, 400)
+
+
+def test_a_bad_option_opens_its_place(page):
+    assert page.evaluate("document.querySelector('#more').open") is False
+    ask(page, kv_protect_last="-1")
+    page.wait_for(ENDED)
+    assert page.text("#kv_protect_last-error").startswith("kv_protect_last must satisfy 0 <= kv_protect_last")
+    assert page.evaluate("document.querySelector('#more').open") is True
+    take_refusals(page, 400)
+
+
+def test_a_prompt_that_is_too_long_is_told_at_the_answers(page):
+    page.fill("#text", TEXT * 12)
+    page.fill("#question", QUESTION)
+    page.click("#compare")
+    page.wait_for(ENDED)
+    assert all("4096" in of_column(page, column, ".error") for column in COLUMNS)
+    take_refusals(page, 400)
+
+
+def test_a_wrong_key_is_told_at_its_field(page):
+    page.fill("#key", "pepper")
+    ask(page)
+    page.wait_for(ENDED)
+    assert page.text("#key-error") == "The server does not take this API key (401 Unauthorized)."
+    give_key(page, "salt")
+    page.wait_for("document.activeElement.id === 'key'")
+    give_key(page, KEY)
+    page.wait_for("!document.querySelector('#key-error').textContent")
+    take_refusals(page, 401)
+
+
+def test_without_a_key_the_page_says_that_one_is_needed(server, tmp_path):
+    with Page(BROWSER, tmp_path) as page:
+        page.open(f"{server.url}/playground/")  # which sends on to the page
+        page.wait_for("document.querySelector('#key-error').textContent")
+        assert page.text("#key-error") == "This server asks for an API key (401 Unauthorized)."
+        assert page.evaluate("document.querySelector('#compare').disabled") is True
+        take_refusals(page, 401)
+        assert page.complaints == []
+
+
+def test_an_answer_is_text_whatever_it_holds(page):
+    """The page's own code, given a stream that holds HTML."""
+    html = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+    event = json.dumps({"choices": [{"delta": {"content": html}}], "usage": {"completion_tokens": 1}})
+    stream = f"data: {event}\n\ndata: [DONE]\n\n"
+    page.evaluate(f"void (window.fetch = async () => new Response({json.dumps(stream)}))")
+    ask(page)
+    page.wait_for(ENDED)
+    assert of_column(page, 0, ".text") == html
+    assert page.evaluate("document.querySelectorAll('section img, section script').length") == 0
+
+
+def test_a_stream_that_breaks_off_is_an_error(page):
+    event = json.dumps({"choices": [{"delta": {"content": "Once"}}], "usage": {"completion_tokens": 1}})
+    page.evaluate(f"void (window.fetch = async () => new Response({json.dumps(f'data: {event}')} + '\\n\\n'))")
+    ask(page)
+    page.wait_for(ENDED)
+    assert of_column(page, 0, ".text") == "Once"
+    assert of_column(page, 0, ".error") == "The connection ended before the answer did."
+
+
+def test_by_keyboard_alone(page):
+    """From the text on: the question, both ratios, the button, in the order in which they are read."""
+    page.fill("#text", TEXT)
+    visited = []
+    while visited[-1:] != ["compare"] and len(visited) < 12:
+        page.press("Tab")
+        visited.append(page.evaluate("document.activeElement.id"))
+        if visited[-1] == "question":
+            page.command("Input.insertText", text=QUESTION)
+    assert [name for name in visited if name] == [
+        "sample",
+        "question",
+        "kv_keep_ratio-A",
+        "kv_keep_ratio-B",
+        "compare",
+    ]
+    page.press("Enter")
+    page.wait_for("document.querySelector('.text').textContent", 120)
+    page.click("#stop")
+    page.wait_for(ENDED)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_readable_on_a_phone_and_in_the_dark(page, scheme):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.command("Emulation.setEmulatedMedia", features=features)
+    page.command("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+    page.click("summary")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    left = "[...document.querySelectorAll('section')].map(column => column.getBoundingClientRect().left)"
+    assert len(set(page.evaluate(left))) == 1  # below each other
+    background, ink = page.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
+    assert (brightness(background) > brightness(ink)) is (scheme == "light")
+    assert abs(brightness(background) - brightness(ink)) > 150
+
+
+def brightness(color: str) -> float:
+    return sum(map(int, color.removeprefix("rgb(").removesuffix(")").split(","))) / 3
+
+
+def take_refusals(page: Page, status: int) -> None:
+    """Takes from the page's complaints what Chromium itself writes of an answer that the test has asked for."""
+    expected = f"network: Failed to load resource: the server responded with a status of {status} "
+    assert any(complaint.startswith(expected) for complaint in page.complaints)
+    page.complaints[:] = [complaint for complaint in page.complaints if not complaint.startswith(expected)]
+
+
+def test_picture(page, request):
+    """Draws the picture of docs/playground.md, if it is told where."""
+    file: Path | None = request.config.getoption("--playground-picture")
+    if file is None:
+        pytest.skip("draws a picture with --playground-picture FILE")
+    page.command("Emulation.setDeviceMetricsOverride", width=1000, height=1310, deviceScaleFactor=1, mobile=False)
+    page.click("#sample")
+    page.wait_for("document.querySelector('#question').value")
+    page.click("#compare")
+    page.evaluate("document.activeElement.blur()")
+    page.wait_for("[...document.querySelectorAll('.text')].every(text => text.textContent.length > 60)", 120)
+    page.screenshot(file)
+    assert not page.evaluate(ENDED)
+    page.click("#stop")
+    page.wait_for(ENDED)
