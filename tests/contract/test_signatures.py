@@ -89,6 +89,7 @@ def test_first_parameters(function, first):
         (FullAttentionSpec, ["sliding_window", "attention_chunk_size", "non_causal"]),
         (AttentionSpec, ["block_size", "num_kv_heads", "head_size", "dtype"]),
         (KVCacheGroupSpec, ["layer_names", "kv_cache_spec"]),
+        (SlidingWindowSpec, ["sliding_window"]),
         (VllmConfig, ["additional_config", "kv_transfer_config", "speculative_config"]),
     ],
 )
