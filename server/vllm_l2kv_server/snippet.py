@@ -11,7 +11,8 @@ from starlette.datastructures import State
 from vllm_l2kv_server.playground import has_playground
 
 TEMPLATE = """
-Ready. {page}Half of this prompt's KV cache is kept; `usage.kv_cache` of the answer has the numbers:
+Ready. {page}About half of this prompt's KV cache is kept; `usage.kv_cache` of the answer has the numbers. By default a
+prompt as short as this one is protected as a whole, so the request protects less:
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} -d '{body}'
 
@@ -23,7 +24,7 @@ answer = client.chat.completions.create(
     model={model},
     messages=[{{"role": "user", "content": "What is a KV cache?"}}],
     max_tokens=64,
-    extra_body={{"kv_keep_ratio": 0.5}},
+    extra_body={{"kv_keep_ratio": 0.5, "kv_protect_last": 16}},
 )
 print(answer.choices[0].message.content, answer.usage)
 
@@ -40,6 +41,7 @@ def snippet(args: Namespace, model: str) -> str:
         "messages": [{"role": "user", "content": "What is a KV cache?"}],
         "max_tokens": 64,
         "kv_keep_ratio": 0.5,
+        "kv_protect_last": 16,
     }
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
     return TEMPLATE.format(

@@ -27,6 +27,7 @@ def test_curl_and_python_can_be_pasted(monkeypatch):
     curl = curl_of(text)
     assert curl[1] == "http://localhost:8123/v1/chat/completions"
     assert json.loads(curl[-1])["kv_keep_ratio"] == 0.5
+    assert '"kv_keep_ratio": 0.5, "kv_protect_last": 16}' in text[text.index("extra_body") :]
     assert json.loads(curl[-1])["model"] == 'a "model"'
     assert "Authorization" not in text
     python = text[text.index("from openai") :]
