@@ -1,4 +1,6 @@
-"""One question about one text at several keep ratios, asked of a running server (`make serve`).
+"""One question about one text at several keep ratios, with OpenAI's Python client.
+
+With a server running (`make serve`):
 
 .venv/bin/python examples/client.py [TEXT_FILE] [QUESTION]
 """
@@ -27,7 +29,7 @@ def main() -> None:
             messages=[{"role": "user", "content": f"{file.read_text()}\n\n{question}"}],
             max_tokens=100,
             temperature=0,
-            # The question stands at the end; the rule alone would evict most of it.
+            # The question stands at the end, among the 64 tokens that the server protects.
             extra_body={"kv_keep_ratio": ratio},
         )
         print(f"--- kv_keep_ratio {ratio}: {answer.usage.model_extra['kv_cache']}")

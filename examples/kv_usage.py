@@ -1,5 +1,7 @@
 """How much of the KV cache one request holds while it is answered, at several keep ratios, from `/metrics`.
 
+With a server running (`make serve`):
+
 .venv/bin/python examples/kv_usage.py [TEXT_FILE] [QUESTION]
 """
 
@@ -36,7 +38,7 @@ def main() -> None:
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
-            # The question stands at the end; the rule alone would evict most of it.
+            # The question stands at the end, among the 64 tokens that the server protects.
             extra_body={"kv_keep_ratio": ratio},
         )
         words, in_use, usage = [], 0.0, None

@@ -31,7 +31,7 @@ def main() -> None:
     params = [SamplingParams(max_tokens=100, temperature=0, extra_args=extra_args) for extra_args in asked.values()]
     messages = [{"role": "user", "content": f"{text}\n\nSummarize this text in two sentences."}]
     for name, output in zip(asked, llm.chat([messages] * len(asked), params), strict=True):
-        print(f"--- {name}\n{output.outputs[0].text}")
+        print(f"--- {name}: {(output.kv_transfer_params or {}).get('kv_cache')}\n{output.outputs[0].text}")
 
 
 if __name__ == "__main__":

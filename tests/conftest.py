@@ -1,6 +1,7 @@
 """Shared engines: a start takes half a minute, so tests of one kind share one."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Two threads on two busy cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The real server in a process of its own.
+sys.path.append(str(Path(__file__).parent / "e2e"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,6 +88,17 @@ def tiny_model(demo_model, tmp_path_factory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def llama(tiny_model) -> Path:
     return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def server(demo_model, tmp_path_factory) -> Iterator:
+    """One for all tests that only ask; it protects nothing, and calls tools."""
+    from http_server import Server
+
+    words = "--max-model-len 4096 --enforce-eager --dtype float32 --enable-auto-tool-choice --tool-call-parser hermes"
+    # Without MODEL: that serves the demo model under its own name, and the fixture has fetched it.
+    with Server(tmp_path_factory.mktemp("server") / "server.log", *words.split()) as server:
+        yield server
 
 
 def start(demo_model: Path, **arguments: object):

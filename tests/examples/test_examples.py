@@ -1,0 +1,114 @@
+"""Every example against the real server or engine: it ends well and prints what was kept."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from http_server import expected_usage
+
+from vllm_l2kv.params import FIELD_NAMES, PROTECT_FIRST, PROTECT_LAST, CompressionParams
+from vllm_l2kv.policy import num_keep
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+USAGE = re.compile(r"\{[^{}]*evicted_tokens[^{}]*\}")
+"""`kv_cache` as Python, JSON or JavaScript print it."""
+ASKED = {
+    "client.py": (1.0, 0.7, 0.5),
+    "kv_usage.py": (1.0, 0.7, 0.5),
+    "langchain_chat.py": (0.25,),
+    "llama_index_chat.py": (0.5,),
+    "node_client.mjs": (0.5,),
+    "streaming.py": (0.5,),
+    "tools.py": (0.5,),
+}
+"""The keep ratios whose numbers an example prints."""
+MODULES = {"langchain_chat.py": "langchain_openai", "llama_index_chat.py": "llama_index.llms.openai_like"}
+"""What an example needs beyond the lock."""
+
+
+def interpreter(example: str) -> str:
+    """What runs it; skips the test where something is missing."""
+    if example.endswith(".mjs"):
+        node = shutil.which("node") or pytest.skip("needs node")
+        resolve = [node, "--input-type=module", "--eval", "import.meta.resolve('openai')"]
+        if subprocess.run(resolve, cwd=EXAMPLES, capture_output=True, check=False).returncode:
+            pytest.skip("needs the npm package openai: npm install --no-save openai")
+        return node
+    if module := MODULES.get(example):
+        try:
+            found = find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if not found:
+            pytest.skip(f"needs the Python module {module}, see the head of examples/{example}")
+    return sys.executable
+
+
+def run(command: Sequence[str], **environment: str) -> str:
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def printed_usage(text: str) -> list[dict[str, int]]:
+    return [ast.literal_eval(found) for found in USAGE.findall(text)]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    """Two paragraphs, so that an answer takes a second."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join((EXAMPLES / "lighthouse.txt").read_text().split("\n\n")[1:3]))
+    return file
+
+
+@pytest.mark.parametrize("example", ASKED)
+def test_a_client(server, text_file, example):
+    command = [interpreter(example), str(EXAMPLES / example), str(text_file)]
+    numbers = printed_usage(run(command, OPENAI_BASE_URL=f"{server.url}/v1"))
+    assert len(numbers) == len(ASKED[example])
+    for ratio, found in zip(ASKED[example], numbers, strict=True):
+        assert found == expected_usage(found["prompt_tokens"], keep_ratio=ratio)
+        assert (found["evicted_tokens"] > 0) == (ratio < 1)
+
+
+def test_curl(server):
+    text = run(["bash", str(EXAMPLES / "curl.sh"), server.url])
+    (found,) = printed_usage(text)
+    assert found == expected_usage(found["prompt_tokens"], keep_ratio=0.5, protect_last=4)
+    assert '"full_layers":[0,1]' in text
+    assert '"param":"kv_keep_ratio"' in text
+
+
+def test_the_request_that_the_server_prints_is_compressed(server):
+    (line,) = re.findall(r"^curl .*", server.log.read_text(), re.MULTILINE)
+    (found,) = printed_usage(run([*shlex.split(line), "--silent"]))
+    body = json.loads(shlex.split(line)[-1])
+    # With the protection of a server that was told nothing.
+    params = CompressionParams().override({"kv_protect_first": PROTECT_FIRST, "kv_protect_last": PROTECT_LAST})
+    asked = params.override({name: value for name, value in body.items() if name in FIELD_NAMES})
+    assert num_keep(found["prompt_tokens"], asked) < 0.6 * found["prompt_tokens"]
+    assert found["evicted_tokens"] > 0
+
+
+def test_offline(demo_model):
+    text = run([sys.executable, str(EXAMPLES / "offline.py"), str(demo_model)], VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    (found,) = printed_usage(text)
+    assert found == expected_usage(found["prompt_tokens"], keep_ratio=0.5)
+    assert text.count("---") == 2
+
+
+def test_no_example_is_left_out():
+    scripts = {file.name for file in EXAMPLES.iterdir() if file.suffix != ".txt"}
+    assert scripts == {*ASKED, "curl.sh", "offline.py"}
