@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: help setup serve test test-gpu soak check fmt lock clean
+.PHONY: help setup serve test test-gpu soak check fmt docs lock clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -64,9 +64,14 @@ fmt: setup ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: setup ## Build the documentation into site/; needs the extra docs
+	@$(BIN)/python -c 'import sys, importlib.util as i; sys.exit(None if i.find_spec("material") else \
+	  "mkdocs-material is missing: $(BIN)/pip install $(PIP_ARGS) mkdocs-material")'
+	$(BIN)/python -m mkdocs build --strict
+
 lock: setup ## Write requirements/*.txt anew; newest versions with ARGS=--upgrade
 	$(BIN)/python scripts/lock.py $(ARGS)
 
 clean: ## Remove .venv and everything made by tools
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site node_modules *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -141,5 +141,5 @@ def test_every_metric_is_explained():
     (group,) = yaml.safe_load((ROOT / "docker" / "prometheus" / "alerts.yml").read_text())["groups"]
     expressions += [rule["expr"] for rule in group["rules"]]
     used = set(re.findall(r"(?:vllm(?:_l2kv)?:|http_)\w+", " ".join(expressions)))
-    guide = (ROOT / "docs" / "operating.md").read_text()
+    guide = (ROOT / "docs" / "metrics.md").read_text()
     assert not [name for name in used if f"`{name.removesuffix('_bucket')}`" not in guide]

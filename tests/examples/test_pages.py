@@ -1,0 +1,114 @@
+"""The pages say what the code says, and build a site that loads nothing from elsewhere."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import REGISTRY
+from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics
+
+from vllm_l2kv.params import FIELDS, PROTECT_FIRST, PROTECT_LAST, SCORERS, CompressionParams, ParamError
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+DEFAULTS = CompressionParams(protect_first=PROTECT_FIRST, protect_last=PROTECT_LAST).as_fields()
+
+
+def rows(page: str, head: str) -> list[list[str]]:
+    """Cells of the table below a head line, without marks of code."""
+    text = (DOCS / page).read_text()
+    (table,) = re.findall(rf"^\| {re.escape(head)} .*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+class TestRequestFields:
+    def test_every_field_with_type_bounds_and_default(self):
+        said = [row[:4] for row in rows("request_fields.md", "field")]
+        assert said == [[field.name, field.type, field.bounds, str(DEFAULTS[field.name])] for field in FIELDS]
+
+    def test_the_options_exist(self):
+        from vllm_l2kv_server import serve
+
+        for *_, option in rows("request_fields.md", "field"):
+            assert f'"{option}"' in Path(serve.__file__).read_text()
+
+    def test_every_field_has_a_section(self):
+        headings = re.findall(r"^### (.*)$", (DOCS / "request_fields.md").read_text(), re.MULTILINE)
+        assert re.findall(r"`(\w+)`", " ".join(headings)) == [field.name for field in FIELDS]
+
+    def test_every_scorer_is_explained(self):
+        text = " ".join(row[0] for row in rows("request_fields.md", "`kv_scorer`"))
+        assert re.findall(r"\w+", text) == list(SCORERS)
+
+    @pytest.mark.parametrize("row", rows("request_fields.md", "asked"), ids=lambda row: row[0])
+    def test_what_is_refused(self, row):
+        asked, message = row
+        with pytest.raises(ParamError) as refused:
+            CompressionParams().override(json.loads(asked))
+        assert str(refused.value) == message
+        assert [refused.value.param] == list(json.loads(asked))
+
+    def test_every_field_is_refused_once(self):
+        refused = {name for asked, _ in rows("request_fields.md", "asked") for name in json.loads(asked)}
+        assert refused >= {field.name for field in FIELDS}
+
+
+@pytest.fixture
+def registered():
+    """Our metrics in Prometheus' registry, gone afterwards."""
+    before = set(REGISTRY._collector_to_names)
+    config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
+    EngineMetrics(config, [0])
+    RequestMetrics(config)
+    ours = set(REGISTRY._collector_to_names) - before
+    yield ours
+    for collector in ours:
+        REGISTRY.unregister(collector)
+
+
+def test_every_metric_of_the_code_is_in_the_page_and_no_other(registered):
+    ours = set()
+    for collector in registered:
+        (metric,) = collector.describe()
+        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+        ours.add((name, metric.type, ", ".join(f"`{label}`" for label in collector._labelnames)))
+    page = (DOCS / "metrics.md").read_text()
+    assert set(re.findall(rf"^\| `({PREFIX}\w+)` \| (\w+) \| (.*?) \|", page, re.MULTILINE)) == ours
+    names = {name for name, *_ in ours}
+    mentioned = {re.sub("_bucket$", "", name) for name in re.findall(rf"{PREFIX}\w+", page)}
+    assert mentioned == names
+
+
+class Assets(HTMLParser):
+    """What a browser loads by itself, or sends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag != "a":
+            self.addresses += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "action")]
+
+
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
+    if not (find_spec("mkdocs") and find_spec("material")):
+        pytest.skip("needs mkdocs-material: pip install -e .[docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert {page.stem for page in pages} == {page.stem for page in DOCS.glob("*.md")} | {"404"}
+    for page in pages:
+        assets = Assets()
+        assets.feed(page.read_text())
+        assert assets.addresses
+        assert not [address for address in assets.addresses if re.match(r"(?:https?:)?//", address)], page
+    for sheet in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
