@@ -27,7 +27,7 @@ def main() -> None:
         answer = client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": f"{file.read_text()}\n\n{question}"}],
-            max_tokens=100,
+            max_tokens=60,
             temperature=0,
             # The question stands at the end, among the 64 tokens that the server protects.
             extra_body={"kv_keep_ratio": ratio},

@@ -28,7 +28,7 @@ def main() -> None:
         **vllm_l2kv.engine_args(full_layers=(0, 1)),
     )
     asked = {"kept half": vllm_l2kv.compression(keep_ratio=0.5), "kept everything": None}
-    params = [SamplingParams(max_tokens=100, temperature=0, extra_args=extra_args) for extra_args in asked.values()]
+    params = [SamplingParams(max_tokens=60, temperature=0, extra_args=extra_args) for extra_args in asked.values()]
     messages = [{"role": "user", "content": f"{text}\n\nSummarize this text in two sentences."}]
     for name, output in zip(asked, llm.chat([messages] * len(asked), params), strict=True):
         print(f"--- {name}: {(output.kv_transfer_params or {}).get('kv_cache')}\n{output.outputs[0].text}")

@@ -22,7 +22,7 @@ def main() -> None:
     stream = client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": f"{file.read_text()}\n\nSummarize this text in two sentences."}],
-        max_tokens=100,
+        max_tokens=60,
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},  # without it no chunk carries usage
