@@ -117,7 +117,7 @@ def main() -> None:
     upgrade = parser.parse_args().upgrade
 
     constraints = [] if upgrade or not LOCK.exists() else ["--constraint", str(LOCK)]
-    wanted = [*asked_for("cpu", "dev", "eval", "bench"), *asked_for_to_build()]
+    wanted = [*asked_for("cpu", "dev", "eval", "bench", "docs"), *asked_for_to_build()]
     (vllm,) = resolve("--no-deps", *(requirement for requirement in wanted if Requirement(requirement).name == VLLM))
     others = [requirement for requirement in wanted if Requirement(requirement).name != VLLM]
     alone = resolve("--no-deps", *WITHOUT_DEPENDENCIES)
