@@ -64,9 +64,7 @@ fmt: setup ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: setup ## Build the documentation into site/; needs the extra docs
-	@$(BIN)/python -c 'import sys, importlib.util as i; sys.exit(None if i.find_spec("material") else \
-	  "mkdocs-material is missing: $(BIN)/pip install $(PIP_ARGS) mkdocs-material")'
+docs: setup ## Build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
 
 lock: setup ## Write requirements/*.txt anew; newest versions with ARGS=--upgrade
