@@ -3,6 +3,7 @@
 from itertools import chain
 
 import pytest
+from vllm import envs
 
 from vllm_l2kv.messages import orders_of, seconds_of, with_seconds
 from vllm_l2kv.metrics import take_stats
@@ -13,7 +14,7 @@ from vllm_l2kv.scheduler.tally import Tally
 def telling(make_harness, monkeypatch):
     """A harness whose scheduler tells; all stats are in its list `told`."""
 
-    monkeypatch.setenv("VLLM_PLUGINS", "l2kv")  # as the server sets it
+    set_plugins(monkeypatch, ["l2kv"])  # as the server does
 
     def make(num_blocks: int, **arguments):
         harness = make_harness(num_blocks, log_stats=True, **arguments)
@@ -31,6 +32,11 @@ def telling(make_harness, monkeypatch):
         return harness
 
     return make
+
+
+def set_plugins(monkeypatch, plugins: list[str] | None) -> None:
+    """Not by the environment, which vLLM may have read for good: engines of other tests make it."""
+    monkeypatch.setitem(vars(envs), "VLLM_PLUGINS", plugins)
 
 
 def total(harness, name: str):
@@ -112,6 +118,6 @@ def test_times_ride_on_a_copy():
 
 
 def test_a_front_end_that_is_not_ours_is_not_told(make_harness, monkeypatch):
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    set_plugins(monkeypatch, None)
     with pytest.raises(ValueError, match="VLLM_PLUGINS=l2kv"):
         make_harness(100, log_stats=True)
