@@ -18,6 +18,7 @@ from tiny import SLIDING_WINDOW, HybridReference
             "llama",
             {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64},
             id="six heads on three, of size 64",
+            marks=pytest.mark.slow,  # the demo model has three KV heads of this size
         ),
         pytest.param("llama", {"head_dim": 256, "num_hidden_layers": 3}, id="heads of size 256"),
         pytest.param("llama", {"tie_word_embeddings": False, "num_hidden_layers": 2}, id="two layers, one compressed"),

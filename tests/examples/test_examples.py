@@ -102,6 +102,7 @@ def test_the_request_that_the_server_prints_is_compressed(server):
     assert found["evicted_tokens"] > 0
 
 
+@pytest.mark.slow  # an engine of its own
 def test_offline(demo_model):
     text = run([sys.executable, str(EXAMPLES / "offline.py"), str(demo_model)], VLLM_ENABLE_V1_MULTIPROCESSING="1")
     (found,) = printed_usage(text)
