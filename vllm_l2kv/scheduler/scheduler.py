@@ -6,6 +6,7 @@ Decides on paper and lets vLLM's own scheduler do the rest. Knows nothing of key
 from collections.abc import Iterable
 from typing import Any
 
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -13,7 +14,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
-from vllm import envs
 from vllm_l2kv.messages import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.metrics import attach_stats
 from vllm_l2kv.params import USAGE_KEY, CompressionParams, ParamError, asks_for_compression
