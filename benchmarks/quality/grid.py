@@ -7,20 +7,14 @@ text and pass keys of the first length. Appends to one `rows.jsonl` a task in th
 """
 
 import argparse
-import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from vllm_l2kv.evaluation.cases import Case
-from vllm_l2kv.evaluation.cli import ESSAYS, NUM_ANSWER_TOKENS, ROWS
+from vllm_l2kv.evaluation.cli import ESSAYS, NUM_ANSWER_TOKENS, ROWS, cases_of, write_rows
 from vllm_l2kv.evaluation.run import Engine
-from vllm_l2kv.evaluation.tasks import needle, passkey, perplexity, ruler
-from vllm_l2kv.evaluation.texts import read_text
+from vllm_l2kv.evaluation.tasks.ruler import TASKS as SUBTASKS
 from vllm_l2kv.evaluation.variants import variants
 from vllm_l2kv.params import CONTROLS, SCORERS
 
@@ -33,8 +27,12 @@ RATIOS = {
 BRIEF = ("perplexity", "passkey")
 PROTECTIONS = ((0, 0), (4, 64))
 DEPTHS = (0.1, 0.5, 0.9)
-NOVEL = "moby_dick"
-NUM_CONTINUED = 64
+OPTIONS: dict[str, dict[str, Any]] = {
+    "perplexity": {"text": "moby_dick", "continued": 64},
+    "passkey": {"depths": DEPTHS},
+    "needle": {"text": ESSAYS, "depths": DEPTHS},
+    "ruler": {"text": ESSAYS, "subtasks": list(SUBTASKS)},
+}
 SEED = 0
 
 
@@ -70,29 +68,9 @@ def run(engine: Engine, task: str, lengths: list[int], num_samples: int, compare
     """Measures one task."""
     # RULER's eleven subtasks count as depths do elsewhere.
     num_samples = max(1, num_samples // 2) if task == "ruler" else num_samples
-    cases = list(cases_of(task, engine.tokenizer, lengths, num_samples))
-    text = {"perplexity": NOVEL, "passkey": None}.get(task, ESSAYS)
-    about = {
-        "seed": SEED,
-        **({"text": text} if text else {}),
-        **({"continued": NUM_CONTINUED} if text == NOVEL else {}),
-    }
+    options = argparse.Namespace(task=task, lengths=lengths, samples=num_samples, seed=SEED, **OPTIONS[task])
     (out / task).mkdir(parents=True, exist_ok=True)
-    rows = engine.rows(task, cases, compared)
-    with (out / task / ROWS).open("a", buffering=1, encoding="utf-8") as file:
-        for row in tqdm(rows, total=len(cases) * len(compared), desc=task, unit="answer", mininterval=5):
-            file.write(json.dumps(row | about, ensure_ascii=False) + "\n")
-
-
-def cases_of(task: str, tokenizer: Any, lengths: list[int], num_samples: int) -> Iterator[Case]:
-    """The task's prompts."""
-    if task == "perplexity":
-        return perplexity.cases(tokenizer, read_text(NOVEL), lengths, num_samples, NUM_CONTINUED)
-    if task == "passkey":
-        return passkey.cases(tokenizer, lengths, DEPTHS, num_samples, SEED)
-    if task == "needle":
-        return needle.cases(tokenizer, read_text(ESSAYS), lengths, DEPTHS, num_samples, SEED)
-    return ruler.cases(tokenizer, read_text(ESSAYS), lengths, list(ruler.TASKS), num_samples, SEED)
+    write_rows(engine, options, list(cases_of(options, engine.tokenizer)), compared, out / task / ROWS)
 
 
 if __name__ == "__main__":

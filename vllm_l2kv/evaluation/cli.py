@@ -10,7 +10,7 @@ from typing import Any
 from vllm_l2kv.evaluation.cases import Case
 from vllm_l2kv.evaluation.texts import SAMPLES, read_text
 from vllm_l2kv.options import OneLineParser, count, layers, list_of, listed, one_of, positive, protection, ratio, real
-from vllm_l2kv.params import GRANULARITIES, SCORERS
+from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
 
 ROWS = "rows.jsonl"
 NUM_ANSWER_TOKENS = 256
@@ -36,8 +36,6 @@ def evaluate(argv: Sequence[str]) -> None:
         except (OSError, ValueError) as error:
             parser.error(f"argument ROWS: {error}")
         return
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
     from vllm_l2kv.evaluation.run import Engine
     from vllm_l2kv.evaluation.variants import variants
 
@@ -45,19 +43,13 @@ def evaluate(argv: Sequence[str]) -> None:
     compared = variants(options.scorers, options.ratios, options.protect, options.granularities)
     try:
         engine = Engine(options.model, options.full_layers, max_model_len=options.max_model_len or longest)
-        cases = list(_cases(options, engine.tokenizer))
+        cases = list(cases_of(options, engine.tokenizer))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if longer := [len(case.prompt) for case in cases if len(case.prompt) + case.num_tokens > engine.max_tokens]:
         parser.error(f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens.")
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = engine.rows(options.task, cases, compared)
-    run = {name: value for name, value in vars(options).items() if name in ("text", "seed", "continued")}
-    total = len(cases) * len(compared)
-    # By the line: a run that is killed leaves whole rows.
-    with (options.out / ROWS).open("a", buffering=1, encoding="utf-8") as file:
-        for row in tqdm(rows, total=total, desc=options.task, unit="answer"):
-            file.write(json.dumps(row | run, ensure_ascii=False) + "\n")
+    write_rows(engine, options, cases, compared, options.out / ROWS)
     report([options.out / ROWS], options.out)
 
 
@@ -113,7 +105,30 @@ def diagnose(argv: Sequence[str]) -> None:
     sys.stdout.write(config)
 
 
-def _cases(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
+def write_rows(
+    engine: Any, options: argparse.Namespace, cases: Sequence[Case], compared: Sequence[CompressionParams], path: Path
+) -> None:
+    """Measures cases, and appends a row for each answer to a file.
+
+    Args:
+        engine: An `evaluation.run.Engine`.
+        options: Of `vllm-l2kv eval`; `task` is measured, and what else made its prompts goes into the rows.
+        cases: Of `cases_of`.
+        compared: Of `variants`.
+        path: The file.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    rows = engine.rows(options.task, cases, compared)
+    run = {name: value for name, value in vars(options).items() if name in ("text", "seed", "continued")}
+    # By the line: a run that is killed leaves whole rows.
+    with path.open("a", buffering=1, encoding="utf-8") as file:
+        for row in tqdm(rows, total=len(cases) * len(compared), desc=options.task, unit="answer"):
+            file.write(json.dumps(row | run, ensure_ascii=False) + "\n")
+
+
+def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
+    """The prompts that the options of a task ask for."""
     from vllm_l2kv.evaluation.tasks import needle, passkey, perplexity, ruler
 
     num_samples, seed = options.samples, options.seed
