@@ -2,8 +2,8 @@
 
 PYTHONPATH=. python benchmarks/quality/grid.py MODEL OUT --full-layers 0,1 none 0 [--lengths 1024 4096]
 
-The first set is measured with every scorer, and l2 by block, in every task; the others with l2 and the controls, on
-text and pass keys of the first length. Appends to one `rows.jsonl` a task in the folder.
+{0, 1} is measured with every scorer, and l2 by block; other sets with l2 and the controls, at the first length. Appends
+to one `rows.jsonl` a task in the folder, so runs side by side need folders of their own.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RATIOS = {
     "needle": (0.75, 0.5, 0.25),
     "ruler": (0.5, 0.25),
 }
-BRIEF = ("perplexity", "passkey")
+MAIN_LAYERS = [0, 1]
 PROTECTIONS = ((0, 0), (4, 64))
 DEPTHS = (0.1, 0.5, 0.9)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -45,23 +45,26 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
     parser.add_argument("--samples", type=int, default=10, help="of each length, and depth or subtask")
     parser.add_argument("--tasks", nargs="+", choices=RATIOS, default=list(RATIOS))
-    parser.add_argument("--inside", choices=["whole", "brief"], help=argparse.SUPPRESS)
+    parser.add_argument("--cache-gib", type=int, help="KV cache of a run that shares its GPU with others")
     args = parser.parse_args()
-    if args.inside is None:
-        for i, layers in enumerate(args.full_layers):
-            inside = ["--full-layers", layers, "--inside", "brief" if i else "whole"]
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], *inside], check=True)
+    if len(args.full_layers) > 1:
+        for layers in args.full_layers:
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--full-layers", layers], check=True)
         return
     full_layers = [int(layer) for layer in args.full_layers[0].split(",") if layer != "none"]
-    engine = Engine(args.model, full_layers, max_model_len=max(args.lengths) + NUM_ANSWER_TOKENS)
+    shared: dict[str, Any] = {}
+    if args.cache_gib:
+        # vLLM wants its share of the memory to be free at the start, although the other number decides.
+        shared = {"kv_cache_memory_bytes": args.cache_gib * 2**30, "gpu_memory_utilization": 0.1}
+    engine = Engine(args.model, full_layers, max_model_len=max(args.lengths) + NUM_ANSWER_TOKENS, **shared)
+    main_layers = full_layers == MAIN_LAYERS
+    lengths = args.lengths if main_layers else args.lengths[:1]
     for task in args.tasks:
-        ratios = RATIOS[task]
-        if args.inside == "whole":
-            scorers = [scorer for scorer in SCORERS if scorer not in CONTROLS]
-            compared = variants(scorers, ratios, PROTECTIONS) + variants(["l2"], ratios, PROTECTIONS, ["block"])
-            run(engine, task, args.lengths, args.samples, list(dict.fromkeys(compared)), args.out)
-        elif task in BRIEF:
-            run(engine, task, args.lengths[:1], args.samples, variants(["l2"], ratios, PROTECTIONS), args.out)
+        scorers = [scorer for scorer in SCORERS if scorer not in CONTROLS] if main_layers else ["l2"]
+        compared = variants(scorers, RATIOS[task], PROTECTIONS)
+        if main_layers:
+            compared += variants(["l2"], RATIOS[task], PROTECTIONS, ["block"])
+        run(engine, task, lengths, args.samples, list(dict.fromkeys(compared)), args.out)
 
 
 def run(engine: Engine, task: str, lengths: list[int], num_samples: int, compared: list[Any], out: Path) -> None:
