@@ -49,7 +49,7 @@ test: setup ## Run all tests; those that need a GPU are skipped without one
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-gpu: ## Run the tests that need a GPU, in an environment of yours: PYTHON with vllm-l2kv[cuda,dev] installed
-	$(PYTHON) -m pytest -m gpu $(ARGS)
+	$(PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(ARGS)
 
 soak: setup ## Thousands of requests from clients that come and go, in a small cache; ten minutes
 	$(BIN)/vllm-l2kv demo-model

@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: `make test-gpu` there"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # vLLM's CPU worker, once imported, puts placeholders where torch's CUDA events and streams were.
+    if "vllm.v1.worker.cpu.shm" in sys.modules and any(
+        item.get_closest_marker("gpu") and not item.get_closest_marker("skip") for item in session.items
+    ):
+        raise pytest.UsageError("tests of CPUs and of GPUs do not share a process: `make test-gpu` runs the latter")
+
+
 @pytest.fixture(scope="session")
 def demo_model(request) -> Path:
     from vllm_l2kv_server.demo_model import ensure_demo_model
