@@ -73,9 +73,7 @@ decode (on another machine, so only the ratio counts):
 {scheduler}
 
 vLLM asks each group of layers several times a step what a request needs, and here there are two groups; a decoding
-request that needs nothing is not asked about (`scheduler.shortcut`). The engine rows above were made before the last of
-that, when the scheduler took 1.05 of stock on the machine of the GPU. What else ratio 1 costs is the step's: see 64x256
-in the first table.
+request that needs nothing is not asked about (`scheduler.shortcut`).
 
 ## A cache too small for its requests
 
