@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 MEMORY = ROOT / "benchmarks" / "speed" / "results" / "h100_memory_bound.jsonl"
 QUALITY = ROOT / "benchmarks" / "quality" / "results"
 PLOT = ROOT / "docs" / "img" / "memory_and_quality.svg"
-MODELS = {"smollm2": ("SmolLM2-135M", 4096, "-"), "gemma3": ("Gemma-3-270M", 1024, "--")}
+MODELS = {"smollm2": ("SmolLM2-135M", 4096, "-"), "gemma3": ("Gemma-3-270M", 4096, "--")}
 """Of each folder the name, the longest prompts that were measured, and a line style."""
 SCORERS = {"l2": "C0", "keydiff": "C2", "random": "0.6"}
 Row = dict[str, Any]

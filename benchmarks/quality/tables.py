@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = ROOT / "docs" / "quality.md"
 MAIN_LAYERS = [0, 1]
+LAYER_RATIOS = (0.5, 0.25)
 TASKS = {"perplexity": "excess loss", "passkey": "score", "needle": "score", "ruler": "score"}
 SHOWN = {"excess loss": "excess loss in nats a token, less is better", "score": "score from 0 to 1, more is better"}
 Row = dict[str, Any]
@@ -48,8 +49,7 @@ def sections(rows: dict[str, list[Row]]) -> Iterable[str]:
             for length in sorted({row["length"] for row in main}):
                 measured = [row for row in main if row["length"] == length]
                 yield f"**{task}**, {SHOWN[metric]}; {samples(measured)}:\n\n{by_scorer(measured, task, metric)}"
-    if len({tuple(row["full_layers"]) for row in rows["passkey"]}) > 1:
-        yield by_layers(rows)
+    yield from by_layers(rows)
 
 
 def samples(rows: Sequence[Row]) -> str:
@@ -75,22 +75,30 @@ def by_scorer(rows: Sequence[Row], task: str, metric: str) -> str:
     )
 
 
-def by_layers(rows: dict[str, list[Row]]) -> str:
-    """`l2` with other full layers."""
-    lines = []
-    for layers in sorted({tuple(row["full_layers"]) for row in rows["passkey"]}):
-        for protected in (False, True):
-            line = [f"{{{', '.join(map(str, layers))}}}{' +4/64' if protected else ''}"]
-            for task in ("perplexity", "passkey"):
-                found = {
-                    entry["keep_ratio"]: shown(entry[TASKS[task]])
-                    for entry in estimates([row for row in rows[task] if tuple(row["full_layers"]) == layers], task)
-                    if (entry["scorer"], entry["granularity"], entry["protect_first"] > 0) == ("l2", "token", protected)
-                }
-                line += [found.get(ratio, "-") for ratio in (0.5, 0.25)]
-            lines.append(line)
-    heads = [f"{task}, {ratio}" for task in ("excess loss", "passkey") for ratio in (0.5, 0.25)]
-    return "**Full layers**, `l2`:\n\n" + table(["full layers", *heads], lines)
+def by_layers(rows: dict[str, list[Row]]) -> Iterable[str]:
+    """`l2` with other full layers, at the length that all of them were measured at; a table for each ratio."""
+    sets = sorted({tuple(row["full_layers"]) for row in rows["passkey"]})
+    length = min(row["length"] for row in rows["passkey"])
+    cells = {
+        (tuple(layers), entry["protect_first"] > 0, task, entry["keep_ratio"]): shown(entry[metric])
+        for task, metric in TASKS.items()
+        for layers in sets
+        for entry in estimates(
+            [r for r in rows[task] if (tuple(r["full_layers"]), r["length"]) == (layers, length)], task
+        )
+        if (entry["scorer"], entry["granularity"]) == ("l2", "token")
+    }
+    for ratio in LAYER_RATIOS:
+        lines = [
+            [
+                f"{{{', '.join(map(str, layers))}}}{' +4/64' if protected else ''}",
+                *(cells[layers, protected, task, ratio] for task in TASKS),
+            ]
+            for layers in sets
+            for protected in (False, True)
+        ]
+        heads = [f"{task}, {metric}" for task, metric in TASKS.items()]
+        yield f"**Full layers**, `l2` at {ratio}, {length} tokens:\n\n" + table(["full layers", *heads], lines)
 
 
 def shown(estimate: Estimate) -> str:

@@ -257,6 +257,15 @@ def test_at_most_a_third_stays_full_the_worst_ones():
     assert any("Layers 0, 3 are bad too" in warning for warning in recommended.warnings)
 
 
+def test_more_than_a_third_stays_full_where_nothing_else_is_safe():
+    recommended = recommend(diagnosis_of({0: AWFUL, 1: AWFUL}, num_layers=3))
+    assert recommended.full_layers == (0, 1)
+    assert recommended.keep_ratio == 0.1
+    assert any("so 1 of 3 compress" in warning for warning in recommended.warnings)
+    # One of the six awful ones is diluted by three others.
+    assert recommend(diagnosis_of(dict.fromkeys(range(6), AWFUL))).full_layers == (0, 1, 2, 3, 4)
+
+
 def test_no_ratio_is_safe_where_all_layers_are_bad():
     recommended = recommend(diagnosis_of(dict.fromkeys(range(9), AWFUL)))
     assert recommended.keep_ratio == 1.0

@@ -32,7 +32,7 @@ SINK = 0.1
 BAD_LOSS = 0.5
 """A layer that loses more than this share of what random eviction loses is better left full."""
 MAX_FULL_LAYERS = 1 / 3
-"""Share of the candidates that may be left full; a model that needs more is better served by another scorer."""
+"""Share of the candidates that may be left full while any ratio is safe: each saves less."""
 LOSS_BOUND = 0.1
 """Mean share of attention that a safe ratio may lose: chosen, not derived. An attention's output is a mean of values,
 and this exchanges a tenth of its weights."""
@@ -180,27 +180,31 @@ def recommend(diagnosis: Diagnosis) -> Recommendation:
     """Layers to leave full and a keep ratio, by attention mass.
 
     Layers whose heads lose, on average, more than `BAD_LOSS` of what random eviction loses at half the tokens stay
-    full, the worst first, `MAX_FULL_LAYERS` of the layers at most. The ratio is the smallest at which the other layers
-    lose `LOSS_BOUND` or less on average.
+    full, the worst first, `MAX_FULL_LAYERS` of the layers at most, or as many more as make a ratio safe. The ratio is
+    the smallest at which the other layers lose `LOSS_BOUND` or less on average.
     """
     candidates = diagnosis.candidates
-    loss = diagnosis.loss.mean(-1)
-    judged, bound = loss[JUDGED].tolist(), BAD_LOSS * (1 - KEEP_RATIOS[JUDGED])
+    judged, bound = diagnosis.loss[JUDGED].mean(-1).tolist(), BAD_LOSS * (1 - KEEP_RATIOS[JUDGED])
     bad = sorted((layer for layer in candidates if judged[layer] > bound), key=lambda layer: -judged[layer])
-    full = tuple(sorted(bad[: math.floor(MAX_FULL_LAYERS * len(candidates))]))
+    few = min(len(bad), math.floor(MAX_FULL_LAYERS * len(candidates)))
+    # Something must be left to compress.
+    counts = [n for n in range(few, len(bad) + 1) if n < len(candidates) and _safe_ratios(diagnosis, bad[:n])]
+    full = tuple(sorted(bad[: counts[0] if counts else few]))
     compressed = [layer for layer in candidates if layer not in full]
-    means = loss[:, compressed].mean(-1).tolist()
-    safe = [ratio for ratio, mean in zip(KEEP_RATIOS, means, strict=True) if mean <= LOSS_BOUND]
+    safe = _safe_ratios(diagnosis, full)
 
     warnings = []
     for flag, raised in diagnosis.flags().items():
         if raised.any():
             heads = f"{int(raised.sum())} of {len(candidates) * raised.shape[1]} heads"
             warnings.append(f"{flag}: {heads}, layers {_listed(raised.any(-1).nonzero().flatten())}; {ADVICE[flag]}.")
+    if len(full) > few:
+        warnings.append(f"With fewer full layers no ratio is safe, so {len(compressed)} of {len(candidates)} compress.")
     if left := sorted(set(bad) - set(full)):
         warnings.append(f"Layers {_listed(left)} are bad too, but more full layers than {len(full)} would save little.")
     if not safe:
-        warnings.append(f"Keeping {KEEP_RATIOS[0]:g} would lose {means[0]:.0%} of the attention; nothing is evicted.")
+        lost = diagnosis.loss[0, compressed].mean()
+        warnings.append(f"Keeping {KEEP_RATIOS[0]:g} would lose {lost:.0%} of the attention; nothing is evicted.")
     elif (sink := diagnosis.sink[compressed].mean()) >= SINK:
         rest = diagnosis.loss_beyond_first[KEEP_RATIOS.index(min(safe)), compressed].mean()
         warnings.append(f"The first token receives {sink:.0%} of the attention; of the rest, {rest:.0%} is lost.")
@@ -248,6 +252,12 @@ def config_text(recommendation: Recommendation, model: str) -> str:
         "kv-scorer: l2",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _safe_ratios(diagnosis: Diagnosis, full_layers: Sequence[int]) -> list[float]:
+    compressed = [layer for layer in diagnosis.candidates if layer not in full_layers]
+    means = diagnosis.loss[:, compressed].mean((-2, -1)).tolist()
+    return [ratio for ratio, mean in zip(KEEP_RATIOS, means, strict=True) if mean <= LOSS_BOUND]
 
 
 def _measure_layer(seen: Observation) -> dict[str, torch.Tensor]:
