@@ -28,19 +28,16 @@ SECRET = "the treasure lies below the third oak"
 MIB = 2**20
 
 
-@pytest.fixture(scope="module")
-def server(demo_model, tmp_path_factory) -> Iterator[Server]:
-    words = "--max-model-len 4096 --enforce-eager --dtype float32 --enable-auto-tool-choice --tool-call-parser hermes"
-    words += f" --trust-request-chat-template --api-key {KEY} --max-body-mib 1"
-    with Server(tmp_path_factory.mktemp("fuzz") / "server.log", *words.split()) as server:
-        yield server
+@pytest.fixture
+def server(guarded_server) -> Server:
+    return guarded_server
 
 
 @pytest.fixture(scope="module")
-def http(server) -> Iterator[httpx.Client]:
+def http(guarded_server) -> Iterator[httpx.Client]:
     # uvicorn closes a connection on which the app failed; that must not look like a dead server to the next request.
     limits = httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60, limits=limits) as http:
+    with httpx.Client(base_url=guarded_server.url, headers=HEADERS, timeout=60, limits=limits) as http:
         yield http
 
 
@@ -56,7 +53,7 @@ def lives_on(http) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def api(server, http):
+def api(http):
     return schemathesis.openapi.from_dict(http.get("/openapi.json").json())
 
 

@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 from http_bodies import BAD_FIELDS, malformed
-from http_server import Server, expected_usage
+from http_server import expected_usage
 
 from vllm_l2kv.params import CompressionParams
 
@@ -22,23 +22,20 @@ PATHS = sorted(GOOD)
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 8}
 
 
-@pytest.fixture(scope="module")
-def server(demo_model, tmp_path_factory):
-    # Without MODEL: that serves the demo model, which the fixture has fetched.
-    words = "--max-model-len 4096 --enforce-eager --dtype float32 --enable-auto-tool-choice --tool-call-parser hermes"
-    with Server(tmp_path_factory.mktemp("http") / "server.log", *words.split(), "--api-key", KEY) as server:
-        yield server
+@pytest.fixture
+def server(guarded_server):
+    return guarded_server
 
 
 @pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
+def client(guarded_server):
+    with openai.OpenAI(base_url=f"{guarded_server.url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def http(server):
-    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
+def http(guarded_server):
+    with httpx.Client(base_url=guarded_server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
         yield http
 
 
@@ -377,16 +374,8 @@ class TestOwnRoute:
             assert {"kv_protect_first", "kv_protect_last"} <= properties.keys()
 
 
-class TestProcess:
-    """Last, because it ends the server."""
-
-    def test_snippet_is_printed_without_the_key(self, server):
-        log = server.log.read_text()
-        assert f"curl {server.url.replace('127.0.0.1', 'localhost')}/v1/chat/completions" in log
-        assert f'"model": "{MODEL}"' in log
-        assert KEY not in log
-
-    def test_ends_without_orphans(self, server):
-        assert len(server.family()) > 1
-        assert server.stop() == []
-        assert server.process.returncode == 0
+def test_snippet_is_printed_without_the_key(server):
+    log = server.log.read_text()
+    assert f"curl {server.url.replace('127.0.0.1', 'localhost')}/v1/chat/completions" in log
+    assert f'"model": "{MODEL}"' in log
+    assert KEY not in log
