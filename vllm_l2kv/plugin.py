@@ -50,6 +50,7 @@ def check_supported(config: VllmConfig) -> None:
         ValueError: One sentence that names the setting and says what to do.
     """
     parallel = config.parallel_config
+    num_kv_heads, num_ranks = config.model_config.get_total_num_kv_heads(), parallel.tensor_parallel_size
     speculator = config.speculative_config and config.speculative_config.method
     refusals = {
         "KV connectors and KV offloading (drop --kv-transfer-config)": config.kv_transfer_config is not None,
@@ -57,6 +58,10 @@ def check_supported(config: VllmConfig) -> None:
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
         "pipeline parallelism (set --pipeline-parallel-size 1)": parallel.pipeline_parallel_size > 1,
+        # vLLM would end in an assertion without a word.
+        f"{num_kv_heads} KV heads on {num_ranks} ranks (set --tensor-parallel-size to a divisor or multiple of them)": (
+            num_kv_heads % num_ranks > 0 and num_ranks % num_kv_heads > 0
+        ),
         "speculative decoding other than by n-grams (drop --speculative-config, or set its method to ngram)": (
             speculator not in (None, "ngram")
         ),

@@ -40,9 +40,14 @@ def config(**changes):
         "kv_transfer_config": None,
         "speculative_config": None,
         "parallel_config": SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=1,
+            tensor_parallel_size=1,
         ),
-        "model_config": SimpleNamespace(runner_type="generate", is_encoder_decoder=False, rswa_window=None),
+        "model_config": SimpleNamespace(
+            runner_type="generate", is_encoder_decoder=False, rswa_window=None, get_total_num_kv_heads=lambda: 6
+        ),
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         "cache_config": SimpleNamespace(cache_dtype="auto"),
     }
@@ -80,6 +85,17 @@ def test_an_ordinary_configuration_passes():
 def test_unsupported_settings_are_named(changes, setting):
     with pytest.raises(ValueError, match=setting):
         check_supported(config(**changes))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 6, 12])
+def test_heads_are_dealt_out_or_replicated(num_ranks):
+    check_supported(config(parallel_config__tensor_parallel_size=num_ranks))
+
+
+@pytest.mark.parametrize("num_ranks", [4, 5, 9])
+def test_heads_that_do_not_divide_evenly_are_refused(num_ranks):
+    with pytest.raises(ValueError, match=f"6 KV heads on {num_ranks} ranks .*--tensor-parallel-size to a divisor"):
+        check_supported(config(parallel_config__tensor_parallel_size=num_ranks))
 
 
 def test_drafts_of_ngrams_are_taken_on_cpus_alone(monkeypatch):
