@@ -21,15 +21,7 @@ PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"
 VARIABLES = {"$model_name": ".*", "$instance": ".*", "$__rate_interval": "1m"}
 SCRAPE_SECONDS = 1
 RATIOS = (1.0, 0.5, 0.3, None)
-MODEL = "tiny"
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model, tmp_path_factory) -> Iterator[Server]:
-    words = f"--served-model-name {MODEL} --dtype float32 --enforce-eager --max-model-len 2048 --kv-full-layers 0"
-    log = tmp_path_factory.mktemp("dashboard") / "server.log"
-    with Server(log, str(tiny_model("llama")), *words.split()) as server:
-        yield server
+MODEL = "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +103,8 @@ def test_latencies_are_told_apart_by_ratio(prometheus):
         (target,) = PANELS[title]["targets"]
         query = f"count by (keep_ratio) ({filled_in(target['expr'])})"
         answer = prometheus.get("/query", params={"query": query}).json()
-        assert {series["metric"]["keep_ratio"] for series in answer["data"]["result"]} == {"1.0", "0.5", "0.3"}
+        # Others may have asked this server for more.
+        assert {series["metric"]["keep_ratio"] for series in answer["data"]["result"]} >= {"1.0", "0.5", "0.3"}
 
 
 def test_variables_offer_what_there_is(prometheus, server):
