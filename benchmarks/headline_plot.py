@@ -3,7 +3,6 @@
 python benchmarks/headline_plot.py
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from vllm_l2kv.evaluation.report import estimates, with_excess_loss  # noqa: E402
+from vllm_l2kv.evaluation.report import estimates, read_rows, with_excess_loss  # noqa: E402
 from vllm_l2kv.evaluation.statistics import Estimate  # noqa: E402
 from vllm_l2kv.params import PROTECT_FIRST, PROTECT_LAST  # noqa: E402
 
@@ -46,7 +45,7 @@ def main() -> None:
 
 def draw_memory(axes: Axes) -> None:
     """Requests in one cache, beside stock vLLM."""
-    rows = [row for row in read(MEMORY) if row["kv_cache_dtype"] == "auto"]
+    rows = [row for row in read_rows(MEMORY) if row["kv_cache_dtype"] == "auto"]
     (stock,) = (row["mean_running"] for row in rows if row["engine"] == "stock")
     ours = sorted((row["keep_ratio"], row["mean_running"]) for row in rows if row["engine"] == "l2kv")
     axes.axhline(stock, color="0.5", linestyle=":", label="stock vLLM")
@@ -56,7 +55,7 @@ def draw_memory(axes: Axes) -> None:
 def draw_quality(axes: Axes, task: str, metric: str) -> None:
     """Scorers as colours, models as line styles; with the default protection."""
     for folder, (model, length, style) in MODELS.items():
-        rows = with_excess_loss(read(QUALITY / folder / task / "rows.jsonl"))
+        rows = with_excess_loss(read_rows(QUALITY / folder / task / "rows.jsonl"))
         entries = estimates([row for row in rows if (row["full_layers"], row["length"]) == ([0, 1], length)], task)
         (whole,) = (entry[metric] for entry in entries if entry["keep_ratio"] == 1)
         for scorer, color in SCORERS.items():
@@ -81,11 +80,6 @@ def draw_estimates(axes: Axes, points: dict[float, Estimate], **style: Any) -> N
     below = [points[ratio].mean - points[ratio].low for ratio in ratios]
     above = [points[ratio].high - points[ratio].mean for ratio in ratios]
     axes.errorbar(ratios, means, yerr=(below, above), marker="o", markersize=3, elinewidth=0.6, **style)
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of one result file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Values of command-line options: a word in, a checked value out, for the `type=` of argparse.
+"""What commands share: above all values of options, a word in, a checked value out, for the `type=` of argparse.
 
 Every function here that takes a word raises `argparse.ArgumentTypeError` with one sentence that names the value by the
 letter of its metavar, its bound and what was given; argparse puts the option's name before it.
@@ -111,6 +111,16 @@ def list_of(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
 def listed(names: Iterable[str]) -> str:
     """Names as help texts and errors list them."""
     return ", ".join(names)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table as commands print it: the first column to the left, the others to the right.
+
+    Args:
+        lines: Cells, as many in every line.
+    """
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return ["  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]) for line in lines]
 
 
 def number(word: str) -> Any:

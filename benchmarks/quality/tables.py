@@ -3,19 +3,20 @@
 python benchmarks/quality/tables.py
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_l2kv.evaluation.report import METRICS, estimates, label, with_excess_loss
+from grid import MAIN_LAYERS
+
+from vllm_l2kv.evaluation.cli import ROWS
+from vllm_l2kv.evaluation.report import METRICS, estimates, label, read_rows, with_excess_loss
 from vllm_l2kv.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = ROOT / "docs" / "quality.md"
-MAIN_LAYERS = [0, 1]
 LAYER_RATIOS = (0.5, 0.25)
 TASKS = {"perplexity": "excess loss", "passkey": "score", "needle": "score", "ruler": "score"}
 SHOWN = {"excess loss": "excess loss in nats a token, less is better", "score": "score from 0 to 1, more is better"}
@@ -26,19 +27,13 @@ def main() -> None:
     """Replaces what stands between the marks of each model."""
     text = DOCUMENT.read_text(encoding="utf-8")
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        rows = {task: read(folder / task / "rows.jsonl") for task in TASKS}
+        rows = {task: with_excess_loss(read_rows(folder / task / ROWS)) for task in TASKS}
         begin, end = f"<!-- {folder.name}: benchmarks/quality/tables.py -->", f"<!-- end of {folder.name} -->"
         made = "\n\n".join(section for section in sections(rows) if section)
         text, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{made}\n{end}", text, flags=re.DOTALL)  # noqa: B023
         if count != 1:
             raise SystemExit(f"{DOCUMENT} must hold the marks of {folder.name} once.")
     DOCUMENT.write_text(text, encoding="utf-8")
-
-
-def read(path: Path) -> list[Row]:
-    """Rows of a file, none if it was not made."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return with_excess_loss(json.loads(line) for line in lines)
 
 
 def sections(rows: dict[str, list[Row]]) -> Iterable[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_l2kv.bench.load import FORMS, Load, lengths, positive_number, share
-from vllm_l2kv.options import OneLineParser, count, list_of, positive, ratio
+from vllm_l2kv.options import OneLineParser, aligned, count, list_of, positive, ratio
 
 ROWS, REQUESTS, SAMPLES = "rows.jsonl", "requests.jsonl", "samples.jsonl"
 NUM_REQUESTS = 32
@@ -94,7 +94,7 @@ def _report(rows: Sequence[Any], samples: Sequence[Any], out: Path) -> None:
     tables = {OURS: table(rows, OURS), STOCK: table(rows, STOCK), f"{OURS} / {STOCK}": comparison(rows)}
     for title, lines in tables.items():
         if len(lines) > 1:
-            sys.stdout.write(f"\n{title}\n{_aligned(lines)}\n")
+            sys.stdout.write("\n".join(["", title, *aligned(lines), ""]))
     if told := errors(rows):
         sys.stderr.write(f"{told}\n")
     for row in rows:
@@ -154,14 +154,6 @@ def _prompts(parser: OneLineParser, options: argparse.Namespace, servers: Sequen
 def _append(path: Path, rows: Sequence[Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
 
 
 def _process(text: str) -> int:

@@ -55,10 +55,10 @@ def evaluate(argv: Sequence[str]) -> None:
 
 def report(paths: Sequence[Path], out: Path) -> None:
     """Draws plots and the HTML report of rows into a folder."""
-    from vllm_l2kv.evaluation.report import write_report
+    from vllm_l2kv.evaluation.report import read_rows, write_report
 
     out.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for path in paths for row in read_rows(path)]
     sys.stdout.write(f"{write_report(rows, out)}\n")
 
 

@@ -29,6 +29,11 @@ METRICS: Mapping[str, Mapping[str, Callable[[Sequence[float]], Estimate]]] = {
 """Of each task, what is averaged and how."""
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, one JSON object a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def write_report(rows: Iterable[Row], folder: Path) -> Path:
     """Draws what the rows hold; those that say the same thing again replace the earlier ones.
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vllm_l2kv.options import aligned
+
 GIB = 2**30
 COLUMNS = ("engine", "keep", "kept tokens", "computed GiB", "finished GiB", "at once", "on average")
 REMARKS = """\
@@ -38,7 +40,7 @@ def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"{token['full_attention'] / 1024:8,g} KiB of it a token{sliding}"
 
 
-def _table(plan: Mapping[str, Any]) -> Iterator[str]:
+def _table(plan: Mapping[str, Any]) -> list[str]:
     lines: list[tuple[str, ...]] = [COLUMNS]
     for engine in plan["engines"]:
         for row in engine["rows"]:
@@ -46,9 +48,7 @@ def _table(plan: Mapping[str, Any]) -> Iterator[str]:
             memory = (f"{computed:.3f}", f"{finished:.3f}")
             counts = (f"{row['at_once']:,}", f"{row['on_average']:,.1f}")
             lines.append((engine["engine"], f"{row['keep_ratio']:g}", f"{row['kept_tokens']:,}", *memory, *counts))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *others in lines:
-        yield "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+    return aligned(lines)
 
 
 def _layouts(plan: Mapping[str, Any]) -> Iterator[str]:
