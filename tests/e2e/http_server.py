@@ -19,6 +19,8 @@ from vllm_l2kv.policy import num_keep
 
 START_SECONDS = 240
 STOP_SECONDS = 60
+KEY = "sesame"
+"""Of servers that ask for one."""
 
 
 class Server:

@@ -9,11 +9,10 @@ import httpx
 import pytest
 import schemathesis
 from http_bodies import HARMFUL, HARMFUL_TO_CHAT
-from http_server import Server
+from http_server import KEY
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import booleans
 
-KEY = "sesame"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 JSON = {"content-type": "application/json"}
 GOOD = {
@@ -28,16 +27,11 @@ SECRET = "the treasure lies below the third oak"
 MIB = 2**20
 
 
-@pytest.fixture
-def server(guarded_server) -> Server:
-    return guarded_server
-
-
 @pytest.fixture(scope="module")
-def http(guarded_server) -> Iterator[httpx.Client]:
+def http(server) -> Iterator[httpx.Client]:
     # uvicorn closes a connection on which the app failed; that must not look like a dead server to the next request.
     limits = httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(base_url=guarded_server.url, headers=HEADERS, timeout=60, limits=limits) as http:
+    with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60, limits=limits) as http:
         yield http
 
 

@@ -6,11 +6,10 @@ import httpx
 import openai
 import pytest
 from http_bodies import BAD_FIELDS, malformed
-from http_server import expected_usage
+from http_server import KEY, expected_usage
 
 from vllm_l2kv.params import CompressionParams
 
-KEY = "sesame"
 MODEL = "SmolLM2-135M-Instruct"
 TEXT = " ".join(f"On day {day} the keeper of the lighthouse saw {day * 7 % 11} ships." for day in range(12))
 MESSAGES = [{"role": "user", "content": f"{TEXT} How many ships did the keeper see on day 3?"}]
@@ -22,20 +21,15 @@ PATHS = sorted(GOOD)
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 8}
 
 
-@pytest.fixture
-def server(guarded_server):
-    return guarded_server
-
-
 @pytest.fixture(scope="module")
-def client(guarded_server):
-    with openai.OpenAI(base_url=f"{guarded_server.url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def http(guarded_server):
-    with httpx.Client(base_url=guarded_server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
+def http(server):
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
         yield http
 
 

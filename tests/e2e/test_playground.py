@@ -8,11 +8,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from chromium import Page, find_chromium
-from http_server import Server, expected_usage
+from http_server import KEY, Server, expected_usage
 
 from vllm_l2kv.params import FIELDS, PROTECT_FIRST, PROTECT_LAST
 
-KEY = "sesame"
 PREFIX = "/llm"
 TEXT = " ".join(f"On day {day} the keeper of the lighthouse saw {day * 7 % 11} ships." for day in range(40))
 QUESTION = "How many ships did the keeper see on day 3?"
