@@ -15,32 +15,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The words after `vllm-l2kv`; those of this process by default.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["serve"]:
-        # vLLM's own parser reads the rest, so it never meets ours.
-        from vllm_l2kv_server.serve import serve
+    # Commands with options of their own have a parser of their own; that of serve is vLLM's, which never meets ours.
+    match words:
+        case ["serve", *rest]:
+            from vllm_l2kv_server.serve import serve
 
-        serve(words[1:])
-        return
-    if words[:1] in (["eval"], ["diagnose"]):
-        from vllm_l2kv.evaluation import cli
+            serve(rest)
+        case ["eval", *rest]:
+            from vllm_l2kv.evaluation.cli import evaluate
 
-        (cli.evaluate if words[0] == "eval" else cli.diagnose)(words[1:])
-        return
-    if words[:1] == ["bench"]:
-        from vllm_l2kv.bench.cli import bench
+            evaluate(rest)
+        case ["diagnose", *rest]:
+            from vllm_l2kv.evaluation.cli import diagnose
 
-        bench(words[1:])
-        return
-    if words[:1] == ["plan"]:
-        from vllm_l2kv.sizing.cli import plan
+            diagnose(rest)
+        case ["bench", *rest]:
+            from vllm_l2kv.bench.cli import bench
 
-        plan(words[1:])
-        return
-    command = _parser().parse_args(words).command
-    if command == "demo-model":
-        _show_demo_model()
-    elif command == "config-schema":
-        _show_config_schema()
+            bench(rest)
+        case ["plan", *rest]:
+            from vllm_l2kv.sizing.cli import plan
+
+            plan(rest)
+        case _:
+            if _parser().parse_args(words).command == "demo-model":
+                _show_demo_model()
+            else:
+                _show_config_schema()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -188,8 +188,8 @@ def recommend(diagnosis: Diagnosis) -> Recommendation:
     bad = sorted((layer for layer in candidates if judged[layer] > bound), key=lambda layer: -judged[layer])
     few = min(len(bad), math.floor(MAX_FULL_LAYERS * len(candidates)))
     # Something must be left to compress.
-    counts = [n for n in range(few, len(bad) + 1) if n < len(candidates) and _safe_ratios(diagnosis, bad[:n])]
-    full = tuple(sorted(bad[: counts[0] if counts else few]))
+    counts = range(few, min(len(bad) + 1, len(candidates)))
+    full = tuple(sorted(bad[: next((n for n in counts if _safe_ratios(diagnosis, bad[:n])), few)]))
     compressed = [layer for layer in candidates if layer not in full]
     safe = _safe_ratios(diagnosis, full)
 
