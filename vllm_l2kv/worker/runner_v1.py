@@ -29,16 +29,13 @@ class RunnerV1:
             tables[group_id] = CompressedBlockTable(tables[group_id], self._of_batch)
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drops requests that finished, were aborted or preempted."""
-        self.counts.forget(req_ids)
-
-    def apply(self, orders: Iterable[CompactionOrder]) -> None:
-        """Points requests at the blocks of their kept rows.
+    def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder]) -> None:
+        """Forgets requests and points others at the blocks of their kept rows.
 
         Both the request's state and, if it is in the batch, its row: a request that sits out a step leaves the batch
         and comes back by its state.
         """
+        self.counts.forget(gone)
         batch = self._runner.input_batch
         for order in orders:
             row = batch.req_id_to_index.get(order.req_id)

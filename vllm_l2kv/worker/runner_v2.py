@@ -33,12 +33,9 @@ class RunnerV2:
         runner.block_tables = self._tables
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drops requests that finished, were aborted or preempted."""
-        self.counts.forget(req_ids)
-
-    def apply(self, orders: Iterable[CompactionOrder]) -> None:
-        """Points requests at the blocks of their kept rows; the runner sends the rows to the device with its own."""
+    def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder]) -> None:
+        """Forgets requests and points others at the blocks of their kept rows, which vLLM sends along with its own."""
+        self.counts.forget(gone)
         for order in orders:
             state = self._runner.req_states.req_id_to_index[order.req_id]
             for move in order.moves:
@@ -67,11 +64,17 @@ class RunnerV2:
 
 
 class EvictedCounts:
-    """Slots by which each compacted request's positions moved forward, by the runner's request state."""
+    """Slots by which each compacted request's positions moved forward, by the runner's request state.
+
+    Kernels read the counts from host memory, when their step's turn comes. vLLM keeps as many copies as steps can be in
+    flight, and a copy is used again after so many publications: one a step is safe, a second one overwrites what a step
+    in flight has still to read.
+    """
 
     def __init__(self, max_num_reqs: int) -> None:
         self._counts = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
         self._state_of: dict[str, int] = {}
+        self._is_published = True
 
     def __len__(self) -> int:
         return len(self._state_of)
@@ -85,17 +88,21 @@ class EvictedCounts:
         """Notes a compaction, to be published."""
         self._state_of[req_id] = state
         self._counts.np[state] = num_evicted
+        self._is_published = False
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """Drops requests and publishes that; those never compacted may be among them."""
-        states = [self._state_of.pop(req_id) for req_id in req_ids if req_id in self._state_of]
-        if states:
-            self._counts.np[states] = 0
-            self.publish()
+        """Drops requests, to be published; those never compacted may be among them."""
+        for req_id in req_ids:
+            state = self._state_of.pop(req_id, None)
+            if state is not None:
+                self._counts.np[state] = 0
+                self._is_published = False
 
     def publish(self) -> None:
-        """Gives kernels launched from now on the present counts; steps in flight keep theirs."""
-        self._counts.copy_to_uva()
+        """Gives kernels launched from now on the present counts, if they changed. Once a step."""
+        if not self._is_published:
+            self._counts.copy_to_uva()
+            self._is_published = True
 
 
 class CompressedBlockTables:

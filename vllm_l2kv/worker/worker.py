@@ -1,6 +1,7 @@
 """What every worker of ours does, whatever the device: declare layer classes, obey orders."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -35,11 +36,13 @@ class Compactor(Protocol):
 class Runner(Protocol):
     """What changes for vLLM's model runner when a request is compacted."""
 
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Drops requests that finished, were aborted or preempted."""
+    def begin_step(self, gone: Iterable[str], orders: Sequence[CompactionOrder]) -> None:
+        """Updates what the step's kernels will read; called once a step, before vLLM prepares it.
 
-    def apply(self, orders: Sequence[CompactionOrder]) -> None:
-        """Points requests at the blocks of their kept rows; slots trail positions from now on."""
+        Args:
+            gone: Requests that finished, were aborted or preempted; those never compacted may be among them.
+            orders: The step's compactions, of other requests. Slots trail positions from now on.
+        """
 
 
 class CompactionWorker(WorkerBase):
@@ -91,13 +94,12 @@ class CompactionWorker(WorkerBase):
         Device order makes this safe: the previous step has written the sources, and whoever received the freed blocks
         writes after us.
         """
-        self._runner.forget(scheduler_output.finished_req_ids)
-        self._runner.forget(scheduler_output.preempted_req_ids or ())
         orders = orders_of(scheduler_output)
         if orders:
             with self._clock.measure():
                 self._compactor.compact(orders)
-            self._runner.apply(orders)
+        gone = chain(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
+        self._runner.begin_step(gone, orders)
         return self._with_seconds(super().execute_model(scheduler_output))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
