@@ -11,6 +11,7 @@ echo -e "\n\nHalf of the prompt's KV cache is kept:"
 curl --fail-with-body --silent --show-error "$url/v1/completions" -H 'Content-Type: application/json' -d '{
   "prompt": "The keeper of the lighthouse wrote the direction of the wind in her book every evening, and so",
   "max_tokens": 16,
+  "temperature": 0,
   "kv_keep_ratio": 0.5,
   "kv_protect_last": 4
 }'

@@ -24,6 +24,7 @@ answer = client.chat.completions.create(
     model={model},
     messages=[{{"role": "user", "content": "What is a KV cache?"}}],
     max_tokens=64,
+    temperature=0,
     extra_body={{"kv_keep_ratio": 0.5, "kv_protect_last": 16}},
 )
 print(answer.choices[0].message.content, answer.usage)
@@ -40,6 +41,7 @@ def snippet(args: Namespace, model: str) -> str:
         "model": model,
         "messages": [{"role": "user", "content": "What is a KV cache?"}],
         "max_tokens": 64,
+        "temperature": 0,
         "kv_keep_ratio": 0.5,
         "kv_protect_last": 16,
     }
