@@ -112,3 +112,16 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
         assert not [address for address in assets.addresses if re.match(r"(?:https?:)?//", address)], page
     for sheet in (tmp_path / "site").rglob("*.css"):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
+
+
+def test_pages_and_sections_that_comments_name_exist():
+    """In `configs/` and `docker/`, such as `docs/quick_start.md, "On a GPU"`."""
+    named = []
+    for path in (path for folder in ("configs", "docker") for path in (ROOT / folder).rglob("*") if path.is_file()):
+        text = re.sub(r"\n\s*# ?", " ", path.read_text())
+        named += [(path.name, *found) for found in re.findall(r'([\w./]*\w\.md)(?:, "([^"]+)")?', text)]
+    assert len(named) > 5
+    for name, page, section in named:
+        assert (ROOT / page).exists(), f"{name} names {page}"
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text().replace("`", ""), re.MULTILINE)
+        assert not section or section in headings, f"{name} names a section {section!r} that {page} does not have"
