@@ -9,8 +9,9 @@ from typing import Any
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from vllm_l2kv.params import USAGE_KEY
+from vllm_l2kv.prompt_usage import REASON
 
-Numbers = dict[str, int]
+Numbers = dict[str, Any]
 
 
 class UsageBox:
@@ -25,7 +26,7 @@ class UsageBox:
         return self._prompts[-1]
 
     def total(self) -> Numbers | None:
-        """Sum over prompts, or `None` if the engine said nothing.
+        """Sum over prompts, or `None` if the engine said nothing. Reasons follow each other, each of them once.
 
         The choices of a prompt (`n > 1`) share it and keep the same number of its tokens, so it counts once; a choice
         that ended before it was compacted does not hide the others.
@@ -33,7 +34,11 @@ class UsageBox:
         spoken = [
             max(prompt.values(), key=lambda numbers: numbers["evicted_tokens"]) for prompt in self._prompts if prompt
         ]
-        return {key: sum(numbers[key] for numbers in spoken) for key in spoken[0]} if spoken else None
+        if not spoken:
+            return None
+        total: Numbers = {key: sum(numbers[key] for numbers in spoken) for key in spoken[0] if key != REASON}
+        reasons = dict.fromkeys(numbers[REASON] for numbers in spoken if REASON in numbers)
+        return {**total, REASON: " ".join(reasons)} if reasons else total
 
 
 current_box: ContextVar[UsageBox | None] = ContextVar("current_box", default=None)

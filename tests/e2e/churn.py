@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 from http_server import Server, expected_usage
 
+from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
+
 RATIOS = (None, 1.0, 0.9, 0.5, 0.3, 0.1)
 NUM_SHARED_OFFSETS = 6
 """Half of all prompts begin at one of so many places of the text, so they share prefixes; the others begin anywhere."""
@@ -218,18 +220,19 @@ def _check_complete(answer: Answer, may_be_whole: bool) -> None:
     (usage,) = answer.usages
     assert usage["prompt_tokens"] == len(body["prompt"]), answer
     assert usage["completion_tokens"] == body["max_tokens"], answer
-    whole, compacted = _kv_cache(body)
-    assert usage.get("kv_cache") in ([whole, compacted] if may_be_whole else [compacted]), answer
+    assert usage.get("kv_cache") in _kv_cache(body, may_be_whole), answer
 
 
-def _kv_cache(body: dict[str, Any]) -> tuple[dict[str, int] | None, dict[str, int] | None]:
-    """What the answer says if the request was never compacted, and if all went well."""
+def _kv_cache(body: dict[str, Any], may_be_whole: bool) -> list[dict[str, int | str] | None]:
+    """What the answer may say: that all went well, or that there were no blocks before its end."""
     params = {name.removeprefix("kv_"): value for name, value in body.items() if name.startswith("kv_")}
     if not params:
-        return None, None
-    whole = expected_usage(len(body["prompt"]))
+        return [None]
+    num_tokens = len(body["prompt"])
     # The only token comes from the full cache.
-    return whole, whole if body["max_tokens"] == 1 else expected_usage(len(body["prompt"]), **params)
+    expected = expected_usage(num_tokens, one_token=body["max_tokens"] == 1, **params)
+    waiting = [prompt_usage(num_tokens, num_tokens, why) for why in (KeptWhole.NO_BLOCKS, KeptWhole.FIRST_TOKEN)]
+    return [expected, *(waiting if may_be_whole else [])]
 
 
 def check_again(url: str, answers: Sequence[Answer]) -> None:

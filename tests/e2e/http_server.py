@@ -16,6 +16,7 @@ import psutil
 
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
+from vllm_l2kv.prompt_usage import before_compaction, prompt_usage
 
 START_SECONDS = 240
 STOP_SECONDS = 60
@@ -97,10 +98,19 @@ class Server:
         return left
 
 
-def expected_usage(num_prompt_tokens: int, **params: float) -> dict[str, int]:
-    """What `usage.kv_cache` of a compacted request must say; params as those of `CompressionParams`."""
-    kept = num_keep(num_prompt_tokens, CompressionParams(**params))
-    return {"prompt_tokens": num_prompt_tokens, "kept_tokens": kept, "evicted_tokens": num_prompt_tokens - kept}
+def expected_usage(num_prompt_tokens: int, *, one_token: bool = False, **params: float) -> dict[str, int | str]:
+    """What `usage.kv_cache` of an answer must say.
+
+    Args:
+        num_prompt_tokens: The prompt's length.
+        one_token: Whether the answer had no more.
+        params: As those of `CompressionParams`.
+    """
+    asked = CompressionParams(**params)
+    kept = num_keep(num_prompt_tokens, asked)
+    if one_token or kept == num_prompt_tokens:
+        return before_compaction(num_prompt_tokens, asked)
+    return prompt_usage(num_prompt_tokens, kept)
 
 
 def free_port() -> int:

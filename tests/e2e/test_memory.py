@@ -4,6 +4,7 @@ from engine import greedy, keep
 from reference import expected_keep
 
 from vllm_l2kv.plan import num_blocks_for
+from vllm_l2kv.prompt_usage import KeptWhole
 
 
 def test_block_sizes_of_the_two_groups(compressing):
@@ -61,6 +62,7 @@ def test_the_numbers_that_a_client_is_told(compressing, text_ids):
         "prompt_tokens": 333,
         "kept_tokens": 333,
         "evicted_tokens": 0,
+        "reason": KeptWhole.FIRST_TOKEN,
     }
     assert protected.kv_transfer_params["kv_cache"]["kept_tokens"] == 300
     assert nothing.kv_transfer_params is None

@@ -5,6 +5,7 @@ from engine import greedy, keep
 from reference import expected_keep
 
 from vllm_l2kv.plan import num_blocks_for
+from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
 
 
 @pytest.fixture(params=["compressing", "all_layers"])
@@ -136,7 +137,7 @@ def test_a_ratio_that_keeps_one_token(engine, reference, text_ids):
 
 def test_a_prompt_shorter_than_its_protection_keeps_everything(engine, text_ids):
     (output,) = engine.generate([text_ids[:20]], [keep("0.1", 16, 16)])
-    assert output.kv_transfer_params["kv_cache"] == {"prompt_tokens": 20, "kept_tokens": 20, "evicted_tokens": 0}
+    assert output.kv_transfer_params["kv_cache"] == prompt_usage(20, 20, KeptWhole.PROTECTED)
 
 
 @pytest.mark.parametrize("extra_args", [{"kv_keep_ratio": 7}, {"kv_keep_ratio": "0.5"}, {"kv_kep_ratio": 0.5}])

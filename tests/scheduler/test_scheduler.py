@@ -4,6 +4,7 @@ import pytest
 
 from vllm_l2kv.messages import orders_of
 from vllm_l2kv.plan import num_blocks_for
+from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
 
 
 @pytest.fixture(params=[1, 2], ids=["sync", "async"])
@@ -74,8 +75,41 @@ def test_no_compaction_when_no_step_follows(make_harness, depth):
     harness.add("r", 50, max_tokens=1, ratio=0.1)
     harness.run()
     assert not orders(harness)
-    assert harness.usage["r"]["evicted_tokens"] == 0
+    assert harness.usage["r"] == prompt_usage(50, 50, KeptWhole.FIRST_TOKEN)
     check_whole(harness, 100)
+
+
+def test_a_prompt_kept_whole_says_why(make_harness, depth):
+    harness = make_harness(100, depth=depth)
+    harness.add("protected", 50, ratio=0.1, kv_protect_first=10, kv_protect_last=40)
+    harness.add("short", 5, ratio=0.9)
+    harness.add("asked for it", 50, ratio=1.0)
+    harness.add("evicted", 51, ratio=0.1, kv_protect_first=10, kv_protect_last=40)
+    harness.run()
+    assert harness.usage == {
+        "protected": prompt_usage(50, 50, KeptWhole.PROTECTED),
+        "short": prompt_usage(5, 5, KeptWhole.ROUNDED),
+        "asked for it": prompt_usage(50, 50),
+        "evicted": prompt_usage(51, 50),
+    }
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["in time", "too late"])
+def test_a_compaction_that_waits_for_blocks_says_so(make_harness, depth, leaves):
+    harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=256)
+    shared = [1] * 160
+    harness.submit("first", shared, {}, 30)
+    for _ in range(3):
+        harness.step()
+    harness.submit("r", [*shared, 2], {"kv_keep_ratio": 0.9}, 8)
+    held = harness.pool.get_new_blocks(harness.pool.get_num_free_blocks() - 4)
+    harness.compressed.req_to_blocks["somebody else"] = held
+    for _ in range(5 if leaves else 30):
+        harness.step()
+    assert harness.usage["r"] == prompt_usage(161, 161, KeptWhole.NO_BLOCKS)
+    harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("somebody else"))
+    harness.run()
+    assert harness.usage["r"] == (prompt_usage(161, 145) if leaves else prompt_usage(161, 161, KeptWhole.NO_BLOCKS))
 
 
 def test_freed_blocks_of_one_order_are_no_destination_of_another_in_the_same_step(make_harness, depth):

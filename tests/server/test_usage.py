@@ -50,6 +50,17 @@ class TestBox:
     def test_sum_over_prompts(self):
         assert filled_box((10, 5), (4, 3)).total() == numbers(14, 8)
 
+    def test_reasons_follow_each_other_once(self):
+        box = UsageBox()
+        for reason in ("One.", None, "Two.", "One."):
+            box.new_prompt()[0] = {**numbers(10, 10), "reason": reason} if reason else numbers(10, 5)
+        assert box.total() == {**numbers(40, 35), "reason": "One. Two."}
+
+    def test_a_reason_goes_with_the_choice_that_counts(self):
+        box = UsageBox()
+        box.new_prompt().update({0: {**numbers(10, 10), "reason": "One."}, 1: numbers(10, 5)})
+        assert box.total() == numbers(10, 5)
+
     def test_choices_share_a_prompt(self):
         box = UsageBox()
         box.new_prompt().update({0: numbers(10, 10), 1: numbers(10, 5), 2: numbers(10, 5)})

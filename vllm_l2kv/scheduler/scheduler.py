@@ -19,6 +19,7 @@ from vllm_l2kv.metrics import attach_stats
 from vllm_l2kv.params import USAGE_KEY, CompressionParams, ParamError, asks_for_compression
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.policy import num_keep
+from vllm_l2kv.prompt_usage import KeptWhole, before_compaction, prompt_usage
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
     find_prefixes_inside_blocks,
@@ -53,7 +54,7 @@ class L2KVScheduler(AsyncScheduler):
             )
         self._params: dict[str, CompressionParams] = {}  # unfinished requests that are to be compressed
         self._to_compact: dict[str, None] = {}  # of these, begun and not compacted, oldest first
-        self._usage: dict[str, dict[str, int]] = {}  # unfinished requests whose client is told its numbers
+        self._usage: dict[str, dict[str, int | str]] = {}  # unfinished requests whose client is told its numbers
         self._tally = Tally() if self.settings.metrics and self.log_stats else None
         if self._tally is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(
@@ -77,7 +78,7 @@ class L2KVScheduler(AsyncScheduler):
             if params.keep_ratio < 1:
                 self._params[request.request_id] = params
             if params.keep_ratio < 1 or asks_for_compression(extra_args):
-                self._usage[request.request_id] = _usage(request.num_prompt_tokens, request.num_prompt_tokens)
+                self._usage[request.request_id] = before_compaction(request.num_prompt_tokens, params)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -163,6 +164,7 @@ class L2KVScheduler(AsyncScheduler):
         needed = sum(manager.num_destination_blocks(num_slots) for manager in self._compressed)
         in_place = needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
         if in_place and not all(manager.fits_in_place(req_id, num_slots) for manager in self._compressed):
+            self._usage[req_id] = prompt_usage(num_prompt_tokens, num_prompt_tokens, KeptWhole.NO_BLOCKS)
             if self._tally is not None:
                 self._tally.waited(req_id)
             return None
@@ -177,7 +179,7 @@ class L2KVScheduler(AsyncScheduler):
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             stop_prefix_caching(manager, req_id)
         self._to_compact.pop(req_id, None)
-        self._usage[req_id] = _usage(num_prompt_tokens, keep)
+        self._usage[req_id] = prompt_usage(num_prompt_tokens, keep)
         if self._tally is not None:
             self._tally.compacted(req_id, keep, num_evicted, 0 if in_place else needed)
         return CompactionOrder(
@@ -199,10 +201,10 @@ class L2KVScheduler(AsyncScheduler):
         """Notes requests that begin a prefill in this step, for the first time or after a preemption."""
         begun = (new.req_id for new in output.scheduled_new_reqs)
         for req_id in (*begun, *output.scheduled_cached_reqs.resumed_req_ids):
-            if req_id in self._params:
-                num_prompt_tokens = self.requests[req_id].num_prompt_tokens
+            params = self._params.get(req_id)
+            if params is not None:
                 self._to_compact[req_id] = None
-                self._usage[req_id] = _usage(num_prompt_tokens, num_prompt_tokens)
+                self._usage[req_id] = before_compaction(self.requests[req_id].num_prompt_tokens, params)
 
     def _forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
@@ -213,11 +215,3 @@ class L2KVScheduler(AsyncScheduler):
                 self._to_compact.pop(req_id, None)
                 if self._tally is not None:
                     self._tally.forget(req_id)
-
-
-def _usage(num_prompt_tokens: int, num_kept: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "kept_tokens": num_kept,
-        "evicted_tokens": num_prompt_tokens - num_kept,
-    }
