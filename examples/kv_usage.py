@@ -48,7 +48,11 @@ def main() -> None:
                 words.append(chunk.choices[0].delta.content or "")
                 if len(words) == 8:  # the first token comes from the whole cache
                     in_use = kv_cache_in_use()
-        print(f"--- kv_keep_ratio {ratio}: {in_use:.2%} of the KV cache in use, {usage.model_extra['kv_cache']}")
+        numbers = usage.model_extra["kv_cache"]
+        reason = numbers.pop("reason", None)  # why nothing was evicted although the ratio is below 1
+        print(f"--- kv_keep_ratio {ratio}: {in_use:.2%} of the KV cache in use, {numbers}")
+        if reason:
+            print(f"Kept whole: {reason}")
         print("".join(words))
 
 

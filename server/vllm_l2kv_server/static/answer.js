@@ -20,7 +20,7 @@ export class Answer {
   /** Empties the column. Everything in it is set as text: a model's answer is never read as HTML. */
   reset(title) {
     this.#part("h2").textContent = title;
-    for (const name of [".state", ".error", ".reasoning", ".text", ".caption"]) this.#part(name).textContent = "";
+    for (const name of [".state", ".error", ".reasoning", ".text", ".caption", ".reason"]) this.#part(name).textContent = "";
     for (const figure of Object.values(this.figures)) figure.textContent = "–";
     this.#hideMemory(true);
   }
@@ -79,6 +79,7 @@ export class Answer {
     this.figures.kept.textContent = NUMBER.format(numbers.kept_tokens);
     this.figures.evicted.textContent = NUMBER.format(numbers.evicted_tokens);
     this.#part(".caption").textContent = caption;
+    this.#part(".reason").textContent = numbers.reason ? `Kept whole: ${numbers.reason}` : "";
     this.#part(".bar .uncompressed").style.width = `${100 * uncompressed}%`;
     this.#part(".bar .compressed").style.width = `${100 * compressed}%`;
     bar.setAttribute("aria-label", caption);

@@ -1,0 +1,75 @@
+"""One column of the playground in node, with a page that is none and a stream that is made up."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_l2kv_server.playground import INDEX, STATIC
+
+from vllm_l2kv.prompt_usage import KeptWhole
+
+PAGE = """
+import { Answer } from "./answer.js";
+
+const parts = {};
+const part = (name) => (parts[name] ??= { textContent: "", style: {}, append(text) { this.textContent += text; },
+                                          setAttribute() {} });
+const figures = ["prompt", "kept", "evicted", "generated", "first", "speed"].map((figure) =>
+  Object.assign(part(figure), { dataset: { figure } }));
+const root = { querySelectorAll: () => figures, querySelector: part, setAttribute() {} };
+const chunks = JSON.parse(process.argv[2]);
+const stream = chunks.map((chunk) => `data: ${JSON.stringify(chunk)}\\n\\n`).join("") + "data: [DONE]\\n\\n";
+globalThis.fetch = async () => new Response(stream);
+const answer = new Answer(root);
+answer.reset("Answer A");
+await answer.run({}, "", { aborted: false }, [{ layers: ["a"], compressed: true }]);
+console.log(JSON.stringify(Object.fromEntries(Object.entries(parts).map(([name, { textContent }]) => [name, textContent]))));
+"""
+
+pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+
+
+def shown(tmp_path: Path, *numbers: dict[str, Any]) -> dict[str, str]:
+    """Texts of the column's parts, after a stream with one chunk for each `usage.kv_cache`."""
+    for script in STATIC.glob("*.js"):
+        shutil.copy(script, tmp_path)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "page.js").write_text(PAGE)
+    chunks = [
+        {
+            "choices": [{"delta": {"content": "word "}, "finish_reason": None}],
+            "usage": {"prompt_tokens": 40, "completion_tokens": place, "kv_cache": kv_cache},
+        }
+        for place, kv_cache in enumerate(numbers, start=1)
+    ]
+    command = [shutil.which("node"), "page.js", json.dumps(chunks)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+WHOLE = {"prompt_tokens": 40, "kept_tokens": 40, "evicted_tokens": 0}
+HALF = {"prompt_tokens": 40, "kept_tokens": 20, "evicted_tokens": 20}
+
+
+def test_a_prompt_that_is_kept_whole_says_why(tmp_path):
+    parts = shown(tmp_path, {**WHOLE, "reason": KeptWhole.PROTECTED.value})
+    assert parts[".reason"] == f"Kept whole: {KeptWhole.PROTECTED}"
+    assert (parts["kept"], parts["evicted"]) == ("40", "0")
+
+
+def test_the_reason_goes_once_the_prompt_is_compressed(tmp_path):
+    """A prompt that waits for its first token has a reason until then."""
+    parts = shown(tmp_path, {**WHOLE, "reason": KeptWhole.FIRST_TOKEN.value}, HALF)
+    assert (parts[".reason"], parts["evicted"]) == ("", "20")
+
+
+def test_without_a_reason_nothing_is_said(tmp_path):
+    assert shown(tmp_path, WHOLE)[".reason"] == ""
+
+
+def test_the_page_has_a_place_for_it():
+    assert '<p class="reason" role="status"></p>' in INDEX.read_text()
