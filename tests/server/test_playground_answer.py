@@ -26,7 +26,8 @@ globalThis.fetch = async () => new Response(stream);
 const answer = new Answer(root);
 answer.reset("Answer A");
 await answer.run({}, "", { aborted: false }, [{ layers: ["a"], compressed: true }]);
-console.log(JSON.stringify(Object.fromEntries(Object.entries(parts).map(([name, { textContent }]) => [name, textContent]))));
+const texts = Object.entries(parts).map(([name, { textContent }]) => [name, textContent]);
+console.log(JSON.stringify(Object.fromEntries(texts)));
 """
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
