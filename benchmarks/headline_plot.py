@@ -15,7 +15,7 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from vllm_l2kv.evaluation.report import estimates, read_rows, with_excess_loss  # noqa: E402
 from vllm_l2kv.evaluation.statistics import Estimate  # noqa: E402
-from vllm_l2kv.params import PROTECT_FIRST, PROTECT_LAST  # noqa: E402
+from vllm_l2kv.params import CompressionParams  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MEMORY = ROOT / "benchmarks" / "speed" / "results" / "h100_memory_bound.jsonl"
@@ -69,7 +69,7 @@ def draw_quality(axes: Axes, task: str, metric: str) -> None:
 
 def is_of(entry: Row, scorer: str) -> bool:
     """Whether a variant is the scorer as a server applies it unless told otherwise."""
-    protected = (entry["protect_first"], entry["protect_last"]) == (PROTECT_FIRST, PROTECT_LAST)
+    protected = all(entry[name] == getattr(CompressionParams, name) for name in ("protect_first", "protect_last"))
     return protected and (entry["scorer"], entry["granularity"]) == (scorer, "token")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
-from vllm_l2kv.params import PROTECT_FIRST, PROTECT_LAST, CompressionParams, FieldValue, ParamError
+from vllm_l2kv.params import CompressionParams, FieldValue, ParamError
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 
 __version__ = version("vllm-l2kv")
@@ -50,13 +50,13 @@ def compression(
 
 
 def engine_args(
-    full_layers: Iterable[int] = (0, 1),
-    default_keep_ratio: float = 1.0,
-    protect_first: int = PROTECT_FIRST,
-    protect_last: int = PROTECT_LAST,
-    scorer: str = "l2",
-    granularity: str = "token",
-    metrics: bool = False,
+    full_layers: Iterable[int] = Settings.full_layers,
+    default_keep_ratio: float = CompressionParams.keep_ratio,
+    protect_first: int = CompressionParams.protect_first,
+    protect_last: int = CompressionParams.protect_last,
+    scorer: str = CompressionParams.scorer,
+    granularity: str = CompressionParams.granularity,
+    metrics: bool = Settings.metrics,
     additional_config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Arguments that make vLLM compress: `LLM(model, **engine_args(full_layers=(0, 1)))`.

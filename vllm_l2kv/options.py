@@ -11,9 +11,13 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from vllm_l2kv.params import ParamError, check_count, check_keep_ratio
+from vllm_l2kv.params import CompressionParams, ParamError, check_count, check_keep_ratio
+from vllm_l2kv.settings import Settings
 
 T = TypeVar("T")
+DEFAULT_LAYERS = ",".join(map(str, Settings.full_layers))
+DEFAULT_PROTECTION = f"{CompressionParams.protect_first}:{CompressionParams.protect_last}"
+"""Of an engine, as one would type them: for parsers whose help shows their defaults."""
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -23,8 +23,6 @@ SCORERS = ("l2", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", *CONTROLS
 """What may decide which tokens stay: the modules of `vllm_l2kv.scorers`."""
 GRANULARITIES = ("token", "block")
 """What is kept or evicted as one, see `vllm_l2kv.granularity`."""
-PROTECT_FIRST, PROTECT_LAST = 4, 64
-"""What an engine protects unless its operator or a request says otherwise; docs/quality.md says why."""
 TOKENS_PER_BLOCK = 16
 """Of the granularity `block`: the page of PagedEviction, arXiv 2509.04377, whatever the size of the cache's blocks."""
 MAX_TOKENS = 2**31 - 1
@@ -99,6 +97,9 @@ FIELD_NAMES = tuple(field.name for field in FIELDS)
 class CompressionParams:
     """How much of a request's prompt stays in the KV cache of compressed layers.
 
+    The defaults here are those of every entrance: an engine, a server, `eval` and `plan` read them from this class.
+    docs/quality.md says how they were chosen. The rule of the paper protects nothing, see configs/paper.yaml.
+
     Attributes:
         keep_ratio: Share of the prompt's tokens kept, in (0, 1].
         protect_first: Prompt tokens at the start that are always kept.
@@ -111,8 +112,8 @@ class CompressionParams:
     """
 
     keep_ratio: float = 1.0
-    protect_first: int = 0
-    protect_last: int = 0
+    protect_first: int = 4
+    protect_last: int = 64
     scorer: str = "l2"
     granularity: str = "token"
 

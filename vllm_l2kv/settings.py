@@ -19,7 +19,7 @@ class Settings:
 
     Attributes:
         full_layers: Indices of layers that never compact; the paper's skipped layers are 0 and 1.
-        defaults: Params of a request that says nothing.
+        defaults: Params of a request that says nothing; `CompressionParams()` holds what applies by itself.
         metrics: Whether the engine tells its front end about compactions, which must then be one of ours.
 
     Raises:
@@ -52,8 +52,8 @@ class Settings:
         """
         section = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         section = dict(section or {})
-        layers: Iterable[int] = section.pop("full_layers", (0, 1))
-        metrics = section.pop("metrics", False)
+        layers: Iterable[int] = section.pop("full_layers", cls.full_layers)
+        metrics = section.pop("metrics", cls.metrics)
         known = ["full_layers", "metrics", *CompressionParams().as_fields()]
         for key in section:
             if key not in known:

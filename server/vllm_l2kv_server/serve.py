@@ -10,15 +10,9 @@ from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 from vllm_l2kv import engine_args
-from vllm_l2kv.options import count, layers, positive, ratio
-from vllm_l2kv.params import (
-    GRANULARITIES,
-    PROTECT_FIRST,
-    PROTECT_LAST,
-    SCORERS,
-    TOKENS_PER_BLOCK,
-)
-from vllm_l2kv.settings import CONFIG_KEY
+from vllm_l2kv.options import DEFAULT_LAYERS, count, layers, positive, ratio
+from vllm_l2kv.params import GRANULARITIES, SCORERS, TOKENS_PER_BLOCK
+from vllm_l2kv.settings import CONFIG_KEY, Settings
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 from vllm_l2kv_server.config_keys import keys_of
 
@@ -106,50 +100,53 @@ def load_routes() -> None:
 
 def own_options() -> argparse.ArgumentParser:
     """The options that vLLM does not have."""
+    settings = Settings()
+    defaults = settings.defaults
     parser = argparse.ArgumentParser(prog=PROG, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("KV-cache compression")
     group.add_argument(
         "--kv-full-layers",
         type=layers,
-        default=(0, 1),
+        default=settings.full_layers,
         metavar="I,J,...",
-        help="layers that never compact; the paper's are 0,1, the default; an empty string means none",
+        help=f"layers that never compact; an empty string means none (default: {DEFAULT_LAYERS}, the paper's)",
     )
     group.add_argument(
         "--kv-default-keep-ratio",
         type=ratio,
-        default=1.0,
+        default=defaults.keep_ratio,
         metavar="R",
-        help="keep ratio of a request that names none, 0 < R <= 1 (default: 1.0, keep everything)",
+        help=f"keep ratio of a request that names none, 0 < R <= 1 (default: {defaults.keep_ratio}; 1 keeps all)",
     )
     group.add_argument(
         "--kv-protect-first",
         type=count,
-        default=PROTECT_FIRST,
+        default=defaults.protect_first,
         metavar="N",
         help="tokens at the start of every prompt that are always kept, unless a request says otherwise "
-        f"(default: {PROTECT_FIRST})",
+        f"(default: {defaults.protect_first})",
     )
     group.add_argument(
         "--kv-protect-last",
         type=count,
-        default=PROTECT_LAST,
+        default=defaults.protect_last,
         metavar="N",
         help="tokens at the end of every prompt that are always kept, unless a request says otherwise "
-        f"(default: {PROTECT_LAST})",
+        f"(default: {defaults.protect_last})",
     )
     group.add_argument(
         "--kv-scorer",
         choices=SCORERS,
-        default="l2",
-        help="what decides which of the other tokens are kept, unless a request says otherwise (default: l2)",
+        default=defaults.scorer,
+        help="what decides which of the other tokens are kept, unless a request says otherwise "
+        f"(default: {defaults.scorer})",
     )
     group.add_argument(
         "--kv-granularity",
         choices=GRANULARITIES,
-        default="token",
+        default=defaults.granularity,
         help="what is kept or evicted as one, unless a request says otherwise: a token of a head, or "
-        f"{TOKENS_PER_BLOCK} tokens in a row of all heads of a layer (default: token)",
+        f"{TOKENS_PER_BLOCK} tokens in a row of all heads of a layer (default: {defaults.granularity})",
     )
     group = parser.add_argument_group("Requests")
     group.add_argument(

@@ -104,9 +104,9 @@ def expected_usage(num_prompt_tokens: int, *, one_token: bool = False, **params:
     Args:
         num_prompt_tokens: The prompt's length.
         one_token: Whether the answer had no more.
-        params: As those of `CompressionParams`.
+        params: As those of `CompressionParams`; nothing is protected by default, as in `Server`.
     """
-    asked = CompressionParams(**params)
+    asked = CompressionParams(**{"protect_first": 0, "protect_last": 0, **params})
     kept = num_keep(num_prompt_tokens, asked)
     if one_token or kept == num_prompt_tokens:
         return before_compaction(num_prompt_tokens, asked)

@@ -10,12 +10,12 @@ import pytest
 from chromium import Page, find_chromium
 from http_server import KEY, Server, expected_usage
 
-from vllm_l2kv.params import FIELDS, PROTECT_FIRST, PROTECT_LAST
+from vllm_l2kv.params import FIELDS, CompressionParams
 
 PREFIX = "/llm"
 TEXT = " ".join(f"On day {day} the keeper of the lighthouse saw {day * 7 % 11} ships." for day in range(40))
 QUESTION = "How many ships did the keeper see on day 3?"
-PROTECTED = {"protect_first": PROTECT_FIRST, "protect_last": PROTECT_LAST}
+PROTECTED = {name: getattr(CompressionParams, name) for name in ("protect_first", "protect_last")}
 COLUMNS = (0, 1)
 ENDED = "document.querySelector('#stop').disabled"
 BROWSER = find_chromium()
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium, such as
 def server(demo_model, tmp_path_factory):
     words = ["--max-model-len", "4096", "--enforce-eager", "--dtype", "float32", "--root-path", PREFIX]
     # What a server protects without options; `Server` has others.
-    words += ["--kv-protect-first", str(PROTECT_FIRST), "--kv-protect-last", str(PROTECT_LAST)]
+    words += [f"--kv-{name.replace('_', '-')}={value}" for name, value in PROTECTED.items()]
     with Server(tmp_path_factory.mktemp("playground") / "server.log", *words, "--api-key", KEY) as server:
         yield server
 

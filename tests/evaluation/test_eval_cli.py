@@ -97,7 +97,7 @@ def test_defaults(task):
     options = cli._eval_parser().parse_args([task, "model"])
     assert (options.model, options.out) == ("model", Path("eval") / task)
     assert (options.full_layers, options.ratios) == ((0, 1), [0.75, 0.5, 0.25, 0.1])
-    assert (options.scorers, options.granularities, options.protect) == (["l2"], ["token"], [(0, 0)])
+    assert (options.scorers, options.granularities, options.protect) == (["l2"], ["token"], [(4, 64)])
     assert (options.lengths, options.samples, options.seed, options.max_model_len) == ([1024], 10, 0, None)
     own = {
         "perplexity": {"text": "moby_dick", "continued": 128},

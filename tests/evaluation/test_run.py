@@ -14,10 +14,11 @@ from vllm_l2kv.evaluation.cases import Case
 from vllm_l2kv.evaluation.run import Engine
 from vllm_l2kv.evaluation.tasks import perplexity
 from vllm_l2kv.evaluation.texts import encode, read_text
+from vllm_l2kv.evaluation.variants import BASELINE
 from vllm_l2kv.params import CompressionParams
 
 FULL_LAYERS = (0, 1)
-VARIANTS = [CompressionParams(1.0), CompressionParams(0.5), CompressionParams(0.25, protect_first=4, protect_last=16)]
+VARIANTS = [BASELINE, CompressionParams(0.5, 0, 0), CompressionParams(0.25, protect_first=4, protect_last=16)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from vllm_l2kv.evaluation.cases import Answer
 from vllm_l2kv.evaluation.tasks import needle, passkey, perplexity, ruler
 from vllm_l2kv.evaluation.texts import SAMPLES, encode, largest, read_text
 from vllm_l2kv.evaluation.variants import BASELINE, CONTROLS, variants
-from vllm_l2kv.params import CompressionParams
 
 ESSAYS = read_text("state_of_the_union")
 LENGTH = 1024
@@ -269,7 +268,8 @@ class TestRuler:
 class TestVariants:
     def test_controls_are_there_once_token_by_token(self):
         found = variants(["l2", "random"], [0.5, 0.25], [(0, 0), (4, 64)], ["token", "block"])
-        assert found[0] == BASELINE == CompressionParams(1.0)
+        assert found[0] == BASELINE
+        assert BASELINE.keep_ratio == 1
         assert len(set(found)) == len(found) == 1 + 2 * 2 * (2 * 2 + 2)
         # Random blocks were asked for.
         for control in CONTROLS:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from http_server import expected_usage
 
-from vllm_l2kv.params import FIELD_NAMES, PROTECT_FIRST, PROTECT_LAST, CompressionParams
+from vllm_l2kv.params import FIELD_NAMES, CompressionParams
 from vllm_l2kv.policy import num_keep
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -96,8 +96,7 @@ def test_the_request_that_the_server_prints_is_compressed(server):
     (found,) = printed_usage(run([*shlex.split(line), "--silent"]))
     body = json.loads(shlex.split(line)[-1])
     # With the protection of a server that was told nothing.
-    params = CompressionParams().override({"kv_protect_first": PROTECT_FIRST, "kv_protect_last": PROTECT_LAST})
-    asked = params.override({name: value for name, value in body.items() if name in FIELD_NAMES})
+    asked = CompressionParams().override({name: value for name, value in body.items() if name in FIELD_NAMES})
     assert num_keep(found["prompt_tokens"], asked) < 0.6 * found["prompt_tokens"]
     assert found["evicted_tokens"] > 0
 

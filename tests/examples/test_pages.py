@@ -13,11 +13,11 @@ import pytest
 from prometheus_client import REGISTRY
 from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics
 
-from vllm_l2kv.params import FIELDS, PROTECT_FIRST, PROTECT_LAST, SCORERS, CompressionParams, ParamError
+from vllm_l2kv.params import FIELDS, SCORERS, CompressionParams, ParamError
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-DEFAULTS = CompressionParams(protect_first=PROTECT_FIRST, protect_last=PROTECT_LAST).as_fields()
+DEFAULTS = CompressionParams().as_fields()
 
 
 def rows(page: str, head: str) -> list[list[str]]:

@@ -243,14 +243,14 @@ def test_info(app):
             {
                 "name": "kv_protect_first",
                 "type": "integer",
-                "default": 0,
+                "default": 4,
                 "bounds": "0 <= kv_protect_first <= 2147483647",
                 "description": "Tokens at the start of the prompt that are always kept.",
             },
             {
                 "name": "kv_protect_last",
                 "type": "integer",
-                "default": 0,
+                "default": 64,
                 "bounds": "0 <= kv_protect_last <= 2147483647",
                 "description": "Tokens at the end of the prompt that are always kept.",
             },

@@ -12,7 +12,7 @@ from vllm_l2kv.policy import num_keep
 @given(n=st.integers(1, 200_000), hundredths=st.integers(1, 100))
 def test_ceiling_of_the_ratio_as_it_is_written(n, hundredths):
     """Floats such as 0.07 * 100 == 7.000000000000001 must not keep one token too many."""
-    assert num_keep(n, CompressionParams(hundredths / 100)) == math.ceil(Fraction(hundredths, 100) * n)
+    assert num_keep(n, CompressionParams(hundredths / 100, 0, 0)) == math.ceil(Fraction(hundredths, 100) * n)
 
 
 @given(
@@ -32,9 +32,9 @@ def test_bounds(n, ratio, first, last):
 @pytest.mark.parametrize(
     ("n", "params", "expected"),
     [
-        (13, CompressionParams(0.6), 8),  # the notebook of the authors' code: 13 tokens, keep 0.6
-        (100, CompressionParams(1 - 0.9), 10),  # int(100 * (1 - 0.9)) == 9
-        (1, CompressionParams(1e-9), 1),
+        (13, CompressionParams(0.6, 0, 0), 8),  # the notebook of the authors' code: 13 tokens, keep 0.6
+        (100, CompressionParams(1 - 0.9, 0, 0), 10),  # int(100 * (1 - 0.9)) == 9
+        (1, CompressionParams(1e-9, 0, 0), 1),
         (10, CompressionParams(0.1, 3, 3), 6),
         (10, CompressionParams(0.9, 3, 3), 9),
         (5, CompressionParams(0.1, 3, 3), 5),

@@ -17,11 +17,11 @@ def test_numbers():
     [
         (10, CompressionParams(), None),
         (10, CompressionParams(protect_first=99), None),
-        (10, CompressionParams(keep_ratio=0.5), KeptWhole.FIRST_TOKEN),
+        (10, CompressionParams(0.5, 0, 0), KeptWhole.FIRST_TOKEN),
         (68, CompressionParams(keep_ratio=0.5, protect_first=4, protect_last=64), KeptWhole.PROTECTED),
         (69, CompressionParams(keep_ratio=0.5, protect_first=4, protect_last=64), KeptWhole.FIRST_TOKEN),
-        (5, CompressionParams(keep_ratio=0.9), KeptWhole.ROUNDED),
-        (1, CompressionParams(keep_ratio=0.01), KeptWhole.ROUNDED),
+        (5, CompressionParams(0.9, 0, 0), KeptWhole.ROUNDED),
+        (1, CompressionParams(0.01, 0, 0), KeptWhole.ROUNDED),
     ],
 )
 def test_the_reason(num_prompt_tokens, params, reason):

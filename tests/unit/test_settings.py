@@ -13,11 +13,6 @@ def test_settings_survive_the_trip_through_additional_config():
     assert settings.full_layers == (0, 3)
 
 
-@pytest.mark.parametrize("config", [None, {}, {"other": {}}, {CONFIG_KEY: {}}, {CONFIG_KEY: None}])
-def test_defaults_are_those_of_the_paper(config):
-    assert Settings.from_config(config) == Settings((0, 1), CompressionParams(1.0, 0, 0))
-
-
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -82,7 +82,9 @@ def attention_loss(
         Losses by norm and ideal ones, `[R, H]` in [0, 1].
     """
     n = norms.shape[-1]
-    num_dropped = [n - num_keep(n, CompressionParams(keep_ratio=ratio)) for ratio in keep_ratios]
+    # Unprotected, as in the paper: the question is what norms alone would evict.
+    params = [CompressionParams(ratio, protect_first=0, protect_last=0) for ratio in keep_ratios]
+    num_dropped = [n - num_keep(n, each) for each in params]
     total = attention.sum(dim=(1, 2))
 
     def shares(dropped: torch.Tensor) -> torch.Tensor:

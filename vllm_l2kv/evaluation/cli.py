@@ -9,7 +9,20 @@ from typing import Any
 
 from vllm_l2kv.evaluation.cases import Case
 from vllm_l2kv.evaluation.texts import SAMPLES, read_text
-from vllm_l2kv.options import OneLineParser, count, layers, list_of, listed, one_of, positive, protection, ratio, real
+from vllm_l2kv.options import (
+    DEFAULT_LAYERS,
+    DEFAULT_PROTECTION,
+    OneLineParser,
+    count,
+    layers,
+    list_of,
+    listed,
+    one_of,
+    positive,
+    protection,
+    ratio,
+    real,
+)
 from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
 
 ROWS = "rows.jsonl"
@@ -164,7 +177,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         add(
             "--full-layers",
             type=layers,
-            default="0,1",
+            default=DEFAULT_LAYERS,
             metavar="I,J",
             help="layers that never compact",
         )
@@ -172,21 +185,21 @@ def _eval_parser() -> argparse.ArgumentParser:
         add(
             "--scorers",
             type=list_of(one_of(SCORERS)),
-            default="l2",
+            default=CompressionParams.scorer,
             metavar="S,S",
             help=f"of {listed(SCORERS)}; the controls come by themselves",
         )
         add(
             "--granularities",
             type=list_of(one_of(GRANULARITIES)),
-            default="token",
+            default=CompressionParams.granularity,
             metavar="G,G",
             help=f"of {listed(GRANULARITIES)}",
         )
         add(
             "--protect",
             type=list_of(protection),
-            default="0:0",
+            default=DEFAULT_PROTECTION,
             metavar="FIRST:LAST",
             help="protected tokens, pairs with commas between them",
         )

@@ -5,15 +5,16 @@ from itertools import product
 
 from vllm_l2kv.params import CONTROLS, CompressionParams
 
-BASELINE = CompressionParams()
-"""No compression."""
+BASELINE = CompressionParams(keep_ratio=1.0, protect_first=0, protect_last=0)
+"""No compression. Its protection changes nothing; rows name the baseline by these values."""
+DEFAULTS = CompressionParams()
 
 
 def variants(
     scorers: Iterable[str],
     ratios: Iterable[float],
-    protections: Iterable[tuple[int, int]] = ((0, 0),),
-    granularities: Sequence[str] = ("token",),
+    protections: Iterable[tuple[int, int]] = ((DEFAULTS.protect_first, DEFAULTS.protect_last),),
+    granularities: Sequence[str] = (DEFAULTS.granularity,),
 ) -> list[CompressionParams]:
     """Every combination, behind the baseline; controls are added and measured token by token.
 

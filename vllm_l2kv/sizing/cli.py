@@ -7,8 +7,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
-from vllm_l2kv.options import OneLineParser, layers, list_of, positive, protection, ratio, real
-from vllm_l2kv.params import PROTECT_FIRST, PROTECT_LAST
+from vllm_l2kv.options import (
+    DEFAULT_LAYERS,
+    DEFAULT_PROTECTION,
+    OneLineParser,
+    layers,
+    list_of,
+    positive,
+    protection,
+    ratio,
+    real,
+)
 
 UTILIZATION = 0.92
 """vLLM's default of `--gpu-memory-utilization`."""
@@ -86,14 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="as vLLM's")
     add("--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="as vLLM's")
     add("--max-num-batched-tokens", type=positive, default=BATCH_TOKENS, metavar="N", help="as vLLM's")
-    add("--full-layers", type=layers, default="0,1", metavar="I,J", help="layers that never compact")
-    add(
-        "--protect",
-        type=protection,
-        default=f"{PROTECT_FIRST}:{PROTECT_LAST}",
-        metavar="FIRST:LAST",
-        help="protected tokens",
-    )
+    add("--full-layers", type=layers, default=DEFAULT_LAYERS, metavar="I,J", help="layers that never compact")
+    add("--protect", type=protection, default=DEFAULT_PROTECTION, metavar="FIRST:LAST", help="protected tokens")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="block sizes differ")
     add("--json", action="store_true", help="print JSON, not a table")
     return parser

@@ -1,0 +1,147 @@
+"""What an engine does that was told nothing: the same, whichever way it was started or measured."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from vllm_l2kv_server.app import _describe
+from vllm_l2kv_server.serve import make_parser, parse
+
+import vllm_l2kv
+from vllm_l2kv.bench.client import body_of
+from vllm_l2kv.evaluation.cli import _eval_parser
+from vllm_l2kv.evaluation.diagnose import Recommendation, config_text
+from vllm_l2kv.evaluation.variants import variants
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.settings import CONFIG_KEY, Settings
+from vllm_l2kv.sizing.cli import _parser as plan_parser
+
+ROOT = Path(__file__).parents[2]
+EXPECTED = {
+    "full_layers": (0, 1),
+    "kv_keep_ratio": 1.0,
+    "kv_protect_first": 4,
+    "kv_protect_last": 64,
+    "kv_scorer": "l2",
+    "kv_granularity": "token",
+}
+
+
+def of(settings: Settings) -> dict[str, Any]:
+    return {"full_layers": settings.full_layers, **settings.defaults.as_fields()}
+
+
+def served(*words: str) -> dict[str, Any]:
+    return of(Settings.from_config(parse(make_parser(), ["m", *words]).additional_config))
+
+
+def file_of(folder: Path, text: str) -> str:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_dataclasses():
+    assert of(Settings()) == EXPECTED
+    assert of(Settings(defaults=CompressionParams())) == EXPECTED
+
+
+@pytest.mark.parametrize("config", [None, {}, {"other": {}}, {CONFIG_KEY: {}}, {CONFIG_KEY: None}])
+def test_additional_config_without_a_word(config):
+    assert of(Settings.from_config(config)) == EXPECTED
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_additional_config_with_one_word(name):
+    """What is not given keeps its default, whatever else is given."""
+    other = {"full_layers": (3,), "kv_keep_ratio": 0.5, "kv_scorer": "keydiff", "kv_granularity": "block"}
+    value = other.get(name, 7)
+    assert of(Settings.from_config({CONFIG_KEY: {name: value}})) == {**EXPECTED, name: value}
+
+
+def test_engine_args():
+    assert of(Settings.from_config(vllm_l2kv.engine_args()["additional_config"])) == EXPECTED
+
+
+def test_compression_names_only_what_it_is_given():
+    assert vllm_l2kv.compression(keep_ratio=0.5) == {"kv_keep_ratio": 0.5}
+
+
+def test_serve(tmp_path):
+    assert served() == EXPECTED
+    assert served("--config", file_of(tmp_path, "")) == EXPECTED
+    assert served("--config", file_of(tmp_path, "port: 8123\n")) == EXPECTED
+    assert served("--kv-default-keep-ratio", "0.5") == {**EXPECTED, "kv_keep_ratio": 0.5}
+
+
+def test_help_of_serve():
+    text = make_parser().format_help()
+    for option, default in {"--kv-protect-first": 4, "--kv-protect-last": 64, "--kv-scorer": "l2"}.items():
+        described = text.partition(f"  {option}")[2].partition("\n  --")[0]
+        assert f"(default: {default})" in " ".join(described.split())
+
+
+def test_the_paper_stays_available():
+    """Nothing protected; the rest is as everywhere."""
+    expected = {**EXPECTED, "kv_protect_first": 0, "kv_protect_last": 0}
+    assert served("--config", str(ROOT / "configs" / "paper.yaml")) == expected
+
+
+def test_plain_vllm_serve_as_the_docs_say():
+    text = (ROOT / "docs" / "quick_start.md").read_text()
+    (words,) = re.findall(r"--additional-config ('.*?')$", text, re.MULTILINE)
+    assert of(Settings.from_config(json.loads(shlex.split(words)[0]))) == EXPECTED
+
+
+def test_the_helm_chart():
+    values = yaml.safe_load((ROOT / "docker" / "kubernetes" / "production-stack-values.yaml").read_text())
+    words = values["servingEngineSpec"]["modelSpec"][0]["vllmConfig"]["extraArgs"]
+    config = json.loads(words[words.index("--additional-config") + 1])
+    assert of(Settings.from_config(config)) == EXPECTED
+    assert not {"kv_protect_first", "kv_protect_last"} & config[CONFIG_KEY].keys(), "the default need not be spelled"
+
+
+def test_the_server_describes_what_it_does():
+    described = _describe(["m"], Settings.from_config({CONFIG_KEY: {}}), [])
+    fields = {field.name: field.default for field in described.fields}
+    assert {"full_layers": tuple(described.full_layers), **fields} == EXPECTED
+
+
+@pytest.mark.parametrize("task", ["perplexity", "passkey", "needle", "ruler"])
+def test_eval(task):
+    """It measures what a server does that was told nothing but the ratio."""
+    options = _eval_parser().parse_args([task, "m", "--ratios", "0.5"])
+    assert options.full_layers == EXPECTED["full_layers"]
+    (measured,) = {
+        variant
+        for variant in variants(options.scorers, options.ratios, options.protect, options.granularities)
+        if variant.scorer == EXPECTED["kv_scorer"] and variant.keep_ratio < 1
+    }
+    assert {"full_layers": options.full_layers, **measured.as_fields()} == {**EXPECTED, "kv_keep_ratio": 0.5}
+
+
+def test_variants_named_by_nothing_but_scorers_and_ratios():
+    assert Settings().defaults.override({"kv_keep_ratio": 0.5}) in variants(["l2"], [0.5])
+
+
+def test_diagnose(tmp_path):
+    """What it recommends says nothing of protection, so the file is served with the default."""
+    recommended = config_text(Recommendation((2,), 0.5, ()), "m")
+    found = served("--config", file_of(tmp_path, recommended))
+    assert found == {**EXPECTED, "full_layers": (2,), "kv_keep_ratio": 0.5}
+
+
+def test_plan():
+    options = plan_parser().parse_args(["m", "--context", "100", "--output", "10"])
+    assert options.full_layers == EXPECTED["full_layers"]
+    assert options.protect == (EXPECTED["kv_protect_first"], EXPECTED["kv_protect_last"])
+
+
+def test_bench():
+    """It asks for a ratio, and leaves all else to the server."""
+    body = body_of("m", [1], 4, {"kv_keep_ratio": 0.5})
+    assert [name for name in body if name.startswith("kv_")] == ["kv_keep_ratio"]
