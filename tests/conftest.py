@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parent / "e2e"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--demo-model", type=Path, help="folder of the demo model, instead of fetching it")
     parser.addoption("--soak-requests", type=int, default=140, help="requests of each test in tests/e2e/test_churn.py")
+    parser.addoption("--rows", type=Path, help="folder to which tests/gpu/test_two_gpus.py adds rows of what it found")
     parser.addoption("--playground-picture", type=Path, help="where tests/e2e/test_playground.py draws its page")
 
 

@@ -15,7 +15,9 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
+from widened import TOKENIZER_FILES
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 49152,  # of the demo model's tokenizer
@@ -50,6 +52,12 @@ def qwen3(**changes: Any) -> PretrainedConfig:
     return Qwen3Config(**{**SHAPE, **changes})
 
 
+def qwen3_moe(**changes: Any) -> PretrainedConfig:
+    """Every layer with experts, two of four for each token."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return Qwen3MoeConfig(**{**SHAPE, **experts, **changes})
+
+
 def gemma3(num_blocks: int = 2, **changes: Any) -> PretrainedConfig:
     """Two sliding-window layers before each full-attention one, each kind with a RoPE of its own."""
     types = ["sliding_attention", "sliding_attention", "full_attention"] * num_blocks
@@ -69,7 +77,7 @@ def write(folder: Path, config: PretrainedConfig, tokenizer: Path) -> Path:
 
     Args:
         folder: Where to.
-        config: Of the model.
+        config: Of the model; weights are made in fp32 and saved in its `dtype`, if it names one.
         tokenizer: Folder to copy the tokenizer's files from.
 
     Returns:
@@ -83,9 +91,10 @@ def write(folder: Path, config: PretrainedConfig, tokenizer: Path) -> Path:
             # one length, and the choice of tokens a matter of rounding.
             if parameter.dim() == 1:
                 parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
-    model.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tokenizer / file, folder)
+    model.to(config.dtype or torch.float32).save_pretrained(folder)
+    for file in TOKENIZER_FILES:
+        if (tokenizer / file).exists():
+            shutil.copy(tokenizer / file, folder)
     return folder
 
 

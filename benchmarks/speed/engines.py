@@ -40,8 +40,10 @@ def start(engine: str, model: str, in_process: bool, **arguments: Any) -> tuple[
         skip_tokenizer_init=True,
         **{"dtype": "bfloat16", "max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 8192, **ours, **arguments},
     )
+    parallel = llm.llm_engine.vllm_config.parallel_config
     about = {
         **where(),
+        "num_gpus": parallel.world_size,
         "vllm": vllm.__version__,
         "engine": engine,
         "kv_cache_dtype": arguments.get("kv_cache_dtype", "auto"),
@@ -51,7 +53,7 @@ def start(engine: str, model: str, in_process: bool, **arguments: Any) -> tuple[
 
 
 def blocks_of(llm: Any) -> dict[str, Any]:
-    """What a result row says of the KV cache of an engine in this process."""
+    """What a result row says of the KV cache of an engine in this process; bytes are those of one GPU."""
     config = scheduler_of(llm).kv_cache_config
     return {
         "groups": [(len(group.layer_names), group.kv_cache_spec.block_size) for group in config.kv_cache_groups],
@@ -122,7 +124,7 @@ def abort_all(llm: Any, req_ids: list[str]) -> None:
 
 @contextmanager
 def cache_of(llm: Any, num_bytes: int, block_bytes: int) -> Iterator[None]:
-    """The engine with a smaller KV cache: somebody else holds the other blocks.
+    """The engine with a smaller KV cache of `num_bytes` on each GPU: somebody else holds the other blocks.
 
     The same for the scheduler as a start with `kv_cache_memory_bytes`, which would take another minute.
     """

@@ -1,8 +1,8 @@
 """A cache too small for its requests, in steady state: how many run at once, and how fast.
 
-8,000 prompt tokens and 1,000 generated ones, 16 GiB of KV cache, always eight requests in the queue. The first
-requests, which fill the cache, generate fewer tokens, evenly spread from 1 to 1,000, as if the server had been running
-for long.
+8,000 prompt tokens and 1,000 generated ones, 16 GiB of KV cache on all GPUs together, always eight requests in the
+queue. The first requests, which fill the cache, generate fewer tokens, evenly spread from 1 to 1,000, as if the server
+had been running for long.
 """
 
 import random
@@ -24,7 +24,7 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
     for seed, ratio in enumerate(RATIOS, start=1):
         if not is_measured(about, ratio, None, only):
             continue
-        with cache_of(llm, CACHE_BYTES, about["block_bytes"]):
+        with cache_of(llm, CACHE_BYTES // about["num_gpus"], about["block_bytes"]):
             yield {"cache_bytes": CACHE_BYTES, "keep_ratio": ratio or 1.0, **Server(llm, ratio, seed).measure()}
 
 

@@ -4,6 +4,7 @@ python benchmarks/speed/tables.py
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,8 +20,10 @@ from serving import SCENARIOS  # noqa: E402
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 PLOTS = ROOT / "docs" / "img"
+PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
 HEADLINE_BEGIN, HEADLINE_END = "<!-- headline: benchmarks/speed/tables.py -->", "<!-- end of headline -->"
+TWO_GPU_FILES = ("decode_step", "memory_bound", "ample_memory", "70b_decode_step", "checks")
 Row = dict[str, Any]
 GIB = 2**30
 
@@ -121,19 +124,55 @@ The order of heads and tokens inside a block (`BLHNC` or `BLNHC`) makes no diffe
 that of longer reads:
 
 {joined}
+{two_gpus}"""
+
+TWO_GPUS = """
+## Two GPUs
+
+Tensor parallelism of 2 on two {gpu}, vLLM {vllm}, commit {commit}, NVLink multicast off: `serving.py` with
+`--engine-args '{{"tensor_parallel_size": 2}}'`, both engines in one run on one machine.
+
+{sections}
 """
+
+TWO_GPU_SECTIONS = {
+    "decode_step": "Decode step, milliseconds; the table of one GPU above says what the columns are.",
+    "memory_bound": "A cache too small for its requests, 8 GiB on each GPU, so as many tokens as on one GPU above.",
+    "ample_memory": "Ample memory.",
+    "70b_decode_step": (
+        "Decode step of Llama-3.1-70B's shape, {num_layers} layers, as many as fit (`benchmarks/speed/shapes.py`). The "
+        "cache that is left holds {stock_requests} requests of 4,000 prompt tokens and 250 generated ones in stock "
+        "vLLM, and {requests} in vllm-l2kv at 1, 0.5 and 0.25."
+    ),
+    "agreement": (
+        "Greedy answers of 16 tokens on two GPUs beside one GPU (`tests/gpu/test_two_gpus.py`). bf16 rounds sums "
+        "differently when they are cut in two, so the table has the differences between the logits of likely tokens, "
+        "root mean square: between two GPUs and one, between two GPUs and the Hugging Face reference in fp32, and "
+        "between the reference in bf16 and in fp32."
+    ),
+    "findings": "What else was run:",
+}
 
 
 def main() -> None:
     """Writes the page and the plots."""
+    steps, attention, attention_h200 = read("h100_decode_step"), read("h100_attention"), read("h200_attention")
+    PLOTS.mkdir(exist_ok=True)
+    plot_steps([row for row in steps if row["kv_cache_dtype"] == "auto"])
+    plot_attention({"H100": attention, "H200": attention_h200})
+    PAGE.write_text(page())
+    before, begin, rest = README.read_text().partition(HEADLINE_BEGIN)
+    end = rest[rest.index(HEADLINE_END) :]
+    README.write_text(f"{before}{begin}\n{headline_of_rows()}\n{end}")
+
+
+def page() -> str:
+    """The page, from the rows."""
     rows = {name: read(f"h100_{name}") for name in SCENARIOS}
     steps, first, ample, memory = (rows[n] for n in ("decode_step", "first_token", "ample_memory", "memory_bound"))
     compaction, attention, attention_h200 = read("h100_compaction"), read("h100_attention"), read("h200_attention")
     bf16 = [row for row in steps if row["kv_cache_dtype"] == "auto"]
-    PLOTS.mkdir(exist_ok=True)
-    plot_steps(bf16)
-    plot_attention({"H100": attention, "H200": attention_h200})
-    page = TEMPLATE.format(
+    return TEMPLATE.format(
         gpu=steps[0]["gpu"],
         vllm=steps[0]["vllm"],
         num_steps=steps[0]["num_steps"],
@@ -149,11 +188,20 @@ def main() -> None:
         attention=attention_table([*attention, *attention_h200]),
         padding=padding_table([*attention, *attention_h200]),
         joined=joined_table([*attention, *attention_h200]),
+        two_gpus=two_gpus_section({name: read(f"tp2_{name}", must_exist=False) for name in TWO_GPU_FILES}),
     )
-    (ROOT / "docs" / "benchmarks.md").write_text(page)
-    before, begin, rest = README.read_text().partition(HEADLINE_BEGIN)
-    end = rest[rest.index(HEADLINE_END) :]
-    README.write_text(f"{before}{begin}\n{headline(steps, ample, memory, compaction, first)}\n{end}")
+
+
+def headline_of_rows() -> str:
+    """The headline, from the rows."""
+    rows = {name: read(f"h100_{name}") for name in SCENARIOS}
+    return headline(
+        rows["decode_step"],
+        rows["ample_memory"],
+        rows["memory_bound"],
+        read("h100_compaction"),
+        rows["first_token"],
+    )
 
 
 def headline(
@@ -203,9 +251,10 @@ def pick(numbers: dict[Any, float], keys: Iterable[Any], form: str) -> str:
     return values((numbers[key] for key in keys), form)
 
 
-def read(name: str) -> list[Row]:
-    """The rows of one result file."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+def read(name: str, must_exist: bool = True) -> list[Row]:
+    """The rows of one result file; none if it need not exist and does not."""
+    file = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if must_exist or file.exists() else []
 
 
 def table(head: str, lines: Iterable[Iterable[Any]]) -> str:
@@ -220,19 +269,22 @@ def by_engine(rows: list[Row], engine: str, key: str, value: str) -> dict[Any, A
     return {row[key]: row[value] for row in rows if row["engine"] == engine}
 
 
-def floor_of(stock: dict[str, float], ratio: float) -> float:
-    """Milliseconds; see the page."""
-    return stock["8x128"] + (stock["8x15000"] - stock["8x128"]) * (2 + 30 * ratio) / 32
+def floor_of(stock: dict[str, float], name: str, ratio: float, num_layers: int) -> float:
+    """Milliseconds that a compressed case of 8 requests should take; see the page."""
+    return stock["8x128"] + (stock[name] - stock["8x128"]) * (2 + (num_layers - 2) * ratio) / num_layers
 
 
 def step_table(rows: list[Row]) -> str:
-    """One line a case."""
+    """One line a case; those that stock vLLM did not run are left out."""
     stock = by_engine(rows, "stock", "case", "median_step_ms")
+    num_layers = sum(size for size, _ in rows[0]["groups"])
     lines = []
     for case, ours in by_engine(rows, "l2kv", "case", "median_step_ms").items():
         name, _, ratio = case.partition("@")
+        if name not in stock:
+            continue
         line = [case, f"{stock[name]:.2f}", f"{ours:.2f}", f"{ours / stock[name]:.3f}"]
-        floor = floor_of(stock, float(ratio)) if ratio else None
+        floor = floor_of(stock, name, float(ratio), num_layers) if ratio and "8x128" in stock else None
         lines.append([*line, *([f"{floor:.2f}", f"{ours / floor:.3f}"] if floor else ["", ""])])
     return table("case stock vllm-l2kv ratio floor of,floor", lines)
 
@@ -284,6 +336,70 @@ def memory_table(rows: list[Row]) -> str:
         running = row["mean_running"], f"{bound:.1f}", f"{row['output_tokens_per_s']:,.0f}"
         lines.append([*what, *running, row["median_first_token_s"], row["preemptions"]])
     return table("engine cache,type cache keep,ratio running bound output,tok/s first,token,(s) preemptions", lines)
+
+
+def two_gpus_section(rows: dict[str, list[Row]]) -> str:
+    """All that was measured on two GPUs; empty before anything was."""
+    of_70b, agreement, findings = rows["70b_decode_step"], *split_checks(rows["checks"])
+    sections = {
+        "decode_step": rows["decode_step"] and step_table(rows["decode_step"]),
+        "memory_bound": rows["memory_bound"] and memory_table(rows["memory_bound"]),
+        "ample_memory": rows["ample_memory"] and ample_table(rows["ample_memory"]),
+        "70b_decode_step": of_70b and step_table(of_70b),
+        "agreement": agreement and agreement_table(agreement),
+        "findings": "\n".join(f"- {row['check']}: {row['found']}" for row in findings),
+    }
+    measured = [row for of_file in rows.values() for row in of_file]
+    if not measured:
+        return ""
+    numbers = numbers_of_70b(of_70b) if of_70b else {}
+    texts = [
+        f"{text.format(**numbers) if name == '70b_decode_step' else text}\n\n{sections[name]}"
+        for name, text in TWO_GPU_SECTIONS.items()
+        if sections[name]
+    ]
+    about = {name: values_of(measured, name) for name in ("gpu", "vllm", "commit")}
+    return TWO_GPUS.format(**about, sections="\n\n".join(texts))
+
+
+def values_of(rows: list[Row], name: str) -> str:
+    """What a field says in all rows, without repetition."""
+    return ", ".join(dict.fromkeys(row[name] for row in rows))
+
+
+def split_checks(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows that compare answers, and findings in words."""
+    return [row for row in rows if "found" not in row], [row for row in rows if "found" in row]
+
+
+def numbers_of_70b(rows: list[Row]) -> dict[str, Any]:
+    """For the sentence about the cache that is left beside a large shape's weights."""
+    of_engine = {row["engine"]: row for row in rows}
+    fits = {engine: [requests_that_fit(row, ratio) for ratio in (1, 0.5, 0.25)] for engine, row in of_engine.items()}
+    return {
+        "num_layers": sum(size for size, _ in rows[0]["groups"]),
+        "stock_requests": fits["stock"][0] if "stock" in fits else "?",
+        "requests": values(fits["l2kv"], "d") if "l2kv" in fits else "?",
+    }
+
+
+def requests_that_fit(row: Row, ratio: float, num_prompt_tokens: int = 4000, num_output_tokens: int = 250) -> int:
+    """How many requests a cache holds at once; its groups share one pool, and the largest blocks are full layers'."""
+    *full, (_, block_size) = sorted(row["groups"], key=lambda group: -group[1])
+    lengths = [(num_prompt_tokens, size) for _, size in full]
+    lengths.append((math.ceil(num_prompt_tokens * (ratio if full else 1)), block_size))
+    blocks = sum(math.ceil((num_tokens + num_output_tokens) / size) for num_tokens, size in lengths)
+    return (row["num_blocks"] - 1) // blocks
+
+
+def agreement_table(rows: list[Row]) -> str:
+    """One line a model and ratio."""
+    lines = [
+        [row["model"], row["keep_ratio"], f"{row['num_equal']} of {row['num_answers']}"]
+        + [f"{row[name]:.3f}" for name in ("of_one_gpu", "of_fp32", "bf16_of_fp32")]
+        for row in rows
+    ]
+    return table("model keep,ratio equal,answers two,GPUs,-,one two,GPUs,-,fp32 bf16,-,fp32", lines)
 
 
 def compaction_table(rows: list[Row], first_token: list[Row]) -> str:
@@ -356,7 +472,7 @@ def plot_steps(rows: list[Row]) -> None:
     ratios = [1.0, 0.5, 0.25, 0.1]
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     axes.axhline(stock["8x15000"], color="0.5", linestyle=":", label="stock vLLM")
-    axes.plot(ratios, [floor_of(stock, ratio) for ratio in ratios], color="0.5", label="floor")
+    axes.plot(ratios, [floor_of(stock, "8x15000", ratio, 32) for ratio in ratios], color="0.5", label="floor")
     axes.plot(ratios, [ours["8x15000" + ("" if r == 1 else f"@{r}")] for r in ratios], "o-", label="vllm-l2kv")
     axes.set(xlabel="keep ratio", ylabel="decode step, ms", ylim=(0, None), title="8 requests x 15,000 tokens")
     axes.legend()

@@ -1,24 +1,14 @@
 """Two ranks in processes of their own, each with its heads: answers and blocks equal those of one rank."""
 
-import random
-import re
-import sys
-from collections import Counter
-from typing import Any
-
-import cloudpickle
 import pytest
 import torch
 from engine import keep
+from ranks import MixedLoad, start_profile, stop_profile
 from reference import Reference
 from vllm import envs
+from widened import widened
 
 RATIOS = ("1.0", "0.5", "0.25")
-COLLECTIVE = re.compile(r"c10d|gloo|nccl|shm_|vllm::(all|reduce|gather)")
-"""Names of communication in a profile, of torch and of vLLM."""
-
-# What runs on the ranks goes there whole: they cannot import this module.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture
@@ -69,39 +59,19 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_id
 @pytest.mark.slow
 def test_many_requests_on_two_ranks_which_hold_the_same(tiny_model, run, text_ids, unbound_threads):
     model = tiny_model("llama", num_key_value_heads=2)
-    chance = random.Random(1)
-    num_requests, num_aborted = 200, 20
-    starts = [chance.randrange(2000) for _ in range(num_requests)]
-    prompts = [text_ids[start : start + chance.randint(1, 400)] for start in starts]
-    ratios = [chance.choice(RATIOS) for _ in prompts]
-    looks: Counter[str] = Counter()
-    room = {"max_num_seqs": num_requests, "max_num_batched_tokens": 8192, "num_gpu_blocks_override": 3000}
+    load = MixedLoad(text_ids, RATIOS)
+    room = {"max_num_seqs": load.num_requests, "max_num_batched_tokens": 8192, "num_gpu_blocks_override": 3000}
     with run(model, (0,), tensor_parallel_size=2, **room) as engine:
-        for i, (prompt, ratio) in enumerate(zip(prompts, ratios, strict=True)):
-            engine.add(str(i), prompt, keep(ratio))
-        aborted = [str(number) for number in chance.sample(range(num_requests), num_aborted)]
-        answers: dict[str, list[int]] = {}
-        step = 0
-        while engine.llm.llm_engine.has_unfinished_requests():
-            step += 1
-            if step == 8:
-                looks["aborted"] = len([name for name in aborted if name not in answers])
-                engine.llm.llm_engine.abort_request(aborted)
-            answers |= {o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished}
-            if step % 3 == 0:
-                first, second = engine.llm.collective_rpc(state_of_rank)
-                assert first == second
-                looks["requests"] = max(looks["requests"], len(first["tables"]))
-                looks["compacted"] = max(looks["compacted"], len(first["counts"]))
-        engine.check_whole()
+        load.run(engine)
         engine.core.shutdown()
-    assert looks["requests"] > 100, looks
-    assert looks["compacted"] > 50, looks
-    assert looks["aborted"] > 10, looks
+    assert load.looks["requests"] > 100, load.looks
+    assert load.looks["compacted"] > 50, load.looks
+    assert load.looks["aborted"] > 10, load.looks
     reference = Reference(model)
-    for number, (prompt, ratio) in enumerate(zip(prompts, ratios, strict=True)):
-        if str(number) not in aborted:
-            assert answers[str(number)] == reference.generate(prompt, 12, ratio, (0,)), f"{len(prompt)} tokens, {ratio}"
+    for number, (prompt, ratio) in enumerate(zip(load.prompts, load.chosen, strict=True)):
+        if str(number) not in load.aborted:
+            expected = reference.generate(prompt, 12, ratio, (0,))
+            assert load.answers[str(number)] == expected, f"{len(prompt)} tokens, {ratio}"
 
 
 @pytest.mark.slow
@@ -123,27 +93,11 @@ def test_compaction_adds_no_communication(tiny_model, run, text_ids, unbound_thr
     assert ours == stock
 
 
-def state_of_rank(worker: Any) -> dict[str, Any]:
-    """Evicted counts, and block tables by group, of every request in a rank's batch."""
-    batch = worker.model_runner.input_batch
-    tables = {
-        req_id: [
-            table.block_table.np[row, : table.num_blocks_per_row[row]].tolist()
-            for table in batch.block_table.block_tables
-        ]
-        for req_id, row in batch.req_id_to_index.items()
-    }
-    return {"tables": tables, "counts": dict(worker._runner.counts._num_evicted)}
-
-
-def start_profile(worker: Any) -> None:
-    """Notes every operator that a rank runs."""
-    worker.profile_of_test = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    worker.profile_of_test.start()
-
-
-def stop_profile(worker: Any) -> dict[str, int]:
-    """How often a rank communicated, by the name of the operation."""
-    worker.profile_of_test.stop()
-    events = worker.profile_of_test.key_averages()
-    return {event.key: event.count for event in events if COLLECTIVE.search(event.key)}
+@pytest.mark.slow
+def test_a_fourth_kv_head_changes_nothing(demo_model, reference, tmp_path, text_ids):
+    """`tests/gpu/test_two_gpus.py` deals the demo model's heads out to two GPUs this way."""
+    wide = Reference(widened(tmp_path / "widened", demo_model))
+    assert wide.model.config.num_key_value_heads == reference.model.config.num_key_value_heads + 1
+    prompt, ratio = text_ids[:100], "0.5"
+    tokens = reference.generate(prompt, 8, ratio)
+    torch.testing.assert_close(wide.logits(prompt, tokens, ratio), reference.logits(prompt, tokens, ratio))

@@ -1,7 +1,14 @@
 """Engines on a GPU as users run them: bf16, CUDA graphs, async scheduling, prefix caching."""
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "speed"))
 
 LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": 20}
 
@@ -67,3 +74,58 @@ def rounded_to_fp8(demo_model):
     from reference import Reference
 
     return Reference(demo_model, torch.bfloat16, "cuda", torch.float8_e4m3fn)
+
+
+@pytest.fixture(scope="session")
+def start_small() -> Callable[..., Any]:
+    """Starts an engine in a corner of the GPUs, with or without us.
+
+    It does not look how much memory is free, so several processes may start some side by side.
+    """
+    from engine import Engine
+
+    defaults = {
+        "dtype": "bfloat16",
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 8192,
+        "max_num_seqs": 256,
+        "gpu_memory_utilization": 0.1,
+        "kv_cache_memory_bytes": 2 << 30,
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]},
+        "seed": 0,
+        **LOGITS,
+    }
+    return lambda model, **arguments: Engine(model, **{**defaults, **arguments})
+
+
+@pytest.fixture(scope="session")
+def widened_model(demo_model, tmp_path_factory) -> Path:
+    """The demo model with a fourth KV head, which changes nothing."""
+    from widened import widened
+
+    return widened(tmp_path_factory.mktemp("widened"), demo_model)
+
+
+@pytest.fixture(scope="session")
+def replicated_model(tiny_model) -> Path:
+    """Four query heads on one KV head."""
+    return tiny_model("llama", num_key_value_heads=1, head_dim=64, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def note(request) -> Callable[..., None]:
+    """Shows a row of what a test found, and adds it to the folder of `--rows`."""
+    import vllm
+    from rows import append, where
+
+    folder = request.config.getoption("--rows")
+
+    def add(**found: Any) -> None:
+        row = {**where(), "num_gpus": 2, "vllm": vllm.__version__, **found}
+        if folder is None:
+            print(row)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            append(folder / "tp2_checks.jsonl", row)
+
+    return add

@@ -62,6 +62,10 @@ class EvictedCounts:
     def __len__(self) -> int:
         return len(self._num_evicted)
 
+    def by_request(self) -> dict[str, int]:
+        """Evicted slots of each compacted request, for tests that compare ranks."""
+        return dict(self._num_evicted)
+
     def set(self, req_id: str, num_evicted: int) -> None:
         """Notes a compaction."""
         self._num_evicted[req_id] = num_evicted

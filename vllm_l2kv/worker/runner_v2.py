@@ -79,6 +79,10 @@ class EvictedCounts:
     def __len__(self) -> int:
         return len(self._state_of)
 
+    def by_request(self) -> dict[str, int]:
+        """Evicted slots of each compacted request, for tests that compare ranks."""
+        return {req_id: int(self._counts.np[state]) for req_id, state in self._state_of.items()}
+
     @property
     def on_device(self) -> torch.Tensor:
         """`[max_num_reqs]` int32 as last published; 0 where nothing was evicted."""

@@ -1,0 +1,115 @@
+"""What tests ask of each rank's worker, of runner V1 or V2, and a load under which ranks are compared."""
+
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+import torch
+from engine import Engine, keep
+
+COLLECTIVE = re.compile(r"c10d|gloo|nccl|shm_|vllm::(all|reduce|gather)|custom_ar|cross_device_reduce")
+"""Names of communication in a profile: operators and kernels of torch, NCCL and vLLM."""
+
+# What runs on the ranks goes there whole: they cannot import this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def state_of_rank(worker: Any) -> dict[str, Any]:
+    """Evicted counts, and block tables by group, of every request that a rank holds."""
+    tables = tables_of_v2(worker.model_runner) if worker.use_v2_model_runner else tables_of_v1(worker.model_runner)
+    return {"tables": tables, "counts": worker._runner.counts.by_request()}
+
+
+def tables_of_v1(runner: Any) -> dict[str, list[list[int]]]:
+    """Of the requests in the batch."""
+    batch = runner.input_batch
+    return {
+        req_id: [
+            table.block_table.np[row, : table.num_blocks_per_row[row]].tolist()
+            for table in batch.block_table.block_tables
+        ]
+        for req_id, row in batch.req_id_to_index.items()
+    }
+
+
+def tables_of_v2(runner: Any) -> dict[str, list[list[int]]]:
+    """Of all requests, as they are on the device."""
+    tables = runner.block_tables
+    rows_of_group = [table.gpu.cpu() for table in tables.block_tables]
+    return {
+        req_id: [rows[state, : tables.num_blocks.np[i, state]].tolist() for i, rows in enumerate(rows_of_group)]
+        for req_id, state in runner.req_states.req_id_to_index.items()
+    }
+
+
+def start_profile(worker: Any) -> None:
+    """Notes every operator and kernel that a rank runs."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    worker.profile_of_test = torch.profiler.profile(activities=activities)
+    worker.profile_of_test.start()
+
+
+def stop_profile(worker: Any) -> dict[str, int]:
+    """How often a rank communicated, by the name of the operation."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    worker.profile_of_test.stop()
+    events = worker.profile_of_test.key_averages()
+    return {event.key: event.count for event in events if COLLECTIVE.search(event.key)}
+
+
+@dataclass
+class MixedLoad:
+    """Many requests of mixed lengths and ratios at once, some of them aborted.
+
+    Attributes:
+        text: Tokens to cut prompts from.
+        ratios: Keep ratios to choose from.
+        num_requests: How many.
+        num_aborted: How many of them are aborted after the eighth step, unless they are done.
+        answers: Tokens of those that finished.
+        looks: How many times the ranks were compared, and the most that was seen on them.
+    """
+
+    text: list[int]
+    ratios: tuple[str, ...]
+    num_requests: int = 200
+    num_aborted: int = 20
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    looks: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        chance = random.Random(1)
+        starts = [chance.randrange(2000) for _ in range(self.num_requests)]
+        self.prompts = [self.text[start : start + chance.randint(1, 400)] for start in starts]
+        self.chosen = [chance.choice(self.ratios) for _ in self.prompts]
+        self.aborted = [str(number) for number in chance.sample(range(self.num_requests), self.num_aborted)]
+
+    def run(self, engine: Engine) -> None:
+        """Until all are done. After every third step all ranks must hold the same; the pool must be whole."""
+        for i, (prompt, ratio) in enumerate(zip(self.prompts, self.chosen, strict=True)):
+            engine.add(str(i), prompt, keep(ratio))
+        step = 0
+        while engine.llm.llm_engine.has_unfinished_requests():
+            step += 1
+            if step == 8:
+                self.looks["aborted"] = len([name for name in self.aborted if name not in self.answers])
+                engine.llm.llm_engine.abort_request(self.aborted)
+            finished = [output for output in engine.step() if output.finished]
+            self.answers |= {output.request_id: list(output.outputs[0].token_ids) for output in finished}
+            if step % 3 == 0:
+                self._compare_ranks(engine)
+        engine.check_whole()
+
+    def _compare_ranks(self, engine: Engine) -> None:
+        first, *others = engine.llm.collective_rpc(state_of_rank)
+        assert all(other == first for other in others)
+        self.looks["times"] += 1
+        self.looks["requests"] = max(self.looks["requests"], len(first["tables"]))
+        self.looks["compacted"] = max(self.looks["compacted"], len(first["counts"]))

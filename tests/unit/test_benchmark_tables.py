@@ -1,0 +1,115 @@
+"""Pages made from rows: what is committed, and what a run on two GPUs will add."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
+WHERE = {"gpu": "NVIDIA H100 80GB HBM3", "commit": "abc1234", "vllm": "0.32.0", "num_gpus": 2, "kv_cache_dtype": "auto"}
+STOCK = {**WHERE, "engine": "stock", "groups": [[80, 16]], "num_blocks": 1001}
+OURS = {**WHERE, "engine": "l2kv", "groups": [[2, 624], [78, 16]], "num_blocks": 1001}
+
+
+@pytest.fixture(scope="module")
+def tables():
+    sys.path.append(str(SPEED))
+    import tables
+
+    return tables
+
+
+@pytest.fixture
+def section(tables):
+    """The section of two GPUs from some files' rows, the others being absent."""
+    return lambda **rows: tables.two_gpus_section({name: rows.get(name, []) for name in tables.TWO_GPU_FILES})
+
+
+def steps(engine, **cases):
+    return [{**engine, "case": case, "median_step_ms": ms} for case, ms in cases.items()]
+
+
+def test_the_page_is_what_the_rows_say(tables):
+    assert tables.PAGE.read_text() == tables.page()
+
+
+def test_the_headline_is_what_the_rows_say(tables):
+    assert tables.headline_of_rows() in tables.README.read_text()
+
+
+def test_no_section_before_anything_was_run(section):
+    assert section() == ""
+
+
+def test_steps_with_the_floor_of_the_shape(section):
+    rows = [
+        *steps(STOCK, **{"8x128": 10.0, "8x4000": 18.0}),
+        *steps(OURS, **{"8x128": 10.1, "8x4000": 18.2, "8x4000@0.5": 14.0, "8x15000@0.5": 20.0}),
+    ]
+    page = section(**{"70b_decode_step": rows})
+    assert "| 8x4000 | 18.00 | 18.20 | 1.011 |  |  |" in page
+    # 10 + 8 * (2 + 78 / 2) / 80
+    assert "| 8x4000@0.5 | 18.00 | 14.00 | 0.778 | 14.10 | 0.993 |" in page
+    assert "8x15000" not in page, "stock vLLM did not run it"
+    assert "two NVIDIA H100 80GB HBM3, vLLM 0.32.0, commit abc1234" in page
+
+
+def test_requests_that_fit_beside_a_large_shape(tables, section):
+    # 4,250 tokens in blocks of 16 are 266; compressed ones of 2,250 are 141 beside 7 blocks of 624 for full layers.
+    assert tables.requests_that_fit(STOCK, 1) == 1000 // 266
+    assert tables.requests_that_fit(OURS, 0.5) == 1000 // (7 + 141)
+    page = section(**{"70b_decode_step": [*steps(STOCK, **{"8x128": 10.0}), *steps(OURS, **{"8x128": 10.1})]})
+    assert "80 layers" in page
+    assert "holds 3 requests" in page
+    assert "and 3, 6, 11 in vllm-l2kv" in page
+
+
+def test_one_engine_alone_makes_no_table_of_steps(section):
+    page = section(decode_step=steps(OURS, **{"8x128": 10.1}))
+    assert "| 8x128" not in page
+
+
+def test_memory_and_checks(section):
+    memory = {
+        **OURS,
+        "cache_bytes": 16 << 30,
+        "keep_ratio": 0.5,
+        "mean_running": 27.0,
+        "output_tokens_per_s": 2000.0,
+        "median_first_token_s": 3.0,
+        "preemptions": 0,
+    }
+    answers = {"num_equal": 3, "num_answers": 4, "of_one_gpu": 0.0312, "of_fp32": 0.04, "bf16_of_fp32": 0.05}
+    checks = [
+        {**WHERE, "model": "a model", "keep_ratio": 0.5, **answers},
+        {**WHERE, "check": "a check", "found": "what it found"},
+    ]
+    page = section(memory_bound=[memory], checks=checks)
+    assert "| l2kv | bf16 | 16 GiB | 0.5 | 27.0 | 27.6 | 2,000 | 3.0 | 0 |" in page
+    assert "| a model | 0.5 | 3 of 4 | 0.031 | 0.040 | 0.050 |" in page
+    assert "- a check: what it found" in page
+
+
+@pytest.mark.parametrize(("gpus", "gib", "layers"), [(2, 79, 80), (1, 79, 41), (2, 40, 36)])
+def test_layers_that_fit(tables, gpus, gib, layers):
+    import shapes
+
+    assert shapes.layers_that_fit({**shapes.LLAMA, **shapes.SHAPES["70b"]}, gpus, gib) == layers
+
+
+def test_too_small_a_gpu_is_refused(tables):
+    import shapes
+
+    with pytest.raises(ValueError, match="1 GPUs of 14 GiB hold fewer than 3 layers; name more with --gpus"):
+        shapes.layers_that_fit({**shapes.LLAMA, **shapes.SHAPES["70b"]}, 1, 14)
+
+
+def test_a_shape_is_written(tables, tmp_path, monkeypatch, capsys):
+    import shapes
+
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "8b", str(tmp_path / "8b")])
+    shapes.main()
+    assert capsys.readouterr().out == "32\n"
+    config = json.loads((tmp_path / "8b" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["hidden_size"], config["num_key_value_heads"]) == (32, 4096, 8)
