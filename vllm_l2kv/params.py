@@ -7,7 +7,8 @@ or nowhere.
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ USAGE_KEY = "kv_cache"
 """Where a request's numbers stand: in `usage` of an answer, in `kv_transfer_params` of vLLM's `RequestOutput`."""
 VLLM_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 """vLLM's own request fields and `extra_args` keys that happen to start with our prefix."""
+NEAR_SPELLING = 0.8
+"""How similar a name of another spelling must be to a field's, by `difflib`, to be taken for it."""
 CONTROLS = ("random", "l2_high", "first_last")
 """Scorers that others are measured against: chance, the opposite of the rule, StreamingLLM."""
 SCORERS = ("l2", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", *CONTROLS)
@@ -147,22 +150,43 @@ def asks_for_compression(values: Mapping[str, Any] | None) -> bool:
     return values is not None and any(values.get(name) is not None for name in FIELD_NAMES)
 
 
-def check_names(names: Collection[str], known_elsewhere: Collection[str] = ()) -> None:
-    """Refuses unknown names that start with `kv_`.
+def check_names(names: Iterable[Any]) -> None:
+    """Refuses names that are meant for a field but are not the name of one.
 
     Args:
-        names: Names that a client wrote; vLLM's own are let through.
-        known_elsewhere: Further names with the prefix that belong to somebody else.
+        names: Names that a client wrote; vLLM's own pass, and so do those that resemble no field.
 
     Raises:
-        ParamError: For the first unknown name; the message holds the nearest known one.
+        ParamError: For the first such name; the message holds the right one.
     """
     for name in names:
-        if not isinstance(name, str) or not name.startswith(PREFIX):
-            continue
-        if name not in FIELD_NAMES and name not in VLLM_NAMES and name not in known_elsewhere:
-            nearest = difflib.get_close_matches(name, FIELD_NAMES, n=1, cutoff=0.0)[0]
-            raise ParamError(name, f"Unknown field {name!r}; did you mean {nearest!r}?")
+        if isinstance(name, str) and (meant := meant_field(name)) is not None:
+            raise ParamError(name, f"Unknown field {name!r}; did you mean {meant!r}?")
+
+
+def meant_field(name: str) -> str | None:
+    """The field that a wrong name is meant for: `kv_keep_ratio` for `kv-keep-ratio`, `KVKeepRatio` and `kv_keep_rate`.
+
+    A name with the prefix `kv_` must be a field or one of vLLM's. One that only begins with "kv" in another spelling
+    may belong to another component, so it must be close to a field.
+
+    Args:
+        name: A name that a client wrote.
+
+    Returns:
+        The nearest field, or `None` if the name is a field, is vLLM's, or means something else.
+    """
+    if name in FIELD_NAMES or name in VLLM_NAMES or not (letters := _letters(name)).startswith("kv"):
+        return None
+    by_letters = {_letters(field): field for field in FIELD_NAMES}
+    cutoff = 0.0 if name.startswith(PREFIX) else NEAR_SPELLING
+    nearest = difflib.get_close_matches(letters, by_letters, n=1, cutoff=cutoff)
+    return by_letters[nearest[0]] if nearest else None
+
+
+def _letters(name: str) -> str:
+    """What is left of a name when case, hyphens, underscores and spaces do not count."""
+    return re.sub(r"[\W_]+", "", name).lower()
 
 
 def check_keep_ratio(param: str, value: Any) -> float:

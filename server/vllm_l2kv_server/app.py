@@ -1,39 +1,39 @@
-"""The endpoint plugin: our version of the two generating routes, and `GET /v1/kv_compression`."""
+"""The endpoint plugin: middleware for every route of vLLM, checked bodies, and `GET /v1/kv_compression`."""
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.datastructures import State
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
-from vllm_l2kv.params import FIELDS, asks_for_compression
+from vllm_l2kv.params import FIELDS
 from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.body import CheckedBodyRoute
 from vllm_l2kv_server.body_bound import BodyBoundMiddleware
 from vllm_l2kv_server.end import bounded_end
 from vllm_l2kv_server.engine_client import stand_before
 from vllm_l2kv_server.metrics import add_metrics
-from vllm_l2kv_server.middleware import ForeignBodiesMiddleware
+from vllm_l2kv_server.middleware import CompressionMiddleware
+from vllm_l2kv_server.openapi import show_fields
 from vllm_l2kv_server.playground import add_playground, has_playground
 from vllm_l2kv_server.protocol import (
-    CompressibleChatCompletionRequest,
-    CompressibleCompletionRequest,
+    CheckedChatCompletionRequest,
+    CheckedCompletionRequest,
     FieldInfo,
     KVCacheGroup,
     KVCompressionInfo,
 )
 from vllm_l2kv_server.serve import DEFAULT_MAX_BODY_MIB
 from vllm_l2kv_server.snippet import announce_when_ready
-from vllm_l2kv_server.usage import UsageBox, add_usage, current_box
 
 ERRORS = (
     HTTPStatus.BAD_REQUEST,
@@ -64,7 +64,9 @@ class KVCompressionEndpoints:
         app.include_router(router)
         if has_playground(app.state.args):
             add_playground(app)
-        app.add_middleware(ForeignBodiesMiddleware)
+        show_fields(app)
+        app.add_exception_handler(RecursionError, refuse_deep_text)
+        app.add_middleware(CompressionMiddleware)
         # The later one is asked first; both after the API key, so a stranger's body is not read.
         # `vllm serve` does not have our option.
         max_mib = getattr(app.state.args, "max_body_mib", DEFAULT_MAX_BODY_MIB)
@@ -88,6 +90,9 @@ class KVCompressionEndpoints:
         models = [path.name for path in state.openai_serving_models.base_model_paths]
         state.kv_compression = _describe(models, settings, groups)
         state.kv_compresses_by_default = settings.defaults.keep_ratio < 1
+        # As many as vLLM stores, which forgets none.
+        stores_responses = getattr(getattr(state, "openai_serving_responses", None), "enable_store", False)
+        state.kv_stored_numbers = {} if stores_responses else None
         stand_before(engine_client, state, settings.defaults, add_metrics(engine_client, settings))
         if config.parallel_config._api_process_rank == 0:
             # The state holds the task, or it could be collected while it waits.
@@ -95,19 +100,15 @@ class KVCompressionEndpoints:
 
 
 @router.post("/v1/chat/completions", **GENERATES)
-async def create_chat_completion(request: CompressibleChatCompletionRequest, raw_request: Request) -> Any:
+async def create_chat_completion(request: CheckedChatCompletionRequest, raw_request: Request) -> Any:
     """OpenAI's chat completions; `kv_` fields compress the KV cache of this request."""
-    try:
-        return await _answer(chat.create_chat_completion, request, raw_request)
-    except RecursionError:
-        # vLLM parses the arguments of earlier tool calls, which are JSON inside a string.
-        raise VLLMValidationError("The arguments of a tool call are nested too deeply.", parameter="messages") from None
+    return await chat.create_chat_completion(request, raw_request)
 
 
 @router.post("/v1/completions", **GENERATES)
-async def create_completion(request: CompressibleCompletionRequest, raw_request: Request) -> Any:
+async def create_completion(request: CheckedCompletionRequest, raw_request: Request) -> Any:
     """OpenAI's completions; `kv_` fields compress the KV cache of this request."""
-    return await _answer(completion.create_completion, request, raw_request)
+    return await completion.create_completion(request, raw_request)
 
 
 @router.get("/v1/kv_compression")
@@ -117,22 +118,12 @@ async def show_kv_compression(raw_request: Request) -> KVCompressionInfo:
     return info
 
 
-async def _answer(
-    stock: Callable[..., Awaitable[Response | None]],
-    request: CompressibleChatCompletionRequest | CompressibleCompletionRequest,
-    raw_request: Request,
-) -> Response | None:
-    """vLLM's answer, with `usage.kv_cache` if the engine reports it."""
-    compresses = asks_for_compression(request.given_fields()) or raw_request.app.state.kv_compresses_by_default
-    # The engine requests of a beam search are steps, not prompts, and are never compacted.
-    if request.use_beam_search or not compresses:
-        return await stock(request, raw_request)
-    box = UsageBox()
-    token = current_box.set(box)
-    try:
-        return add_usage(await stock(request, raw_request), box)
-    finally:
-        current_box.reset(token)
+async def refuse_deep_text(request: Request, error: Exception) -> Response:
+    """Answers 400 where vLLM parses JSON inside a string, such as the arguments of a tool call, and it is too deep."""
+    answer = create_error_response(
+        VLLMValidationError("A string of the body holds JSON, such as arguments of a tool call, nested too deeply.")
+    )
+    return JSONResponse(answer.model_dump(), status_code=answer.error.code)
 
 
 def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]]) -> KVCompressionInfo:

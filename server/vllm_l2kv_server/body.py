@@ -37,7 +37,7 @@ def parse_body(body: bytes) -> Any:
         VLLMValidationError: Not JSON, not Unicode, or nested too deeply; answered with 400.
     """
     try:
-        value = _loads(body)
+        value = loads(body)
         if rb"\ud" in body.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -54,6 +54,11 @@ def parse_body(body: bytes) -> Any:
 def may_be_unwieldy(body: bytes) -> bool:
     """Whether a body has the brackets or commas that `check_shape` could refuse, at the cost of counting them."""
     return body.count(b"[") + body.count(b"{") > MAX_DEPTH or body.count(b",") >= MAX_VALUES
+
+
+def is_utf8(body: bytes) -> bool:
+    """Whether a JSON parser reads a body as UTF-8; the others that JSON allows are UTF-16 and UTF-32."""
+    return json.detect_encoding(body).startswith("utf-8")
 
 
 def check_shape(value: Any) -> None:
@@ -96,9 +101,20 @@ def _no_integers(value: Any) -> Any:
     return [[token for token in item if type(token) is not int] if isinstance(item, list) else item for item in items]
 
 
-def _loads(body: bytes) -> Any:
-    # vLLM's messages to the engine hold 64-bit integers. Token ids are short, so prompts keep the fast path.
-    return json.loads(body, parse_int=_integer if LONG_INTEGER.search(body) else None)
+def loads(body: bytes, **arguments: Any) -> Any:
+    """The JSON value of a body; an integer that no message to the engine can hold becomes infinite.
+
+    Args:
+        body: UTF-8, UTF-16 or UTF-32.
+        arguments: More of those of `json.loads`.
+
+    Raises:
+        ValueError: Not JSON.
+        RecursionError: Nested too deeply for Python's parser.
+    """
+    # Token ids are short, so prompts keep the fast path.
+    may_be_long = LONG_INTEGER.search(body) or not is_utf8(body)
+    return json.loads(body, parse_int=_integer if may_be_long else None, **arguments)
 
 
 def _integer(digits: str) -> int | float:

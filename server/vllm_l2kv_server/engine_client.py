@@ -8,16 +8,17 @@ from starlette.datastructures import State
 from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.params import CompressionParams, asks_for_compression
+from vllm_l2kv_server.context import current
 from vllm_l2kv_server.metrics import RequestMetrics
-from vllm_l2kv_server.protocol import check_fields
-from vllm_l2kv_server.usage import current_box, record
+from vllm_l2kv_server.request_fields import check_fields, refuse_elsewhere
+from vllm_l2kv_server.usage import record
 
 
 class CompressionEngineClient:
-    """vLLM's engine client, which also checks our fields and collects their numbers.
+    """vLLM's engine client, which also gives the engine the fields of a request and collects their numbers.
 
-    Whatever the endpoint, `SamplingParams.extra_args` pass here last: a bad value gets 400 from every endpoint that
-    takes `vllm_xargs`, and the numbers never show as `kv_transfer_params`.
+    The `SamplingParams` of every endpoint pass here last. The fields that the middleware read are added to them, and a
+    field that came another way, such as a form, is refused. The numbers never show as `kv_transfer_params`.
     """
 
     def __init__(self, client: Any, defaults: CompressionParams, metrics: RequestMetrics | None = None) -> None:
@@ -38,22 +39,26 @@ class CompressionEngineClient:
     def generate(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's: returns the async generator of a prompt's outputs.
 
-        Not a generator itself, so that a bad value is told before the answer's status is sent.
+        Not a generator itself, so that an error precedes the answer's status.
 
         Raises:
-            VLLMValidationError: A bad value in `extra_args`.
+            VLLMValidationError: A bad value in `extra_args`, or a field at an endpoint that reports no numbers.
         """
-        extra_args = sampling_params.extra_args
+        compression = current.get()
+        extra_args = sampling_params.extra_args or {}
         check_fields(extra_args)
+        if compression is None:
+            refuse_elsewhere(extra_args)
+        elif compression.fields:
+            sampling_params.extra_args = extra_args = {**extra_args, **compression.fields}
         outputs = self._client.generate(prompt, sampling_params, *args, **kwargs)
         if sampling_params.structured_outputs is not None:
             outputs = blame_grammar(outputs)
         if self._metrics is not None:
-            outputs = self._metrics.observe(outputs, self._defaults.override(extra_args or {}).keep_ratio)
+            outputs = self._metrics.observe(outputs, self._defaults.override(extra_args).keep_ratio)
         if not (self._defaults.keep_ratio < 1 or asks_for_compression(extra_args)):
             return outputs
-        box = current_box.get()
-        return record(outputs, {} if box is None else box.new_prompt())
+        return record(outputs, {} if compression is None else compression.box.new_prompt())
 
     def shutdown(self, timeout: float | None = None) -> None:
         """As vLLM's; the API server calls it when it is told to stop, and only then, in a thread.

@@ -1,67 +1,74 @@
-"""Refuses on other endpoints what ours refuse themselves.
+"""Every request passes here, whatever its endpoint, method and media type.
 
-Our fields, because vLLM ignores those it does not know: a `kv_keep_ratio` on `/v1/responses` would silently keep a full
-cache. And bodies of a shape that ends the server, because they would do so from there as well.
+Its body is checked by its bytes, its `kv_` fields are read, and the numbers of its compression go into its answer. One
+place for all endpoints: vLLM's own routes know nothing of the fields, and a body that ends the server would do so from
+any of them.
 """
 
-import json
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
 
-from vllm_l2kv.params import FIELD_NAMES, PREFIX
-from vllm_l2kv_server.body import check_shape, may_be_unwieldy
-from vllm_l2kv_server.body_bound import read_body, replay
+from vllm_l2kv_server.body_bound import has_body, read_body, replay
+from vllm_l2kv_server.context import current
+from vllm_l2kv_server.request_fields import read_compression
+from vllm_l2kv_server.usage import UsageBox, UsageWriter
 
-COMPRESSING_PATHS = ("/v1/chat/completions", "/v1/completions")
+MESSAGES_PATH = "/v1/messages"
+RESPONSES_PATH = "/v1/responses"
 
 
-class ForeignBodiesMiddleware:
-    """Pure ASGI: reads the JSON bodies of POST requests to other paths and hands everything on as it came."""
+class CompressionMiddleware:
+    """Pure ASGI: reads the fields of a request, and adds the numbers to its answer.
+
+    The app's state says whether requests that give no field are compressed (`kv_compresses_by_default`), and keeps the
+    numbers of stored responses (`kv_stored_numbers`), if vLLM stores responses.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers 400 itself, or lets the app answer."""
-        if not _is_json_elsewhere(scope):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        messages = await read_body(receive) or []
+        path, state = _path_of(scope), scope["app"].state
+        compression = None
+        if has_body(scope):
+            messages = await read_body(receive) or []
+            receive = replay(messages, receive)
+            body = b"".join(message.get("body", b"") for message in messages)
+            try:
+                compression = read_compression(body, path, getattr(state, "kv_compresses_by_default", False))
+            except VLLMValidationError as error:
+                await _refuse(error, path)(scope, receive, send)
+                return
+        stored: dict[str, UsageBox] | None = getattr(state, "kv_stored_numbers", None)
+        if compression is not None:
+            send = UsageWriter(send, compression.box, stored)
+        elif stored and (box := stored.get(path.removeprefix(f"{RESPONSES_PATH}/"))) is not None:
+            send = UsageWriter(send, box)
+        token = current.set(compression)
         try:
-            _check(b"".join(message.get("body", b"") for message in messages))
-        except VLLMValidationError as error:
-            answer = create_error_response(error)
-            await JSONResponse(answer.model_dump(), status_code=answer.error.code)(scope, receive, send)
-        else:
-            await self.app(scope, replay(messages, receive), send)
+            await self.app(scope, receive, send)
+        finally:
+            current.reset(token)
 
 
-def _is_json_elsewhere(scope: Scope) -> bool:
-    if scope["type"] != "http" or scope["method"] != "POST":
-        return False
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path not in COMPRESSING_PATHS and "json" in Headers(scope=scope).get("content-type", "")
+def _path_of(scope: Scope) -> str:
+    """The endpoint's path; vLLM's app redirects one with a slash at the end to the one without."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")).rstrip("/")
 
 
-def _check(body: bytes) -> None:
-    """Parses a body only if it could hold what is refused.
-
-    Raises:
-        VLLMValidationError: Unwieldy, or one of our fields stands at the top level with a value.
-    """
-    if f'"{PREFIX}'.encode() not in body and not may_be_unwieldy(body):
-        return
-    try:
-        parsed: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        return  # the endpoint answers 400 in its own words
-    check_shape(parsed)
-    fields = parsed if isinstance(parsed, dict) else {}
-    for name in FIELD_NAMES:
-        if fields.get(name) is not None:
-            raise VLLMValidationError(f"{name} works on POST {' and '.join(COMPRESSING_PATHS)} only.", parameter=name)
+def _refuse(error: VLLMValidationError, path: str) -> JSONResponse:
+    """vLLM's answer to a bad request; clients of the Anthropic API look for its type at the top."""
+    answer = create_error_response(error)
+    content: dict[str, Any] = answer.model_dump()
+    if path.startswith(MESSAGES_PATH):
+        content["type"] = "error"
+    return JSONResponse(content, status_code=answer.error.code)

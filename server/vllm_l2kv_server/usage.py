@@ -3,15 +3,17 @@
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from contextvars import ContextVar
 from typing import Any
 
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import Message, Send
 
 from vllm_l2kv.params import USAGE_KEY
 from vllm_l2kv.prompt_usage import REASON
 
 Numbers = dict[str, Any]
+DATA = b"data: "
+EVENT_END = b"\n\n"
 
 
 class UsageBox:
@@ -41,10 +43,6 @@ class UsageBox:
         return {**total, REASON: " ".join(reasons)} if reasons else total
 
 
-current_box: ContextVar[UsageBox | None] = ContextVar("current_box", default=None)
-"""The box of the HTTP request being answered; `None` where nobody will read the numbers."""
-
-
 async def record(outputs: AsyncIterator[Any], prompt: dict[int, Numbers]) -> AsyncIterator[Any]:
     """Passes a prompt's engine outputs on, with our numbers taken out of them.
 
@@ -65,35 +63,88 @@ async def record(outputs: AsyncIterator[Any], prompt: dict[int, Numbers]) -> Asy
             yield output
 
 
-def add_usage(response: Response | None, box: UsageBox) -> Response | None:
-    """Puts the box's numbers into the `usage` of vLLM's response, be it one JSON body or a stream."""
-    if isinstance(response, StreamingResponse):
-        response.body_iterator = _add_to_stream(response.body_iterator, box)
-    elif isinstance(response, JSONResponse):
-        response.body = _add_to_json(bytes(response.body), box)
-        response.headers["content-length"] = str(len(response.body))
-    return response
+class UsageWriter:
+    """A `send` of ASGI that puts the box's numbers into the `usage` of an answer, be it one JSON body or a stream.
+
+    Args:
+        send: Where the answer goes.
+        box: Read when the `usage` passes.
+        stored: Where the box is noted under the id of a response that vLLM stores; `None` if it stores none.
+    """
+
+    def __init__(self, send: Send, box: UsageBox, stored: dict[str, UsageBox] | None = None) -> None:
+        self._send = send
+        self._box = box
+        self._stored = stored
+        self._start: Message | None = None  # held back, since a JSON body's length is going to change
+        self._is_stream = False
+        self._unsent = b""
+
+    async def __call__(self, message: Message) -> None:
+        """Sends one message of the answer, or holds it back until it is complete."""
+        if message["type"] == "http.response.start":
+            media_type = Headers(raw=message["headers"]).get("content-type", "").partition(";")[0]
+            self._is_stream = media_type == "text/event-stream"
+            if media_type == "application/json":
+                self._start = message
+                return
+        elif message["type"] == "http.response.body" and (self._is_stream or self._start is not None):
+            message = {**message, "body": self._unsent + message.get("body", b"")}
+            is_last = not message.get("more_body", False)
+            if self._start is None:
+                message["body"], self._unsent = self._stream_so_far(message["body"], is_last)
+            elif is_last:
+                message["body"] = self._with_usage(message["body"])
+                await self._send(_with_length(self._start, len(message["body"])))
+            else:
+                self._unsent = message["body"]
+                return
+        await self._send(message)
+
+    def _stream_so_far(self, body: bytes, is_last: bool) -> tuple[bytes, bytes]:
+        """Complete events of a stream with their numbers, and the beginning of the next one."""
+        events, end, rest = body.rpartition(EVENT_END)
+        if is_last:
+            events, end, rest = body, b"", b""
+        if b'"usage":' in events:
+            events = EVENT_END.join(map(self._event, events.split(EVENT_END)))
+        return events + end, rest
+
+    def _event(self, event: bytes) -> bytes:
+        """One server-sent event; some APIs name its kind in a line before the data."""
+        lines = event.split(b"\n")
+        return b"\n".join(
+            DATA + self._with_usage(line.removeprefix(DATA)) if line.startswith(DATA) else line for line in lines
+        )
+
+    def _with_usage(self, body: bytes) -> bytes:
+        """A JSON answer, or the data of an event, with numbers wherever `usage` is given."""
+        numbers = self._box.total()
+        if b'"usage":' not in body or (numbers is None and self._stored is None):
+            return body
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            return body
+        # An event of the Responses API holds the whole response.
+        parts = [part for part in (answer, _get(answer, "response")) if isinstance(part, dict)]
+        for part in parts:
+            if self._stored is not None and part.get("object") == "response":
+                self._stored[part["id"]] = self._box
+        usages = [part["usage"] for part in parts if isinstance(part.get("usage"), dict)]
+        if numbers is None or not usages:
+            return body
+        for usage in usages:
+            usage[USAGE_KEY] = numbers
+        # As Starlette and vLLM write it.
+        return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-async def _add_to_stream(chunks: Any, box: UsageBox) -> AsyncIterator[str | bytes]:
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            yield _add_to_event(chunk, box) if isinstance(chunk, str) else chunk
+def _with_length(start: Message, num_bytes: int) -> Message:
+    headers = MutableHeaders(raw=list(start["headers"]))
+    headers["content-length"] = str(num_bytes)
+    return {**start, "headers": headers.raw}
 
 
-def _add_to_event(event: str, box: UsageBox) -> str:
-    """One server-sent event; vLLM yields each as one string."""
-    if not event.startswith("data: {") or '"usage":' not in event:
-        return event
-    data = event.removeprefix("data: ").rstrip().encode()
-    return f"data: {_add_to_json(data, box).decode()}\n\n"
-
-
-def _add_to_json(body: bytes, box: UsageBox) -> bytes:
-    numbers = box.total()
-    answer = json.loads(body) if numbers is not None else None
-    if not isinstance(answer, dict) or not isinstance(answer.get("usage"), dict):
-        return body
-    answer["usage"][USAGE_KEY] = numbers
-    # As Starlette and vLLM write it.
-    return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
+def _get(answer: Any, name: str) -> Any:
+    return answer.get(name) if isinstance(answer, dict) else None

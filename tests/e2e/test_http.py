@@ -226,26 +226,6 @@ class TestBadRequests:
         assert response.status_code == 400
         assert response.json()["error"]["param"] == "kv_keep_ratio"
 
-    @pytest.mark.parametrize(
-        ("path", "body"),
-        [
-            ("/v1/responses", {"model": MODEL, "input": "hi"}),
-            ("/v1/messages", {"model": MODEL, "max_tokens": 4, "messages": GOOD["/v1/chat/completions"]["messages"]}),
-            ("/v1/chat/completions/batch", GOOD["/v1/chat/completions"]),
-            ("/invocations", GOOD["/v1/chat/completions"]),
-        ],
-    )
-    def test_field_where_it_would_be_ignored(self, http, path, body):
-        response = http.post(path, json={**body, "kv_keep_ratio": 0.5})
-        assert response.status_code == 400
-        assert response.json()["error"]["param"] == "kv_keep_ratio"
-
-    def test_bad_xargs_of_another_endpoint(self, http):
-        body = {"model": MODEL, "input": "hi", "max_output_tokens": 4, "vllm_xargs": {"kv_keep_ratio": 5}}
-        response = http.post("/v1/responses", json=body)
-        assert response.status_code == 400
-        assert response.json()["error"]["param"] == "kv_keep_ratio"
-
     def test_malformed_bodies_then_a_good_one(self, http, client):
         taken = [
             (path, body[:200], response.status_code, response.text[:200])

@@ -8,16 +8,21 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from fastapi import FastAPI
+from vllm.entrypoints.anthropic import api_router as messages
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.openai.responses import api_router as responses
+from vllm.entrypoints.scale_out.token_in_token_out import api_router as tokens
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.tokenize import api_router as tokenize
 from vllm.envs import disable_envs_cache
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm_l2kv_server.app import KVCompressionEndpoints
+from vllm_l2kv_server.request_fields import GENERATING_PATHS
 
-from vllm_l2kv.params import SCORERS, CompressionParams
+from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams
 from vllm_l2kv.settings import Settings
 
 GROUPS = [{"layers": ["a", "b"], "block_size": 32, "compressed": True, "sliding_window": None}]
@@ -60,7 +65,7 @@ class FakeServing:
             return self.stream(generators)
         for generator in generators:
             async for output in generator:
-                assert output.kv_transfer_params is None or not request.given_fields()
+                assert output.kv_transfer_params is None or not params.extra_args
         return CompletionResponse(model="m", choices=[], usage=UsageInfo(prompt_tokens=10))
 
     async def create_chat_completion(self, request, raw_request):
@@ -82,6 +87,8 @@ def make_app(monkeypatch, keep_ratio=1.0, groups=GROUPS, args=ARGS) -> FastAPI:
     app.state.args = Namespace(**vars(args))
     app.include_router(chat.router)
     app.include_router(completion.router)
+    for other in (responses, messages, tokens, tokenize):
+        app.include_router(other.router)
     attach_endpoint_plugins(app, ("generate",))
     init_exception_handler(app)
     client = FakeClient(CompressionParams(keep_ratio), groups)
@@ -123,12 +130,20 @@ def test_routes_replace_vllms(app):
     assert owners["/v1/chat/completions/batch"] == "vllm.entrypoints.openai.chat_completion.api_router"
 
 
-def test_openapi_shows_the_fields(app):
+def test_openapi_shows_the_fields_at_every_endpoint(app):
     spec = request(app, "GET", "/openapi.json").json()
-    for path in ("/v1/chat/completions", "/v1/completions"):
+    for path in GENERATING_PATHS:
+        if path == "/invocations":  # takes the body of any endpoint, and vLLM describes none
+            continue
         content = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         name = content["schema"]["$ref"].rsplit("/", 1)[-1]
-        assert spec["components"]["schemas"][name]["properties"]["kv_keep_ratio"]["description"]
+        properties = spec["components"]["schemas"][name]["properties"]
+        assert tuple(field for field in properties if field in FIELD_NAMES) == FIELD_NAMES
+        assert properties["kv_keep_ratio"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+        assert properties["kv_protect_last"]["anyOf"][0]["type"] == "integer"
+        assert properties["kv_granularity"]["anyOf"][0]["enum"] == ["token", "block"]
+        assert "always kept" in properties["kv_protect_first"]["description"]
+    assert "kv_keep_ratio" not in json.dumps(spec["components"]["schemas"]["TokenizeCompletionRequest"])
 
 
 def test_usage_is_added(app):
@@ -184,7 +199,7 @@ def test_deep_arguments_of_a_tool_call_are_the_clients_fault(app):
     messages = [{"role": "assistant", "tool_calls": [call]}]
     response = request(app, "POST", "/v1/chat/completions", json={"model": "m", "messages": messages})
     assert response.status_code == 400
-    assert response.json()["error"]["param"] == "messages"
+    assert "arguments of a tool call" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch"])
@@ -224,8 +239,16 @@ def test_only_json_is_taken(app):
 
 
 def test_misplaced_field(app):
-    response = request(app, "POST", "/v1/chat/completions/batch", json={"kv_keep_ratio": 0.5})
+    response = request(app, "POST", "/tokenize", json={"prompt": "a", "kv_keep_ratio": 0.5})
     assert response.json()["error"]["param"] == "kv_keep_ratio"
+
+
+def test_slash_at_the_end_is_redirected_as_by_vllm(app):
+    body = {"model": "m", "prompt": "a"}
+    for fields in ({}, {"kv_keep_ratio": 0.5}):
+        response = request(app, "POST", "/v1/completions/", json={**body, **fields})
+        assert response.status_code == 307
+        assert response.headers["location"].endswith("/v1/completions")
 
 
 def test_info(app):

@@ -8,8 +8,8 @@ from starlette.datastructures import State
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm_l2kv_server.context import Compression, current
 from vllm_l2kv_server.engine_client import CompressionEngineClient, stand_before
-from vllm_l2kv_server.usage import UsageBox, current_box
 
 from vllm_l2kv.params import CompressionParams
 
@@ -24,6 +24,7 @@ class FakeClient:
 
     async def generate(self, prompt, sampling_params, request_id, **kwargs):
         self.calls.append((prompt, request_id, kwargs))
+        self.extra_args = sampling_params.extra_args
         yield SimpleNamespace(kv_transfer_params={"kv_cache": NUMBERS}, outputs=[SimpleNamespace(index=0)])
 
 
@@ -32,9 +33,9 @@ def fake() -> FakeClient:
     return FakeClient()
 
 
-def run(client, extra_args, box=None):
+def run(client, extra_args, compression=None):
     async def consume():
-        current_box.set(box)
+        current.set(compression)
         params = SamplingParams(extra_args=extra_args)
         return [output async for output in client.generate("text", params, "id", priority=3)]
 
@@ -49,23 +50,36 @@ def test_everything_else_is_vllms(fake):
         _ = client.no_such_thing
 
 
-def test_numbers_go_to_the_box_of_the_request(fake):
-    box = UsageBox()
-    (output,) = run(CompressionEngineClient(fake, CompressionParams()), {"kv_keep_ratio": 0.5}, box)
-    assert box.total() == NUMBERS
+@pytest.mark.parametrize(
+    ("fields", "extra_args"),
+    [({"kv_keep_ratio": 0.5}, None), ({"kv_keep_ratio": 0.5}, {"other": 1}), ({}, {"kv_keep_ratio": 0.5})],
+)
+def test_fields_go_to_the_engine_and_numbers_to_the_request(fake, fields, extra_args):
+    compression = Compression(fields)
+    (output,) = run(CompressionEngineClient(fake, CompressionParams()), extra_args, compression)
+    assert fake.extra_args == {**(extra_args or {}), **fields}
+    assert compression.box.total() == NUMBERS
     assert output.kv_transfer_params is None
     assert fake.calls == [("text", "id", {"priority": 3})]
 
 
-def test_numbers_are_hidden_without_a_box(fake):
-    (output,) = run(CompressionEngineClient(fake, CompressionParams()), {"kv_keep_ratio": 0.5})
-    assert output.kv_transfer_params is None
+def test_a_field_where_no_numbers_are_reported(fake):
+    """Such as in a form, which the middleware does not read."""
+    with pytest.raises(VLLMValidationError, match=r"works on POST .*/v1/messages") as caught:
+        run(CompressionEngineClient(fake, CompressionParams()), {"kv_keep_ratio": 0.5})
+    assert caught.value.parameter == "kv_keep_ratio"
+    assert fake.calls == []
 
 
 def test_server_default_counts_as_asking(fake):
-    box = UsageBox()
-    run(CompressionEngineClient(fake, CompressionParams(keep_ratio=0.5)), None, box)
-    assert box.total() == NUMBERS
+    compression = Compression({})
+    run(CompressionEngineClient(fake, CompressionParams(keep_ratio=0.5)), None, compression)
+    assert compression.box.total() == NUMBERS
+
+
+def test_numbers_are_hidden_where_none_are_reported(fake):
+    (output,) = run(CompressionEngineClient(fake, CompressionParams(keep_ratio=0.5)), None)
+    assert output.kv_transfer_params is None
 
 
 def test_who_asks_nothing_gets_vllms_generator(fake):
@@ -151,6 +165,7 @@ class FailingClient(FakeClient):
 @pytest.mark.parametrize("extra_args", [None, {"kv_keep_ratio": 0.5}])
 def test_an_error_of_a_structured_request_is_the_fault_of_its_grammar(extra_args):
     async def consume(params):
+        current.set(Compression({}))
         client = CompressionEngineClient(FailingClient(), CompressionParams())
         return [output async for output in client.generate("text", params, "id")]
 

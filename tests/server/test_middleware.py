@@ -1,20 +1,22 @@
-"""Our fields, and unwieldy bodies, on endpoints that are not ours."""
+"""Bodies of every method and media type pass the middleware, in whatever pieces; answers carry numbers."""
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import httpx
 import pytest
-from vllm_l2kv_server.middleware import ForeignBodiesMiddleware
-
-from vllm_l2kv.params import FIELD_NAMES
+from vllm_l2kv_server.context import current
+from vllm_l2kv_server.middleware import CompressionMiddleware
+from vllm_l2kv_server.usage import UsageBox
 
 JSON = {"content-type": "application/json"}
+DEEP = b'{"a":' * 600 + b"1" + b"}" * 600
+NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5}
 
 
 async def echo(scope, receive, send):
     """Sends back the chunks that it received, each with its length."""
-    assert scope["type"] == "http"
     chunks = []
     while True:
         message = await receive()
@@ -27,11 +29,26 @@ async def echo(scope, receive, send):
     await send({"type": "http.response.body", "body": b""})
 
 
-def post(path: str, content, headers=JSON, root_path: str = "") -> httpx.Response:
+async def generate(scope, receive, send):
+    """Answers with usage, as an endpoint whose engine reports numbers."""
+    compression = current.get()
+    if compression is not None:
+        compression.box.new_prompt()[0] = NUMBERS
+    body = json.dumps({"object": "response", "id": "resp_1", "usage": {"input_tokens": 10}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def ask(path: str, content, app=echo, method="POST", headers=JSON, root_path: str = "", **state) -> httpx.Response:
+    async def with_state(scope, receive, send):
+        scope["app"] = SimpleNamespace(state=SimpleNamespace(**state))
+        await CompressionMiddleware(app)(scope, receive, send)
+
     async def run():
-        transport = httpx.ASGITransport(ForeignBodiesMiddleware(echo), root_path=root_path)
+        transport = httpx.ASGITransport(with_state, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post(path, content=content, headers=headers)
+            return await client.request(method, path, content=content, headers=headers)
 
     return asyncio.run(run())
 
@@ -41,83 +58,76 @@ async def chunks_of(*parts: bytes):
         yield part
 
 
-@pytest.mark.parametrize("name", FIELD_NAMES)
-def test_refused_elsewhere(name):
-    response = post("/v1/responses", json.dumps({"input": "hi", name: 1}))
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        "application/json",
+        "Application/JSON",
+        "application/json; charset=utf-16",
+        "text/plain",
+        "multipart/form-data",
+        None,
+    ],
+)
+@pytest.mark.parametrize("path", ["/invocations", "/v1/responses", "/v1/chat/completions", "/tokenize", "/nowhere"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "GET"])
+def test_a_deep_body_whatever_its_type(media_type, path, method):
+    headers = {} if media_type is None else {"content-type": media_type}
+    for body in (DEEP, DEEP.decode().encode("utf-16"), chunks_of(DEEP[:1000], DEEP[1000:])):
+        response = ask(path, body, method=method, headers=headers)
+        assert response.status_code == 400
+        assert "too deeply" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "Application/JSON", "text/plain"])
+def test_a_field_elsewhere_whatever_its_type(media_type):
+    response = ask("/tokenize", b'{"kv_keep_ratio": 0.5}', headers={"content-type": media_type})
     assert response.status_code == 400
-    error = response.json()["error"]
-    assert error["param"] == name
-    assert "/v1/chat/completions and /v1/completions only" in error["message"]
+    assert response.json()["error"]["param"] == "kv_keep_ratio"
 
 
-def test_refused_in_a_chunked_body():
-    body = chunks_of(b'{"input": "hi", "kv_ke', b'ep_ratio": 0.5}')
-    assert post("/v1/responses", body).status_code == 400
+def test_a_name_split_between_chunks():
+    assert ask("/tokenize", chunks_of(b'{"input": "hi", "kv_ke', b'ep_ratio": 0.5}')).status_code == 400
+
+
+def test_errors_of_the_anthropic_api():
+    error = ask("/v1/messages", b'{"kv_keep": 1}').json()
+    assert error["type"] == "error"
+    assert error["error"]["type"] == "BadRequestError"
+    assert "type" not in ask("/v1/responses", b'{"kv_keep": 1}').json()
 
 
 @pytest.mark.parametrize(
-    ("path", "content"),
-    [
-        ("/v1/chat/completions", b'{"kv_keep_ratio": 0.5}'),
-        ("/v1/completions", b'{"kv_keep_ratio": 0.5}'),
-        ("/v1/responses", b'{"kv_keep_ratio": null}'),
-        ("/v1/responses", b'{"kv_transfer_params": {}}'),
-        ("/v1/responses", b'{"input": "say \\"kv_keep_ratio\\""}'),
-        ("/v1/responses", b'{"vllm_xargs": {"kv_keep_ratio": 0.5}}'),
-        ("/v1/responses", b'{"kv_keep_ratio"'),
-        ("/v1/responses", b'["kv_keep_ratio"]'),
-        ("/v1/responses", b'{"kv_keep_ratio":' + b"[" * 100_000),
-    ],
+    ("path", "root_path"), [("/v1/completions/", ""), ("/below/v1/completions", "/below"), ("/v1/completions", "")]
 )
-def test_passed_on(path, content):
-    response = post(path, content)
+def test_paths_of_an_endpoint(path, root_path):
+    content = b'{"kv_keep_ratio": 0.5}'
+    response = ask(path, content, root_path=root_path)
     assert response.status_code == 200
     assert response.content == b"%d:%b;0:;" % (len(content), content)  # httpx ends a body with an empty chunk
 
 
 def test_chunks_pass_as_they_came():
-    response = post("/v1/responses", chunks_of(b"ab", b"", b"cde"))
+    response = ask("/v1/responses", chunks_of(b"ab", b"", b"cde"))
     assert response.content.startswith(b"2:ab;")
     assert b"3:cde;" in response.content
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/invocations"])
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b'{"a":' * 200 + b"1" + b"}" * 200, "too deeply"),
-        (b'{"messages": [' + b"{}," * 40_000 + b"{}]}", "more than 30000 values"),
-    ],
-)
-def test_unwieldy_bodies(path, content, words):
-    response = post(path, content)
-    assert response.status_code == 400
-    assert words in response.json()["error"]["message"]
+class TestNumbers:
+    def test_asked(self):
+        response = ask("/v1/responses", b'{"kv_keep_ratio": 0.5}', generate)
+        assert response.json()["usage"] == {"input_tokens": 10, "kv_cache": NUMBERS}
+        assert current.get() is None
 
+    @pytest.mark.parametrize("by_default", [False, True])
+    def test_not_asked(self, by_default):
+        response = ask("/v1/responses", b"{}", generate, kv_compresses_by_default=by_default)
+        assert ("kv_cache" in response.json()["usage"]) == by_default
 
-def test_token_ids_pass():
-    assert post("/detokenize", json.dumps({"tokens": [5] * 100_000})).status_code == 200
-
-
-def test_other_content_passes_unread():
-    response = post("/v1/audio/transcriptions", b'{"kv_keep_ratio": 1}', {"content-type": "text/plain"})
-    assert response.status_code == 200
-
-
-def test_root_path():
-    assert post("/llm/v1/completions", b'{"kv_keep_ratio": 0.5}', root_path="/llm").status_code == 200
-    assert post("/llm/v1/responses", b'{"kv_keep_ratio": 0.5}', root_path="/llm").status_code == 400
-
-
-def test_get_and_other_scopes_pass():
-    seen = []
-
-    async def app(scope, receive, send):
-        seen.append(scope["type"])
-
-    async def run():
-        for scope in ({"type": "lifespan"}, {"type": "websocket", "path": "/"}, {"type": "http", "method": "GET"}):
-            await ForeignBodiesMiddleware(app)(scope, None, None)
-
-    asyncio.run(run())
-    assert seen == ["lifespan", "websocket", "http"]
+    def test_of_a_stored_response(self):
+        stored: dict[str, UsageBox] = {}
+        ask("/v1/responses", b'{"kv_keep_ratio": 0.5}', generate, kv_stored_numbers=stored)
+        ask("/v1/responses", b"{}", generate, kv_stored_numbers=stored)
+        for path, has_numbers in (("/v1/responses/resp_1", True), ("/v1/responses/resp_2", False)):
+            response = ask(path, None, generate, method="GET", kv_stored_numbers=stored)
+            assert ("kv_cache" in response.json()["usage"]) == has_numbers

@@ -1,12 +1,12 @@
-"""Numbers: gathered from engine outputs, put into JSON answers and streams."""
+"""Numbers: gathered from engine outputs, put into JSON answers and streams of events."""
 
 import asyncio
+import itertools
 import json
 from types import SimpleNamespace
 
 import pytest
-from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from vllm_l2kv_server.usage import UsageBox, add_usage, record
+from vllm_l2kv_server.usage import UsageBox, UsageWriter, record
 
 
 def numbers(prompt: int, kept: int) -> dict[str, int]:
@@ -100,70 +100,145 @@ class TestRecord:
         assert closed == [True]
 
 
+def written(messages, box, stored=None) -> list:
+    """What reaches the client of an answer."""
+    sent: list = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def run():
+        writer = UsageWriter(send, box, stored)
+        for message in messages:
+            await writer(message)
+
+    asyncio.run(run())
+    return sent
+
+
+def start_of(media_type: str, **headers: str) -> dict:
+    headers = {"content-type": media_type, **headers}
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    return {"type": "http.response.start", "status": 200, "headers": raw}
+
+
+def bodies(*chunks: bytes) -> list[dict]:
+    return [
+        {"type": "http.response.body", "body": chunk, "more_body": i < len(chunks)}
+        for i, chunk in enumerate(chunks, start=1)
+    ]
+
+
 class TestJSON:
-    def test_added(self):
-        response = JSONResponse({"id": "ü", "usage": {"prompt_tokens": 10}}, headers={"x": "y"})
-        assert add_usage(response, filled_box((10, 5))) is response
-        assert json.loads(response.body) == {
-            "id": "ü",
+    def answer(self, body: bytes, box, *, cuts=(), media_type="application/json", stored=None):
+        edges = [0, *cuts, len(body)]
+        chunks = [body[a:b] for a, b in itertools.pairwise(edges)]
+        start, *rest = written(
+            [start_of(media_type, **{"content-length": "0", "x": "y"}), *bodies(*chunks)], box, stored
+        )
+        headers = {name.decode(): value.decode() for name, value in start["headers"]}
+        assert headers["x"] == "y"
+        whole = b"".join(message["body"] for message in rest)
+        assert headers["content-length"] in ("0", str(len(whole)))
+        return whole
+
+    @pytest.mark.parametrize("cuts", [(), (4,), (1, 30, 31)])
+    def test_added(self, cuts):
+        body = '{"id":"\u00fc","usage":{"prompt_tokens":10}}'.encode()
+        assert json.loads(self.answer(body, filled_box((10, 5)), cuts=cuts)) == {
+            "id": "\u00fc",
             "usage": {"prompt_tokens": 10, "kv_cache": numbers(10, 5)},
         }
-        assert response.headers["content-length"] == str(len(response.body))
-        assert response.headers["x"] == "y"
 
-    @pytest.mark.parametrize("content", [{"error": {"code": 400}}, {"usage": None}, [1], None])
-    def test_nothing_to_add_to(self, content):
-        response = JSONResponse(content)
-        before = response.body
-        add_usage(response, filled_box((10, 5)))
-        assert response.body == before
+    @pytest.mark.parametrize(
+        "body", [b'{"error":{"code":400}}', b'{"usage":null}', b"[1]", b"null", b'{"usage": {', b""]
+    )
+    def test_nothing_to_add_to(self, body):
+        assert self.answer(body, filled_box((10, 5))) == body
 
     def test_nothing_to_add(self):
-        response = JSONResponse({"usage": {}})
-        add_usage(response, UsageBox())
-        assert response.body == b'{"usage":{}}'
+        assert self.answer(b'{"usage":{}}', UsageBox()) == b'{"usage":{}}'
 
-    def test_other_responses_pass(self):
-        response = PlainTextResponse('{"usage":{}}')
-        assert add_usage(response, filled_box((10, 5))) is response
-        assert response.body == b'{"usage":{}}'
-        assert add_usage(None, filled_box((10, 5))) is None
+    @pytest.mark.parametrize("media_type", ["text/plain", "application/octet-stream"])
+    def test_other_answers_pass(self, media_type):
+        body = b'{"usage":{}}'
+        messages = [start_of(media_type), *bodies(body[:3], body[3:])]
+        assert written(messages, filled_box((10, 5))) == messages
+
+    def test_a_stored_response_is_noted(self):
+        stored: dict = {}
+        box = UsageBox()
+        self.answer(b'{"id":"resp_1","object":"response","usage":null}', box, stored=stored)
+        self.answer(b'{"id":"other","object":"chat.completion","usage":{}}', box, stored=stored)
+        assert stored == {"resp_1": box}
 
 
 class TestStream:
-    def stream(self, events, box):
-        async def body():
-            for event in events:
-                yield event
-
-        return collect(add_usage(StreamingResponse(body()), box).body_iterator)
+    def stream(self, chunks: list[bytes], box) -> list[bytes]:
+        start, *rest = written([start_of("text/event-stream; charset=utf-8"), *bodies(*chunks, b"")], box)
+        assert start == start_of("text/event-stream; charset=utf-8")
+        return [message["body"] for message in rest[:-1]]
 
     def test_only_events_with_usage_change(self):
         events = [
-            'data: {"choices":[{"text":"\\"usage\\":{}"}]}\n\n',
-            'data: {"choices":[],"usage":null}\n\n',
-            ": keep-alive\n\n",
-            'data: {"choices":[],"usage":{"prompt_tokens":10}}\n\n',
-            "data: [DONE]\n\n",
+            b'data: {"choices":[{"text":"\\"usage\\":{} data: {}"}]}\n\n',
+            b'data: {"choices":[],"usage":null}\n\n',
+            b": keep-alive\n\n",
+            b'data: {"choices":[],"usage":{"prompt_tokens":10}}\n\n',
+            b"data: [DONE]\n\n",
         ]
         streamed = self.stream(events, filled_box((10, 5)))
         assert streamed[:3] == events[:3]
         assert streamed[4] == events[4]
-        assert streamed[3].endswith("\n\n")
-        assert json.loads(streamed[3].removeprefix("data: "))["usage"] == {
+        assert json.loads(streamed[3].removeprefix(b"data: "))["usage"] == {
             "prompt_tokens": 10,
             "kv_cache": numbers(10, 5),
         }
+        assert streamed[3].endswith(b"}\n\n")
+
+    def test_events_with_a_name(self):
+        """As the APIs of responses and of messages send them."""
+        events = [
+            b'event: response.completed\ndata: {"response":{"usage":{"input_tokens":10}}}\n\n',
+            b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":1}}\n\n',
+        ]
+        completed, delta = self.stream(events, filled_box((10, 5)))
+        assert completed.startswith(b"event: response.completed\ndata: {")
+        data = json.loads(completed.split(b"\ndata: ")[1])
+        assert data["response"]["usage"]["kv_cache"] == numbers(10, 5)
+        assert json.loads(delta.split(b"\ndata: ")[1])["usage"]["kv_cache"] == numbers(10, 5)
+
+    def test_events_in_pieces(self):
+        whole = b'data: {"text":"a"}\n\ndata: {"usage":{"prompt_tokens":10}}\n\ndata: [DONE]\n\n'
+        (expected,) = self.stream([whole], filled_box((10, 5)))
+        assert b"kv_cache" in expected
+        for size in (1, 7, 30):
+            pieces = [whole[begin : begin + size] for begin in range(0, len(whole), size)]
+            assert b"".join(self.stream(pieces, filled_box((10, 5)))) == expected
+
+    def test_an_event_is_sent_as_soon_as_it_is_complete(self):
+        sent = self.stream([b"data: 1\n", b"\ndata: 2\n\nda", b"ta: 3\n\n"], UsageBox())
+        assert sent == [b"", b"data: 1\n\ndata: 2\n\n", b"data: 3\n\n"]
+
+    def test_a_stream_that_breaks_off_loses_nothing(self):
+        messages = [start_of("text/event-stream"), *bodies(b"data: 1\n\ndata: {", b"")]
+        assert b"".join(message["body"] for message in written(messages, UsageBox())[1:]) == b"data: 1\n\ndata: {"
 
     def test_the_box_is_read_when_the_event_passes(self):
         box = UsageBox()
         prompt = box.new_prompt()
+        sent: list = []
 
-        async def body():
-            yield 'data: {"usage":{}}\n\n'
+        async def send(message):
+            sent.append(message.get("body"))
+
+        async def run():
+            writer = UsageWriter(send, box)
+            await writer(start_of("text/event-stream"))
+            await writer({"type": "http.response.body", "body": b'data: {"usage":{}}\n\n', "more_body": True})
             prompt[0] = numbers(4, 2)
-            yield 'data: {"usage":{}}\n\n'
+            await writer({"type": "http.response.body", "body": b'data: {"usage":{}}\n\n', "more_body": True})
 
-        first, last = collect(add_usage(StreamingResponse(body()), box).body_iterator)
-        assert first == 'data: {"usage":{}}\n\n'
-        assert '"evicted_tokens":2' in last
+        asyncio.run(run())
+        assert sent[1] == b'data: {"usage":{}}\n\n'
+        assert b'"evicted_tokens":2' in sent[2]

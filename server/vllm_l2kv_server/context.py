@@ -1,0 +1,24 @@
+"""What travels beside an HTTP request, from the middleware that reads its body to the engine client that answers it."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from vllm_l2kv.params import FieldValue
+from vllm_l2kv_server.usage import UsageBox
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What one HTTP request asks of the KV cache, and the numbers that the engine reports for it.
+
+    Attributes:
+        fields: Checked `kv_` fields of the body, wherever in it they were given.
+        box: Collects the numbers of every prompt that the request sends to the engine.
+    """
+
+    fields: dict[str, FieldValue]
+    box: UsageBox = field(default_factory=UsageBox)
+
+
+current: ContextVar[Compression | None] = ContextVar("current", default=None)
+"""Of the HTTP request being answered; `None` where no numbers can be reported."""

@@ -1,0 +1,54 @@
+"""The `kv_` fields in the API's schema, which `/docs` shows: at every endpoint that takes them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+
+from vllm_l2kv.params import FIELDS, GRANULARITIES, MAX_TOKENS, SCORERS
+from vllm_l2kv_server.request_fields import GENERATING_PATHS
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "kv_keep_ratio": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "kv_protect_first": {"type": "integer", "minimum": 0, "maximum": MAX_TOKENS},
+    "kv_protect_last": {"type": "integer", "minimum": 0, "maximum": MAX_TOKENS},
+    "kv_scorer": {"type": "string", "enum": list(SCORERS)},
+    "kv_granularity": {"type": "string", "enum": list(GRANULARITIES)},
+}
+
+
+def show_fields(app: FastAPI) -> None:
+    """Adds the fields to the schema that the app generates, the way FastAPI documents for it."""
+    app.openapi = _with_fields(app.openapi)  # type: ignore[method-assign]
+
+
+def _with_fields(generate: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    def openapi() -> dict[str, Any]:
+        schema = generate()
+        for path in GENERATING_PATHS:
+            if (body := _body_of(schema, path)) is not None:
+                body.setdefault("properties", {}).update(_properties())
+        return schema
+
+    return openapi
+
+
+def _properties() -> dict[str, Any]:
+    return {
+        field.name: {
+            "title": field.name,
+            "description": field.description,
+            "anyOf": [SCHEMAS[field.name], {"type": "null"}],
+        }
+        for field in FIELDS
+    }
+
+
+def _body_of(schema: dict[str, Any], path: str) -> dict[str, Any] | None:
+    """The schema of an endpoint's JSON body, or `None` where the app has no such endpoint or says nothing of it."""
+    request = schema["paths"].get(path, {}).get("post", {}).get("requestBody", {})
+    reference = request.get("content", {}).get("application/json", {}).get("schema", {}).get("$ref")
+    if reference is None:
+        return None
+    body: dict[str, Any] = schema["components"]["schemas"][reference.rpartition("/")[2]]
+    return body

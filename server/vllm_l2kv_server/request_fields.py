@@ -1,0 +1,193 @@
+"""The `kv_` fields of a request body, read from its bytes before vLLM sees it.
+
+vLLM ignores names that it does not know, so a field that is misspelt, misplaced, given twice or sent to the wrong
+endpoint would keep the whole cache without a word. All of these get 400 here, on every path alike. The fields are not
+taken out of the body: vLLM copies those in `vllm_xargs` itself, and `context` carries the others to the engine client.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_l2kv.params import FIELD_NAMES, CompressionParams, FieldValue, ParamError, meant_field
+from vllm_l2kv_server.body import check_shape, is_utf8, loads, may_be_unwieldy, too_deep
+from vllm_l2kv_server.context import Compression
+
+XARGS = "vllm_xargs"
+TRANSFER = "kv_transfer_params"
+GENERATING_PATHS = (
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/invocations",
+    "/inference/v1/generate",
+)
+"""Endpoints that generate text and report token usage. Each takes the fields at the top level of its body."""
+
+FREE_FORM = frozenset({"metadata"})
+"""Objects of a body whose keys are the client's own."""
+
+BEAM_SEARCH = "use_beam_search"
+MENTIONS_A_FIELD = re.compile(rb'"(\s*kv|use_beam_search")', re.IGNORECASE)
+ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
+
+
+def read_compression(body: bytes, path: str, by_default: bool) -> Compression | None:
+    """Checks a body and returns what its request asks of the KV cache.
+
+    Args:
+        body: As it came; UTF-8, UTF-16 or UTF-32, or no JSON at all.
+        path: Of the endpoint, without the server's root path and without a slash at the end.
+        by_default: Whether the server compresses requests that give no field.
+
+    Returns:
+        `None` if nothing is asked and nothing will be compressed, so that there are no numbers to report. A body that
+        is not JSON asks nothing: its endpoint refuses it in its own words.
+
+    Raises:
+        VLLMValidationError: Too deep, too many values, or a field that would be ignored; answered with 400.
+    """
+    value = _parse(body)
+    fields = _fields_of(value, path)
+    if path not in GENERATING_PATHS or not (fields or by_default):
+        return None
+    if not value.get(BEAM_SEARCH):
+        return Compression(fields)
+    # vLLM's beam search makes a new engine request for every token, so no request lives to be compacted.
+    for param in fields:
+        raise VLLMValidationError(
+            "Beam search generates one token per engine request, so nothing would ever be compressed; "
+            f"drop {BEAM_SEARCH} or {param}.",
+            parameter=param,
+        )
+    return None
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    """The object of a body, or an empty one where the bytes show that it has nothing to look at.
+
+    Raises:
+        VLLMValidationError: Too deep, too many values, or a field twice.
+    """
+    unwieldy = may_be_unwieldy(body)
+    if not unwieldy and not may_give_fields(body):
+        return {}
+    try:
+        value = loads(body, object_pairs_hook=_without_twins)
+    except RecursionError:
+        raise too_deep() from None
+    except ValueError:
+        return {}
+    if unwieldy:
+        check_shape(value)
+    return value if isinstance(value, dict) else {}
+
+
+def may_give_fields(body: bytes) -> bool:
+    """Whether a body could hold one of the fields, at the cost of a search through its bytes.
+
+    A name shows as it is, unless ASCII characters are escaped or the body is in another encoding than UTF-8.
+    """
+    return bool(MENTIONS_A_FIELD.search(body) or ESCAPED_ASCII.search(body) or not is_utf8(body))
+
+
+def check_fields(values: Mapping[str, Any] | None) -> None:
+    """Refuses bad values of `kv_` fields and wrong names for them.
+
+    Raises:
+        VLLMValidationError: Answered with 400.
+    """
+    values = values or {}
+    try:
+        CompressionParams().override(values)
+    except ParamError as error:
+        raise bad_request(error) from error
+    # vLLM's own name with the same prefix. In `vllm_xargs` nothing checks its type before the engine's client fails.
+    if not isinstance(values.get(TRANSFER), dict | None):
+        raise VLLMValidationError(f"{TRANSFER} must be an object.", parameter=TRANSFER)
+
+
+def refuse_elsewhere(values: Mapping[str, Any]) -> None:
+    """Refuses the fields where no text is generated, or where its token usage is not reported.
+
+    Raises:
+        VLLMValidationError: Answered with 400; names the field and the endpoints that take it.
+    """
+    for name in FIELD_NAMES:
+        if values.get(name) is not None:
+            raise VLLMValidationError(f"{name} works on POST {_listed(GENERATING_PATHS)} only.", parameter=name)
+
+
+def bad_request(error: ParamError) -> VLLMValidationError:
+    """The error for which vLLM's handlers answer 400 with `param`.
+
+    Without the value: the message has it already, cut to a length that can be shown. A lone surrogate in a client's
+    field name cannot be sent back as UTF-8, so it is escaped.
+    """
+    message, param = (text.encode("utf-8", "backslashreplace").decode() for text in (str(error), error.param))
+    return VLLMValidationError(message, parameter=param)
+
+
+def _fields_of(body: dict[str, Any], path: str) -> dict[str, FieldValue]:
+    xargs = body.get(XARGS)
+    nested = xargs if isinstance(xargs, dict) else {}
+    check_fields(body)
+    check_fields(nested)
+    _refuse_misplaced(body, path)
+    if path not in GENERATING_PATHS:
+        refuse_elsewhere({**nested, **body})
+        return {}
+    given = {name: _only_value(name, body.get(name), nested.get(name)) for name in FIELD_NAMES}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _refuse_misplaced(body: dict[str, Any], path: str) -> None:
+    """Refuses a field inside another object of the body, such as `extra_body`, where vLLM would not look for it."""
+    for place, value in body.items():
+        if not isinstance(value, dict) or place == XARGS or place in FREE_FORM:
+            continue
+        for name in value:
+            field = name if name in FIELD_NAMES else meant_field(name)
+            if field is not None:
+                hint = f" {place} is an option of the Python client, not a field." if place == "extra_body" else ""
+                raise VLLMValidationError(
+                    f"{field} is inside {place}, where it has no effect; put it at the top level of the body, or "
+                    f"inside {XARGS}.{hint}",
+                    parameter=f"{place}.{name}".encode("utf-8", "backslashreplace").decode(),
+                )
+
+
+def _only_value(name: str, at_top: Any, in_xargs: Any) -> Any:
+    """The one value given for a field.
+
+    Raises:
+        VLLMValidationError: Two places, two values.
+    """
+    if at_top is not None and in_xargs is not None and at_top != in_xargs:
+        raise VLLMValidationError(
+            f"{name} is {at_top} at the top level and {in_xargs} inside {XARGS}; give it once.", parameter=name
+        )
+    return in_xargs if at_top is None else at_top
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a body; of a key that is there twice, JSON parsers keep the last and drop the first.
+
+    Raises:
+        VLLMValidationError: A field, or the object that may hold one, is there twice.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1 and (name in FIELD_NAMES or name == XARGS or meant_field(name)):
+                raise bad_request(ParamError(name, f"{name} is given {count} times in one object; give it once."))
+    return value
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,205 @@
+"""What a body asks of the KV cache: which fields are read, which names are refused and in which words."""
+
+import json
+import math
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm_l2kv_server.request_fields import GENERATING_PATHS, read_compression
+
+from vllm_l2kv.params import FIELD_NAMES
+
+CHAT = "/v1/chat/completions"
+BAD_RATIOS = [0, -1, -0.5, 1.0001, 2, math.nan, math.inf, -math.inf, 10**400, "0.5", "", True, False, [], [0.5], {}]
+BAD_COUNTS = [-1, 0.5, 1.0, math.nan, math.inf, 2**31, 10**400, "1", True, [], [1], {"a": 1}]
+BAD_VALUES = [("kv_keep_ratio", value) for value in BAD_RATIOS] + [
+    (name, value) for name in ("kv_protect_first", "kv_protect_last") for value in BAD_COUNTS
+]
+BAD_VALUES += [(name, value) for name in ("kv_scorer", "kv_granularity") for value in ("", "L2", 1, True, ["l2"], {})]
+ELSEWHERE = ["/tokenize", "/generative_scoring", "/v1/chat/completions/render", "/v1/messages/count_tokens", "/pause"]
+NEAR_SPELLINGS = {
+    "kv-keep-ratio": "kv_keep_ratio",
+    "KV_KEEP_RATIO": "kv_keep_ratio",
+    "kvKeepRatio": "kv_keep_ratio",
+    "KVKeepRatio": "kv_keep_ratio",
+    "kv keep ratio": "kv_keep_ratio",
+    " kv_keep_ratio": "kv_keep_ratio",
+    "kv_keep_ration": "kv_keep_ratio",
+    "kvprotectfist": "kv_protect_first",
+    "Kv-Scorer": "kv_scorer",
+}
+
+
+def fields(body, path: str = CHAT, by_default: bool = False) -> dict | None:
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    compression = read_compression(body, path, by_default)
+    return None if compression is None else compression.fields
+
+
+def refused(body, path: str = CHAT) -> VLLMValidationError:
+    with pytest.raises(VLLMValidationError) as caught:
+        fields(body, path)
+    return caught.value
+
+
+def placed(nested: bool, given: dict) -> dict:
+    return {"vllm_xargs": given} if nested else given
+
+
+@pytest.mark.parametrize("path", GENERATING_PATHS)
+class TestGeneratingEndpoints:
+    def test_all_fields(self, path):
+        given = {"kv_keep_ratio": 0.25, "kv_protect_first": 4, "kv_protect_last": 32}
+        given |= {"kv_scorer": "keydiff", "kv_granularity": "block"}
+        assert fields({"model": "m", **given}, path) == given
+
+    def test_xargs(self, path):
+        body = {"kv_protect_last": 1, "vllm_xargs": {"other": 1, "kv_keep_ratio": 0.5, "kv_protect_first": None}}
+        assert fields(body, path) == {"kv_keep_ratio": 0.5, "kv_protect_last": 1}
+
+    def test_nothing_asked(self, path):
+        assert fields({"model": "m", "kv_keep_ratio": None}, path) is None
+        assert fields({"kv_transfer_params": {"a": 1}}, path) is None
+
+    def test_nothing_asked_of_a_server_that_compresses(self, path):
+        assert fields({"model": "m"}, path, by_default=True) == {}
+        assert fields({"use_beam_search": True}, path, by_default=True) is None
+
+    def test_beam_search(self, path):
+        error = refused({"use_beam_search": True, "n": 2, "vllm_xargs": {"kv_keep_ratio": 0.5}}, path)
+        assert error.parameter == "kv_keep_ratio"
+        assert "drop use_beam_search" in str(error)
+        assert fields({"use_beam_search": False, "kv_keep_ratio": 0.5}, path) == {"kv_keep_ratio": 0.5}
+
+
+@pytest.mark.parametrize("path", ELSEWHERE)
+class TestEndpointsThatGenerateNothing:
+    @pytest.mark.parametrize("name", FIELD_NAMES)
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_refused_by_name(self, path, name, nested):
+        value = {"kv_scorer": "l2", "kv_granularity": "token"}.get(name, 1)
+        error = refused(placed(nested, {name: value}), path)
+        assert error.parameter == name
+        assert all(path in str(error) for path in GENERATING_PATHS)
+
+    @pytest.mark.parametrize("by_default", [False, True])
+    def test_nothing_asked(self, path, by_default):
+        assert fields({"kv_keep_ratio": None, "kv_transfer_params": {}}, path, by_default) is None
+        assert fields({"text": 'say "kv_keep_ratio"'}, path, by_default) is None
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses", "/v1/messages", "/tokenize"])
+class TestEveryEndpoint:
+    @pytest.mark.parametrize(("name", "meant"), NEAR_SPELLINGS.items())
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_near_spelling(self, path, name, meant, nested):
+        error = refused(placed(nested, {name: 0.5}), path)
+        assert error.parameter == name
+        assert f"did you mean '{meant}'" in str(error)
+
+    @pytest.mark.parametrize("place", ["extra_body", "extra_args", "chat_template_kwargs", "parameters"])
+    @pytest.mark.parametrize("name", ["kv_keep_ratio", "kv-keep-ratio"])
+    def test_inside_another_object(self, path, place, name):
+        error = refused({"model": "m", place: {"other": 1, name: 0.5}}, path)
+        assert error.parameter == f"{place}.{name}"
+        assert "put it at the top level of the body" in str(error)
+        assert ("Python client" in str(error)) == (place == "extra_body")
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b'{"kv_keep_ratio": 0.5, "kv_keep_ratio": 0.25}',
+            b'{"kv_keep_ratio": 0.5, "\\u006bv_keep_ratio": 0.5}',
+            b'{"vllm_xargs": {"kv_keep_ratio": 1, "kv_keep_ratio": null}}',
+        ],
+    )
+    def test_twice(self, path, body):
+        error = refused(body, path)
+        assert error.parameter == "kv_keep_ratio"
+        assert "is given 2 times" in str(error)
+
+    def test_xargs_twice(self, path):
+        error = refused(b'{"vllm_xargs": {"kv_keep_ratio": 0.5}, "vllm_xargs": {}}', path)
+        assert error.parameter == "vllm_xargs"
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_encodings(self, path, encoding, nested):
+        assert refused(json.dumps(placed(nested, {"kv_keep": 0.5})).encode(encoding), path).parameter == "kv_keep"
+
+    @pytest.mark.parametrize("name", [rb"\u006bv_keep", rb"k\u0076_keep", rb"\u006b\u0076\u005f\u006b\u0065\u0065p"])
+    def test_escapes(self, path, name):
+        assert refused(b'{"%b": 0.5}' % name, path).parameter == "kv_keep"
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+    def test_depth(self, path, encoding):
+        assert fields(('{"a":' * 128 + "1" + "}" * 128).encode(encoding), path) is None
+        for depth in (129, 600, 100_000):
+            assert "too deeply" in str(refused(('{"a":' * depth + "1" + "}" * depth).encode(encoding), path))
+        assert "too deeply" in str(refused(("[" * 100_000).encode(encoding), path))
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+    def test_number_of_values(self, path, encoding):
+        error = refused(('{"messages": [' + "{}," * 30_000 + "{}]}").encode(encoding), path)
+        assert "more than 30000 values" in str(error)
+        assert fields({"prompt": [5] * 100_000}, path) is None
+
+
+@pytest.mark.parametrize("nested", [False, True])
+class TestValues:
+    @pytest.mark.parametrize(("name", "value"), BAD_VALUES)
+    def test_bad_value(self, name, value, nested):
+        error = refused(placed(nested, {name: value}))
+        assert error.parameter == name
+        assert name in str(error)
+        assert len(str(error)) < 300
+
+    def test_unknown_name(self, nested):
+        error = refused(placed(nested, {"kv_keep_ration": 0.5}))
+        assert error.parameter == "kv_keep_ration"
+        assert "did you mean 'kv_keep_ratio'" in str(error)
+
+    def test_name_that_is_not_unicode(self, nested):
+        error = refused(placed(nested, {"kv_\ud800": 1}))
+        assert error.parameter.encode() == rb"kv_\ud800"
+        assert str(error).encode()
+
+    def test_transfer_params(self, nested):
+        assert refused(placed(nested, {"kv_transfer_params": "x"})).parameter == "kv_transfer_params"
+
+
+def test_same_value_twice():
+    assert fields({"kv_keep_ratio": 0.5, "vllm_xargs": {"kv_keep_ratio": 0.5}}) == {"kv_keep_ratio": 0.5}
+
+
+def test_two_values():
+    error = refused({"kv_keep_ratio": 0.5, "vllm_xargs": {"kv_keep_ratio": 0.25}})
+    assert error.parameter == "kv_keep_ratio"
+    assert "0.5" in str(error)
+    assert "0.25" in str(error)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b'["kv_keep_ratio"]',
+        b'{"kv_keep_ratio"',
+        b"\xff" * 8,
+        b'--boundary\r\n\r\n"kv_keep_ratio"',
+        b'{"vllm_xargs": 3}',
+        b'{"vllm_xargs": [{"kv_keep_ratio": 0.5}]}',
+        b'{"metadata": {"kv_keep_ratio": "a label of the client"}}',
+        b'{"tools": [{"parameters": {"properties": {"kv_keep_ratio": {"type": "number"}}}}]}',
+        b'{"messages": [{"role": "user", "content": "kv_keep_ratio"}, {"role": "user", "content": "KV"}]}',
+        b'{"kv_keep_ratio_of_nobody_in_a_list": [], "x": 1',
+    ],
+)
+def test_left_to_the_endpoint(body):
+    assert fields(body) is None
+
+
+def test_other_names_pass():
+    assert fields({"kvm": 1, "kvantum": 2, "prompt": "KV", "kv_cache_report_mode": "x"}) is None
