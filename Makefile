@@ -10,11 +10,14 @@ CONFIG ?= configs/demo-cpu.yaml
 ARGS ?=
 PIP_ARGS ?=
 
+# Folders whose tests start no engine; those that do are marked, and left out.
+FAST := $(addprefix tests/,unit kernels scheduler worker contract server bench)
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: help setup serve test test-gpu soak check fmt docs lock clean
+.PHONY: help setup serve test test-fast test-gpu soak check fmt docs lock clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -47,6 +50,10 @@ serve: setup ## Serve the demo model on port 8000; another one with ARGS=MODEL
 test: setup ## Run all tests; those that need a GPU are skipped without one
 	$(BIN)/vllm-l2kv demo-model
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-fast: setup ## Run the tests that start no engine; before each commit
+	$(BIN)/vllm-l2kv demo-model
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow" --no-engines $(FAST) $(ARGS)
 
 test-gpu: ## Run the tests that need a GPU, in an environment of yours: PYTHON with vllm-l2kv[cuda,dev] installed
 	$(PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(ARGS)

@@ -23,12 +23,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--demo-model", type=Path, help="folder of the demo model, instead of fetching it")
     parser.addoption("--soak-requests", type=int, default=140, help="requests of each test in tests/e2e/test_churn.py")
     parser.addoption("--rows", type=Path, help="folder to which tests/gpu/test_two_gpus.py adds rows of what it found")
+    parser.addoption("--no-engines", action="store_true", help="leave out tests marked `engine`, fail others with one")
     parser.addoption("--playground-picture", type=Path, help="where tests/e2e/test_playground.py draws its page")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    if config.getoption("--no-engines"):
+        marked = [item for item in items if item.get_closest_marker("engine")]
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in marked]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -41,6 +46,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         item.get_closest_marker("gpu") and not item.get_closest_marker("skip") for item in session.items
     ):
         raise pytest.UsageError("tests of CPUs and of GPUs do not share a process: `make test-gpu` runs the latter")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_engines(request) -> Iterator[None]:
+    """With `--no-engines` a test that starts one fails."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.config.getoption("--no-engines"):
+            from no_engines import refuse_engines
+
+            refuse_engines(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ class TestEach:
         Draft7Validator(schema).validate(yaml.safe_load(path.read_text()))
         assert path.read_text().splitlines()[0] == "# yaml-language-server: $schema=schema.json"
 
+    @pytest.mark.engine
     def test_it_serves(self, parser, monkeypatch, path, tiny_model):
         """An engine of these options, with what a CPU needs and a model of the same kind instead of the real one."""
         # With as many layers as Gemma 3 has; the file names some.
