@@ -30,22 +30,38 @@ MAX_DIGITS = len(str(2**64))
 LONG_INTEGER = re.compile(rb"\d{19}")
 
 
-def parse_body(body: bytes) -> Any:
-    """The JSON value of a body.
+class NotJSONError(VLLMValidationError):
+    """A body that no JSON parser takes."""
+
+
+PARSED = "vllm_l2kv.body"
+"""Where a scope of ASGI holds the value of a body that was parsed on the way, so that it is parsed once."""
+
+
+def parse_body(body: bytes, **arguments: Any) -> Any:
+    """The JSON value of a body; an integer that no message to the engine can hold becomes infinite.
+
+    Args:
+        body: UTF-8, UTF-16 or UTF-32.
+        arguments: More of those of `json.loads`.
 
     Raises:
-        VLLMValidationError: Not JSON, not Unicode, or nested too deeply; answered with 400.
+        NotJSONError: Neither JSON nor Unicode; answered with 400.
+        VLLMValidationError: Nested too deeply, too many values, or a lone surrogate, which JSON can hold and UTF-8
+            cannot; answered with 400.
     """
+    # Token ids are short, so prompts keep the fast path.
+    may_be_long = LONG_INTEGER.search(body) or not is_utf8(body)
     try:
-        value = loads(body)
-        if rb"\ud" in body.lower():
-            json.dumps(value, ensure_ascii=False).encode()
+        value = json.loads(body, parse_int=_integer if may_be_long else None, **arguments)
     except RecursionError:
         raise too_deep() from None
     except UnicodeError as error:
-        raise VLLMValidationError(f"The body is not Unicode text: {error}") from None
+        raise NotJSONError(f"The body is not Unicode text: {error}") from None
     except json.JSONDecodeError as error:
-        raise VLLMValidationError(f"The body is not JSON: {error}") from None
+        raise NotJSONError(f"The body is not JSON: {error}") from None
+    if rb"\ud" in body.lower() and not _is_unicode(value):
+        raise VLLMValidationError("The body is not Unicode text: it has half of a surrogate pair.")
     if may_be_unwieldy(body):
         check_shape(value)
     return value
@@ -101,20 +117,12 @@ def _no_integers(value: Any) -> Any:
     return [[token for token in item if type(token) is not int] if isinstance(item, list) else item for item in items]
 
 
-def loads(body: bytes, **arguments: Any) -> Any:
-    """The JSON value of a body; an integer that no message to the engine can hold becomes infinite.
-
-    Args:
-        body: UTF-8, UTF-16 or UTF-32.
-        arguments: More of those of `json.loads`.
-
-    Raises:
-        ValueError: Not JSON.
-        RecursionError: Nested too deeply for Python's parser.
-    """
-    # Token ids are short, so prompts keep the fast path.
-    may_be_long = LONG_INTEGER.search(body) or not is_utf8(body)
-    return json.loads(body, parse_int=_integer if may_be_long else None, **arguments)
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def _integer(digits: str) -> int | float:
@@ -130,7 +138,7 @@ class _ParsedRequest(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_value"):
-            self._value = parse_body(await self.body())
+            self._value = self.scope[PARSED] if PARSED in self.scope else parse_body(await self.body())
         return self._value
 
 

@@ -12,9 +12,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
 
+from vllm_l2kv_server.body import PARSED
 from vllm_l2kv_server.body_bound import has_body, read_body, replay
 from vllm_l2kv_server.context import current
-from vllm_l2kv_server.request_fields import read_compression
+from vllm_l2kv_server.request_fields import look_into, read_compression
 from vllm_l2kv_server.usage import UsageBox, UsageWriter
 
 MESSAGES_PATH = "/v1/messages"
@@ -43,10 +44,13 @@ class CompressionMiddleware:
             receive = replay(messages, receive)
             body = b"".join(message.get("body", b"") for message in messages)
             try:
-                compression = read_compression(body, path, getattr(state, "kv_compresses_by_default", False))
+                value = look_into(body)
+                compression = read_compression(value, path, getattr(state, "kv_compresses_by_default", False))
             except VLLMValidationError as error:
                 await _refuse(error, path)(scope, receive, send)
                 return
+            if value is not None:
+                scope[PARSED] = value
         stored: dict[str, UsageBox] | None = getattr(state, "kv_stored_numbers", None)
         if compression is not None:
             send = UsageWriter(send, compression.box, stored)

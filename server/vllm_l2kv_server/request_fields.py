@@ -13,7 +13,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.params import FIELD_NAMES, CompressionParams, FieldValue, ParamError, meant_field
-from vllm_l2kv_server.body import check_shape, is_utf8, loads, may_be_unwieldy, too_deep
+from vllm_l2kv_server.body import NotJSONError, is_utf8, may_be_unwieldy, parse_body
 from vllm_l2kv_server.context import Compression
 
 XARGS = "vllm_xargs"
@@ -37,26 +37,46 @@ MENTIONS_A_FIELD = re.compile(rb'"(\s*kv|use_beam_search")', re.IGNORECASE)
 ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 
 
-def read_compression(body: bytes, path: str, by_default: bool) -> Compression | None:
-    """Checks a body and returns what its request asks of the KV cache.
+def look_into(body: bytes) -> Any:
+    """Parses a body whose bytes show that it may give a field, or end the server.
 
     Args:
         body: As it came; UTF-8, UTF-16 or UTF-32, or no JSON at all.
+
+    Returns:
+        Its JSON value; `None` for a body with nothing to look at, and for one that is not JSON, which its endpoint
+        refuses in its own words.
+
+    Raises:
+        VLLMValidationError: Too deep, too many values, a lone surrogate, or a field twice; answered with 400.
+    """
+    if not may_be_unwieldy(body) and not may_give_fields(body):
+        return None
+    try:
+        return parse_body(body, object_pairs_hook=_without_twins)
+    except NotJSONError:
+        return None
+
+
+def read_compression(body: Any, path: str, by_default: bool) -> Compression | None:
+    """What a request asks of the KV cache.
+
+    Args:
+        body: Its JSON value, from `look_into`.
         path: Of the endpoint, without the server's root path and without a slash at the end.
         by_default: Whether the server compresses requests that give no field.
 
     Returns:
-        `None` if nothing is asked and nothing will be compressed, so that there are no numbers to report. A body that
-        is not JSON asks nothing: its endpoint refuses it in its own words.
+        `None` if nothing is asked and nothing will be compressed, so that there are no numbers to report.
 
     Raises:
-        VLLMValidationError: Too deep, too many values, or a field that would be ignored; answered with 400.
+        VLLMValidationError: A bad value, or a field that would be ignored; answered with 400.
     """
-    value = _parse(body)
-    fields = _fields_of(value, path)
+    body = body if isinstance(body, dict) else {}
+    fields = _fields_of(body, path)
     if path not in GENERATING_PATHS or not (fields or by_default):
         return None
-    if not value.get(BEAM_SEARCH):
+    if not body.get(BEAM_SEARCH):
         return Compression(fields)
     # vLLM's beam search makes a new engine request for every token, so no request lives to be compacted.
     for param in fields:
@@ -66,26 +86,6 @@ def read_compression(body: bytes, path: str, by_default: bool) -> Compression | 
             parameter=param,
         )
     return None
-
-
-def _parse(body: bytes) -> dict[str, Any]:
-    """The object of a body, or an empty one where the bytes show that it has nothing to look at.
-
-    Raises:
-        VLLMValidationError: Too deep, too many values, or a field twice.
-    """
-    unwieldy = may_be_unwieldy(body)
-    if not unwieldy and not may_give_fields(body):
-        return {}
-    try:
-        value = loads(body, object_pairs_hook=_without_twins)
-    except RecursionError:
-        raise too_deep() from None
-    except ValueError:
-        return {}
-    if unwieldy:
-        check_shape(value)
-    return value if isinstance(value, dict) else {}
 
 
 def may_give_fields(body: bytes) -> bool:

@@ -152,6 +152,11 @@ def test_usage_is_added(app):
     assert response.json()["kv_transfer_params"] is None
 
 
+def test_a_body_that_the_middleware_parsed_is_not_parsed_again(app, monkeypatch):
+    monkeypatch.setattr("vllm_l2kv_server.body.parse_body", None)
+    assert complete(app, kv_keep_ratio=0.5).status_code == 200
+
+
 def test_usage_sums_prompts(app):
     usage = complete(app, prompt=["a", "b", "c"], kv_keep_ratio=0.5).json()["usage"]
     assert usage["kv_cache"] == {key: 3 * value for key, value in NUMBERS.items()}

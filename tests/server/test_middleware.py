@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from vllm_l2kv_server.body import PARSED
 from vllm_l2kv_server.context import current
 from vllm_l2kv_server.middleware import CompressionMiddleware
 from vllm_l2kv_server.usage import UsageBox
@@ -111,6 +112,17 @@ def test_chunks_pass_as_they_came():
     response = ask("/v1/responses", chunks_of(b"ab", b"", b"cde"))
     assert response.content.startswith(b"2:ab;")
     assert b"3:cde;" in response.content
+
+
+def test_a_body_is_parsed_once():
+    async def tell(scope, receive, send):
+        seen.append(scope.get(PARSED))
+        await echo(scope, receive, send)
+
+    seen: list = []
+    for body in (b'{"kv_keep_ratio": 0.5}', b'{"prompt": "a"}'):
+        assert ask("/v1/completions", body, tell).status_code == 200
+    assert seen == [{"kv_keep_ratio": 0.5}, None]
 
 
 class TestNumbers:
