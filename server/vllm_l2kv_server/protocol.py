@@ -12,7 +12,8 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import OpenAIBaseModel
 from vllm.exceptions import VLLMError, VLLMValidationError
 
-from vllm_l2kv.params import FieldValue
+from vllm_l2kv.params import FIELD_NAMES, FieldValue
+from vllm_l2kv_server.request_fields import XARGS
 
 MAX_LENGTH_PENALTY = 50
 """A million to this power is a float still."""
@@ -31,6 +32,16 @@ class CheckedBody(OpenAIBaseModel):
             raise
         except Exception as error:
             raise VLLMValidationError(f"The body has a value of a wrong type: {error}") from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out_null_fields(cls, data: Any) -> Any:
+        """A field that is null is not given, in `vllm_xargs` too, where vLLM refuses null."""
+        xargs = data.get(XARGS) if isinstance(data, dict) else None
+        if not isinstance(xargs, dict):
+            return data
+        given = {name: value for name, value in xargs.items() if value is not None or name not in FIELD_NAMES}
+        return {**data, XARGS: given or None}
 
     @model_validator(mode="after")
     def check_length_penalty(self) -> Self:

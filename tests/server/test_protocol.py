@@ -39,6 +39,13 @@ class TestBothBodies:
         request = model.model_validate({**body, "kv_keep_ratio": 0.5, "vllm_xargs": {"kv_protect_last": 4}})
         assert request.to_sampling_params(8, {}).extra_args == {"kv_protect_last": 4}
 
+    def test_null_in_xargs_is_not_given(self, model, body):
+        sent = {**body, "vllm_xargs": {"kv_keep_ratio": 0.5, "kv_protect_last": None}}
+        assert model.model_validate(sent).vllm_xargs == {"kv_keep_ratio": 0.5}
+        assert sent["vllm_xargs"] == {"kv_keep_ratio": 0.5, "kv_protect_last": None}
+        with pytest.raises(ValueError, match="vllm_xargs"):
+            model.model_validate({**body, "vllm_xargs": {"other": None}})
+
     @pytest.mark.parametrize("junk", [[], "text", 1, None, {"vllm_xargs": 3}, {"vllm_xargs": [{"kv_keep_ratio": 0.5}]}])
     def test_junk_is_left_to_pydantic(self, model, body, junk):
         with pytest.raises((ValueError, VLLMValidationError)):
