@@ -1,5 +1,6 @@
 """Shared engines: a start takes half a minute, so tests of one kind share one."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-requests", type=int, default=140, help="requests of each test in tests/e2e/test_churn.py")
     parser.addoption("--rows", type=Path, help="folder to which tests/gpu/test_two_gpus.py adds rows of what it found")
     parser.addoption("--no-engines", action="store_true", help="leave out tests marked `engine`, fail others with one")
+    parser.addoption("--gpu-engine-args", type=json.loads, default={}, help="more of vLLM's for engines on two GPUs")
     parser.addoption("--playground-picture", type=Path, help="where tests/e2e/test_playground.py draws its page")
 
 

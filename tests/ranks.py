@@ -50,6 +50,7 @@ def start_profile(worker: Any) -> None:
     """Notes every operator and kernel that a rank runs."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
+        torch.cuda.synchronize()
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     worker.profile_of_test = torch.profiler.profile(activities=activities)
     worker.profile_of_test.start()

@@ -77,7 +77,7 @@ def rounded_to_fp8(demo_model):
 
 
 @pytest.fixture(scope="session")
-def start_small() -> Callable[..., Any]:
+def start_small(request) -> Callable[..., Any]:
     """Starts an engine in a corner of the GPUs, with or without us.
 
     It does not look how much memory is free, so several processes may start some side by side.
@@ -94,8 +94,16 @@ def start_small() -> Callable[..., Any]:
         "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]},
         "seed": 0,
         **LOGITS,
+        **request.config.getoption("--gpu-engine-args"),
     }
-    return lambda model, **arguments: Engine(model, **{**defaults, **arguments})
+
+    def start(model: Path, **arguments: Any) -> Engine:
+        engine = Engine(model, **{**defaults, **arguments})
+        # Dropped, it must not take the process groups of other engines in this process away.
+        engine.llm.llm_engine.engine_core._finalizer.detach()
+        return engine
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,9 @@ def test_compaction_adds_no_communication(widened_model, text_ids, start_small, 
     ],
 )
 def test_refused(tiny_model, start_small, capfd, heads, arguments, sentence, note):
-    model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=64)
+    num_heads, num_kv_heads = heads
+    shape = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "hidden_size": 64 * num_heads}
+    model = tiny_model("llama", head_dim=64, **shape)
     begin = time.monotonic()
     with pytest.raises(Exception, match=r"parallel|initialization failed") as caught:
         start_small(model, **bare_rule(full_layers=(0,)), **arguments)
@@ -159,7 +161,7 @@ def test_refused(tiny_model, start_small, capfd, heads, arguments, sentence, not
     captured = capfd.readouterr()
     said = f"{caught.value}\n{captured.out}\n{captured.err}"
     note(
-        check=f"{heads[0]} heads, {heads[1]} KV heads, {arguments}",
+        check=f"{num_heads} heads, {num_kv_heads} KV heads, {arguments}",
         found=f'{"refused" if sentence in said else "NOT refused"} after {seconds:.0f} seconds: "{sentence}"',
     )
     assert sentence in said
