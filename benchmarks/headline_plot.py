@@ -13,7 +13,8 @@ matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from vllm_l2kv.evaluation.report import estimates, read_rows, with_excess_loss  # noqa: E402
+from vllm_l2kv.evaluation.report import estimates, with_excess_loss  # noqa: E402
+from vllm_l2kv.evaluation.rows import read_rows  # noqa: E402
 from vllm_l2kv.evaluation.statistics import Estimate  # noqa: E402
 from vllm_l2kv.params import CompressionParams  # noqa: E402
 

@@ -26,9 +26,9 @@ def save(drawn: Any, axes: Any, path: Path) -> Path:
     return path
 
 
-def embedded(path: Path) -> dict[str, str]:
-    """A plot as sections hold it."""
-    return {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()}
+def embedded(path: Path, caption: str = "") -> dict[str, str]:
+    """A plot as sections hold it; the caption says how to read it."""
+    return {"name": path.stem, "caption": caption, "data": base64.b64encode(path.read_bytes()).decode()}
 
 
 def write_html(title: str, sections: Sequence[Mapping[str, Any]], folder: Path) -> Path:

@@ -1,8 +1,9 @@
 """Options of `vllm-l2kv eval`, and what it makes of an engine that is none."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from vllm_l2kv.evaluation import cli, run
 from vllm_l2kv.evaluation.cases import Answer, Case
+from vllm_l2kv.evaluation.progress import Progress
 from vllm_l2kv.evaluation.tasks.ruler import TASKS as SUBTASKS
 from vllm_l2kv.params import CompressionParams
 
@@ -23,7 +25,10 @@ class Mute:
         self.about = {"model": model, "full_layers": full_layers}
         self.max_tokens = max_model_len
 
-    def rows(self, task: str, cases: Iterable[Case], compared: Sequence[CompressionParams]) -> Iterator[dict[str, Any]]:
+    def rows(
+        self, task: str, cases: Iterable[Case], compared: Sequence[CompressionParams], progress: Progress
+    ) -> Iterator[dict[str, Any]]:
+        progress.begin(task)
         for case, variant in product(cases, compared):
             fields = {name.removeprefix("kv_"): value for name, value in variant.as_fields().items()}
             answer = Answer("", (1.0,) * case.num_tokens, (True,) * case.num_tokens)
@@ -131,7 +136,16 @@ def test_rows_are_added_and_reported(capsys, tmp_path, task, words):
     command = [task, "model", "--lengths", "400", "--samples", "2", "--ratios", "0.5", "--out", str(tmp_path), *words]
     cli.evaluate(command)
     report = (tmp_path / "report.html").read_text()
-    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    told = capsys.readouterr()
+    *_, last = told.out.splitlines()
+    assert last == str(tmp_path / "report.html")
+    assert f"{task}: model, full layers 0, 1\n2 prompts of 400 tokens, " in told.out
+    assert ", seed 0" in told.out
+    assert "Protected tokens: 4 first and 64 last." in told.out
+    assert "without compression: " in told.out
+    for variant in ("l2 +4/64", "random +4/64", "l2_high +4/64", "first_last +4/64"):
+        assert f"\n{variant} " in told.out
+    assert told.err == f"Log: {tmp_path / 'vllm.log'} (--verbose prints it here instead)\n"
     cli.evaluate(command)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     # Of two samples, without compression, by l2 and by three controls.
@@ -152,7 +166,82 @@ def test_an_engine_too_short_is_told_before_it_works(capsys, tmp_path):
     out = tmp_path / "out"
     line = refused(capsys, "passkey", "model", "--max-model-len", "200", "--out", str(out))
     assert "argument --max-model-len: 200 is too short for prompts of 10" in line
-    assert not out.exists()
+    assert not (out / "rows.jsonl").exists()
+
+
+COMMAND = ["passkey", "model", "--lengths", "400", "--samples", "2", "--ratios", "0.5", "--depths", "0"]
+
+
+@pytest.mark.usefixtures("mute")
+def test_progress_is_told_while_it_works(capfd, tmp_path):
+    """As soon as the command begins, and where standard error is no terminal, in lines."""
+    cli.evaluate([*COMMAND, "--out", str(tmp_path)])
+    assert capfd.readouterr().err.splitlines()[1:4] == [
+        "starting the engine with model, 0 s",
+        "making prompts for passkey, 0 s",
+        "passkey, 0 s",
+    ]
+
+
+class Talking(Mute):
+    """Prints as vLLM does, then does what a test wants."""
+
+    end: Exception | KeyboardInterrupt = RuntimeError("Engine core initialization failed. See root cause above.")
+
+    def rows(self, *arguments: Any) -> Iterator[dict[str, Any]]:
+        yield from islice(super().rows(*arguments), 7)
+        os.write(1, b"INFO much\nERROR the root cause\n")
+        raise self.end
+
+
+@pytest.fixture
+def talking(monkeypatch, tokenizer):
+    monkeypatch.setattr(Talking, "tokenizer", tokenizer)
+    monkeypatch.setattr(run, "Engine", Talking)
+    return Talking
+
+
+@pytest.mark.usefixtures("talking")
+def test_an_engine_that_ends_shows_the_end_of_its_log(capfd, tmp_path):
+    with pytest.raises(RuntimeError, match="See root cause above"):
+        cli.evaluate([*COMMAND, "--out", str(tmp_path)])
+    told = capfd.readouterr()
+    assert "ERROR" not in told.out
+    assert told.err.endswith(f"The last lines of {tmp_path / 'vllm.log'}:\n  INFO much\n  ERROR the root cause\n")
+    assert (tmp_path / "vllm.log").read_text() == "INFO much\nERROR the root cause\n"
+
+
+@pytest.mark.usefixtures("talking")
+def test_the_log_is_printed_if_asked_for(capfd, tmp_path):
+    with pytest.raises(RuntimeError, match="See root cause above"):
+        cli.evaluate([*COMMAND, "--out", str(tmp_path), "--verbose"])
+    assert "INFO much\nERROR the root cause\n" in capfd.readouterr().out
+    assert not (tmp_path / "vllm.log").exists()
+
+
+def test_an_interrupt_reports_what_was_measured(capsys, tmp_path, talking, monkeypatch):
+    monkeypatch.setattr(talking, "end", KeyboardInterrupt())
+    with pytest.raises(SystemExit) as ended:
+        cli.evaluate([*COMMAND, "--out", str(tmp_path)])
+    assert ended.value.code == 130
+    told = capsys.readouterr()
+    assert "Interrupted; what was measured until now follows." in told.err
+    assert told.out.splitlines()[-1] == str(tmp_path / "report.html")
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 7
+
+
+@pytest.mark.usefixtures("mute")
+def test_a_run_that_was_killed_is_reported_and_goes_on(capsys, tmp_path):
+    """The half row that a kill leaves at the end of the file was the end of the report too."""
+    command = [*COMMAND, "--out", str(tmp_path)]
+    cli.evaluate(command)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    cli.evaluate(["report", str(path), "--out", str(tmp_path / "again")])
+    assert f"{path}:10 is half a row" in capsys.readouterr().err
+    cli.evaluate(command)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 9 + 10
 
 
 @pytest.mark.usefixtures("mute")
@@ -161,6 +250,17 @@ def test_bad_texts_are_told(capsys, tmp_path):
     assert str(path) in refused(capsys, "needle", "model", "--text", str(path))
     path.write_text("Short.")
     assert "The text has 2 tokens" in refused(capsys, "perplexity", "model", "--text", str(path))
+
+
+def test_no_rows_are_told(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    line = refused(capsys, "report", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"))
+    assert line.endswith(f"argument ROWS: there are no rows in {tmp_path / 'rows.jsonl'}.")
+
+
+def test_a_folder_that_cannot_be_made_is_told(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "argument --out: " in refused(capsys, "passkey", "model", "--out", str(tmp_path / "file" / "out"))
 
 
 def test_rows_that_are_not_there_are_told(capsys, tmp_path):

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest, ttest_1samp
 
-from vllm_l2kv.evaluation.report import table, with_excess_loss, write_diagnosis, write_report
+from vllm_l2kv.evaluation.report import (
+    CAPTIONS,
+    conditions,
+    matrix,
+    summary,
+    table,
+    with_excess_loss,
+    write_diagnosis,
+    write_report,
+)
 from vllm_l2kv.evaluation.statistics import average, share
 from vllm_l2kv.evaluation.variants import variants
 
@@ -175,6 +184,71 @@ class TestReport:
     def test_diagnosis(self, tmp_path):
         plot = Path(tmp_path, "alr.png")
         plot.write_bytes(b"pixels")
-        text = write_diagnosis("kv-scorer: l2  # <b>\n", [plot], tmp_path).read_text()
+        lines = [["layer", "keep 0.5"], ["0", "0.25"]]
+        text = write_diagnosis(
+            "4 chunks.", "kv-scorer: l2  # <b>\n", {plot: "Blue is good."}, lines, tmp_path
+        ).read_text()
         assert f'<img alt="alr" src="data:image/png;base64,{base64.b64encode(b"pixels").decode()}">' in text
         assert "<pre>kv-scorer: l2  # &lt;b&gt;\n</pre>" in text
+        assert "<figcaption>Blue is good.</figcaption>" in text
+        assert "<p>4 chunks.</p>" in text
+        assert "<td>0.25</td>" in text
+
+    @pytest.mark.parametrize("task", NUM_PLOTS)
+    def test_a_sentence_under_each_figure(self, tmp_path, task):
+        text = html.unescape(write_report(made_up(task), tmp_path).read_text())
+        assert text.count("<figcaption>") == text.count("<img ") == NUM_PLOTS[task]
+        assert (CAPTIONS["positions"] in text) == (task == "perplexity")
+        assert (CAPTIONS["depths"] in text) == (task in ("passkey", "needle"))
+        assert "{" not in "".join(part.split("</figcaption>")[0] for part in text.split("<figcaption>")[1:])
+
+    def test_conditions_are_named(self, tmp_path):
+        rows = made_up("perplexity", text="moby_dick", seed=7, continued=64)
+        told = conditions(rows)
+        assert told == (
+            "8 prompts of 100 and 200 tokens, text moby_dick, seed 7, continued 64 tokens. "
+            "Protected tokens: 0 first and 0 last; 4 first and 64 last."
+        )
+        assert told in write_report(rows, tmp_path).read_text()
+        assert "tiny, full layers 0, 1" in summary(rows)
+
+    def test_rows_of_older_runs_lack_some_conditions(self):
+        assert conditions(made_up("ruler", ratios=[])) == (
+            "16 prompts of 100 and 200 tokens. Protected tokens: none, nothing was compressed."
+        )
+
+
+class TestSummary:
+    def test_variants_by_ratio_with_intervals_and_the_baseline(self):
+        rows = made_up("passkey", score=1.0)
+        for row in rows:
+            if (row["scorer"], row["protect_first"], row["keep_ratio"]) == ("l2", 4, 0.25):
+                row["score"] = 0.0
+        baseline, heading, *lines = matrix(rows, "passkey", "score")
+        assert baseline == "score without compression: 1.00 (0.81 to 1.00)"
+        assert heading.split() == ["keep", "0.5", "keep", "0.25"]
+        assert len(lines) == 2 * 4
+        (line,) = [line for line in lines if line.startswith("l2 +4/64 ")]
+        assert line.split("  ")[-2:] == ["1.00 (0.81 to 1.00)", "0.00 (0.00 to 0.19)"]
+        assert len({len(line) for line in [heading, *lines]}) == 1
+
+    def test_losses_are_shown_beside_the_loss_itself(self):
+        (baseline, *_) = matrix(with_excess_loss(made_up("perplexity")), "perplexity", "excess loss")
+        assert baseline.startswith("loss without compression: 2.15 (")
+
+    @pytest.mark.parametrize("task", NUM_METRICS)
+    def test_every_metric_has_a_table(self, task):
+        text = summary(made_up(task))
+        assert text.count("without compression: ") == text.count("; means with 95 % intervals") == NUM_METRICS[task]
+        assert "nan" not in text
+        assert max(map(len, text.splitlines())) <= 160
+
+    @pytest.mark.parametrize("task", NUM_METRICS)
+    def test_one_prompt_has_no_interval(self, task):
+        text = summary(made_up(task, lengths=[100], depths=[0], num_samples=1))
+        assert "nan" not in text
+
+    def test_without_compression_there_is_the_baseline_alone(self):
+        assert matrix(made_up("passkey", ratios=[], score=1.0), "passkey", "score") == [
+            "score without compression: 1.00 (0.81 to 1.00)"
+        ]

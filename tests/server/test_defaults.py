@@ -14,7 +14,7 @@ from vllm_l2kv_server.serve import make_parser, parse
 import vllm_l2kv
 from vllm_l2kv.bench.client import body_of
 from vllm_l2kv.evaluation.cli import _eval_parser
-from vllm_l2kv.evaluation.diagnose import Recommendation, config_text
+from vllm_l2kv.evaluation.recommend import Recommendation, config_text
 from vllm_l2kv.evaluation.variants import variants
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.settings import CONFIG_KEY, Settings
@@ -129,8 +129,8 @@ def test_variants_named_by_nothing_but_scorers_and_ratios():
 
 
 def test_diagnose(tmp_path):
-    """What it recommends says nothing of protection, so the file is served with the default."""
-    recommended = config_text(Recommendation((2,), 0.5, ()), "m")
+    """It names the default of `kv_protect_first` and leaves `kv_protect_last` to the server."""
+    recommended = config_text(Recommendation((2,), 0.5, "l2", ()), "m")
     found = served("--config", file_of(tmp_path, recommended))
     assert found == {**EXPECTED, "full_layers": (2,), "kv_keep_ratio": 0.5}
 

@@ -3,16 +3,20 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vllm_l2kv.evaluation.cases import Case
+from vllm_l2kv.evaluation.engine_log import last_lines, output_to
+from vllm_l2kv.evaluation.progress import Progress
 from vllm_l2kv.evaluation.texts import SAMPLES, read_text
 from vllm_l2kv.options import (
     DEFAULT_LAYERS,
     DEFAULT_PROTECTION,
     OneLineParser,
+    aligned,
     count,
     layers,
     list_of,
@@ -25,11 +29,15 @@ from vllm_l2kv.options import (
 )
 from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
 
-ROWS = "rows.jsonl"
+ROWS, CONFIG = "rows.jsonl", "config.yaml"
 NUM_ANSWER_TOKENS = 256
-"""Room behind prompts; a task that needs more says so."""
+"""Room for answers after the prompts; a task that needs more says so."""
 TASKS = ("perplexity", "passkey", "needle", "ruler")
 ESSAYS = "state_of_the_union"
+
+
+class _RefusedError(Exception):
+    """What the user asked for cannot be done; the message says why, in one line."""
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -39,40 +47,41 @@ def evaluate(argv: Sequence[str]) -> None:
         argv: The words after `eval`.
 
     Raises:
-        SystemExit: With 2 after a bad option; one line on standard error.
+        SystemExit: With 2 after a bad option, one line on standard error; with 130 after an interrupt, when what was
+            measured until then is reported.
     """
     parser = _eval_parser()
     options = parser.parse_args(argv)
-    if options.task == "report":
-        try:
-            report(options.rows, options.out)
-        except (OSError, ValueError) as error:
-            parser.error(f"argument ROWS: {error}")
-        return
-    from vllm_l2kv.evaluation.run import Engine
-    from vllm_l2kv.evaluation.variants import variants
-
-    longest = max(options.lengths) + NUM_ANSWER_TOKENS + vars(options).get("continued", 0)
-    compared = variants(options.scorers, options.ratios, options.protect, options.granularities)
     try:
-        engine = Engine(options.model, options.full_layers, max_model_len=options.max_model_len or longest)
-        cases = list(cases_of(options, engine.tokenizer))
+        if options.task == "report":
+            report(options.rows, options.out)
+            return
+        interrupted = _interrupted(_measure, options)
+        report([options.out / ROWS], options.out)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if longer := [len(case.prompt) for case in cases if len(case.prompt) + case.num_tokens > engine.max_tokens]:
-        parser.error(f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_rows(engine, options, cases, compared, options.out / ROWS)
-    report([options.out / ROWS], options.out)
+        parser.error(f"argument {'ROWS' if options.task == 'report' else '--out'}: {error}")
+    except _RefusedError as refused:
+        parser.error(str(refused))
+    if interrupted:
+        sys.exit(130)
 
 
 def report(paths: Sequence[Path], out: Path) -> None:
-    """Draws plots and the HTML report of rows into a folder."""
-    from vllm_l2kv.evaluation.report import read_rows, write_report
+    """Draws plots and the HTML report of rows into a folder, and prints their tables.
 
-    out.mkdir(parents=True, exist_ok=True)
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: There are no rows, or a line is none.
+    """
+    from vllm_l2kv.evaluation.report import summary, write_report
+    from vllm_l2kv.evaluation.rows import read_rows
+
     rows = [row for path in paths for row in read_rows(path)]
-    sys.stdout.write(f"{write_report(rows, out)}\n")
+    if not rows:
+        raise ValueError(f"there are no rows in {listed(map(str, paths))}.")
+    out.mkdir(parents=True, exist_ok=True)
+    path = write_report(rows, out)
+    sys.stdout.write(f"{summary(rows)}\n{path}\n")
 
 
 def diagnose(argv: Sequence[str]) -> None:
@@ -84,42 +93,40 @@ def diagnose(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: With 2 after a bad option; one line on standard error.
     """
-    parser = OneLineParser(
-        prog="vllm-l2kv diagnose",
-        description="Measures whether key norms foretell attention, layer by layer, and recommends full layers and a "
-        "keep ratio. Runs the model in transformers, in fp32.",
-    )
-    parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
-    parser.add_argument(
-        "--text", action="append", metavar="FILE", help=f"text to read, or {listed(SAMPLES)}; repeatable"
-    )
-    parser.add_argument("--tokens", type=positive, default=1024, metavar="N", help="tokens of a chunk (default: 1024)")
-    parser.add_argument(
-        "--chunks", type=positive, default=4, metavar="N", help="chunks to read of each text (default: 4)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("diagnosis"), metavar="DIR", help="folder of results")
+    parser = _diagnose_parser()
     options = parser.parse_args(argv)
+    options.text = options.text or list(SAMPLES)
+    try:
+        diagnosis = _observe(options)
+    except _RefusedError as refused:
+        parser.error(str(refused))
 
-    from vllm_l2kv.evaluation.diagnose import config_text, heat_maps, measure, recommend
+    from vllm_l2kv.evaluation.diagnose import heat_maps, table
+    from vllm_l2kv.evaluation.recommend import config_text, recommend
     from vllm_l2kv.evaluation.report import write_diagnosis
 
-    try:
-        texts = [read_text(name) for name in options.text or SAMPLES]
-        diagnosis = measure(options.model, texts, options.tokens, options.chunks)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     recommendation = recommend(diagnosis)
-    options.out.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps(row) for row in diagnosis.rows()]
     (options.out / ROWS).write_text("\n".join(rows) + "\n", encoding="utf-8")
     config = config_text(recommendation, Path(options.model).name)
-    (options.out / "config.yaml").write_text(config, encoding="utf-8")
-    write_diagnosis(config, heat_maps(diagnosis, options.out), options.out)
-    sys.stdout.write(config)
+    (options.out / CONFIG).write_text(config, encoding="utf-8")
+    about = (
+        f"{Path(options.model).name}: share of the attention to the prompt that evicting by norm loses, by layer. "
+        f"{diagnosis.num_chunks} chunks of {options.tokens} tokens of {listed(options.text)}; nothing protected; fp32."
+    )
+    lines = table(diagnosis, recommendation.full_layers)
+    path = write_diagnosis(about, config, heat_maps(diagnosis, options.out), lines, options.out)
+    shown = [line.rstrip() for line in aligned(lines)]
+    sys.stdout.write("\n".join(["", about, "", *shown, "", config, str(options.out / CONFIG), str(path), ""]))
 
 
 def write_rows(
-    engine: Any, options: argparse.Namespace, cases: Sequence[Case], compared: Sequence[CompressionParams], path: Path
+    engine: Any,
+    options: argparse.Namespace,
+    cases: Sequence[Case],
+    compared: Sequence[CompressionParams],
+    path: Path,
+    progress: Progress | None = None,
 ) -> None:
     """Measures cases, and appends a row for each answer to a file.
 
@@ -129,15 +136,84 @@ def write_rows(
         cases: Of `cases_of`.
         compared: Of `variants`.
         path: The file.
+        progress: Told of the work as it is done.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from vllm_l2kv.evaluation.rows import append_rows
 
-    rows = engine.rows(options.task, cases, compared)
     run = {name: value for name, value in vars(options).items() if name in ("text", "seed", "continued")}
-    # By the line: a run that is killed leaves whole rows.
-    with path.open("a", buffering=1, encoding="utf-8") as file:
-        for row in tqdm(rows, total=len(cases) * len(compared), desc=options.task, unit="answer"):
-            file.write(json.dumps(row | run, ensure_ascii=False) + "\n")
+    append_rows(path, (row | run for row in engine.rows(options.task, cases, compared, progress)))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    """Starts an engine and adds the rows of a task to its file."""
+    from vllm_l2kv.evaluation.variants import variants
+
+    compared = variants(options.scorers, options.ratios, options.protect, options.granularities)
+    longest = max(options.lengths) + NUM_ANSWER_TOKENS + vars(options).get("continued", 0)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with _progress(options, "vllm.log") as progress:
+        progress.begin(f"starting the engine with {options.model}")
+        from vllm_l2kv.evaluation.run import Engine
+
+        try:
+            engine = Engine(options.model, options.full_layers, max_model_len=options.max_model_len or longest)
+            progress.begin(f"making prompts for {options.task}")
+            cases = list(cases_of(options, engine.tokenizer))
+        except (OSError, ValueError) as error:
+            raise _RefusedError(str(error)) from error
+        longer = [len(case.prompt) for case in cases if len(case.prompt) + case.num_tokens > engine.max_tokens]
+        if longer:
+            raise _RefusedError(
+                f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens."
+            )
+        write_rows(engine, options, cases, compared, options.out / ROWS, progress)
+
+
+def _observe(options: argparse.Namespace) -> Any:
+    """A `Diagnosis` of the model."""
+    try:
+        texts = [read_text(name) for name in options.text]
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise _RefusedError(str(error)) from error
+    with _progress(options, "transformers.log") as progress:
+        progress.begin(f"loading {options.model}")
+        from vllm_l2kv.evaluation.diagnose import measure
+
+        try:
+            return measure(options.model, texts, options.tokens, options.chunks, progress)
+        except (OSError, ValueError) as error:
+            raise _RefusedError(str(error)) from error
+
+
+@contextmanager
+def _progress(options: argparse.Namespace, log: str) -> Iterator[Progress]:
+    """Progress on standard error; all else that is printed meanwhile goes to a log, unless `--verbose` is given."""
+    if options.verbose:
+        # Among the lines of a log, one that changes in place is lost.
+        with Progress(sys.stderr, in_place=False) as progress:
+            yield progress
+        return
+    path = options.out / log
+    sys.stderr.write(f"Log: {path} (--verbose prints it here instead)\n")
+    try:
+        with output_to(path) as terminal, Progress(terminal) as progress:
+            yield progress
+    except _RefusedError:
+        raise
+    except Exception:
+        sys.stderr.write(last_lines(path))
+        raise
+
+
+def _interrupted(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> bool:
+    """Runs, and says whether Ctrl-C ended it."""
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted; what was measured until now follows.\n")
+        return True
+    return False
 
 
 def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
@@ -152,6 +228,35 @@ def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
     if options.task == "needle":
         return needle.cases(tokenizer, read_text(options.text), options.lengths, options.depths, num_samples, seed)
     return ruler.cases(tokenizer, read_text(options.text), options.lengths, options.subtasks, num_samples, seed)
+
+
+def _diagnose_parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="vllm-l2kv diagnose",
+        description="Measures whether low key norms go with high attention, layer by layer, and recommends full "
+        "layers, a keep ratio and a scorer. Runs the model in transformers, in fp32.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or name of a model")
+    add(
+        "--text",
+        action="append",
+        metavar="FILE",
+        help=f"text to read, or {listed(SAMPLES)} (default: both); may be given several times",
+    )
+    add("--tokens", type=positive, default=1024, metavar="N", help="tokens of a chunk (default: 1024)")
+    add("--chunks", type=positive, default=4, metavar="N", help="chunks to read of each text (default: 4)")
+    add("--out", type=Path, default=Path("diagnosis"), metavar="DIR", help="folder of results (default: diagnosis)")
+    _add_verbose(parser)
+    return parser
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="print the log of the engine; otherwise it goes to a file in DIR",
+    )
 
 
 def _eval_parser() -> argparse.ArgumentParser:
@@ -187,7 +292,7 @@ def _eval_parser() -> argparse.ArgumentParser:
             type=list_of(one_of(SCORERS)),
             default=CompressionParams.scorer,
             metavar="S,S",
-            help=f"of {listed(SCORERS)}; the controls come by themselves",
+            help=f"of {listed(SCORERS)}; the controls are always included",
         )
         add(
             "--granularities",
@@ -201,12 +306,18 @@ def _eval_parser() -> argparse.ArgumentParser:
             type=list_of(protection),
             default=DEFAULT_PROTECTION,
             metavar="FIRST:LAST",
-            help="protected tokens, pairs with commas between them",
+            help="protected tokens at the beginning and the end of prompts; pairs with commas between them",
         )
         add("--lengths", type=list_of(positive), default="1024", metavar="N,N", help="prompt lengths in tokens")
-        add("--samples", type=positive, default=10, metavar="N", help="samples of each length, and depth or task")
-        add("--seed", type=count, default=0, metavar="N", help="another one makes other prompts")
-        add("--max-model-len", type=positive, metavar="N", help="of the engine; by default as much as is needed")
+        add("--samples", type=positive, default=10, metavar="N", help="samples for each length and depth or subtask")
+        add("--seed", type=count, default=0, metavar="N", help="seed of the prompts; change it for different ones")
+        _add_verbose(options)
+        add(
+            "--max-model-len",
+            type=positive,
+            metavar="N",
+            help="context length of the engine (default: as needed)",
+        )
         if task != "passkey":
             add(
                 "--text",
@@ -215,14 +326,14 @@ def _eval_parser() -> argparse.ArgumentParser:
                 help=f"file, or {listed(SAMPLES)}",
             )
         if task == "perplexity":
-            add("--continued", type=positive, default=128, metavar="N", help="tokens of the continuation")
+            add("--continued", type=positive, default=128, metavar="N", help="length of the continuation in tokens")
         if task in ("passkey", "needle"):
             add(
                 "--depths",
                 type=list_of(_depth),
                 default="0,0.25,0.5,0.75,1",
                 metavar="D,D",
-                help="where it is hidden; 0 is the beginning",
+                help="places in the prompt where it is hidden; 0 is the beginning, 1 the end",
             )
         if task == "ruler":
             add(
@@ -230,9 +341,9 @@ def _eval_parser() -> argparse.ArgumentParser:
                 type=list_of(one_of(SUBTASKS)),
                 default=",".join(SUBTASKS),
                 metavar="T,T",
-                help="RULER's names",
+                help="subtasks by RULER's names",
             )
-    drawing = tasks.add_parser("report", help="draw plots and report of rows again, of several runs together")
+    drawing = tasks.add_parser("report", help="draw plots and report of earlier runs again, several together")
     drawing.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help=f"files named {ROWS}")
     drawing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     return parser

@@ -1,10 +1,10 @@
 """Whether the norms of a model's keys say what it will look at: measured per layer and KV head, on its own attention.
 
-A recommendation drawn from it is about attention mass, and no promise about answers.
+`recommend` draws settings from it.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from vllm_l2kv.evaluation.attention import (
     variation,
 )
 from vllm_l2kv.evaluation.observe import FULL_ATTENTION, Observation, chunks, layer_types, load, observe
+from vllm_l2kv.evaluation.progress import Progress
 
 NUM_QUERIES = 32
 """Queries behind the prompt. One, as in the paper, says more of that token than of the head."""
@@ -31,19 +32,17 @@ SINK = 0.1
 """Share of attention from which the first token counts as a sink."""
 BAD_LOSS = 0.5
 """A layer that loses more than this share of what random eviction loses is better left full."""
-MAX_FULL_LAYERS = 1 / 3
-"""Share of the candidates that may be left full while any ratio is safe: each saves less."""
-LOSS_BOUND = 0.1
-"""Mean share of attention that a safe ratio may lose: chosen, not derived. An attention's output is a mean of values,
-and this exchanges a tenth of its weights."""
-ADVICE = {
-    "flat norms": "the order of norms is mostly chance, try another kv-scorer",
-    "no correlation": "low norms do not draw attention, try another kv-scorer",
-    "no better than random": "evicting by norm loses as much as evicting at random",
-    "only the first token": "apart from the first token, evicting by norm is no better than at random",
-    "first token at risk": "it draws much attention and low ratios evict it, kv-protect-first: 1 keeps it",
+CAPTIONS = {
+    "variation": "How far the key norms of a head differ. Near 0 they are all alike, and their order says nothing; "
+    f"below {FLAT_VARIATION:g} a head counts as flat.",
+    "correlation": "Blue: tokens of low norm draw attention, which is what evicting by norm relies on. White or red: "
+    "they do not, and another scorer or a full layer is called for.",
+    "alr": "How much more attention evicting by norm loses than the best possible choice, over all ratios. 0 is the "
+    "best choice; the darker, the worse.",
+    "loss": "Share of the attention to the prompt that goes to evicted tokens when half are kept. White is what "
+    "evicting at random loses; blue loses less, red more.",
 }
-"""Flags of heads; the first three mean that there is no signal."""
+"""Under each heat map: how to read it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Diagnosis:
         return [layer for layer, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION]
 
     def flags(self) -> dict[str, torch.Tensor]:
-        """Keys of `ADVICE` to bool `[num_layers, num_kv_heads]`, false where nothing was measured."""
+        """Keys of `recommend.MEANINGS` to bool `[num_layers, num_kv_heads]`, false where nothing was measured."""
         random_loss = 1 - KEEP_RATIOS[JUDGED]
         no_better = self.loss[JUDGED] >= random_loss
         return {
@@ -118,23 +117,8 @@ class Diagnosis:
                 yield row
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """Settings to begin with.
-
-    Attributes:
-        full_layers: Layers to leave full.
-        keep_ratio: The smallest of `KEEP_RATIOS` that keeps to `LOSS_BOUND`, 1 if none does.
-        warnings: Sentences for the user.
-    """
-
-    full_layers: tuple[int, ...]
-    keep_ratio: float
-    warnings: tuple[str, ...]
-
-
 def measure(
-    model_path: str, texts: Sequence[str], num_tokens: int = 1024, num_chunks: int = 8, progress: bool = True
+    model_path: str, texts: Sequence[str], num_tokens: int = 1024, num_chunks: int = 8, progress: Progress | None = None
 ) -> Diagnosis:
     """Runs the model over chunks of text and looks at its keys and attention.
 
@@ -145,12 +129,11 @@ def measure(
         texts: Cut into chunks, each by itself; what is left at an end is not used.
         num_tokens: Length of a chunk, with the tokenizer's BOS token, if it has one, in front.
         num_chunks: Chunks to measure of each text, fewer if it has fewer.
-        progress: Whether to show a bar on standard error.
+        progress: Told of every layer of every chunk.
 
     Raises:
         ValueError: Chunks too short for the queries, texts too short for a chunk, or a model without full attention.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
     from transformers import AutoTokenizer
 
     if num_tokens < 2 * NUM_QUERIES:
@@ -159,15 +142,22 @@ def measure(
     read = [chunk for text in texts for chunk in islice(chunks(tokenizer, text, num_tokens), num_chunks)]
     if not read:
         raise ValueError(f"No text is {num_tokens} tokens long; give longer ones or a smaller num_tokens.")
+    progress = progress or Progress()
+    progress.begin(f"loading {model_path}")
     model = load(model_path)
     types = layer_types(model)
     candidates = [layer for layer, kind in enumerate(types) if kind == FULL_ATTENTION]
     if not candidates:
         raise ValueError(f"No layer of {model_path} has full attention, so none would compress.")
 
-    bar = tqdm(read, desc="Measuring", unit="chunk", disable=not progress)
+    progress.begin(f"reading {len(read)} chunks of {num_tokens} tokens")
     # A dictionary for each chunk and candidate.
-    measured = [[_measure_layer(seen) for seen in observe(model, candidates, chunk, NUM_QUERIES)] for chunk in bar]
+    measured = []
+    for number, chunk in enumerate(read, start=1):
+        progress.part(f"reading chunk {number} of {len(read)}, {num_tokens} tokens each", len(candidates), "layers")
+        seen = observe(model, candidates, chunk, NUM_QUERIES, progress)
+        measured.append([_measure_layer(layer) for layer in seen])
+        progress.reached(number / len(read))
     means = {}
     for name in measured[0][0]:
         values = torch.stack([torch.stack([layer[name] for layer in chunk], dim=-2) for chunk in measured]).mean(0)
@@ -176,46 +166,11 @@ def measure(
     return Diagnosis(model_path, types, num_tokens - NUM_QUERIES, len(read), **means)
 
 
-def recommend(diagnosis: Diagnosis) -> Recommendation:
-    """Layers to leave full and a keep ratio, by attention mass.
-
-    Layers whose heads lose, on average, more than `BAD_LOSS` of what random eviction loses at half the tokens stay
-    full, the worst first, `MAX_FULL_LAYERS` of the layers at most, or as many more as make a ratio safe. The ratio is
-    the smallest at which the other layers lose `LOSS_BOUND` or less on average.
-    """
-    candidates = diagnosis.candidates
-    judged, bound = diagnosis.loss[JUDGED].mean(-1).tolist(), BAD_LOSS * (1 - KEEP_RATIOS[JUDGED])
-    bad = sorted((layer for layer in candidates if judged[layer] > bound), key=lambda layer: -judged[layer])
-    few = min(len(bad), math.floor(MAX_FULL_LAYERS * len(candidates)))
-    # Something must be left to compress.
-    counts = range(few, min(len(bad) + 1, len(candidates)))
-    full = tuple(sorted(bad[: next((n for n in counts if _safe_ratios(diagnosis, bad[:n])), few)]))
-    compressed = [layer for layer in candidates if layer not in full]
-    safe = _safe_ratios(diagnosis, full)
-
-    warnings = []
-    for flag, raised in diagnosis.flags().items():
-        if raised.any():
-            heads = f"{int(raised.sum())} of {len(candidates) * raised.shape[1]} heads"
-            warnings.append(f"{flag}: {heads}, layers {_listed(raised.any(-1).nonzero().flatten())}; {ADVICE[flag]}.")
-    if len(full) > few:
-        warnings.append(f"With fewer full layers no ratio is safe, so {len(compressed)} of {len(candidates)} compress.")
-    if left := sorted(set(bad) - set(full)):
-        warnings.append(f"Layers {_listed(left)} are bad too, but more full layers than {len(full)} would save little.")
-    if not safe:
-        lost = diagnosis.loss[0, compressed].mean()
-        warnings.append(f"Keeping {KEEP_RATIOS[0]:g} would lose {lost:.0%} of the attention; nothing is evicted.")
-    elif (sink := diagnosis.sink[compressed].mean()) >= SINK:
-        rest = diagnosis.loss_beyond_first[KEEP_RATIOS.index(min(safe)), compressed].mean()
-        warnings.append(f"The first token receives {sink:.0%} of the attention; of the rest, {rest:.0%} is lost.")
-    return Recommendation(full, min(safe, default=1.0), tuple(warnings))
-
-
-def heat_maps(diagnosis: Diagnosis, folder: Path) -> list[Path]:
+def heat_maps(diagnosis: Diagnosis, folder: Path) -> dict[Path, str]:
     """Draws PNGs of layers by KV heads into a folder that exists; layers that never compress are grey.
 
     Returns:
-        Paths of the variation, the correlation, ALR and the loss at half the tokens.
+        Paths of the variation, the correlation, ALR and the loss at half the tokens, each with how to read it.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -229,7 +184,7 @@ def heat_maps(diagnosis: Diagnosis, folder: Path) -> list[Path]:
         f"loss_{ratio:g}": (f"attention lost, keep ratio {ratio:g}", diagnosis.loss[JUDGED], "RdBu_r", 0.0, 1.0),
     }
     num_layers, num_heads = diagnosis.variation.shape
-    paths = []
+    captions = {}
     for name, (title, values, colours, low, high) in drawings.items():
         figure = Figure(figsize=(2.5 + 0.25 * num_layers, 1.5 + 0.25 * num_heads), layout="constrained")
         axes = figure.subplots()
@@ -237,27 +192,29 @@ def heat_maps(diagnosis: Diagnosis, folder: Path) -> list[Path]:
         image = axes.imshow(values.T.numpy(), cmap=colour_map, vmin=low, vmax=high)
         axes.set(title=title, xlabel="layer", ylabel="KV head", yticks=range(num_heads))
         figure.colorbar(image)
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1])
-    return paths
+        path = folder / f"{name}.png"
+        figure.savefig(path)
+        captions[path] = f"{CAPTIONS[name.partition('_')[0]]} Grey layers never compress."
+    return captions
 
 
-def config_text(recommendation: Recommendation, model: str) -> str:
-    """A file for `vllm-l2kv serve --config`."""
-    lines = [
-        f"# Recommended by `vllm-l2kv diagnose` for {model}, from attention mass: no promise about answers.",
-        *(f"# {warning}" for warning in recommendation.warnings),
-        f'kv-full-layers: "{",".join(map(str, recommendation.full_layers))}"',
-        f"kv-default-keep-ratio: {recommendation.keep_ratio}",
-        "kv-scorer: l2",
-    ]
-    return "\n".join(lines) + "\n"
+def table(diagnosis: Diagnosis, full_layers: Sequence[int]) -> list[list[str]]:
+    """Lines of words, the first one a heading: what each layer that may compress loses at each keep ratio.
 
-
-def _safe_ratios(diagnosis: Diagnosis, full_layers: Sequence[int]) -> list[float]:
-    compressed = [layer for layer in diagnosis.candidates if layer not in full_layers]
-    means = diagnosis.loss[:, compressed].mean((-2, -1)).tolist()
-    return [ratio for ratio, mean in zip(KEEP_RATIOS, means, strict=True) if mean <= LOSS_BOUND]
+    Args:
+        diagnosis: Of a model.
+        full_layers: Layers that are recommended to stay full; they are marked.
+    """
+    random = [f"{1 - ratio:.2f}" for ratio in KEEP_RATIOS]
+    lines = [["layer", *(f"keep {ratio:g}" for ratio in KEEP_RATIOS), "correlation", "heads flagged", "stays full"]]
+    lines.append(["random eviction", *random, "", "", ""])
+    flagged = torch.stack(list(diagnosis.flags().values())).any(0).sum(-1)
+    for layer in diagnosis.candidates:
+        losses = [f"{loss:.2f}" for loss in diagnosis.loss[:, layer].mean(-1).tolist()]
+        correlation = f"{diagnosis.correlation[layer].mean().item():.2f}"
+        full = "full" if layer in full_layers else ""
+        lines.append([str(layer), *losses, correlation, str(int(flagged[layer]) or ""), full])
+    return lines
 
 
 def _measure_layer(seen: Observation) -> dict[str, torch.Tensor]:
@@ -282,7 +239,3 @@ def _measure_layer(seen: Observation) -> dict[str, torch.Tensor]:
 def _number(value: torch.Tensor) -> float | None:
     number = value.item()
     return None if math.isnan(number) else round(number, 6)
-
-
-def _listed(layers: Iterable[Any]) -> str:
-    return ", ".join(str(int(layer)) for layer in layers)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_l2kv.evaluation.attention import per_kv_head
+from vllm_l2kv.evaluation.progress import Progress
 from vllm_l2kv.evaluation.texts import encode
 from vllm_l2kv.scorers import norms
 
@@ -55,11 +56,13 @@ def chunks(tokenizer: Any, text: str, num_tokens: int) -> Iterator[torch.Tensor]
 
 
 @torch.inference_mode()
-def observe(model: Any, layers: Sequence[int], token_ids: torch.Tensor, num_queries: int) -> list[Observation]:
+def observe(
+    model: Any, layers: Sequence[int], token_ids: torch.Tensor, num_queries: int, progress: Progress
+) -> list[Observation]:
     """Reads a chunk `[1, num_tokens]` and returns what was seen in each of `layers`, ascending.
 
     By hooks, which hold one layer's map `[num_heads, num_tokens, num_tokens]` at a time; `output_attentions` would
-    keep those of all layers.
+    keep those of all layers. Each layer advances the progress by 1.
 
     Raises:
         ValueError: A model of another layout.
@@ -74,6 +77,7 @@ def observe(model: Any, layers: Sequence[int], token_ids: torch.Tensor, num_quer
             keys = cache.layers[layer].keys[0]
             attention = outputs[1][0, :, -num_queries:].float()
             seen.append(Observation(norms(keys), per_kv_head(attention, keys.shape[0])))
+            progress.advance(1)
 
         return look
 
@@ -85,7 +89,7 @@ def observe(model: Any, layers: Sequence[int], token_ids: torch.Tensor, num_quer
         )
     hooks = [attention.register_forward_hook(hook(i)) for i, attention in zip(layers, attentions, strict=True)]
     try:
-        # The decoder alone: nobody looks at logits.
+        # The decoder alone: logits are not used.
         decoder(token_ids.to(model.device), past_key_values=cache, use_cache=True)
     finally:
         for handle in hooks:

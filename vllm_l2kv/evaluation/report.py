@@ -1,18 +1,19 @@
-"""Plots and one HTML file, made of rows."""
+"""Plots, one HTML file and what the terminal shows, made of rows."""
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from vllm_l2kv.evaluation.rows import Row
 from vllm_l2kv.evaluation.statistics import Estimate, average, share
+from vllm_l2kv.options import aligned
 from vllm_l2kv.page import embedded, figure, save, write_html
 from vllm_l2kv.params import CONTROLS, SCORERS
 
-Row = Mapping[str, Any]
 NOTE = "Means with 95 % confidence intervals; n is the number of samples."
 NUM_POSITIONS = 8
 """Points of a curve over positions."""
@@ -27,11 +28,22 @@ METRICS: Mapping[str, Mapping[str, Callable[[Sequence[float]], Estimate]]] = {
     "ruler": {"score": share},
 }
 """Of each task, what is averaged and how."""
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, one JSON object a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+METRIC_NOTES = {
+    "excess loss": "loss above that of the whole cache, nats a token; less is better, 0 costs nothing",
+    "accuracy": "share of tokens of the continuation that were the likeliest; more is better",
+    "score": "from 0 to 1; more is better",
+    "exact": "share of answers that have the needle word for word; more is better",
+}
+CAPTIONS = {
+    "curves": "Each point is the mean at one keep ratio with its 95 % interval, {metric}: {note}. The black point at 1 "
+    "is the whole cache. A scorer does something for this task where it is better than the dashed controls, random "
+    "above all, and the intervals do not overlap.",
+    "positions": "How the loss above that of the whole cache goes on while the model reads new tokens. A line that "
+    "falls to 0 recovers by what it has read since; one that stays above 0 still misses what was evicted.",
+    "depths": "One map for each keep ratio: longer prompts to the right, deeper places of the hidden text further "
+    "down. Green is found, red is not, white was not measured. A red row is a place that this ratio loses.",
+}
+"""Under each kind of figure: how to read it."""
 
 
 def write_report(rows: Iterable[Row], folder: Path) -> Path:
@@ -40,27 +52,78 @@ def write_report(rows: Iterable[Row], folder: Path) -> Path:
     Returns:
         Path of the HTML file, which holds the plots too.
     """
-    rows = with_excess_loss(rows)
     sections = []
-    for (task, model, layers), group in _grouped(rows, "task", "model", "full_layers"):
-        name = f"{task}-{model}-{'-'.join(map(str, layers)) or 'none'}"
-        plots = [
-            _curves(group, task, metric, folder / f"{name}-{metric.replace(' ', '-')}.png") for metric in METRICS[task]
-        ]
-        is_compressed = any(row["keep_ratio"] < 1 for row in group)
-        if task == "perplexity" and is_compressed:
-            plots.append(_positions(group, folder / f"{name}-positions.png"))
-        if "depth" in group[0]:
-            plots.append(_depths(group, folder / f"{name}-depths.png"))
-        title = f"{task}: {model}, full layers {', '.join(map(str, layers)) or 'none'}"
-        shown = {"plots": [embedded(plot) for plot in plots], "note": NOTE, "table": table(group, task)}
-        sections.append({"title": title, **shown})
+    for title, task, group in _sections(rows):
+        name = f"{task}-{group[0]['model']}-{'-'.join(map(str, group[0]['full_layers'])) or 'none'}"
+        sections.append(
+            {
+                "title": title,
+                "note": f"{conditions(group)} {NOTE}",
+                "plots": [embedded(plot, caption) for plot, caption in _plots(group, task, folder, name)],
+                "table": table(group, task),
+            }
+        )
     return write_html("What a keep ratio costs", sections, folder)
 
 
-def write_diagnosis(config: str, plots: Sequence[Path], folder: Path) -> Path:
-    """The HTML file of a diagnosis."""
-    section = {"title": "Norms and attention", "plots": [embedded(plot) for plot in plots], "text": config}
+def summary(rows: Iterable[Row]) -> str:
+    """What the terminal shows of rows: under which conditions they were measured, and a table for each metric."""
+    lines = []
+    for title, task, group in _sections(rows):
+        lines += ["", title, conditions(group)]
+        for metric in METRICS[task]:
+            lines += ["", f"{metric}: {METRIC_NOTES[metric]}; means with 95 % intervals", *matrix(group, task, metric)]
+    return "\n".join(lines) + "\n"
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """What made the prompts of rows and what was protected, as sentences."""
+    compressed = [row for row in rows if row["keep_ratio"] < 1]
+    protections = sorted({(row["protect_first"], row["protect_last"]) for row in compressed})
+    lengths = sorted({row["length"] for row in rows if "length" in row})
+    words = [f"{len({_prompt(row) for row in rows})} prompts of {_joined(lengths)} tokens"]
+    for name, unit in (("text", ""), ("seed", ""), ("continued", " tokens")):
+        if values := sorted({row[name] for row in rows if name in row}):
+            words.append(f"{name} {_joined(values)}{unit}")
+    protected = [f"{first} first and {last} last" for first, last in protections] or ["none, nothing was compressed"]
+    return f"{', '.join(words)}. Protected tokens: {'; '.join(protected)}."
+
+
+def matrix(rows: Sequence[Row], task: str, metric: str) -> list[str]:
+    """A metric as aligned lines: variants by keep ratio, the whole cache first."""
+    entries = estimates(rows, task)
+    ratios = sorted({entry["keep_ratio"] for entry in entries if entry["keep_ratio"] < 1}, reverse=True)
+    lines = [["", *(f"keep {ratio:g}" for ratio in ratios)]]
+    whole = [entry[metric] for entry in entries if entry["keep_ratio"] == 1]
+    baseline = [f"{metric} without compression: {_brief(estimate)}" for estimate in whole]
+    if metric == "excess loss":
+        losses = [row["loss"] for row in rows if row["keep_ratio"] == 1]
+        baseline = [f"loss without compression: {_brief(average(losses))}"]
+    for name in dict.fromkeys(label(entry) for entry in entries if entry["keep_ratio"] < 1):
+        cells = {entry["keep_ratio"]: _brief(entry[metric]) for entry in entries if label(entry) == name}
+        lines.append([name, *(cells.get(ratio, "") for ratio in ratios)])
+    return [*baseline, *(aligned(lines) if ratios else [])]
+
+
+def write_diagnosis(
+    about: str, config: str, plots: Mapping[Path, str], lines: Sequence[Sequence[str]], folder: Path
+) -> Path:
+    """The HTML file of a diagnosis.
+
+    Args:
+        about: What was measured, as a sentence.
+        config: The recommended config file.
+        plots: Files, and how to read each of them.
+        lines: A table, its first line a heading.
+        folder: Where it goes.
+    """
+    section = {
+        "title": "Norms and attention",
+        "note": about,
+        "plots": [embedded(plot, caption) for plot, caption in plots.items()],
+        "text": config,
+        "table": lines,
+    }
     return write_html("Diagnosis", [section], folder)
 
 
@@ -107,6 +170,34 @@ def table(rows: Sequence[Row], task: str) -> list[list[str]]:
 
 def _shown(estimate: Estimate) -> str:
     return f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f}, n={estimate.num_samples})"
+
+
+def _brief(estimate: Estimate) -> str:
+    if math.isnan(estimate.low):
+        return f"{estimate.mean:.2f} (one prompt)"
+    return f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return " and ".join(map(str, values))
+
+
+def _sections(rows: Iterable[Row]) -> Iterator[tuple[str, str, list[Row]]]:
+    """Title, task and rows of what is reported together."""
+    for (task, model, layers), group in _grouped(with_excess_loss(rows), "task", "model", "full_layers"):
+        yield f"{task}: {model}, full layers {', '.join(map(str, layers)) or 'none'}", task, group
+
+
+def _plots(rows: Sequence[Row], task: str, folder: Path, name: str) -> Iterator[tuple[Path, str]]:
+    """Draws the figures of a section, each with how to read it."""
+    for metric in METRICS[task]:
+        path = folder / f"{name}-{metric.replace(' ', '-')}.png"
+        caption = CAPTIONS["curves"].format(metric=metric, note=METRIC_NOTES[metric])
+        yield _curves(rows, task, metric, path), caption
+    if task == "perplexity" and any(row["keep_ratio"] < 1 for row in rows):
+        yield _positions(rows, folder / f"{name}-positions.png"), CAPTIONS["positions"]
+    if "depth" in rows[0]:
+        yield _depths(rows, folder / f"{name}-depths.png"), CAPTIONS["depths"]
 
 
 def _prompt(row: Row) -> str:

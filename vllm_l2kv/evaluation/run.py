@@ -7,6 +7,7 @@ from typing import Any
 
 import vllm_l2kv
 from vllm_l2kv.evaluation.cases import Answer, Case
+from vllm_l2kv.evaluation.progress import Progress
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
 
@@ -50,13 +51,33 @@ class Engine:
         # A tenth is left for blocks that are filled in part.
         self._room = 0.9 * config.cache_config.num_gpu_blocks * config.cache_config.block_size
 
-    def rows(self, task: str, cases: Iterable[Case], variants: Sequence[CompressionParams]) -> Iterator[dict[str, Any]]:
-        """One row for each case and variant, those of a case one after the other."""
+    def rows(
+        self,
+        task: str,
+        cases: Sequence[Case],
+        variants: Sequence[CompressionParams],
+        progress: Progress | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """One row for each case and variant, those of a case one after the other.
+
+        Args:
+            task: Its name, which goes into the rows.
+            cases: The prompts.
+            variants: How each of them is compressed.
+            progress: Told of every prompt that is read and every token that is generated.
+        """
+        progress = progress or Progress()
+        progress.begin(task)
+        num_before = 0
         for group in self._groups(cases, variants):
+            which = f"{task}: prompts {num_before + 1} to {num_before + len(group)} of {len(cases)}"
+            progress.part(which, len(group), "read")
             # Fills the prefix cache, which variants that start together could not share.
-            self._generate([(case, None) for case in group])
+            self._generate([(case, None) for case in group], progress)
             pairs = [(case, variant) for case in group for variant in variants]
-            for (case, variant), answer in zip(pairs, self._generate(pairs), strict=True):
+            num_tokens = sum(case.num_tokens for case, _ in pairs)
+            progress.part(f"{which}, {len(pairs)} answers", num_tokens, "tokens")
+            for (case, variant), answer in zip(pairs, self._generate(pairs, progress), strict=True):
                 yield {
                     "task": task,
                     **self.about,
@@ -65,6 +86,8 @@ class Engine:
                     **case.about,
                     **case.score(answer),
                 }
+            num_before += len(group)
+            progress.reached(num_before / len(cases))
 
     def _groups(self, cases: Iterable[Case], variants: Sequence[CompressionParams]) -> Iterator[list[Case]]:
         """Cases that fit into the cache together, with a compacted copy for each variant; so none is preempted."""
@@ -81,31 +104,56 @@ class Engine:
         if group:
             yield group
 
-    def _generate(self, pairs: Sequence[tuple[Case, Any]]) -> list[Answer]:
-        from vllm import SamplingParams
+    def _generate(self, pairs: Sequence[tuple[Case, Any]], progress: Progress) -> list[Answer]:
+        """Answers in the order of `pairs`; a case without a variant is only read.
 
-        from vllm_l2kv.evaluation.forcing import FORCED
+        By the engine's own steps: `LLM.generate` tells of an answer when it is whole, and of many that started together
+        all are whole at once.
+        """
+        from vllm.inputs import tokens_input
 
-        params = []
-        for case, variant in pairs:
-            fields = {} if variant is None else variant.as_fields()
-            forced = {FORCED: list(case.forced)} if case.forced else {}
-            num_tokens = 1 if variant is None else case.num_tokens
-            # A forced text may well hold the token that ends one.
-            params.append(
-                SamplingParams(
-                    max_tokens=num_tokens,
-                    temperature=0,
-                    logprobs=0,
-                    ignore_eos=bool(forced),
-                    extra_args=fields | forced,
-                )
-            )
-        prompts = [{"prompt_token_ids": case.prompt} for case, _ in pairs]
-        outputs = [output.outputs[0] for output in self._llm.generate(prompts, params, use_tqdm=False)]
-        return [_answer(output) for output in outputs]
+        engine = self._llm.llm_engine
+        for index, (case, variant) in enumerate(pairs):
+            engine.add_request(str(index), tokens_input(case.prompt), _sampling_params(case, variant))
+        parts: list[list[Any]] = [[] for _ in pairs]
+        left = [_num_tokens(case, variant) for case, variant in pairs]
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                index, part = int(output.request_id), output.outputs[0]
+                parts[index].append(part)
+                # An answer may end before its time.
+                done = left[index] if output.finished else len(part.token_ids)
+                left[index] -= done
+                progress.advance(done)
+        return [_answer(part) for part in parts]
 
 
-def _answer(output: Any) -> Answer:
-    chosen = [step[token_id] for step, token_id in zip(output.logprobs, output.token_ids, strict=True)]
-    return Answer(output.text, tuple(-token.logprob for token in chosen), tuple(token.rank == 1 for token in chosen))
+def _num_tokens(case: Case, variant: CompressionParams | None) -> int:
+    return 1 if variant is None else case.num_tokens
+
+
+def _sampling_params(case: Case, variant: CompressionParams | None) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from vllm_l2kv.evaluation.forcing import FORCED
+
+    fields = {} if variant is None else variant.as_fields()
+    forced = {FORCED: list(case.forced)} if case.forced else {}
+    return SamplingParams(
+        max_tokens=_num_tokens(case, variant),
+        temperature=0,
+        logprobs=0,
+        # A forced text may well hold the token that ends one.
+        ignore_eos=bool(forced),
+        extra_args=fields | forced,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _answer(parts: Sequence[Any]) -> Answer:
+    chosen = [
+        step[token_id] for part in parts for step, token_id in zip(part.logprobs or [], part.token_ids, strict=True)
+    ]
+    text = "".join(part.text for part in parts)
+    return Answer(text, tuple(-token.logprob for token in chosen), tuple(token.rank == 1 for token in chosen))

@@ -1,0 +1,62 @@
+"""Rows in a file, one JSON object a line. A run that was killed may leave half a line at its end."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, without half a line at its end, of which standard error is told.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: Another line is no row.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    rows = [_parsed(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    if rest:
+        try:
+            rows.append(_parsed(rest, path, len(lines) + 1))
+        except ValueError:
+            sys.stderr.write(f"{path}:{len(lines) + 1} is half a row, of a run that was killed; it is left out.\n")
+    return rows
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows, each of them as soon as it is there; half a line at the end of the file is deleted first."""
+    if path.exists():
+        _end_with_a_whole_line(path)
+    with path.open("a", buffering=1, encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _end_with_a_whole_line(path: Path) -> None:
+    """The next row would be glued to half a one, and a reader would refuse both."""
+    content = path.read_bytes()
+    rest = content.rpartition(b"\n")[2]
+    if not rest:
+        return
+    try:
+        json.loads(rest)
+    except ValueError:
+        sys.stderr.write(f"The end of {path} is half a row, of a run that was killed; it is deleted.\n")
+        os.truncate(path, len(content) - len(rest))
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def _parsed(line: bytes, path: Path, number: int) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number} is no JSON ({error}); delete this line.") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}:{number} is no JSON object; delete this line.")
+    return row
