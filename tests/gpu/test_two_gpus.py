@@ -161,7 +161,7 @@ def test_refused(tiny_model, start_small, capfd, heads, arguments, sentence, not
     captured = capfd.readouterr()
     said = f"{caught.value}\n{captured.out}\n{captured.err}"
     note(
-        check=f"{num_heads} heads, {num_kv_heads} KV heads, {arguments}",
+        check=f"{num_heads} heads, {num_kv_heads} KV heads, {' '.join(map(str, *arguments.items()))}",
         found=f'{"refused" if sentence in said else "NOT refused"} after {seconds:.0f} seconds: "{sentence}"',
     )
     assert sentence in said
