@@ -150,6 +150,26 @@ def asks_for_compression(values: Mapping[str, Any] | None) -> bool:
     return values is not None and any(values.get(name) is not None for name in FIELD_NAMES)
 
 
+def check_session(values: Mapping[str, Any] | None, keep_ratio: float) -> None:
+    """Refuses compression of streaming input: a prompt in chunks, each answered before the next one is computed.
+
+    Where a client names nothing and the operator's ratio is below 1, its prompt is kept whole instead.
+
+    Args:
+        values: What a client named.
+        keep_ratio: The same over the operator's defaults.
+
+    Raises:
+        ParamError: The client asks for compression.
+    """
+    if keep_ratio < 1 and asks_for_compression(values):
+        raise ParamError(
+            "kv_keep_ratio",
+            f"kv_keep_ratio must be 1 for streaming input (a prompt that comes in chunks), got {keep_ratio:g}; "
+            "set it to 1, leave all kv_ fields out, or give the whole prompt at once.",
+        )
+
+
 def check_names(names: Iterable[Any]) -> None:
     """Refuses names that are meant for a field but are not the name of one.
 

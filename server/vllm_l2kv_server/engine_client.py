@@ -1,6 +1,6 @@
 """Stands before vLLM's engine client in every handler that generates."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -55,7 +55,11 @@ class CompressionEngineClient:
         if sampling_params.structured_outputs is not None:
             outputs = blame_grammar(outputs)
         if self._metrics is not None:
-            outputs = self._metrics.observe(outputs, self._defaults.override(extra_args).keep_ratio)
+            # Streaming input is kept whole, see `params.check_session`.
+            is_whole = isinstance(prompt, AsyncGenerator)
+            outputs = self._metrics.observe(
+                outputs, 1.0 if is_whole else self._defaults.override(extra_args).keep_ratio
+            )
         if not (self._defaults.keep_ratio < 1 or asks_for_compression(extra_args)):
             return outputs
         return record(outputs, {} if compression is None else compression.box.new_prompt())

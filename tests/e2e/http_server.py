@@ -16,7 +16,7 @@ import psutil
 
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
-from vllm_l2kv.prompt_usage import before_compaction, prompt_usage
+from vllm_l2kv.prompt_usage import prompt_usage, why_whole
 
 START_SECONDS = 240
 STOP_SECONDS = 60
@@ -109,7 +109,7 @@ def expected_usage(num_prompt_tokens: int, *, one_token: bool = False, **params:
     asked = CompressionParams(**{"protect_first": 0, "protect_last": 0, **params})
     kept = num_keep(num_prompt_tokens, asked)
     if one_token or kept == num_prompt_tokens:
-        return before_compaction(num_prompt_tokens, asked)
+        return prompt_usage(num_prompt_tokens, num_prompt_tokens, why_whole(num_prompt_tokens, asked))
     return prompt_usage(num_prompt_tokens, kept)
 
 

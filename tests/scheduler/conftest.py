@@ -16,13 +16,16 @@ class Harness:
         self.in_flight: deque = deque()
         self.steps: list = []
         self.outputs: dict[str, list[int]] = {}
-        self.usage: dict[str, dict[str, int]] = {}
+        self.usage: dict[str, dict[str, int | str]] = {}
+        self.received: list = []  # every output, in order
 
     def add(self, req_id: str, num_prompt_tokens: int, max_tokens: int = 8, ratio: float | None = None, **extra):
         prompt = [zlib.crc32(req_id.encode()) % 1000] * num_prompt_tokens
         return self.submit(req_id, prompt, {**({} if ratio is None else {"kv_keep_ratio": ratio}), **extra}, max_tokens)
 
-    def submit(self, req_id: str, prompt: list[int], extra_args: dict, max_tokens: int, stop_token: int = -1, **about):
+    def submit(
+        self, req_id: str, prompt: list[int], extra_args: dict | None, max_tokens: int, stop_token: int = -1, **about
+    ):
         from bare_scheduler import add_request
         from vllm import SamplingParams
 
@@ -57,6 +60,7 @@ class Harness:
             sampled_token_ids=self.execute(output),
         )
         for client in self.scheduler.update_from_output(output, result).values():
+            self.received += client.outputs
             for out in client.outputs:
                 self.outputs.setdefault(out.request_id, []).extend(out.new_token_ids)
                 if out.kv_transfer_params:

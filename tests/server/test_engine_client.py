@@ -104,6 +104,19 @@ def test_bad_extra_args_never_reach_the_engine(fake, extra_args, param):
     assert fake.calls == []
 
 
+async def chunks():
+    yield "a chunk of the prompt"
+
+
+@pytest.mark.parametrize(("prompt", "keep_ratio"), [("text", 0.5), (chunks(), 1)])
+def test_latencies_of_streaming_input_are_those_of_a_whole_cache(fake, prompt, keep_ratio):
+    observed = []
+    metrics = SimpleNamespace(observe=lambda outputs, keep_ratio: observed.append(keep_ratio) or outputs)
+    client = CompressionEngineClient(fake, CompressionParams(keep_ratio=0.5), metrics)
+    client.generate(prompt, SamplingParams(), "id")
+    assert observed == [keep_ratio]
+
+
 def test_stands_before_the_client_of_every_serving_object(fake):
     other = object()
     state = State(

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.prompt_usage import KeptWhole, before_compaction, prompt_usage
+from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage, why_whole
 
 DOCS = Path(__file__).parents[2] / "docs" / "request_fields.md"
 
@@ -25,7 +25,11 @@ def test_numbers():
     ],
 )
 def test_the_reason(num_prompt_tokens, params, reason):
-    assert before_compaction(num_prompt_tokens, params) == prompt_usage(num_prompt_tokens, num_prompt_tokens, reason)
+    assert why_whole(num_prompt_tokens, params) is reason
+
+
+def test_a_reason_is_a_plain_string():
+    assert type(prompt_usage(10, 10, KeptWhole.PROTECTED)["reason"]) is str
 
 
 def test_the_docs_list_every_reason():

@@ -175,7 +175,6 @@ class CompressedLayerManager(LayerManager):
             The move, and the blocks that the caller must free once every order of this step has its blocks: freed
             earlier, they could become the destination of a neighbour while they still are a source here.
         """
-        assert request_id not in self.num_evicted
         source = self.req_to_blocks[request_id]
         num_blocks = self.num_destination_blocks(num_slots)
         if in_place:

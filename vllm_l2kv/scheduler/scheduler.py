@@ -16,15 +16,16 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_l2kv.messages import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.metrics import attach_stats
-from vllm_l2kv.params import USAGE_KEY, CompressionParams, ParamError, asks_for_compression
+from vllm_l2kv.params import USAGE_KEY, CompressionParams, ParamError, asks_for_compression, check_session
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.policy import num_keep
-from vllm_l2kv.prompt_usage import KeptWhole, before_compaction, prompt_usage
+from vllm_l2kv.prompt_usage import KeptWhole, PromptUsage, prompt_usage, why_whole
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
     find_prefixes_inside_blocks,
     stop_prefix_caching,
 )
+from vllm_l2kv.scheduler.refusals import Refusals
 from vllm_l2kv.scheduler.shortcut import take_shortcuts
 from vllm_l2kv.scheduler.tally import Tally
 from vllm_l2kv.settings import Settings
@@ -54,7 +55,8 @@ class L2KVScheduler(AsyncScheduler):
             )
         self._params: dict[str, CompressionParams] = {}  # unfinished requests that are to be compressed
         self._to_compact: dict[str, None] = {}  # of these, begun and not compacted, oldest first
-        self._usage: dict[str, dict[str, int | str]] = {}  # unfinished requests whose client is told its numbers
+        self._usage: dict[str, PromptUsage] = {}  # unfinished requests whose client is told its numbers
+        self._refusals = Refusals(self.grammar_compile_error_reqs)
         self._tally = Tally() if self.settings.metrics and self.log_stats else None
         if self._tally is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(
@@ -63,23 +65,56 @@ class L2KVScheduler(AsyncScheduler):
             )
 
     def add_request(self, request: Request) -> None:
-        """Reads the request's `kv_` fields, then as vLLM's."""
+        """Reads the request's `kv_` fields, then as vLLM's.
+
+        A bad value, which the server and `compression()` refuse before it comes here, fails this request alone.
+        """
         # vLLM takes the id of a request that ended a moment ago, before any step said so.
         self._forget((request.request_id,))
-        extra_args = request.sampling_params.extra_args if request.sampling_params else None
+        if request.resumable or request.request_id in self.requests:
+            self._add_chunk(request)
+            return
+        if self._refusals.of_failed_session(request.request_id) is not None:
+            self._refusals.end_sessions((request.request_id,))
+            return
         try:
-            params = self.settings.defaults.override(extra_args or {})
+            params, is_told = self._read_fields(request)
         except ParamError as error:
-            # The server and `compression()` check first; whoever comes around them gets an error for this request
-            # alone. vLLM fails requests of this set at the end of the next step.
-            logger.error("Request %s is refused: %s", request.request_id, error)
-            self.grammar_compile_error_reqs.add(request.request_id)
+            self._refuse(request.request_id, str(error))
         else:
             if params.keep_ratio < 1:
                 self._params[request.request_id] = params
-            if params.keep_ratio < 1 or asks_for_compression(extra_args):
-                self._usage[request.request_id] = before_compaction(request.num_prompt_tokens, params)
+            if is_told:
+                self._note_whole(request, why_whole(request.num_prompt_tokens, params))
         super().add_request(request)
+
+    def _add_chunk(self, request: Request) -> None:
+        """A chunk of a streaming-input session, or its end, which says nothing and is not resumable.
+
+        A session is not compressed: its next chunk is computed on the whole cache. So it must not ask for less.
+        """
+        req_id = request.request_id
+        if request.resumable:
+            try:
+                params, is_told = self._read_fields(request)
+                check_session(self._extra_args(request), params.keep_ratio)
+            except ParamError as error:
+                self._refuse(req_id, str(error))
+            else:
+                failed = self._refusals.of_failed_session(req_id)
+                if failed is not None:
+                    self._refuse(req_id, failed)
+                elif is_told:
+                    reason = KeptWhole.SESSION if params.keep_ratio < 1 else None
+                    self._note_whole(self.requests.get(req_id, request), reason)
+        super().add_request(request)
+
+    def finish_requests(self, request_ids: Any, *args: Any, **kwargs: Any) -> list[Request]:
+        """As vLLM's; sessions that failed are over too."""
+        if request_ids is not None:
+            request_ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+        self._refusals.end_sessions(request_ids)
+        return super().finish_requests(request_ids, *args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Compacts on paper, then schedules as vLLM does; the orders ride on the step's output."""
@@ -90,7 +125,7 @@ class L2KVScheduler(AsyncScheduler):
         orders = [order for order in orders if self._is_compacted(order.req_id)]
         if orders:
             attach_orders(output, tuple(orders))
-        if self._params:
+        if self._usage:
             self._track(output)
         self._forget(output.finished_req_ids)
         return output
@@ -103,7 +138,9 @@ class L2KVScheduler(AsyncScheduler):
         """
         if self._tally is not None:
             self._tally.measured(seconds_of(model_runner_output))
+        refused = self._refusals.about_to_fail(self.requests)
         outputs_of_clients = super().update_from_output(scheduler_output, model_runner_output)
+        self._refusals.explain(refused, outputs_of_clients)
         if self._usage:
             for outputs in outputs_of_clients.values():
                 for output in outputs.outputs:
@@ -164,7 +201,7 @@ class L2KVScheduler(AsyncScheduler):
         needed = sum(manager.num_destination_blocks(num_slots) for manager in self._compressed)
         in_place = needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
         if in_place and not all(manager.fits_in_place(req_id, num_slots) for manager in self._compressed):
-            self._usage[req_id] = prompt_usage(num_prompt_tokens, num_prompt_tokens, KeptWhole.NO_BLOCKS)
+            self._note_whole(request, KeptWhole.NO_BLOCKS)
             if self._tally is not None:
                 self._tally.waited(req_id)
             return None
@@ -201,15 +238,40 @@ class L2KVScheduler(AsyncScheduler):
         """Notes requests that begin a prefill in this step, for the first time or after a preemption."""
         begun = (new.req_id for new in output.scheduled_new_reqs)
         for req_id in (*begun, *output.scheduled_cached_reqs.resumed_req_ids):
-            params = self._params.get(req_id)
+            request, params = self.requests[req_id], self._params.get(req_id)
             if params is not None:
                 self._to_compact[req_id] = None
-                self._usage[req_id] = before_compaction(self.requests[req_id].num_prompt_tokens, params)
+                self._note_whole(request, why_whole(request.num_prompt_tokens, params))
+            elif req_id in self._usage:
+                # A session whose prompt has grown.
+                self._note_whole(request, self._usage[req_id].get("reason"))
+
+    @staticmethod
+    def _extra_args(request: Request) -> dict[str, Any] | None:
+        return request.sampling_params.extra_args if request.sampling_params else None
+
+    def _read_fields(self, request: Request) -> tuple[CompressionParams, bool]:
+        """What applies to a request, and whether its client is told numbers.
+
+        Raises:
+            ParamError: A bad value.
+        """
+        extra_args = self._extra_args(request)
+        params = self.settings.defaults.override(extra_args or {})
+        return params, params.keep_ratio < 1 or asks_for_compression(extra_args)
+
+    def _refuse(self, req_id: str, sentence: str) -> None:
+        logger.error("Request %s is refused: %s", req_id, sentence)
+        self._refusals.refuse(req_id, sentence)
+
+    def _note_whole(self, request: Request, reason: str | None) -> None:
+        num_prompt_tokens = request.num_prompt_tokens
+        self._usage[request.request_id] = prompt_usage(num_prompt_tokens, num_prompt_tokens, reason)
 
     def _forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             if req_id not in self.requests:
-                self.grammar_compile_error_reqs.discard(req_id)
+                self._refusals.forget((req_id,))
                 self._params.pop(req_id, None)
                 self._usage.pop(req_id, None)
                 self._to_compact.pop(req_id, None)

@@ -1,0 +1,135 @@
+"""Streaming-input sessions: a request whose prompt comes in chunks, each answered before the next one is computed."""
+
+import pytest
+from vllm.v1.engine import FinishReason
+from vllm.v1.request import RequestStatus
+
+from vllm_l2kv.messages import orders_of
+from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
+
+HALF = {"kv_keep_ratio": 0.5}
+WHOLE = {"kv_keep_ratio": 1}
+MAX_TOKENS = 5
+
+
+@pytest.fixture(params=[1, 2], ids=["sync", "async"])
+def harness(request, make_harness):
+    return make_harness(100, depth=request.param, max_num_batched_tokens=256)
+
+
+def say(harness, chunk: list[int], extra_args: dict | None, req_id: str = "session") -> None:
+    harness.submit(req_id, chunk, extra_args, MAX_TOKENS, resumable=True)
+
+
+def end(harness, extra_args: dict | None, req_id: str = "session") -> None:
+    """As `AsyncLLM` says that no chunk follows: a request of one token, which is not computed."""
+    harness.submit(req_id, [0], extra_args, MAX_TOKENS)
+
+
+def steps(harness, num_steps: int = 20) -> None:
+    for _ in range(num_steps):
+        harness.step()
+
+
+def defaults(harness, keep_ratio: float) -> None:
+    settings = harness.scheduler.settings
+    harness.scheduler.settings = type(settings)((0,), settings.defaults.override({"kv_keep_ratio": keep_ratio}))
+
+
+def check_nothing_left(harness) -> None:
+    harness.run()
+    assert harness.pool.get_num_free_blocks() == 100
+    scheduler = harness.scheduler
+    assert not scheduler.requests
+    assert [scheduler._params, scheduler._usage, scheduler._to_compact] == [{}] * 3
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "extra_args", "reason"),
+    [(1, None, None), (1, WHOLE, None), (0.5, None, KeptWhole.SESSION), (0.5, WHOLE, None)],
+)
+@pytest.mark.parametrize("ahead", [True, False], ids=["chunks are early", "chunks are late"])
+def test_a_session_that_asks_for_nothing_is_as_stock(harness, keep_ratio, extra_args, reason, ahead):
+    """Its numbers are those of what was computed for an answer: the chunks so far and the answers between them."""
+    defaults(harness, keep_ratio)
+    told = []
+    for length in (50, 7, 40):
+        say(harness, [1] * length, extra_args)
+        if not ahead:
+            steps(harness)
+            told.append(harness.usage.get("session"))
+    end(harness, extra_args)
+    harness.run()
+    assert not [order for output in harness.steps for order in orders_of(output)]
+    assert harness.outputs["session"] == [7] * 3 * MAX_TOKENS
+    told.append(harness.usage.get("session"))
+    kept = MAX_TOKENS - 1  # the last token of an answer was never computed, and is left out of the next prompt
+    lengths = [50, 50 + kept + 7, 50 + kept + 7 + kept + 40]
+    numbers = None if keep_ratio == 1 and extra_args is None else [prompt_usage(n, n, reason) for n in lengths]
+    assert told[-1] == (numbers and numbers[-1])
+    if not ahead:
+        assert told[:3] == (numbers or [None] * 3)
+    check_nothing_left(harness)
+
+
+@pytest.mark.parametrize("other", [None, WHOLE])
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("ahead", [True, False], ids=["chunks are early", "chunks are late"])
+@pytest.mark.parametrize("bad", [HALF, {"kv_keep_ratio": 7}, {"kv_kep_ratio": 0.5}], ids=str)
+def test_a_session_that_asks_for_a_ratio_fails_alone(harness, other, which, ahead, bad):
+    """Every chunk gets an answer, or its caller would wait for ever; the end of the session is no new request."""
+    harness.add("neighbour", 60, max_tokens=60, ratio=0.5)
+    for i in range(3):
+        say(harness, [1] * 30, bad if i == which else other)
+        if not ahead:
+            steps(harness)
+    end(harness, other)
+    harness.run()
+    assert harness.outputs["neighbour"] == [7] * 60
+    finished = [out for out in harness.received if out.request_id == "session" and out.finish_reason is not None]
+    assert len(finished) == 3
+    is_error = [out.finish_reason == FinishReason.ERROR for out in finished]
+    assert is_error == ([True] * 3 if ahead else [i >= which for i in range(3)])
+    sentences = {out.stop_reason for out in finished if out.finish_reason == FinishReason.ERROR}
+    assert len(sentences) == 1
+    assert "kv_keep_ratio" in sentences.pop()
+    check_nothing_left(harness)
+
+
+@pytest.mark.parametrize("ends", ["end", "abort", "abort everything"])
+def test_a_failed_session_is_forgotten_when_it_ends(harness, ends):
+    say(harness, [1] * 30, HALF)
+    steps(harness, 3)
+    if ends == "end":
+        end(harness, HALF)
+    else:
+        harness.scheduler.finish_requests(
+            iter(["session"]) if ends == "abort" else None, RequestStatus.FINISHED_ABORTED
+        )
+    check_nothing_left(harness)
+    # The next request of this id is one.
+    harness.outputs.clear()
+    harness.submit("session", [1] * 30, WHOLE, MAX_TOKENS)
+    harness.run()
+    assert harness.outputs["session"] == [7] * MAX_TOKENS
+
+
+def test_naming_any_field_is_asking(harness):
+    """With an operator's ratio below 1, a session that names a scorer means to be compressed."""
+    defaults(harness, 0.5)
+    say(harness, [1] * 30, {"kv_scorer": "keydiff"})
+    end(harness, None)
+    harness.run()
+    (out,) = [out for out in harness.received if out.finish_reason is not None]
+    assert out.stop_reason == (
+        "kv_keep_ratio must be 1 for streaming input (a prompt that comes in chunks), got 0.5; set it to 1, leave all "
+        "kv_ fields out, or give the whole prompt at once."
+    )
+
+
+def test_a_bad_value_says_so_where_the_output_ends(harness):
+    harness.add("r", 30, ratio=7)
+    harness.run()
+    *_, out = harness.received
+    assert out.finish_reason == FinishReason.ERROR
+    assert out.stop_reason == "kv_keep_ratio must satisfy 0 < kv_keep_ratio <= 1, got 7."

@@ -1,0 +1,66 @@
+"""Requests that fail alone, each with a sentence."""
+
+from collections.abc import Iterable, Mapping
+from copy import copy
+
+from vllm.v1.engine import EngineCoreOutputs, FinishReason
+from vllm.v1.request import Request
+
+
+class Refusals:
+    """Fails requests through vLLM's set of those whose grammar does not compile, and puts a sentence on their outputs.
+
+    A streaming-input session is a request that gets its prompt in chunks. Its caller waits for an answer to each of
+    them, so a failed session owes one for each chunk that it had taken in. The session goes on until the caller ends
+    it: further chunks are refused too, and its end is not handed to vLLM, which would take it for a new request.
+
+    Args:
+        failing: Ids of requests that vLLM fails at the end of the next step.
+    """
+
+    def __init__(self, failing: set[str]) -> None:
+        self._failing = failing
+        self._sentences: dict[str, str] = {}  # requests that are about to fail
+        self._failed_sessions: dict[str, str] = {}
+
+    def refuse(self, req_id: str, sentence: str) -> None:
+        """Lets a request fail that the scheduler holds, or takes in before its next step."""
+        self._failing.add(req_id)
+        self._sentences[req_id] = sentence
+
+    def of_failed_session(self, req_id: str) -> str | None:
+        """Why the session of this id failed, as long as it has not been ended."""
+        return self._failed_sessions.get(req_id)
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Drops requests that ended in another way."""
+        for req_id in req_ids:
+            self._failing.discard(req_id)
+            self._sentences.pop(req_id, None)
+
+    def end_sessions(self, req_ids: Iterable[str] | None) -> None:
+        """Drops failed sessions that were ended by their callers; all of them for `None`."""
+        for req_id in list(self._failed_sessions) if req_ids is None else req_ids:
+            self._failed_sessions.pop(req_id, None)
+
+    def about_to_fail(self, requests: Mapping[str, Request]) -> list[Request]:
+        """Refused requests that the scheduler holds."""
+        return [requests[req_id] for req_id in self._sentences if req_id in requests] if self._sentences else []
+
+    def explain(self, requests: Iterable[Request], outputs_of_clients: Mapping[int, EngineCoreOutputs]) -> None:
+        """Completes the outputs of requests that failed in this step.
+
+        Args:
+            requests: Those that were about to fail.
+            outputs_of_clients: The step's outputs.
+        """
+        for request in requests:
+            req_id, queue = request.request_id, request.streaming_queue
+            of_client = outputs_of_clients.get(request.client_index)
+            outputs = [] if of_client is None else of_client.outputs
+            for output in list(outputs):
+                if output.request_id == req_id and output.finish_reason == FinishReason.ERROR:
+                    output.stop_reason = sentence = self._sentences.pop(req_id)
+                    outputs.extend(copy(output) for chunk in queue or () if chunk is not None)
+                    if queue is not None and None not in queue:
+                        self._failed_sessions[req_id] = sentence
