@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from engine import bare_rule
 from vllm import SamplingParams
-from vllm.config import VllmConfig
+from vllm.config import KVEventsConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
@@ -56,12 +56,15 @@ def plan(
     num_layers: int = 5,
     block_size: int = 16,
     is_async: bool = False,
+    kv_events: bool = False,
     **engine_args: Any,
 ) -> Plan:
     """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`."""
     register()
     init_none_hash(sha256)
     is_ours = full_layers is not None
+    if kv_events:
+        engine_args["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     ours = bare_rule(full_layers=full_layers, metrics=True) if is_ours else {}
     config = EngineArgs(model=str(model), **{**ours, "block_size": block_size, **engine_args}).create_engine_config()
     config.scheduler_config.async_scheduling = is_async

@@ -55,11 +55,9 @@ class CompressionEngineClient:
         if sampling_params.structured_outputs is not None:
             outputs = blame_grammar(outputs)
         if self._metrics is not None:
+            keep_ratio = self._defaults.override(extra_args).keep_ratio
             # Streaming input is kept whole, see `params.check_session`.
-            is_whole = isinstance(prompt, AsyncGenerator)
-            outputs = self._metrics.observe(
-                outputs, 1.0 if is_whole else self._defaults.override(extra_args).keep_ratio
-            )
+            outputs = self._metrics.observe(outputs, 1.0 if isinstance(prompt, AsyncGenerator) else keep_ratio)
         if not (self._defaults.keep_ratio < 1 or asks_for_compression(extra_args)):
             return outputs
         return record(outputs, {} if compression is None else compression.box.new_prompt())

@@ -7,7 +7,12 @@ and a manager of compressed layers answers in slots.
 from typing import Any
 
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import (
+    KVCacheBlock,
+    generate_block_hash_extra_keys,
+    make_block_hash_with_group_id,
+    maybe_convert_block_hash,
+)
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
@@ -45,6 +50,20 @@ def find_prefixes_inside_blocks(coordinator: KVCacheCoordinator) -> None:
         coordinator.enable_partial_hash_hits = True
         for manager in managers:
             manager.cache_hit_alignment_tokens = unit
+
+
+def announce_hit(manager: SingleTypeKVCacheManager, request: Request, num_tokens: int) -> None:
+    """Tells consumers of KV events what a request found in one group's prefix cache, up to `num_tokens`.
+
+    vLLM's own report names whole blocks. Where a hit ends inside a block, that is a block which is not there, or one
+    beyond the request's hashes.
+    """
+    size, pool = manager.block_size, manager.block_pool
+    num_blocks = num_tokens // size
+    pool.emit_cached_block_events(request, num_blocks, size, manager.kv_cache_group_id)
+    if isinstance(manager, LayerManager):
+        for begin in range(num_blocks * size, num_tokens, pool.hash_block_size):
+            manager.announce(request, begin + pool.hash_block_size)
 
 
 class LayerManager(FullAttentionManager):
@@ -120,15 +139,38 @@ class LayerManager(FullAttentionManager):
         Returns:
             The number of tokens up to which every boundary is findable.
         """
-        unit = self.block_pool.hash_block_size
+        pool = self.block_pool
+        unit = pool.hash_block_size
         end = min(end // unit, request.num_computed_tokens // unit, len(request.block_hashes)) * unit
         blocks = self.req_to_blocks[request.request_id]
         for boundary in range(begin + unit, end + unit, unit):
             if boundary % self.block_size:
-                block_hash = request.block_hashes[boundary // unit - 1]
-                key = make_block_hash_with_group_id(block_hash, self.kv_cache_group_id)
-                self.block_pool._insert_block_hash(key, blocks[boundary // self.block_size], num_tokens=boundary)
+                block = blocks[boundary // self.block_size]
+                key = make_block_hash_with_group_id(request.block_hashes[boundary // unit - 1], self.kv_cache_group_id)
+                if not pool.cached_block_hash_to_block.contain(key, block.block_id):
+                    pool._insert_block_hash(key, block, num_tokens=boundary)
+                    self.announce(request, boundary)
         return max(begin, end)
+
+    def announce(self, request: Request, boundary: int) -> None:
+        """Tells consumers of KV events of one boundary inside a block, as `BlockPool.cache_partial_block` does."""
+        pool = self.block_pool
+        if not pool.enable_kv_cache_events:
+            return
+        unit = pool.hash_block_size
+        index = boundary // unit - 1
+        extra_keys, _ = generate_block_hash_extra_keys(request, boundary - unit, boundary, 0)
+        event = pool._build_block_stored_event(
+            request,
+            block_hashes=[maybe_convert_block_hash(request.block_hashes[index])],
+            parent_block_hash=maybe_convert_block_hash(request.block_hashes[index - 1]) if index else None,
+            start_token_idx=boundary - unit,
+            end_token_idx=boundary,
+            block_size=unit,
+            kv_cache_group_id=self.kv_cache_group_id,
+            extra_keys_list=[extra_keys],
+        )
+        pool.kv_event_queue.append(event)
 
 
 class FullLayerManager(LayerManager):

@@ -22,6 +22,7 @@ from vllm_l2kv.policy import num_keep
 from vllm_l2kv.prompt_usage import KeptWhole, PromptUsage, prompt_usage, why_whole
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
+    announce_hit,
     find_prefixes_inside_blocks,
     stop_prefix_caching,
 )
@@ -157,6 +158,21 @@ class L2KVScheduler(AsyncScheduler):
             num_evicted = sum(self._compressed[0].num_evicted.values())
             attach_stats(stats, self._tally.take(logical_tokens, logical_tokens - num_evicted))
         return stats
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """As vLLM's; a report to consumers of KV events, which a request may ask for, is made by `announce_hit`."""
+        mode = request.kv_cache_report_mode
+        if mode != "full" or not self.kv_cache_manager.enable_kv_cache_events:
+            return super()._get_local_prefix_cache_hit(request)
+        request.kv_cache_report_mode = "incremental"
+        try:
+            hit = super()._get_local_prefix_cache_hit(request)
+        finally:
+            request.kv_cache_report_mode = mode
+        _, num_tokens, *_ = hit
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            announce_hit(manager, request, num_tokens)
+        return hit
 
     def _compact_prefilled(self) -> list[CompactionOrder]:
         """Compacts every request that is ready and for which there are blocks."""

@@ -1,0 +1,119 @@
+"""What a consumer of KV events believes to be cached, against what the pool can find."""
+
+import random
+from collections import Counter
+
+import pytest
+from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
+from vllm.v1.request import RequestStatus
+
+
+class Consumer:
+    """Counts blocks by group and hash, from events alone; knows the tokens that a hash stands for."""
+
+    def __init__(self, harness) -> None:
+        self.harness = harness
+        self.stored: Counter[tuple[int, object]] = Counter()
+        self.prefixes: dict[object, tuple[int, ...]] = {None: ()}
+        self.num_events: Counter[str] = Counter()
+        harness.scheduler.kv_event_publisher.publish = self.take
+
+    def take(self, batch) -> None:
+        for event in batch.events:
+            self.num_events[type(event).__name__] += 1
+            if isinstance(event, AllBlocksCleared):
+                self.stored.clear()
+                continue
+            assert event.medium == "GPU"
+            for block_hash in event.block_hashes:
+                key = event.group_idx, block_hash
+                self.stored[key] += 1 if isinstance(event, BlockStored) else -1
+                assert self.stored[key] >= 0, f"{key} was removed and never stored"
+            if isinstance(event, BlockStored):
+                self._follow(event)
+
+    def _follow(self, event) -> None:
+        """Every stored block continues one that the consumer has heard of."""
+        assert event.kv_cache_spec_kind
+        assert len(event.token_ids) == len(event.block_hashes) * event.block_size
+        assert len(event.extra_keys) == len(event.block_hashes)
+        prefix = self.prefixes[event.parent_block_hash]
+        for i, block_hash in enumerate(event.block_hashes):
+            prefix += tuple(event.token_ids[i * event.block_size : (i + 1) * event.block_size])
+            assert self.prefixes.setdefault(block_hash, prefix) == prefix
+
+    def check(self) -> None:
+        self.take(Batch(self.harness.scheduler.kv_cache_manager.take_events()))
+        assert +self.stored == in_pool(self.harness.pool)
+
+
+class Batch:
+    def __init__(self, events) -> None:
+        self.events = events
+
+
+def in_pool(pool) -> Counter:
+    """Blocks that the prefix cache can find, by group and hash."""
+    blocks: Counter = Counter()
+    for key, found in pool.cached_block_hash_to_block._cache.items():
+        name = get_group_id(key), maybe_convert_block_hash(get_block_hash(key))
+        blocks[name] += len(found) if isinstance(found, dict) else 1
+    return blocks
+
+
+@pytest.mark.parametrize("full_layers", [(0,), ()], ids=["blocks of two sizes", "one size"])
+@pytest.mark.parametrize("depth", [1, 2], ids=["sync", "async"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_consumer_knows_what_is_cached(make_harness, full_layers, depth, seed):
+    sizes = {"num_layers": 5, "block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 6, "max_model_len": 128}
+    harness = make_harness(30, full_layers, depth, kv_events=True, **sizes)
+    consumer = Consumer(harness)
+    rng = random.Random(seed)
+    for i in range(120):
+        if rng.random() < 0.5:
+            prompt = [rng.randint(1, 2)] * rng.randint(1, 60) + [3 + rng.randint(0, 1)] * rng.randint(1, 10)
+            fields = {"kv_keep_ratio": rng.choice([1.0, 0.5, 0.1])} if rng.random() < 0.7 else {}
+            harness.submit(f"r{i}", prompt, fields, rng.randint(1, 30))
+        if rng.random() < 0.1 and harness.scheduler.requests:
+            gone = rng.choice(sorted(harness.scheduler.requests))
+            harness.scheduler.finish_requests(gone, RequestStatus.FINISHED_ABORTED)
+        if rng.random() < 0.03:
+            harness.scheduler.reset_prefix_cache(reset_running_requests=True)
+        harness.step()
+        consumer.check()
+    harness.run()
+    consumer.check()
+    assert harness.scheduler.reset_prefix_cache()
+    consumer.check()
+    assert not +consumer.stored
+    assert consumer.num_events["BlockStored"] > 100
+    assert consumer.num_events["BlockRemoved"] > 50
+
+
+@pytest.mark.parametrize("num_shared", [5, 17, 33, 43])
+def test_a_report_of_what_a_request_found(make_harness, num_shared):
+    """The field `kv_cache_report_mode` of vLLM asks for it; a hit may end inside a block."""
+    harness = make_harness(
+        60, (0,), num_layers=5, block_size=4, max_num_batched_tokens=256, max_model_len=128, kv_events=True
+    )
+    harness.submit("first", [1] * 45, {}, 4)
+    harness.run()
+    harness.scheduler.kv_cache_manager.take_events()
+    cached = in_pool(harness.pool)
+    second = harness.submit("second", [1] * num_shared + [2] * 3, {"kv_cache_report_mode": "full"}, 1)
+    (new,) = harness.schedule().scheduled_new_reqs
+    events = harness.scheduler.kv_cache_manager.take_events()
+    num_hit = new.num_computed_tokens
+    assert num_hit == num_shared // 4 * 4
+    found = {
+        (manager.kv_cache_group_id, maybe_convert_block_hash(second.block_hashes[end // 4 - 1]))
+        for manager in harness.scheduler.kv_cache_manager.coordinator.single_type_managers
+        for end in range(4, num_hit + 1, 4)
+        if end % manager.block_size == 0 or end > num_hit // manager.block_size * manager.block_size
+    }
+    reported = {(event.group_idx, block_hash) for event in events for block_hash in event.block_hashes}
+    assert found <= reported & set(cached)
+    assert reported <= set(in_pool(harness.pool))
+    harness.finish_one()
+    assert harness.outputs["second"] == [7]
