@@ -30,18 +30,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 def ratio(word: str) -> float:
     """A keep ratio, 0 < R <= 1."""
-    try:
-        return check_keep_ratio("R", number(word))
-    except ParamError as error:
-        raise ArgumentTypeError(str(error)) from None
+    return _checked(check_keep_ratio, "R", word)
 
 
 def count(word: str) -> int:
     """An integer, 0 <= N."""
-    try:
-        return check_count("N", number(word))
-    except ParamError as error:
-        raise ArgumentTypeError(str(error)) from None
+    return _checked(check_count, "N", word)
 
 
 def positive(word: str) -> int:
@@ -125,6 +119,14 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     return ["  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]) for line in lines]
+
+
+def _checked(check: Callable[[str, Any], T], name: str, word: str) -> T:
+    """What a check of `params` makes of a word; argparse wants another class of error than requests do."""
+    try:
+        return check(name, number(word))
+    except ParamError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def number(word: str) -> Any:

@@ -252,6 +252,34 @@ def test_bad_texts_are_told(capsys, tmp_path):
     assert "The text has 2 tokens" in refused(capsys, "perplexity", "model", "--text", str(path))
 
 
+def test_a_broken_row_is_told_before_the_engine_starts(capsys, tmp_path):
+    """Whose absence `no_engine` proves."""
+    (tmp_path / "rows.jsonl").write_text('{"half": \n{"task": "passkey"}\n')
+    line = refused(capsys, *COMMAND, "--out", str(tmp_path))
+    assert "argument --out: " in line
+    assert "rows.jsonl:1 is no JSON" in line
+
+
+def test_a_fault_of_ours_is_no_bad_option(tmp_path, talking, monkeypatch):
+    """A `ValueError` of the measurement comes with its traceback."""
+    monkeypatch.setattr(talking, "end", ValueError("zip() argument 2 is shorter than argument 1"))
+    with pytest.raises(ValueError, match="is shorter"):
+        cli.evaluate([*COMMAND, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("where", ["__init__", "rows"])
+def test_an_interrupt_before_the_first_row_ends_quietly(capsys, tmp_path, talking, monkeypatch, where):
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talking, where, interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.evaluate([*COMMAND, "--out", str(tmp_path)])
+    assert ended.value.code == 130
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_no_rows_are_told(capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     line = refused(capsys, "report", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"))

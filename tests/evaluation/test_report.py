@@ -232,6 +232,11 @@ class TestSummary:
         assert line.split("  ")[-2:] == ["1.00 (0.81 to 1.00)", "0.00 (0.00 to 0.19)"]
         assert len({len(line) for line in [heading, *lines]}) == 1
 
+    def test_nothing_gained_has_no_sign(self):
+        rows = [{**row, "loss": row["loss"] if row["keep_ratio"] == 1 else 2.149} for row in made_up("perplexity")]
+        rows = [{**row, "loss": 2.15 if row["keep_ratio"] == 1 else row["loss"]} for row in rows]
+        assert "-0.00" not in summary(rows)
+
     def test_losses_are_shown_beside_the_loss_itself(self):
         (baseline, *_) = matrix(with_excess_loss(made_up("perplexity")), "perplexity", "excess loss")
         assert baseline.startswith("loss without compression: 2.15 (")

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,26 @@ def evaluate(argv: Sequence[str]) -> None:
     """
     parser = _eval_parser()
     options = parser.parse_args(argv)
-    try:
-        if options.task == "report":
+    if options.task == "report":
+        try:
             report(options.rows, options.out)
-            return
-        interrupted = _interrupted(_measure, options)
-        report([options.out / ROWS], options.out)
-    except (OSError, ValueError) as error:
-        parser.error(f"argument {'ROWS' if options.task == 'report' else '--out'}: {error}")
+        except (OSError, ValueError) as error:
+            parser.error(f"argument ROWS: {error}")
+        return
+    status = 0
+    try:
+        _measure(options)
     except _RefusedError as refused:
         parser.error(str(refused))
-    if interrupted:
-        sys.exit(130)
+    except KeyboardInterrupt:
+        status = 130
+        rows = options.out / ROWS
+        if not rows.exists() or not rows.stat().st_size:
+            sys.exit(status)
+        sys.stderr.write("Interrupted; what was measured until now follows.\n")
+    report([options.out / ROWS], options.out)
+    if status:
+        sys.exit(status)
 
 
 def report(paths: Sequence[Path], out: Path) -> None:
@@ -146,11 +154,18 @@ def write_rows(
 
 def _measure(options: argparse.Namespace) -> None:
     """Starts an engine and adds the rows of a task to its file."""
+    from vllm_l2kv.evaluation.rows import prepare_for_more
     from vllm_l2kv.evaluation.variants import variants
 
     compared = variants(options.scorers, options.ratios, options.protect, options.granularities)
     longest = max(options.lengths) + NUM_ANSWER_TOKENS + vars(options).get("continued", 0)
-    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / ROWS
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            prepare_for_more(path)
+    except (OSError, ValueError) as error:
+        raise _RefusedError(f"argument --out: {error}") from error
     with _progress(options, "vllm.log") as progress:
         progress.begin(f"starting the engine with {options.model}")
         from vllm_l2kv.evaluation.run import Engine
@@ -166,7 +181,7 @@ def _measure(options: argparse.Namespace) -> None:
             raise _RefusedError(
                 f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens."
             )
-        write_rows(engine, options, cases, compared, options.out / ROWS, progress)
+        write_rows(engine, options, cases, compared, path, progress)
 
 
 def _observe(options: argparse.Namespace) -> Any:
@@ -204,16 +219,6 @@ def _progress(options: argparse.Namespace, log: str) -> Iterator[Progress]:
     except Exception:
         sys.stderr.write(last_lines(path))
         raise
-
-
-def _interrupted(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> bool:
-    """Runs, and says whether Ctrl-C ended it."""
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted; what was measured until now follows.\n")
-        return True
-    return False
 
 
 def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:

@@ -173,9 +173,9 @@ def _shown(estimate: Estimate) -> str:
 
 
 def _brief(estimate: Estimate) -> str:
-    if math.isnan(estimate.low):
-        return f"{estimate.mean:.2f} (one prompt)"
-    return f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+    # 0 is added for its sign: -0.00 looks like a gain.
+    mean, low, high = (f"{round(value, 2) + 0.0:.2f}" for value in estimate[:3])
+    return f"{mean} (one prompt)" if math.isnan(estimate.low) else f"{mean} ({low} to {high})"
 
 
 def _joined(values: Iterable[Any]) -> str:

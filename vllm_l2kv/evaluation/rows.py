@@ -27,17 +27,28 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def prepare_for_more(path: Path) -> None:
+    """Deletes half a row at the end of a file, to which the next row would be glued, and looks at the other lines.
+
+    Raises:
+        ValueError: One of them is no row.
+    """
+    _end_with_a_whole_line(path)
+    read_rows(path)
+
+
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Adds rows, each of them as soon as it is there; half a line at the end of the file is deleted first."""
     if path.exists():
         _end_with_a_whole_line(path)
+    # By the line: a run that is killed leaves whole rows but for the last one.
     with path.open("a", buffering=1, encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _end_with_a_whole_line(path: Path) -> None:
-    """The next row would be glued to half a one, and a reader would refuse both."""
+    """Deletes half a row at the end of a file; a whole one there gets its newline."""
     content = path.read_bytes()
     rest = content.rpartition(b"\n")[2]
     if not rest:
