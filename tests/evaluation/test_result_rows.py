@@ -28,7 +28,7 @@ def test_what_is_written_is_read(path):
     assert read_rows(path) == ROWS
 
 
-def test_half_a_row_at_the_end_is_left_out_and_told(path, capsys):
+def test_half_a_row_at_the_end_is_left_out_with_a_warning(path, capsys):
     append_rows(path, ROWS)
     half_of_a_third(path)
     assert read_rows(path) == ROWS

@@ -231,7 +231,13 @@ def _add_load(parser: OneLineParser) -> None:
         help="share of each prompt that all of a ratio begin with, 0 <= X < 1 (default: %(default)s)",
     )
     add("--warmup", type=count, default=2, metavar="N", help="requests before each measurement (default: %(default)s)")
-    add("--seed", type=count, default=0, metavar="N", help="another one makes another load (default: %(default)s)")
+    add(
+        "--seed",
+        type=count,
+        default=0,
+        metavar="N",
+        help="seed of the load; change it for another one (default: %(default)s)",
+    )
     add(
         "--fields",
         type=_object,

@@ -28,8 +28,8 @@ class Case:
         prompt: Token ids.
         num_tokens: Tokens to generate.
         score: Turns an answer into numbers, or lists of numbers, by name.
-        about: What stands in its rows, such as its length.
-        forced: Token ids to generate whatever the model says; empty to let it speak.
+        about: What its rows say of it, such as its length.
+        forced: Token ids to generate in place of what the model chooses; empty for the model's own.
     """
 
     prompt: list[int]

@@ -144,7 +144,7 @@ def write_rows(
         cases: Of `cases_of`.
         compared: Of `variants`.
         path: The file.
-        progress: Told of the work as it is done.
+        progress: Counts the work as it is done.
     """
     from vllm_l2kv.evaluation.rows import append_rows
 

@@ -22,7 +22,7 @@ from vllm_l2kv.evaluation.observe import FULL_ATTENTION, Observation, chunks, la
 from vllm_l2kv.evaluation.progress import Progress
 
 NUM_QUERIES = 32
-"""Queries behind the prompt. One, as in the paper, says more of that token than of the head."""
+"""Queries after the prompt. One, as in the paper, says more of that token than of the head."""
 KEEP_RATIOS = (0.75, 0.5, 0.25, 0.1)
 JUDGED = KEEP_RATIOS.index(0.5)
 """Where layers and heads are judged: half is what the paper claims to be harmless."""
@@ -129,7 +129,7 @@ def measure(
         texts: Cut into chunks, each by itself; what is left at an end is not used.
         num_tokens: Length of a chunk, with the tokenizer's BOS token, if it has one, in front.
         num_chunks: Chunks to measure of each text, fewer if it has fewer.
-        progress: Told of every layer of every chunk.
+        progress: Counts every layer of every chunk.
 
     Raises:
         ValueError: Chunks too short for the queries, texts too short for a chunk, or a model without full attention.

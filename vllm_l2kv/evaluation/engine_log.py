@@ -36,7 +36,7 @@ def output_to(path: Path) -> Iterator[TextIO]:
 
 
 def last_lines(path: Path) -> str:
-    """The end of a log, for whoever must know why the engine ended."""
+    """The end of a log, which says why an engine ended."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join([f"The last lines of {path}:", *(f"  {line}" for line in lines[-NUM_LAST_LINES:]), ""])
 

@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, without half a line at its end, of which standard error is told.
+    """The rows of a file. Half a line at its end is left out, with a warning on standard error.
 
     Raises:
         OSError: There is no such file.

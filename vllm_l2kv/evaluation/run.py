@@ -64,7 +64,7 @@ class Engine:
             task: Its name, which goes into the rows.
             cases: The prompts.
             variants: How each of them is compressed.
-            progress: Told of every prompt that is read and every token that is generated.
+            progress: Counts every prompt that is read and every token that is generated.
         """
         progress = progress or Progress()
         progress.begin(task)

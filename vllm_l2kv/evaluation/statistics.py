@@ -10,7 +10,7 @@ Z = 1.959964
 
 
 class Estimate(NamedTuple):
-    """A mean, its interval, and the number of samples behind it."""
+    """A mean, its interval, and its number of samples."""
 
     mean: float
     low: float

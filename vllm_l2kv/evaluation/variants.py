@@ -16,7 +16,7 @@ def variants(
     protections: Iterable[tuple[int, int]] = ((DEFAULTS.protect_first, DEFAULTS.protect_last),),
     granularities: Sequence[str] = (DEFAULTS.granularity,),
 ) -> list[CompressionParams]:
-    """Every combination, behind the baseline; controls are added and measured token by token.
+    """Every combination, after the baseline; controls are added and measured token by token.
 
     Args:
         scorers: Names of `SCORERS`.
