@@ -5,7 +5,7 @@ vLLM has that as KV-cache groups; in a block-outermost layout it packs groups of
 A block is the same bytes for every group: `[28 layers x 32 tokens]` or `[2 layers x 448 tokens]`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -109,12 +109,7 @@ def classify_layers(
     """
     _check_specs(specs)
     index_of = {name: extract_layer_index(name) for name in specs}
-    unknown = sorted(set(settings.full_layers) - set(index_of.values()))
-    if unknown:
-        raise ValueError(
-            f"full_layers names layer {unknown[0]}, but this model's layers with a KV cache are "
-            f"{min(index_of.values())} to {max(index_of.values())}; change --kv-full-layers."
-        )
+    check_full_layers(settings, index_of.values())
     candidates = [name for name, spec in specs.items() if isinstance(spec, FullAttentionSpec)]
     full = [name for name in candidates if index_of[name] in settings.full_layers]
     compressed = [name for name in candidates if name not in full]
@@ -133,6 +128,23 @@ def classify_layers(
             for name in names:
                 classified[name] = replace(classified[name], block_size=size, block_stride_alignment=sizes.stride)
     return classified
+
+
+def check_full_layers(settings: Settings, indices: Collection[int]) -> None:
+    """Refuses full layers that the model does not have.
+
+    Args:
+        settings: Names them.
+        indices: Of the model's layers.
+
+    Raises:
+        ValueError: One of them is none of the model's.
+    """
+    if unknown := sorted(set(settings.full_layers).difference(indices)):
+        raise ValueError(
+            f"full_layers names layer {unknown[0]}, but this model's layers with a KV cache are "
+            f"{min(indices)} to {max(indices)}; change --kv-full-layers."
+        )
 
 
 class PackedSizes(NamedTuple):

@@ -2,10 +2,22 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 
 from vllm_l2kv import __version__
+
+VLLM = {"vllm": "[cpu], or with [cuda] on a machine with an NVIDIA GPU"}
+NEEDS: Mapping[str, Mapping[str, str]] = {
+    "serve": VLLM,
+    "eval": VLLM | dict.fromkeys(("jinja2", "lm_eval", "matplotlib", "scipy"), "[eval]"),
+    "diagnose": VLLM | dict.fromkeys(("jinja2", "matplotlib", "scipy"), "[eval]"),
+    "bench": dict.fromkeys(("httpx", "jinja2", "matplotlib", "numpy", "prometheus_client", "psutil"), "[bench]"),
+    "plan": VLLM,
+    "config-schema": VLLM,
+}
+"""Packages that a command imports sooner or later, and the extra that has them."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The words after `vllm-l2kv`; those of this process by default.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _check_packages(words)
     # Commands with options of their own have a parser of their own; that of serve is vLLM's, which never meets ours.
     match words:
         case ["serve", *rest]:
@@ -42,6 +55,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _show_demo_model()
             else:
                 _show_config_schema()
+
+
+def _check_packages(words: Sequence[str]) -> None:
+    """Ends the process with one line if the command would end in an import, perhaps after hours."""
+    for package, extra in NEEDS.get(words[0] if words else "", {}).items():
+        if find_spec(package) is None:
+            sys.stderr.write(
+                f"vllm-l2kv {words[0]}: error: the package {package} is missing; install vllm-l2kv{extra}.\n"
+            )
+            sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ def read_config_file(path: str, keys: Mapping[str, Key]) -> list[str]:
         ConfigFileError: Unreadable, not a mapping, an unknown key, with the nearest known one, or a value that the
             option cannot take.
     """
-    content = _read_yaml(path)
+    content = read_yaml(path)
     words = []
     for name, value in content.items():
         key = keys.get(str(name).replace("_", "-"))
@@ -45,7 +45,12 @@ def read_config_file(path: str, keys: Mapping[str, Key]) -> list[str]:
     return words
 
 
-def _read_yaml(path: str) -> dict[Any, Any]:
+def read_yaml(path: str) -> dict[Any, Any]:
+    """What the file says; nothing if it is empty.
+
+    Raises:
+        ConfigFileError: Unreadable, or not a mapping.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -3,9 +3,13 @@
 import argparse
 import copy
 import os
+import signal
 import sys
+import textwrap
+import traceback
 from argparse import Namespace
 from collections.abc import MutableMapping, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
@@ -15,6 +19,8 @@ from vllm_l2kv.params import GRANULARITIES, SCORERS, TOKENS_PER_BLOCK
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 from vllm_l2kv_server.config_keys import keys_of
+from vllm_l2kv_server.last_line import LastLine
+from vllm_l2kv_server.start_checks import StartError, check_parsed, check_words, nearest
 
 PROG = "vllm-l2kv serve"
 PLUGIN = "l2kv"
@@ -48,12 +54,45 @@ def serve(argv: Sequence[str]) -> None:
         argv: The words after `serve`.
 
     Raises:
-        SystemExit: With 2 after a bad option, with 1 if the engine ended by itself; one line on standard error.
+        SystemExit: With 2 if what was asked for is refused, before an engine starts; with 1 if the server failed, then
+            or later; with 128 and the signal's number if a signal came before the server was ready. The last line on
+            standard error says which.
     """
-    own_options().parse_known_args(argv)  # so that a bad option of ours is told at once
+    last_line = LastLine()
+    # A handler of SIGINT that is not Python's own is left alone by asyncio, which would wait for the engine first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        args = _checked_options(argv)
+        _run(args)
+    except KeyboardInterrupt as interrupt:
+        # vLLM has a handler of SIGTERM for the time of its start, which says "terminated".
+        number = signal.SIGINT if interrupt.args in ((), (signal.SIGINT.name,)) else signal.SIGTERM
+        last_line.end(128 + number, f"stopped by {number.name} before it was ready.")
+    except Exception as error:
+        traceback.print_exc()
+        last_line.end(1, _what_failed(error))
+    if args.engine_lost:
+        last_line.end(1, "the engine ended by itself, and so did the server; the log above says why.")
+
+
+def _checked_options(argv: Sequence[str]) -> Namespace:
+    """The options of a server that can start, as far as can be known without an engine.
+
+    Raises:
+        SystemExit: They are refused; one line on standard error.
+    """
+    own = own_options()
+    _, words = own.parse_known_args(argv)
+    if not any(word == "-h" or word.partition("=")[0] == "--help" for word in words):
+        try:
+            check_words(words, keys_of(own))
+        except ConfigFileError as error:
+            own.error(f"argument --config: {error}")
+        except StartError as error:
+            own.error(str(error))
     name_plugin(os.environ)
     # Everything of vLLM is imported late: it reads VLLM_PLUGINS, and takes seconds that `--version` need not wait for.
-    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -69,9 +108,28 @@ def serve(argv: Sequence[str]) -> None:
         parser.error(str(error))
     if args.model is None:
         use_demo_model(args)
+    try:
+        check_parsed(args)
+    except StartError as error:
+        parser.error(str(error))
+    return args
+
+
+def _run(args: Namespace) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
     ServeSubcommand.cmd(args)
-    if args.engine_lost:
-        sys.exit("vllm-l2kv: the engine ended by itself, and so did the server; the log above says why.")
+
+
+def _interrupt(number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _what_failed(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    if said.startswith("Engine core initialization failed"):
+        return "the engine ended during its start; the first ERROR in the log above says why."
+    return f"the server failed: {textwrap.shorten(f'{type(error).__name__}: {said}', 300, placeholder=' ...')}"
 
 
 def name_plugin(environ: MutableMapping[str, str]) -> None:
@@ -181,9 +239,20 @@ def make_parser() -> Any:
         allow_abbrev=False,
     )
     make_arg_parser(parser)
+    parser.error = partial(_fail, parser)
     # What is still None after parsing was not given. The app, which is handed the options, says how the engine ended.
     parser.set_defaults(model=None, scheduler_cls=None, worker_cls=None, block_size=None, engine_lost=False)
     return parser
+
+
+def _fail(parser: Any, message: str) -> NoReturn:
+    """Ends the process with one line, which names the option that an unknown one is closest to."""
+    _, found, words = message.partition("unrecognized arguments: ")
+    if found and words.startswith("--"):
+        name = words.split()[0].partition("=")[0]
+        message = f"unrecognized option {name}; did you mean --{nearest(name[2:], keys_of(parser))}?"
+    sys.stderr.write(f"{parser.prog}: error: {message}\n")
+    sys.exit(2)
 
 
 def parse(parser: Any, argv: Sequence[str]) -> Namespace:

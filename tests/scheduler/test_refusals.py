@@ -46,10 +46,18 @@ def config(**changes):
             tensor_parallel_size=1,
         ),
         "model_config": SimpleNamespace(
-            runner_type="generate", is_encoder_decoder=False, rswa_window=None, get_total_num_kv_heads=lambda: 6
+            runner_type="generate",
+            is_encoder_decoder=False,
+            rswa_window=None,
+            use_mla=False,
+            has_inner_state=False,
+            get_total_num_kv_heads=lambda: 6,
+            get_total_num_hidden_layers=lambda: 4,
         ),
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "use_v2_model_runner": not plugin.current_platform.is_cpu(),
+        "additional_config": None,
     }
     for path, value in changes.items():
         owner, _, name = path.partition("__")
@@ -77,6 +85,10 @@ def test_an_ordinary_configuration_passes():
         ({"model_config__runner_type": "pooling"}, "pooling"),
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_config__rswa_window": 128}, "R-SWA"),
+        ({"model_config__use_mla": True}, "MLA"),
+        ({"model_config__has_inner_state": True}, "recurrent layers"),
+        ({"model_config__get_total_num_hidden_layers": lambda: 1}, "full_layers names layer 1"),
+        ({"additional_config": {"l2kv": {"full_layers": [7, 4]}}}, "names layer 4, but .* 0 to 3; change --kv-full-la"),
         ({"cache_config__cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype to auto or fp8_e4m3"),
         ({"cache_config__cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype to auto or fp8_e4m3"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
@@ -104,6 +116,14 @@ def test_drafts_of_ngrams_are_taken_on_cpus_alone(monkeypatch):
     monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: False)
     with pytest.raises(ValueError, match="on GPUs"):
         check_supported(drafting)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_each_device_has_its_runner(monkeypatch, on_cpu):
+    monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: on_cpu)
+    check_supported(config(use_v2_model_runner=not on_cpu))
+    with pytest.raises(ValueError, match=f"VLLM_USE_V2_MODEL_RUNNER={int(not on_cpu)}"):
+        check_supported(config(use_v2_model_runner=on_cpu))
 
 
 def layers(*specs):
@@ -173,7 +193,7 @@ def test_an_fp8_cache_holds_e4m3_keys():
 
 
 def test_quantized_caches_on_a_cpu(monkeypatch):
-    quantized = config(cache_config__cache_dtype="fp8")
+    quantized = config(cache_config__cache_dtype="fp8", use_v2_model_runner=True)
     monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: False)
     check_supported(quantized)
     monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: True)

@@ -1,12 +1,16 @@
 """The command line of the server, down to what vLLM is given."""
 
 import json
+import re
 import sys
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from vllm_l2kv_server import serve
+from vllm_l2kv_server import cli, serve
 from vllm_l2kv_server.cli import main
+from vllm_l2kv_server.last_line import LastLine
 from vllm_l2kv_server.serve import load_routes, make_parser, name_plugin, parse, use_demo_model
 
 import vllm_l2kv
@@ -291,16 +295,98 @@ def test_serve_hands_over_to_vllm(monkeypatch):
     handed = []
     monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
     monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(handed.append))
+    monkeypatch.setattr(serve, "check_parsed", lambda args: None)
     main(["serve", "some/model", "--port", "8123"])
     (args,) = handed
     assert (args.model, args.model_tag, args.port) == ("some/model", None, 8123)
     assert json.dumps(args.additional_config)
 
 
-def test_a_lost_engine_fails_the_command(monkeypatch):
+def raising(error):
+    def cmd(args):
+        raise error
+
+    return cmd
+
+
+@pytest.mark.parametrize(
+    ("cmd", "status", "said"),
+    [
+        (lambda args: setattr(args, "engine_lost", True), 1, "the engine ended by itself"),
+        (raising(RuntimeError("Engine core initialization failed. See root")), 1, "the first ERROR in the log above"),
+        (
+            raising(TimeoutError("Timed out waiting\nfor engine")),
+            1,
+            "failed: TimeoutError: Timed out waiting for engine",
+        ),
+        (raising(ValueError("long " * 200)), 1, "failed: ValueError: long long "),
+        (raising(KeyboardInterrupt()), 130, "stopped by SIGINT before it was ready."),
+        (raising(KeyboardInterrupt("terminated")), 143, "stopped by SIGTERM before it was ready."),
+    ],
+)
+def test_a_server_that_fails_ends_with_a_sentence(monkeypatch, cmd, status, said):
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
+    ends = []
+
+    class Recorded(LastLine):
+        def _write(self):
+            """Nothing, at the end of these tests."""
+
+        def end(self, status, sentence):
+            ends.append((status, sentence))
+            super().end(status, sentence)
+
     monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
-    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(lambda args: setattr(args, "engine_lost", True)))
-    with pytest.raises(SystemExit, match="the engine ended by itself"):
-        main(["serve", "some/model"])
+    monkeypatch.setattr(serve, "LastLine", Recorded)
+    monkeypatch.setattr(serve, "check_parsed", lambda args: None)
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(cmd))
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "some/model", "--port", "0"])
+    ((told_status, sentence),) = ends
+    assert caught.value.code == told_status == status
+    assert said in sentence
+    assert len(sentence) < 350
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["--max-body-mb", "3"], "--max-body-mb; did you mean --max-body-mib?"),
+        (["--keep-ratio=0.5"], "--keep-ratio; did you mean --kv-default-keep-ratio?"),
+        (["--no-playgrond"], "--no-playgrond; did you mean --playground?"),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_nearest_in_one_line(parser, capsys, words, nearest):
+    with pytest.raises(SystemExit) as caught:
+        parse(parser, ["m", *words])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"vllm-l2kv serve: error: unrecognized option {nearest}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "said"),
+    [
+        ("serve", "vllm", "the package vllm is missing; install vllm-l2kv[cpu], or with [cuda] on"),
+        ("eval", "matplotlib", "the package matplotlib is missing; install vllm-l2kv[eval]."),
+        ("bench", "httpx", "the package httpx is missing; install vllm-l2kv[bench]."),
+    ],
+)
+def test_a_missing_package_is_told_with_its_extra(monkeypatch, capsys, command, package, said):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == package else object())
+    with pytest.raises(SystemExit) as caught:
+        main([command, "passkey", "m"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"vllm-l2kv {command}: error: {said}")
+
+
+def test_packages_that_commands_need_are_in_their_extra():
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    names = {extra: [re.split(r"[\[=<>]", each)[0].replace("-", "_") for each in extras[extra]] for extra in extras}
+    for needed in cli.NEEDS.values():
+        for package, extra in needed.items():
+            assert package == "vllm" or package in names[extra.strip("[]")]
+            assert find_spec(package)

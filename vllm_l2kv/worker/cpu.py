@@ -42,8 +42,6 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
         return HostClock()
 
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
-        if self.use_v2_model_runner:
-            raise ValueError("vllm-l2kv needs runner V1 on a CPU; set VLLM_USE_V2_MODEL_RUNNER=0.")
         return RunnerV1(self.model_runner, group_ids)
 
 

@@ -55,11 +55,6 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         return CUDAClock()
 
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
-        if not self.use_v2_model_runner:
-            raise ValueError(
-                "vllm-l2kv needs vLLM's runner V2 on a GPU, and this configuration uses V1; vLLM's log names the "
-                "setting that asks for it, or set VLLM_USE_V2_MODEL_RUNNER=1."
-            )
         runner = RunnerV2(self.model_runner, group_ids)
         runner.warm_up()
         return runner

@@ -1,0 +1,55 @@
+"""The last line of a server that could not start or lost its engine: one sentence, below everybody's log."""
+
+import atexit
+import os
+import sys
+from multiprocessing import resource_tracker
+from typing import NoReturn
+
+WAIT_SECONDS = 5.0
+"""For processes that this one started to end; vLLM has told them to by then."""
+
+
+class LastLine:
+    """Ends the process with a sentence that no log of vLLM, no traceback and no other process of it comes after.
+
+    Make it before vLLM is imported: what is registered first for the end of the interpreter runs last, once vLLM and
+    `multiprocessing` have stopped what they started.
+    """
+
+    def __init__(self) -> None:
+        self._line: str | None = None
+        atexit.register(self._write)
+
+    def end(self, status: int, sentence: str) -> NoReturn:
+        """Ends the process.
+
+        Args:
+            status: Its exit status.
+            sentence: What happened, and what to do or where to look.
+
+        Raises:
+            SystemExit: Always.
+        """
+        self._line = f"vllm-l2kv: {sentence}\n"
+        sys.exit(status)
+
+    def _write(self) -> None:
+        if self._line is None:
+            return
+        _wait_for_children()
+        sys.stderr.write(self._line)
+        sys.stderr.flush()
+
+
+def _wait_for_children() -> None:
+    """Until they have written what they had to, or `WAIT_SECONDS` are over."""
+    try:
+        import psutil  # type: ignore[import-untyped]
+    except ModuleNotFoundError:  # it comes with vLLM, so there are none
+        return
+    if children := psutil.Process().children(recursive=True):
+        # One of them says what shared memory was left behind, and ends when nothing holds its pipe.
+        if (pipe := resource_tracker.getfd()) is not None:
+            os.close(pipe)
+        psutil.wait_procs(children, timeout=WAIT_SECONDS)

@@ -1,0 +1,189 @@
+"""What cannot start, seen before an engine tries: in a second, or once vLLM is imported, where an engine takes longer.
+
+`check_words` needs no vLLM; it knows options by name, and values only where they are certain. Once vLLM's parser has
+read everything, `check_parsed` asks again, and builds the engine's configuration as vLLM will, for the refusals of
+`vllm_l2kv.plugin.check_supported`, which the engine asks for too.
+"""
+
+import copy
+import difflib
+import errno
+import os
+import socket
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_l2kv_server.config_file import read_yaml
+
+DEFAULT_PORT = 8000
+VLLM_KV_OPTIONS = (
+    "kv-cache-dtype",
+    "kv-cache-dtype-skip-layers",
+    "kv-cache-memory-bytes",
+    "kv-cache-metrics",
+    "kv-cache-metrics-sample",
+    "kv-events-config",
+    "kv-offloading-backend",
+    "kv-offloading-size",
+    "kv-sharing-fast-prefill",
+    "kv-transfer-config",
+)
+"""vLLM's own options that begin as ours do."""
+VALUES = ("config", "hf-config-path", "host", "model", "port", "uds")
+SWITCHES = ("data-parallel-multi-port-external-lb", "headless")
+"""With either of them the address that is named is not the one listened to."""
+MODEL_FILES = ("config.json", "params.json")
+"""One of them describes a model: Hugging Face's and Mistral's."""
+
+
+class StartError(ValueError):
+    """The server cannot start as it was told to; one sentence that names the option and says what to do."""
+
+
+def check_words(words: Sequence[str], own_options: Collection[str]) -> None:
+    """Refuses what can be seen without vLLM.
+
+    Args:
+        words: Of the command line, apart from those that are ours.
+        own_options: Names of our options, without dashes in front.
+
+    Raises:
+        StartError: An unknown option that begins with `kv-`, here or in the config file, a model's folder that is
+            none, or an address that cannot be listened to.
+        ConfigFileError: The config file cannot be read.
+    """
+    finder = ArgumentParser(usage=SUPPRESS, add_help=False, allow_abbrev=False)
+    for name in VALUES:
+        finder.add_argument(f"--{name}")
+    for name in SWITCHES:
+        finder.add_argument(f"--{name}", action="store_true", default=None)
+    found, rest = finder.parse_known_args([_dashed(word) for word in words])
+    file = read_yaml(found.config) if found.config else {}
+    file = {str(key).replace("_", "-"): value for key, value in file.items()}
+    known = (*own_options, *VLLM_KV_OPTIONS)
+    for name in (word[2:].partition("=")[0].partition(".")[0] for word in rest if word.startswith("--kv-")):
+        if name not in known:
+            raise StartError(f"unrecognized option --{name}; did you mean --{nearest(name, known)}?")
+    for key in file:
+        if key.startswith("kv-") and key not in known:
+            hint = f"did you mean {nearest(key, known)!r}?"
+            raise StartError(f"argument --config: {found.config}: unknown key {key!r}; {hint}")
+    given = file | {name.replace("_", "-"): value for name, value in vars(found).items() if value is not None}
+    if rest and not rest[0].startswith("-"):
+        # Before the first option it cannot be a value. Elsewhere only vLLM's parser knows.
+        given["model"] = rest[0]
+    _check_all(given)
+
+
+def check_parsed(args: Namespace) -> None:
+    """Refuses what vLLM's parser let through, and what the model's config shows.
+
+    Args:
+        args: Of the command line, with the engine's arguments; stays as it is.
+
+    Raises:
+        StartError: As of `check_words`, or a configuration that vLLM or vllm-l2kv refuses.
+    """
+    _check_all({name: getattr(args, name.replace("-", "_")) for name in (*VALUES, *SWITCHES) if name != "config"})
+    if not args.data_parallel_multi_port_external_lb:  # each of its servers builds a configuration of its own
+        _check_engine(args)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The known name that a misspelt one is closest to."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def check_model(model: str) -> None:
+    """Refuses a folder that is missing or holds no model; names of a hub pass.
+
+    Raises:
+        StartError: It.
+    """
+    if Path(model).is_dir():
+        if not any((Path(model) / name).is_file() for name in MODEL_FILES):
+            raise StartError(f"argument MODEL: the folder {model} holds no {MODEL_FILES[0]}; name a model's folder.")
+        return
+    is_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+    if is_path and "://" not in model and not Path(model).is_file():
+        raise StartError(
+            f"argument MODEL: there is no folder {model}; name a model's folder, or one of the Hugging Face hub as "
+            "OWNER/NAME."
+        )
+
+
+def check_address(host: str | None, port: int, uds: str | None) -> None:
+    """Refuses an address that cannot be listened to.
+
+    Binds and lets go again, as vLLM will bind for good.
+
+    Raises:
+        StartError: It is taken, belongs to another machine, or must not be used.
+    """
+    host = host or ""
+    family = socket.AF_UNIX if uds else socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        if not uds:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(uds or (host, port))
+        except OSError as error:
+            raise StartError(_why_not(error, host, port, uds)) from None
+        if uds:
+            os.unlink(uds)
+
+
+def _why_not(error: OSError, host: str, port: int, uds: str | None) -> str:
+    if uds:
+        hint = "remove it if no server uses it" if error.errno == errno.EADDRINUSE else "name another path"
+        return f"argument --uds: cannot listen on {uds} ({error.strerror}); {hint}."
+    if error.errno == errno.EADDRINUSE:
+        where = host or "this machine"
+        return f"argument --port: {port} is taken on {where}; name another, or stop what listens there."
+    if error.errno == errno.EACCES:
+        return f"argument --port: {port} needs rights that this user does not have; name one above 1023."
+    return f"argument --host: cannot listen on {host} ({error.strerror}); name an address of this machine."
+
+
+def _check_all(given: Mapping[str, Any]) -> None:
+    if given.get("model") and not given.get("hf-config-path"):
+        check_model(str(given["model"]))
+    port = str(DEFAULT_PORT if given.get("port") is None else given["port"])
+    # What is no port is the parser's to refuse.
+    if port.isdecimal() and int(port) < 2**16 and not any(given.get(name) for name in SWITCHES):
+        check_address(given.get("host"), int(port), given.get("uds"))
+
+
+def _check_engine(args: Namespace) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm_l2kv.plugin import check_supported
+
+    try:
+        # Building it fills in what was left open, here in a copy.
+        engine_args = AsyncEngineArgs.from_cli_args(copy.deepcopy(args))
+        check_supported(engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER, headless=args.headless))
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise StartError(_sentence(error)) from error
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, in one line; pydantic's spread over several and tell the types of values."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        told = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors(include_url=False))
+    else:
+        told = str(error)
+    return " ".join(told.split()) or type(error).__name__
+
+
+def _dashed(word: str) -> str:
+    """An option as vLLM reads it: underscores of its name are dashes."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
