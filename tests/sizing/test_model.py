@@ -69,6 +69,15 @@ def test_heads_that_cannot_be_shared_out(folder_of):
         model.specs(16, "auto", num_gpus=3)
 
 
+def test_kv_heads_that_the_engine_refuses(folder_of):
+    """By the engine's own rule; query heads could be shared out."""
+    shape = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+    model = model_of(read_config(folder_of(tiny.llama(**shape))), "auto")
+    assert model.specs(16, "auto", num_gpus=6)
+    with pytest.raises(ValueError, match="does not support 3 KV heads on 2 ranks"):
+        model.specs(16, "auto", num_gpus=2)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

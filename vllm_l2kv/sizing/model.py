@@ -19,6 +19,8 @@ from vllm.v1.kv_cache_interface import (
     get_kv_quant_mode,
 )
 
+from vllm_l2kv.plugin import check_kv_heads
+
 STORED_FLOATS = ("BF16", "F16", "F32")
 """Types of safetensors that vLLM turns into the model's own; others, of quantized weights, stay as they are."""
 UNEVEN = ("global_head_dim", "num_global_key_value_heads", "num_kv_shared_layers", "layers_block_type", "ssm_cfg")
@@ -56,6 +58,7 @@ class Model:
         """
         if self.num_heads % num_gpus:
             raise ValueError(f"--tensor-parallel-size must divide the model's {self.num_heads} heads, got {num_gpus}.")
+        check_kv_heads(self.num_kv_heads, num_gpus)
         cache: dict[str, Any] = {
             "block_size": block_size,
             "num_kv_heads": max(1, self.num_kv_heads // num_gpus),
