@@ -20,7 +20,8 @@ from pathlib import Path
 
 import httpx
 import psutil
-from vllm_l2kv_server.demo_model import ensure_demo_model
+
+from vllm_l2kv.demo_model import ensure_demo_model
 
 CACHE_MIB = 96
 """Room for about 2,000 tokens, so that requests must wait for memory."""

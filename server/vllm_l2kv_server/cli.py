@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from importlib.util import find_spec
 
 from vllm_l2kv import __version__
+from vllm_l2kv.demo_model import DEMO_NAME, DemoModelError, model_folder
 
 VLLM = {"vllm": "[cpu], or with [cuda] on a machine with an NVIDIA GPU"}
 NEEDS: Mapping[str, Mapping[str, str]] = {
@@ -97,10 +98,8 @@ def _show_config_schema() -> None:
 
 
 def _show_demo_model() -> None:
-    from vllm_l2kv_server.demo_model import DemoModelError, ensure_demo_model
-
     try:
-        folder = ensure_demo_model()
+        folder = model_folder(DEMO_NAME)
     except DemoModelError as error:
         sys.exit(f"vllm-l2kv: {error}")
     sys.stdout.write(f"{folder}\n")

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 from vllm_l2kv import engine_args
+from vllm_l2kv.demo_model import DEMO_NAME, DemoModelError, is_demo_model, model_folder
 from vllm_l2kv.options import DEFAULT_LAYERS, count, layers, positive, ratio
 from vllm_l2kv.params import GRANULARITIES, SCORERS, TOKENS_PER_BLOCK
 from vllm_l2kv.settings import CONFIG_KEY, Settings
@@ -27,7 +28,6 @@ PLUGIN = "l2kv"
 OPTIONAL_PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 """Groups whose plugins vLLM loads when `VLLM_PLUGINS` is unset; endpoint plugins must always be named."""
 
-DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_CACHE_BYTES = 2 * 2**30
 MAX_BODY_OPTION = "--max-body-mib"
 DEFAULT_MAX_BODY_MIB = 64
@@ -35,7 +35,7 @@ DEFAULT_MAX_BODY_MIB = 64
 
 DESCRIPTION = """\
 Starts vLLM's OpenAI-compatible server with per-request KV-cache compression.
-Without MODEL it serves the demo model, {demo}.
+Without MODEL, or by its name, it serves the demo model, {demo}.
 
 {own}
 Every option of `vllm serve` works too; they are listed below by section.
@@ -106,11 +106,11 @@ def _checked_options(argv: Sequence[str]) -> Namespace:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    if args.model is None:
-        use_demo_model(args)
     try:
+        if args.model is None or is_demo_model(args.model):
+            use_demo_model(args)
         check_parsed(args)
-    except StartError as error:
+    except (DemoModelError, StartError) as error:
         parser.error(str(error))
     return args
 
@@ -294,9 +294,7 @@ def use_demo_model(args: Namespace) -> None:
     """Serves the demo model, with settings that fit an ordinary machine where vLLM's defaults still stand."""
     from vllm.platforms import current_platform
 
-    from vllm_l2kv_server.demo_model import ensure_demo_model
-
-    args.model = str(ensure_demo_model())
+    args.model = model_folder(DEMO_NAME)
     args.served_model_name = args.served_model_name or [DEMO_NAME]
     if not current_platform.is_cpu():
         return

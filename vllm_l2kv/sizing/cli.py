@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
+from vllm_l2kv.demo_model import DEMO_NAME, DemoModelError, model_folder
 from vllm_l2kv.options import (
     DEFAULT_LAYERS,
     DEFAULT_PROTECTION,
@@ -46,8 +47,9 @@ def plan(argv: Sequence[str]) -> None:
         from vllm_l2kv.sizing.table import as_table
 
         try:
+            options.model = model_folder(options.model)
             result = report(options)
-        except ValueError as error:
+        except (DemoModelError, ValueError) as error:
             parser.error(str(error))
     sys.stdout.write(f"{json.dumps(result, indent=2)}\n" if options.json else as_table(result))
 
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     gib = real("G", "0 < G", lambda value: value > 0)
-    add("model", metavar="MODEL", help="folder or name of a model")
+    add("model", nargs="?", default=DEMO_NAME, metavar="MODEL", help="folder or name of a model")
     add("--context", type=positive, required=True, metavar="N", help="tokens of a prompt")
     add("--output", type=positive, required=True, metavar="N", help="generated tokens of a request")
     add("--ratio", type=list_of(ratio), default="0.5,0.25", metavar="R,R", help="keep ratios; 1 comes by itself")

