@@ -1,0 +1,57 @@
+"""Starts that fail once the engine's processes run: the last line is ours, and nothing is left behind."""
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from http_server import Server
+
+OPTIONS = ["--dtype", "float32", "--enforce-eager"]
+
+
+def ended(server: Server) -> list[str]:
+    """Lines of a server that ends by itself, with all its processes."""
+    try:
+        server.process.wait(timeout=120)
+        _, left = psutil.wait_procs(server.family(), timeout=10)
+        assert not left
+    finally:
+        server.stop()
+    return server.log.read_text().splitlines()
+
+
+@pytest.fixture
+def without_weights(tmp_path, llama) -> Path:
+    """What a front end takes for a model, and an engine cannot load."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in llama.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def test_an_engine_that_fails(without_weights, tmp_path):
+    server = Server(tmp_path / "server.log", str(without_weights), *OPTIONS)
+    lines = ended(server)
+    assert server.process.returncode == 1
+    assert lines[-1] == "vllm-l2kv: the engine ended during its start; the first ERROR in the log above says why."
+    first = next(line for line in lines if "ERROR" in line)
+    assert "EngineCore" in first or "Worker" in first
+    assert any("ERROR" in line and "weights" in line for line in lines)
+
+
+@pytest.mark.slow  # a start more, of which the test before has most
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_the_engine_starts(llama, tmp_path, number, status):
+    server = Server(tmp_path / "server.log", str(llama), *OPTIONS)
+    deadline = time.monotonic() + 120
+    while not any("EngineCore" in process.name() for process in server.family()):
+        assert time.monotonic() < deadline, server.log.read_text()
+        time.sleep(0.1)
+    server.process.send_signal(number)
+    lines = ended(server)
+    assert server.process.returncode == status
+    assert lines[-1] == f"vllm-l2kv: stopped by {number.name} before it was ready."
