@@ -10,15 +10,18 @@ from vllm_l2kv import __version__
 from vllm_l2kv.demo_model import DEMO_NAME, DemoModelError, model_folder
 
 VLLM = {"vllm": "[cpu], or with [cuda] on a machine with an NVIDIA GPU"}
+REPORTS = dict.fromkeys(("jinja2", "matplotlib", "scipy"), "[eval]")
 NEEDS: Mapping[str, Mapping[str, str]] = {
     "serve": VLLM,
-    "eval": VLLM | dict.fromkeys(("jinja2", "lm_eval", "matplotlib", "scipy"), "[eval]"),
-    "diagnose": VLLM | dict.fromkeys(("jinja2", "matplotlib", "scipy"), "[eval]"),
+    "eval": VLLM | REPORTS,
+    "eval report": REPORTS,
+    "eval ruler": VLLM | REPORTS | {"lm_eval": "[eval]"},
+    "diagnose": VLLM | REPORTS,
     "bench": dict.fromkeys(("httpx", "jinja2", "matplotlib", "numpy", "prometheus_client", "psutil"), "[bench]"),
     "plan": VLLM,
     "config-schema": VLLM,
 }
-"""Packages that a command imports sooner or later, and the extra that has them."""
+"""Packages that a command, or one with its first word, imports sooner or later, and the extra that has them."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check_packages(words: Sequence[str]) -> None:
     """Ends the process with one line if the command would end in an import, perhaps after hours."""
-    for package, extra in NEEDS.get(words[0] if words else "", {}).items():
+    command = " ".join(words[:2])
+    for package, extra in NEEDS.get(command, NEEDS.get(command.partition(" ")[0], {})).items():
         if find_spec(package) is None:
             sys.stderr.write(
                 f"vllm-l2kv {words[0]}: error: the package {package} is missing; install vllm-l2kv{extra}.\n"

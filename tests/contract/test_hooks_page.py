@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "vllm_hooks.md"
 PACKAGES = {"vllm_l2kv": ROOT / "vllm_l2kv", "vllm_l2kv_server": ROOT / "server" / "vllm_l2kv_server"}
 TOOLS = ("bench", "evaluation", "sizing")
-NOT_OF_VLLM = PACKAGES["vllm_l2kv_server"] / "demo_model.py"
+NOT_OF_VLLM = PACKAGES["vllm_l2kv"] / "demo_model.py"
 """Sets attributes of a tokenizer and of its model's settings."""
 REPLACED, CHANGED = "Replaced objects", "Changed attributes"
 

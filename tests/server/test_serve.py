@@ -369,16 +369,24 @@ def test_an_unknown_option_is_told_with_the_nearest_in_one_line(parser, capsys, 
     ("command", "package", "said"),
     [
         ("serve", "vllm", "the package vllm is missing; install vllm-l2kv[cpu], or with [cuda] on"),
-        ("eval", "matplotlib", "the package matplotlib is missing; install vllm-l2kv[eval]."),
+        ("eval ruler", "lm_eval", "the package lm_eval is missing; install vllm-l2kv[eval]."),
+        ("eval passkey", "matplotlib", "the package matplotlib is missing; install vllm-l2kv[eval]."),
         ("bench", "httpx", "the package httpx is missing; install vllm-l2kv[bench]."),
     ],
 )
 def test_a_missing_package_is_told_with_its_extra(monkeypatch, capsys, command, package, said):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(SystemExit) as caught:
-        main([command, "passkey", "m"])
+        main([*command.split(), "m"])
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith(f"vllm-l2kv {command}: error: {said}")
+    assert capsys.readouterr().err.startswith(f"vllm-l2kv {command.split()[0]}: error: {said}")
+
+
+def test_a_report_needs_no_engine(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("vllm", "lm_eval") else object())
+    with pytest.raises(SystemExit):
+        main(["eval", "report", "none.jsonl", "--out", "none"])
+    assert "argument ROWS" in capsys.readouterr().err
 
 
 def test_packages_that_commands_need_are_in_their_extra():
