@@ -9,7 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 import vllm_l2kv
-from vllm_l2kv.scheduler.integrity import check_block_conservation
+from vllm_l2kv.scheduler.integrity import check_block_conservation, num_evicted
 
 
 def bare_rule(**arguments: Any) -> dict[str, Any]:
@@ -37,6 +37,11 @@ class Engine:
     @property
     def worker(self) -> Any:
         return self.core.model_executor.driver_worker.worker
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """vLLM's attention layers by name."""
+        return self.worker.vllm_config.compilation_config.static_forward_context
 
     def shutdown(self) -> None:
         self.core.shutdown()
@@ -81,6 +86,10 @@ class Engine:
                 return last
             last.update({output.request_id: output for output in self.step()})
         raise AssertionError(f"requests still unfinished after {max_steps} steps")
+
+    def num_evicted(self, req_id: str) -> int:
+        """0 unless the request is compacted."""
+        return num_evicted(self.scheduler, req_id)
 
     # --- blocks
 

@@ -21,7 +21,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 def state_of_rank(worker: Any) -> dict[str, Any]:
     """Evicted counts, and block tables by group, of every request that a rank holds."""
     tables = tables_of_v2(worker.model_runner) if worker.use_v2_model_runner else tables_of_v1(worker.model_runner)
-    return {"tables": tables, "counts": worker._runner.counts.by_request()}
+    return {"tables": tables, "counts": worker.num_evicted()}
 
 
 def tables_of_v1(runner: Any) -> dict[str, list[list[int]]]:

@@ -87,14 +87,14 @@ class TestPause:
         prompt = text_ids[:300]
         assert engine.kv_cache_manager.reset_prefix_cache()
         req_id = engine.add("r", prompt, keep("0.25", num_tokens=12))
-        while not engine.scheduler._is_compacted(req_id):
+        while not engine.num_evicted(req_id):
             engine.step()
         engine.core.pause_scheduler(mode="keep", clear_cache=clear_cache)
         num_tokens = engine.scheduler.requests[req_id].num_output_tokens
         for _ in range(3):
             engine.step()
         assert engine.scheduler.requests[req_id].num_output_tokens <= num_tokens + 1
-        assert engine.scheduler._is_compacted(req_id) is not clear_cache
+        assert (engine.num_evicted(req_id) == 0) is clear_cache
         engine.core.resume_scheduler()
         answer = engine.drain()["r"]
         engine.check_whole()
@@ -123,7 +123,7 @@ class TestPriority:
         with engine.pool_of(24):
             for name, priority in (("idle", 5), ("idler", 6)):
                 ids[name] = engine.add(name, prompts[name], keep("0.5", num_tokens=num_tokens), priority)
-            while not all(engine.scheduler._is_compacted(req_id) for req_id in ids.values()):
+            while not all(engine.num_evicted(req_id) for req_id in ids.values()):
                 engine.step()
             ids["urgent"] = engine.add("urgent", prompts["urgent"], keep("0.5", num_tokens=num_tokens), 0)
             while engine.llm.llm_engine.has_unfinished_requests():

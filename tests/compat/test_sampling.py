@@ -41,7 +41,7 @@ class TestSeveralAnswers:
         assert len(ids) == 3
         while engine.llm.llm_engine.has_unfinished_requests():
             engine.step()
-            if all(engine.scheduler._is_compacted(req_id) for req_id in ids):
+            if all(engine.num_evicted(req_id) for req_id in ids):
                 break
         # 75 kept tokens and one more: three blocks for each child, in the compressed group.
         assert [engine.num_blocks(req_id)[1] for req_id in ids] == [3] * 3

@@ -16,6 +16,7 @@ from reference import Reference
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_l2kv.plan import num_blocks_for
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
 from vllm_l2kv.worker.rows import cpu_rows
 
 NUM_REQUESTS = 300
@@ -71,7 +72,7 @@ class Rows:
 
     @staticmethod
     def _rows(engine, name: str):
-        layer = engine.worker._layers[name]
+        layer = engine.layers[name]
         return cpu_rows(layer.kv_cache, layer.head_size)
 
     def blocks(self, req_id: str, group_id: int, num_rows: int) -> list[int]:
@@ -124,9 +125,9 @@ def check_rows(engine, rows: Rows, reference, request) -> None:
     """Everything that attention reads for this request, apart from what it cannot know."""
     req_id, num_prompt_tokens = request.request_id, request.num_prompt_tokens
     num_tokens = request.num_computed_tokens
-    num_evicted = engine.scheduler._compressed[0].num_evicted.get(req_id, 0)
-    assert engine.worker._runner.counts._num_evicted.get(req_id, 0) == num_evicted
-    is_compressed = [manager in engine.scheduler._compressed for manager in engine.managers]
+    num_evicted = engine.num_evicted(req_id)
+    assert engine.worker.num_evicted().get(req_id, 0) == num_evicted
+    is_compressed = [isinstance(manager, CompressedLayerManager) for manager in engine.managers]
     found = rows.of(req_id, [num_tokens - num_evicted * compressed for compressed in is_compressed])
     own = own_rows(reference, request.all_token_ids[:num_tokens])
     num_kept = num_prompt_tokens - num_evicted
@@ -166,14 +167,14 @@ def test_every_row_is_the_requests_own(engine, reference, prompts):
         just_compacted = set()
         for request in engine.scheduler.running:
             number = numbers[request.request_id]
-            if engine.scheduler._is_compacted(request.request_id) and number not in delays:
+            if engine.num_evicted(request.request_id) and number not in delays:
                 # This step's token is the first one computed on the compacted cache.
                 delays[number] = request.num_output_tokens - 2
                 just_compacted.add(request.request_id)
         step += 1
         for request in engine.scheduler.running if step % STEPS_BETWEEN_LOOKS == 0 else ():
             check_rows(engine, rows, reference, request)
-            compacted = engine.scheduler._is_compacted(request.request_id)
+            compacted = engine.num_evicted(request.request_id) > 0
             looks["just compacted"] += request.request_id in just_compacted
             looks["compacted"] += compacted
             looks["compacted again"] += compacted and request.num_preemptions > 0

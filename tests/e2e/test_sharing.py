@@ -5,6 +5,8 @@ import torch
 from engine import greedy, keep
 
 from vllm_l2kv.kernels.reference import LayerRows
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
+from vllm_l2kv.worker.rows import cpu_rows
 
 
 def test_the_same_prompt_at_another_ratio_hits_and_answers_as_on_a_fresh_engine(compressing, text_ids):
@@ -47,9 +49,14 @@ def test_one_group_hits_at_the_granularity_of_its_blocks(all_layers, text_ids):
 def rows_of(engine, req_id: str) -> list[LayerRows]:
     """Copies of everything that a request's tables point at in compressed layers."""
     copies = []
-    for group_id, layers in engine.worker._compactor._rows.items():
-        blocks = [block.block_id for block in engine.managers[group_id].req_to_blocks[req_id]]
-        copies += [LayerRows(rows.keys[blocks].clone(), rows.values[blocks].clone()) for rows in layers]
+    groups = engine.worker.model_runner.kv_cache_config.kv_cache_groups
+    for manager, group in zip(engine.managers, groups, strict=True):
+        if isinstance(manager, CompressedLayerManager):
+            blocks = [block.block_id for block in manager.req_to_blocks[req_id]]
+            caches = [
+                cpu_rows(engine.layers[name].kv_cache, engine.layers[name].head_size) for name in group.layer_names
+            ]
+            copies += [LayerRows(rows.keys[blocks].clone(), rows.values[blocks].clone()) for rows in caches]
     return copies
 
 

@@ -6,6 +6,7 @@ from reference import expected_keep
 
 from vllm_l2kv.plan import num_blocks_for
 from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
+from vllm_l2kv.scheduler.integrity import check_nothing_left
 
 
 @pytest.fixture(params=["compressing", "all_layers"])
@@ -14,11 +15,10 @@ def engine(request):
     yield engine
     assert not engine.llm.llm_engine.has_unfinished_requests()
     engine.check_whole()
-    # Both sides forget a finished request with the next step.
-    engine.generate([[1, 2, 3]], [greedy(2)])
-    assert not engine.scheduler._params
-    assert not engine.scheduler._to_compact
-    assert len(engine.worker._runner.counts) == 0
+    while engine.scheduler.has_finished_requests():  # both sides forget them with the next step
+        engine.step()
+    check_nothing_left(engine.scheduler)
+    assert engine.worker.num_evicted() == {}
 
 
 def full_layers_of(engine):
@@ -54,14 +54,14 @@ def test_compaction_waits_while_blocks_are_shared_and_none_is_free(engine, refer
             engine.step()
         request = engine.scheduler.requests[req_id]
         assert request.num_output_tokens >= 3
-        assert req_id not in engine.scheduler._compressed[0].num_evicted
+        assert engine.num_evicted(req_id) == 0
         assert sum(engine.num_blocks(neighbour)) >= shared
         num_before = None
         answers = {}
         while engine.llm.llm_engine.has_unfinished_requests():
             for output in engine.step():
                 answers[output.request_id] = output
-            if num_before is None and req_id in engine.scheduler._compressed[0].num_evicted:
+            if num_before is None and engine.num_evicted(req_id):
                 # This step's token is the first one computed on the compacted cache.
                 num_before = request.num_output_tokens - 1
         assert num_before is not None
@@ -103,9 +103,9 @@ def test_prefix_cache_reset_under_running_requests(engine, text_ids):
     ids = [engine.add(str(i), text_ids[:200], keep("0.3", num_tokens=10)) for i in range(3)]
     for _ in range(4):
         engine.step()
-    assert all(req_id in engine.scheduler._compressed[0].num_evicted for req_id in ids)
+    assert all(engine.num_evicted(req_id) for req_id in ids)
     assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
-    assert not engine.scheduler._compressed[0].num_evicted
+    assert not any(engine.num_evicted(req_id) for req_id in ids)
     answers = engine.drain()
     assert {len(answer.outputs[0].token_ids) for answer in answers.values()} == {10}
 

@@ -18,6 +18,7 @@ class Harness:
         self.outputs: dict[str, list[int]] = {}
         self.usage: dict[str, dict[str, int | str]] = {}
         self.received: list = []  # every output, in order
+        self.finish_reasons: dict[str, str] = {}
 
     def add(self, req_id: str, num_prompt_tokens: int, max_tokens: int = 8, ratio: float | None = None, **extra):
         prompt = [zlib.crc32(req_id.encode()) % 1000] * num_prompt_tokens
@@ -41,10 +42,11 @@ class Harness:
         return output
 
     def schedule(self):
-        from vllm_l2kv.scheduler.integrity import check_block_conservation
+        from vllm_l2kv.scheduler.integrity import check_block_conservation, check_requests
 
         output = self.scheduler.schedule()
         check_block_conservation(self.scheduler.kv_cache_manager)
+        check_requests(self.scheduler)
         self.steps.append(output)
         self.in_flight.append(output)
         return output
@@ -63,6 +65,8 @@ class Harness:
             self.received += client.outputs
             for out in client.outputs:
                 self.outputs.setdefault(out.request_id, []).extend(out.new_token_ids)
+                if out.finished:
+                    self.finish_reasons[out.request_id] = str(out.finish_reason)
                 if out.kv_transfer_params:
                     self.usage[out.request_id] = out.kv_transfer_params["kv_cache"]
 
@@ -99,7 +103,9 @@ class Harness:
 
     @property
     def compressed(self):
-        return self.scheduler._compressed[0]
+        from vllm_l2kv.scheduler.integrity import compressed_managers
+
+        return compressed_managers(self.scheduler)[0]
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def seen_in(step):
 def test_steps_and_prefix_cache_are_those_of_the_long_way(make_harness, num_blocks, depth):
     short, long = (make_harness(num_blocks, full_layers=(0,), depth=depth) for _ in range(2))
     assert isinstance(short.scheduler.kv_cache_manager, Shortcut)
-    long.scheduler.kv_cache_manager = long.scheduler.kv_cache_manager._manager
+    long.scheduler.kv_cache_manager = long.scheduler.kv_cache_manager.manager
     for harness in (short, long):
         submit_all(harness)
         harness.run()
@@ -39,13 +39,13 @@ def test_a_decoding_request_takes_it(make_harness, monkeypatch):
     harness.add("a", 20, max_tokens=40)
     shortcut = harness.scheduler.kv_cache_manager
     asked = []
-    long_way = shortcut._manager.allocate_slots
+    long_way = shortcut.manager.allocate_slots
 
     def count(*args, **kwargs):
         asked.append(args)
         return long_way(*args, **kwargs)
 
-    monkeypatch.setattr(shortcut._manager, "allocate_slots", count)
+    monkeypatch.setattr(shortcut.manager, "allocate_slots", count)
     harness.run()
     # The prefill, then whenever a block of 16 tokens is full or could be found.
     assert len(harness.steps) >= 40
@@ -53,6 +53,6 @@ def test_a_decoding_request_takes_it(make_harness, monkeypatch):
 
 
 def test_layers_that_are_not_ours_bar_it(make_harness):
-    manager = make_harness(200, full_layers=(0,)).scheduler.kv_cache_manager._manager
+    manager = make_harness(200, full_layers=(0,)).scheduler.kv_cache_manager.manager
     manager.coordinator.single_type_managers = (*manager.coordinator.single_type_managers, object())
     assert take_shortcuts(manager) is manager

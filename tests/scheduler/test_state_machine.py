@@ -20,9 +20,8 @@ from worker_model import STOP, Tokens, WorkerModel
 
 from vllm_l2kv.messages import orders_of
 from vllm_l2kv.plan import num_blocks_for
-from vllm_l2kv.policy import num_keep
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
-from vllm_l2kv.scheduler.integrity import check_block_conservation
+from vllm_l2kv.scheduler.integrity import check_block_conservation, check_nothing_left, check_requests
 
 BLOCK_SIZE = 4
 MAX_PROMPT, MAX_TOKENS = 40, 20
@@ -148,7 +147,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check(self) -> None:
         check_block_conservation(self.scheduler.kv_cache_manager)
         self._check_tables()
-        self._check_bookkeeping(set(self.scheduler.requests) | self.scheduler.finished_req_ids)
+        check_requests(self.scheduler)
 
     def teardown(self) -> None:
         """Whatever happened, everybody gets an answer, and nothing is left behind."""
@@ -167,7 +166,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for req_id, answer in self.expected.items():
             assert self.harness.outputs[req_id] == answer
         assert self.harness.pool.get_num_free_blocks() == self.num_blocks
-        self._check_bookkeeping(set())
+        check_nothing_left(self.scheduler)
 
     def _submit(self, prompt, kv_fields, max_tokens, stop_after, priority, reuse_id) -> None:
         req_id = self._free_id(reuse_id)
@@ -200,18 +199,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                     req_id, num_tokens, (), num_tokens, num_tokens, num_tokens
                 )
 
-    def _check_bookkeeping(self, unfinished: set[str]) -> None:
-        scheduler = self.scheduler
-        assert set(scheduler._to_compact) <= set(scheduler._params) <= unfinished
-        assert set(scheduler._usage) <= unfinished
-        for manager in self.managers:
-            assert set(manager.num_cached_block) <= unfinished
-        for manager in self.compressed:
-            assert set(manager.num_evicted) <= unfinished
-
     def _check_step(self, output) -> None:
         """The worker hears of exactly those compactions that still stand, and nobody is passed over for good."""
-        self._check_bookkeeping(set(self.scheduler.requests))
+        check_requests(self.scheduler)
         for req_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
             self.told.pop(req_id, None)
         for order in orders_of(output):
@@ -224,10 +214,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert all(block.ref_cnt == 1 and block.block_hash is None for block in blocks)
         for manager in self.compressed:
             assert manager.num_evicted == self.told
-        for req_id in {request.request_id for request in self.scheduler.running} & set(self.scheduler._params):
-            num_prompt_tokens = len(self.worker.tokens[req_id].prompt)
-            if num_keep(num_prompt_tokens, self.scheduler._params[req_id]) < num_prompt_tokens:
-                assert (req_id in self.told) != (req_id in self.scheduler._to_compact), f"{req_id} is passed over"
 
 
 quick = settings(

@@ -231,7 +231,7 @@ def test_the_end_is_bounded_and_its_cause_noted(app, errored, told_to_stop, lost
         async with app.router.lifespan_context(app):
             assert 0 < state.server.config.timeout_graceful_shutdown <= 10
             state.engine_client.told_to_stop = told_to_stop
-            state.engine_client._client.errored = errored
+            state.engine_client.errored = errored
 
     asyncio.run(live())
     assert state.args.engine_lost is lost

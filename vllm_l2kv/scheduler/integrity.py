@@ -1,10 +1,69 @@
-"""The block-conservation check: every block in exactly one place. For tests and for debugging a live scheduler."""
+"""What must hold between steps, and what a scheduler knows of a request. For tests and for debugging a live one."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
+from vllm_l2kv.policy import num_keep
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
+from vllm_l2kv.scheduler.scheduler import L2KVScheduler
+
+
+def compressed_managers(scheduler: L2KVScheduler) -> list[CompressedLayerManager]:
+    """The managers of compressed layers, one for each of their KV-cache groups."""
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
+
+
+def num_evicted(scheduler: L2KVScheduler, req_id: str) -> int:
+    """Slots by which a request's positions moved forward; 0 unless it is compacted.
+
+    Raises:
+        AssertionError: The managers disagree.
+    """
+    (count,) = {manager.num_evicted.get(req_id, 0) for manager in compressed_managers(scheduler)}
+    return count
+
+
+def check_requests(scheduler: L2KVScheduler) -> None:
+    """Checks that every request is known as long as it lives, and that none waits in vain for its compaction.
+
+    Raises:
+        AssertionError: Names the first request that is remembered too long or passed over.
+    """
+    # What finished since the last step is forgotten in the next one.
+    unfinished = {*scheduler.requests, *scheduler.finished_req_ids}
+    assert set(scheduler._to_compact) <= set(scheduler._params), "who is due has parameters"
+    remembered: list[Iterable[str]] = [scheduler._params, scheduler._usage]
+    for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+        remembered.append(manager.num_cached_block)
+    for manager in compressed_managers(scheduler):
+        remembered += [manager.num_evicted, manager.room, manager.next_findable]
+    for known in remembered:
+        assert not set(known) - unfinished, f"{min(set(known) - unfinished)} is finished and still known"
+    for request in scheduler.running:
+        req_id, params = request.request_id, scheduler._params.get(request.request_id)
+        if params is not None and num_keep(request.num_prompt_tokens, params) < request.num_prompt_tokens:
+            is_compacted = num_evicted(scheduler, req_id) > 0
+            assert is_compacted != (req_id in scheduler._to_compact), f"{req_id} is passed over, or due once more"
+
+
+def check_nothing_left(scheduler: L2KVScheduler) -> None:
+    """Checks that an idle scheduler remembers nothing and holds no block.
+
+    Call it after the step that tells the worker what has finished.
+
+    Raises:
+        AssertionError: Names what is left.
+    """
+    assert not scheduler.requests, f"{min(scheduler.requests)} is unfinished"
+    assert not scheduler.finished_req_ids, "the worker does not know yet what has finished"
+    check_requests(scheduler)
+    check_block_conservation(scheduler.kv_cache_manager)
+    pool = scheduler.kv_cache_manager.block_pool
+    num_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's null block
+    assert num_held == 0, f"{num_held} blocks are held"
 
 
 def check_block_conservation(kv_cache_manager: KVCacheManager) -> None:

@@ -14,14 +14,17 @@ class Shortcut:
     A request that decodes asks for slots at every step, and mostly its last block has room and nothing new can be
     found in it. vLLM asks each group's manager five times a step to learn that, and we have a group more than vLLM.
     Everything else goes to the manager itself.
+
+    Attributes:
+        manager: vLLM's.
     """
 
     def __init__(self, manager: KVCacheManager, layers: list[LayerManager]) -> None:
-        self._manager = manager
+        self.manager = manager
         self._layers = layers
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._manager, name)
+        return getattr(self.manager, name)
 
     def allocate_slots(
         self, request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **kwargs: Any
@@ -35,13 +38,13 @@ class Shortcut:
             or self._has_more_to_find(request, min(num_tokens, request.num_tokens))
         ):
             kwargs["num_lookahead_tokens"] = num_lookahead_tokens
-            return self._manager.allocate_slots(request, num_new_tokens, *args, **kwargs)
-        return self._manager.empty_kv_cache_blocks
+            return self.manager.allocate_slots(request, num_new_tokens, *args, **kwargs)
+        return self.manager.empty_kv_cache_blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """As vLLM's."""
         if self._has_more_to_find(request, num_computed_tokens):
-            self._manager.cache_blocks(request, num_computed_tokens)
+            self.manager.cache_blocks(request, num_computed_tokens)
 
     def _has_room(self, request: Request, num_tokens: int) -> bool:
         # A plain loop, here and below: it is asked for every request at every step.

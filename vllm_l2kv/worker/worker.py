@@ -33,8 +33,19 @@ class Compactor(Protocol):
         """Carries out one step's orders."""
 
 
+class Counts(Protocol):
+    """Slots by which positions moved forward."""
+
+    def by_request(self) -> dict[str, int]:
+        """Of each compacted request."""
+
+
 class Runner(Protocol):
     """What changes for vLLM's model runner when a request is compacted."""
+
+    @property
+    def counts(self) -> Counts:
+        """What kernels read, or a copy of it."""
 
     def begin_step(self, gone: Iterable[str], orders: Sequence[CompactionOrder]) -> None:
         """Updates what the step's kernels will read; called once a step, before vLLM prepares it.
@@ -117,6 +128,10 @@ class CompactionWorker(WorkerBase):
             }
             for group_id, group in enumerate(self.model_runner.kv_cache_config.kv_cache_groups)
         ]
+
+    def num_evicted(self) -> dict[str, int]:
+        """Compacted requests to the slots by which their positions moved forward, for `collective_rpc`."""
+        return self._runner.counts.by_request()
 
     def _with_seconds(self, output: Any) -> Any:
         """A step's output, with times of compactions if there are new ones; `None` has none."""
