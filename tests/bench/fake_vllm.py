@@ -24,10 +24,10 @@ vllm:num_preemptions_total{engine="0"} %(requests)d.0
 vllm:prefix_cache_queries_total{engine="0"} %(prompt_tokens)d.0
 # TYPE vllm:prefix_cache_hits_total counter
 vllm:prefix_cache_hits_total{engine="0"} %(hits)d.0
-# TYPE vllm_l2kv:evicted_tokens_total counter
-vllm_l2kv:evicted_tokens_total{engine="0"} %(evicted)d.0
-# TYPE vllm_l2kv:compacted_requests gauge
-vllm_l2kv:compacted_requests{engine="0"} 4.0
+# TYPE vllm_l2kv:prompt_tokens_evicted_total counter
+vllm_l2kv:prompt_tokens_evicted_total{engine="0"} %(evicted)d.0
+# TYPE vllm_l2kv:logical_tokens gauge
+vllm_l2kv:logical_tokens{engine="0"} 4.0
 # TYPE vllm:e2e_request_latency_seconds histogram
 vllm:e2e_request_latency_seconds_bucket{engine="0",le="+Inf"} 7.0
 vllm:e2e_request_latency_seconds_count{engine="0"} 7.0

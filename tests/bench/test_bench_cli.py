@@ -115,7 +115,7 @@ class TestRuns:
             assert row["preemptions"] == 6  # as the fake counts them; warm-ups are before
             assert row["num_samples_failed"] == 0
         assert rows[0]["evicted_tokens"] == 0 < rows[1]["evicted_tokens"]
-        assert rows[1]["own_metrics"]["vllm_l2kv:evicted_tokens_total"] == rows[1]["evicted_tokens"]
+        assert rows[1]["own_metrics"]["vllm_l2kv:prompt_tokens_evicted_total"] == rows[1]["evicted_tokens"]
         requests = rows_of(out, "requests.jsonl")
         assert sorted(row["number"] for row in requests if row["keep_ratio"] == 0.5) == list(range(6))
         said = capsys.readouterr()

@@ -164,11 +164,11 @@ class TestWatch:
         assert watch.num_failed == 0
         assert watch.counted["vllm:num_preemptions_total"] == 1
         assert watch.counted["vllm:prefix_cache_hits_total"] == 5
-        assert watch.counted["vllm_l2kv:evicted_tokens_total"] == 5
+        assert watch.counted["vllm_l2kv:prompt_tokens_evicted_total"] == 5
         for sample in watch.samples:
             assert (sample.running, sample.waiting, sample.kv_cache_usage) == (5, 1, 0.5)
             assert sample.memory == {"tree": 7, "process": 2**20}
-            assert sample.own["vllm_l2kv:compacted_requests"] == 4
+            assert sample.own["vllm_l2kv:logical_tokens"] == 4
         assert watch.samples[0].at_s < watch.samples[1].at_s
 
     def test_a_server_without_metrics_is_no_failure(self, start):

@@ -85,15 +85,16 @@ class TestSummary:
         assert row["per_output_token_s"]["mean"] == pytest.approx(0.4 / 8)
 
     def test_what_was_watched(self):
+        tokens, freed = "vllm_l2kv:logical_tokens", "vllm_l2kv:blocks_freed_total"
         samples = [
-            Sample(0.5, 2, 0, 0.2, {"tree": 7, "process": 3}, {"vllm_l2kv:held": 2, "vllm_l2kv:orders_total": 5}),
-            Sample(1.0, 4, 3, 0.6, {"tree": 5}, {"vllm_l2kv:held": 4, "vllm_l2kv:orders_total": 9}),
+            Sample(0.5, 2, 0, 0.2, {"tree": 7, "process": 3}, {tokens: 2, freed: 5}),
+            Sample(1.0, 4, 3, 0.6, {"tree": 5}, {tokens: 4, freed: 9}),
         ]
         counted = {
             "vllm:num_preemptions_total": 2.0,
             "vllm:prefix_cache_queries_total": 80.0,
             "vllm:prefix_cache_hits_total": 20.0,
-            "vllm_l2kv:orders_total": 9.0,
+            freed: 9.0,
         }
         row = summarise([], Watch(samples, counted, num_failed=1))
         assert row["running"] == {"mean": 3, "max": 4}
@@ -101,7 +102,7 @@ class TestSummary:
         assert row["kv_cache_usage"] == {"mean": pytest.approx(0.4), "max": 0.6}
         assert (row["preemptions"], row["prefix_hits"]) == (2, 0.25)
         assert row["memory"] == {"process": 3, "tree": 7}
-        assert row["own_metrics"] == {"vllm_l2kv:orders_total": 9, "vllm_l2kv:held": 3}
+        assert row["own_metrics"] == {freed: 9, tokens: 3}
         assert (row["num_samples"], row["num_samples_failed"]) == (2, 1)
 
     def test_percentiles(self):

@@ -6,12 +6,12 @@ from importlib.metadata import version
 
 import pytest
 from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
@@ -32,6 +32,8 @@ from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import WorkerBase
+
+import vllm_l2kv
 
 
 def parameters(function) -> list[str]:
@@ -136,17 +138,15 @@ def test_hits_inside_blocks_are_a_switch_of_the_coordinator():
     assert "self._remove_cached_block_hashes(blk)" in inspect.getsource(BlockPool.cache_full_blocks)
 
 
-def test_async_scheduler_is_what_keeps_async_scheduling():
-    """VLLM warns that a subclass of `Scheduler` disables it."""
-    from vllm_l2kv.scheduler.scheduler import L2KVScheduler
-
-    assert issubclass(L2KVScheduler, AsyncScheduler)
-
-
-def test_every_step_frees_before_it_schedules_and_preempts_through_one_door():
-    source = inspect.getsource(Scheduler._preempt_request)
-    assert "self._free_request_blocks(request)" in source
-    assert "self.reset_preempted_req_ids.add(request.request_id)" in source
+def test_our_classes_change_nothing_of_how_vllm_schedules(tiny_model):
+    """Async or not, the scheduler is one of the class that vLLM would take itself."""
+    model = str(tiny_model("llama"))
+    ours, stock = (EngineArgs(model, **args).create_engine_config() for args in (vllm_l2kv.engine_args(), {}))
+    assert ours.max_concurrent_batches == stock.max_concurrent_batches
+    for is_async in (True, False):
+        for config in (ours, stock):
+            config.scheduler_config.async_scheduling = is_async
+        assert stock.scheduler_config.get_scheduler_cls() in ours.scheduler_config.get_scheduler_cls().__mro__
 
 
 def test_what_the_end_of_the_server_relies_on():

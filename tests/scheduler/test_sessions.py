@@ -6,6 +6,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_l2kv.messages import orders_of
 from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
+from vllm_l2kv.scheduler.integrity import check_nothing_left
 
 HALF = {"kv_keep_ratio": 0.5}
 WHOLE = {"kv_keep_ratio": 1}
@@ -36,12 +37,10 @@ def defaults(harness, keep_ratio: float) -> None:
     harness.scheduler.settings = type(settings)((0,), settings.defaults.override({"kv_keep_ratio": keep_ratio}))
 
 
-def check_nothing_left(harness) -> None:
+def check_whole(harness) -> None:
     harness.run()
     assert harness.pool.get_num_free_blocks() == 100
-    scheduler = harness.scheduler
-    assert not scheduler.requests
-    assert [scheduler._params, scheduler._usage, scheduler._to_compact] == [{}] * 3
+    check_nothing_left(harness.scheduler)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_a_session_that_asks_for_nothing_is_as_stock(harness, keep_ratio, extra_
     assert told[-1] == (numbers and numbers[-1])
     if not ahead:
         assert told[:3] == (numbers or [None] * 3)
-    check_nothing_left(harness)
+    check_whole(harness)
 
 
 @pytest.mark.parametrize("other", [None, WHOLE])
@@ -93,7 +92,7 @@ def test_a_session_that_asks_for_a_ratio_fails_alone(harness, other, which, ahea
     sentences = {out.stop_reason for out in finished if out.finish_reason == FinishReason.ERROR}
     assert len(sentences) == 1
     assert "kv_keep_ratio" in sentences.pop()
-    check_nothing_left(harness)
+    check_whole(harness)
 
 
 @pytest.mark.parametrize("ends", ["end", "abort", "abort everything"])
@@ -106,7 +105,7 @@ def test_a_failed_session_is_forgotten_when_it_ends(harness, ends):
         harness.scheduler.finish_requests(
             iter(["session"]) if ends == "abort" else None, RequestStatus.FINISHED_ABORTED
         )
-    check_nothing_left(harness)
+    check_whole(harness)
     # The next request of this id is one.
     harness.outputs.clear()
     harness.submit("session", [1] * 30, WHOLE, MAX_TOKENS)

@@ -1,11 +1,15 @@
 """Our metrics, from the stats of an engine and from the requests of a process."""
 
 import asyncio
+import inspect
+import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics, add_metrics, tenth_of
 
@@ -40,6 +44,18 @@ def test_all_metrics_are_there_before_anything_happens():
         assert value("requests_compressed_total", engine=engine) == 0
         assert value("compaction_device_seconds_count", engine=engine) == 0
         assert value("logical_physical_ratio", engine=engine) == 1
+
+
+def test_the_fake_server_of_load_tests_has_real_metrics():
+    """Or `bench` would be tested on names that no server has."""
+    fake = (Path(__file__).parents[1] / "bench" / "fake_vllm.py").read_text()
+    names = set(re.findall(r"^# TYPE (vllm\w*:\w+) \w+$", fake, re.MULTILINE))
+    EngineMetrics(CONFIG, [0])
+    ours = {name for name in REGISTRY._names_to_collectors if name.startswith(PREFIX)}
+    theirs = set(re.findall(r'name="(vllm:\w+)"', inspect.getsource(loggers)))
+    assert len(names) > 7
+    assert {name for name in names if name.startswith(PREFIX)} <= ours
+    assert {name.removesuffix("_total") for name in names if not name.startswith(PREFIX)} <= theirs
 
 
 def test_stats_of_engines_add_up_and_gauges_follow():
