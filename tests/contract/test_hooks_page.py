@@ -4,9 +4,7 @@ What a failure says is what to do: which row is missing, or which name of which 
 """
 
 import ast
-import importlib
 import inspect
-import pkgutil
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from overrides import classes, is_vllms, overrides
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "vllm_hooks.md"
@@ -115,21 +114,6 @@ def stands_before(node: ast.AST) -> bool:
 
 
 @cache
-def classes() -> tuple[type, ...]:
-    """All classes of both packages."""
-    found = []
-    for package in PACKAGES:
-        for info in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
-            module = importlib.import_module(info.name)
-            found += [cls for cls in vars(module).values() if inspect.isclass(cls) and cls.__module__ == info.name]
-    return tuple(found)
-
-
-def is_vllms(cls: type) -> bool:
-    return cls.__module__.split(".")[0] == "vllm"
-
-
-@cache
 def names_of_vllm(cls: type) -> frozenset[str]:
     """Attributes that instances have from the classes of vLLM among a class's bases."""
     names: set[str] = set()
@@ -137,22 +121,6 @@ def names_of_vllm(cls: type) -> frozenset[str]:
         names |= {*vars(base), *getattr(base, "__annotations__", {})}
         names |= set(re.findall(r"\bself\.(\w+)(?:\s*:[^=\n]+)?(?:, self\.\w+)*\s*=[^=]", inspect.getsource(base)))
     return frozenset(names)
-
-
-@cache
-def overrides() -> dict[tuple[str, str], type]:
-    """Methods of ours that take the place of vLLM's, by module and name; ours may come from a class beside."""
-    found = {}
-    for cls in classes():
-        theirs = {name for base in filter(is_vllms, cls.__mro__) for name in vars(base)}
-        for base in cls.__mro__:
-            if base in classes():
-                for name, value in vars(base).items():
-                    # Pydantic adds methods of its own.
-                    is_ours = inspect.isroutine(value) and getattr(value, "__module__", "") == base.__module__
-                    if is_ours and name in theirs and not name.startswith("__"):
-                        found[base.__module__, name] = base
-    return found
 
 
 @cache
@@ -239,8 +207,8 @@ def test_every_import_has_a_row():
 def test_every_override_has_a_row():
     assert len(overrides()) > 25
     lost = [
-        f"{module}.{cls.__name__}.{name}"
-        for (module, name), cls in overrides().items()
+        f"{cls.__module__}.{cls.__name__}.{name}"
+        for cls, name in overrides()
         if not has_row(name, Path(inspect.getfile(cls)))
     ]
     assert not lost, "add rows, or modules to rows"

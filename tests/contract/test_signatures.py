@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 
 import pytest
+from overrides import classes, overrides
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -30,10 +31,15 @@ from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm.v1.request import Request
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import WorkerBase
+from vllm_l2kv_server.engine_client import CompressionEngineClient
 
 import vllm_l2kv
+from vllm_l2kv.scheduler.shortcut import Shortcut
+from vllm_l2kv.worker.runner_v1 import CompressedBlockTable
+from vllm_l2kv.worker.runner_v2 import CompressedBlockTables
 
 
 def parameters(function) -> list[str]:
@@ -77,6 +83,40 @@ def test_version():
 )
 def test_first_parameters(function, first):
     assert parameters(function)[: len(first)] == first
+
+
+WRAPPED = {
+    Shortcut: KVCacheManager,
+    CompressedBlockTable: BlockTable,
+    CompressedBlockTables: BlockTables,
+    CompressionEngineClient: AsyncLLM,
+}
+"""Ours, and the class of vLLM that it stands before."""
+REPLACING = [(getattr(cls, name), theirs) for (cls, name), several in overrides().items() for theirs in several] + [
+    (method, getattr(theirs, name))
+    for ours, theirs in WRAPPED.items()
+    for name, method in vars(ours).items()
+    if inspect.isfunction(method) and hasattr(theirs, name) and not name.startswith("__")
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), REPLACING, ids=lambda method: method.__qualname__)
+def test_what_replaces_a_method_takes_what_vllm_gives(ours, theirs):
+    """What it names is named and ordered as in vLLM, and it passes on what it does not name."""
+    own = inspect.signature(getattr(ours, "__func__", ours)).parameters.values()
+    kinds = {p.kind for p in own}
+    positional = [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p.name for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    assert positional == parameters(theirs)[: len(positional)]
+    assert set(named) <= set(parameters(theirs))
+    passes_on = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
+    assert passes_on or len(named) == len(parameters(theirs))
+    optional = {p.name for p in inspect.signature(theirs).parameters.values() if p.default is not p.empty}
+    assert not optional & {p.name for p in own if p.default is p.empty}, "vLLM may leave them out"
+
+
+def test_every_class_that_stands_before_one_of_vllm_is_compared():
+    assert {cls for cls in classes() if "__getattr__" in vars(cls)} == set(WRAPPED)
 
 
 @pytest.mark.parametrize(
