@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fake_gpu import make_runner, order
+from fake_gpu import HostRunner, order
 
 from vllm_l2kv.kernels.slots import physical_lengths
 from vllm_l2kv.worker.runner_v2 import RunnerV2
@@ -31,7 +31,7 @@ def as_it_once_did(runner: RunnerV2) -> None:
 @pytest.mark.parametrize(("prepare", "is_disturbed"), [(as_the_worker_does, False), (as_it_once_did, True)])
 def test_a_step_that_waits_for_the_device_finds_its_own_counts(prepare, is_disturbed):
     device = torch.device("cuda")
-    vllm_runner = make_runner(max_num_reqs=4, device=device)
+    vllm_runner = HostRunner(max_num_reqs=4, device=device)
     vllm_runner.req_states.req_id_to_index.update({req_id: i for i, req_id in enumerate(BEGUN)})
     runner = RunnerV2(vllm_runner, [0])
     lengths = torch.full((3,), LENGTHS, dtype=torch.int32, device=device)

@@ -4,6 +4,7 @@ import logging
 import sys
 
 import pytest
+from fake_gpu import patch_vllm
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -14,6 +15,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from v2_model import RunnerV2Model
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 from worker_model import STOP, Tokens, WorkerModel
@@ -70,7 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.use_v2_model_runner = runner_v2  # resumed requests come to the worker as new ones
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.compressed = [manager for manager in self.managers if isinstance(manager, CompressedLayerManager)]
-        self.worker = WorkerModel(
+        self.worker = (RunnerV2Model if runner_v2 else WorkerModel)(
             [manager.block_size for manager in self.managers],
             {manager.kv_cache_group_id for manager in self.compressed},
         )
@@ -232,6 +234,7 @@ profiles = [
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 @pytest.mark.parametrize("profile", profiles)
-def test_every_request_finds_its_own_rows_whatever_happens(make_harness, policy, profile, caplog):
+def test_every_request_finds_its_own_rows_whatever_happens(make_harness, policy, profile, caplog, monkeypatch):
+    patch_vllm(monkeypatch)
     caplog.set_level(logging.CRITICAL, logger="vllm")  # thousands of lines about resets and refusals
     run_state_machine_as_test(lambda: SchedulerMachine(make_harness, scheduling_policy=policy), settings=profile)

@@ -1,12 +1,15 @@
-"""Runner V2 without a GPU."""
+"""Runner V2 without a GPU. `test_runner_v2_interpreted.py` runs the same with our kernels, in Triton's interpreter."""
 
 import random
 from collections import Counter
 
 import pytest
 import torch
-from fake_gpu import FakeGPUWorker, make_runner, order, patch_vllm, step_output
+from fake_gpu import FakeGPUWorker, HostRunner, order, patch_vllm, step_output
 from vllm.v1.worker.gpu import buffer_utils
+
+from vllm_l2kv.worker import runner_v2
+from vllm_l2kv.worker.runner_v2 import RunnerV2
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +44,11 @@ def busy_steps(seed: int, num_steps: int):
 def test_a_step_under_way_keeps_its_counts(num_in_flight, monkeypatch):
     """VLLM gives every buffer as many places as steps are in flight, and the host is up to so many steps ahead."""
     monkeypatch.setattr(buffer_utils, "_DEFAULT_MAX_CONCURRENCY", num_in_flight)
-    worker = FakeGPUWorker(make_runner(), num_in_flight)
+    worker = FakeGPUWorker(HostRunner(), num_in_flight=num_in_flight)
     for output, expected in busy_steps(0, 300):
         worker.execute_model(output)
         assert torch.equal(worker.in_flight[-1][0], expected)
-        for found, at_launch in worker.in_flight:
-            assert torch.equal(found, at_launch), "a later step changed what a step under way has still to read"
+        worker.check_in_flight()
 
 
 def test_counts_are_published_at_most_once_a_step(monkeypatch):
@@ -57,7 +59,7 @@ def test_counts_are_published_at_most_once_a_step(monkeypatch):
         published[id(tensor)] += 1
         return copy_to_uva(tensor, *args)
 
-    worker = FakeGPUWorker(make_runner())
+    worker = FakeGPUWorker(HostRunner())
     monkeypatch.setattr(buffer_utils.UvaBackedTensor, "copy_to_uva", counted)
     for output, _ in busy_steps(1, 100):
         published.clear()
@@ -66,3 +68,112 @@ def test_counts_are_published_at_most_once_a_step(monkeypatch):
     published.clear()
     worker.execute_model(step_output())
     assert not published, "nothing changed"
+
+
+# --- lengths and slots
+
+LENGTHS = [20, 30, 40]
+STATES = [5, 2, 7]
+
+
+def compacted_runner() -> tuple[HostRunner, RunnerV2]:
+    """Requests in states 5, 2 and 7; that in state 2 has lost 16 tokens of group 0, in blocks of 4."""
+    vllm_runner = HostRunner()
+    vllm_runner.req_states.req_id_to_index.update(a=5, b=2, c=7)
+    for state in STATES:
+        vllm_runner.block_tables.append_block_ids(state, ([*range(10, 26)], [*range(30, 38)]), overwrite=True)
+    runner = RunnerV2(vllm_runner, [0])
+    runner.begin_step([], [order("b", 16, destination=(3, 9, 4, 8))])
+    vllm_runner.block_tables.apply_staged_writes()
+    return vllm_runner, runner
+
+
+def real_lengths(vllm_runner: HostRunner) -> list[torch.Tensor]:
+    """What attention of each group reads in a step that computes one token of each request."""
+    idx_mapping, starts = torch.tensor(STATES), torch.arange(4, dtype=torch.int32)
+    vllm_runner.block_tables.compute_slot_mappings(idx_mapping, starts, torch.tensor(LENGTHS) - 1, 3)
+    return [metadata.seq_lens for metadata in vllm_runner.build(torch.tensor(LENGTHS, dtype=torch.int32))]
+
+
+def test_attention_of_compressed_groups_alone_sees_physical_lengths():
+    vllm_runner, _ = compacted_runner()
+    compressed, full = real_lengths(vllm_runner)
+    assert compressed.tolist() == [20, 14, 40]
+    assert full.tolist() == LENGTHS
+
+
+def test_lengths_never_move():
+    """A CUDA graph remembers where they were when it was captured."""
+    vllm_runner, runner = compacted_runner()
+    places = set()
+    for num_reqs in (8, 1, 3):
+        for capture in (True, False):
+            places.add(vllm_runner.dummy_metadata(num_reqs, 64, capture)[0].seq_lens.data_ptr())
+    places.add(real_lengths(vllm_runner)[0].data_ptr())
+    runner.begin_step(["b"], [])
+    places.add(real_lengths(vllm_runner)[0].data_ptr())
+    assert len(places) == 1
+
+
+def test_a_dummy_batch_has_no_states():
+    """Its lengths are those that vLLM names, whatever the batch before it was, and the next batch is real again."""
+    vllm_runner, _ = compacted_runner()
+    real_lengths(vllm_runner)
+    for capture in (True, False):
+        dummy = vllm_runner.dummy_metadata(4, 64, capture)
+        assert [metadata.seq_lens.tolist() for metadata in dummy] == [[64] * 4] * 2
+    assert real_lengths(vllm_runner)[0].tolist() == [20, 14, 40]
+
+
+def test_slots_of_compressed_groups_alone_trail_positions():
+    vllm_runner, _ = compacted_runner()
+    idx_mapping, starts = torch.tensor([2, -1, 5]), torch.tensor([0, 3, 4, 5], dtype=torch.int32)
+    positions = torch.tensor([28, 29, 30, 0, 19])
+    slots = vllm_runner.block_tables.compute_slot_mappings(idx_mapping, starts, positions, 7)
+    compressed, full = slots.tolist()
+    assert compressed == [8 * 4, 8 * 4 + 1, 8 * 4 + 2, -1, 14 * 4 + 3, -1, -1]
+    assert full == [33 * 8 + 4, 33 * 8 + 5, 33 * 8 + 6, -1, 32 * 8 + 3, -1, -1]
+    assert slots.data_ptr() == vllm_runner.block_tables.slot_mappings.data_ptr()
+
+
+def test_slots_go_where_the_caller_says():
+    vllm_runner, _ = compacted_runner()
+    mine = torch.full((2, 10), -7)
+    arguments = torch.tensor([2]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([28])
+    found = vllm_runner.block_tables.compute_slot_mappings(*arguments, 1, out=mine)
+    assert found.data_ptr() == mine.data_ptr()
+    assert found.tolist() == [[8 * 4], [33 * 8 + 4]]
+    assert mine[:, 1:].eq(-1).all()
+
+
+def test_as_long_as_nothing_is_compacted_vllm_answers(monkeypatch):
+    vllm_runner, runner = compacted_runner()
+    runner.begin_step(["b"], [])
+    monkeypatch.setattr(runner_v2, "slot_mappings", None)
+    monkeypatch.setattr(runner_v2, "physical_lengths", None)
+    assert [lengths.tolist() for lengths in real_lengths(vllm_runner)] == [LENGTHS] * 2
+
+
+def test_a_compaction_rewrites_the_row_of_its_request_and_group():
+    vllm_runner, _ = compacted_runner()
+    compressed, full = (table.gpu for table in vllm_runner.block_tables.block_tables)
+    assert compressed[2, :5].tolist() == [3, 9, 4, 8, 14]
+    assert vllm_runner.block_tables.num_blocks.np[:, STATES].tolist() == [[16, 4, 16], [8, 8, 8]]
+    for state in (5, 7):
+        assert compressed[state].tolist() == [*range(10, 26)]
+    assert full[STATES].tolist() == [[*range(30, 38)]] * 3
+
+
+def test_warming_up_leaves_everything_as_it_was():
+    vllm_runner, runner = compacted_runner()
+    before = [table.gpu.clone() for table in vllm_runner.block_tables.block_tables]
+    runner.warm_up()
+    assert all(map(torch.equal, before, (table.gpu for table in vllm_runner.block_tables.block_tables)))
+    assert real_lengths(vllm_runner)[0].tolist() == [20, 14, 40]
+
+
+def test_everything_else_is_vllms():
+    vllm_runner, _ = compacted_runner()
+    assert vllm_runner.block_tables.num_kv_cache_groups == 2
+    with pytest.raises(AttributeError):
+        _ = vllm_runner.block_tables.no_such_thing
