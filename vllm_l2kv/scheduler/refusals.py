@@ -64,3 +64,4 @@ class Refusals:
                     outputs.extend(copy(output) for chunk in queue or () if chunk is not None)
                     if queue is not None and None not in queue:
                         self._failed_sessions[req_id] = sentence
+                    break
