@@ -1,5 +1,6 @@
 """Engines on a GPU as users run them: bf16, CUDA graphs, async scheduling, prefix caching."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "speed"))
+
+if torch.cuda.is_available():
+    # vLLM forks the ranks of an engine otherwise, which fails once an engine of one rank used the GPU in this process.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": 20}
 
