@@ -19,6 +19,7 @@ class LastLine:
 
     def __init__(self) -> None:
         self._line: str | None = None
+        self._status = 0
         atexit.register(self._write)
 
     def end(self, status: int, sentence: str) -> NoReturn:
@@ -31,7 +32,7 @@ class LastLine:
         Raises:
             SystemExit: Always.
         """
-        self._line = f"vllm-l2kv: {sentence}\n"
+        self._line, self._status = f"vllm-l2kv: {sentence}\n", status
         sys.exit(status)
 
     def _write(self) -> None:
@@ -39,7 +40,10 @@ class LastLine:
             return
         _wait_for_children()
         sys.stderr.write(self._line)
+        sys.stdout.flush()
         sys.stderr.flush()
+        # What is left is C++ code that takes itself down, and some of it has more to say.
+        os._exit(self._status)
 
 
 def _wait_for_children() -> None:

@@ -22,6 +22,7 @@ from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 from vllm_l2kv_server.config_keys import keys_of
 from vllm_l2kv_server.last_line import LastLine
 from vllm_l2kv_server.start_checks import StartError, check_parsed, check_words, nearest
+from vllm_l2kv_server.start_signals import Stopped, signals_that_stop
 
 PROG = "vllm-l2kv serve"
 PLUGIN = "l2kv"
@@ -59,16 +60,14 @@ def serve(argv: Sequence[str]) -> None:
             standard error says which.
     """
     last_line = LastLine()
-    # A handler of SIGINT that is not Python's own is left alone by asyncio, which would wait for the engine first.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
     try:
-        args = _checked_options(argv)
-        _run(args)
-    except KeyboardInterrupt as interrupt:
-        # vLLM has a handler of SIGTERM for the time of its start, which says "terminated".
-        number = signal.SIGINT if interrupt.args in ((), (signal.SIGINT.name,)) else signal.SIGTERM
-        last_line.end(128 + number, f"stopped by {number.name} before it was ready.")
+        with signals_that_stop():
+            args = _checked_options(argv)
+            _run(args)
+    except (Stopped, KeyboardInterrupt) as interrupt:
+        # vLLM's handler of SIGTERM raises the latter, in the moment before ours is back.
+        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGTERM)
+        last_line.end(stopped.code, f"stopped by {stopped.name} before it was ready.")
     except Exception as error:
         traceback.print_exc()
         last_line.end(1, _what_failed(error))
@@ -119,10 +118,6 @@ def _run(args: Namespace) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     ServeSubcommand.cmd(args)
-
-
-def _interrupt(number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _what_failed(error: Exception) -> str:

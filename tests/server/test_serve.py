@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 import tomllib
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from vllm_l2kv_server import cli, serve
 from vllm_l2kv_server.cli import main
 from vllm_l2kv_server.last_line import LastLine
 from vllm_l2kv_server.serve import load_routes, make_parser, name_plugin, parse, use_demo_model
+from vllm_l2kv_server.start_signals import Stopped
 
 import vllm_l2kv
 from vllm_l2kv.settings import CONFIG_KEY
@@ -320,7 +322,7 @@ def raising(error):
             "failed: TimeoutError: Timed out waiting for engine",
         ),
         (raising(ValueError("long " * 200)), 1, "failed: ValueError: long long "),
-        (raising(KeyboardInterrupt()), 130, "stopped by SIGINT before it was ready."),
+        (raising(Stopped(signal.SIGINT)), 130, "stopped by SIGINT before it was ready."),
         (raising(KeyboardInterrupt("terminated")), 143, "stopped by SIGTERM before it was ready."),
     ],
 )
