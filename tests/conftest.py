@@ -119,10 +119,11 @@ def llama(tiny_model) -> Path:
 
 @pytest.fixture(scope="session")
 def server(demo_model, tmp_path_factory) -> Iterator:
-    """One for all tests that only ask; it protects nothing, and calls tools."""
+    """One for all tests that only ask; it protects nothing, calls tools and takes templates from requests."""
     from http_server import Server
 
     words = "--max-model-len 4096 --enforce-eager --dtype float32 --enable-auto-tool-choice --tool-call-parser hermes"
+    words += " --trust-request-chat-template"
     # Without MODEL: that serves the demo model under its own name, and the fixture has fetched it.
     with Server(tmp_path_factory.mktemp("server") / "server.log", *words.split()) as server:
         yield server

@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from http_server import Server, expected_usage
+from http_server import expected_usage
 
 MODEL = "SmolLM2-135M-Instruct"
 # The demo model's own template knows nothing of tools.
@@ -68,23 +68,16 @@ QUESTION, CALL, RESULT, _ = turn(3, 10)
 
 
 @pytest.fixture(scope="module")
-def client(demo_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tools")
-    template = folder / "tools.jinja"
-    template.write_text(TEMPLATE)
-    words = "--max-model-len 4096 --enable-auto-tool-choice --tool-call-parser hermes --chat-template"
-    # Without MODEL: that serves the demo model, which the fixture has fetched.
-    with (
-        Server(folder / "server.log", *words.split(), str(template)) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client,
-    ):
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         yield client
 
 
 def ask(client, messages: list[dict[str, Any]], keep_ratio: float | None, **fields: Any) -> Any:
     fields = {"tools": TOOLS, "max_tokens": 200, "temperature": 0, "parallel_tool_calls": False, **fields}
     compression = {} if keep_ratio is None else {"kv_keep_ratio": keep_ratio, "kv_protect_last": PROTECT_LAST}
-    return client.chat.completions.create(model=MODEL, messages=messages, extra_body=compression, **fields)
+    extra = {"chat_template": TEMPLATE, **compression}
+    return client.chat.completions.create(model=MODEL, messages=messages, extra_body=extra, **fields)
 
 
 def call_of_stream(chunks: list[Any]) -> tuple[str, str]:
