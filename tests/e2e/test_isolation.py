@@ -6,7 +6,7 @@ full layer 0, those of layers 0 and 1 depend on its tokens alone, also behind a 
 """
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import pairwise
 
 import pytest
@@ -95,12 +95,21 @@ class Rows:
         return found
 
 
-@torch.inference_mode()
-def own_rows(reference, tokens: list[int]) -> list[torch.Tensor]:
-    """What each layer computes for these tokens and nothing else, as `Rows.of`."""
-    cache = reference.new_cache()
-    reference.model(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return [torch.cat([layer.keys[0], layer.values[0]], dim=-1) for layer in cache.layers]
+class OwnRows:
+    """What each layer computes for a request's tokens and nothing else; at each look only for those that are new."""
+
+    def __init__(self, reference) -> None:
+        self.reference = reference
+        self.caches = defaultdict(reference.new_cache)
+
+    @torch.inference_mode()
+    def of(self, req_id: str, tokens: list[int]) -> list[torch.Tensor]:
+        """As `Rows.of`; a request that was preempted may have fewer tokens than before, but no others."""
+        cache = self.caches[req_id]
+        new = tokens[cache.get_seq_length() :]
+        if new:
+            self.reference.model(torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return [torch.cat([layer.keys[0], layer.values[0]], dim=-1)[:, : len(tokens)] for layer in cache.layers]
 
 
 def distances(found: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -121,7 +130,7 @@ def check_kept(found: torch.Tensor, own: torch.Tensor) -> None:
     assert all(before < after for head in nearest.indices.tolist() for before, after in pairwise(head))
 
 
-def check_rows(engine, rows: Rows, reference, request) -> None:
+def check_rows(engine, rows: Rows, own_rows: OwnRows, request) -> None:
     """Everything that attention reads for this request, apart from what it cannot know."""
     req_id, num_prompt_tokens = request.request_id, request.num_prompt_tokens
     num_tokens = request.num_computed_tokens
@@ -129,7 +138,7 @@ def check_rows(engine, rows: Rows, reference, request) -> None:
     assert engine.worker.num_evicted().get(req_id, 0) == num_evicted
     is_compressed = [isinstance(manager, CompressedLayerManager) for manager in engine.managers]
     found = rows.of(req_id, [num_tokens - num_evicted * compressed for compressed in is_compressed])
-    own = own_rows(reference, request.all_token_ids[:num_tokens])
+    own = own_rows.of(req_id, list(request.all_token_ids[:num_tokens]))
     num_kept = num_prompt_tokens - num_evicted
     for layer, expected in enumerate(own):
         if num_evicted == 0 or layer == 0:
@@ -157,7 +166,7 @@ def test_every_row_is_the_requests_own(engine, reference, prompts):
     numbers, preempted, delays, answers, looks = {}, set(), {}, {}, Counter()
     for number, (prompt, ratio) in enumerate(zip(prompts, ratios, strict=True)):
         numbers[engine.add(str(number), prompt, keep(ratio, num_tokens=chance.randint(2, 90)))] = number
-    rows = Rows(engine)
+    rows, own_rows = Rows(engine), OwnRows(reference)
     step = 0
     while engine.llm.llm_engine.has_unfinished_requests():
         answers.update({int(output.request_id): output for output in engine.step()})
@@ -173,7 +182,7 @@ def test_every_row_is_the_requests_own(engine, reference, prompts):
                 just_compacted.add(request.request_id)
         step += 1
         for request in engine.scheduler.running if step % STEPS_BETWEEN_LOOKS == 0 else ():
-            check_rows(engine, rows, reference, request)
+            check_rows(engine, rows, own_rows, request)
             compacted = engine.num_evicted(request.request_id) > 0
             looks["just compacted"] += request.request_id in just_compacted
             looks["compacted"] += compacted
