@@ -1,5 +1,7 @@
 """What keeps `make test-fast` fast."""
 
+import functools
+
 import pytest
 
 SENTENCE = "This test starts an engine, which takes half a minute; `make test-fast` leaves out what is marked `engine`."
@@ -10,8 +12,10 @@ def refuse_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     from http_server import Server
     from vllm.v1.engine.core import EngineCore
 
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError(SENTENCE)
+    for cls in (EngineCore, Server):
 
-    monkeypatch.setattr(EngineCore, "__init__", refuse)
-    monkeypatch.setattr(Server, "__init__", refuse)
+        @functools.wraps(cls.__init__)  # some tests read its source
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise AssertionError(SENTENCE)
+
+        monkeypatch.setattr(cls, "__init__", refuse)

@@ -219,7 +219,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 quick = settings(
-    max_examples=500,
+    max_examples=300,
     stateful_step_count=50,
     derandomize=True,
     deadline=None,
