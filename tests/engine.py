@@ -23,7 +23,7 @@ def greedy(num_tokens: int = 12, extra_args: dict[str, Any] | None = None, **arg
 
 
 def keep(ratio: str | float, first: int = 0, last: int = 0, num_tokens: int = 12, **arguments: Any) -> SamplingParams:
-    return greedy(num_tokens, vllm_l2kv.compression(float(ratio), first, last), **arguments)
+    return greedy(num_tokens, vllm_l2kv.compression(float(ratio), protect_first=first, protect_last=last), **arguments)
 
 
 class Engine:

@@ -23,6 +23,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_l2kv.kernels.slots import PAD_SLOT
 from vllm_l2kv.messages import CompactionOrder, GroupMove, attach_orders
+from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.worker import runner_v2
 from vllm_l2kv.worker.clock import HostClock
 from vllm_l2kv.worker.runner_v2 import RunnerV2
@@ -309,4 +310,5 @@ def step_output(finished=(), preempted=(), orders=(), new=()) -> SimpleNamespace
 def order(req_id: str, num_evicted: int, destination: tuple[int, ...] = (1,)) -> CompactionOrder:
     """Of the first group."""
     move = GroupMove(0, (5, 6, 7), destination)
-    return CompactionOrder(req_id, num_evicted + 1, 1, num_evicted + 1, 0, 0, "l2", "token", (move,))
+    counts = {"num_prompt_tokens": num_evicted + 1, "num_keep": 1, "num_tokens": num_evicted + 1}
+    return CompactionOrder(req_id=req_id, params=CompressionParams(), moves=(move,), **counts)

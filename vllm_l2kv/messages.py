@@ -8,6 +8,8 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_l2kv.params import CompressionParams
+
 _ATTRIBUTE = "compactions"
 _SECONDS = "compaction_seconds"
 
@@ -25,7 +27,7 @@ class GroupMove:
     destination: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompactionOrder:
     """One request's compaction, to be carried out before anything else of the step.
 
@@ -34,10 +36,7 @@ class CompactionOrder:
         num_prompt_tokens: Candidates for eviction: the first n slots of the source blocks.
         num_keep: Prompt tokens that each head keeps.
         num_tokens: Slots in use in the source blocks; those from `num_prompt_tokens` on are generated tokens, kept.
-        protect_first: Prompt tokens at the start that are always kept.
-        protect_last: Prompt tokens at the end that are always kept.
-        scorer: What decides which of the others are kept.
-        granularity: What is kept or evicted as one.
+        params: What the request asks; its protection, scorer and granularity decide which tokens are kept.
         moves: One entry for each compressed group.
     """
 
@@ -45,10 +44,7 @@ class CompactionOrder:
     num_prompt_tokens: int
     num_keep: int
     num_tokens: int
-    protect_first: int
-    protect_last: int
-    scorer: str
-    granularity: str
+    params: CompressionParams
     moves: tuple[GroupMove, ...]
 
     def move_of(self, group_id: int) -> GroupMove:

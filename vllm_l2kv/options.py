@@ -11,7 +11,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from vllm_l2kv.params import CompressionParams, ParamError, check_count, check_keep_ratio
+from vllm_l2kv.field_kinds import Choice, Count, Kind, ParamError, Ratio
+from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.settings import Settings
 
 T = TypeVar("T")
@@ -30,12 +31,23 @@ class OneLineParser(argparse.ArgumentParser):
 
 def ratio(word: str) -> float:
     """A keep ratio, 0 < R <= 1."""
-    return _checked(check_keep_ratio, "R", word)
+    return _checked(Ratio().check, "R", word)
 
 
 def count(word: str) -> int:
     """An integer, 0 <= N."""
-    return _checked(check_count, "N", word)
+    return _checked(Count().check, "N", word)
+
+
+def taken_by(kind: Kind) -> dict[str, Any]:
+    """What `add_argument` needs for an option that takes one value of this kind."""
+    match kind:
+        case Ratio():
+            return {"type": ratio, "metavar": "R"}
+        case Count():
+            return {"type": count, "metavar": "N"}
+        case Choice(names):
+            return {"choices": names}
 
 
 def positive(word: str) -> int:
@@ -66,7 +78,7 @@ def real(name: str, bound: str, holds: Callable[[float], bool]) -> Callable[[str
 def layers(word: str) -> tuple[int, ...]:
     """Layer indices with commas between them; an empty word names none."""
     try:
-        return tuple(check_count("layer", json.loads(index)) for index in word.split(",") if word.strip())
+        return tuple(Count().check("layer", json.loads(index)) for index in word.split(",") if word.strip())
     except ValueError:
         raise ArgumentTypeError(f"layer indices >= 0 with commas between them, such as 0,1, got {word!r}.") from None
 

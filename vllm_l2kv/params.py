@@ -5,12 +5,14 @@ Knows nothing of HTTP, vLLM or tensors: plain values in, one frozen dataclass ou
 or nowhere.
 """
 
+import dataclasses
 import difflib
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from vllm_l2kv.field_kinds import Choice, Count, Kind, ParamError, Ratio
 
 PREFIX = "kv_"
 FieldValue = float | int | str
@@ -28,72 +30,18 @@ GRANULARITIES = ("token", "block")
 """What is kept or evicted as one, see `vllm_l2kv.granularity`."""
 TOKENS_PER_BLOCK = 16
 """Of the granularity `block`: the page of PagedEviction, arXiv 2509.04377, whatever the size of the cache's blocks."""
-MAX_TOKENS = 2**31 - 1
-"""Largest count a request may name; vLLM keeps lengths in 32-bit integers."""
 
 
-class ParamError(ValueError):
-    """A field with a value out of bounds, or an unknown `kv_` field.
+def _field(default: FieldValue, kind: Kind, description: str, option: str) -> Any:
+    """Declares a request field: all that any entrance says of it is said here.
 
-    Attributes:
-        param: Name of the offending field, as the client wrote it.
+    Args:
+        default: Of an engine whose operator sets nothing else.
+        kind: What it takes.
+        description: One sentence for API docs and help texts.
+        option: The server's option for the default of requests that do not give the field.
     """
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-@dataclass(frozen=True)
-class Field:
-    """One request field: its name on the wire and what it takes."""
-
-    name: str
-    attribute: str
-    type: str
-    bounds: str
-    description: str
-
-
-FIELDS: tuple[Field, ...] = (
-    Field(
-        "kv_keep_ratio",
-        "keep_ratio",
-        "number",
-        "0 < kv_keep_ratio <= 1",
-        "Share of the prompt's tokens whose KV is kept in compressed layers; 1 keeps everything.",
-    ),
-    Field(
-        "kv_protect_first",
-        "protect_first",
-        "integer",
-        f"0 <= kv_protect_first <= {MAX_TOKENS}",
-        "Tokens at the start of the prompt that are always kept.",
-    ),
-    Field(
-        "kv_protect_last",
-        "protect_last",
-        "integer",
-        f"0 <= kv_protect_last <= {MAX_TOKENS}",
-        "Tokens at the end of the prompt that are always kept.",
-    ),
-    Field(
-        "kv_scorer",
-        "scorer",
-        "string",
-        f"one of {', '.join(SCORERS)}",
-        "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
-    ),
-    Field(
-        "kv_granularity",
-        "granularity",
-        "string",
-        f"one of {', '.join(GRANULARITIES)}",
-        f"What is kept or evicted as one: a token of a head, or {TOKENS_PER_BLOCK} tokens in a row of all heads of a "
-        "layer.",
-    ),
-)
-FIELD_NAMES = tuple(field.name for field in FIELDS)
+    return dataclasses.field(default=default, metadata={"kind": kind, "description": description, "option": option})
 
 
 @dataclass(frozen=True)
@@ -114,18 +62,36 @@ class CompressionParams:
         ParamError: A value is of the wrong type or out of bounds.
     """
 
-    keep_ratio: float = 1.0
-    protect_first: int = 4
-    protect_last: int = 64
-    scorer: str = "l2"
-    granularity: str = "token"
+    keep_ratio: float = _field(
+        1.0,
+        Ratio(),
+        "Share of the prompt's tokens whose KV is kept in compressed layers; 1 keeps everything.",
+        "--kv-default-keep-ratio",
+    )
+    protect_first: int = _field(
+        4, Count(), "Tokens at the start of the prompt that are always kept.", "--kv-protect-first"
+    )
+    protect_last: int = _field(
+        64, Count(), "Tokens at the end of the prompt that are always kept.", "--kv-protect-last"
+    )
+    scorer: str = _field(
+        "l2",
+        Choice(SCORERS),
+        "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
+        "--kv-scorer",
+    )
+    granularity: str = _field(
+        "token",
+        Choice(GRANULARITIES),
+        f"What is kept or evicted as one: a token of a head, or {TOKENS_PER_BLOCK} tokens in a row of all heads of a "
+        "layer.",
+        "--kv-granularity",
+    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep_ratio", check_keep_ratio("kv_keep_ratio", self.keep_ratio))
-        check_count("kv_protect_first", self.protect_first)
-        check_count("kv_protect_last", self.protect_last)
-        check_choice("kv_scorer", self.scorer, SCORERS)
-        check_choice("kv_granularity", self.granularity, GRANULARITIES)
+        for field in FIELDS:
+            value = field.kind.check(field.name, getattr(self, field.attribute))
+            object.__setattr__(self, field.attribute, value)
 
     def override(self, values: Mapping[str, Any]) -> "CompressionParams":
         """These params with the `kv_` fields of a request laid over them.
@@ -143,6 +109,51 @@ class CompressionParams:
     def as_fields(self) -> dict[str, FieldValue]:
         """The params under their names on the wire."""
         return {field.name: getattr(self, field.attribute) for field in FIELDS}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A request field, as `CompressionParams` declares it.
+
+    Attributes:
+        name: On the wire.
+        attribute: Of `CompressionParams`.
+        default: Of an engine whose operator sets nothing else.
+        kind: What it takes.
+        description: One sentence.
+        option: The server's option for its default.
+    """
+
+    name: str
+    attribute: str
+    default: FieldValue
+    kind: Kind
+    description: str
+    option: str
+
+    @property
+    def type(self) -> str:
+        """Of its JSON value."""
+        return self.kind.type
+
+    @property
+    def bounds(self) -> str:
+        """What must hold, as a person reads it."""
+        return self.kind.bounds(self.name)
+
+    @property
+    def argument(self) -> str:
+        """Of `engine_args`, for its default."""
+        return self.option.removeprefix("--kv-").replace("-", "_")
+
+
+FIELDS = tuple(
+    Field(
+        name=PREFIX + field.name, attribute=field.name, default=getattr(CompressionParams, field.name), **field.metadata
+    )
+    for field in dataclasses.fields(CompressionParams)
+)
+FIELD_NAMES = tuple(field.name for field in FIELDS)
 
 
 def asks_for_compression(values: Mapping[str, Any] | None) -> bool:
@@ -207,49 +218,3 @@ def meant_field(name: str) -> str | None:
 def _letters(name: str) -> str:
     """What is left of a name when case, hyphens, underscores and spaces do not count."""
     return re.sub(r"[\W_]+", "", name).lower()
-
-
-def check_keep_ratio(param: str, value: Any) -> float:
-    """Returns the ratio as a float.
-
-    Raises:
-        ParamError: Not a number, or outside (0, 1].
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ParamError(param, f"{param} must be a number with 0 < {param} <= 1, got {_show(value)}.")
-    # Compare before converting: float() of a huge integer overflows. NaN fails the comparison.
-    if not 0 < value <= 1 or math.isnan(value):
-        raise ParamError(param, f"{param} must satisfy 0 < {param} <= 1, got {_show(value)}.")
-    return float(value)
-
-
-def check_count(param: str, value: Any) -> int:
-    """Returns the token count.
-
-    Raises:
-        ParamError: Not an integer, negative, or beyond `MAX_TOKENS`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ParamError(param, f"{param} must be an integer >= 0, got {_show(value)}.")
-    if not 0 <= value <= MAX_TOKENS:
-        raise ParamError(param, f"{param} must satisfy 0 <= {param} <= {MAX_TOKENS}, got {_show(value)}.")
-    return value
-
-
-def check_choice(param: str, value: Any, choices: Collection[str]) -> str:
-    """Returns the name.
-
-    Raises:
-        ParamError: Not one of `choices`.
-    """
-    if not isinstance(value, str) or value not in choices:
-        raise ParamError(param, f"{param} must be one of {', '.join(choices)}, got {_show(value)}.")
-    return value
-
-
-def _show(value: Any) -> str:
-    # A huge integer cannot even be printed (Python limits int to str), a long string should not be.
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**18:
-        return "an integer of more than 18 digits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

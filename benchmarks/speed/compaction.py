@@ -14,6 +14,7 @@ from rows import append, where
 
 from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor
 from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.params import CompressionParams
 
 NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE = 30, 8, 16, 128
 STRIDE_BYTES = 1952 * 1024  # what `kv_cache_spec.pack` makes of it
@@ -58,6 +59,9 @@ def main() -> None:
                 append(args.out, row)
 
 
+UNPROTECTED = CompressionParams(protect_first=0, protect_last=0)
+
+
 def make_orders(num_prompts: int, n: int, num_keep: int, num_blocks: int) -> list[CompactionOrder]:
     """Orders over shuffled blocks; prompts may share sources, since only reads of them are timed."""
     blocks = torch.randperm(num_blocks).tolist()
@@ -67,7 +71,8 @@ def make_orders(num_prompts: int, n: int, num_keep: int, num_blocks: int) -> lis
         begin = i * (num_source + num_destination) % (num_blocks - num_source - num_destination)
         table = blocks[begin : begin + num_source + num_destination]
         move = GroupMove(0, tuple(table[:num_source]), tuple(table[num_source:]))
-        orders.append(CompactionOrder(str(i), n, num_keep, n, 0, 0, "l2", "token", (move,)))
+        counts = {"num_prompt_tokens": n, "num_keep": num_keep, "num_tokens": n}
+        orders.append(CompactionOrder(req_id=str(i), params=UNPROTECTED, moves=(move,), **counts))
     return orders
 
 

@@ -5,16 +5,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from vllm_l2kv.params import FIELDS, GRANULARITIES, MAX_TOKENS, SCORERS
+from vllm_l2kv.params import FIELDS
 from vllm_l2kv_server.request_fields import GENERATING_PATHS
-
-SCHEMAS: dict[str, dict[str, Any]] = {
-    "kv_keep_ratio": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "kv_protect_first": {"type": "integer", "minimum": 0, "maximum": MAX_TOKENS},
-    "kv_protect_last": {"type": "integer", "minimum": 0, "maximum": MAX_TOKENS},
-    "kv_scorer": {"type": "string", "enum": list(SCORERS)},
-    "kv_granularity": {"type": "string", "enum": list(GRANULARITIES)},
-}
 
 
 def show_fields(app: FastAPI) -> None:
@@ -38,7 +30,7 @@ def _properties() -> dict[str, Any]:
         field.name: {
             "title": field.name,
             "description": field.description,
-            "anyOf": [SCHEMAS[field.name], {"type": "null"}],
+            "anyOf": [field.kind.schema(), {"type": "null"}],
         }
         for field in FIELDS
     }

@@ -12,7 +12,8 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_l2kv.params import FIELD_NAMES, CompressionParams, FieldValue, ParamError, meant_field
+from vllm_l2kv.field_kinds import ParamError
+from vllm_l2kv.params import FIELD_NAMES, CompressionParams, FieldValue, meant_field
 from vllm_l2kv_server.body import NotJSONError, is_utf8, may_be_unwieldy, parse_body
 from vllm_l2kv_server.context import Compression
 

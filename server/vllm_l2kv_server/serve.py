@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from vllm_l2kv import engine_args
 from vllm_l2kv.demo_model import DEMO_NAME, DemoModelError, is_demo_model, model_folder
-from vllm_l2kv.options import DEFAULT_LAYERS, count, layers, positive, ratio
-from vllm_l2kv.params import GRANULARITIES, SCORERS, TOKENS_PER_BLOCK
+from vllm_l2kv.options import DEFAULT_LAYERS, layers, positive, taken_by
+from vllm_l2kv.params import FIELDS
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 from vllm_l2kv_server.config_keys import keys_of
@@ -153,54 +153,23 @@ def load_routes() -> None:
 
 def own_options() -> argparse.ArgumentParser:
     """The options that vLLM does not have."""
-    settings = Settings()
-    defaults = settings.defaults
     parser = argparse.ArgumentParser(prog=PROG, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("KV-cache compression")
     group.add_argument(
         "--kv-full-layers",
         type=layers,
-        default=settings.full_layers,
+        default=Settings.full_layers,
         metavar="I,J,...",
         help=f"layers that never compact; an empty string means none (default: {DEFAULT_LAYERS}, the paper's)",
     )
-    group.add_argument(
-        "--kv-default-keep-ratio",
-        type=ratio,
-        default=defaults.keep_ratio,
-        metavar="R",
-        help=f"keep ratio of a request that names none, 0 < R <= 1 (default: {defaults.keep_ratio}; 1 keeps all)",
-    )
-    group.add_argument(
-        "--kv-protect-first",
-        type=count,
-        default=defaults.protect_first,
-        metavar="N",
-        help="tokens at the start of every prompt that are always kept, unless a request says otherwise "
-        f"(default: {defaults.protect_first})",
-    )
-    group.add_argument(
-        "--kv-protect-last",
-        type=count,
-        default=defaults.protect_last,
-        metavar="N",
-        help="tokens at the end of every prompt that are always kept, unless a request says otherwise "
-        f"(default: {defaults.protect_last})",
-    )
-    group.add_argument(
-        "--kv-scorer",
-        choices=SCORERS,
-        default=defaults.scorer,
-        help="what decides which of the other tokens are kept, unless a request says otherwise "
-        f"(default: {defaults.scorer})",
-    )
-    group.add_argument(
-        "--kv-granularity",
-        choices=GRANULARITIES,
-        default=defaults.granularity,
-        help="what is kept or evicted as one, unless a request says otherwise: a token of a head, or "
-        f"{TOKENS_PER_BLOCK} tokens in a row of all heads of a layer (default: {defaults.granularity})",
-    )
+    for field in FIELDS:
+        what = field.description[0].lower() + field.description[1:].rstrip(".")
+        group.add_argument(
+            field.option,
+            **taken_by(field.kind),
+            default=field.default,
+            help=f"{what}; unless a request says otherwise (default: {field.default})",
+        )
     group = parser.add_argument_group("Requests")
     group.add_argument(
         MAX_BODY_OPTION,
@@ -269,13 +238,9 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
     try:
         ours = engine_args(
             full_layers=args.kv_full_layers,
-            default_keep_ratio=args.kv_default_keep_ratio,
-            protect_first=args.kv_protect_first,
-            protect_last=args.kv_protect_last,
-            scorer=args.kv_scorer,
-            granularity=args.kv_granularity,
             metrics=True,
             additional_config=args.additional_config,
+            **{field.argument: getattr(args, f"kv_{field.argument}") for field in FIELDS},
         )
     except ValueError as error:
         parser.error(str(error))

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from vllm_l2kv_server.snippet import snippet
 
-from vllm_l2kv.params import FIELD_NAMES, CompressionParams, ParamError
+from vllm_l2kv.field_kinds import ParamError
+from vllm_l2kv.params import FIELD_NAMES, CompressionParams
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

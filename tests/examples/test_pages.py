@@ -13,7 +13,8 @@ import pytest
 from prometheus_client import REGISTRY
 from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics
 
-from vllm_l2kv.params import FIELDS, SCORERS, CompressionParams, ParamError
+from vllm_l2kv.field_kinds import ParamError
+from vllm_l2kv.params import FIELDS, SCORERS, CompressionParams
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -6,6 +6,7 @@ import torch
 from vllm_l2kv.granularity import at_granularity
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
 from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.scorers import norms
 
 HEADS, HEAD_SIZE = 3, 8
@@ -36,7 +37,9 @@ def means_of_blocks(rows: list[list[float]]) -> list[float]:
 def check_compaction(rows, source, destination, n, num_keep, num_tokens, first=0, last=0, granularity="token"):
     before = LayerRows(rows.keys.clone(), rows.values.clone())
     move = GroupMove(0, tuple(source), tuple(destination))
-    compact_layer(rows, CompactionOrder("r", n, num_keep, num_tokens, first, last, "l2", granularity, (move,)), move)
+    params = CompressionParams(protect_first=first, protect_last=last, granularity=granularity)
+    counts = {"num_prompt_tokens": n, "num_keep": num_keep, "num_tokens": num_tokens}
+    compact_layer(rows, CompactionOrder(req_id="r", params=params, moves=(move,), **counts), move)
     norms = [[row(before.keys, source, head, slot).float().norm().item() for slot in range(n)] for head in range(HEADS)]
     protected = [slot < first or slot >= n - last for slot in range(n)]
     if granularity == "block":

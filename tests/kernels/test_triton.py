@@ -8,7 +8,7 @@ import torch
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
 from vllm_l2kv.messages import CompactionOrder, GroupMove
-from vllm_l2kv.params import GRANULARITIES, SCORERS
+from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
 from vllm_l2kv.scorers import norms
 
 ON_GPU = torch.cuda.is_available()
@@ -64,8 +64,9 @@ class Pool:
 
 def order(source, destination, n, num_keep, num_tokens=None, first=0, last=0, scorer="l2", granularity="token"):
     move = GroupMove(0, tuple(source), tuple(destination))
-    num_tokens = n if num_tokens is None else num_tokens
-    return CompactionOrder("r", n, num_keep, num_tokens, first, last, scorer, granularity, (move,))
+    params = CompressionParams(protect_first=first, protect_last=last, scorer=scorer, granularity=granularity)
+    counts = {"num_prompt_tokens": n, "num_keep": num_keep, "num_tokens": n if num_tokens is None else num_tokens}
+    return CompactionOrder(req_id="r", params=params, moves=(move,), **counts)
 
 
 def tables(num_blocks: int, *counts: int) -> list[list[int]]:

@@ -188,7 +188,7 @@ def kept_positions(order: CompactionOrder) -> list[int]:
     n = order.num_prompt_tokens
 
     def rank(position: int) -> tuple[bool, int]:
-        protected = position < order.protect_first or position >= n - order.protect_last
+        protected = position < order.params.protect_first or position >= n - order.params.protect_last
         return not protected, zlib.crc32(b"%d %d" % (position, n))
 
     return [*sorted(sorted(range(n), key=rank)[: order.num_keep]), *range(n, order.num_tokens)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STDLIB_ONLY = ["params", "policy", "prompt_usage", "plan", "messages", "metrics", "settings", "options"]
+STDLIB_ONLY = ["field_kinds", "params", "policy", "prompt_usage", "plan", "messages", "metrics", "settings", "options"]
 WITH_TORCH = ["scorers", "granularity", "kernels"]
 TOOLS = {
     "bench": {"evaluation", "page"},
@@ -99,7 +99,7 @@ def test_imports_of(module):
 def test_the_server_sees_only_the_surface(module):
     inside = {part_of(name) for name in imports_of(modules()[module]) if name.startswith("vllm_l2kv.")}
     tools = set(TOOLS) if module.endswith(".cli") else set()
-    plain = {"params", "prompt_usage", "settings", "options", "metrics"}
+    plain = {"field_kinds", "params", "prompt_usage", "settings", "options", "metrics"}
     surface = plain | {"demo_model", "plugin", "compression", "engine_args", "__version__"}
     assert inside <= surface | tools
 

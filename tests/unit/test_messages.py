@@ -4,8 +4,16 @@ import pickle
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_l2kv.messages import CompactionOrder, GroupMove, attach_orders, orders_of
+from vllm_l2kv.params import CompressionParams
 
-ORDER = CompactionOrder("r", 100, 40, 103, 4, 8, "l2", "token", (GroupMove(1, (5, 6, 7, 8), (9, 10)),))
+ORDER = CompactionOrder(
+    req_id="r",
+    num_prompt_tokens=100,
+    num_keep=40,
+    num_tokens=103,
+    params=CompressionParams(0.4, 4, 8),
+    moves=(GroupMove(1, (5, 6, 7, 8), (9, 10)),),
+)
 
 
 def test_orders_survive_the_ways_an_executor_passes_a_step_on():

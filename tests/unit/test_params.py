@@ -4,15 +4,8 @@ from pathlib import Path
 import pytest
 
 import vllm_l2kv
-from vllm_l2kv.params import (
-    FIELD_NAMES,
-    MAX_TOKENS,
-    SCORERS,
-    CompressionParams,
-    ParamError,
-    asks_for_compression,
-    check_names,
-)
+from vllm_l2kv.field_kinds import MAX_TOKENS, ParamError
+from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams, asks_for_compression, check_names
 
 BAD_RATIOS = [
     0, -0.5, 1.0001, 2, float("nan"), float("inf"), -float("inf"), 10**400, -(10**400),

@@ -82,11 +82,11 @@ def compact_layer(rows: LayerRows, order: CompactionOrder, move: GroupMove) -> N
         move: The blocks of the layer's group; `destination` holds `num_keep + num_tokens - num_prompt_tokens` rows.
     """
     source, destination = (torch.tensor(blocks, device=rows.keys.device) for blocks in (move.source, move.destination))
-    n = order.num_prompt_tokens
+    n, params = order.num_prompt_tokens, order.params
     keys, values = read(rows.keys, source, order.num_tokens), read(rows.values, source, order.num_tokens)
-    scores = scorer_of(order.scorer)(rows.prompt(keys[:, :n], values[:, :n]))
-    scores = at_granularity(scores, order.granularity)
-    kept = select(scores, order.num_keep, order.protect_first, order.protect_last)
+    scores = scorer_of(params.scorer)(rows.prompt(keys[:, :n], values[:, :n]))
+    scores = at_granularity(scores, params.granularity)
+    kept = select(scores, order.num_keep, params.protect_first, params.protect_last)
     generated = torch.arange(n, order.num_tokens, device=kept.device)
     positions = torch.cat([kept, generated.expand(kept.shape[0], -1)], dim=1)
     _write(rows.keys, destination, _take(keys, positions))

@@ -21,6 +21,7 @@ import triton.language as tl
 from vllm_l2kv.granularity import at_granularity
 from vllm_l2kv.kernels.reference import LayerRows, ranked, read
 from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.scorers import scorer_of
 
 SCORE_ROWS = 32
@@ -29,6 +30,8 @@ SELECT_TILES = (1024, 4096)
 MOVE_ROWS = 64
 MOVE_SPLIT = 32
 NUM_ORDER_FIELDS = 9
+NOTHING_PROTECTED = CompressionParams(protect_first=0, protect_last=0)
+"""To warm up with: one row of any prompt may be kept."""
 TORCH_BYTES = 128 << 20
 """Memory that torch's scorers may take, if one head at a time fits it."""
 TORCH_COPIES = 8
@@ -126,7 +129,8 @@ class GroupCompactor:
         for num_tokens in {min(tile, capacity) for tile in SELECT_TILES}:
             source = (0,) * triton.cdiv(num_tokens, block_size)
             move = GroupMove(self.group_id, source, (0,))
-            self._launch([CompactionOrder("", num_tokens, 1, num_tokens, 0, 0, "l2", "token", (move,))])
+            counts = {"num_prompt_tokens": num_tokens, "num_keep": 1, "num_tokens": num_tokens}
+            self._launch([CompactionOrder(req_id="", params=NOTHING_PROTECTED, moves=(move,), **counts)])
 
     def _launch(self, orders: Sequence[CompactionOrder]) -> None:
         cache = self.cache
@@ -143,7 +147,7 @@ class GroupCompactor:
         )  # fmt: skip
         firsts = accumulate((order.num_prompt_tokens for order in orders), initial=0)
         for order, first in zip(orders, firsts, strict=False):
-            if (order.scorer, order.granularity) != ("l2", "token"):
+            if (order.params.scorer, order.params.granularity) != ("l2", "token"):
                 self._rank(order, first * num_selections)
         _select_kernel[(len(orders), num_selections)](
             table, self._scratch, ORDER_FIELDS=NUM_ORDER_FIELDS,
@@ -160,8 +164,8 @@ class GroupCompactor:
 
         What is selected by the lowest ranks is what the reference selects by the highest scores.
         """
-        cache, n = self.cache, order.num_prompt_tokens
-        score = scorer_of(order.scorer)
+        cache, n, params = self.cache, order.num_prompt_tokens, order.params
+        score = scorer_of(params.scorer)
         blocks = _to_device(np.array(order.move_of(self.group_id).source, dtype=np.int64), self._scratch.device)
         ranks = _to_device(np.arange(1, n + 1, dtype=np.int32), self._scratch.device)
         num_kv_heads = cache.layers[0].shape[1]
@@ -176,9 +180,9 @@ class GroupCompactor:
                 keys, values = heads[..., : cache.head_size], heads[..., cache.head_size :]
                 rows = LayerRows(keys, values, cache.key_dtype, first_row)
                 scores[head : head + at_once] = score(rows.prompt(read(keys, blocks, n), read(values, blocks, n)))
-            scores = at_granularity(scores, order.granularity)
+            scores = at_granularity(scores, params.granularity)
             for scores_of_heads, place_of_heads in zip(scores.split(at_once), place.split(at_once), strict=True):
-                kept = ranked(scores_of_heads, order.protect_first, order.protect_last)
+                kept = ranked(scores_of_heads, params.protect_first, params.protect_last)
                 place_of_heads.scatter_(1, kept, ranks.expand(kept.shape))
 
     def _table(self, orders: Sequence[CompactionOrder]) -> torch.Tensor:
@@ -198,8 +202,8 @@ class GroupCompactor:
                 order.num_prompt_tokens,
                 order.num_keep,
                 order.num_tokens,
-                order.protect_first,
-                order.protect_last,
+                order.params.protect_first,
+                order.params.protect_last,
                 next_block,
                 next_block + num_source,
                 num_destination,

@@ -14,9 +14,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.messages import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.metrics import attach_stats
-from vllm_l2kv.params import USAGE_KEY, CompressionParams, ParamError, asks_for_compression, check_session
+from vllm_l2kv.params import USAGE_KEY, CompressionParams, asks_for_compression, check_session
 from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.policy import num_keep
 from vllm_l2kv.prompt_usage import KeptWhole, PromptUsage, prompt_usage, why_whole
@@ -240,10 +241,7 @@ class L2KVScheduler(AsyncScheduler):
             num_prompt_tokens=num_prompt_tokens,
             num_keep=keep,
             num_tokens=request.num_computed_tokens,
-            protect_first=params.protect_first,
-            protect_last=params.protect_last,
-            scorer=params.scorer,
-            granularity=params.granularity,
+            params=params,
             moves=tuple(moves),
         )
 
