@@ -24,7 +24,7 @@ NEAR_SPELLING = 0.8
 """How similar a name of another spelling must be to a field's, by `difflib`, to be taken for it."""
 CONTROLS = ("random", "l2_high", "first_last")
 """Scorers that others are measured against: chance, the opposite of the rule, StreamingLLM."""
-SCORERS = ("l2", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", *CONTROLS)
+SCORERS = ("l2", "l1", "linf", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", *CONTROLS)
 """What may decide which tokens stay: the modules of `vllm_l2kv.scorers`."""
 GRANULARITIES = ("token", "block")
 """What is kept or evicted as one, see `vllm_l2kv.granularity`."""

@@ -68,6 +68,8 @@ def lagkv(keys, values):
 
 LOOPS = {
     "l2": lambda keys, values: [-norm(key) for key in keys],
+    "l1": lambda keys, values: [-sum(map(abs, key)) for key in keys],
+    "linf": lambda keys, values: [-max(map(abs, key)) for key in keys],
     "l2_high": lambda keys, values: [norm(key) for key in keys],
     "value_key_ratio": lambda keys, values: [norm(v) / norm(k) for k, v in zip(keys, values, strict=True)],
     "first_last": lambda keys, values: [len(keys)] * 4 + list(range(4, len(keys))),

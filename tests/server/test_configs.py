@@ -87,7 +87,7 @@ class TestEach:
         ("kv-default-keep-ration: 0.5", "'kv-default-keep-ration' was unexpected"),
         ("kv-default-keep-ratio: half", "'half' is not of type 'number'"),
         ("kv-default-keep-ratio: 1.5", "1.5 is greater than the maximum of 1"),
-        ("kv-scorer: l3", "'l3' is not one of ['l2', 'keydiff'"),
+        ("kv-scorer: l3", "'l3' is not one of ['l2', 'l1'"),
         ("port: high", "'high' is not of type 'integer'"),
         ("enforce-eager: 3", "3 is not of type 'boolean'"),
     ],

@@ -36,7 +36,7 @@ def scorer_of(name: str) -> Scorer:
     return scorer
 
 
-def norms(rows: torch.Tensor) -> torch.Tensor:
-    """L2 norms of `[..., size]` in fp32: `[...]`."""
-    lengths: torch.Tensor = torch.linalg.vector_norm(rows.float(), dim=-1)
+def norms(rows: torch.Tensor, order: float = 2) -> torch.Tensor:
+    """Norms of `[..., size]` in fp32: `[...]`; L2 unless another order is given."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(rows.float(), order, dim=-1)
     return lengths

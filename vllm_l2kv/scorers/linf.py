@@ -1,0 +1,15 @@
+"""Low key norms in L-infinity: as `l2`, by a key's largest magnitude.
+
+Source: the maximum norm in place of the L2 norm of Devoto et al., arXiv 2406.11430, section 2.
+"""
+
+import math
+
+import torch
+
+from vllm_l2kv.scorers import Prompt, norms
+
+
+def score(prompt: Prompt) -> torch.Tensor:
+    """`-||k||_inf`."""
+    return -norms(prompt.keys, math.inf)
