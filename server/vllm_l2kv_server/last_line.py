@@ -1,4 +1,4 @@
-"""The last line of a server that could not start or lost its engine: one sentence, below everybody's log."""
+"""The last line of a server that could not start or lost its engine: one sentence, after all logs."""
 
 import atexit
 import os
@@ -7,7 +7,7 @@ from multiprocessing import resource_tracker
 from typing import NoReturn
 
 WAIT_SECONDS = 5.0
-"""For processes that this one started to end; vLLM has told them to by then."""
+"""Time for the child processes to end; by then vLLM has sent them a signal."""
 
 
 class LastLine:
@@ -53,7 +53,7 @@ def _wait_for_children() -> None:
     except ModuleNotFoundError:  # it comes with vLLM, so there are none
         return
     if children := psutil.Process().children(recursive=True):
-        # One of them says what shared memory was left behind, and ends when nothing holds its pipe.
+        # One of them, the resource tracker, reports leaked shared memory. It ends once its pipe is closed.
         if (pipe := resource_tracker.getfd()) is not None:
             os.close(pipe)
         psutil.wait_procs(children, timeout=WAIT_SECONDS)

@@ -1,4 +1,4 @@
-"""Every request passes here, whatever its endpoint, method and media type.
+"""Middleware for every request of every endpoint, method and media type.
 
 Its body is checked by its bytes, its `kv_` fields are read, and the numbers of its compression go into its answer. One
 place for all endpoints: vLLM's own routes know nothing of the fields, and a body that ends the server would do so from

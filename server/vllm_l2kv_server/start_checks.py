@@ -30,7 +30,7 @@ VLLM_KV_OPTIONS = (
     "kv-sharing-fast-prefill",
     "kv-transfer-config",
 )
-"""vLLM's own options that begin as ours do."""
+"""Options of vLLM that begin with `kv-` too."""
 VALUES = ("config", "hf-config-path", "host", "model", "port", "uds")
 SWITCHES = ("data-parallel-multi-port-external-lb", "headless")
 """With either of them the address that is named is not the one listened to."""
@@ -39,15 +39,15 @@ MODEL_FILES = ("config.json", "params.json")
 
 
 class StartError(ValueError):
-    """The server cannot start as it was told to; one sentence that names the option and says what to do."""
+    """The server cannot start with these options; one sentence that names the option and says what to do."""
 
 
 def check_words(words: Sequence[str], own_options: Collection[str]) -> None:
     """Refuses what can be seen without vLLM.
 
     Args:
-        words: Of the command line, apart from those that are ours.
-        own_options: Names of our options, without dashes in front.
+        words: Of the command line, without the options of vllm-l2kv.
+        own_options: Names of the options of vllm-l2kv, without leading dashes.
 
     Raises:
         StartError: An unknown option that begins with `kv-`, here or in the config file, a model's folder that is
@@ -171,14 +171,14 @@ def _check_engine(args: Namespace) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says, in one line; pydantic's spread over several and tell the types of values."""
+    """What an error says, in one line; pydantic's errors take several lines and show types of values."""
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):
-        told = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors(include_url=False))
+        text = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors(include_url=False))
     else:
-        told = str(error)
-    return " ".join(told.split()) or type(error).__name__
+        text = str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _dashed(word: str) -> str:

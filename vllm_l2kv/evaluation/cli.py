@@ -156,7 +156,7 @@ def write_rows(
 
 
 def _model_folder(name: str) -> str:
-    """What MODEL stands for; the demo model is fetched, and says so on the terminal."""
+    """The folder or name that MODEL means; the demo model is fetched, with a line on the terminal."""
     try:
         return model_folder(name)
     except DemoModelError as error:

@@ -52,7 +52,7 @@ def check_requests(scheduler: L2KVScheduler) -> None:
 def check_nothing_left(scheduler: L2KVScheduler) -> None:
     """Checks that an idle scheduler remembers nothing and holds no block.
 
-    Call it after the step that tells the worker what has finished.
+    Call it after the step in which the worker learns what has finished.
 
     Raises:
         AssertionError: Names what is left.

@@ -57,7 +57,7 @@ class L2KVScheduler(AsyncScheduler):
             )
         self._params: dict[str, CompressionParams] = {}  # unfinished requests that are to be compressed
         self._to_compact: dict[str, None] = {}  # of these, begun and not compacted, oldest first
-        self._usage: dict[str, PromptUsage] = {}  # unfinished requests whose client is told its numbers
+        self._usage: dict[str, PromptUsage] = {}  # unfinished requests that report their numbers
         self._refusals = Refusals(self.grammar_compile_error_reqs)
         self._tally = Tally() if self.settings.metrics and self.log_stats else None
         if self._tally is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
@@ -265,7 +265,7 @@ class L2KVScheduler(AsyncScheduler):
         return request.sampling_params.extra_args if request.sampling_params else None
 
     def _read_fields(self, request: Request) -> tuple[CompressionParams, bool]:
-        """What applies to a request, and whether its client is told numbers.
+        """What applies to a request, and whether it reports numbers.
 
         Raises:
             ParamError: A bad value.
