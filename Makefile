@@ -12,12 +12,17 @@ PIP_ARGS ?=
 
 # Folders whose tests start no engine; those that do are marked, and left out.
 FAST := $(addprefix tests/,unit kernels scheduler worker contract server bench)
+# The others, and the marked ones.
+ENGINES := $(filter-out $(FAST),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))) \
+  tests/server/test_configs.py::TestEach::test_it_serves
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: help setup serve test test-fast test-gpu soak check fmt docs lock clean
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow"
+
+.PHONY: help setup serve test test-fast test-engines test-gpu soak check fmt docs lock clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -47,13 +52,22 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 serve: setup ## Serve the demo model on port 8000; another one with ARGS=MODEL
 	$(BIN)/vllm-l2kv serve $(ARGS) --config $(CONFIG) --port $(PORT)
 
-test: setup ## Run all tests; those that need a GPU are skipped without one
+test: setup ## Run all tests, or those that ARGS names; those that need a GPU are skipped without one
 	$(BIN)/vllm-l2kv demo-model
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow" $(ARGS)
+ifeq ($(ARGS),)
+	@# Side by side: tests with engines leave most of a second core idle.
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-engines test-fast
+else
+	$(PYTEST) $(ARGS)
+endif
 
 test-fast: setup ## Run the tests that start no engine; before each commit
 	$(BIN)/vllm-l2kv demo-model
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow" --no-engines $(FAST) $(ARGS)
+	$(PYTEST) --no-engines $(FAST) $(ARGS)
+
+test-engines: setup ## Run the tests that start engines
+	$(BIN)/vllm-l2kv demo-model
+	$(PYTEST) $(ENGINES) $(ARGS)
 
 test-gpu: ## Run the tests that need a GPU, in an environment of yours: PYTHON with vllm-l2kv[cuda,dev] installed
 	$(PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(ARGS)
