@@ -26,7 +26,7 @@ def ask(url: str, stream: bool) -> str:
             with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=600) as response:
                 text = response.read().decode()
             if '"finish_reason":"length"' not in text:
-                return f"{response.status_code} {text[-600:]}"
+                return f"{response.status_code} {text[-1500:]}"
     except httpx.TransportError as error:
         return type(error).__name__
 

@@ -29,10 +29,13 @@ def stalled_upload(server: Server) -> Iterator[None]:
 
 
 def check_errors(answers: Answers) -> None:
-    """Everybody has an error in OpenAI's format: with a status, or in the stream that had begun with 200."""
+    """Each client has an error in OpenAI's format: with a status, or in the stream that had begun with 200.
+
+    Or an answer that says it was cut short: an engine that is stopped may abort a request before it is gone.
+    """
     texts = texts_of(answers)
-    assert all('"error":' in text for text in texts), texts
-    assert [text[:3] for text in texts] == ["200"] * NUM_STREAMS + ["500"] * NUM_PLAIN, texts
+    for text, status in zip(texts, ["200"] * NUM_STREAMS + ["500"] * NUM_PLAIN, strict=True):
+        assert ('"error":' in text and text[:3] == status) or '"finish_reason":"abort"' in text, texts
 
 
 def test_sigterm(server):

@@ -13,7 +13,7 @@ from vllm_l2kv.evaluation import cli, run
 from vllm_l2kv.evaluation.cases import Answer, Case
 from vllm_l2kv.evaluation.progress import Progress
 from vllm_l2kv.evaluation.tasks.ruler import TASKS as SUBTASKS
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import SCORERS, CompressionParams
 
 
 class Mute:
@@ -60,7 +60,7 @@ def refused(capsys, *words: str) -> str:
         ("passkey", ["--ratios", "0.5,0"], "0 < R <= 1, got 0"),
         ("passkey", ["--ratios", "2"], "0 < R <= 1, got 2"),
         ("passkey", ["--ratios", "nan"], "0 < R <= 1, got nan"),
-        ("passkey", ["--scorers", "l2,l3"], "'l3' is not one of l2, l1"),
+        ("passkey", ["--scorers", "l2,l3"], f"'l3' is not one of {', '.join(SCORERS)}"),
         ("passkey", ["--granularities", "page"], "'page' is not one of token, block"),
         ("passkey", ["--depths", "1.5"], "0 <= D <= 1, got 1.5"),
         ("needle", ["--depths=-0.5"], "0 <= D <= 1, got -0.5"),

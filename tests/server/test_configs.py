@@ -15,6 +15,8 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm_l2kv_server.serve import make_parser, parse
 
+from vllm_l2kv.params import SCORERS
+
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 PROMPT = [(i * 31) % 40_000 + 1000 for i in range(300)]
@@ -87,7 +89,7 @@ class TestEach:
         ("kv-default-keep-ration: 0.5", "'kv-default-keep-ration' was unexpected"),
         ("kv-default-keep-ratio: half", "'half' is not of type 'number'"),
         ("kv-default-keep-ratio: 1.5", "1.5 is greater than the maximum of 1"),
-        ("kv-scorer: l3", "'l3' is not one of ['l2', 'l1'"),
+        ("kv-scorer: l3", f"'l3' is not one of {list(SCORERS)}"),
         ("port: high", "'high' is not of type 'integer'"),
         ("enforce-eager: 3", "3 is not of type 'boolean'"),
     ],
