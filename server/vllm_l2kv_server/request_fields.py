@@ -19,6 +19,8 @@ from vllm_l2kv_server.context import Compression
 
 XARGS = "vllm_xargs"
 TRANSFER = "kv_transfer_params"
+TOKENS_PATH = "/inference/v1/generate"
+"""Takes token ids, and `SamplingParams` in place of `vllm_xargs`."""
 GENERATING_PATHS = (
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
@@ -26,7 +28,7 @@ GENERATING_PATHS = (
     "/v1/responses",
     "/v1/messages",
     "/invocations",
-    "/inference/v1/generate",
+    TOKENS_PATH,
 )
 """Endpoints that generate text and report token usage. Each takes the fields at the top level of its body."""
 
@@ -135,8 +137,7 @@ def bad_request(error: ParamError) -> VLLMValidationError:
 
 
 def _fields_of(body: dict[str, Any], path: str) -> dict[str, FieldValue]:
-    xargs = body.get(XARGS)
-    nested = xargs if isinstance(xargs, dict) else {}
+    nested = _object(_object(body.get("sampling_params")).get("extra_args") if path == TOKENS_PATH else body.get(XARGS))
     check_fields(body)
     check_fields(nested)
     _refuse_misplaced(body, path)
@@ -147,10 +148,15 @@ def _fields_of(body: dict[str, Any], path: str) -> dict[str, FieldValue]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _refuse_misplaced(body: dict[str, Any], path: str) -> None:
     """Refuses a field inside another object of the body, such as `extra_body`, where vLLM would not look for it."""
+    right = "sampling_params.extra_args" if path == TOKENS_PATH else XARGS
     for place, value in body.items():
-        if not isinstance(value, dict) or place == XARGS or place in FREE_FORM:
+        if not isinstance(value, dict) or place == right or place in FREE_FORM:
             continue
         for name in value:
             field = name if name in FIELD_NAMES else meant_field(name)
@@ -158,7 +164,7 @@ def _refuse_misplaced(body: dict[str, Any], path: str) -> None:
                 hint = f" {place} is an option of the Python client, not a field." if place == "extra_body" else ""
                 raise VLLMValidationError(
                     f"{field} is inside {place}, where it has no effect; put it at the top level of the body, or "
-                    f"inside {XARGS}.{hint}",
+                    f"inside {right}.{hint}",
                     parameter=f"{place}.{name}".encode("utf-8", "backslashreplace").decode(),
                 )
 

@@ -46,6 +46,10 @@ def placed(nested: bool, given: dict) -> dict:
     return {"vllm_xargs": given} if nested else given
 
 
+def nested_at(path: str, given: dict) -> dict:
+    return {"sampling_params": {"extra_args": given}} if path == "/inference/v1/generate" else {"vllm_xargs": given}
+
+
 @pytest.mark.parametrize("path", GENERATING_PATHS)
 class TestGeneratingEndpoints:
     def test_all_fields(self, path):
@@ -53,9 +57,12 @@ class TestGeneratingEndpoints:
         given |= {"kv_scorer": "keydiff", "kv_granularity": "block"}
         assert fields({"model": "m", **given}, path) == given
 
-    def test_xargs(self, path):
-        body = {"kv_protect_last": 1, "vllm_xargs": {"other": 1, "kv_keep_ratio": 0.5, "kv_protect_first": None}}
+    def test_nested(self, path):
+        given = {"other": 1, "kv_keep_ratio": 0.5, "kv_protect_first": None}
+        body = {"kv_protect_last": 1, **nested_at(path, given)}
         assert fields(body, path) == {"kv_keep_ratio": 0.5, "kv_protect_last": 1}
+        assert refused(nested_at(path, {"kv_keep": 0.5}), path).parameter == "kv_keep"
+        assert refused(nested_at(path, {"kv_keep_ratio": 5}), path).parameter == "kv_keep_ratio"
 
     def test_nothing_asked(self, path):
         assert fields({"model": "m", "kv_keep_ratio": None}, path) is None
@@ -66,7 +73,7 @@ class TestGeneratingEndpoints:
         assert fields({"use_beam_search": True}, path, by_default=True) is None
 
     def test_beam_search(self, path):
-        error = refused({"use_beam_search": True, "n": 2, "vllm_xargs": {"kv_keep_ratio": 0.5}}, path)
+        error = refused({"use_beam_search": True, "n": 2, **nested_at(path, {"kv_keep_ratio": 0.5})}, path)
         assert error.parameter == "kv_keep_ratio"
         assert "drop use_beam_search" in str(error)
         assert fields({"use_beam_search": False, "kv_keep_ratio": 0.5}, path) == {"kv_keep_ratio": 0.5}
@@ -172,6 +179,12 @@ def test_error_that_cannot_be_sent_as_it_is():
         check_fields({"kv_\ud800": 1})
     assert caught.value.parameter.encode() == rb"kv_\ud800"
     assert str(caught.value).encode()
+
+
+def test_the_token_api_has_no_xargs():
+    error = refused({"vllm_xargs": {"kv_keep_ratio": 0.5}}, "/inference/v1/generate")
+    assert error.parameter == "vllm_xargs.kv_keep_ratio"
+    assert "inside sampling_params.extra_args" in str(error)
 
 
 def test_same_value_twice():
