@@ -7,11 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.datastructures import State
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
@@ -22,7 +21,7 @@ from vllm_l2kv_server.body_bound import BodyBoundMiddleware
 from vllm_l2kv_server.end import bounded_end
 from vllm_l2kv_server.engine_client import stand_before
 from vllm_l2kv_server.metrics import add_metrics
-from vllm_l2kv_server.middleware import CompressionMiddleware
+from vllm_l2kv_server.middleware import CompressionMiddleware, refusal
 from vllm_l2kv_server.openapi import show_fields
 from vllm_l2kv_server.playground import add_playground, has_playground
 from vllm_l2kv_server.protocol import (
@@ -120,10 +119,8 @@ async def show_kv_compression(raw_request: Request) -> KVCompressionInfo:
 
 async def refuse_deep_text(request: Request, error: Exception) -> Response:
     """Answers 400 where vLLM parses JSON inside a string, such as the arguments of a tool call, and it is too deep."""
-    answer = create_error_response(
-        VLLMValidationError("A string of the body holds JSON, such as arguments of a tool call, nested too deeply.")
-    )
-    return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+    text = "A string of the body holds JSON, such as arguments of a tool call, nested too deeply."
+    return refusal(VLLMValidationError(text), request.url.path)
 
 
 def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]]) -> KVCompressionInfo:

@@ -47,7 +47,7 @@ class CompressionMiddleware:
                 value = look_into(body)
                 compression = read_compression(value, path, getattr(state, "kv_compresses_by_default", False))
             except VLLMValidationError as error:
-                await _refuse(error, path)(scope, receive, send)
+                await refusal(error, path)(scope, receive, send)
                 return
             if value is not None:
                 scope[PARSED] = value
@@ -69,7 +69,7 @@ def _path_of(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", "")).rstrip("/")
 
 
-def _refuse(error: VLLMValidationError, path: str) -> JSONResponse:
+def refusal(error: VLLMValidationError, path: str) -> JSONResponse:
     """vLLM's answer to a bad request; clients of the Anthropic API look for its type at the top."""
     answer = create_error_response(error)
     content: dict[str, Any] = answer.model_dump()

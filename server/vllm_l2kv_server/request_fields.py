@@ -21,6 +21,7 @@ XARGS = "vllm_xargs"
 TRANSFER = "kv_transfer_params"
 TOKENS_PATH = "/inference/v1/generate"
 """Takes token ids, and `SamplingParams` in place of `vllm_xargs`."""
+TOKENS_PLACE = "sampling_params.extra_args"
 GENERATING_PATHS = (
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
@@ -137,14 +138,17 @@ def bad_request(error: ParamError) -> VLLMValidationError:
 
 
 def _fields_of(body: dict[str, Any], path: str) -> dict[str, FieldValue]:
-    nested = _object(_object(body.get("sampling_params")).get("extra_args") if path == TOKENS_PATH else body.get(XARGS))
+    place = TOKENS_PLACE if path == TOKENS_PATH else XARGS
+    nested = body
+    for name in place.split("."):
+        nested = _object(nested.get(name))
     check_fields(body)
     check_fields(nested)
-    _refuse_misplaced(body, path)
+    _refuse_misplaced(body, place)
     if path not in GENERATING_PATHS:
         refuse_elsewhere({**nested, **body})
         return {}
-    given = {name: _only_value(name, body.get(name), nested.get(name)) for name in FIELD_NAMES}
+    given = {name: _only_value(name, body.get(name), nested.get(name), place) for name in FIELD_NAMES}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -152,9 +156,8 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _refuse_misplaced(body: dict[str, Any], path: str) -> None:
-    """Refuses a field inside another object of the body, such as `extra_body`, where vLLM would not look for it."""
-    right = "sampling_params.extra_args" if path == TOKENS_PATH else XARGS
+def _refuse_misplaced(body: dict[str, Any], right: str) -> None:
+    """Refuses a field inside another object of the body than `right`, where vLLM would not look for it."""
     for place, value in body.items():
         if not isinstance(value, dict) or place == right or place in FREE_FORM:
             continue
@@ -169,17 +172,17 @@ def _refuse_misplaced(body: dict[str, Any], path: str) -> None:
                 )
 
 
-def _only_value(name: str, at_top: Any, in_xargs: Any) -> Any:
+def _only_value(name: str, at_top: Any, nested: Any, place: str) -> Any:
     """The one value given for a field.
 
     Raises:
         VLLMValidationError: Two places, two values.
     """
-    if at_top is not None and in_xargs is not None and at_top != in_xargs:
+    if at_top is not None and nested is not None and at_top != nested:
         raise VLLMValidationError(
-            f"{name} is {at_top} at the top level and {in_xargs} inside {XARGS}; give it once.", parameter=name
+            f"{name} is {at_top} at the top level and {nested} inside {place}; give it once.", parameter=name
         )
-    return in_xargs if at_top is None else at_top
+    return nested if at_top is None else at_top
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -119,8 +119,10 @@ class UsageWriter:
 
     def _with_usage(self, body: bytes) -> bytes:
         """A JSON answer, or the data of an event, with numbers wherever `usage` is given."""
+        if b'"usage":' not in body:
+            return body
         numbers = self._box.total()
-        if b'"usage":' not in body or (numbers is None and self._stored is None):
+        if numbers is None and self._stored is None:
             return body
         try:
             answer = json.loads(body)

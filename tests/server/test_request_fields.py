@@ -185,6 +185,8 @@ def test_the_token_api_has_no_xargs():
     error = refused({"vllm_xargs": {"kv_keep_ratio": 0.5}}, "/inference/v1/generate")
     assert error.parameter == "vllm_xargs.kv_keep_ratio"
     assert "inside sampling_params.extra_args" in str(error)
+    twice = {"kv_keep_ratio": 0.5, "sampling_params": {"extra_args": {"kv_keep_ratio": 0.25}}}
+    assert "0.25 inside sampling_params.extra_args" in str(refused(twice, "/inference/v1/generate"))
 
 
 def test_same_value_twice():
