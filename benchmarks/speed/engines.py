@@ -124,7 +124,7 @@ def abort_all(llm: Any, req_ids: list[str]) -> None:
 
 @contextmanager
 def cache_of(llm: Any, num_bytes: int, block_bytes: int) -> Iterator[None]:
-    """The engine with a smaller KV cache of `num_bytes` on each GPU: somebody else holds the other blocks.
+    """The engine with a smaller KV cache of `num_bytes` on each GPU: the benchmark holds the other blocks.
 
     The same for the scheduler as a start with `kv_cache_memory_bytes`, which would take another minute.
     """
