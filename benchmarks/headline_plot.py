@@ -13,10 +13,10 @@ matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from vllm_l2kv.evaluation.report import estimates, with_excess_loss  # noqa: E402
-from vllm_l2kv.evaluation.rows import read_rows  # noqa: E402
-from vllm_l2kv.evaluation.statistics import Estimate  # noqa: E402
 from vllm_l2kv.params import CompressionParams  # noqa: E402
+from vllm_l2kv.tools.evaluation.report import estimates, with_excess_loss  # noqa: E402
+from vllm_l2kv.tools.evaluation.rows import read_rows  # noqa: E402
+from vllm_l2kv.tools.evaluation.statistics import Estimate  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MEMORY = ROOT / "benchmarks" / "speed" / "results" / "h100_memory_bound.jsonl"

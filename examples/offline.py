@@ -16,7 +16,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         model = sys.argv[1]
     else:
-        from vllm_l2kv.demo_model import ensure_demo_model
+        from vllm_l2kv.tools.demo_model import ensure_demo_model
 
         model = str(ensure_demo_model())
     text = Path(__file__).with_name("lighthouse.txt").read_text()

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vllm_l2kv.demo_model import default_cache, say
+from vllm_l2kv.tools.demo_model import default_cache, say
 
 PROGRAMS = ("prometheus", "promtool")
 

@@ -65,7 +65,7 @@ def no_engines(request) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def demo_model(request) -> Path:
-    from vllm_l2kv.demo_model import ensure_demo_model
+    from vllm_l2kv.tools.demo_model import ensure_demo_model
 
     return request.config.getoption("--demo-model") or ensure_demo_model()
 

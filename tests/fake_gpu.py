@@ -22,7 +22,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_l2kv.kernels.slots import PAD_SLOT
-from vllm_l2kv.messages import CompactionOrder, GroupMove, attach_orders
+from vllm_l2kv.messages.orders import CompactionOrder, GroupMove, attach_orders
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.worker import runner_v2
 from vllm_l2kv.worker.clock import HostClock

@@ -27,7 +27,7 @@ CONTROLS = ("random", "l2_high", "first_last")
 SCORERS = ("l2", "l1", "linf", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", *CONTROLS)
 """What may decide which tokens stay: the modules of `vllm_l2kv.scorers`."""
 GRANULARITIES = ("token", "block")
-"""What is kept or evicted as one, see `vllm_l2kv.granularity`."""
+"""What is kept or evicted as one, see `vllm_l2kv.token_groups`."""
 TOKENS_PER_BLOCK = 16
 """Of the granularity `block`: the page of PagedEviction, arXiv 2509.04377, whatever the size of the cache's blocks."""
 

@@ -21,14 +21,14 @@ from pathlib import Path
 import httpx
 import psutil
 
-from vllm_l2kv.demo_model import ensure_demo_model
+from vllm_l2kv.tools.demo_model import ensure_demo_model
 
 CACHE_MIB = 96
 """Room for about 2,000 tokens, so that requests must wait for memory."""
 ENGINE = f"--served-model-name demo --dtype float32 --enforce-eager --max-model-len 1024 --block-size 32 \
 --kv-cache-memory-bytes {CACHE_MIB * 2**20}"
 LOAD = "--ratios 1,0.5,0.25,0.25,0.5,1 --requests 16 --concurrency 12 --prompt-tokens 300:700 --output-tokens 64"
-OURS, STOCK = ["vllm_l2kv_server.cli", "serve"], ["vllm.entrypoints.openai.api_server", "--model"]
+OURS, STOCK = ["vllm_l2kv.cli", "serve"], ["vllm.entrypoints.openai.api_server", "--model"]
 START_SECONDS = 600
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end too
     args.out.mkdir(parents=True, exist_ok=True)
     with serving(OURS, args.out / "ours.log") as ours, serving(STOCK, args.out / "stock.log") as stock:
-        bench = [sys.executable, "-m", "vllm_l2kv_server.cli", "bench", "--url", ours, "--compare", stock]
+        bench = [sys.executable, "-m", "vllm_l2kv.cli", "bench", "--url", ours, "--compare", stock]
         status = subprocess.run([*bench, *LOAD.split(), "--out", str(args.out), *words], check=False).returncode
     rows = args.out / "rows.jsonl"
     if not rows.exists():

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vllm_l2kv.bench.report import comparison, table
-from vllm_l2kv.bench.servers import OURS, STOCK
+from vllm_l2kv.tools.bench.report import comparison, table
+from vllm_l2kv.tools.bench.servers import OURS, STOCK
 
 ROOT = Path(__file__).parents[2]
 ROWS = Path(__file__).parent / "results" / "cpu.jsonl"

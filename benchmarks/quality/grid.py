@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_l2kv.evaluation.cli import ESSAYS, NUM_ANSWER_TOKENS, ROWS, cases_of, write_rows
-from vllm_l2kv.evaluation.run import Engine
-from vllm_l2kv.evaluation.tasks.ruler import TASKS as SUBTASKS
-from vllm_l2kv.evaluation.variants import variants
 from vllm_l2kv.params import CONTROLS, SCORERS
+from vllm_l2kv.tools.evaluation.cli import ESSAYS, NUM_ANSWER_TOKENS, ROWS, cases_of, write_rows
+from vllm_l2kv.tools.evaluation.run import Engine
+from vllm_l2kv.tools.evaluation.tasks.ruler import TASKS as SUBTASKS
+from vllm_l2kv.tools.evaluation.variants import variants
 
 RATIOS = {
     "perplexity": (0.75, 0.5, 0.25),

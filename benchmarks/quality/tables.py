@@ -10,10 +10,10 @@ from typing import Any
 
 from grid import MAIN_LAYERS
 
-from vllm_l2kv.evaluation.cli import ROWS
-from vllm_l2kv.evaluation.report import METRICS, estimates, label, with_excess_loss
-from vllm_l2kv.evaluation.rows import read_rows
-from vllm_l2kv.evaluation.statistics import Estimate
+from vllm_l2kv.tools.evaluation.cli import ROWS
+from vllm_l2kv.tools.evaluation.report import METRICS, estimates, label, with_excess_loss
+from vllm_l2kv.tools.evaluation.rows import read_rows
+from vllm_l2kv.tools.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"

@@ -13,7 +13,7 @@ import torch
 from rows import append, where
 
 from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor
-from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
 
 NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE = 30, 8, 16, 128

@@ -76,7 +76,7 @@ decode (on another machine, so only the ratio counts):
 {scheduler}
 
 vLLM asks each group of layers several times a step what a request needs, and here there are two groups; a decoding
-request that needs nothing is not asked about (`scheduler.shortcut`).
+request that needs nothing is not asked about (`scheduler.decode_fast_path`).
 
 ## A cache too small for its requests
 

@@ -18,7 +18,6 @@ from vllm_l2kv.params import FIELDS
 from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.body import CheckedBodyRoute
 from vllm_l2kv_server.body_bound import BodyBoundMiddleware
-from vllm_l2kv_server.end import bounded_end
 from vllm_l2kv_server.engine_client import stand_before
 from vllm_l2kv_server.metrics import add_metrics
 from vllm_l2kv_server.middleware import CompressionMiddleware, refusal
@@ -32,7 +31,8 @@ from vllm_l2kv_server.protocol import (
     KVCompressionInfo,
 )
 from vllm_l2kv_server.serve import DEFAULT_MAX_BODY_MIB
-from vllm_l2kv_server.snippet import announce_when_ready
+from vllm_l2kv_server.shutdown import bounded_end
+from vllm_l2kv_server.welcome import announce_when_ready
 
 ERRORS = (
     HTTPStatus.BAD_REQUEST,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_l2kv.options import count, layers, positive, ratio
+from vllm_l2kv.cli_types import count, layers, positive, ratio
 
 NOT_IN_FILES = ("--config", "--help")
 INTEGER_WITH_UNIT = {"type": ["integer", "string"]}

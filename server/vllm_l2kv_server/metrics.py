@@ -1,6 +1,6 @@
 """What `/metrics` says of compression, beside vLLM's own metrics and with the same labels.
 
-Two sources: the engine's stats, which `vllm_l2kv.metrics` carries here, and the requests that pass through this API
+Two sources: the engine's stats, which arrive by `vllm_l2kv.messages.stats`, and the requests that pass through this API
 process. Prometheus' client adds up over API processes.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from vllm_l2kv.metrics import take_stats
+from vllm_l2kv.messages.stats import take_stats
 from vllm_l2kv.settings import Settings
 
 PREFIX = "vllm_l2kv:"

@@ -14,10 +14,10 @@ from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 from vllm_l2kv import engine_args
-from vllm_l2kv.demo_model import DEMO_NAME, DemoModelError, is_demo_model, model_folder
-from vllm_l2kv.options import DEFAULT_LAYERS, layers, positive, taken_by
+from vllm_l2kv.cli_types import DEFAULT_LAYERS, layers, positive, taken_by
 from vllm_l2kv.params import FIELDS
 from vllm_l2kv.settings import CONFIG_KEY, Settings
+from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, is_demo_model, model_folder
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 from vllm_l2kv_server.config_keys import keys_of
 from vllm_l2kv_server.last_line import LastLine

@@ -2,7 +2,7 @@
 
 `check_words` needs no vLLM; it knows options by name, and values only where they are certain. Once vLLM's parser has
 read everything, `check_parsed` asks again, and builds the engine's configuration as vLLM will, for the refusals of
-`vllm_l2kv.plugin.check_supported`, which the engine asks for too.
+`vllm_l2kv.refusals.check_supported`, which the engine asks for too.
 """
 
 import copy
@@ -160,7 +160,7 @@ def _check_engine(args: Namespace) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from vllm_l2kv.plugin import check_supported
+    from vllm_l2kv.refusals import check_supported
 
     try:
         # Building it fills in what was left open, here in a copy.

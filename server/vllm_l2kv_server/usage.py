@@ -8,8 +8,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
+from vllm_l2kv.messages.usage import REASON
 from vllm_l2kv.params import USAGE_KEY
-from vllm_l2kv.prompt_usage import REASON
 
 Numbers = dict[str, Any]
 DATA = b"data: "

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_l2kv_server.cli import main
 
-from vllm_l2kv.bench import cli
+from vllm_l2kv.cli import main
+from vllm_l2kv.tools.bench import cli
 
 QUICK = ["--requests", "6", "--concurrency", "3", "--prompt-tokens", "20:60", "--output-tokens", "2:5"]
 QUICK += ["--sample-seconds", "0.02"]
@@ -216,7 +216,7 @@ class TestRuns:
         assert "argument --out: " in refused(capsys, "--url", ours.url, "--out", str(tmp_path / "file" / "out"))
 
     def test_an_interrupt_reports_what_is_there(self, ours, tmp_path, monkeypatch):
-        from vllm_l2kv.bench import run as rounds_of
+        from vllm_l2kv.tools.bench import run as rounds_of
 
         def two(plan, prompts, real=rounds_of.rounds):
             yield next(real(plan, prompts))

@@ -7,10 +7,10 @@ import threading
 import httpx
 import pytest
 
-from vllm_l2kv.bench.client import Answer, ask, body_of
-from vllm_l2kv.bench.drive import Outcome, drive
-from vllm_l2kv.bench.load import Lengths, Load, planned
-from vllm_l2kv.bench.watch import totals, watching
+from vllm_l2kv.tools.bench.client import Answer, ask, body_of
+from vllm_l2kv.tools.bench.drive import Outcome, drive
+from vllm_l2kv.tools.bench.load import Lengths, Load, planned
+from vllm_l2kv.tools.bench.watch import totals, watching
 
 LENGTHS = Lengths(8, 8)
 

@@ -7,8 +7,8 @@ from statistics import mean, median
 
 import pytest
 
-from vllm_l2kv.bench.load import Lengths, Load, lengths, planned
-from vllm_l2kv.bench.prompts import MIN_TOKENS, Prompts
+from vllm_l2kv.tools.bench.load import Lengths, Load, lengths, planned
+from vllm_l2kv.tools.bench.prompts import MIN_TOKENS, Prompts
 
 FIXED = Lengths(64, 64)
 ENDLESS = Load(Lengths(10, 1000), Lengths(1, 50), rate=4.0)

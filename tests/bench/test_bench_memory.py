@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vllm_l2kv.bench.memory import counter, is_local, process_of
+from vllm_l2kv.tools.bench.memory import counter, is_local, process_of
 
 MIB = 2**20
 CHILD = "import sys; held = bytearray(80 * 2**20); print('ready', flush=True); sys.stdin.read()"

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_l2kv.bench.client import Answer
-from vllm_l2kv.bench.drive import Outcome
-from vllm_l2kv.bench.load import Planned
-from vllm_l2kv.bench.report import comparison, errors, shown, table, write_report
-from vllm_l2kv.bench.summary import request_row, spread, summarise
-from vllm_l2kv.bench.watch import Sample, Watch
+from vllm_l2kv.tools.bench.client import Answer
+from vllm_l2kv.tools.bench.drive import Outcome
+from vllm_l2kv.tools.bench.load import Planned
+from vllm_l2kv.tools.bench.report import comparison, errors, shown, table, write_report
+from vllm_l2kv.tools.bench.summary import request_row, spread, summarise
+from vllm_l2kv.tools.bench.watch import Sample, Watch
 
 
 def outcome(number: int, start_s: float, first_s: float, gap_s: float, num_tokens: int = 5, **usage: Any) -> Outcome:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import HybridReference
 
-from vllm_l2kv.demo_model import Source, check_sha256, ensure_demo_model, load_gguf
+from vllm_l2kv.tools.demo_model import Source, check_sha256, ensure_demo_model, load_gguf
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from overrides import classes, is_vllms, overrides
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "vllm_hooks.md"
 PACKAGES = {"vllm_l2kv": ROOT / "vllm_l2kv", "vllm_l2kv_server": ROOT / "server" / "vllm_l2kv_server"}
-TOOLS = ("bench", "evaluation", "sizing")
-NOT_OF_VLLM = PACKAGES["vllm_l2kv"] / "demo_model.py"
+TOOLS = ("tools",)
+NOT_OF_VLLM = PACKAGES["vllm_l2kv"] / "tools" / "demo_model.py"
 """Sets attributes of a tokenizer and of its model's settings."""
 REPLACED, CHANGED = "Replaced objects", "Changed attributes"
 

@@ -37,7 +37,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_l2kv_server.engine_client import CompressionEngineClient
 
 import vllm_l2kv
-from vllm_l2kv.scheduler.shortcut import Shortcut
+from vllm_l2kv.scheduler.decode_fast_path import DecodeFastPath
 from vllm_l2kv.worker.runner_v1 import CompressedBlockTable
 from vllm_l2kv.worker.runner_v2 import CompressedBlockTables
 
@@ -86,7 +86,7 @@ def test_first_parameters(function, first):
 
 
 WRAPPED = {
-    Shortcut: KVCacheManager,
+    DecodeFastPath: KVCacheManager,
     CompressedBlockTable: BlockTable,
     CompressedBlockTables: BlockTables,
     CompressionEngineClient: AsyncLLM,
@@ -216,7 +216,7 @@ def test_loggers_see_one_object_and_others_than_vllms_come_first():
 
 
 def test_what_a_decoding_request_asks_of_the_manager():
-    """`Shortcut` answers exactly this call."""
+    """`DecodeFastPath` answers exactly this call."""
     source = inspect.getsource(Scheduler.schedule)
     assert "num_lookahead_tokens=self.num_lookahead_tokens" in source
     assert parameters(KVCacheManager.allocate_slots)[:3] == ["self", "request", "num_new_tokens"]

@@ -20,8 +20,8 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_l2kv.worker.attention_lengths import PhysicalAttentionGroup
 from vllm_l2kv.worker.runner_v2 import CompressedBlockTables
-from vllm_l2kv.worker.slots import PhysicalAttentionGroup
 
 
 def parameters(function) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from http_server import Server, expected_usage
 
-from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
+from vllm_l2kv.messages.usage import KeptWhole, prompt_usage
 
 RATIOS = (None, 1.0, 0.9, 0.5, 0.3, 0.1)
 NUM_SHARED_OFFSETS = 6

@@ -14,9 +14,9 @@ from typing import Self
 import httpx
 import psutil
 
+from vllm_l2kv.messages.usage import prompt_usage, why_whole
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
-from vllm_l2kv.prompt_usage import prompt_usage, why_whole
 
 START_SECONDS = 240
 STOP_SECONDS = 60
@@ -28,7 +28,7 @@ class Server:
     """`vllm-l2kv serve` on a free port and in a session of its own, its log in a file."""
 
     def __init__(
-        self, log: Path, *words: str, program: Sequence[str] = (sys.executable, "-m", "vllm_l2kv_server.cli")
+        self, log: Path, *words: str, program: Sequence[str] = (sys.executable, "-m", "vllm_l2kv.cli")
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"

@@ -15,7 +15,7 @@ from engine import keep, running
 from reference import Reference
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_l2kv.plan import num_blocks_for
+from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
 from vllm_l2kv.worker.rows import cpu_rows
 

@@ -3,8 +3,8 @@
 from engine import greedy, keep
 from reference import expected_keep
 
-from vllm_l2kv.plan import num_blocks_for
-from vllm_l2kv.prompt_usage import KeptWhole
+from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.messages.usage import KeptWhole
 
 
 def test_block_sizes_of_the_two_groups(compressing):

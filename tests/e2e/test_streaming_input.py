@@ -12,7 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from vllm_l2kv import compression
-from vllm_l2kv.prompt_usage import prompt_usage
+from vllm_l2kv.messages.usage import prompt_usage
 
 CHUNKS = ([5] * 40, [6] * 30, [7] * 20)
 MAX_TOKENS = 4

@@ -4,8 +4,8 @@ import pytest
 from engine import greedy, keep
 from reference import expected_keep
 
-from vllm_l2kv.plan import num_blocks_for
-from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
+from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.messages.usage import KeptWhole, prompt_usage
 from vllm_l2kv.scheduler.integrity import check_nothing_left
 
 

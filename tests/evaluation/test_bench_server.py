@@ -16,7 +16,7 @@ VLLM_BENCH = Path(__file__).parents[2] / "benchmarks" / "load" / "vllm_bench_ser
 
 def bench(server, out: Path, *words: str) -> list[dict[str, Any]]:
     """Rows of the requests, then those of the rounds."""
-    command = [sys.executable, "-m", "vllm_l2kv_server.cli", "bench", "--url", server.url, "--out", str(out), *words]
+    command = [sys.executable, "-m", "vllm_l2kv.cli", "bench", "--url", server.url, "--out", str(out), *words]
     done = subprocess.run(
         [*command, "--per-request", "--sample-seconds", "0.1"], capture_output=True, text=True, timeout=200, check=False
     )

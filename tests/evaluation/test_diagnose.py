@@ -11,7 +11,7 @@ from vllm_l2kv_server.config_file import read_config_file
 from vllm_l2kv_server.config_keys import keys_of
 from vllm_l2kv_server.serve import own_options
 
-from vllm_l2kv.evaluation.attention import (
+from vllm_l2kv.tools.evaluation.attention import (
     attention_loss,
     attention_loss_reference,
     dropped_attention,
@@ -19,7 +19,7 @@ from vllm_l2kv.evaluation.attention import (
     rank_correlation,
     variation,
 )
-from vllm_l2kv.evaluation.diagnose import (
+from vllm_l2kv.tools.evaluation.diagnose import (
     KEEP_RATIOS,
     NUM_QUERIES,
     Diagnosis,
@@ -27,8 +27,8 @@ from vllm_l2kv.evaluation.diagnose import (
     measure,
     table,
 )
-from vllm_l2kv.evaluation.progress import Progress
-from vllm_l2kv.evaluation.recommend import INSTEAD, Recommendation, config_text, recommend
+from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.evaluation.recommend import INSTEAD, Recommendation, config_text, recommend
 
 ROOT = Path(__file__).parents[2]
 NUM_TOKENS = 96
@@ -460,7 +460,7 @@ def test_heat_maps_are_drawn(tmp_path):
 def test_a_model_of_another_layout_is_told_so(monkeypatch):
     from types import SimpleNamespace
 
-    from vllm_l2kv.evaluation.observe import observe
+    from vllm_l2kv.tools.evaluation.hf_observer import observe
 
     class Odd:
         config = None

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from vllm_l2kv.evaluation import cli, run
-from vllm_l2kv.evaluation.cases import Answer, Case
-from vllm_l2kv.evaluation.progress import Progress
-from vllm_l2kv.evaluation.tasks.ruler import TASKS as SUBTASKS
 from vllm_l2kv.params import SCORERS, CompressionParams
+from vllm_l2kv.tools.evaluation import cli, run
+from vllm_l2kv.tools.evaluation.cases import Answer, Case
+from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.evaluation.tasks.ruler import TASKS as SUBTASKS
 
 
 class Mute:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest, ttest_1samp
 
-from vllm_l2kv.evaluation.report import (
+from vllm_l2kv.tools.evaluation.report import (
     CAPTIONS,
     conditions,
     matrix,
@@ -20,8 +20,8 @@ from vllm_l2kv.evaluation.report import (
     write_diagnosis,
     write_report,
 )
-from vllm_l2kv.evaluation.statistics import average, share
-from vllm_l2kv.evaluation.variants import variants
+from vllm_l2kv.tools.evaluation.statistics import average, share
+from vllm_l2kv.tools.evaluation.variants import variants
 
 NUM_PLOTS = {"perplexity": 3, "passkey": 2, "needle": 3, "ruler": 1}
 NUM_METRICS = {"perplexity": 2, "passkey": 1, "needle": 2, "ruler": 1}

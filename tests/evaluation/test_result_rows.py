@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_l2kv.evaluation.rows import append_rows, read_rows
+from vllm_l2kv.tools.evaluation.rows import append_rows, read_rows
 
 ROWS = [{"text": "Lot\u2019s wife", "score": 1.0}, {"text": "b", "score": 0.0}]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from reference import Reference
 
-from vllm_l2kv.evaluation.cases import Case
-from vllm_l2kv.evaluation.run import Engine
-from vllm_l2kv.evaluation.tasks import perplexity
-from vllm_l2kv.evaluation.texts import encode, read_text
-from vllm_l2kv.evaluation.variants import BASELINE
 from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.tools.evaluation.cases import Case
+from vllm_l2kv.tools.evaluation.run import Engine
+from vllm_l2kv.tools.evaluation.tasks import perplexity
+from vllm_l2kv.tools.evaluation.texts import encode, read_text
+from vllm_l2kv.tools.evaluation.variants import BASELINE
 
 FULL_LAYERS = (0, 1)
 VARIANTS = [BASELINE, CompressionParams(0.5, 0, 0), CompressionParams(0.25, protect_first=4, protect_last=16)]
@@ -80,7 +80,7 @@ def test_command(folder, tmp_path):
     """Rows, plots and report of a run; the same run again changes no number of the report."""
 
     def run(*words: str) -> None:
-        command = [sys.executable, "-m", "vllm_l2kv_server.cli", "eval", *words]
+        command = [sys.executable, "-m", "vllm_l2kv.cli", "eval", *words]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         subprocess.run(command, check=True, env=environment, cwd=tmp_path)
 

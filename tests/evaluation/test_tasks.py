@@ -9,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from vllm_l2kv.evaluation.cases import Answer
-from vllm_l2kv.evaluation.tasks import needle, passkey, perplexity, ruler
-from vllm_l2kv.evaluation.texts import SAMPLES, encode, largest, read_text
-from vllm_l2kv.evaluation.variants import BASELINE, CONTROLS, variants
+from vllm_l2kv.tools.evaluation.cases import Answer
+from vllm_l2kv.tools.evaluation.tasks import needle, passkey, perplexity, ruler
+from vllm_l2kv.tools.evaluation.texts import SAMPLES, encode, largest, read_text
+from vllm_l2kv.tools.evaluation.variants import BASELINE, CONTROLS, variants
 
 ESSAYS = read_text("state_of_the_union")
 LENGTH = 1024

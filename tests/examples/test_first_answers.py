@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_l2kv_server.snippet import snippet
+from vllm_l2kv_server.welcome import welcome_text
 
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import FIELD_NAMES, CompressionParams
@@ -86,7 +86,7 @@ REQUESTS_OF = {
 
 
 def printed_when_ready() -> str:
-    return snippet(Namespace(host=None, port=8000, api_key=None, ssl_certfile=None, uds=None), "a model")
+    return welcome_text(Namespace(host=None, port=8000, api_key=None, ssl_certfile=None, uds=None), "a model")
 
 
 def sources() -> Iterator[tuple[str, str, str]]:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from vllm_l2kv.granularity import at_granularity
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
-from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.scorers import norms
+from vllm_l2kv.token_groups import at_granularity
 
 HEADS, HEAD_SIZE = 3, 8
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
-from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
 from vllm_l2kv.scorers import norms
 

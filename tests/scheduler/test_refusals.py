@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_l2kv import plugin
+from vllm_l2kv import refusals
 from vllm_l2kv.kv_cache_spec import (
     FLASH_ATTENTION,
     CompressedLayerSpec,
@@ -28,7 +28,7 @@ from vllm_l2kv.kv_cache_spec import (
     key_dtype,
     pack,
 )
-from vllm_l2kv.plugin import check_supported
+from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.worker import check_attention
 
@@ -56,7 +56,7 @@ def config(**changes):
         ),
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         "cache_config": SimpleNamespace(cache_dtype="auto"),
-        "use_v2_model_runner": not plugin.current_platform.is_cpu(),
+        "use_v2_model_runner": not refusals.current_platform.is_cpu(),
         "additional_config": None,
     }
     for path, value in changes.items():
@@ -113,14 +113,14 @@ def test_heads_that_do_not_divide_evenly_are_refused(num_ranks):
 def test_drafts_of_ngrams_are_taken_on_cpus_alone(monkeypatch):
     drafting = config(speculative_config=SimpleNamespace(method="ngram"))
     check_supported(drafting)
-    monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
     with pytest.raises(ValueError, match="on GPUs"):
         check_supported(drafting)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_each_device_has_its_runner(monkeypatch, on_cpu):
-    monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: on_cpu)
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: on_cpu)
     check_supported(config(use_v2_model_runner=not on_cpu))
     with pytest.raises(ValueError, match=f"VLLM_USE_V2_MODEL_RUNNER={int(not on_cpu)}"):
         check_supported(config(use_v2_model_runner=on_cpu))
@@ -194,9 +194,9 @@ def test_an_fp8_cache_holds_e4m3_keys():
 
 def test_quantized_caches_on_a_cpu(monkeypatch):
     quantized = config(cache_config__cache_dtype="fp8", use_v2_model_runner=True)
-    monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
     check_supported(quantized)
-    monkeypatch.setattr(plugin.current_platform, "is_cpu", lambda: True)
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: True)
     with pytest.raises(ValueError, match="quantized KV caches on CPUs"):
         check_supported(quantized)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_l2kv.messages import orders_of
-from vllm_l2kv.plan import num_blocks_for
-from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
+from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.messages.orders import orders_of
+from vllm_l2kv.messages.usage import KeptWhole, prompt_usage
 from vllm_l2kv.scheduler.integrity import check_nothing_left, num_evicted
 
 

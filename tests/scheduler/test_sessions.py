@@ -4,8 +4,8 @@ import pytest
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
-from vllm_l2kv.messages import orders_of
-from vllm_l2kv.prompt_usage import KeptWhole, prompt_usage
+from vllm_l2kv.messages.orders import orders_of
+from vllm_l2kv.messages.usage import KeptWhole, prompt_usage
 from vllm_l2kv.scheduler.integrity import check_nothing_left
 
 HALF = {"kv_keep_ratio": 0.5}

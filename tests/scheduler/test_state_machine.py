@@ -20,8 +20,8 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 from worker_model import STOP, Tokens, WorkerModel
 
-from vllm_l2kv.messages import orders_of
-from vllm_l2kv.plan import num_blocks_for
+from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.messages.orders import orders_of
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
 from vllm_l2kv.scheduler.integrity import check_block_conservation, check_nothing_left, check_requests
 

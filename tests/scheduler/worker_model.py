@@ -10,8 +10,8 @@ import zlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vllm_l2kv.messages import CompactionOrder, GroupMove, orders_of
-from vllm_l2kv.plan import num_blocks_for
+from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.messages.orders import CompactionOrder, GroupMove, orders_of
 
 STOP = 999
 

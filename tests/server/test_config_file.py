@@ -7,7 +7,7 @@ import pytest
 from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
 from vllm_l2kv_server.config_keys import keys_of
 
-from vllm_l2kv.options import layers, positive, ratio
+from vllm_l2kv.cli_types import layers, positive, ratio
 
 
 def some_parser() -> argparse.ArgumentParser:

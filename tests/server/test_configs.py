@@ -35,7 +35,7 @@ def schema() -> dict[str, Any]:
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="the schema is that of vLLM's build for CPUs")
 def test_the_schema_is_current():
     """Otherwise: `vllm-l2kv config-schema > configs/schema.json`."""
-    command = [sys.executable, "-m", "vllm_l2kv_server.cli", "config-schema"]
+    command = [sys.executable, "-m", "vllm_l2kv.cli", "config-schema"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == (FOLDER / "schema.json").read_text()
 

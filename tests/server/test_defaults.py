@@ -12,13 +12,13 @@ from vllm_l2kv_server.app import _describe
 from vllm_l2kv_server.serve import make_parser, parse
 
 import vllm_l2kv
-from vllm_l2kv.bench.client import body_of
-from vllm_l2kv.evaluation.cli import _eval_parser
-from vllm_l2kv.evaluation.recommend import Recommendation, config_text
-from vllm_l2kv.evaluation.variants import variants
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.settings import CONFIG_KEY, Settings
-from vllm_l2kv.sizing.cli import _parser as plan_parser
+from vllm_l2kv.tools.bench.client import body_of
+from vllm_l2kv.tools.evaluation.cli import _eval_parser
+from vllm_l2kv.tools.evaluation.recommend import Recommendation, config_text
+from vllm_l2kv.tools.evaluation.variants import variants
+from vllm_l2kv.tools.plan.cli import _parser as plan_parser
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = {

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 from vllm_l2kv_server import serve
-from vllm_l2kv_server.cli import main
 from vllm_l2kv_server.start_checks import StartError
 
-from vllm_l2kv import demo_model
-from vllm_l2kv.evaluation import diagnose, run
-from vllm_l2kv.sizing import report
+from vllm_l2kv.cli import main
+from vllm_l2kv.tools import demo_model
+from vllm_l2kv.tools.evaluation import diagnose, run
+from vllm_l2kv.tools.plan import report
 
 COMMANDS = {
     "serve": (["serve"], ["--port", "0"]),

@@ -13,7 +13,7 @@ from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics, add_metrics, tenth_of
 
-from vllm_l2kv.metrics import CompactionStats, attach_stats
+from vllm_l2kv.messages.stats import CompactionStats, attach_stats
 from vllm_l2kv.settings import Settings
 
 CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm_l2kv_server.playground import INDEX, STATIC
 
-from vllm_l2kv.prompt_usage import KeptWhole
+from vllm_l2kv.messages.usage import KeptWhole
 
 PAGE = """
 import { Answer } from "./answer.js";

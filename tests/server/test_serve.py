@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from vllm_l2kv_server import cli, serve
-from vllm_l2kv_server.cli import main
 from vllm_l2kv_server.last_line import LastLine
 from vllm_l2kv_server.serve import load_routes, make_parser, name_plugin, parse, use_demo_model
 from vllm_l2kv_server.start_signals import Stopped
 
 import vllm_l2kv
+from vllm_l2kv.cli import main
 from vllm_l2kv.settings import CONFIG_KEY
 
 
@@ -217,7 +217,7 @@ class TestPlugins:
 class TestDemoModel:
     @pytest.fixture(autouse=True)
     def no_download(self, monkeypatch):
-        monkeypatch.setattr("vllm_l2kv.demo_model.ensure_demo_model", lambda: Path("/cache/demo"))
+        monkeypatch.setattr("vllm_l2kv.tools.demo_model.ensure_demo_model", lambda: Path("/cache/demo"))
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
 
     def test_settings_for_an_ordinary_machine(self, parser):
@@ -276,17 +276,17 @@ class TestMain:
         assert caught.value.code == 2
 
     def test_demo_model_prints_its_folder_last(self, capsys, monkeypatch):
-        monkeypatch.setattr("vllm_l2kv.demo_model.ensure_demo_model", lambda: Path("/cache/demo"))
+        monkeypatch.setattr("vllm_l2kv.tools.demo_model.ensure_demo_model", lambda: Path("/cache/demo"))
         main(["demo-model"])
         assert capsys.readouterr().out.splitlines()[-1] == "/cache/demo"
 
     def test_demo_model_out_of_reach(self, monkeypatch):
-        from vllm_l2kv.demo_model import DemoModelError
+        from vllm_l2kv.tools.demo_model import DemoModelError
 
         def fail():
             raise DemoModelError("no network")
 
-        monkeypatch.setattr("vllm_l2kv.demo_model.ensure_demo_model", fail)
+        monkeypatch.setattr("vllm_l2kv.tools.demo_model.ensure_demo_model", fail)
         with pytest.raises(SystemExit, match="no network"):
             main(["demo-model"])
 

@@ -246,7 +246,7 @@ last_line.end(3, "this.")
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_during_imports(number, status):
     """The first seconds of a start."""
-    command = [sys.executable, "-m", "vllm_l2kv_server.cli", "serve", "m", "--port", "0"]
+    command = [sys.executable, "-m", "vllm_l2kv.cli", "serve", "m", "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_for_import(process.pid)
     process.send_signal(getattr(signal, number))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_l2kv import demo_model
-from vllm_l2kv.demo_model import (
+from vllm_l2kv.tools import demo_model
+from vllm_l2kv.tools.demo_model import (
     REQUIRED_FILES,
     WHEEL_MEMBER,
     DemoModelError,
@@ -103,7 +103,7 @@ def test_interrupted_run_leaves_nothing(tmp_path, stop):
 
 def test_killed_run_leaves_nothing_that_is_taken_for_complete(tmp_path):
     code = (
-        "import os, pathlib, sys; from vllm_l2kv.demo_model import *\n"
+        "import os, pathlib, sys; from vllm_l2kv.tools.demo_model import *\n"
         "def fetch(folder): (folder / 'config.json').write_text('{}'); os._exit(9)\n"
         "ensure_demo_model(pathlib.Path(sys.argv[1]), [Source('a', fetch)])"
     )
@@ -200,7 +200,7 @@ def test_hub_that_never_answers_is_left_within_the_limit(tmp_path):
         port = silent.getsockname()[1]
         environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
         code = (
-            "import pathlib, sys, time; from vllm_l2kv.demo_model import *\n"
+            "import pathlib, sys, time; from vllm_l2kv.tools.demo_model import *\n"
             "import huggingface_hub\n"
             "begin = time.monotonic()\n"
             "try: fetch_from_hub(pathlib.Path(sys.argv[1]), limit=0.5)\n"

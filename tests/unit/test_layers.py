@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STDLIB_ONLY = ["field_kinds", "params", "policy", "prompt_usage", "plan", "messages", "metrics", "settings", "options"]
-WITH_TORCH = ["scorers", "granularity", "kernels"]
+STDLIB_ONLY = ["field_kinds", "params", "policy", "block_math", "messages", "settings", "cli_types"]
+WITH_TORCH = ["scorers", "token_groups", "kernels"]
+WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals"]
 TOOLS = {
-    "bench": {"evaluation", "page"},
+    "bench": {"tools.evaluation", "tools.html_report"},
     "demo_model": set(),
-    "evaluation": {"demo_model", "engine_args", "page"},
-    "page": set(),
-    "sizing": {"demo_model", "kv_cache_spec", "plugin"},
+    "evaluation": {"tools.demo_model", "tools.html_report", "engine_args"},
+    "html_report": set(),
+    "plan": {"tools.demo_model", "kv_cache_spec", "plugin", "refusals"},
 }
-"""Stand on the others, as a user would, and see these beside the plain ones; only the command line imports them. The
-rest of the server sees `demo_model` alone."""
-WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin"]
+"""They use the plain modules, as a user would, and these beside them."""
+COMMAND = "cli"
+"""Imports the subcommand it runs, and what has no parser of its own."""
 
 
 def modules() -> dict[str, Path]:
@@ -48,8 +49,9 @@ def imports_of(path: Path) -> set[str]:
 
 
 def part_of(module: str) -> str:
-    """`vllm_l2kv.worker.cpu` belongs to `worker`."""
-    return [*module.split("."), ""][1]
+    """`vllm_l2kv.worker.cpu` belongs to `worker`, `vllm_l2kv.tools.bench.run` to `tools.bench`."""
+    _, part, tool = [*module.split("."), "", ""][:3]
+    return f"tools.{tool}" if part == "tools" else part
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("vllm_l2kv.")])
@@ -57,15 +59,18 @@ def test_imports_of(module):
     imported = imports_of(modules()[module])
     outside = {name.split(".")[0] for name in imported} - {"vllm_l2kv"}
     inside = {part_of(name) for name in imported if name.startswith("vllm_l2kv.")}
-    part = part_of(module)
+    part, tool = part_of(module), part_of(module).removeprefix("tools.")
     allowed = set(sys.stdlib_module_names)
     if part in WITH_TORCH:
         allowed |= {"numpy", "torch", "triton"}
         assert inside <= {*STDLIB_ONLY, *WITH_TORCH}
     elif part in WITH_VLLM:
         allowed |= {"torch", "triton", "vllm"}
-        assert not inside & set(TOOLS)
-    elif part in TOOLS:
+        assert inside <= {*STDLIB_ONLY, *WITH_TORCH, *WITH_VLLM}
+    elif part == COMMAND:
+        allowed |= {"vllm_l2kv_server"}
+        assert inside <= {"__version__", *(f"tools.{name}" for name in TOOLS)}
+    elif tool in TOOLS:
         allowed |= {
             "httpx",
             "huggingface_hub",
@@ -83,9 +88,9 @@ def test_imports_of(module):
             "vllm",
             "wonderwords",
         }
-        assert inside <= {*STDLIB_ONLY, *WITH_TORCH, *TOOLS[part], part}
+        assert inside <= {*STDLIB_ONLY, *WITH_TORCH, *TOOLS[tool], part}
     else:
-        assert part in STDLIB_ONLY, f"{module} is in no layer"
+        assert part in STDLIB_ONLY or module == "vllm_l2kv.tools", f"{module} is in no layer"
         assert inside <= set(STDLIB_ONLY)
     assert outside <= allowed
     if part == "scheduler":
@@ -93,15 +98,17 @@ def test_imports_of(module):
         assert "torch" not in outside
     if part == "worker":
         assert "scheduler" not in inside
+    if part == "refusals":
+        assert not inside & {"plugin", "scheduler", "worker"}
+    if part in ("scheduler", "worker"):
+        assert "plugin" not in inside
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("vllm_l2kv_server.")])
 def test_the_server_sees_only_the_surface(module):
     inside = {part_of(name) for name in imports_of(modules()[module]) if name.startswith("vllm_l2kv.")}
-    tools = set(TOOLS) if module.endswith(".cli") else set()
-    plain = {"field_kinds", "params", "prompt_usage", "settings", "options", "metrics"}
-    surface = plain | {"demo_model", "plugin", "compression", "engine_args", "__version__"}
-    assert inside <= surface | tools
+    plain = {"field_kinds", "params", "messages", "settings", "cli_types"}
+    assert inside <= plain | {"tools.demo_model", "refusals", "compression", "engine_args", "__version__"}
 
 
 def test_importing_the_package_loads_neither_vllm_nor_torch():

@@ -2,7 +2,7 @@
 
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput
 
-from vllm_l2kv.messages import seconds_of
+from vllm_l2kv.messages.orders import seconds_of
 from vllm_l2kv.worker.clock import HostClock
 from vllm_l2kv.worker.worker import TimedOutput
 

@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_l2kv.kernels.triton import TORCH_BYTES, scratch_bytes
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, FullLayerSpec
-from vllm_l2kv.messages import seconds_of
+from vllm_l2kv.messages.orders import seconds_of
 from vllm_l2kv.worker.gpu import L2KVGPUWorker
 from vllm_l2kv.worker.worker import CompactionWorker
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_l2kv.granularity import at_granularity
-from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.scorers import Prompt, scorer_of
+from vllm_l2kv.token_groups import at_granularity
 
 
 class LayerRows(NamedTuple):

@@ -18,11 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_l2kv.granularity import at_granularity
 from vllm_l2kv.kernels.reference import LayerRows, ranked, read
-from vllm_l2kv.messages import CompactionOrder, GroupMove
+from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.scorers import scorer_of
+from vllm_l2kv.token_groups import at_granularity
 
 SCORE_ROWS = 32
 SELECT_TILES = (1024, 4096)

@@ -16,8 +16,8 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
-from vllm_l2kv import plan
-from vllm_l2kv.messages import GroupMove
+from vllm_l2kv import block_math
+from vllm_l2kv.messages.orders import GroupMove
 
 _BEYOND_EVERY_REQUEST = 2**62
 """A number of blocks or tokens that no request reaches."""
@@ -195,12 +195,12 @@ class CompressedLayerManager(LayerManager):
 
     def num_destination_blocks(self, num_slots: int) -> int:
         """Blocks that a compaction to `num_slots` rows needs."""
-        return plan.num_blocks_for(num_slots, self.block_size)
+        return block_math.num_blocks_for(num_slots, self.block_size)
 
     def fits_in_place(self, request_id: str, num_slots: int) -> bool:
         """Whether the request's own first blocks could take `num_slots` rows."""
         private = [block.ref_cnt == 1 and not block.is_null for block in self.req_to_blocks[request_id]]
-        return plan.fits_in_place(private, self.num_destination_blocks(num_slots))
+        return block_math.fits_in_place(private, self.num_destination_blocks(num_slots))
 
     def compact(
         self, request_id: str, num_evicted: int, num_slots: int, in_place: bool

@@ -15,21 +15,21 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.messages import CompactionOrder, attach_orders, seconds_of
-from vllm_l2kv.metrics import attach_stats
+from vllm_l2kv.messages.orders import CompactionOrder, attach_orders, seconds_of
+from vllm_l2kv.messages.stats import attach_stats
+from vllm_l2kv.messages.usage import KeptWhole, PromptUsage, prompt_usage, why_whole
 from vllm_l2kv.params import USAGE_KEY, CompressionParams, asks_for_compression, check_session
-from vllm_l2kv.plugin import check_supported
 from vllm_l2kv.policy import num_keep
-from vllm_l2kv.prompt_usage import KeptWhole, PromptUsage, prompt_usage, why_whole
+from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
     announce_hit,
     find_prefixes_inside_blocks,
     stop_prefix_caching,
 )
-from vllm_l2kv.scheduler.refusals import Refusals
-from vllm_l2kv.scheduler.shortcut import take_shortcuts
-from vllm_l2kv.scheduler.tally import Tally
+from vllm_l2kv.scheduler.decode_fast_path import with_decode_fast_path
+from vllm_l2kv.scheduler.failed_requests import Refusals
+from vllm_l2kv.scheduler.stats_counter import StatsCounter
 from vllm_l2kv.settings import Settings
 
 # vLLM configures logging below its own name only.
@@ -48,7 +48,7 @@ class L2KVScheduler(AsyncScheduler):
         self.settings = Settings.from_config(self.vllm_config.additional_config)
         find_prefixes_inside_blocks(self.kv_cache_manager.coordinator)
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        self.kv_cache_manager: Any = take_shortcuts(self.kv_cache_manager)
+        self.kv_cache_manager: Any = with_decode_fast_path(self.kv_cache_manager)
         self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
         if not self._compressed:
             raise ValueError(
@@ -59,8 +59,8 @@ class L2KVScheduler(AsyncScheduler):
         self._to_compact: dict[str, None] = {}  # of these, begun and not compacted, oldest first
         self._usage: dict[str, PromptUsage] = {}  # unfinished requests that report their numbers
         self._refusals = Refusals(self.grammar_compile_error_reqs)
-        self._tally = Tally() if self.settings.metrics and self.log_stats else None
-        if self._tally is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
+        self._stats_counter = StatsCounter() if self.settings.metrics and self.log_stats else None
+        if self._stats_counter is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(
                 "additional_config['l2kv']['metrics'] needs our part of the API server, as vLLM's own fails on what it "
                 "hears: set VLLM_PLUGINS=l2kv, or leave metrics out."
@@ -138,8 +138,8 @@ class L2KVScheduler(AsyncScheduler):
         On every output, not only on the last: when the front end ends a request at a stop string, the engine never
         makes a last one.
         """
-        if self._tally is not None:
-            self._tally.measured(seconds_of(model_runner_output))
+        if self._stats_counter is not None:
+            self._stats_counter.measured(seconds_of(model_runner_output))
         refused = self._refusals.about_to_fail(self.requests)
         outputs_of_clients = super().update_from_output(scheduler_output, model_runner_output)
         self._refusals.explain(refused, outputs_of_clients)
@@ -154,10 +154,10 @@ class L2KVScheduler(AsyncScheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """As vLLM's, with ours on them."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and self._tally is not None:
+        if stats is not None and self._stats_counter is not None:
             logical_tokens = sum(request.num_computed_tokens for request in self.running)
             num_evicted = sum(self._compressed[0].num_evicted.values())
-            attach_stats(stats, self._tally.take(logical_tokens, logical_tokens - num_evicted))
+            attach_stats(stats, self._stats_counter.take(logical_tokens, logical_tokens - num_evicted))
         return stats
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
@@ -189,8 +189,8 @@ class L2KVScheduler(AsyncScheduler):
         num_free = pool.get_num_free_blocks()
         # Tails first, so that prefix-cache hits lose the longest prefixes last.
         pool.free_blocks(reversed(released))
-        if self._tally is not None:
-            self._tally.freed(pool.get_num_free_blocks() - num_free)
+        if self._stats_counter is not None:
+            self._stats_counter.freed(pool.get_num_free_blocks() - num_free)
         return orders
 
     def _is_ready(self, request: Request) -> bool:
@@ -219,8 +219,8 @@ class L2KVScheduler(AsyncScheduler):
         in_place = needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
         if in_place and not all(manager.fits_in_place(req_id, num_slots) for manager in self._compressed):
             self._note_whole(request, KeptWhole.NO_BLOCKS)
-            if self._tally is not None:
-                self._tally.waited(req_id)
+            if self._stats_counter is not None:
+                self._stats_counter.waited(req_id)
             return None
 
         # What is computed by now comes from the full cache; the last time that the prompt can be made findable.
@@ -234,8 +234,8 @@ class L2KVScheduler(AsyncScheduler):
             stop_prefix_caching(manager, req_id)
         self._to_compact.pop(req_id, None)
         self._usage[req_id] = prompt_usage(num_prompt_tokens, keep)
-        if self._tally is not None:
-            self._tally.compacted(req_id, keep, num_evicted, 0 if in_place else needed)
+        if self._stats_counter is not None:
+            self._stats_counter.compacted(req_id, keep, num_evicted, 0 if in_place else needed)
         return CompactionOrder(
             req_id=req_id,
             num_prompt_tokens=num_prompt_tokens,
@@ -289,5 +289,5 @@ class L2KVScheduler(AsyncScheduler):
                 self._params.pop(req_id, None)
                 self._usage.pop(req_id, None)
                 self._to_compact.pop(req_id, None)
-                if self._tally is not None:
-                    self._tally.forget(req_id)
+                if self._stats_counter is not None:
+                    self._stats_counter.forget(req_id)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer
-from vllm_l2kv.messages import CompactionOrder
+from vllm_l2kv.messages.orders import CompactionOrder
 
 
 class ReferenceCompactor:

@@ -11,7 +11,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_l2kv.kernels.triton import TORCH_BYTES, GroupCache, GroupCompactor, scratch_bytes, torch_bytes_of_a_head
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, key_dtype
-from vllm_l2kv.messages import CompactionOrder
+from vllm_l2kv.messages.orders import CompactionOrder
 from vllm_l2kv.worker.clock import Clock, CUDAClock
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Runner

@@ -7,8 +7,8 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.block_table import BlockTable
 
-from vllm_l2kv.messages import CompactionOrder
-from vllm_l2kv.worker.slots import make_groups_physical
+from vllm_l2kv.messages.orders import CompactionOrder
+from vllm_l2kv.worker.attention_lengths import make_groups_physical
 
 BatchCounts = Callable[[], torch.Tensor | None]
 

@@ -13,8 +13,8 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from vllm_l2kv.kernels.slots import physical_lengths, slot_mappings
-from vllm_l2kv.messages import CompactionOrder
-from vllm_l2kv.worker.slots import make_groups_physical
+from vllm_l2kv.messages.orders import CompactionOrder
+from vllm_l2kv.worker.attention_lengths import make_groups_physical
 
 
 class RunnerV2:

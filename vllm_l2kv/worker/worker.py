@@ -17,8 +17,8 @@ from vllm_l2kv.kv_cache_spec import (
     group_window,
     is_packed,
 )
-from vllm_l2kv.messages import CompactionOrder, orders_of, with_seconds
-from vllm_l2kv.plugin import check_supported
+from vllm_l2kv.messages.orders import CompactionOrder, orders_of, with_seconds
+from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
 

@@ -1,0 +1,66 @@
+"""What a new user pastes first, printed when the server is ready."""
+
+import asyncio
+import json
+import os
+import sys
+from argparse import Namespace
+
+from starlette.datastructures import State
+
+from vllm_l2kv_server.playground import has_playground
+
+TEMPLATE = """
+Ready. {page}About half of this prompt's KV cache is kept; `usage.kv_cache` of the answer has the numbers. By default a
+prompt as short as this one is protected as a whole, so the request protects less:
+
+curl {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} -d '{body}'
+
+Or in Python (pip install openai):
+
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="{key}")
+answer = client.chat.completions.create(
+    model={model},
+    messages=[{{"role": "user", "content": "What is a KV cache?"}}],
+    max_tokens=64,
+    temperature=0,
+    extra_body={{"kv_keep_ratio": 0.5, "kv_protect_last": 16}},
+)
+print(answer.choices[0].message.content, answer.usage)
+
+"""
+
+
+def welcome_text(args: Namespace, model: str) -> str:
+    """What works for a server started with `args`: its page, a curl and an OpenAI-client call; never shows its key."""
+    scheme = "https" if args.ssl_certfile else "http"
+    host = args.host if args.host not in (None, "", "0.0.0.0", "::") else "localhost"
+    needs_key = bool(args.api_key or os.environ.get("VLLM_API_KEY"))
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is a KV cache?"}],
+        "max_tokens": 64,
+        "temperature": 0,
+        "kv_keep_ratio": 0.5,
+        "kv_protect_last": 16,
+    }
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
+    return TEMPLATE.format(
+        url=url,
+        auth=" -H 'Authorization: Bearer YOUR_API_KEY'" if needs_key else "",
+        key="YOUR_API_KEY" if needs_key else "none",
+        model=json.dumps(model),
+        body=json.dumps(body),
+        page=f"A page to try keep ratios: {url}/playground\n\n" if has_playground(args) else "",
+    )
+
+
+async def announce_when_ready(state: State, args: Namespace, model: str) -> None:
+    """Prints the snippet below vLLM's start-up log, where the eye falls."""
+    if args.uds:
+        return
+    while not getattr(getattr(state, "server", None), "started", False):
+        await asyncio.sleep(0.1)
+    sys.stdout.write(welcome_text(args, model))
+    sys.stdout.flush()

@@ -1,0 +1,123 @@
+"""What the scheduler tells of its compactions, against the pool and the orders."""
+
+from itertools import chain
+
+import pytest
+from vllm import envs
+
+from vllm_l2kv.messages.orders import orders_of, seconds_of, with_seconds
+from vllm_l2kv.messages.stats import take_stats
+from vllm_l2kv.scheduler.stats_counter import StatsCounter
+
+
+@pytest.fixture
+def telling(make_harness, monkeypatch):
+    """A harness whose scheduler tells; all stats are in its list `told`."""
+
+    set_plugins(monkeypatch, ["l2kv"])  # as the server does
+
+    def make(num_blocks: int, **arguments):
+        harness = make_harness(num_blocks, log_stats=True, **arguments)
+        harness.told = []
+        update = harness.scheduler.update_from_output
+
+        def listen(*args):
+            outputs = update(*args)
+            harness.told += [
+                take_stats(client.scheduler_stats) for client in outputs.values() if client.scheduler_stats
+            ]
+            return outputs
+
+        harness.scheduler.update_from_output = listen
+        return harness
+
+    return make
+
+
+def set_plugins(monkeypatch, plugins: list[str] | None) -> None:
+    """Not by the environment, which vLLM may have read for good: engines of other tests make it."""
+    monkeypatch.setitem(vars(envs), "VLLM_PLUGINS", plugins)
+
+
+def total(harness, name: str):
+    values = [getattr(stats, name) for stats in harness.told]
+    return list(chain(*values)) if isinstance(values[0], list) else sum(values)
+
+
+def test_numbers_are_those_of_the_orders(telling):
+    harness = telling(400)
+    harness.add("half", 100, ratio=0.5)
+    harness.add("tenth", 200, ratio=0.1)
+    harness.add("whole", 300)
+    harness.run()
+    orders = [order for step in harness.steps for order in orders_of(step)]
+    assert sorted(total(harness, "kept_tokens")) == sorted(order.num_keep for order in orders) == [20, 50]
+    assert sorted(total(harness, "evicted_tokens")) == [50, 180]
+    moves = [move for order in orders for move in order.moves]
+    assert total(harness, "num_taken_blocks") == sum(len(move.destination) for move in moves)
+    assert total(harness, "num_freed_blocks") == sum(len(move.source) for move in moves)
+    assert total(harness, "num_waited") == 0
+
+
+def test_tokens_now(telling):
+    harness = telling(400)
+    harness.add("half", 100, max_tokens=8, ratio=0.5)
+    harness.add("whole", 60, max_tokens=30)
+    harness.run()
+    # Seven of eight tokens go through the cache; both run when the first is compacted.
+    compacted = [stats for stats in harness.told if stats.logical_tokens - stats.physical_tokens == 50]
+    assert len(compacted) >= 5
+    assert max(stats.logical_tokens for stats in harness.told) > 160
+    assert harness.told[-1].logical_tokens == harness.told[-1].physical_tokens == 0
+
+
+def test_blocks_that_others_hold_are_not_freed(telling):
+    harness = telling(400)
+    for req_id, ratio in (("first", 1.0), ("second", 0.5)):
+        harness.submit(req_id, list(range(160)), {"kv_keep_ratio": ratio}, 20)
+    harness.run()
+    (order,) = [order for step in harness.steps for order in orders_of(step)]
+    assert total(harness, "num_freed_blocks") < len(order.moves[0].source)
+
+
+def test_a_request_that_is_preempted_counts_once(telling):
+    harness = telling(36, full_layers=(0,))
+    for i in range(4):
+        harness.submit(f"{i}", list(range(1000 * i, 1000 * i + 120)), {"kv_keep_ratio": 0.5}, 120)
+    harness.run()
+    preempted = sum(len(step.preempted_req_ids or ()) for step in harness.steps)
+    orders = [order for step in harness.steps for order in orders_of(step)]
+    assert preempted
+    assert len(orders) >= len(total(harness, "kept_tokens")) == 4
+
+
+def test_waiting_counts_once():
+    counter = StatsCounter()
+    for _ in range(3):
+        counter.waited("a")
+    assert counter.take(0, 0).num_waited == 1
+    counter.waited("a")
+    assert counter.take(0, 0).num_waited == 0
+    counter.compacted("a", 1, 2, 3)
+    counter.compacted("a", 1, 2, 3)
+    stats = counter.take(5, 4)
+    assert (stats.kept_tokens, stats.evicted_tokens, stats.num_taken_blocks) == ([1], [2], 6)
+    assert (stats.logical_tokens, stats.physical_tokens) == (5, 4)
+    counter.forget("a")
+    counter.compacted("a", 1, 2, 0)
+    assert counter.take(0, 0).kept_tokens == [1]
+
+
+def test_times_ride_on_a_copy():
+    class Output:
+        pass
+
+    shared = Output()
+    assert seconds_of(with_seconds(shared, [0.5])) == [0.5]
+    assert seconds_of(shared) == []
+
+
+def test_a_front_end_that_is_not_ours_is_not_told(make_harness, monkeypatch):
+    set_plugins(monkeypatch, None)
+    with pytest.raises(ValueError, match="VLLM_PLUGINS=l2kv"):
+        make_harness(100, log_stats=True)

@@ -1,0 +1,113 @@
+"""The command `vllm-l2kv`."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+
+from vllm_l2kv import __version__
+from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
+
+VLLM = {"vllm": "[cpu], or with [cuda] on a machine with an NVIDIA GPU"}
+REPORTS = dict.fromkeys(("jinja2", "matplotlib", "scipy"), "[eval]")
+NEEDS: Mapping[str, Mapping[str, str]] = {
+    "serve": VLLM,
+    "eval": VLLM | REPORTS,
+    "eval report": REPORTS,
+    "eval ruler": VLLM | REPORTS | {"lm_eval": "[eval]"},
+    "diagnose": VLLM | REPORTS,
+    "bench": dict.fromkeys(("httpx", "jinja2", "matplotlib", "numpy", "prometheus_client", "psutil"), "[bench]"),
+    "plan": VLLM,
+    "config-schema": VLLM,
+}
+"""Packages that a command, or one with its first word, imports sooner or later, and the extra that has them."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one subcommand.
+
+    Args:
+        argv: The words after `vllm-l2kv`; those of this process by default.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    _check_packages(words)
+    # Commands with options of their own have a parser of their own; that of serve is vLLM's, which never meets ours.
+    match words:
+        case ["serve", *rest]:
+            from vllm_l2kv_server.serve import serve
+
+            serve(rest)
+        case ["eval", *rest]:
+            from vllm_l2kv.tools.evaluation.cli import evaluate
+
+            evaluate(rest)
+        case ["diagnose", *rest]:
+            from vllm_l2kv.tools.evaluation.cli import diagnose
+
+            diagnose(rest)
+        case ["bench", *rest]:
+            from vllm_l2kv.tools.bench.cli import bench
+
+            bench(rest)
+        case ["plan", *rest]:
+            from vllm_l2kv.tools.plan.cli import plan
+
+            plan(rest)
+        case _:
+            if _parser().parse_args(words).command == "demo-model":
+                _show_demo_model()
+            else:
+                _show_config_schema()
+
+
+def _check_packages(words: Sequence[str]) -> None:
+    """Ends the process with one line if the command would end in an import, perhaps after hours."""
+    command = " ".join(words[:2])
+    for package, extra in NEEDS.get(command, NEEDS.get(command.partition(" ")[0], {})).items():
+        if find_spec(package) is None:
+            sys.stderr.write(
+                f"vllm-l2kv {words[0]}: error: the package {package} is missing; install vllm-l2kv{extra}.\n"
+            )
+            sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-l2kv", description="vLLM with per-request KV-cache compression by the L2 norm of keys."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("serve", help="start the OpenAI-compatible server; see vllm-l2kv serve --help")
+    commands.add_parser("eval", help="measure what a keep ratio costs; see vllm-l2kv eval --help")
+    commands.add_parser(
+        "diagnose", help="measure a model's norms and recommend settings; see vllm-l2kv diagnose --help"
+    )
+    commands.add_parser("bench", help="put a server under load at several keep ratios; see vllm-l2kv bench --help")
+    commands.add_parser("plan", help="say how many requests fit a GPU; see vllm-l2kv plan --help")
+    commands.add_parser("demo-model", help="make the demo model available and print its folder")
+    commands.add_parser("config-schema", help="print a JSON schema of config files, for editors")
+    return parser
+
+
+def _show_config_schema() -> None:
+    # vLLM has help texts only in a process that was asked for help when it was imported, and logs to standard output.
+    sys.argv.append("--help")
+    with redirect_stdout(sys.stderr):
+        from vllm_l2kv_server.config_keys import keys_of, schema_text
+        from vllm_l2kv_server.serve import make_parser
+
+        text = schema_text(keys_of(make_parser()))
+    sys.stdout.write(text)
+
+
+def _show_demo_model() -> None:
+    try:
+        folder = model_folder(DEMO_NAME)
+    except DemoModelError as error:
+        sys.exit(f"vllm-l2kv: {error}")
+    sys.stdout.write(f"{folder}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What crosses a process boundary, one module a message; standard library only."""

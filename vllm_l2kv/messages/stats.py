@@ -1,0 +1,52 @@
+"""Compaction statistics that an engine core sends to its front ends, for `/metrics`.
+
+Rides on vLLM's own stream of `SchedulerStats`, which reaches one front end of each engine at every step, whatever the
+number of engines and API processes; so each event is counted once, and Prometheus' client adds up over processes. The
+field is the one of KV connectors, which are refused beside compression. The front end takes our part out before vLLM
+looks at it, so an engine tells nothing unless its front end does (`Settings.metrics`).
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_KEY = "l2kv"
+
+
+@dataclass
+class CompactionStats:
+    """What happened since the last stats, and how things stand now.
+
+    Attributes:
+        kept_tokens: Of each request that was compressed, the prompt tokens that each head kept. Requests that are
+            compressed again, after a preemption, do not count again.
+        evicted_tokens: The others of the same requests.
+        num_freed_blocks: Blocks that compactions gave back to the pool; those that other requests hold stay.
+        num_taken_blocks: Blocks that compactions took for kept rows.
+        num_waited: Compactions that found no blocks for their kept rows when they were due.
+        seconds: Time on the device of each step's compactions.
+        logical_tokens: Tokens of running requests, as their positions count.
+        physical_tokens: The same in rows that they fill in compressed layers.
+    """
+
+    kept_tokens: list[int] = field(default_factory=list)
+    evicted_tokens: list[int] = field(default_factory=list)
+    num_freed_blocks: int = 0
+    num_taken_blocks: int = 0
+    num_waited: int = 0
+    seconds: list[float] = field(default_factory=list)
+    logical_tokens: int = 0
+    physical_tokens: int = 0
+
+
+def attach_stats(scheduler_stats: Any, stats: CompactionStats) -> None:
+    """Lets ours ride on vLLM's `SchedulerStats`."""
+    scheduler_stats.kv_connector_stats = {_KEY: asdict(stats)}
+
+
+def take_stats(scheduler_stats: Any) -> CompactionStats | None:
+    """Takes ours off vLLM's `SchedulerStats`, if they are there."""
+    ours = (scheduler_stats.kv_connector_stats or {}).get(_KEY)
+    if ours is None:
+        return None
+    scheduler_stats.kv_connector_stats = None
+    return CompactionStats(**ours)

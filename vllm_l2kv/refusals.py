@@ -1,0 +1,71 @@
+"""Configurations of vLLM that are not tested with compaction, each refused with a sentence that says what to do."""
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+from vllm_l2kv.kv_cache_spec import check_full_layers
+from vllm_l2kv.settings import Settings
+
+
+def check_supported(config: VllmConfig) -> None:
+    """Rejects configurations that are not tested with compaction.
+
+    Raises:
+        ValueError: One sentence that names the setting and says what to do.
+    """
+    parallel, model, on_cpu = config.parallel_config, config.model_config, current_platform.is_cpu()
+    speculator = config.speculative_config and config.speculative_config.method
+    refusals = {
+        "KV connectors and KV offloading (drop --kv-transfer-config)": config.kv_transfer_config is not None,
+        "context parallelism (set --decode-context-parallel-size and --prefill-context-parallel-size to 1)": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "pipeline parallelism (set --pipeline-parallel-size 1)": parallel.pipeline_parallel_size > 1,
+        "speculative decoding other than by n-grams (drop --speculative-config, or set its method to ngram)": (
+            speculator not in (None, "ngram")
+        ),
+        "speculative decoding on GPUs (drop --speculative-config)": (speculator is not None and not on_cpu),
+        "this KV-cache type (set --kv-cache-dtype to auto or fp8_e4m3)": (
+            is_quantized_kv_cache(config.cache_config.cache_dtype)
+            and config.cache_config.cache_dtype not in ("fp8", "fp8_e4m3")
+        ),
+        "quantized KV caches on CPUs (set --kv-cache-dtype auto)": (
+            on_cpu and is_quantized_kv_cache(config.cache_config.cache_dtype)
+        ),
+        "pooling models (serve them with stock vLLM)": model.runner_type == "pooling",
+        "encoder-decoder models (serve them with stock vLLM)": model.is_encoder_decoder,
+        "R-SWA models (serve them with stock vLLM)": model.rswa_window is not None,
+        "models with MLA, whose cache holds no keys (serve them with stock vLLM)": model.use_mla,
+        "models with recurrent layers (serve them with stock vLLM)": model.has_inner_state,
+        "a single KV-cache group for all layers (drop --disable-hybrid-kv-cache-manager)": bool(
+            config.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+        "vLLM's runner V2 on a CPU (set VLLM_USE_V2_MODEL_RUNNER=0)": on_cpu and config.use_v2_model_runner,
+        "vLLM's runner V1 on a GPU (drop the setting that vLLM's log names, or set VLLM_USE_V2_MODEL_RUNNER=1)": (
+            not on_cpu and not config.use_v2_model_runner
+        ),
+    }
+    for what, found in refusals.items():
+        if found:
+            raise ValueError(f"vllm-l2kv does not support {what}.")
+    check_kv_heads(model.get_total_num_kv_heads(), parallel.tensor_parallel_size)
+    # Layers without a cache of their own are seen by the worker alone.
+    check_full_layers(Settings.from_config(config.additional_config), range(model.get_total_num_hidden_layers()))
+
+
+def check_kv_heads(num_kv_heads: int, num_ranks: int) -> None:
+    """Refuses heads that can neither be dealt out nor repeated; vLLM would end in an assertion without a word.
+
+    Args:
+        num_kv_heads: KV heads of a layer.
+        num_ranks: Tensor-parallel size.
+
+    Raises:
+        ValueError: They are neither divisor nor multiple of each other.
+    """
+    if num_kv_heads % num_ranks and num_ranks % num_kv_heads:
+        raise ValueError(
+            f"vllm-l2kv does not support {num_kv_heads} KV heads on {num_ranks} ranks (set --tensor-parallel-size to a "
+            "divisor or multiple of them)."
+        )

@@ -1,0 +1,67 @@
+"""Fast path: decoding requests that need no new block skip vLLM's per-group bookkeeping."""
+
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.request import Request
+
+from vllm_l2kv.scheduler.cache_manager import LayerManager
+
+
+class DecodeFastPath:
+    """Wraps vLLM's `KVCacheManager` and answers at once where nothing is to be done.
+
+    A request that decodes asks for slots at every step, and mostly its last block has room and nothing new can be
+    found in it. vLLM asks each group's manager five times a step to learn that, and we have a group more than vLLM.
+    Everything else goes to the manager itself.
+
+    Attributes:
+        manager: The wrapped manager.
+    """
+
+    def __init__(self, manager: KVCacheManager, layers: list[LayerManager]) -> None:
+        self.manager = manager
+        self._layers = layers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.manager, name)
+
+    def allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        """As vLLM's."""
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        if (
+            args
+            or kwargs
+            or not self._has_room(request, num_tokens + num_lookahead_tokens)
+            or self._has_more_to_find(request, min(num_tokens, request.num_tokens))
+        ):
+            kwargs["num_lookahead_tokens"] = num_lookahead_tokens
+            return self.manager.allocate_slots(request, num_new_tokens, *args, **kwargs)
+        return self.manager.empty_kv_cache_blocks
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """As vLLM's."""
+        if self._has_more_to_find(request, num_computed_tokens):
+            self.manager.cache_blocks(request, num_computed_tokens)
+
+    def _has_room(self, request: Request, num_tokens: int) -> bool:
+        # A plain loop, here and below: it is asked for every request at every step.
+        for layer in self._layers:  # noqa: SIM110
+            if num_tokens > layer.room.get(request.request_id, 0):
+                return False
+        return True
+
+    def _has_more_to_find(self, request: Request, num_tokens: int) -> bool:
+        for layer in self._layers:  # noqa: SIM110
+            if num_tokens >= layer.next_findable.get(request.request_id, 0):
+                return True
+        return False
+
+
+def with_decode_fast_path(manager: KVCacheManager) -> KVCacheManager | DecodeFastPath:
+    """The manager in a `DecodeFastPath`; unchanged if it also manages layers of other classes (sliding windows)."""
+    layers = manager.coordinator.single_type_managers
+    ours = [layer for layer in layers if isinstance(layer, LayerManager)]
+    return DecodeFastPath(manager, ours) if len(ours) == len(layers) else manager

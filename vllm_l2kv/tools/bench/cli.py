@@ -1,0 +1,261 @@
+"""`vllm-l2kv bench`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_l2kv.cli_types import OneLineParser, aligned, count, list_of, positive, ratio
+from vllm_l2kv.tools.bench.load import FORMS, Load, lengths, positive_number, share
+
+ROWS, REQUESTS, SAMPLES = "rows.jsonl", "requests.jsonl", "samples.jsonl"
+NUM_REQUESTS = 32
+NUM_CLIENTS = 8
+
+
+def bench(argv: Sequence[str]) -> None:
+    """Runs a load test; rows, plots and a page go into a folder.
+
+    Args:
+        argv: The words after `bench`.
+
+    Raises:
+        SystemExit: With 2 after a bad option or a server that cannot be tested, with 1 if no request was answered, with
+            130 after an interrupt; what was measured until then is reported.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if (options.out / ROWS).exists():
+        parser.error(f"argument --out: {options.out} has rows of another run; name another folder.")
+    plan = _plan(parser, options)
+    prompts = _prompts(parser, options, plan.servers)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    rows: list[Any] = []
+    samples: list[Any] = []
+    status = 0
+    try:
+        _measure(plan, prompts, options, rows, samples)
+    except KeyboardInterrupt:
+        status = 130
+    if rows:
+        _report(rows, samples, options.out)
+    if not status and all(row["num_failed"] == row["num_requests"] for row in rows):
+        status = 1
+    sys.exit(status)
+
+
+def _measure(plan: Any, prompts: Any, options: argparse.Namespace, rows: list[Any], samples: list[Any]) -> None:
+    """Adds the rows and samples of each round, and writes them when it is over, so that an interrupt loses no more."""
+    from vllm_l2kv.tools.bench.run import rounds
+
+    for done in rounds(plan, prompts):
+        rows.append(done.row)
+        samples += done.samples
+        _append(options.out / ROWS, [done.row])
+        _append(options.out / SAMPLES, done.samples)
+        if options.per_request:
+            _append(options.out / REQUESTS, done.requests)
+
+
+def _plan(parser: OneLineParser, options: argparse.Namespace) -> Any:
+    from vllm_l2kv.tools.bench.run import Plan
+
+    return Plan(
+        servers=_servers(parser, options),
+        ratios=options.ratios,
+        load=Load(
+            prompt_tokens=options.prompt_tokens,
+            output_tokens=options.output_tokens,
+            shared_prefix=options.shared_prefix,
+            seed=options.seed,
+            rate=options.rate,
+            concurrency=options.concurrency,
+            num_requests=None if options.duration else options.requests,
+            duration_s=options.duration,
+        ),
+        num_warmups=options.warmup,
+        fields=options.fields,
+        timeout_s=options.timeout,
+        sample_s=options.sample_seconds,
+    )
+
+
+def _report(rows: Sequence[Any], samples: Sequence[Any], out: Path) -> None:
+    from vllm_l2kv.tools.bench.report import comparison, errors, table, write_report
+    from vllm_l2kv.tools.bench.servers import OURS, STOCK
+    from vllm_l2kv.tools.bench.summary import label
+
+    tables = {OURS: table(rows, OURS), STOCK: table(rows, STOCK), f"{OURS} / {STOCK}": comparison(rows)}
+    for title, lines in tables.items():
+        if len(lines) > 1:
+            sys.stdout.write("\n".join(["", title, *aligned(lines), ""]))
+    if told := errors(rows):
+        sys.stderr.write(f"{told}\n")
+    for row in rows:
+        # What one run left in the prefix cache, the same seed finds in the next.
+        if (hits := row["prefix_hits"] or 0) > (shared := row["load"]["shared_prefix"]) + 0.05:
+            sys.stderr.write(
+                f"{label(row)}: {hits:.0%} of the prompt tokens were in its prefix cache, "
+                f"{shared:.0%} are shared; did the server see this --seed before?\n"
+            )
+    sys.stdout.write(f"\n{write_report(rows, samples, out)}\n")
+
+
+def _servers(parser: OneLineParser, options: argparse.Namespace) -> list[Any]:
+    """Ours, and the stock one if it is named; the end of the process if one cannot be tested."""
+    from vllm_l2kv.tools.bench.servers import OURS, STOCK, connect
+
+    found = []
+    wanted = [("--url", options.url, options.pid, OURS), ("--compare", options.compare, options.compare_pid, STOCK)]
+    for name, url, pid, engine in wanted:
+        if url is None:
+            continue
+        try:
+            server = connect(url, options.api_key, options.model, pid)
+        except ValueError as error:
+            parser.error(f"argument {name}: {error}")
+        if server.engine != engine:
+            what = {OURS: "a vllm-l2kv server, which answers /v1/kv_compression", STOCK: "stock vLLM, not vllm-l2kv"}
+            parser.error(f"argument {name}: {server.url} is {server.engine}; name {what[engine]}.")
+        longest = options.prompt_tokens.high + options.output_tokens.high
+        if longest > server.max_model_len:
+            parser.error(
+                f"argument --prompt-tokens: {longest} tokens with --output-tokens, and {server.model} of {server.url} "
+                f"takes {server.max_model_len}."
+            )
+        found.append(server)
+    return found
+
+
+def _prompts(parser: OneLineParser, options: argparse.Namespace, servers: Sequence[Any]) -> Any:
+    """Prompts of the bundled texts, by the tokenizer of the server, which must be that of the other one too."""
+    from vllm_l2kv.tools.bench.prompts import Prompts
+    from vllm_l2kv.tools.evaluation.texts import SAMPLES as TEXTS
+    from vllm_l2kv.tools.evaluation.texts import read_text
+
+    first, *others = servers
+    text = "\n".join(read_text(name) for name in TEXTS)
+    try:
+        token_ids, bos = first.tokenize(text, False), first.tokenize("", True)
+        differing = [server.url for server in others if server.tokenize(text, False) != token_ids]
+    except ValueError as error:
+        parser.error(f"argument --url: {error}")
+    if differing:
+        parser.error(f"argument --compare: {differing[0]} has another tokenizer than {first.url}.")
+    return Prompts(token_ids, bos, options.shared_prefix, options.seed)
+
+
+def _append(path: Path, rows: Sequence[Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _process(text: str) -> int:
+    from psutil import pid_exists  # type: ignore[import-untyped]
+
+    if not pid_exists(pid := positive(text)):
+        raise argparse.ArgumentTypeError(f"N must be a process of this machine, got {pid}.")
+    return pid
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}.")
+    return found
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="vllm-l2kv bench",
+        description="Puts a running server under load, once for each keep ratio: rows, plots and a page go into a "
+        "folder. docs/load_testing.md explains every number.",
+    )
+    _add_servers(parser)
+    _add_load(parser)
+    _add_results(parser)
+    return parser
+
+
+def _add_servers(parser: OneLineParser) -> None:
+    add = parser.add_argument_group("servers").add_argument
+    add("--url", default="http://localhost:8000", help="the vllm-l2kv server (default: %(default)s)")
+    add("--compare", metavar="URL", help="a stock vLLM server, which gets the same load uncompressed")
+    add("--model", help="name of the model; by default the first that a server names")
+    add(
+        "--api-key",
+        default=os.environ.get("OPENAI_API_KEY"),
+        metavar="KEY",
+        help="of both servers; by default what OPENAI_API_KEY says",
+    )
+    add("--pid", type=_process, metavar="N", help="process of --url; looked for on this machine if not given")
+    add("--compare-pid", type=_process, metavar="N", help="process of --compare, likewise")
+
+
+def _add_load(parser: OneLineParser) -> None:
+    from vllm_l2kv.tools.bench.prompts import MIN_TOKENS
+
+    group = parser.add_argument_group("load")
+    add = group.add_argument
+    add("--ratios", type=list_of(ratio), default="1,0.5,0.25", metavar="R,R", help="keep ratios (default: %(default)s)")
+    arrivals = group.add_mutually_exclusive_group()
+    arrivals.add_argument(
+        "--concurrency",
+        type=positive,
+        default=NUM_CLIENTS,
+        metavar="N",
+        help="clients who send the next request when they have an answer (default: %(default)s)",
+    )
+    arrivals.add_argument("--rate", type=positive_number, metavar="X", help="requests a second, Poisson arrivals")
+    end = group.add_mutually_exclusive_group()
+    end.add_argument(
+        "--requests", type=positive, default=NUM_REQUESTS, metavar="N", help="for each ratio (default: %(default)s)"
+    )
+    end.add_argument("--duration", type=positive_number, metavar="X", help="seconds to send requests in, instead")
+    add("--prompt-tokens", type=lengths(MIN_TOKENS), default="512", metavar="L", help=f"{FORMS} (default: %(default)s)")
+    add("--output-tokens", type=lengths(1), default="64", metavar="L", help="likewise (default: %(default)s)")
+    add(
+        "--shared-prefix",
+        type=share,
+        default=0.0,
+        metavar="X",
+        help="share of each prompt that all of a ratio begin with, 0 <= X < 1 (default: %(default)s)",
+    )
+    add("--warmup", type=count, default=2, metavar="N", help="requests before each measurement (default: %(default)s)")
+    add(
+        "--seed",
+        type=count,
+        default=0,
+        metavar="N",
+        help="seed of the load; change it for another one (default: %(default)s)",
+    )
+    add(
+        "--fields",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help='more fields of requests to --url, such as \'{"kv_scorer": "keydiff"}\'',
+    )
+    add("--timeout", type=positive_number, default=600.0, metavar="X", help="seconds of a request (default: 600)")
+
+
+def _add_results(parser: OneLineParser) -> None:
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder of results (default: %(default)s)")
+    add("--per-request", action="store_true", help=f"one row for each request as well, in {REQUESTS}")
+    add(
+        "--sample-seconds",
+        type=positive_number,
+        default=1.0,
+        metavar="X",
+        help="between looks at /metrics and memory (default: %(default)s)",
+    )

@@ -1,0 +1,109 @@
+"""The rounds of a load test, one after the other, so that no two loads meet on the machine."""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from vllm_l2kv.tools.bench.client import Answer, ask, body_of
+from vllm_l2kv.tools.bench.drive import Ask, Outcome, drive
+from vllm_l2kv.tools.bench.load import Load, Planned, planned
+from vllm_l2kv.tools.bench.memory import counter
+from vllm_l2kv.tools.bench.prompts import Prompts
+from vllm_l2kv.tools.bench.servers import OURS, Server
+from vllm_l2kv.tools.bench.summary import Row, label, request_row, summarise
+from vllm_l2kv.tools.bench.watch import watching
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Args:
+        servers: Ours, and a stock one beside it if there is one to compare with.
+        ratios: A keep ratio for each round of ours.
+        load: The same in every round.
+        num_warmups: Requests before each round, which are not counted.
+        fields: More fields of requests to ours.
+        timeout_s: Until a request counts as failed.
+        sample_s: Between looks at the server.
+    """
+
+    servers: Sequence[Server]
+    ratios: Sequence[float]
+    load: Load
+    num_warmups: int = 1
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    timeout_s: float = 600.0
+    sample_s: float = 1.0
+
+
+@dataclass
+class Round:
+    """What came of one load on one server."""
+
+    row: Row
+    requests: list[Row]
+    samples: list[Row]
+
+
+def rounds(plan: Plan, prompts: Prompts) -> Iterator[Round]:
+    """Measures each ratio on ours, and the same load on stock vLLM, if there is one, right before or after it.
+
+    Who is first changes from ratio to ratio, so that a machine that gets slower or faster favours nobody.
+    """
+    for i, ratio in enumerate(plan.ratios):
+        for server in plan.servers if i % 2 == 0 else reversed(plan.servers):
+            yield asyncio.run(_round(plan, prompts, server, i, ratio))
+
+
+async def _round(plan: Plan, prompts: Prompts, server: Server, i: int, ratio: float) -> Round:
+    about = {"engine": server.engine, "round": i, "keep_ratio": ratio, "model": server.model, "vllm": server.vllm}
+    fields = {**plan.fields, "kv_keep_ratio": ratio} if server.engine == OURS else {}
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    outcomes: list[Outcome] = []
+    async with server.client() as http:
+
+        def sender(number: int) -> Ask:
+            async def send(request: Planned) -> Answer:
+                prompt = prompts.prompt(number, request.number, request.num_prompt_tokens)
+                return await ask(http, body_of(server.model, prompt, request.num_output_tokens, fields), plan.timeout_s)
+
+            return send
+
+        # Prompts of their own, or the measured ones would be found in the prefix cache.
+        warmup = replace(plan.load, rate=None, concurrency=1, num_requests=plan.num_warmups, duration_s=None)
+        await drive(warmup, planned(warmup), sender(2 * i), lambda outcome: None)
+        with tqdm(total=plan.load.num_requests, desc=label(about), unit="request") as bar:
+            num_failed = 0
+
+            def done(outcome: Outcome) -> None:
+                nonlocal num_failed
+                outcomes.append(outcome)
+                num_failed += outcome.answer.error is not None
+                bar.set_postfix(failed=num_failed, refresh=False)
+                bar.update()
+
+            async with watching(http, plan.sample_s, counter(server.pid)) as watch:
+                await drive(plan.load, planned(plan.load), sender(2 * i + 1), done)
+    row = {**about, "fields": fields, "started": started, "load": describe(plan), **summarise(outcomes, watch)}
+    begin_s = min((outcome.answer.start_s for outcome in outcomes), default=0.0)
+    requests = [about | request_row(outcome, begin_s) for outcome in outcomes]
+    return Round(row, requests, [about | sample for sample in watch.rows()])
+
+
+def describe(plan: Plan) -> Row:
+    """The load, as rows name it."""
+    load = plan.load
+    return {
+        "arrivals": f"{load.concurrency} clients" if load.rate is None else f"{load.rate:g} requests/s",
+        "until": f"{load.num_requests} requests" if load.num_requests is not None else f"{load.duration_s:g} s",
+        "prompt_tokens": str(load.prompt_tokens),
+        "output_tokens": str(load.output_tokens),
+        "shared_prefix": load.shared_prefix,
+        "warmups": plan.num_warmups,
+        "seed": load.seed,
+    }

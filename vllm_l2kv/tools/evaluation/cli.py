@@ -1,0 +1,374 @@
+"""`vllm-l2kv eval` and `vllm-l2kv diagnose`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm_l2kv.cli_types import (
+    DEFAULT_LAYERS,
+    DEFAULT_PROTECTION,
+    OneLineParser,
+    aligned,
+    count,
+    layers,
+    list_of,
+    listed,
+    one_of,
+    positive,
+    protection,
+    ratio,
+    real,
+)
+from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
+from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
+from vllm_l2kv.tools.evaluation.cases import Case
+from vllm_l2kv.tools.evaluation.engine_log import last_lines, output_to
+from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.evaluation.texts import SAMPLES, read_text
+
+ROWS, CONFIG = "rows.jsonl", "config.yaml"
+NUM_ANSWER_TOKENS = 256
+"""Room for answers after the prompts; a task that needs more says so."""
+TASKS = ("perplexity", "passkey", "needle", "ruler")
+ESSAYS = "state_of_the_union"
+
+
+class _RefusedError(Exception):
+    """What the user asked for cannot be done; the message says why, in one line."""
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Runs one task, or draws a report again.
+
+    Args:
+        argv: The words after `eval`.
+
+    Raises:
+        SystemExit: With 2 after a bad option, one line on standard error; with 130 after an interrupt, when what was
+            measured until then is reported.
+    """
+    parser = _eval_parser()
+    options = parser.parse_args(argv)
+    if options.task == "report":
+        try:
+            report(options.rows, options.out)
+        except (OSError, ValueError) as error:
+            parser.error(f"argument ROWS: {error}")
+        return
+    status = 0
+    try:
+        options.model = _model_folder(options.model)
+        _measure(options)
+    except _RefusedError as refused:
+        parser.error(str(refused))
+    except KeyboardInterrupt:
+        status = 130
+        rows = options.out / ROWS
+        if not rows.exists() or not rows.stat().st_size:
+            sys.exit(status)
+        sys.stderr.write("Interrupted; what was measured until now follows.\n")
+    report([options.out / ROWS], options.out)
+    if status:
+        sys.exit(status)
+
+
+def report(paths: Sequence[Path], out: Path) -> None:
+    """Draws plots and the HTML report of rows into a folder, and prints their tables.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: There are no rows, or a line is none.
+    """
+    from vllm_l2kv.tools.evaluation.report import summary, write_report
+    from vllm_l2kv.tools.evaluation.rows import read_rows
+
+    rows = [row for path in paths for row in read_rows(path)]
+    if not rows:
+        raise ValueError(f"there are no rows in {listed(map(str, paths))}.")
+    out.mkdir(parents=True, exist_ok=True)
+    path = write_report(rows, out)
+    sys.stdout.write(f"{summary(rows)}\n{path}\n")
+
+
+def diagnose(argv: Sequence[str]) -> None:
+    """Measures a model's norms and attention, and recommends settings.
+
+    Args:
+        argv: The words after `diagnose`.
+
+    Raises:
+        SystemExit: With 2 after a bad option; one line on standard error.
+    """
+    parser = _diagnose_parser()
+    options = parser.parse_args(argv)
+    options.text = options.text or list(SAMPLES)
+    try:
+        options.model = _model_folder(options.model)
+        diagnosis = _observe(options)
+    except _RefusedError as refused:
+        parser.error(str(refused))
+
+    from vllm_l2kv.tools.evaluation.diagnose import heat_maps, table
+    from vllm_l2kv.tools.evaluation.recommend import config_text, recommend
+    from vllm_l2kv.tools.evaluation.report import write_diagnosis
+
+    recommendation = recommend(diagnosis)
+    rows = [json.dumps(row) for row in diagnosis.rows()]
+    (options.out / ROWS).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    config = config_text(recommendation, Path(options.model).name)
+    (options.out / CONFIG).write_text(config, encoding="utf-8")
+    about = (
+        f"{Path(options.model).name}: share of the attention to the prompt that evicting by norm loses, by layer. "
+        f"{diagnosis.num_chunks} chunks of {options.tokens} tokens of {listed(options.text)}; nothing protected; fp32."
+    )
+    lines = table(diagnosis, recommendation.full_layers)
+    path = write_diagnosis(about, config, heat_maps(diagnosis, options.out), lines, options.out)
+    shown = [line.rstrip() for line in aligned(lines)]
+    sys.stdout.write("\n".join(["", about, "", *shown, "", config, str(options.out / CONFIG), str(path), ""]))
+
+
+def write_rows(
+    engine: Any,
+    options: argparse.Namespace,
+    cases: Sequence[Case],
+    compared: Sequence[CompressionParams],
+    path: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Measures cases, and appends a row for each answer to a file.
+
+    Args:
+        engine: An `evaluation.run.Engine`.
+        options: Of `vllm-l2kv eval`; `task` is measured, and what else made its prompts goes into the rows.
+        cases: Of `cases_of`.
+        compared: Of `variants`.
+        path: The file.
+        progress: Counts the work as it is done.
+    """
+    from vllm_l2kv.tools.evaluation.rows import append_rows
+
+    run = {name: value for name, value in vars(options).items() if name in ("text", "seed", "continued")}
+    append_rows(path, (row | run for row in engine.rows(options.task, cases, compared, progress)))
+
+
+def _model_folder(name: str) -> str:
+    """The folder or name that MODEL means; the demo model is fetched, with a line on the terminal."""
+    try:
+        return model_folder(name)
+    except DemoModelError as error:
+        raise _RefusedError(str(error)) from error
+
+
+def _measure(options: argparse.Namespace) -> None:
+    """Starts an engine and adds the rows of a task to its file."""
+    from vllm_l2kv.tools.evaluation.rows import prepare_for_more
+    from vllm_l2kv.tools.evaluation.variants import variants
+
+    compared = variants(options.scorers, options.ratios, options.protect, options.granularities)
+    longest = max(options.lengths) + NUM_ANSWER_TOKENS + vars(options).get("continued", 0)
+    path = options.out / ROWS
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            prepare_for_more(path)
+    except (OSError, ValueError) as error:
+        raise _RefusedError(f"argument --out: {error}") from error
+    with _progress(options, "vllm.log") as progress:
+        progress.begin(f"starting the engine with {options.model}")
+        from vllm_l2kv.tools.evaluation.run import Engine
+
+        try:
+            engine = Engine(options.model, options.full_layers, max_model_len=options.max_model_len or longest)
+            progress.begin(f"making prompts for {options.task}")
+            cases = list(cases_of(options, engine.tokenizer))
+        except (OSError, ValueError) as error:
+            raise _RefusedError(str(error)) from error
+        longer = [len(case.prompt) for case in cases if len(case.prompt) + case.num_tokens > engine.max_tokens]
+        if longer:
+            raise _RefusedError(
+                f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens."
+            )
+        write_rows(engine, options, cases, compared, path, progress)
+
+
+def _observe(options: argparse.Namespace) -> Any:
+    """A `Diagnosis` of the model."""
+    try:
+        texts = [read_text(name) for name in options.text]
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise _RefusedError(str(error)) from error
+    with _progress(options, "transformers.log") as progress:
+        progress.begin(f"loading {options.model}")
+        from vllm_l2kv.tools.evaluation.diagnose import measure
+
+        try:
+            return measure(options.model, texts, options.tokens, options.chunks, progress)
+        except (OSError, ValueError) as error:
+            raise _RefusedError(str(error)) from error
+
+
+@contextmanager
+def _progress(options: argparse.Namespace, log: str) -> Iterator[Progress]:
+    """Progress on standard error; all else that is printed meanwhile goes to a log, unless `--verbose` is given."""
+    if options.verbose:
+        # Among the lines of a log, one that changes in place is lost.
+        with Progress(sys.stderr, in_place=False) as progress:
+            yield progress
+        return
+    path = options.out / log
+    sys.stderr.write(f"Log: {path} (--verbose prints it here instead)\n")
+    try:
+        with output_to(path) as terminal, Progress(terminal) as progress:
+            yield progress
+    except _RefusedError:
+        raise
+    except Exception:
+        sys.stderr.write(last_lines(path))
+        raise
+
+
+def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
+    """The prompts that the options of a task ask for."""
+    from vllm_l2kv.tools.evaluation.tasks import needle, passkey, perplexity, ruler
+
+    num_samples, seed = options.samples, options.seed
+    if options.task == "perplexity":
+        return perplexity.cases(tokenizer, read_text(options.text), options.lengths, num_samples, options.continued)
+    if options.task == "passkey":
+        return passkey.cases(tokenizer, options.lengths, options.depths, num_samples, seed)
+    if options.task == "needle":
+        return needle.cases(tokenizer, read_text(options.text), options.lengths, options.depths, num_samples, seed)
+    return ruler.cases(tokenizer, read_text(options.text), options.lengths, options.subtasks, num_samples, seed)
+
+
+def _diagnose_parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="vllm-l2kv diagnose",
+        description="Measures whether low key norms go with high attention, layer by layer, and recommends full "
+        "layers, a keep ratio and a scorer. Runs the model in transformers, in fp32.",
+    )
+    add = parser.add_argument
+    add(
+        "model",
+        nargs="?",
+        default=DEMO_NAME,
+        metavar="MODEL",
+        help="folder or name of a model (default: the demo model, %(default)s)",
+    )
+    add(
+        "--text",
+        action="append",
+        metavar="FILE",
+        help=f"text to read, or {listed(SAMPLES)} (default: both); may be given several times",
+    )
+    add("--tokens", type=positive, default=1024, metavar="N", help="tokens of a chunk (default: 1024)")
+    add("--chunks", type=positive, default=4, metavar="N", help="chunks to read of each text (default: 4)")
+    add("--out", type=Path, default=Path("diagnosis"), metavar="DIR", help="folder of results (default: diagnosis)")
+    _add_verbose(parser)
+    return parser
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="print the log of the engine; otherwise it goes to a file in DIR",
+    )
+
+
+def _eval_parser() -> argparse.ArgumentParser:
+    from vllm_l2kv.tools.evaluation.tasks.ruler import TASKS as SUBTASKS
+
+    parser = OneLineParser(
+        prog="vllm-l2kv eval",
+        description="Measures what a keep ratio costs, on a real engine: rows, plots and a report go into a folder. "
+        "Any other task: see docs/lm_eval.md.",
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    helps = {
+        "perplexity": "loss and accuracy on a text's continuation",
+        "passkey": "a number hidden in noise",
+        "needle": "a sentence hidden in essays",
+        "ruler": "RULER's task families that need no download",
+    }
+    for task in TASKS:
+        options = tasks.add_parser(task, help=helps[task], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        options.add_argument("model", nargs="?", default=DEMO_NAME, metavar="MODEL", help="folder or name of a model")
+        add = options.add_argument
+        add("--out", type=Path, default=Path("eval") / task, metavar="DIR", help="folder of results; rows are added")
+        add(
+            "--full-layers",
+            type=layers,
+            default=DEFAULT_LAYERS,
+            metavar="I,J",
+            help="layers that never compact",
+        )
+        add("--ratios", type=list_of(ratio), default="0.75,0.5,0.25,0.1", metavar="R,R", help="keep ratios")
+        add(
+            "--scorers",
+            type=list_of(one_of(SCORERS)),
+            default=CompressionParams.scorer,
+            metavar="S,S",
+            help=f"of {listed(SCORERS)}; the controls are always included",
+        )
+        add(
+            "--granularities",
+            type=list_of(one_of(GRANULARITIES)),
+            default=CompressionParams.granularity,
+            metavar="G,G",
+            help=f"of {listed(GRANULARITIES)}",
+        )
+        add(
+            "--protect",
+            type=list_of(protection),
+            default=DEFAULT_PROTECTION,
+            metavar="FIRST:LAST",
+            help="protected tokens at the beginning and the end of prompts; pairs with commas between them",
+        )
+        add("--lengths", type=list_of(positive), default="1024", metavar="N,N", help="prompt lengths in tokens")
+        add("--samples", type=positive, default=10, metavar="N", help="samples for each length and depth or subtask")
+        add("--seed", type=count, default=0, metavar="N", help="seed of the prompts; change it for different ones")
+        _add_verbose(options)
+        add(
+            "--max-model-len",
+            type=positive,
+            metavar="N",
+            help="context length of the engine (default: as needed)",
+        )
+        if task != "passkey":
+            add(
+                "--text",
+                default=ESSAYS if task != "perplexity" else "moby_dick",
+                metavar="FILE",
+                help=f"file, or {listed(SAMPLES)}",
+            )
+        if task == "perplexity":
+            add("--continued", type=positive, default=128, metavar="N", help="length of the continuation in tokens")
+        if task in ("passkey", "needle"):
+            add(
+                "--depths",
+                type=list_of(_depth),
+                default="0,0.25,0.5,0.75,1",
+                metavar="D,D",
+                help="places in the prompt where it is hidden; 0 is the beginning, 1 the end",
+            )
+        if task == "ruler":
+            add(
+                "--subtasks",
+                type=list_of(one_of(SUBTASKS)),
+                default=",".join(SUBTASKS),
+                metavar="T,T",
+                help="subtasks by RULER's names",
+            )
+    drawing = tasks.add_parser("report", help="draw plots and report of earlier runs again, several together")
+    drawing.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help=f"files named {ROWS}")
+    drawing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    return parser
+
+
+_depth = real("D", "0 <= D <= 1", lambda depth: 0 <= depth <= 1)

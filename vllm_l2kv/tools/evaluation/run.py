@@ -1,0 +1,159 @@
+"""Answers to cases under every variant, by the real engine."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import vllm_l2kv
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import num_keep
+from vllm_l2kv.tools.evaluation.cases import Answer, Case
+from vllm_l2kv.tools.evaluation.progress import Progress
+
+CPU_CACHE_BYTES = 2 * 2**30
+
+
+class Engine:
+    """vLLM with compression.
+
+    Prefix caching stays on: a prompt is computed once, and every variant compacts a copy of its own.
+
+    Args:
+        model: Folder or name of a model.
+        full_layers: Layers that never compact.
+        arguments: More of vLLM's engine arguments.
+    """
+
+    def __init__(self, model: str, full_layers: Sequence[int], **arguments: Any) -> None:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        device: dict[str, Any] = {}
+        if current_platform.is_cpu():
+            device = {"dtype": "float32", "enforce_eager": True}
+            # In a process of its own the engine waits for its worker by spinning, on a core that work could use.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+                device["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+        processor = "ForcedTokens" if current_platform.is_cpu() else "ForcedTokensV2"
+        ours = vllm_l2kv.engine_args(full_layers=full_layers)
+        self._llm = LLM(
+            model,
+            logits_processors=[f"vllm_l2kv.tools.evaluation.teacher_forcing:{processor}"],
+            **{"disable_log_stats": True, **device, **ours, **arguments},
+        )
+        self.tokenizer = self._llm.get_tokenizer()
+        config = self._llm.llm_engine.vllm_config
+        self.about = {"model": Path(model).name, "full_layers": sorted(full_layers)}
+        self.max_tokens = config.model_config.max_model_len
+        # A tenth is left for blocks that are filled in part.
+        self._room = 0.9 * config.cache_config.num_gpu_blocks * config.cache_config.block_size
+
+    def rows(
+        self,
+        task: str,
+        cases: Sequence[Case],
+        variants: Sequence[CompressionParams],
+        progress: Progress | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """One row for each case and variant, those of a case one after the other.
+
+        Args:
+            task: Its name, which goes into the rows.
+            cases: The prompts.
+            variants: How each of them is compressed.
+            progress: Counts every prompt that is read and every token that is generated.
+        """
+        progress = progress or Progress()
+        progress.begin(task)
+        num_before = 0
+        for group in self._groups(cases, variants):
+            which = f"{task}: prompts {num_before + 1} to {num_before + len(group)} of {len(cases)}"
+            progress.part(which, len(group), "read")
+            # Fills the prefix cache, which variants that start together could not share.
+            self._generate([(case, None) for case in group], progress)
+            pairs = [(case, variant) for case in group for variant in variants]
+            num_tokens = sum(case.num_tokens for case, _ in pairs)
+            progress.part(f"{which}, {len(pairs)} answers", num_tokens, "tokens")
+            for (case, variant), answer in zip(pairs, self._generate(pairs, progress), strict=True):
+                yield {
+                    "task": task,
+                    **self.about,
+                    **{name.removeprefix("kv_"): value for name, value in variant.as_fields().items()},
+                    "num_prompt_tokens": len(case.prompt),
+                    **case.about,
+                    **case.score(answer),
+                }
+            num_before += len(group)
+            progress.reached(num_before / len(cases))
+
+    def _groups(self, cases: Iterable[Case], variants: Sequence[CompressionParams]) -> Iterator[list[Case]]:
+        """Cases that fit into the cache together, with a compacted copy for each variant; so none is preempted."""
+        group: list[Case] = []
+        room = self._room
+        for case in cases:
+            n = len(case.prompt)
+            size = n + sum(num_keep(n, variant) + case.num_tokens for variant in variants)
+            if group and size > room:
+                yield group
+                group, room = [], self._room
+            group.append(case)
+            room -= size
+        if group:
+            yield group
+
+    def _generate(self, pairs: Sequence[tuple[Case, Any]], progress: Progress) -> list[Answer]:
+        """Answers in the order of `pairs`; a case without a variant is only read.
+
+        By the engine's own steps: `LLM.generate` tells of an answer when it is whole, and of many that started together
+        all are whole at once.
+        """
+        from vllm.inputs import tokens_input
+
+        engine = self._llm.llm_engine
+        for index, (case, variant) in enumerate(pairs):
+            engine.add_request(str(index), tokens_input(case.prompt), _sampling_params(case, variant))
+        parts: list[list[Any]] = [[] for _ in pairs]
+        left = [_num_tokens(case, variant) for case, variant in pairs]
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                index, part = int(output.request_id), output.outputs[0]
+                parts[index].append(part)
+                # An answer may end before its time.
+                done = left[index] if output.finished else len(part.token_ids)
+                left[index] -= done
+                progress.advance(done)
+        return [_answer(part) for part in parts]
+
+
+def _num_tokens(case: Case, variant: CompressionParams | None) -> int:
+    return 1 if variant is None else case.num_tokens
+
+
+def _sampling_params(case: Case, variant: CompressionParams | None) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from vllm_l2kv.tools.evaluation.teacher_forcing import FORCED
+
+    fields = {} if variant is None else variant.as_fields()
+    forced = {FORCED: list(case.forced)} if case.forced else {}
+    return SamplingParams(
+        max_tokens=_num_tokens(case, variant),
+        temperature=0,
+        logprobs=0,
+        # A forced text may well hold the token that ends one.
+        ignore_eos=bool(forced),
+        extra_args=fields | forced,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _answer(parts: Sequence[Any]) -> Answer:
+    chosen = [
+        step[token_id] for part in parts for step, token_id in zip(part.logprobs or [], part.token_ids, strict=True)
+    ]
+    text = "".join(part.text for part in parts)
+    return Answer(text, tuple(-token.logprob for token in chosen), tuple(token.rank == 1 for token in chosen))

@@ -1,0 +1,78 @@
+"""A needle in a haystack of essays.
+
+Source: Devoto et al., arXiv 2406.11430, section 3, with needle, question and word-overlap score of the authors' code.
+The haystack is a text in the public domain, and the answer is begun, as RULER begins them: small models say nothing
+else.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from vllm_l2kv.tools.evaluation.cases import Answer, Case
+from vllm_l2kv.tools.evaluation.texts import encode, largest
+
+ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day."
+NEEDLE = f"The best thing to do in San Francisco is {ANSWER}"
+BEFORE = "This is a very long story book: <book> "
+BEHIND = (
+    " </book>.\n Based on the content of the book, Question: What is the best thing to do in San Francisco?\n"
+    "Answer: The best thing to do in San Francisco is"
+)
+NUM_ANSWER_TOKENS = 50
+
+
+def cases(
+    tokenizer: Any, text: str, lengths: Sequence[int], depths: Sequence[float], num_samples: int, seed: int = 0
+) -> Iterator[Case]:
+    """Prompts for each length (tokens, not exceeded), depth and sample; each begins somewhere else in the text.
+
+    Raises:
+        ValueError: The text or a length is too short.
+    """
+    sentences = sentences_of(text)
+    chance = random.Random(seed)
+    for length in lengths:
+        for depth in depths:
+            for sample in range(num_samples):
+                start = chance.randrange(max(len(sentences) // 2, 1))
+                behind = sentences[start:]
+                token_ids = partial(_token_ids, tokenizer, behind, depth)
+                # No sentence is shorter than two tokens.
+                most = min(len(behind), length // 2)
+                num_sentences = largest(most, lambda n: len(token_ids(n)) <= length)  # noqa: B023
+                if num_sentences == len(behind):
+                    raise ValueError(f"The text is too short for a haystack of {length} tokens.")
+                if num_sentences == 0:
+                    raise ValueError(f"A haystack does not fit into {length} tokens.")
+                yield Case(
+                    prompt=token_ids(num_sentences),
+                    num_tokens=NUM_ANSWER_TOKENS,
+                    score=score,
+                    about={"length": length, "depth": depth, "sample": sample},
+                )
+
+
+def _token_ids(tokenizer: Any, sentences: Sequence[str], depth: float, num_sentences: int) -> list[int]:
+    return encode(tokenizer, BEFORE + hide(NEEDLE, sentences[:num_sentences], depth) + BEHIND)
+
+
+def sentences_of(text: str) -> list[str]:
+    """Cuts at full stops and their like, roughly."""
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
+def hide(needle: str, sentences: Sequence[str], depth: float) -> str:
+    """Puts a needle between sentences, behind `depth` of them."""
+    before = round(depth * len(sentences))
+    return " ".join([*sentences[:before], needle, *sentences[before:]])
+
+
+def score(answer: Answer) -> Mapping[str, Any]:
+    """Share of the needle's words in the answer, as the authors count, and whether it stands there word for word."""
+    expected = set(ANSWER.lower().split())
+    said = set(answer.text.lower().split())
+    exact = ANSWER.lower().rstrip(".") in " ".join(answer.text.lower().split())
+    return {"score": len(said & expected) / len(expected), "exact": float(exact), "answer": answer.text}

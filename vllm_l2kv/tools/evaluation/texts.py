@@ -1,0 +1,46 @@
+"""Texts to read: files, or samples in the public domain that come along."""
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+SAMPLES = ("moby_dick", "state_of_the_union")
+"""Prose of a novel; essays, of a kind."""
+
+
+def read_text(name: str) -> str:
+    """A bundled sample by its name, or a file.
+
+    Raises:
+        OSError: There is no such file.
+        UnicodeDecodeError: It is not UTF-8.
+    """
+    if name in SAMPLES:
+        return files("vllm_l2kv.tools.evaluation").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
+    return Path(name).read_text(encoding="utf-8")
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids with the tokenizer's BOS in front, if it has one.
+
+    Not every tokenizer puts it there by itself, and some models are lost without.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    token_ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return bos + token_ids
+
+
+def largest(high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number in `0..high` that fits, if all below one that fits do; 0 needs no proof.
+
+    Tries small numbers first: large ones make long prompts.
+    """
+    low, step = 0, 1
+    while low + step <= high and fits(low + step):
+        low, step = low + step, 2 * step
+    high = min(high, low + step - 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

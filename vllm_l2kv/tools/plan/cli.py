@@ -1,0 +1,104 @@
+"""`vllm-l2kv plan`."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+
+from vllm_l2kv.cli_types import (
+    DEFAULT_LAYERS,
+    DEFAULT_PROTECTION,
+    OneLineParser,
+    layers,
+    list_of,
+    positive,
+    protection,
+    ratio,
+    real,
+)
+from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
+
+UTILIZATION = 0.92
+"""vLLM's default of `--gpu-memory-utilization`."""
+OVERHEAD_GIB = 3.0
+"""What else vLLM takes: activations of a batch, CUDA graphs, CUDA itself. docs/sizing.md says where it was measured."""
+BATCH_TOKENS = 8192
+"""vLLM's default of `--max-num-batched-tokens` for a server on a large GPU."""
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Says how many requests fit.
+
+    Args:
+        argv: The words after `plan`.
+
+    Raises:
+        SystemExit: With 2 after a bad option, or a model that cannot be planned; one line on standard error.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.kv_cache_gib is None and (options.gpu_gib is None or options.device == "cpu"):
+        needed = "--kv-cache-gib" if options.device == "cpu" else "--gpu-gib or --kv-cache-gib"
+        parser.error(f"{needed} must say how much memory there is.")
+    with _silent_vllm():
+        from vllm_l2kv.tools.plan.report import report
+        from vllm_l2kv.tools.plan.table import as_table
+
+        try:
+            options.model = model_folder(options.model)
+            result = report(options)
+        except (DemoModelError, ValueError) as error:
+            parser.error(str(error))
+    sys.stdout.write(f"{json.dumps(result, indent=2)}\n" if options.json else as_table(result))
+
+
+@contextmanager
+def _silent_vllm() -> Iterator[None]:
+    """Keeps vLLM's log off standard output, where the plan belongs, and out of our one line of error."""
+    # It logs to whatever standard output is when it is imported.
+    with redirect_stdout(sys.stderr):
+        import vllm.logger  # noqa: F401
+    log = logging.getLogger("vllm")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="vllm-l2kv plan",
+        description="Says how many requests of one kind fit the KV cache at once, in stock vLLM and here at keep "
+        "ratios. Reads the model's config, and runs nothing. What the columns mean: docs/sizing.md.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    gib = real("G", "0 < G", lambda value: value > 0)
+    add("model", nargs="?", default=DEMO_NAME, metavar="MODEL", help="folder or name of a model")
+    add("--context", type=positive, required=True, metavar="N", help="tokens of a prompt")
+    add("--output", type=positive, required=True, metavar="N", help="generated tokens of a request")
+    add("--ratio", type=list_of(ratio), default="0.5,0.25", metavar="R,R", help="keep ratios; 1 comes by itself")
+    add("--gpu-gib", type=gib, metavar="G", help="memory of one GPU")
+    add("--kv-cache-gib", type=gib, metavar="G", help="memory for the KV cache of one GPU, if you set it yourself")
+    add("--gpu-memory-utilization", type=ratio, default=UTILIZATION, metavar="R", help="as vLLM's")
+    add("--weights-gib", type=gib, metavar="G", help="weights of all GPUs; by default from files or config")
+    add(
+        "--overhead-gib",
+        type=real("G", "0 <= G", lambda value: value >= 0),
+        default=OVERHEAD_GIB,
+        metavar="G",
+        help="estimate of what else one GPU holds",
+    )
+    add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs that share the model")
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="as vLLM's")
+    add("--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="as vLLM's")
+    add("--max-num-batched-tokens", type=positive, default=BATCH_TOKENS, metavar="N", help="as vLLM's")
+    add("--full-layers", type=layers, default=DEFAULT_LAYERS, metavar="I,J", help="layers that never compact")
+    add("--protect", type=protection, default=DEFAULT_PROTECTION, metavar="FIRST:LAST", help="protected tokens")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="block sizes differ")
+    add("--json", action="store_true", help="print JSON, not a table")
+    return parser

@@ -1,0 +1,157 @@
+"""What a model's config says of its KV cache, and what its weights weigh."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_local_safetensors_metadata
+from huggingface_hub.errors import NotASafetensorsRepoError
+from transformers import AutoModelForCausalLM
+from vllm.config.model import MODEL_ARCH_CONFIG_CONVERTORS, ModelArchConfigConvertorBase
+from vllm.transformers_utils.config import get_config, get_hf_text_config
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    get_kv_quant_mode,
+)
+
+from vllm_l2kv.refusals import check_kv_heads
+
+STORED_FLOATS = ("BF16", "F16", "F32")
+"""Types of safetensors that vLLM turns into the model's own; others, of quantized weights, stay as they are."""
+UNEVEN = ("global_head_dim", "num_global_key_value_heads", "num_kv_shared_layers", "layers_block_type", "ssm_cfg")
+"""Entries of configs whose layers differ in more than a window, or keep something else than keys and values."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder whose layers cache alike, apart from windows.
+
+    Attributes:
+        windows: For each layer the tokens of its sliding window, or `None` for full attention.
+        num_heads: Query heads of a layer.
+        num_kv_heads: KV heads of a layer.
+        head_size: Elements of a key, and of a value.
+        dtype: Of weights and activations.
+    """
+
+    windows: tuple[int | None, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    def specs(self, block_size: int, kv_cache_dtype: str, num_gpus: int) -> dict[str, KVCacheSpec]:
+        """vLLM's specs of the layers on one GPU, as its workers would find them.
+
+        Args:
+            block_size: Tokens in a block.
+            kv_cache_dtype: `auto`, `fp8` or `fp8_e4m3`.
+            num_gpus: Tensor-parallel size; KV heads are shared out, or repeated where there are fewer.
+
+        Raises:
+            ValueError: Heads that cannot be shared out.
+        """
+        if self.num_heads % num_gpus:
+            raise ValueError(f"--tensor-parallel-size must divide the model's {self.num_heads} heads, got {num_gpus}.")
+        check_kv_heads(self.num_kv_heads, num_gpus)
+        cache: dict[str, Any] = {
+            "block_size": block_size,
+            "num_kv_heads": max(1, self.num_kv_heads // num_gpus),
+            "head_size": self.head_size,
+            "dtype": self.dtype if kv_cache_dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[kv_cache_dtype],
+            "kv_quant_mode": get_kv_quant_mode(kv_cache_dtype),
+        }
+        return {f"layers.{i}.attn": _spec(window, cache) for i, window in enumerate(self.windows)}
+
+
+def _spec(window: int | None, cache: dict[str, Any]) -> AttentionSpec:
+    return FullAttentionSpec(**cache) if window is None else SlidingWindowSpec(**cache, sliding_window=window)
+
+
+def read_config(name: str) -> Any:
+    """The config of a folder, or of a name on the Hugging Face hub.
+
+    Raises:
+        ValueError: It cannot be had.
+    """
+    try:
+        return get_config(name, trust_remote_code=False, config_format="hf")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot read the config of {name}: {' '.join(str(error).split())}") from error
+
+
+def model_of(config: Any, dtype: str) -> Model:
+    """What a config says.
+
+    Args:
+        config: As from `read_config`.
+        dtype: As vLLM's `--dtype`.
+
+    Raises:
+        ValueError: A model that cannot be compressed, or whose layers this module does not know.
+    """
+    text = get_hf_text_config(config)
+    convertor = MODEL_ARCH_CONFIG_CONVERTORS.get(config.model_type, ModelArchConfigConvertorBase)(config, text)
+    if convertor.is_deepseek_mla() or config.is_encoder_decoder:
+        raise ValueError("models with MLA and encoder-decoder models cannot be compressed.")
+    if uneven := [name for name in UNEVEN if getattr(text, name, None)]:
+        raise ValueError(f"its config has {uneven[0]}: layers with caches of several shapes are not known to plan.")
+    stored: torch.dtype = convertor.get_torch_dtype(config, "", None, "hf")
+    # vLLM computes in bf16 what is stored in fp32, unless told otherwise.
+    automatic = torch.bfloat16 if stored == torch.float32 else stored
+    return Model(
+        windows=_windows(text, convertor.get_num_hidden_layers()),
+        num_heads=convertor.get_total_num_attention_heads(),
+        num_kv_heads=convertor.get_total_num_kv_heads(),
+        head_size=convertor.get_head_size(),
+        dtype=automatic if dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[dtype],
+    )
+
+
+def _windows(text: Any, num_layers: int) -> tuple[int | None, ...]:
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * num_layers
+    if strange := set(types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"its config has layers of type {min(strange)}, which cannot be compressed.")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def weight_bytes(name: str, config: Any, dtype: torch.dtype) -> tuple[int, str]:
+    """Bytes of all weights in memory, and where the number comes from.
+
+    Args:
+        name: Folder of the model; weights on the hub are not looked at.
+        config: Its config.
+        dtype: What floating-point weights are loaded as.
+
+    Raises:
+        ValueError: Neither files nor config tell.
+    """
+    try:
+        files = get_local_safetensors_metadata(Path(name)).files_metadata.values()
+    except (NotASafetensorsRepoError, OSError):
+        return _counted_bytes(config, dtype), "parameters counted by the config"
+    tensors = [tensor for file in files for tensor in file.tensors.values()]
+    sizes = (
+        tensor.parameter_count * dtype.itemsize
+        if tensor.dtype in STORED_FLOATS
+        else tensor.data_offsets[1] - tensor.data_offsets[0]
+        for tensor in tensors
+    )
+    return sum(sizes), "headers of the safetensors files"
+
+
+def _counted_bytes(config: Any, dtype: torch.dtype) -> int:
+    if getattr(config, "quantization_config", None) or get_hf_text_config(config) is not config:
+        raise ValueError(
+            "argument --weights-gib: is needed, the config of this model does not tell what weights weigh."
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    num_parameters: int = sum(parameter.numel() for parameter in model.parameters())
+    return dtype.itemsize * num_parameters

@@ -1,0 +1,130 @@
+"""The plan itself: memory, block layouts, and a row for each engine and keep ratio."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, Geometry, classify_layers
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.plugin import CPU_BLOCK_SIZE
+from vllm_l2kv.policy import num_keep
+from vllm_l2kv.settings import Settings
+from vllm_l2kv.tools.plan.capacity import Cache, Request, cache_of
+from vllm_l2kv.tools.plan.model import model_of, read_config, weight_bytes
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What differs between devices.
+
+    Attributes:
+        stock_block_size: Tokens in a block of stock vLLM, unless told otherwise.
+        block_size: What vllm-l2kv asks for.
+        geometry: What its worker wants of packed blocks.
+        num_steps: Steps that may be under way at once.
+    """
+
+    stock_block_size: int
+    block_size: int
+    geometry: Geometry | None
+    num_steps: int
+
+
+DEVICES = {"cuda": Device(16, 16, FLASH_ATTENTION, num_steps=2), "cpu": Device(128, CPU_BLOCK_SIZE, None, num_steps=1)}
+
+
+def report(options: Namespace) -> dict[str, Any]:
+    """Everything that `vllm-l2kv plan` says, ready for JSON.
+
+    Args:
+        options: Of the command line.
+
+    Raises:
+        ValueError: The model, or too little memory.
+    """
+    config = read_config(options.model)
+    model = model_of(config, options.dtype)
+    memory = _memory(options, config, model.dtype)
+    device = DEVICES[options.device]
+
+    def specs(block_size: int) -> dict[str, KVCacheSpec]:
+        return model.specs(block_size, options.kv_cache_dtype, options.tensor_parallel_size)
+
+    def cache(layers: Mapping[str, KVCacheSpec]) -> Cache:
+        num_bytes = int(memory["kv_cache_gib"] * GIB)
+        return cache_of(layers, num_bytes, options.max_num_batched_tokens * device.num_steps)
+
+    stock = cache(specs(device.stock_block_size))
+    ours = cache(classify_layers(specs(device.block_size), Settings(options.full_layers), device.geometry))
+    return {
+        "model": options.model,
+        "num_prompt_tokens": options.context,
+        "num_output_tokens": options.output,
+        "num_gpus": options.tensor_parallel_size,
+        "memory_of_a_gpu": memory,
+        "bytes_per_token": _bytes_per_token(specs(1)),
+        "engines": [
+            {"engine": "stock", **_layout(stock), "rows": [_row(stock, 1.0, options)]},
+            {
+                "engine": "vllm-l2kv",
+                **_layout(ours),
+                "rows": [_row(ours, ratio, options) for ratio in dict.fromkeys((1.0, *options.ratio))],
+            },
+        ],
+    }
+
+
+def _memory(options: Namespace, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """GiB of one GPU, and where the size of the weights comes from."""
+    if options.kv_cache_gib is not None:
+        return {"kv_cache_gib": options.kv_cache_gib}
+    if options.weights_gib is not None:
+        weights, source = options.weights_gib * GIB, "--weights-gib"
+    else:
+        weights, source = weight_bytes(options.model, config, dtype)
+    memory = {
+        "gpu_gib": options.gpu_gib,
+        "used_gib": options.gpu_gib * options.gpu_memory_utilization,
+        "weights_gib": weights / options.tensor_parallel_size / GIB,
+        "overhead_gib": options.overhead_gib,
+    }
+    left = memory["used_gib"] - memory["weights_gib"] - memory["overhead_gib"]
+    return {**memory, "weights_source": source, "kv_cache_gib": left}
+
+
+def _bytes_per_token(specs: Mapping[str, KVCacheSpec]) -> dict[str, int]:
+    """Bytes on one GPU of a token in all layers of a kind, which have blocks of one token here."""
+    full = sum(spec.page_size_bytes for spec in specs.values() if isinstance(spec, FullAttentionSpec))
+    return {"full_attention": full, "sliding_window": sum(spec.page_size_bytes for spec in specs.values()) - full}
+
+
+def _layout(cache: Cache) -> dict[str, Any]:
+    return {
+        "num_blocks": cache.num_blocks,
+        "block_bytes": cache.block_bytes,
+        "groups": [
+            {"kind": group.kind, "layers": group.num_layers, "block_size": group.spec.block_size}
+            for group in cache.groups
+        ],
+        "longest_request": cache.longest(),
+    }
+
+
+def _row(cache: Cache, keep_ratio: float, options: Namespace) -> dict[str, Any]:
+    params = CompressionParams(keep_ratio, *options.protect)
+    request = Request(options.context, options.output, num_keep(options.context, params))
+    return {
+        "keep_ratio": keep_ratio,
+        "kept_tokens": request.num_kept,
+        "prompt_blocks": cache.prompt_blocks(options.context),
+        "compacted_blocks": cache.blocks(request, 0),
+        "end_blocks": cache.blocks(request, options.output),
+        "at_once": cache.num_at_once(request),
+        "on_average": round(cache.num_on_average(request), 1),
+    }

@@ -1,0 +1,62 @@
+"""A plan for people."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vllm_l2kv.cli_types import aligned
+
+GIB = 2**30
+COLUMNS = ("engine", "keep", "kept tokens", "computed GiB", "finished GiB", "at once", "on average")
+REMARKS = """\
+computed GiB: a request while its prompt is computed, whole whatever the ratio; finished GiB: with all of its answer.
+at once: so many run to their ends, whenever they began, one prompt being computed beside the others' whole answers.
+on average: so many run in a steady state, half of their answers generated. Prompts share nothing in either.
+Neither is above --max-num-seqs of vLLM. docs/sizing.md has the formula, and how far measurements are from it."""
+
+
+def as_table(plan: Mapping[str, Any]) -> str:
+    """Lines to print.
+
+    Args:
+        plan: As from `report.report`.
+    """
+    return "\n".join([*_heading(plan), "", *_table(plan), "", *_layouts(plan), REMARKS]) + "\n"
+
+
+def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"{plan['model']}: prompts of {plan['num_prompt_tokens']:,} tokens, answers of {plan['num_output_tokens']:,}"
+        + (f", {plan['num_gpus']} GPUs, each with" if plan["num_gpus"] > 1 else "")
+    )
+    memory = plan["memory_of_a_gpu"]
+    if "gpu_gib" in memory:
+        yield f"{memory['gpu_gib']:8.2f} GiB in all"
+        yield f"{memory['used_gib']:8.2f} GiB for vLLM, its --gpu-memory-utilization"
+        yield f"{memory['weights_gib']:8.2f} GiB of weights, by {memory['weights_source']}"
+        yield f"{memory['overhead_gib']:8.2f} GiB of activations, CUDA graphs and so on, an estimate (--overhead-gib)"
+    yield f"{memory['kv_cache_gib']:8.2f} GiB for the KV cache"
+    token = plan["bytes_per_token"]
+    sliding = f", {token['sliding_window'] / 1024:,g} more inside windows" if token["sliding_window"] else ""
+    yield f"{token['full_attention'] / 1024:8,g} KiB of it a token{sliding}"
+
+
+def _table(plan: Mapping[str, Any]) -> list[str]:
+    lines: list[tuple[str, ...]] = [COLUMNS]
+    for engine in plan["engines"]:
+        for row in engine["rows"]:
+            computed, finished = (row[name] * engine["block_bytes"] / GIB for name in ("prompt_blocks", "end_blocks"))
+            memory = (f"{computed:.3f}", f"{finished:.3f}")
+            counts = (f"{row['at_once']:,}", f"{row['on_average']:,.1f}")
+            lines.append((engine["engine"], f"{row['keep_ratio']:g}", f"{row['kept_tokens']:,}", *memory, *counts))
+    return aligned(lines)
+
+
+def _layouts(plan: Mapping[str, Any]) -> Iterator[str]:
+    for engine in plan["engines"]:
+        groups = ", ".join(
+            f"{group['layers']} {group['kind']} layers x {group['block_size']:,} tokens" for group in engine["groups"]
+        )
+        yield (
+            f"{engine['engine']}: {engine['num_blocks']:,} blocks of {engine['block_bytes'] / 1024:,g} KiB ({groups}), "
+            f"longest request {engine['longest_request']:,} tokens"
+        )
