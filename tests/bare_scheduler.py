@@ -12,8 +12,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
-    get_kv_cache_config_from_groups,
-    get_kv_cache_groups,
     get_request_block_hasher,
     init_none_hash,
     resolve_kv_cache_block_sizes,
@@ -26,6 +24,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_l2kv.kv_cache_spec import classify_layers
 from vllm_l2kv.plugin import register
 from vllm_l2kv.scheduler.scheduler import L2KVScheduler
+from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm_l2kv.settings import Settings
 
 

@@ -92,9 +92,9 @@ def _checked_options(argv: Sequence[str]) -> Namespace:
             own.error(str(error))
     name_plugin(os.environ)
     # Everything of vLLM is imported late: it reads VLLM_PLUGINS, and takes seconds that `--version` need not wait for.
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
+
+    from vllm_l2kv_server.seams import cli_env_setup, validate_parsed_serve_args
 
     load_routes()
     cli_env_setup()
@@ -190,8 +190,9 @@ def own_options() -> argparse.ArgumentParser:
 
 def make_parser() -> Any:
     """vLLM's parser of `vllm serve`, with our options."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_l2kv_server.seams import make_arg_parser
 
     own = own_options()
     parser = FlexibleArgumentParser(

@@ -161,7 +161,20 @@ def names_of_others() -> frozenset[str]:
     import numpy
     import torch
 
-    others = (dict, list, str, set, logging.Logger, numpy, torch, torch.Tensor, torch.Generator, torch.cuda)
+    others = (
+        dict,
+        list,
+        str,
+        set,
+        logging.Logger,
+        inspect,
+        inspect.Signature,
+        numpy,
+        torch,
+        torch.Tensor,
+        torch.Generator,
+        torch.cuda,
+    )
     return frozenset(name for other in others for name in dir(other))
 
 

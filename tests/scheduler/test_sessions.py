@@ -1,7 +1,8 @@
 """Streaming-input sessions: a request whose prompt comes in chunks, each answered before the next one is computed."""
 
 import pytest
-from vllm.v1.engine import FinishReason
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import RequestStatus
 
 from vllm_l2kv.messages.orders import orders_of
@@ -132,3 +133,7 @@ def test_a_bad_value_says_so_where_the_output_ends(harness):
     *_, out = harness.received
     assert out.finish_reason == FinishReason.ERROR
     assert out.stop_reason == "kv_keep_ratio must satisfy 0 < kv_keep_ratio <= 1, got 7."
+    if "error" in EngineCoreOutput.__struct_fields__:  # since vLLM 0.33: what its front end raises
+        raised = out.error.to_exception()
+        assert isinstance(raised, VLLMValidationError)
+        assert str(raised) == out.stop_reason

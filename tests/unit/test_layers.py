@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STDLIB_ONLY = ["field_kinds", "params", "policy", "block_math", "messages", "settings", "cli_types"]
 WITH_TORCH = ["scorers", "token_groups", "kernels"]
-WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals"]
+WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals", "seams"]
 TOOLS = {
     "bench": {"tools.evaluation", "tools.html_report"},
     "demo_model": set(),
     "evaluation": {"tools.demo_model", "tools.html_report", "engine_args"},
     "html_report": set(),
-    "plan": {"tools.demo_model", "kv_cache_spec", "plugin", "refusals"},
+    "plan": {"tools.demo_model", "kv_cache_spec", "plugin", "refusals", "seams"},
 }
 """They use the plain modules, as a user would, and these beside them."""
 COMMAND = "cli"

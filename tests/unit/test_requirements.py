@@ -13,8 +13,6 @@ RUNTIME = LOCK.with_name("cpu-runtime.txt")
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 SERVER_MODULES = (
     "vllm.entrypoints.cli.serve",
-    "vllm.entrypoints.launchers.cli_args",
-    "vllm.entrypoints.serve.utils.api_utils",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.engine.async_llm",
     "vllm_l2kv.plugin",
@@ -22,6 +20,7 @@ SERVER_MODULES = (
     "vllm_l2kv.worker.cpu",
     "vllm_l2kv_server.app",
     "vllm_l2kv.cli",
+    "vllm_l2kv_server.seams",
     "vllm_l2kv_server.serve",
 )
 

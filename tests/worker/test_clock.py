@@ -21,7 +21,12 @@ def test_an_output_that_comes_later_brings_them_along():
         def get_output(self):
             return EMPTY_MODEL_RUNNER_OUTPUT
 
-    output = TimedOutput(Later(), [0.25]).get_output()
+        def get_kv_connector_output(self):
+            return "of the connector"
+
+    timed = TimedOutput(Later(), [0.25])
+    assert timed.get_kv_connector_output() == "of the connector"
+    output = timed.get_output()
     assert seconds_of(output) == [0.25]
     assert output.req_ids == []
     assert seconds_of(EMPTY_MODEL_RUNNER_OUTPUT) == []

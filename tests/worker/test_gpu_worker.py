@@ -55,6 +55,9 @@ class Later(AsyncModelRunnerOutput):
     def get_output(self):
         return self.output
 
+    def get_kv_connector_output(self):
+        return None
+
 
 def test_a_step_compacts_and_updates_the_runner_before_vllm_prepares_it(worker, monkeypatch):
     done = []

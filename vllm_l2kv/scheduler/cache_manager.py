@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
-from vllm_l2kv import block_math
+from vllm_l2kv import block_math, seams
 from vllm_l2kv.messages.orders import GroupMove
 
 _BEYOND_EVERY_REQUEST = 2**62
@@ -160,7 +160,8 @@ class LayerManager(FullAttentionManager):
         unit = pool.hash_block_size
         index = boundary // unit - 1
         extra_keys, _ = generate_block_hash_extra_keys(request, boundary - unit, boundary, 0)
-        event = pool._build_block_stored_event(
+        event = seams.stored_event(
+            pool,
             request,
             block_hashes=[maybe_convert_block_hash(request.block_hashes[index])],
             parent_block_hash=maybe_convert_block_hash(request.block_hashes[index - 1]) if index else None,

@@ -2,30 +2,33 @@
 
 from collections.abc import Iterable, Mapping
 from copy import copy
+from typing import Any
 
 from vllm.v1.engine import EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request
 
+from vllm_l2kv import seams
+
 
 class Refusals:
-    """Fails requests through vLLM's set of those whose grammar does not compile, and puts a sentence on their outputs.
+    """Fails requests the way vLLM fails those whose grammar does not compile, and puts a sentence on their outputs.
 
     A streaming-input session is a request that gets its prompt in chunks. Its caller waits for an answer to each of
     them, so a failed session owes one for each chunk that it had taken in. The session goes on until the caller ends
     it: further chunks are refused too, and its end is not handed to vLLM, which would take it for a new request.
 
     Args:
-        failing: Ids of requests that vLLM fails at the end of the next step.
+        scheduler: vLLM's, which fails them at the end of the next step.
     """
 
-    def __init__(self, failing: set[str]) -> None:
-        self._failing = failing
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
         self._sentences: dict[str, str] = {}  # requests that are about to fail
         self._failed_sessions: dict[str, str] = {}
 
     def refuse(self, req_id: str, sentence: str) -> None:
         """Lets a request fail that the scheduler holds, or takes in before its next step."""
-        self._failing.add(req_id)
+        seams.fail_request(self._scheduler, req_id, sentence)
         self._sentences[req_id] = sentence
 
     def of_failed_session(self, req_id: str) -> str | None:
@@ -35,7 +38,7 @@ class Refusals:
     def forget(self, req_ids: Iterable[str]) -> None:
         """Drops requests that ended in another way."""
         for req_id in req_ids:
-            self._failing.discard(req_id)
+            seams.spare_request(self._scheduler, req_id)
             self._sentences.pop(req_id, None)
 
     def end_sessions(self, req_ids: Iterable[str] | None) -> None:

@@ -58,7 +58,7 @@ class L2KVScheduler(AsyncScheduler):
         self._params: dict[str, CompressionParams] = {}  # unfinished requests that are to be compressed
         self._to_compact: dict[str, None] = {}  # of these, begun and not compacted, oldest first
         self._usage: dict[str, PromptUsage] = {}  # unfinished requests that report their numbers
-        self._refusals = Refusals(self.grammar_compile_error_reqs)
+        self._refusals = Refusals(self)
         self._stats_counter = StatsCounter() if self.settings.metrics and self.log_stats else None
         if self._stats_counter is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(
@@ -160,14 +160,14 @@ class L2KVScheduler(AsyncScheduler):
             attach_stats(stats, self._stats_counter.take(logical_tokens, logical_tokens - num_evicted))
         return stats
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; a report to consumers of KV events, which a request may ask for, is made by `announce_hit`."""
         mode = request.kv_cache_report_mode
         if mode != "full" or not self.kv_cache_manager.enable_kv_cache_events:
-            return super()._get_local_prefix_cache_hit(request)
+            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         request.kv_cache_report_mode = "incremental"
         try:
-            hit = super()._get_local_prefix_cache_hit(request)
+            hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         finally:
             request.kv_cache_report_mode = mode
         _, num_tokens, *_ = hit

@@ -181,6 +181,10 @@ class TimedOutput(AsyncModelRunnerOutput):
         """As vLLM's: waits for it."""
         return with_seconds(self._output.get_output(), self._seconds)
 
+    def get_kv_connector_output(self) -> Any:
+        """As vLLM's, since 0.33: what a step that failed leaves to the KV connector."""
+        return self._output.get_kv_connector_output()
+
 
 def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:
     """Refuses attention that compaction would mislead.

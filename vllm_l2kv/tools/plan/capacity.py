@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm.config import DeviceConfig, VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.field_kinds import MAX_TOKENS
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, group_layer_specs, is_packed
+from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 
 
 class Group(NamedTuple):
