@@ -278,7 +278,7 @@ class Device(WorkerBase):
 
 
 class FakeGPUWorker(CompactionWorker, Device):
-    """Our worker over `Device`, with a compactor that moves nothing."""
+    """Our worker over `Device`, with nothing that moves rows."""
 
     def __init__(self, runner: Any, compressed: Sequence[int] = (0,), num_in_flight: int = 2) -> None:
         Device.__init__(self, runner, num_in_flight)
@@ -286,8 +286,8 @@ class FakeGPUWorker(CompactionWorker, Device):
         self._compressed = tuple(compressed)
         self.initialize_from_config(SimpleNamespace(kv_cache_groups=[]))
 
-    def _make_compactor(self, layers):
-        return SimpleNamespace(compact=lambda orders: None)
+    def _make_compactors(self, layers):
+        return []
 
     def _make_clock(self):
         return HostClock()

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from rows import append, where
 
-from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor
+from vllm_l2kv.kernels.group_cache import GroupCache
+from vllm_l2kv.kernels.triton_compactor import TritonCompactor
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
 
@@ -35,7 +36,7 @@ def main() -> None:
         pool[:, layer * page : (layer + 1) * page].view(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, content)
         for layer in range(NUM_LAYERS)
     ]
-    compactor = GroupCompactor(GroupCache.of(views, HEAD_SIZE), 0, 8 * 15_000)
+    compactor = TritonCompactor(GroupCache.of(views, HEAD_SIZE), 0, 8 * 15_000)
     for num_prompts in (1, 8):
         for n in LENGTHS:
             for ratio in (0.5, 0.25, 0.1):

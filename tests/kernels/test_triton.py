@@ -16,9 +16,10 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU here; test_interpreted.py runs these in Triton's interpreter", allow_module_level=True)
 
-from vllm_l2kv.kernels import slots  # noqa: E402
+from vllm_l2kv.kernels import slots, torch_ranks  # noqa: E402
 from vllm_l2kv.kernels import triton as kernels  # noqa: E402
-from vllm_l2kv.kernels.triton import GroupCache, GroupCompactor  # noqa: E402
+from vllm_l2kv.kernels.group_cache import GroupCache  # noqa: E402
+from vllm_l2kv.kernels.triton_compactor import TritonCompactor  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 NUM_KV_HEADS = 2
@@ -58,8 +59,8 @@ class Pool:
     def rows(self, layer: torch.Tensor, first_row: int) -> LayerRows:
         return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype, first_row)
 
-    def compactor(self, max_num_tokens: int = 512) -> GroupCompactor:
-        return GroupCompactor(GroupCache.of(list(self.views), self.head_size, self.key_dtype), 0, max_num_tokens)
+    def compactor(self, max_num_tokens: int = 512) -> TritonCompactor:
+        return TritonCompactor(GroupCache.of(list(self.views), self.head_size, self.key_dtype), 0, max_num_tokens)
 
 
 def order(source, destination, n, num_keep, num_tokens=None, first=0, last=0, scorer="l2", granularity="token"):
@@ -190,7 +191,7 @@ def test_what_torch_scores(scorer, granularity, n):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_torch_scores_heads_one_by_one_if_memory_is_short(monkeypatch, granularity):
-    monkeypatch.setattr(kernels, "TORCH_BYTES", 1)
+    monkeypatch.setattr(torch_ranks, "TORCH_BYTES", 1)
     a, b, c, d = tables(30, 6, 3, 4, 1)
     orders = [order(c, d, 50, 10), order(a, b, 90, 40, 93, scorer="random", granularity=granularity)]
     check(Pool(30, 16), orders)

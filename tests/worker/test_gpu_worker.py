@@ -10,7 +10,8 @@ from fake_gpu import order, step_output
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_l2kv.kernels.triton import TORCH_BYTES, scratch_bytes
+from vllm_l2kv.kernels.torch_ranks import TORCH_BYTES
+from vllm_l2kv.kernels.triton_compactor import scratch_bytes
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, FullLayerSpec
 from vllm_l2kv.messages.orders import seconds_of
 from vllm_l2kv.worker.gpu import L2KVGPUWorker
@@ -61,7 +62,7 @@ class Later(AsyncModelRunnerOutput):
 
 def test_a_step_compacts_and_updates_the_runner_before_vllm_prepares_it(worker, monkeypatch):
     done = []
-    worker._compactor = SimpleNamespace(compact=lambda orders: done.append(("compact", len(orders))))
+    worker._compactors = [SimpleNamespace(compact=lambda orders: done.append(("compact", len(orders))))]
     worker._runner = SimpleNamespace(begin_step=lambda gone, orders: done.append((sorted(gone), len(orders))))
     worker._clock = FakeClock()
     monkeypatch.setattr(Worker, "execute_model", lambda _, output: done.append("vLLM"))

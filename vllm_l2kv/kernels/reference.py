@@ -4,6 +4,7 @@ Works on *views* of a layer's cache in which `keys[block, head, slot]` and `valu
 backend really lays them out in memory is the caller's business (see `vllm_l2kv.worker.rows`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,26 @@ def select(scores: torch.Tensor, num_keep: int, protect_first: int = 0, protect_
         `[num_kv_heads, num_keep]` int64, ascending in each head.
     """
     return ranked(scores, protect_first, protect_last)[:, :num_keep].sort(dim=-1).values
+
+
+class ReferenceCompactor:
+    """Carries out the orders of one KV-cache group, one layer and one request at a time.
+
+    Args:
+        group_id: Its id in `GroupMove`.
+        layers: The caches of its layers.
+    """
+
+    def __init__(self, group_id: int, layers: Sequence[LayerRows]) -> None:
+        self._group_id = group_id
+        self._layers = layers
+
+    @torch.inference_mode()
+    def compact(self, orders: Sequence[CompactionOrder]) -> None:
+        """Carries the orders out in turn."""
+        for order in orders:
+            for rows in self._layers:
+                compact_layer(rows, order, order.move_of(self._group_id))
 
 
 def compact_layer(rows: LayerRows, order: CompactionOrder, move: GroupMove) -> None:

@@ -7,12 +7,13 @@ from vllm import _custom_ops as ops
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_l2kv.kernels import Compactor
+from vllm_l2kv.kernels.reference import ReferenceCompactor
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec
 from vllm_l2kv.worker.clock import Clock, HostClock
-from vllm_l2kv.worker.compactor import ReferenceCompactor
 from vllm_l2kv.worker.rows import cpu_rows
 from vllm_l2kv.worker.runner_v1 import RunnerV1
-from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Runner
+from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers, Runner
 
 
 class L2KVCPUWorker(CompactionWorker, CPUWorker):
@@ -24,19 +25,20 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
         # The backend declares LBHNC only, but its kernels read head-major blocks at any stride.
         return [KVCacheLayout.BLHNC]
 
-    def _make_compactor(self, layers: GroupLayers) -> Compactor:
+    def _make_compactors(self, layers: GroupLayers) -> Sequence[Compactor]:
         for group in layers.values():
             for layer, spec in group[:1]:
                 check_cpu_layout(layer.isa, spec)
-        return ReferenceCompactor(
-            {
-                group_id: [
+        return [
+            ReferenceCompactor(
+                group_id,
+                [
                     cpu_rows(layer.kv_cache, spec.head_size, i * spec.num_kv_heads)
                     for i, (layer, spec) in enumerate(group)
-                ]
-                for group_id, group in layers.items()
-            }
-        )
+                ],
+            )
+            for group_id, group in layers.items()
+        ]
 
     def _make_clock(self) -> Clock:
         return HostClock()

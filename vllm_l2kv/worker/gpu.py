@@ -9,12 +9,14 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_l2kv.kernels.triton import TORCH_BYTES, GroupCache, GroupCompactor, scratch_bytes, torch_bytes_of_a_head
+from vllm_l2kv.kernels import Compactor
+from vllm_l2kv.kernels.group_cache import GroupCache
+from vllm_l2kv.kernels.torch_ranks import TORCH_BYTES, torch_bytes_of_a_head
+from vllm_l2kv.kernels.triton_compactor import TritonCompactor, scratch_bytes
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, key_dtype
-from vllm_l2kv.messages.orders import CompactionOrder
 from vllm_l2kv.worker.clock import Clock, CUDAClock
 from vllm_l2kv.worker.runner_v2 import RunnerV2
-from vllm_l2kv.worker.worker import CompactionWorker, Compactor, GroupLayers, Runner
+from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers, Runner
 
 
 class L2KVGPUWorker(CompactionWorker, Worker):
@@ -46,10 +48,12 @@ class L2KVGPUWorker(CompactionWorker, Worker):
     def _packed_layouts(self) -> list[KVCacheLayout]:
         return [KVCacheLayout.BLHNC]
 
-    def _make_compactor(self, layers: GroupLayers) -> Compactor:
-        compactor = TritonCompactor(layers, self.vllm_config.model_config.max_model_len)
-        compactor.warm_up()
-        return compactor
+    def _make_compactors(self, layers: GroupLayers) -> Sequence[Compactor]:
+        longest = self.vllm_config.model_config.max_model_len
+        compactors = [TritonCompactor(cache, group_id, longest) for group_id, cache in alike(layers)]
+        for compactor in compactors:
+            compactor.warm_up()
+        return compactors
 
     def _make_clock(self) -> Clock:
         return CUDAClock()
@@ -60,32 +64,15 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         return runner
 
 
-class TritonCompactor:
-    """The kernels, once for all layers of a group that are alike.
-
-    Args:
-        layers: Compressed groups to their attention layers and specs.
-        max_num_tokens: Longest prompt.
-    """
-
-    def __init__(self, layers: GroupLayers, max_num_tokens: int) -> None:
-        alike: dict[tuple[Any, ...], list[torch.Tensor]] = {}
-        for group_id, group in layers.items():
-            for layer, spec in group:
-                cache = layer.kv_cache
-                like = (group_id, spec.head_size, key_dtype(spec), cache.dtype, cache.shape, cache.stride())
-                alike.setdefault(like, []).append(cache)
-        self._compactors = [
-            GroupCompactor(GroupCache.of(caches, head_size, dtype), group_id, max_num_tokens)
-            for (group_id, head_size, dtype, *_), caches in alike.items()
-        ]
-
-    def warm_up(self) -> None:
-        """Compiles the kernels."""
-        for compactor in self._compactors:
-            compactor.warm_up()
-
-    def compact(self, orders: Sequence[CompactionOrder]) -> None:
-        """Launches the kernels for all orders of a step."""
-        for compactor in self._compactors:
-            compactor.compact(orders)
+def alike(layers: GroupLayers) -> list[tuple[int, GroupCache]]:
+    """Caches that one compactor can take, each with the id of its group: all layers of a group, unless they differ."""
+    found: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    for group_id, group in layers.items():
+        for layer, spec in group:
+            cache = layer.kv_cache
+            like = (group_id, spec.head_size, key_dtype(spec), cache.dtype, cache.shape, cache.stride())
+            found.setdefault(like, []).append(cache)
+    return [
+        (group_id, GroupCache.of(caches, head_size, dtype))
+        for (group_id, head_size, dtype, *_), caches in found.items()
+    ]

@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_l2kv.kernels import Compactor
 from vllm_l2kv.kv_cache_spec import (
     CompressedLayerSpec,
     Geometry,
@@ -24,13 +25,6 @@ from vllm_l2kv.worker.clock import Clock
 
 GroupLayers = Mapping[int, Sequence[tuple[Any, CompressedLayerSpec]]]
 """Compressed KV-cache groups to their attention layers and specs."""
-
-
-class Compactor(Protocol):
-    """Moves kept rows."""
-
-    def compact(self, orders: Sequence[CompactionOrder]) -> None:
-        """Carries out one step's orders."""
 
 
 class Counts(Protocol):
@@ -59,7 +53,7 @@ class Runner(Protocol):
 class CompactionWorker(WorkerBase):
     """Stands before one of vLLM's worker classes.
 
-    A subclass answers for its device: `_packed_layouts`, `_make_compactor`, `_make_clock` and `_adapt_runner`.
+    A subclass answers for its device: `_packed_layouts`, `_make_compactors`, `_make_clock` and `_adapt_runner`.
 
     Attributes:
         attention_backends: vLLM's names of the attention backends that take every length from where we put it.
@@ -95,7 +89,7 @@ class CompactionWorker(WorkerBase):
                 if isinstance(spec, CompressedLayerSpec):
                     layers.setdefault(group_id, []).append((self._layers[name], spec))
         self._compressed_group_ids = tuple(layers)
-        self._compactor = self._make_compactor(layers)
+        self._compactors = self._make_compactors(layers)
         self._clock = self._make_clock()
         self._runner = self._adapt_runner(self._compressed_group_ids)
 
@@ -108,7 +102,8 @@ class CompactionWorker(WorkerBase):
         orders = orders_of(scheduler_output)
         if orders:
             with self._clock.measure():
-                self._compactor.compact(orders)
+                for compactor in self._compactors:
+                    compactor.compact(orders)
         gone = chain(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         self._runner.begin_step(gone, orders)
         return self._with_seconds(super().execute_model(scheduler_output))
@@ -157,12 +152,12 @@ class CompactionWorker(WorkerBase):
         """Block-outermost layouts that this device's attention kernels read, most preferred first."""
         raise NotImplementedError
 
-    def _make_compactor(self, layers: GroupLayers) -> Compactor:
-        """What moves rows of these layers."""
+    def _make_compactors(self, layers: GroupLayers) -> Sequence[Compactor]:
+        """What moves rows of these layers, each of them in one compactor."""
         raise NotImplementedError
 
     def _make_clock(self) -> Clock:
-        """What measures the compactor."""
+        """What measures the compactors."""
         raise NotImplementedError
 
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
