@@ -105,7 +105,7 @@ def test_a_row_goes_on_where_its_number_of_blocks_says(monkeypatch):
 
 
 def test_a_buffer_is_used_again_after_as_many_publications_as_there_are_buffers(monkeypatch):
-    """And there are as many as steps in flight: the worker may publish once a step, see `EvictedCounts`."""
+    """And there are as many as steps in flight: the worker may publish once a step, see `EvictedCountsV2`."""
     patch_vllm(monkeypatch)
     for num_buffers in (2, 3):
         pool = UvaBufferPool(4, torch.int32, max_concurrency=num_buffers)

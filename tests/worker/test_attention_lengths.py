@@ -3,7 +3,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_l2kv.worker.attention_lengths import PhysicalAttentionGroup, make_groups_physical
-from vllm_l2kv.worker.runner_v1 import CompressedBlockTable, EvictedCounts, subtract_evicted
+from vllm_l2kv.worker.runner_v1 import CompressedBlockTable, EvictedCountsV1, subtract_evicted
 
 
 class FakeTable:
@@ -13,8 +13,8 @@ class FakeTable:
         self.seen = num_reqs, query_start_loc, positions
 
 
-def counts_of(**num_evicted: int) -> EvictedCounts:
-    counts = EvictedCounts()
+def counts_of(**num_evicted: int) -> EvictedCountsV1:
+    counts = EvictedCountsV1()
     for req_id, evicted in num_evicted.items():
         counts.set(req_id, evicted)
     return counts

@@ -23,7 +23,7 @@ class RunnerV1:
 
     def __init__(self, runner: Any, group_ids: Sequence[int]) -> None:
         self._runner = runner
-        self.counts = EvictedCounts()
+        self.counts = EvictedCountsV1()
         tables = runner.input_batch.block_table.block_tables
         for group_id in group_ids:
             tables[group_id] = CompressedBlockTable(tables[group_id], self._of_batch)
@@ -53,7 +53,7 @@ class RunnerV1:
         return metadata if counts is None else subtract_evicted(metadata, counts)
 
 
-class EvictedCounts:
+class EvictedCountsV1:
     """Slots by which each compacted request's positions moved forward; requests not compacted are absent."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ class RunnerV2:
 
     def __init__(self, runner: Any, group_ids: Sequence[int]) -> None:
         self._runner = runner
-        self.counts = EvictedCounts(runner.max_num_reqs)
+        self.counts = EvictedCountsV2(runner.max_num_reqs)
         self._tables = CompressedBlockTables(runner.block_tables, group_ids, self.counts)
         self._seq_lens = torch.zeros(runner.max_num_reqs, dtype=torch.int32, device=runner.device)
         runner.block_tables = self._tables
@@ -63,7 +63,7 @@ class RunnerV2:
         return metadata.replace(seq_lens=seq_lens)
 
 
-class EvictedCounts:
+class EvictedCountsV2:
     """Slots by which each compacted request's positions moved forward, by the runner's request state.
 
     Kernels read the counts from host memory, when their step's turn comes. vLLM keeps as many copies as steps can be in
@@ -116,7 +116,7 @@ class CompressedBlockTables:
         idx_mapping: `[num_reqs]` int64, request states of the batch under way; `None` for a dummy batch.
     """
 
-    def __init__(self, tables: BlockTables, group_ids: Iterable[int], counts: EvictedCounts) -> None:
+    def __init__(self, tables: BlockTables, group_ids: Iterable[int], counts: EvictedCountsV2) -> None:
         self._tables = tables
         self._counts = counts
         self.idx_mapping: torch.Tensor | None = None
