@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from vllm_l2kv_server import cli, serve
+from vllm_l2kv_server import serve
 from vllm_l2kv_server.last_line import LastLine
 from vllm_l2kv_server.serve import load_routes, make_parser, name_plugin, parse, use_demo_model
 from vllm_l2kv_server.start_signals import Stopped
 
 import vllm_l2kv
+from vllm_l2kv import cli
 from vllm_l2kv.cli import main
 from vllm_l2kv.settings import CONFIG_KEY
 
