@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from importlib.util import find_spec
 
 from vllm_l2kv import __version__
@@ -19,7 +18,6 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "diagnose": VLLM | REPORTS,
     "bench": dict.fromkeys(("httpx", "jinja2", "matplotlib", "numpy", "prometheus_client", "psutil"), "[bench]"),
     "plan": VLLM,
-    "config-schema": VLLM,
 }
 """Packages that a command, or one with its first word, imports sooner or later, and the extra that has them."""
 
@@ -86,19 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("bench", help="put a server under load at several keep ratios; see vllm-l2kv bench --help")
     commands.add_parser("plan", help="say how many requests fit a GPU; see vllm-l2kv plan --help")
     commands.add_parser("demo-model", help="make the demo model available and print its folder")
-    commands.add_parser("config-schema", help="print a JSON schema of config files, for editors")
+    commands.add_parser("config-schema", help="print a JSON schema of our keys of config files, for editors")
     return parser
 
 
 def _show_config_schema() -> None:
-    # vLLM has help texts only in a process that was asked for help when it was imported, and logs to standard output.
-    sys.argv.append("--help")
-    with redirect_stdout(sys.stderr):
-        from vllm_l2kv_server.config_keys import keys_of, schema_text
-        from vllm_l2kv_server.serve import make_parser
+    from vllm_l2kv_server.serve_options import config_schema
 
-        text = schema_text(keys_of(make_parser()))
-    sys.stdout.write(text)
+    sys.stdout.write(config_schema())
 
 
 def _show_demo_model() -> None:

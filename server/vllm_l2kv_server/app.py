@@ -30,7 +30,7 @@ from vllm_l2kv_server.protocol import (
     KVCacheGroup,
     KVCompressionInfo,
 )
-from vllm_l2kv_server.serve import DEFAULT_MAX_BODY_MIB
+from vllm_l2kv_server.serve_options import DEFAULT_MAX_BODY_MIB
 from vllm_l2kv_server.shutdown import bounded_end
 from vllm_l2kv_server.welcome import announce_when_ready
 

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-from vllm_l2kv_server.serve import MAX_BODY_OPTION
+from vllm_l2kv_server.serve_options import MAX_BODY_OPTION
 
 BYTES_PER_MIB = 2**20
 

@@ -1,52 +1,54 @@
-"""A YAML file of options, turned into the command line that it stands for."""
+"""Config files: YAML mappings of option names to values, turned into the words that one would type.
 
+The parser of the command line checks both, so a file knows no option and no bound that the command line does not know.
+"""
+
+import copy
 import difflib
-from collections.abc import Mapping
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from jsonschema import Draft7Validator
-from jsonschema.exceptions import best_match
 
-from vllm_l2kv_server.config_keys import Key
+NOT_IN_FILES = ("config", "help", "model-tag")
 
 
 class ConfigFileError(ValueError):
-    """The file cannot be read or says something that is no option; one line, naming the file."""
+    """The file cannot be read, or a key or value of it is no option; one line that names the file."""
 
 
-def read_config_file(path: str, keys: Mapping[str, Key]) -> list[str]:
-    """What one would have typed.
+def read_config_file(path: str, parser: ArgumentParser) -> list[str]:
+    """Returns the words of the command line that the file stands for.
 
-    vLLM's own `--config` is not used: it passes over unknown keys in silence when they are false or empty, and knows
-    no `--config=FILE`.
+    vLLM's own `--config` is not used: it ignores unknown keys whose value is false or empty, and does not accept
+    `--config=FILE`.
 
     Args:
-        path: A YAML mapping of option names, without dashes in front, to values; a key without a value is not given.
-        keys: Known options.
+        path: A YAML mapping of option names, without leading dashes, to values; a key without a value is left out.
+        parser: Parses the command line.
 
     Raises:
-        ConfigFileError: Unreadable, not a mapping, an unknown key, with the nearest known one, or a value that the
-            option cannot take.
+        ConfigFileError: Unreadable, not a mapping, an unknown key (the message has the nearest one), or a value that
+            the option does not take.
     """
-    content = read_yaml(path)
     words = []
-    for name, value in content.items():
-        key = keys.get(str(name).replace("_", "-"))
-        if key is None:
-            nearest = difflib.get_close_matches(str(name).replace("_", "-"), keys, n=1, cutoff=0.0)[0]
-            raise ConfigFileError(f"{path}: unknown key {str(name)!r}; did you mean {nearest!r}?")
-        if value is None:
-            continue
-        if error := best_match(Draft7Validator(key.schema).iter_errors(value)):
-            raise ConfigFileError(f"{path}: {name}: {error.message}")
-        words += key.words(value)
+    for key, value in read_yaml(path).items():
+        name = str(key).replace("_", "-")
+        if not _is_option(parser, name):
+            hint = f"did you mean {nearest(name, option_names(parser))!r}?"
+            raise ConfigFileError(f"{path}: unknown key {str(key)!r}; {hint}")
+        try:
+            words += [] if value is None else _words(parser, name, value)
+        except _RefusedError as error:
+            raise ConfigFileError(f"{path}: {error}") from None
     return words
 
 
 def read_yaml(path: str) -> dict[Any, Any]:
-    """What the file says; nothing if it is empty.
+    """Returns the content of the file; an empty file is an empty mapping.
 
     Raises:
         ConfigFileError: Unreadable, or not a mapping.
@@ -62,3 +64,87 @@ def read_yaml(path: str) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise ConfigFileError(f"{path} must hold a mapping of option names to values.")
     return content
+
+
+def option_names(parser: ArgumentParser) -> list[str]:
+    """Names of the options that a file may set, without leading dashes; those without a default are missing."""
+    names = (name.replace("_", "-") for name in vars(parser.parse_args([])))
+    return [name for name in names if name not in NOT_IN_FILES]
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Returns the known name that a misspelt one is closest to."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+class _RefusedError(ValueError):
+    """The parser does not take some words; the message is the parser's, which names the option."""
+
+
+def _parse(parser: ArgumentParser, words: list[str]) -> tuple[Namespace, list[str]]:
+    """Returns the parsed options and the words that belong to none.
+
+    Raises:
+        _RefusedError: Where the parser would end the process.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise _RefusedError(" ".join(message.split()))
+
+    checker = copy.copy(parser)
+    checker.error = refuse  # type: ignore[method-assign]
+    return checker.parse_known_args(words)
+
+
+def _is_option(parser: ArgumentParser, name: str) -> bool:
+    # A file says --no-enforce-eager by `enforce-eager: false`.
+    if name in NOT_IN_FILES or name.startswith("no-") or not name.replace("-", "_").isidentifier():
+        return False
+    try:
+        return not _parse(parser, [f"--{name}"])[1]
+    except _RefusedError:  # a known option that needs a value
+        return True
+
+
+def _words(parser: ArgumentParser, name: str, value: Any) -> list[str]:
+    match value:
+        case True:
+            words = [f"--{name}"]
+        case False:
+            words = [f"--no-{name}"]
+            if _parse(parser, words)[1]:  # a switch without a --no- form is off unless named
+                _parse(parser, [f"--{name}"])
+                return []
+        case list():
+            return _words_of_list(parser, name, value)
+        case dict():
+            words = [f"--{name}={json.dumps(value)}"]
+        case _:
+            words = [f"--{name}={value}"]
+    _parse(parser, words)
+    return words
+
+
+def _words_of_list(parser: ArgumentParser, name: str, values: list[Any]) -> list[str]:
+    """The first spelling of a list by which the option has as many values.
+
+    Raises:
+        _RefusedError: None of them, so the option takes one value, or none of that kind.
+    """
+    items = [json.dumps(value) if isinstance(value, dict) else str(value) for value in values]
+    spellings = (
+        [f"--{name}", *items],
+        [f"--{name}={item}" for item in items],
+        [f"--{name}={json.dumps(values)}"],
+        [f"--{name}={','.join(items)}"],
+    )
+    refusal = _RefusedError(f"argument --{name}: one value is expected, got {json.dumps(values)}")
+    for words in spellings:
+        try:
+            parsed = getattr(_parse(parser, words)[0], name.replace("-", "_")) or ()
+        except _RefusedError as error:
+            refusal = error
+            continue
+        if isinstance(parsed, list | tuple) and len(parsed) == len(values):
+            return words
+    raise refusal

@@ -1,7 +1,6 @@
 """`vllm-l2kv serve`: our options beside vLLM's, then vLLM's own server."""
 
 import argparse
-import copy
 import os
 import signal
 import sys
@@ -14,25 +13,20 @@ from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 from vllm_l2kv import engine_args
-from vllm_l2kv.cli_types import DEFAULT_LAYERS, layers, positive, taken_by
 from vllm_l2kv.params import FIELDS
-from vllm_l2kv.settings import CONFIG_KEY, Settings
+from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, is_demo_model, model_folder
-from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
-from vllm_l2kv_server.config_keys import keys_of
+from vllm_l2kv_server.config_file import ConfigFileError, nearest, option_names, read_config_file
 from vllm_l2kv_server.last_line import LastLine
-from vllm_l2kv_server.start_checks import StartError, check_parsed, check_words, nearest
+from vllm_l2kv_server.serve_options import PROG, own_options
+from vllm_l2kv_server.start_checks import StartError, check_parsed, check_words
 from vllm_l2kv_server.start_signals import Stopped, signals_that_stop
 
-PROG = "vllm-l2kv serve"
 PLUGIN = "l2kv"
 OPTIONAL_PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 """Groups whose plugins vLLM loads when `VLLM_PLUGINS` is unset; endpoint plugins must always be named."""
 
 DEMO_CACHE_BYTES = 2 * 2**30
-MAX_BODY_OPTION = "--max-body-mib"
-DEFAULT_MAX_BODY_MIB = 64
-"""Room for 48 MiB of pictures or sound as base64, and for a prompt of millions of tokens, as text or as ids."""
 
 DESCRIPTION = """\
 Starts vLLM's OpenAI-compatible server with per-request KV-cache compression.
@@ -85,7 +79,7 @@ def _checked_options(argv: Sequence[str]) -> Namespace:
     _, words = own.parse_known_args(argv)
     if not any(word == "-h" or word.partition("=")[0] == "--help" for word in words):
         try:
-            check_words(words, keys_of(own))
+            check_words(words, option_names(own))
         except ConfigFileError as error:
             own.error(f"argument --config: {error}")
         except StartError as error:
@@ -151,43 +145,6 @@ def load_routes() -> None:
     routes.load()
 
 
-def own_options() -> argparse.ArgumentParser:
-    """The options that vLLM does not have."""
-    parser = argparse.ArgumentParser(prog=PROG, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
-    group = parser.add_argument_group("KV-cache compression")
-    group.add_argument(
-        "--kv-full-layers",
-        type=layers,
-        default=Settings.full_layers,
-        metavar="I,J,...",
-        help=f"layers that never compact; an empty string means none (default: {DEFAULT_LAYERS}, the paper's)",
-    )
-    for field in FIELDS:
-        what = field.description[0].lower() + field.description[1:].rstrip(".")
-        group.add_argument(
-            field.option,
-            **taken_by(field.kind),
-            default=field.default,
-            help=f"{what}; unless a request says otherwise (default: {field.default})",
-        )
-    group = parser.add_argument_group("Requests")
-    group.add_argument(
-        MAX_BODY_OPTION,
-        type=positive,
-        default=DEFAULT_MAX_BODY_MIB,
-        metavar="N",
-        help=f"a request whose body is longer than N MiB gets 413 (default: {DEFAULT_MAX_BODY_MIB})",
-    )
-    group.add_argument(
-        "--playground",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="serve a page at /playground that compares two keep ratios; the page needs no API key, what it asks does "
-        "(default: on)",
-    )
-    return parser
-
-
 def make_parser() -> Any:
     """vLLM's parser of `vllm serve`, with our options."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -215,7 +172,7 @@ def _fail(parser: Any, message: str) -> NoReturn:
     _, found, words = message.partition("unrecognized arguments: ")
     if found and words.startswith("--"):
         name = words.split()[0].partition("=")[0]
-        message = f"unrecognized option {name}; did you mean --{nearest(name[2:], keys_of(parser))}?"
+        message = f"unrecognized option {name}; did you mean --{nearest(name[2:], option_names(parser))}?"
     sys.stderr.write(f"{parser.prog}: error: {message}\n")
     sys.exit(2)
 
@@ -276,19 +233,9 @@ def _with_config_file(parser: Any, argv: Sequence[str]) -> list[str]:
     if found.config is None:
         return words
     try:
-        from_file = read_config_file(found.config, keys_of(parser))
-        _check_alone(parser, found.config, from_file)
+        from_file = read_config_file(found.config, parser)
     except ConfigFileError as error:
         parser.error(f"argument --config: {error}")
-    return [*from_file, *words]
-
-
-def _check_alone(parser: Any, path: str, words: Sequence[str]) -> None:
-    """Parses the words of a file, so that a bound that only the parser knows is told with the file's name."""
-
-    def fail(message: str) -> NoReturn:
-        raise ConfigFileError(f"{path}: {message}")
-
-    checker = copy.copy(parser)
-    checker.error = fail
-    checker.parse_args(list(words))
+    # MODEL in front of all options would be one more item of a list at the end of the file.
+    num_leading = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return [*words[:num_leading], *from_file, *words[num_leading:]]

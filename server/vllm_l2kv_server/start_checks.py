@@ -6,7 +6,6 @@ read everything, `check_parsed` asks again, and builds the engine's configuratio
 """
 
 import copy
-import difflib
 import errno
 import os
 import socket
@@ -15,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_l2kv_server.config_file import read_yaml
+from vllm_l2kv_server.config_file import nearest, read_yaml
 
 DEFAULT_PORT = 8000
 VLLM_KV_OPTIONS = (
@@ -89,11 +88,6 @@ def check_parsed(args: Namespace) -> None:
     _check_all({name: getattr(args, name.replace("-", "_")) for name in (*VALUES, *SWITCHES) if name != "config"})
     if not args.data_parallel_multi_port_external_lb:  # each of its servers builds a configuration of its own
         _check_engine(args)
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """The known name that a misspelt one is closest to."""
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def check_model(model: str) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 import yaml
 from vllm_l2kv_server.config_file import read_config_file
-from vllm_l2kv_server.config_keys import keys_of
-from vllm_l2kv_server.serve import own_options
+from vllm_l2kv_server.serve_options import own_options
 
 from vllm_l2kv.tools.evaluation.attention import (
     attention_loss,
@@ -439,7 +438,7 @@ def test_the_server_reads_the_config(tmp_path, full_layers, written):
     path.write_text(
         config_text(Recommendation(full_layers, 0.5, "keydiff", ("flat norms: 1 of 2 heads",)), "some/model")
     )
-    assert read_config_file(str(path), keys_of(own_options())) == [
+    assert read_config_file(str(path), own_options()) == [
         f"--kv-full-layers={written}",
         "--kv-default-keep-ratio=0.5",
         "--kv-protect-first=4",

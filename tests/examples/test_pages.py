@@ -36,7 +36,7 @@ class TestRequestFields:
         assert said == [[field.name, field.type, field.bounds, str(DEFAULTS[field.name])] for field in FIELDS]
 
     def test_the_options_exist(self):
-        from vllm_l2kv_server.serve import own_options
+        from vllm_l2kv_server.serve_options import own_options
 
         options = {row[-1] for row in rows("request_fields.md", "field")}
         assert options == {word for word in own_options().format_help().split() if word.startswith("--kv-")} - FOR_ALL

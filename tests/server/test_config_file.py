@@ -4,8 +4,7 @@ import argparse
 import json
 
 import pytest
-from vllm_l2kv_server.config_file import ConfigFileError, read_config_file
-from vllm_l2kv_server.config_keys import keys_of
+from vllm_l2kv_server.config_file import ConfigFileError, option_names, read_config_file
 
 from vllm_l2kv.cli_types import layers, positive, ratio
 
@@ -16,13 +15,15 @@ def some_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model_tag", nargs="?")
     add("--config")
-    add("--port", type=int, default=8000, help="where it listens. More of it.")
+    add("--host")
+    add("--port", type=int, default=8000)
     add("--kv-full-layers", type=layers, default=(0, 1))
     add("--kv-default-keep-ratio", type=ratio)
     add("--max-body-mib", type=positive)
     add("--enforce-eager", action=argparse.BooleanOptionalAction)
     add("--headless", action="store_true")
     add("--served-model-name", nargs="+")
+    add("--lora-modules", nargs="+")
     add("--middleware", action="append", type=str)
     add("--hf-token", type=str, nargs="?", const=True)
     add("--compilation-config", "-cc", type=json.loads)
@@ -36,7 +37,7 @@ def read(tmp_path):
     def read(text: str) -> list[str]:
         path = tmp_path / "config.yaml"
         path.write_text(text)
-        return read_config_file(str(path), keys_of(some_parser()))
+        return read_config_file(str(path), some_parser())
 
     return read
 
@@ -59,13 +60,16 @@ def read(tmp_path):
         ("headless: false", []),
         ("port:", []),
         ("served-model-name: [a, b]", ["--served-model-name", "a", "b"]),
+        ("served-model-name: [a, 1]", ["--served-model-name", "a", "1"]),
         ("served-model-name: a", ["--served-model-name=a"]),
+        ("served-model-name: []", []),
         ("middleware: [a, b]", ["--middleware=a", "--middleware=b"]),
         ("middleware: []", []),
         ("hf-token: true", ["--hf-token"]),
         ("hf-token: secret", ["--hf-token=secret"]),
         ("compilation-config:\n  mode: 3", ['--compilation-config={"mode": 3}']),
         ("compilation-config: [1, 2]", ["--compilation-config=[1, 2]"]),
+        ("lora-modules: [{name: a}]", ["--lora-modules", '{"name": "a"}']),
         ("dtype: float32", ["--dtype=float32"]),
     ],
 )
@@ -81,17 +85,20 @@ def test_words(read, text, words):
         ("1: 2", "unknown key '1'"),
         ("no-enforce-eager: true", "unknown key 'no-enforce-eager'; did you mean 'enforce-eager'?"),
         ("config: other.yaml", "unknown key 'config'"),
-        ("port: [1, 2]", "config.yaml: port: [1, 2] is not of type 'integer'"),
-        ("port: false", "config.yaml: port: False is not of type 'integer'"),
-        ("port: high", "config.yaml: port: 'high' is not of type 'integer'"),
-        ("enforce-eager: 1", "config.yaml: enforce-eager: 1 is not of type 'boolean'"),
-        ("enforce-eager: {a: b}", "config.yaml: enforce-eager: {'a': 'b'} is not of type 'boolean'"),
-        ("served-model-name: [a, 1]", "config.yaml: served-model-name: 1 is not of type 'string'"),
-        ("kv-default-keep-ratio: 2", "config.yaml: kv-default-keep-ratio: 2 is greater than the maximum of 1"),
-        ("kv-default-keep-ratio: 0", "config.yaml: kv-default-keep-ratio: 0 is less than or equal to the minimum of 0"),
-        ("max_body_mib: 0", "config.yaml: max_body_mib: 0 is less than the minimum of 1"),
-        ("kv-full-layers: [0, -1]", "config.yaml: kv-full-layers: -1 is less than the minimum of 0"),
-        ("dtype: int8", "config.yaml: dtype: 'int8' is not one of ['auto', 'float32']"),
+        ("a key: 1", "unknown key 'a key'"),
+        ("port=1: 2", "unknown key 'port=1'"),
+        ("port: [1, 2]", "config.yaml: argument --port: invalid int value: '1,2'"),
+        ("host: [a, b]", 'config.yaml: argument --host: one value is expected, got ["a", "b"]'),
+        ("port: false", "config.yaml: argument --port: expected one argument"),
+        ("port: true", "config.yaml: argument --port: expected one argument"),
+        ("port: high", "config.yaml: argument --port: invalid int value: 'high'"),
+        ("enforce-eager: 1", "config.yaml: argument --enforce-eager/--no-enforce-eager: ignored explicit argument '1'"),
+        ("enforce-eager: {a: b}", '--no-enforce-eager: ignored explicit argument \'{"a": "b"}\''),
+        ("kv-default-keep-ratio: 2", "--kv-default-keep-ratio: R must satisfy 0 < R <= 1, got 2"),
+        ("kv-default-keep-ratio: 0", "--kv-default-keep-ratio: R must satisfy 0 < R <= 1, got 0"),
+        ("max_body_mib: 0", "config.yaml: argument --max-body-mib: N must satisfy 1 <= N, got 0"),
+        ("kv-full-layers: [0, -1]", "argument --kv-full-layers: layer indices >= 0 with commas between them"),
+        ("dtype: int8", "config.yaml: argument --dtype: invalid choice: 'int8' (choose from "),
         ("[a, b]", "must hold a mapping"),
         ("a: [", "is not YAML"),
     ],
@@ -105,12 +112,10 @@ def test_errors(read, text, message):
 
 def test_no_file(tmp_path):
     with pytest.raises(ConfigFileError, match="cannot read"):
-        read_config_file(str(tmp_path / "none.yaml"), {})
+        read_config_file(str(tmp_path / "none.yaml"), some_parser())
 
 
-def test_schemas_say_type_default_and_first_sentence():
-    keys = keys_of(some_parser())
-    assert keys["port"].schema == {"type": "integer", "default": 8000, "description": "where it listens"}
-    assert keys["kv-full-layers"].schema["default"] == [0, 1]
-    assert keys["compilation-config"].option == "--compilation-config"
-    assert not {"config", "help", "no-enforce-eager", "model_tag", "cc"} & set(keys)
+def test_names():
+    names = option_names(some_parser())
+    assert {"port", "kv-full-layers", "headless", "compilation-config"} <= set(names)
+    assert not {"config", "help", "no-enforce-eager", "model-tag", "cc"} & set(names)

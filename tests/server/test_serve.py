@@ -173,6 +173,12 @@ class TestConfigFile:
         assert args.additional_config["l2kv"]["kv_keep_ratio"] == 0.25
         assert args.additional_config["l2kv"]["full_layers"] == [2]
 
+    def test_a_list_at_the_end_of_the_file_does_not_take_the_model(self, parser, tmp_path):
+        path = tmp_path / "c.yaml"
+        path.write_text("served-model-name: [a, b]\n")
+        args = parse(parser, ["mine", "--config", str(path)])
+        assert (args.model, args.served_model_name) == ("mine", ["a", "b"])
+
     def test_bad_value_names_the_option(self, parser, tmp_path, capsys):
         path = tmp_path / "c.yaml"
         path.write_text("kv-protect-last: -1\n")
@@ -180,7 +186,8 @@ class TestConfigFile:
             parse(parser, ["--config", str(path)])
         assert caught.value.code == 2
         line = capsys.readouterr().err.splitlines()[-1]
-        assert line.endswith(f"argument --config: {path}: kv-protect-last: -1 is less than the minimum of 0")
+        said = f"argument --config: {path}: argument --kv-protect-last: N must satisfy 0 <= N <= 2147483647, got -1."
+        assert line.endswith(said)
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from transformers import BertConfig
-from vllm_l2kv_server.config_keys import keys_of
-from vllm_l2kv_server.serve import make_parser, own_options, parse
+from vllm_l2kv_server.config_file import option_names
+from vllm_l2kv_server.serve import make_parser, parse
+from vllm_l2kv_server.serve_options import own_options
 from vllm_l2kv_server.start_checks import (
     VLLM_KV_OPTIONS,
     StartError,
@@ -21,7 +22,7 @@ from vllm_l2kv_server.start_checks import (
     check_words,
 )
 
-OWN = keys_of(own_options())
+OWN = option_names(own_options())
 CPU = ["--dtype", "float32", "--enforce-eager", "--port", "0", "--kv-cache-memory-bytes", "1G"]
 
 
@@ -46,8 +47,8 @@ def refused(*words: str) -> str:
 
 
 def test_vllms_options_that_begin_as_ours():
-    names = keys_of(make_parser())
-    assert {name for name in names if name.startswith("kv-")} - OWN.keys() == set(VLLM_KV_OPTIONS)
+    names = option_names(make_parser())
+    assert {name for name in names if name.startswith("kv-")} - set(OWN) == set(VLLM_KV_OPTIONS)
 
 
 class TestWords:

@@ -1,0 +1,91 @@
+"""Options of `vllm-l2kv serve` that vLLM does not have.
+
+Imports no vLLM and no web framework, since bad options are refused before either is imported.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from vllm_l2kv.cli_types import DEFAULT_LAYERS, layers, positive, taken_by
+from vllm_l2kv.params import FIELDS
+from vllm_l2kv.settings import Settings
+
+PROG = "vllm-l2kv serve"
+MAX_BODY_OPTION = "--max-body-mib"
+DEFAULT_MAX_BODY_MIB = 64
+"""Room for 48 MiB of pictures or sound as base64, and for a prompt of millions of tokens, as text or as ids."""
+
+
+def own_options() -> argparse.ArgumentParser:
+    """The options that vLLM does not have."""
+    parser = argparse.ArgumentParser(prog=PROG, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("KV-cache compression")
+    group.add_argument(
+        "--kv-full-layers",
+        type=layers,
+        default=Settings.full_layers,
+        metavar="I,J,...",
+        help=f"layers that never compact; an empty string means none (default: {DEFAULT_LAYERS}, the paper's)",
+    )
+    for field in FIELDS:
+        what = field.description[0].lower() + field.description[1:].rstrip(".")
+        group.add_argument(
+            field.option,
+            **taken_by(field.kind),
+            default=field.default,
+            help=f"{what}; unless a request says otherwise (default: {field.default})",
+        )
+    group = parser.add_argument_group("Requests")
+    group.add_argument(
+        MAX_BODY_OPTION,
+        type=positive,
+        default=DEFAULT_MAX_BODY_MIB,
+        metavar="N",
+        help=f"a request whose body is longer than N MiB gets 413 (default: {DEFAULT_MAX_BODY_MIB})",
+    )
+    group.add_argument(
+        "--playground",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="serve a page at /playground that compares two keep ratios; the page needs no API key, what it asks does "
+        "(default: on)",
+    )
+    return parser
+
+
+def config_schema() -> str:
+    """Returns the JSON schema of these options as keys of a config file, for editors; vLLM's keys are left open."""
+    keys: dict[str, Any] = {
+        "kv-full-layers": {
+            "description": "Layers that never compact.",
+            "type": ["array", "integer", "string"],
+            "items": {"type": "integer", "minimum": 0},
+            "default": list(Settings.full_layers),
+        }
+    }
+    for field in FIELDS:
+        keys[field.option.removeprefix("--")] = {
+            "description": field.description,
+            **field.kind.schema(),
+            "default": field.default,
+        }
+    keys[MAX_BODY_OPTION.removeprefix("--")] = {
+        "description": "A request whose body is longer than this many MiB gets 413.",
+        "type": "integer",
+        "minimum": 1,
+        "default": DEFAULT_MAX_BODY_MIB,
+    }
+    keys["playground"] = {
+        "description": "Serve a page at /playground that compares two keep ratios.",
+        "type": "boolean",
+        "default": True,
+    }
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Config file of vllm-l2kv serve; keys of vLLM's options are not listed",
+        "type": "object",
+        "properties": keys,
+        "additionalProperties": True,
+    }
+    return json.dumps(schema, indent=2) + "\n"
