@@ -104,7 +104,20 @@ class CompressionParams:
         """
         check_names(values)
         given = {f.attribute: values[f.name] for f in FIELDS if values.get(f.name) is not None}
-        return replace(self, **given)
+        return replace(self, **given) if given else self
+
+    def read(self, values: Mapping[str, Any] | None) -> "Asked":
+        """What a request asks of an engine whose defaults these are.
+
+        Args:
+            values: As those of `override`; `None` for a request that gives nothing.
+
+        Raises:
+            ParamError: As `override`.
+        """
+        values = values or {}
+        params = self.override(values)
+        return Asked(params, by_client=any(values.get(name) is not None for name in FIELD_NAMES))
 
     def as_fields(self) -> dict[str, FieldValue]:
         """The params under their names on the wire."""
@@ -156,24 +169,37 @@ FIELDS = tuple(
 FIELD_NAMES = tuple(field.name for field in FIELDS)
 
 
-def asks_for_compression(values: Mapping[str, Any] | None) -> bool:
-    """Whether any of our fields is given, be it to keep everything."""
-    return values is not None and any(values.get(name) is not None for name in FIELD_NAMES)
+@dataclass(frozen=True)
+class Asked:
+    """What one request asks of the KV cache, from `CompressionParams.read`.
+
+    Attributes:
+        params: What applies to it: its own fields over the engine's defaults.
+        by_client: Whether it gave any field, even `kv_keep_ratio=1`.
+    """
+
+    params: CompressionParams
+    by_client: bool
+
+    @property
+    def reports(self) -> bool:
+        """Whether the numbers of its prompt are reported: it gave a field, or the defaults compress it."""
+        return self.by_client or self.params.keep_ratio < 1
 
 
-def check_session(values: Mapping[str, Any] | None, keep_ratio: float) -> None:
+def check_session(asked: Asked) -> None:
     """Refuses compression of streaming input: a prompt in chunks, each answered before the next one is computed.
 
-    Where a client names nothing and the operator's ratio is below 1, its prompt is kept whole instead.
+    Where a client gives no field and the operator's ratio is below 1, its prompt is kept whole instead.
 
     Args:
-        values: What a client named.
-        keep_ratio: The same over the operator's defaults.
+        asked: What a chunk of the prompt asks.
 
     Raises:
         ParamError: The client asks for compression.
     """
-    if keep_ratio < 1 and asks_for_compression(values):
+    keep_ratio = asked.params.keep_ratio
+    if asked.by_client and keep_ratio < 1:
         raise ParamError(
             "kv_keep_ratio",
             f"kv_keep_ratio must be 1 for streaming input (a prompt that comes in chunks), got {keep_ratio:g}; "

@@ -88,7 +88,7 @@ class KVCompressionEndpoints:
             ) from error
         models = [path.name for path in state.openai_serving_models.base_model_paths]
         state.kv_compression = _describe(models, settings, groups)
-        state.kv_compresses_by_default = settings.defaults.keep_ratio < 1
+        state.kv_defaults = settings.defaults
         # As many as vLLM stores, which forgets none.
         stores_responses = getattr(getattr(state, "openai_serving_responses", None), "enable_store", False)
         state.kv_stored_numbers = {} if stores_responses else None

@@ -7,10 +7,10 @@ from typing import Any
 from starlette.datastructures import State
 from vllm.exceptions import VLLMValidationError
 
-from vllm_l2kv.params import CompressionParams, asks_for_compression
+from vllm_l2kv.params import CompressionParams
 from vllm_l2kv_server.context import current
 from vllm_l2kv_server.metrics import RequestMetrics
-from vllm_l2kv_server.request_fields import check_fields, refuse_elsewhere
+from vllm_l2kv_server.request_fields import read_fields, refuse_elsewhere
 from vllm_l2kv_server.usage import record
 
 
@@ -46,19 +46,19 @@ class CompressionEngineClient:
         """
         compression = current.get()
         extra_args = sampling_params.extra_args or {}
-        check_fields(extra_args)
+        if compression is not None and compression.fields:
+            sampling_params.extra_args = extra_args = {**extra_args, **compression.fields}
+        asked = read_fields(extra_args, self._defaults)
         if compression is None:
             refuse_elsewhere(extra_args)
-        elif compression.fields:
-            sampling_params.extra_args = extra_args = {**extra_args, **compression.fields}
         outputs = self._client.generate(prompt, sampling_params, *args, **kwargs)
         if sampling_params.structured_outputs is not None:
             outputs = blame_grammar(outputs)
         if self._metrics is not None:
-            keep_ratio = self._defaults.override(extra_args).keep_ratio
             # Streaming input is kept whole, see `params.check_session`.
-            outputs = self._metrics.observe(outputs, 1.0 if isinstance(prompt, AsyncGenerator) else keep_ratio)
-        if not (self._defaults.keep_ratio < 1 or asks_for_compression(extra_args)):
+            keep_ratio = 1.0 if isinstance(prompt, AsyncGenerator) else asked.params.keep_ratio
+            outputs = self._metrics.observe(outputs, keep_ratio)
+        if not asked.reports:
             return outputs
         return record(outputs, {} if compression is None else compression.box.new_prompt())
 

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
 
+from vllm_l2kv.params import CompressionParams
 from vllm_l2kv_server.body import PARSED
 from vllm_l2kv_server.body_bound import has_body, read_body, replay
 from vllm_l2kv_server.context import current
@@ -25,8 +26,8 @@ RESPONSES_PATH = "/v1/responses"
 class CompressionMiddleware:
     """Pure ASGI: reads the fields of a request, and adds the numbers to its answer.
 
-    The app's state says whether requests that give no field are compressed (`kv_compresses_by_default`), and keeps the
-    numbers of stored responses (`kv_stored_numbers`), if vLLM stores responses.
+    The app's state has the defaults of requests that give no field (`kv_defaults`), and keeps the numbers of stored
+    responses (`kv_stored_numbers`), if vLLM stores responses.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -45,7 +46,8 @@ class CompressionMiddleware:
             body = b"".join(message.get("body", b"") for message in messages)
             try:
                 value = look_into(body)
-                compression = read_compression(value, path, getattr(state, "kv_compresses_by_default", False))
+                defaults = getattr(state, "kv_defaults", None) or CompressionParams()
+                compression = read_compression(value, path, defaults)
             except VLLMValidationError as error:
                 await refusal(error, path)(scope, receive, send)
                 return

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.params import FIELD_NAMES, CompressionParams, FieldValue, meant_field
+from vllm_l2kv.params import FIELD_NAMES, Asked, CompressionParams, FieldValue, check_names, meant_field
 from vllm_l2kv_server.body import NotJSONError, is_utf8, may_be_unwieldy, parse_body
 from vllm_l2kv_server.context import Compression
 
@@ -62,13 +62,13 @@ def look_into(body: bytes) -> Any:
         return None
 
 
-def read_compression(body: Any, path: str, by_default: bool) -> Compression | None:
+def read_compression(body: Any, path: str, defaults: CompressionParams) -> Compression | None:
     """What a request asks of the KV cache.
 
     Args:
         body: Its JSON value, from `look_into`.
         path: Of the endpoint, without the server's root path and without a slash at the end.
-        by_default: Whether the server compresses requests that give no field.
+        defaults: The server's, for requests that give no field.
 
     Returns:
         `None` if nothing is asked and nothing will be compressed, so that there are no numbers to report.
@@ -78,7 +78,7 @@ def read_compression(body: Any, path: str, by_default: bool) -> Compression | No
     """
     body = body if isinstance(body, dict) else {}
     fields = _fields_of(body, path)
-    if path not in GENERATING_PATHS or not (fields or by_default):
+    if path not in GENERATING_PATHS or not read_fields(fields, defaults).reports:
         return None
     if not body.get(BEAM_SEARCH):
         return Compression(fields)
@@ -100,20 +100,17 @@ def may_give_fields(body: bytes) -> bool:
     return bool(MENTIONS_A_FIELD.search(body) or ESCAPED_ASCII.search(body) or not is_utf8(body))
 
 
-def check_fields(values: Mapping[str, Any] | None) -> None:
-    """Refuses bad values of `kv_` fields and wrong names for them.
+def read_fields(values: Mapping[str, Any], defaults: CompressionParams) -> Asked:
+    """`CompressionParams.read`, for an endpoint.
 
     Raises:
-        VLLMValidationError: Answered with 400.
+        VLLMValidationError: A bad value, or a wrong name for a field; answered with 400.
     """
-    values = values or {}
+    _check_names(values)
     try:
-        CompressionParams().override(values)
+        return defaults.read(values)
     except ParamError as error:
         raise bad_request(error) from error
-    # vLLM's own name with the same prefix. In `vllm_xargs` nothing checks its type before the engine's client fails.
-    if not isinstance(values.get(TRANSFER), dict | None):
-        raise VLLMValidationError(f"{TRANSFER} must be an object.", parameter=TRANSFER)
 
 
 def refuse_elsewhere(values: Mapping[str, Any]) -> None:
@@ -142,14 +139,30 @@ def _fields_of(body: dict[str, Any], path: str) -> dict[str, FieldValue]:
     nested = body
     for name in place.split("."):
         nested = _object(nested.get(name))
-    check_fields(body)
-    check_fields(nested)
+    _check_names(body)
+    _check_names(nested)
     _refuse_misplaced(body, place)
     if path not in GENERATING_PATHS:
         refuse_elsewhere({**nested, **body})
         return {}
     given = {name: _only_value(name, body.get(name), nested.get(name), place) for name in FIELD_NAMES}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    """Refuses wrong names for fields, and the wrong type for vLLM's own name with their prefix.
+
+    In `vllm_xargs` nothing else checks that type before the engine's client fails.
+
+    Raises:
+        VLLMValidationError: Answered with 400.
+    """
+    try:
+        check_names(values)
+    except ParamError as error:
+        raise bad_request(error) from error
+    if not isinstance(values.get(TRANSFER), dict | None):
+        raise VLLMValidationError(f"{TRANSFER} must be an object.", parameter=TRANSFER)
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -5,9 +5,9 @@ import math
 
 import pytest
 from vllm.exceptions import VLLMValidationError
-from vllm_l2kv_server.request_fields import GENERATING_PATHS, check_fields, look_into, read_compression
+from vllm_l2kv_server.request_fields import GENERATING_PATHS, look_into, read_compression, read_fields
 
-from vllm_l2kv.params import FIELD_NAMES
+from vllm_l2kv.params import FIELD_NAMES, CompressionParams
 
 CHAT = "/v1/chat/completions"
 BAD_RATIOS = [0, -1, -0.5, 1.0001, 2, math.nan, math.inf, -math.inf, 10**400, "0.5", "", True, False, [], [0.5], {}]
@@ -32,7 +32,8 @@ NEAR_SPELLINGS = {
 
 def fields(body, path: str = CHAT, by_default: bool = False) -> dict | None:
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    compression = read_compression(look_into(body), path, by_default)
+    defaults = CompressionParams(keep_ratio=0.5 if by_default else 1)
+    compression = read_compression(look_into(body), path, defaults)
     return None if compression is None else compression.fields
 
 
@@ -176,7 +177,7 @@ class TestValues:
 def test_error_that_cannot_be_sent_as_it_is():
     """Names come here from forms too, whose JSON the middleware does not read."""
     with pytest.raises(VLLMValidationError) as caught:
-        check_fields({"kv_\ud800": 1})
+        read_fields({"kv_\ud800": 1}, CompressionParams())
     assert caught.value.parameter.encode() == rb"kv_\ud800"
     assert str(caught.value).encode()
 

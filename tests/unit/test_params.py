@@ -5,7 +5,7 @@ import pytest
 
 import vllm_l2kv
 from vllm_l2kv.field_kinds import MAX_TOKENS, ParamError
-from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams, asks_for_compression, check_names
+from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams, check_names
 
 BAD_RATIOS = [
     0, -0.5, 1.0001, 2, float("nan"), float("inf"), -float("inf"), 10**400, -(10**400),
@@ -60,14 +60,22 @@ def test_good_ratio(value):
 def test_null_means_not_given():
     defaults = CompressionParams(0.5, 4, 8)
     assert defaults.override(dict.fromkeys(FIELD_NAMES)) == defaults
-    assert not asks_for_compression(dict.fromkeys(FIELD_NAMES))
-    assert not asks_for_compression(None)
+    for values in (dict.fromkeys(FIELD_NAMES), None):
+        assert not defaults.read(values).by_client
 
 
 def test_fields_lie_over_defaults():
-    params = CompressionParams(0.5, 4, 8).override({"kv_protect_first": 0, "temperature": 1})
-    assert params == CompressionParams(0.5, 0, 8)
-    assert asks_for_compression({"kv_protect_first": 0})
+    asked = CompressionParams(0.5, 4, 8).read({"kv_protect_first": 0, "temperature": 1})
+    assert asked.params == CompressionParams(0.5, 0, 8)
+    assert asked.by_client
+
+
+@pytest.mark.parametrize(
+    ("default", "values", "reports"),
+    [(1, {}, False), (1, {"kv_keep_ratio": 1}, True), (0.5, {}, True), (0.5, {"kv_keep_ratio": 1}, True)],
+)
+def test_numbers_are_reported_where_a_field_is_given_or_the_defaults_compress(default, values, reports):
+    assert CompressionParams(default).read(values).reports == reports
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.messages.orders import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, PromptUsage, prompt_usage, why_whole
-from vllm_l2kv.params import USAGE_KEY, CompressionParams, asks_for_compression, check_session
+from vllm_l2kv.params import USAGE_KEY, Asked, CompressionParams, check_session
 from vllm_l2kv.policy import num_keep
 from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.scheduler.cache_manager import (
@@ -80,14 +80,14 @@ class L2KVScheduler(AsyncScheduler):
             self._refusals.end_sessions((request.request_id,))
             return
         try:
-            params, is_told = self._read_fields(request)
+            asked = self._read_fields(request)
         except ParamError as error:
             self._refuse(request.request_id, str(error))
         else:
-            if params.keep_ratio < 1:
-                self._params[request.request_id] = params
-            if is_told:
-                self._note_whole(request, why_whole(request.num_prompt_tokens, params))
+            if asked.params.keep_ratio < 1:
+                self._params[request.request_id] = asked.params
+            if asked.reports:
+                self._note_whole(request, why_whole(request.num_prompt_tokens, asked.params))
         super().add_request(request)
 
     def _add_chunk(self, request: Request) -> None:
@@ -98,16 +98,16 @@ class L2KVScheduler(AsyncScheduler):
         req_id = request.request_id
         if request.resumable:
             try:
-                params, is_told = self._read_fields(request)
-                check_session(self._extra_args(request), params.keep_ratio)
+                asked = self._read_fields(request)
+                check_session(asked)
             except ParamError as error:
                 self._refuse(req_id, str(error))
             else:
                 failed = self._refusals.of_failed_session(req_id)
                 if failed is not None:
                     self._refuse(req_id, failed)
-                elif is_told:
-                    reason = KeptWhole.SESSION if params.keep_ratio < 1 else None
+                elif asked.reports:
+                    reason = KeptWhole.SESSION if asked.params.keep_ratio < 1 else None
                     self._note_whole(self.requests.get(req_id, request), reason)
         super().add_request(request)
 
@@ -260,19 +260,14 @@ class L2KVScheduler(AsyncScheduler):
                 # A session whose prompt has grown.
                 self._note_whole(request, self._usage[req_id].get("reason"))
 
-    @staticmethod
-    def _extra_args(request: Request) -> dict[str, Any] | None:
-        return request.sampling_params.extra_args if request.sampling_params else None
-
-    def _read_fields(self, request: Request) -> tuple[CompressionParams, bool]:
-        """What applies to a request, and whether it reports numbers.
+    def _read_fields(self, request: Request) -> Asked:
+        """What a request asks. Checked here too: one of an offline engine passes no front end.
 
         Raises:
             ParamError: A bad value.
         """
-        extra_args = self._extra_args(request)
-        params = self.settings.defaults.override(extra_args or {})
-        return params, params.keep_ratio < 1 or asks_for_compression(extra_args)
+        extra_args = request.sampling_params.extra_args if request.sampling_params else None
+        return self.settings.defaults.read(extra_args)
 
     def _refuse(self, req_id: str, sentence: str) -> None:
         logger.error("Request %s is refused: %s", req_id, sentence)
