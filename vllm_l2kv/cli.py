@@ -14,9 +14,9 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "serve": VLLM,
     "eval": VLLM | REPORTS,
     "eval report": REPORTS,
-    "eval ruler": VLLM | REPORTS | {"lm_eval": "[eval]"},
+    "eval ruler": VLLM | REPORTS | dict.fromkeys(("lm_eval", "wonderwords"), "[eval]"),
     "diagnose": VLLM | REPORTS,
-    "bench": dict.fromkeys(("httpx", "jinja2", "matplotlib", "numpy", "prometheus_client", "psutil"), "[bench]"),
+    "bench": dict.fromkeys(("httpx", "jinja2", "matplotlib"), "[bench]"),
     "plan": VLLM,
 }
 """Packages that a command, or one with its first word, imports sooner or later, and the extra that has them."""

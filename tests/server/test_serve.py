@@ -1,11 +1,8 @@
 """The command line of the server, down to what vLLM is given."""
 
 import json
-import re
 import signal
 import sys
-import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -397,14 +394,3 @@ def test_a_report_needs_no_engine(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["eval", "report", "none.jsonl", "--out", "none"])
     assert "argument ROWS" in capsys.readouterr().err
-
-
-def test_packages_that_commands_need_are_in_their_extra():
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    names = {extra: [re.split(r"[\[=<>]", each)[0].replace("-", "_") for each in extras[extra]] for extra in extras}
-    for needed in cli.NEEDS.values():
-        for package, extra in needed.items():
-            assert package == "vllm" or package in names[extra.strip("[]")]
-            assert find_spec(package)

@@ -1,0 +1,76 @@
+"""What pyproject.toml declares is what the packages import, no more and no less."""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from vllm_l2kv import cli
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TOOLS = ROOT / "vllm_l2kv" / "tools"
+EXTRAS = {
+    "bench": [*(TOOLS / "bench").rglob("*.py"), TOOLS / "html_report.py"],
+    "eval": [*(TOOLS / "evaluation").rglob("*.py"), TOOLS / "html_report.py"],
+}
+"""Modules that only an extra makes work."""
+WITH_VLLM = {"tokenizers", "torch", "transformers", "triton", "vllm"}
+"""Imports that come with vLLM, in the versions that it works with."""
+
+
+def imports(modules: Iterable[Path]) -> set[str]:
+    """Packages of others that some modules import anywhere, as they are imported."""
+    names = set()
+    for module in modules:
+        for node in ast.walk(ast.parse(module.read_text())):
+            match node:
+                case ast.Import(names=aliases):
+                    names |= {alias.name.partition(".")[0] for alias in aliases}
+                case ast.ImportFrom(module=str(name), level=0):
+                    names.add(name.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"vllm_l2kv", "vllm_l2kv_server"} - WITH_VLLM
+
+
+def base_imports() -> set[str]:
+    """What is imported outside of the modules that need an extra."""
+    sources = [*(ROOT / "vllm_l2kv").rglob("*.py"), *(ROOT / "server" / "vllm_l2kv_server").rglob("*.py")]
+    return imports(set(sources) - {module for modules in EXTRAS.values() for module in modules})
+
+
+def distributions(packages: Iterable[str]) -> set[str]:
+    """Names under which packages are declared."""
+    known = packages_distributions()
+    return {canonicalize_name(known[package][0]) for package in packages}
+
+
+def declared(requirements: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
+
+
+def test_dependencies_are_what_is_imported():
+    assert declared(PROJECT["dependencies"]) == distributions(base_imports())
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_is_what_its_tool_imports_besides(extra):
+    assert declared(PROJECT["optional-dependencies"][extra]) == distributions(imports(EXTRAS[extra]) - base_imports())
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_command_looks_for_the_packages_of_its_extra(extra):
+    looked_for = {name for needs in cli.NEEDS.values() for name, install in needs.items() if install == f"[{extra}]"}
+    assert looked_for == imports(EXTRAS[extra]) - base_imports()
+
+
+def test_vllm_asks_for_what_is_left_to_it():
+    vllm = declared(requires(packages_distributions()["vllm"][0]) or ())
+    assert WITH_VLLM - {"vllm", "triton"} <= vllm
+    assert "xgrammar" in vllm
+    assert "triton" in declared(requires("xgrammar") or ())
