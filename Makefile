@@ -11,7 +11,7 @@ ARGS ?=
 PIP_ARGS ?=
 
 # Folders whose tests start no engine; those that do are marked, and left out.
-FAST := $(addprefix tests/,unit kernels scheduler worker contract server bench)
+FAST := $(addprefix tests/,unit install kernels scheduler worker contract server bench)
 # The others, and the marked ones.
 ENGINES := $(filter-out $(FAST),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))) \
   tests/server/test_configs.py::TestEach::test_it_serves
@@ -19,10 +19,12 @@ ENGINES := $(filter-out $(FAST),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+# Without isolation, a package that has no wheel is built with what the lock names.
+PIP = $(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation
 
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow"
 
-.PHONY: help setup serve test test-fast test-engines test-gpu soak check fmt docs lock clean
+.PHONY: help setup serve test test-fast test-engines test-gpu soak check fmt docs lock dist clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -32,12 +34,14 @@ help: ## List the targets
 
 setup: $(STAMP) ## Make .venv with every dependency (again only after the lock or pyproject.toml changed)
 
-$(STAMP): requirements/cpu.txt pyproject.toml
+$(STAMP): $(addprefix requirements/,build.txt cpu.txt cpu-torch.txt) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 12) else \
 	  f"vllm-l2kv needs Python 3.11 or 3.12, $(PYTHON) is {sys.version.split()[0]}; name another: make setup PYTHON=python3.11")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -r requirements/cpu.txt
-	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
+	$(PIP) --require-hashes -r requirements/build.txt
+	$(PIP) --require-hashes -r requirements/cpu.txt
+	$(PIP) -r requirements/cpu-torch.txt
+	$(PIP) -e .
 	@# A CUDA build of torch has the same version, so pip would leave it in place the next time: take it away.
 	@$(BIN)/python -c 'import torch; raise SystemExit(3 if torch.version.cuda else 0)' || { \
 	  test $$? = 3 || exit 1; \
@@ -90,6 +94,10 @@ docs: setup ## Build the documentation into site/
 
 lock: setup ## Write requirements/*.txt anew; newest versions with ARGS=--upgrade
 	$(BIN)/python scripts/lock.py $(ARGS)
+
+dist: setup ## Build a source distribution in dist/, and from it the wheel
+	rm -rf dist
+	$(BIN)/python -m uv build --no-config --no-build-isolation --python $(BIN)/python
 
 clean: ## Remove .venv and everything made by tools
 	rm -rf $(VENV) build dist site node_modules *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

