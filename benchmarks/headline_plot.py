@@ -1,6 +1,6 @@
-"""Draws docs/img/memory_and_quality.svg: what a keep ratio gains and costs, from rows in the results folders.
+"""Draws docs/img/memory_and_quality.svg: what a keep ratio gains and costs, from the results folders.
 
-python benchmarks/headline_plot.py
+python -m benchmarks.headline_plot
 """
 
 from pathlib import Path
@@ -13,14 +13,14 @@ matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
+from benchmarks.quality.aggregate import AGGREGATES, RESULTS  # noqa: E402
 from vllm_l2kv.params import CompressionParams  # noqa: E402
-from vllm_l2kv.tools.evaluation.report import estimates, with_excess_loss  # noqa: E402
+from vllm_l2kv.tools.evaluation.aggregates import estimates  # noqa: E402
 from vllm_l2kv.tools.evaluation.rows import read_rows  # noqa: E402
 from vllm_l2kv.tools.evaluation.statistics import Estimate  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MEMORY = ROOT / "benchmarks" / "speed" / "results" / "h100_memory_bound.jsonl"
-QUALITY = ROOT / "benchmarks" / "quality" / "results"
 PLOT = ROOT / "docs" / "img" / "memory_and_quality.svg"
 MODELS = {"smollm2": ("SmolLM2-135M", 4096, "-"), "gemma3": ("Gemma-3-270M", 4096, "--")}
 """Of each folder the name, the longest prompts that were measured, and a line style."""
@@ -56,8 +56,12 @@ def draw_memory(axes: Axes) -> None:
 def draw_quality(axes: Axes, task: str, metric: str) -> None:
     """Scorers as colours, models as line styles; with the default protection."""
     for folder, (model, length, style) in MODELS.items():
-        rows = with_excess_loss(read_rows(QUALITY / folder / task / "rows.jsonl"))
-        entries = estimates([row for row in rows if (row["full_layers"], row["length"]) == ([0, 1], length)], task)
+        cells = [
+            cell
+            for cell in read_rows(RESULTS / folder / AGGREGATES)
+            if (cell["task"], cell["full_layers"], cell["length"]) == (task, [0, 1], length)
+        ]
+        entries = estimates(cells, task)
         (whole,) = (entry[metric] for entry in entries if entry["keep_ratio"] == 1)
         for scorer, color in SCORERS.items():
             points = {1.0: whole} | {

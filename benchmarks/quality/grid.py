@@ -1,9 +1,10 @@
 """The measurements of docs/quality.md, one engine for each set of full layers.
 
-PYTHONPATH=. python benchmarks/quality/grid.py MODEL OUT --full-layers 0,1 none 0 [--lengths 1024 4096]
+python -m benchmarks.quality.grid MODEL OUT --full-layers 0,1 none 0 [--lengths 1024 4096]
 
 {0, 1} is measured with every scorer, and l2 by block; other sets with l2 and the controls, at the first length. Appends
-to one `rows.jsonl` a task in the folder, so runs side by side need folders of their own.
+to one `rows.jsonl` a task in the folder, so runs side by side need folders of their own. The variable COMMIT names the
+commit in the rows.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.rows import where
 from vllm_l2kv.params import CONTROLS, SCORERS
 from vllm_l2kv.tools.evaluation.cli import ESSAYS, NUM_ANSWER_TOKENS, ROWS, cases_of, write_rows
 from vllm_l2kv.tools.evaluation.run import Engine
@@ -49,7 +51,8 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.full_layers) > 1:
         for layers in args.full_layers:
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--full-layers", layers], check=True)
+            command = [sys.executable, "-m", "benchmarks.quality.grid", *sys.argv[1:], "--full-layers", layers]
+            subprocess.run(command, check=True)
         return
     full_layers = [int(layer) for layer in args.full_layers[0].split(",") if layer != "none"]
     shared: dict[str, Any] = {}
@@ -57,6 +60,7 @@ def main() -> None:
         # vLLM wants its share of the memory to be free at the start, although the other number decides.
         shared = {"kv_cache_memory_bytes": args.cache_gib * 2**30, "gpu_memory_utilization": 0.1}
     engine = Engine(args.model, full_layers, max_model_len=max(args.lengths) + NUM_ANSWER_TOKENS, **shared)
+    engine.about["commit"] = where()["commit"]
     main_layers = full_layers == MAIN_LAYERS
     lengths = args.lengths if main_layers else args.lengths[:1]
     for task in args.tasks:

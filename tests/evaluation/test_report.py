@@ -3,70 +3,31 @@
 import base64
 import html
 import math
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import made_up
 from scipy.stats import binomtest, ttest_1samp
 
+from vllm_l2kv.tools.evaluation.aggregates import aggregates, with_excess_loss
 from vllm_l2kv.tools.evaluation.report import (
     CAPTIONS,
     conditions,
     matrix,
     summary,
     table,
-    with_excess_loss,
     write_diagnosis,
     write_report,
 )
-from vllm_l2kv.tools.evaluation.statistics import average, share
-from vllm_l2kv.tools.evaluation.variants import variants
+from vllm_l2kv.tools.evaluation.statistics import average, moments, pooled, share
 
 NUM_PLOTS = {"perplexity": 3, "passkey": 2, "needle": 3, "ruler": 1}
 NUM_METRICS = {"perplexity": 2, "passkey": 1, "needle": 2, "ruler": 1}
 
 
-def made_up(
-    task: str,
-    scorers=("l2",),
-    ratios=(0.5, 0.25),
-    lengths=(100, 200),
-    depths=(0, 0.5),
-    num_samples: int = 4,
-    score: float | None = None,
-    **about: Any,
-) -> list[dict[str, Any]]:
-    """Rows as `Engine.rows` makes them; the excess loss is `1 - ratio`, every other sample is right unless told."""
-    rows = []
-    places = {"perplexity": [{}], "ruler": [{"subtask": "vt"}, {"subtask": "cwe"}]}
-    for length, place, sample, variant in product(
-        lengths,
-        places.get(task, [{"depth": depth} for depth in depths]),
-        range(num_samples),
-        variants(scorers, ratios, [(0, 0), (4, 64)]),
-    ):
-        loss, right = 2 + 0.1 * sample + (1 - variant.keep_ratio), sample % 2 if score is None else score
-        perplexity = {"loss": loss, "accuracy": 0.5, "losses": [loss] * 19, "hits": [0] * 19}
-        scores = {"score": right, "exact": right, "answer": "<i>42</i>"}
-        rows.append(
-            {
-                "task": task,
-                "model": "tiny",
-                "full_layers": [0, 1],
-                **{name.removeprefix("kv_"): value for name, value in variant.as_fields().items()},
-                "length": length,
-                **place,
-                "sample": sample,
-                **(perplexity if task == "perplexity" else scores),
-                **about,
-            }
-        )
-    return rows
-
-
 def cells_of(rows: list[dict[str, Any]], task: str, name: str, metric: str) -> list[str]:
-    return next(line[2:] for line in table(rows, task) if line[:2] == [name, metric])
+    return next(line[2:] for line in table(aggregates(rows), task) if line[:2] == [name, metric])
 
 
 class TestStatistics:
@@ -75,32 +36,37 @@ class TestStatistics:
     )
     def test_share_is_wilsons(self, hits, n):
         expected = binomtest(hits, n).proportion_ci(method="wilson")
-        found = share([1.0] * hits + [0.0] * (n - hits))
+        found = share(moments([1.0] * hits + [0.0] * (n - hits)))
         assert found == pytest.approx((hits / n, expected.low, expected.high, n), abs=1e-6)
         assert found.high - found.low > 1 / (n + 4)
 
     @pytest.mark.parametrize("score", [0.0, 1.0])
     def test_a_share_lies_within_its_interval(self, score):
         for n in range(1, 100):
-            assert 0 <= share([score] * n).low <= score <= share([score] * n).high <= 1
+            found = share(moments([score] * n))
+            assert 0 <= found.low <= score <= found.high <= 1
 
     def test_shares_in_between(self):
-        assert share([0.25, 0.75]) == share([0.0, 1.0])
+        assert share(moments([0.25, 0.75])) == share(moments([0.0, 1.0]))
 
     @pytest.mark.parametrize("values", [[1.0, 2.0], [0.1, -0.4, 2.5, 0.3, 0.3]])
     def test_average_is_students(self, values):
         expected = ttest_1samp(values, 0).confidence_interval()
         mean = sum(values) / len(values)
-        assert average(values) == pytest.approx((mean, expected.low, expected.high, len(values)))
+        assert average(moments(values)) == pytest.approx((mean, expected.low, expected.high, len(values)))
 
     def test_one_value_has_no_interval(self):
-        mean, low, high, num_samples = average([3.0])
+        mean, low, high, num_samples = average(moments([3.0]))
         assert (mean, num_samples) == (3.0, 1)
         assert math.isnan(low)
         assert math.isnan(high)
 
     def test_values_that_agree(self):
-        assert average([3.0] * 5) == (3.0, 3.0, 3.0, 5)
+        assert average(moments([3.0] * 5)) == (3.0, 3.0, 3.0, 5)
+
+    @pytest.mark.parametrize("parts", [[[1.0], [2.0]], [[0.5, 7.0, -1.0], [3.0], [4.0, 4.5]], [[1.0, 2.0]]])
+    def test_pooled_parts_are_the_whole(self, parts):
+        assert pooled(map(moments, parts)) == pytest.approx(moments([value for part in parts for value in part]))
 
 
 class TestReport:
@@ -114,7 +80,7 @@ class TestReport:
         for plot in plots:
             assert plot.read_bytes().startswith(b"\x89PNG")
             assert f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}" in text
-        heading, *lines = table(with_excess_loss(rows), task)
+        heading, *lines = table(aggregates(rows), task)
         assert heading == ["", "metric", "1", "0.5", "0.25"]
         # No compression; l2 and three controls, with protection and without.
         assert len(lines) == (1 + 2 * 4) * NUM_METRICS[task]
@@ -204,7 +170,7 @@ class TestReport:
 
     def test_conditions_are_named(self, tmp_path):
         rows = made_up("perplexity", text="moby_dick", seed=7, continued=64)
-        told = conditions(rows)
+        told = conditions(aggregates(rows))
         assert told == (
             "8 prompts of 100 and 200 tokens, text moby_dick, seed 7, continued 64 tokens. "
             "Protected tokens: 0 first and 0 last; 4 first and 64 last."
@@ -213,7 +179,7 @@ class TestReport:
         assert "tiny, full layers 0, 1" in summary(rows)
 
     def test_rows_of_older_runs_lack_some_conditions(self):
-        assert conditions(made_up("ruler", ratios=[])) == (
+        assert conditions(aggregates(made_up("ruler", ratios=[]))) == (
             "16 prompts of 100 and 200 tokens. Protected tokens: none, nothing was compressed."
         )
 
@@ -224,7 +190,7 @@ class TestSummary:
         for row in rows:
             if (row["scorer"], row["protect_first"], row["keep_ratio"]) == ("l2", 4, 0.25):
                 row["score"] = 0.0
-        baseline, heading, *lines = matrix(rows, "passkey", "score")
+        baseline, heading, *lines = matrix(aggregates(rows), "passkey", "score")
         assert baseline == "score without compression: 1.00 (0.81 to 1.00)"
         assert heading.split() == ["keep", "0.5", "keep", "0.25"]
         assert len(lines) == 2 * 4
@@ -238,7 +204,7 @@ class TestSummary:
         assert "-0.00" not in summary(rows)
 
     def test_losses_are_shown_beside_the_loss_itself(self):
-        (baseline, *_) = matrix(with_excess_loss(made_up("perplexity")), "perplexity", "excess loss")
+        (baseline, *_) = matrix(aggregates(made_up("perplexity")), "perplexity", "excess loss")
         assert baseline.startswith("loss without compression: 2.15 (")
 
     @pytest.mark.parametrize("task", NUM_METRICS)
@@ -254,6 +220,6 @@ class TestSummary:
         assert "nan" not in text
 
     def test_without_compression_there_is_the_baseline_alone(self):
-        assert matrix(made_up("passkey", ratios=[], score=1.0), "passkey", "score") == [
+        assert matrix(aggregates(made_up("passkey", ratios=[], score=1.0)), "passkey", "score") == [
             "score without compression: 1.00 (0.81 to 1.00)"
         ]

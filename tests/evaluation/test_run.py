@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import vllm
 from reference import Reference
 
 from vllm_l2kv.params import CompressionParams
@@ -40,6 +41,7 @@ def test_losses_are_those_of_the_reference(engine, folder):
     cases = list(perplexity.cases(engine.tokenizer, read_text("moby_dick"), [200, 333], 2, num_continued=24))
     rows = list(engine.rows("perplexity", cases, VARIANTS))
     assert len(rows) == len(cases) * len(VARIANTS)
+    assert {(row["device"], row["dtype"], row["vllm"]) for row in rows} == {("CPU", "float32", vllm.__version__)}
     for i, row in enumerate(rows):
         case, variant = cases[i // len(VARIANTS)], VARIANTS[i % len(VARIANTS)]
         protection = (variant.protect_first, variant.protect_last)

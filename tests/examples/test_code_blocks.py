@@ -58,7 +58,8 @@ def commands_of(session: str) -> str:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """What a reader's clone has after `make setup`, and nothing that a command could spoil."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("benchmarks", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").symlink_to(sys.prefix)
     return tmp_path
 

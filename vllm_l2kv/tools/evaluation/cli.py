@@ -366,7 +366,7 @@ def _eval_parser() -> argparse.ArgumentParser:
                 help="subtasks by RULER's names",
             )
     drawing = tasks.add_parser("report", help="draw plots and report of earlier runs again, several together")
-    drawing.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help=f"files named {ROWS}")
+    drawing.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help=f"files named {ROWS}, or of aggregates")
     drawing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     return parser
 

@@ -1,33 +1,35 @@
-"""Plots, one HTML file and what the terminal shows, made of rows."""
+"""Plots, one HTML file and what the terminal shows, made of rows.
 
-import json
+Tables and curves are made of their aggregates, which may be all that is left of a run. Plots by position and by depth
+need the rows of answers.
+"""
+
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_l2kv.cli_types import aligned
 from vllm_l2kv.params import CONTROLS, SCORERS
+from vllm_l2kv.tools.evaluation.aggregates import (
+    METRICS,
+    VARIANT,
+    aggregates,
+    estimates,
+    grouped,
+    moments_of,
+    num_prompts,
+    prompt_of,
+    with_excess_loss,
+)
 from vllm_l2kv.tools.evaluation.rows import Row
-from vllm_l2kv.tools.evaluation.statistics import Estimate, average, share
+from vllm_l2kv.tools.evaluation.statistics import Estimate, average
 from vllm_l2kv.tools.html_report import embedded, figure, save, write_html
 
 NOTE = "Means with 95 % confidence intervals; n is the number of samples."
 NUM_POSITIONS = 8
 """Points of a curve over positions."""
-VARIANT = ("scorer", "granularity", "protect_first", "protect_last")
-PROMPT = ("model", "full_layers", "text", "seed", "continued", "subtask", "length", "depth", "sample")
-"""What makes an answer comparable with another one; a task may lack some."""
-IDENTITY = ("task", *PROMPT, *VARIANT, "keep_ratio")
-METRICS: Mapping[str, Mapping[str, Callable[[Sequence[float]], Estimate]]] = {
-    "perplexity": {"excess loss": average, "accuracy": average},
-    "passkey": {"score": share},
-    "needle": {"score": share, "exact": share},
-    "ruler": {"score": share},
-}
-"""Of each task, what is averaged and how."""
 METRIC_NOTES = {
     "excess loss": "loss above that of the whole cache, nats a token; less is better, 0 costs nothing",
     "accuracy": "share of tokens of the continuation that were the likeliest; more is better",
@@ -46,63 +48,107 @@ CAPTIONS = {
 """Under each kind of figure: how to read it."""
 
 
+CONDITIONS = {
+    "text": "text {}",
+    "seed": "seed {}",
+    "continued": "continued {} tokens",
+    "device": "on {}",
+    "dtype": "{}",
+    "vllm": "vLLM {}",
+    "commit": "commit {}",
+}
+"""What is said of rows that have it."""
+
+
+class Section(NamedTuple):
+    """What is reported together: a task of one model with one set of full layers.
+
+    Attributes:
+        task: Its name.
+        model: Its name.
+        full_layers: Layers that did not compact.
+        cells: Aggregates.
+        answers: Rows of single answers, as far as they were given.
+    """
+
+    task: str
+    model: str
+    full_layers: Sequence[int]
+    cells: Sequence[Row]
+    answers: Sequence[Row]
+
+    @property
+    def title(self) -> str:
+        """Its heading."""
+        return f"{self.task}: {self.model}, full layers {', '.join(map(str, self.full_layers)) or 'none'}"
+
+
 def write_report(rows: Iterable[Row], folder: Path) -> Path:
     """Draws what the rows hold; those that say the same thing again replace the earlier ones.
 
+    Args:
+        rows: Of answers, or aggregates.
+        folder: Where plots and page go.
+
     Returns:
         Path of the HTML file, which holds the plots too.
+
+    Raises:
+        ValueError: As in `with_excess_loss`.
     """
-    sections = []
-    for title, task, group in _sections(rows):
-        name = f"{task}-{group[0]['model']}-{'-'.join(map(str, group[0]['full_layers'])) or 'none'}"
-        sections.append(
-            {
-                "title": title,
-                "note": f"{conditions(group)} {NOTE}",
-                "plots": [embedded(plot, caption) for plot, caption in _plots(group, task, folder, name)],
-                "table": table(group, task),
-            }
-        )
+    sections = [
+        {
+            "title": section.title,
+            "note": f"{conditions(section.cells)} {NOTE}",
+            "plots": [embedded(plot, caption) for plot, caption in _plots(section, folder)],
+            "table": table(section.cells, section.task),
+        }
+        for section in _sections(rows)
+    ]
     return write_html("What a keep ratio costs", sections, folder)
 
 
 def summary(rows: Iterable[Row]) -> str:
     """What the terminal shows of rows: under which conditions they were measured, and a table for each metric."""
     lines = []
-    for title, task, group in _sections(rows):
-        lines += ["", title, conditions(group)]
-        for metric in METRICS[task]:
-            lines += ["", f"{metric}: {METRIC_NOTES[metric]}; means with 95 % intervals", *matrix(group, task, metric)]
+    for section in _sections(rows):
+        lines += ["", section.title, conditions(section.cells)]
+        for metric in METRICS[section.task]:
+            lines += ["", f"{metric}: {METRIC_NOTES[metric]}; means with 95 % intervals"]
+            lines += matrix(section.cells, section.task, metric)
     return "\n".join(lines) + "\n"
 
 
-def conditions(rows: Sequence[Row]) -> str:
-    """What made the prompts of rows and what was protected, as sentences."""
-    compressed = [row for row in rows if row["keep_ratio"] < 1]
-    protections = sorted({(row["protect_first"], row["protect_last"]) for row in compressed})
-    lengths = sorted({row["length"] for row in rows if "length" in row})
-    words = [f"{len({_prompt(row) for row in rows})} prompts of {_joined(lengths)} tokens"]
-    for name, unit in (("text", ""), ("seed", ""), ("continued", " tokens")):
-        if values := sorted({row[name] for row in rows if name in row}):
-            words.append(f"{name} {_joined(values)}{unit}")
+def conditions(cells: Sequence[Row]) -> str:
+    """What made the prompts of aggregates, where they were answered and what was protected, as sentences."""
+    compressed = [cell for cell in cells if cell["keep_ratio"] < 1]
+    protections = sorted({(cell["protect_first"], cell["protect_last"]) for cell in compressed})
+    words = [f"{num_prompts(cells)} prompts of {_joined(_values(cells, 'length'))} tokens"]
+    words += [said.format(_joined(values)) for name, said in CONDITIONS.items() if (values := _values(cells, name))]
     protected = [f"{first} first and {last} last" for first, last in protections] or ["none, nothing was compressed"]
     return f"{', '.join(words)}. Protected tokens: {'; '.join(protected)}."
 
 
-def matrix(rows: Sequence[Row], task: str, metric: str) -> list[str]:
-    """A metric as aligned lines: variants by keep ratio, the whole cache first."""
-    entries = estimates(rows, task)
-    ratios = sorted({entry["keep_ratio"] for entry in entries if entry["keep_ratio"] < 1}, reverse=True)
-    lines = [["", *(f"keep {ratio:g}" for ratio in ratios)]]
-    whole = [entry[metric] for entry in entries if entry["keep_ratio"] == 1]
-    baseline = [f"{metric} without compression: {_brief(estimate)}" for estimate in whole]
-    if metric == "excess loss":
-        losses = [row["loss"] for row in rows if row["keep_ratio"] == 1]
-        baseline = [f"loss without compression: {_brief(average(losses))}"]
-    for name in dict.fromkeys(label(entry) for entry in entries if entry["keep_ratio"] < 1):
-        cells = {entry["keep_ratio"]: _brief(entry[metric]) for entry in entries if label(entry) == name}
-        lines.append([name, *(cells.get(ratio, "") for ratio in ratios)])
-    return [*baseline, *(aligned(lines) if ratios else [])]
+def matrix(cells: Sequence[Row], task: str, metric: str) -> list[str]:
+    """A metric of aggregates as aligned lines: variants by keep ratio, the whole cache first."""
+    compressed = [entry for entry in estimates(cells, task) if entry["keep_ratio"] < 1]
+    whole = [cell for cell in cells if cell["keep_ratio"] == 1]
+    name, how = ("loss", average) if metric == "excess loss" else (metric, METRICS[task][metric])
+    baseline = [f"{name} without compression: {_brief(how(moments_of(whole, name)))}"] if whole else []
+    ratios, lines = by_ratio(compressed, metric, _brief)
+    heading = ["", *(f"keep {ratio:g}" for ratio in ratios)]
+    return [*baseline, *(aligned([heading, *([name, *words] for name, words in lines.items())]) if ratios else [])]
+
+
+def by_ratio(
+    entries: Sequence[Row], metric: str, shown: Callable[[Estimate], str]
+) -> tuple[list[float], dict[str, list[str]]]:
+    """Keep ratios, falling, and of each variant a metric at these ratios, empty where it was not measured."""
+    ratios = sorted({entry["keep_ratio"] for entry in entries}, reverse=True)
+    lines = {label(entry): [""] * len(ratios) for entry in entries}
+    for entry in entries:
+        lines[label(entry)][ratios.index(entry["keep_ratio"])] = shown(entry[metric])
+    return ratios, lines
 
 
 def write_diagnosis(
@@ -127,23 +173,6 @@ def write_diagnosis(
     return write_html("Diagnosis", [section], folder)
 
 
-def with_excess_loss(rows: Iterable[Row]) -> list[Row]:
-    """Rows without those that were said again; losses with their excess over the whole cache, nats a token."""
-    rows = {json.dumps([row.get(name) for name in IDENTITY]): row for row in rows}.values()
-    full = {_prompt(row): row["loss"] for row in rows if "loss" in row and row["keep_ratio"] == 1}
-    return [{**row, "excess loss": row["loss"] - full[_prompt(row)]} if "loss" in row else row for row in rows]
-
-
-def estimates(rows: Sequence[Row], task: str) -> list[dict[str, Any]]:
-    """One entry for each variant and keep ratio, with an `Estimate` under the name of each metric."""
-    found = []
-    for values, group in _grouped(rows, *VARIANT, "keep_ratio"):
-        entry = dict(zip((*VARIANT, "keep_ratio"), values, strict=True))
-        entry |= {metric: how([row[metric] for row in group]) for metric, how in METRICS[task].items()}
-        found.append(entry)
-    return found
-
-
 def label(entry: Row) -> str:
     """How plots and tables call a variant."""
     if entry["keep_ratio"] == 1:
@@ -156,16 +185,16 @@ def label(entry: Row) -> str:
     return " ".join(words)
 
 
-def table(rows: Sequence[Row], task: str) -> list[list[str]]:
-    """Lines of words, the first one a heading: every variant by keep ratio, for each metric."""
-    entries = estimates(rows, task)
+def table(cells: Sequence[Row], task: str) -> list[list[str]]:
+    """Lines of words, the first one a heading: every variant by keep ratio, for each metric of aggregates."""
+    entries = estimates(cells, task)
     ratios = sorted({entry["keep_ratio"] for entry in entries}, reverse=True)
-    lines = [["", "metric", *(f"{ratio:g}" for ratio in ratios)]]
-    for name in dict.fromkeys(label(entry) for entry in entries):
-        for metric in METRICS[task]:
-            cells = {entry["keep_ratio"]: _shown(entry[metric]) for entry in entries if label(entry) == name}
-            lines.append([name, metric, *(cells.get(ratio, "") for ratio in ratios)])
-    return lines
+    lines = {metric: by_ratio(entries, metric, _shown)[1] for metric in METRICS[task]}
+    names = dict.fromkeys(label(entry) for entry in entries)
+    return [
+        ["", "metric", *(f"{ratio:g}" for ratio in ratios)],
+        *([name, metric, *lines[metric][name]] for name in names for metric in METRICS[task]),
+    ]
 
 
 def _shown(estimate: Estimate) -> str:
@@ -182,38 +211,36 @@ def _joined(values: Iterable[Any]) -> str:
     return " and ".join(map(str, values))
 
 
-def _sections(rows: Iterable[Row]) -> Iterator[tuple[str, str, list[Row]]]:
-    """Title, task and rows of what is reported together."""
-    for (task, model, layers), group in _grouped(with_excess_loss(rows), "task", "model", "full_layers"):
-        yield f"{task}: {model}, full layers {', '.join(map(str, layers)) or 'none'}", task, group
+def _values(cells: Iterable[Row], name: str) -> list[Any]:
+    return sorted({cell[name] for cell in cells if name in cell})
 
 
-def _plots(rows: Sequence[Row], task: str, folder: Path, name: str) -> Iterator[tuple[Path, str]]:
+def _sections(rows: Iterable[Row]) -> Iterator[Section]:
+    rows = list(rows)
+    kind = ("task", "model", "full_layers")
+    answers = {str(values): group for values, group in grouped(with_excess_loss(rows), *kind)}
+    for values, cells in grouped(aggregates(rows), *kind):
+        task, model, full_layers = values
+        yield Section(task, model, full_layers, cells, answers.get(str(values), []))
+
+
+def _plots(section: Section, folder: Path) -> Iterator[tuple[Path, str]]:
     """Draws the figures of a section, each with how to read it."""
+    task, answers = section.task, section.answers
+    name = f"{task}-{section.model}-{'-'.join(map(str, section.full_layers)) or 'none'}"
     for metric in METRICS[task]:
         path = folder / f"{name}-{metric.replace(' ', '-')}.png"
         caption = CAPTIONS["curves"].format(metric=metric, note=METRIC_NOTES[metric])
-        yield _curves(rows, task, metric, path), caption
-    if task == "perplexity" and any(row["keep_ratio"] < 1 for row in rows):
-        yield _positions(rows, folder / f"{name}-positions.png"), CAPTIONS["positions"]
-    if "depth" in rows[0]:
-        yield _depths(rows, folder / f"{name}-depths.png"), CAPTIONS["depths"]
+        yield _curves(section.cells, task, metric, path), caption
+    if task == "perplexity" and any(row["keep_ratio"] < 1 for row in answers):
+        yield _positions(answers, folder / f"{name}-positions.png"), CAPTIONS["positions"]
+    if answers and "depth" in answers[0]:
+        yield _depths(answers, folder / f"{name}-depths.png"), CAPTIONS["depths"]
 
 
-def _prompt(row: Row) -> str:
-    return json.dumps([row.get(name) for name in PROMPT])
-
-
-def _grouped(rows: Iterable[Row], *names: str) -> list[tuple[list[Any], list[Row]]]:
-    def key(row: Row) -> list[Any]:
-        return [row[name] for name in names]
-
-    return [(values, list(group)) for values, group in groupby(sorted(rows, key=key), key)]
-
-
-def _curves(rows: Sequence[Row], task: str, metric: str, path: Path) -> Path:
+def _curves(cells: Sequence[Row], task: str, metric: str, path: Path) -> Path:
     """A metric over the keep ratio: a line for each variant, dashed for controls."""
-    entries = estimates(rows, task)
+    entries = estimates(cells, task)
     numbers = sorted({entry[metric].num_samples for entry in entries})
     title = f"{task}, {metric}; samples of each point: {' or '.join(map(str, numbers))}"
     drawn, axes = figure(title, "keep ratio", metric)
@@ -233,11 +260,11 @@ def _positions(rows: Sequence[Row], path: Path) -> Path:
     """Excess loss over the position in the continuation, at the middle of the keep ratios."""
     ratios = sorted({row["keep_ratio"] for row in rows if row["keep_ratio"] < 1})
     ratio = ratios[len(ratios) // 2]
-    full = {_prompt(row): row["losses"] for row in rows if row["keep_ratio"] == 1}
+    full = {prompt_of(row): row["losses"] for row in rows if row["keep_ratio"] == 1}
     drawn, axes = figure(f"excess loss at keep ratio {ratio:g}", "tokens after the compressed context", "nats")
-    for _, group in _grouped((row for row in rows if row["keep_ratio"] == ratio), *VARIANT):
+    for _, group in grouped((row for row in rows if row["keep_ratio"] == ratio), *VARIANT):
         excess = [
-            [loss - other for loss, other in zip(row["losses"], full[_prompt(row)], strict=True)] for row in group
+            [loss - other for loss, other in zip(row["losses"], full[prompt_of(row)], strict=True)] for row in group
         ]
         means = [mean(column) for column in zip(*excess, strict=False)]  # continuations may differ in length
         size = max(len(means) // NUM_POSITIONS, 1)

@@ -26,7 +26,8 @@ class Engine:
     """
 
     def __init__(self, model: str, full_layers: Sequence[int], **arguments: Any) -> None:
-        from vllm import LLM
+        import torch
+        import vllm
         from vllm.platforms import current_platform
 
         device: dict[str, Any] = {}
@@ -39,14 +40,20 @@ class Engine:
                 device["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         processor = "ForcedTokens" if current_platform.is_cpu() else "ForcedTokensV2"
         ours = vllm_l2kv.engine_args(full_layers=full_layers)
-        self._llm = LLM(
+        self._llm = vllm.LLM(
             model,
             logits_processors=[f"vllm_l2kv.tools.evaluation.teacher_forcing:{processor}"],
             **{"disable_log_stats": True, **device, **ours, **arguments},
         )
         self.tokenizer = self._llm.get_tokenizer()
         config = self._llm.llm_engine.vllm_config
-        self.about = {"model": Path(model).name, "full_layers": sorted(full_layers)}
+        self.about = {
+            "model": Path(model).name,
+            "full_layers": sorted(full_layers),
+            "device": "CPU" if current_platform.is_cpu() else torch.cuda.get_device_name(),
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "vllm": vllm.__version__,
+        }
         self.max_tokens = config.model_config.max_model_len
         # A tenth is left for blocks that are filled in part.
         self._room = 0.9 * config.cache_config.num_gpu_blocks * config.cache_config.block_size

@@ -1,12 +1,23 @@
 """Means with 95 % confidence intervals."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
 Z = 1.959964
 """Of the normal distribution, for 95 %."""
+
+
+class Moments(NamedTuple):
+    """What a mean and its interval are made of: the number of samples, their mean and their standard deviation.
+
+    The deviation of a single sample is 0.
+    """
+
+    num_samples: int
+    mean: float
+    deviation: float
 
 
 class Estimate(NamedTuple):
@@ -18,25 +29,42 @@ class Estimate(NamedTuple):
     num_samples: int
 
 
-def share(scores: Sequence[float]) -> Estimate:
+def moments(values: Sequence[float]) -> Moments:
+    """Of some values, at least one."""
+    return Moments(len(values), mean(values), stdev(values) if len(values) > 1 else 0.0)
+
+
+def pooled(parts: Iterable[Moments]) -> Moments:
+    """The moments of all values, from those of their parts."""
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
+    n = sum(part.num_samples for part in parts)
+    m = sum(part.num_samples * part.mean for part in parts) / n
+    within = sum((part.num_samples - 1) * part.deviation**2 for part in parts)
+    between = sum(part.num_samples * (part.mean - m) ** 2 for part in parts)
+    return Moments(n, m, math.sqrt((within + between) / (n - 1)))
+
+
+def share(scores: Moments) -> Estimate:
     """Of scores in [0, 1], by Wilson's interval.
 
     It holds its promise where all samples agree, as those of hopeless and of easy tasks do. For scores between 0 and 1
     it is wider than need be: no scores of a given mean vary more than those of 0 and 1.
     """
-    n, p = len(scores), mean(scores)
+    n, p, _ = scores
     centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     # Rounding must not put a mean of 0 or 1 outside.
     return Estimate(p, min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p), n)
 
 
-def average(values: Sequence[float]) -> Estimate:
+def average(values: Moments) -> Estimate:
     """Of numbers without bounds, by Student's t; without an interval if there is but one."""
-    n, m = len(values), mean(values)
+    n, m, deviation = values
     if n == 1:
         return Estimate(m, math.nan, math.nan, 1)
     from scipy.stats import t  # type: ignore[import-untyped]
 
-    half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
+    half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
     return Estimate(m, m - half, m + half, n)

@@ -1,0 +1,1 @@
+"""Both servers under load: docs/load_testing.md."""

@@ -1,0 +1,1 @@
+"""What a keep ratio costs: docs/quality.md."""

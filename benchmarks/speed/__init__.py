@@ -1,0 +1,1 @@
+"""What a keep ratio gains on GPUs: docs/benchmarks.md."""

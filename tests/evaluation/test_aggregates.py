@@ -1,0 +1,97 @@
+"""Aggregates say what the rows of answers said, and the published tables are made of the committed ones."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up import made_up
+
+from vllm_l2kv.tools.evaluation import cli
+from vllm_l2kv.tools.evaluation.aggregates import METRICS, aggregates
+from vllm_l2kv.tools.evaluation.report import conditions, summary, write_report
+from vllm_l2kv.tools.evaluation.rows import read_rows
+
+ROOT = Path(__file__).parents[2]
+WHERE = {"device": "NVIDIA H100", "dtype": "bfloat16", "vllm": "0.32.0", "commit": "abc"}
+
+
+def kept(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Aggregates as they come out of a file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in aggregates(rows)))
+    return read_rows(path)
+
+
+def cell_of(rows: list[dict[str, Any]], keep_ratio: float, **about: Any) -> dict[str, Any]:
+    about = {"scorer": "l2", "protect_first": 0, "length": 100, "keep_ratio": keep_ratio, **about}
+    (cell,) = (cell for cell in aggregates(rows) if about.items() <= cell.items())
+    return cell
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_nothing_is_shown_otherwise(tmp_path, task):
+    rows = made_up(task, text="moby_dick", seed=7, **WHERE)
+    cells = kept(rows, tmp_path / "aggregates.jsonl")
+    # Two lengths; no compression, and two protections of l2 and three controls at two ratios.
+    assert len(cells) == 2 * (1 + 2 * 4 * 2)
+    assert summary(cells) == summary(rows)
+    page, again = (write_report(given, tmp_path).read_text() for given in (rows, cells))
+    assert re.findall("<td>.*?</td>|<h2>.*?</h2>", again) == re.findall("<td>.*?</td>|<h2>.*?</h2>", page)
+    # Plots by position and by depth need answers.
+    assert again.count("<img ") == len(METRICS[task])
+
+
+def test_an_aggregate_has_number_mean_and_deviation():
+    cell = cell_of(made_up("passkey"), 0.25)
+    assert cell["num_samples"] == 8
+    assert cell["score"] == pytest.approx({"mean": 0.5, "deviation": (8 * 0.25 / 7) ** 0.5})
+    assert not {"sample", "depth", "answer"} & set(cell)
+
+
+def test_excess_is_counted_by_prompt():
+    cell = cell_of(made_up("perplexity"), 0.25)
+    assert cell["excess loss"] == pytest.approx({"mean": 0.75, "deviation": 0}, abs=1e-9)
+    assert cell["loss"]["deviation"] > 0.1
+
+
+def test_answers_replace_the_aggregate_that_was_made_of_such(tmp_path):
+    old, other, new = (made_up("passkey", **about) for about in ({"score": 0.0}, {"seed": 8}, {"score": 1.0}))
+    cells = kept([*old, *other], tmp_path / "aggregates.jsonl")
+    assert aggregates([*cells, *new]) == aggregates([*new, *cells]) == [*aggregates(new), *aggregates(other)]
+
+
+def test_where_answers_come_from():
+    rows = made_up("ruler", num_samples=1, **WHERE)
+    rows += [{**row, "sample": 1, "commit": "def"} for row in rows]
+    assert {cell["commit"] for cell in aggregates(rows)} == {"abc, def"}
+    assert "on NVIDIA H100, bfloat16, vLLM 0.32.0, commit abc, def." in conditions(aggregates(rows))
+
+
+class TestRefused:
+    def line(self, capsys, tmp_path, rows) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(SystemExit) as caught:
+            cli.evaluate(["report", str(path), "--out", str(tmp_path / "out")])
+        assert caught.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    def test_losses_without_that_of_the_whole_cache(self, capsys, tmp_path):
+        rows = [row for row in made_up("perplexity") if (row["keep_ratio"], row["length"]) != (1, 200)]
+        line = self.line(capsys, tmp_path, rows)
+        assert "no row with keep_ratio 1 for the prompt of model tiny, full_layers [0, 1], length 200, sample 0" in line
+
+    @pytest.mark.parametrize("row", [{"layer": 0, "head": 1}, {"task": "bench"}])
+    def test_rows_of_something_else(self, capsys, tmp_path, row):
+        line = self.line(capsys, tmp_path, [row])
+        assert f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes perplexity, passkey, needle" in line
+
+
+def test_the_published_tables_are_made_of_the_committed_aggregates(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.quality.tables import DOCUMENT, with_tables
+
+    page = DOCUMENT.read_text()
+    assert with_tables(page) == page
+    assert with_tables(re.sub(r"^\| .*\n", "", page, flags=re.MULTILINE)) == page

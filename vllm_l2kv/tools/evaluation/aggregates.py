@@ -1,0 +1,145 @@
+"""Rows of answers become aggregates, from which tables and curves are made.
+
+An aggregate is a row too. It holds what its answers have in common, how many they are, and the mean and standard
+deviation of each metric over them, so that aggregates of several lengths, seeds or runs can be put together. What is
+counted by prompt, the excess loss, is counted before.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from vllm_l2kv.tools.evaluation.rows import Row
+from vllm_l2kv.tools.evaluation.statistics import Estimate, Moments, average, moments, pooled, share
+
+VARIANT = ("scorer", "granularity", "protect_first", "protect_last")
+SOURCE = ("model", "full_layers", "text", "seed", "continued", "length")
+"""What prompts of one kind share; a task may lack some."""
+PROMPT = (*SOURCE, "subtask", "depth", "sample")
+"""What makes an answer comparable with another one."""
+PROVENANCE = ("device", "dtype", "vllm", "commit")
+"""Where answers come from; older rows lack it."""
+AGGREGATE = ("task", *SOURCE, *VARIANT, "keep_ratio")
+"""What answers of one aggregate have in common."""
+ANSWER = ("task", *PROMPT, *VARIANT, "keep_ratio")
+NUM_SAMPLES = "num_samples"
+METRICS: Mapping[str, Mapping[str, Callable[[Moments], Estimate]]] = {
+    "perplexity": {"excess loss": average, "accuracy": average},
+    "passkey": {"score": share},
+    "needle": {"score": share, "exact": share},
+    "ruler": {"score": share},
+}
+"""Of each task, what is averaged and how."""
+
+
+def aggregates(rows: Iterable[Row]) -> list[Row]:
+    """One for each task, kind of prompts, variant and keep ratio, in the order of the rows.
+
+    Args:
+        rows: Of answers; aggregates among them are kept, unless there are answers of the same.
+
+    Raises:
+        ValueError: As in `with_excess_loss`.
+    """
+    rows = list(rows)
+    found = {_key(row, AGGREGATE): row for row in rows if is_aggregate(row)}
+    groups: dict[str, list[Row]] = {}
+    for row in with_excess_loss(rows):
+        groups.setdefault(_key(row, AGGREGATE), []).append(row)
+    found |= {key: _aggregate(group) for key, group in groups.items()}
+    return list(found.values())
+
+
+def is_aggregate(row: Row) -> bool:
+    """Whether a row is one, and not of an answer."""
+    return NUM_SAMPLES in row
+
+
+def with_excess_loss(rows: Iterable[Row]) -> list[Row]:
+    """Rows of answers without those that were said again; losses with their excess over the whole cache, nats a token.
+
+    Raises:
+        ValueError: A row is none of `vllm-l2kv eval`, or there is no loss without compression for its prompt.
+    """
+    answers = {_key(row, ANSWER): row for row in rows if not is_aggregate(row)}.values()
+    for row in answers:
+        if row.get("task") not in METRICS:
+            raise ValueError(f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes {', '.join(METRICS)}.")
+    full = {prompt_of(row): row["loss"] for row in answers if "loss" in row and row["keep_ratio"] == 1}
+    return [{**row, "excess loss": row["loss"] - _of_prompt(full, row)} if "loss" in row else row for row in answers]
+
+
+def estimates(cells: Sequence[Row], task: str) -> list[dict[str, Any]]:
+    """One entry for each variant and keep ratio, with an `Estimate` under the name of each metric.
+
+    Args:
+        cells: Aggregates; those of one variant and keep ratio are put together.
+        task: What they are of.
+    """
+    found = []
+    for values, group in grouped(cells, *VARIANT, "keep_ratio"):
+        entry = dict(zip((*VARIANT, "keep_ratio"), values, strict=True))
+        entry |= {metric: how(moments_of(group, metric)) for metric, how in METRICS[task].items()}
+        found.append(entry)
+    return found
+
+
+def moments_of(cells: Iterable[Row], metric: str) -> Moments:
+    """Of a metric, over all aggregates."""
+    return pooled(Moments(cell[NUM_SAMPLES], **cell[metric]) for cell in cells)
+
+
+def num_prompts(cells: Iterable[Row]) -> int:
+    """How many prompts there were, of aggregates of one model with one set of full layers."""
+    most: dict[str, int] = {}
+    for cell in cells:
+        source = _key(cell, SOURCE)
+        most[source] = max(most.get(source, 0), cell[NUM_SAMPLES])
+    return sum(most.values())
+
+
+def prompt_of(row: Row) -> str:
+    """A key: the same for answers to the same prompt."""
+    return _key(row, PROMPT)
+
+
+def grouped(rows: Iterable[Row], *names: str) -> list[tuple[list[Any], list[Row]]]:
+    """Rows with the same values, by these values in their order."""
+
+    def key(row: Row) -> list[Any]:
+        return [row[name] for name in names]
+
+    return [(values, list(group)) for values, group in groupby(sorted(rows, key=key), key)]
+
+
+def _aggregate(answers: Sequence[Row]) -> Row:
+    first = answers[0]
+    metrics = [*(["loss"] if "loss" in first else []), *METRICS[first["task"]]]
+    summed = {metric: moments([row[metric] for row in answers]) for metric in metrics}
+    return {
+        **{name: first[name] for name in AGGREGATE if name in first},
+        **{name: _joined(row[name] for row in answers if name in row) for name in PROVENANCE if name in first},
+        NUM_SAMPLES: len(answers),
+        **{metric: {"mean": found.mean, "deviation": found.deviation} for metric, found in summed.items()},
+    }
+
+
+def _joined(values: Iterable[str]) -> str:
+    """Distinct values; as a rule there is one."""
+    return ", ".join(dict.fromkeys(values))
+
+
+def _of_prompt(full: Mapping[str, float], row: Row) -> float:
+    try:
+        return full[prompt_of(row)]
+    except KeyError:
+        words = ", ".join(f"{name} {row[name]}" for name in PROMPT if name in row)
+        raise ValueError(
+            f"no row with keep_ratio 1 for the prompt of {words}; excess loss is counted from it. Give the file that "
+            "has it, or measure again."
+        ) from None
+
+
+def _key(row: Row, names: Iterable[str]) -> str:
+    return json.dumps([row.get(name) for name in names])
