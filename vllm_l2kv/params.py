@@ -16,8 +16,6 @@ from vllm_l2kv.field_kinds import Choice, Count, Kind, ParamError, Ratio
 
 PREFIX = "kv_"
 FieldValue = float | int | str
-USAGE_KEY = "kv_cache"
-"""Where a request's numbers stand: in `usage` of an answer, in `kv_transfer_params` of vLLM's `RequestOutput`."""
 VLLM_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 """vLLM's own request fields and `extra_args` keys that happen to start with our prefix."""
 NEAR_SPELLING = 0.8

@@ -1,17 +1,16 @@
 """The numbers of one HTTP request: gathered while the engine answers it, put into the answer's `usage`."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
-from vllm_l2kv.messages.usage import REASON
-from vllm_l2kv.params import USAGE_KEY
+from vllm_l2kv.messages.usage import REASON, USAGE_KEY, take_usage
 
-Numbers = dict[str, Any]
+Numbers = Mapping[str, Any]
 DATA = b"data: "
 EVENT_END = b"\n\n"
 
@@ -51,15 +50,14 @@ async def record(outputs: AsyncIterator[Any], prompt: dict[int, Numbers]) -> Asy
         prompt: Where the latest numbers go, by choice index.
 
     Yields:
-        The same outputs. vLLM would show `kv_transfer_params` to the client, so they leave empty.
+        The same outputs.
     """
     # Closed with us, at once: that is how vLLM learns that the client has gone.
     async with aclosing(outputs):  # type: ignore[type-var]
         async for output in outputs:
-            numbers = (output.kv_transfer_params or {}).get(USAGE_KEY)
+            numbers = take_usage(output)
             if numbers is not None:
                 prompt.update({choice.index: numbers for choice in output.outputs})
-                output.kv_transfer_params = None
             yield output
 
 

@@ -1,1 +1,15 @@
-"""What crosses a process boundary, one module a message; standard library only."""
+"""What crosses a process boundary, and on which of vLLM's objects. Standard library only.
+
+| what | from | to | rides on | module of `vllm_l2kv` |
+|---|---|---|---|---|
+| settings of an engine | front end | all | `VllmConfig.additional_config` | `settings` |
+| fields of a request | front end | scheduler | `SamplingParams.extra_args` | `params` |
+| compaction orders | scheduler | worker | an attribute of `SchedulerOutput` | `messages.orders` |
+| seconds of compactions | worker | scheduler | an attribute of `ModelRunnerOutput` | `messages.orders` |
+| usage of a prompt | scheduler | front end | `EngineCoreOutput.kv_transfer_params` | `messages.usage` |
+| why a request failed | scheduler | front end | `EngineCoreOutput.stop_reason` | `scheduler.failed_requests` |
+| statistics | scheduler | front end | `SchedulerStats.kv_connector_stats` | `messages.stats` |
+
+Settings and fields go the ways that vLLM has for them. Each message of this package has two functions beside it: one
+puts it on vLLM's object, the other gets it back.
+"""

@@ -1,11 +1,17 @@
-"""What an answer's `usage.kv_cache` says of a prompt: how many of its tokens were kept, and why all of them were."""
+"""What an answer's `usage.kv_cache` says of a prompt: how many of its tokens were kept, and why all of them were.
+
+Rides on the `kv_transfer_params` of every output of the request: a free dict, idle without a KV connector, which vLLM
+hands on from `EngineCoreOutput` to `RequestOutput`.
+"""
 
 from enum import StrEnum
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
 
+USAGE_KEY = "kv_cache"
+"""Its name in an answer's `usage`, and in `kv_transfer_params`."""
 REASON = "reason"
 
 
@@ -55,3 +61,16 @@ def why_whole(num_prompt_tokens: int, params: CompressionParams) -> KeptWhole | 
         return KeptWhole.FIRST_TOKEN
     is_protected = params.protect_first + params.protect_last >= num_prompt_tokens
     return KeptWhole.PROTECTED if is_protected else KeptWhole.ROUNDED
+
+
+def attach_usage(output: Any, usage: PromptUsage) -> None:
+    """Puts a prompt's usage on an `EngineCoreOutput`."""
+    output.kv_transfer_params = {USAGE_KEY: usage}
+
+
+def take_usage(output: Any) -> PromptUsage | None:
+    """Takes a prompt's usage off a `RequestOutput`, if it is there; vLLM would show the dict to clients."""
+    usage: PromptUsage | None = (output.kv_transfer_params or {}).get(USAGE_KEY)
+    if usage is not None:
+        output.kv_transfer_params = None
+    return usage

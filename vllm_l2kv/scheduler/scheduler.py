@@ -17,8 +17,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.messages.orders import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.messages.stats import attach_stats
-from vllm_l2kv.messages.usage import KeptWhole, PromptUsage, prompt_usage, why_whole
-from vllm_l2kv.params import USAGE_KEY, Asked, CompressionParams, check_session
+from vllm_l2kv.messages.usage import KeptWhole, PromptUsage, attach_usage, prompt_usage, why_whole
+from vllm_l2kv.params import Asked, CompressionParams, check_session
 from vllm_l2kv.policy import num_keep
 from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.scheduler.cache_manager import (
@@ -148,7 +148,7 @@ class L2KVScheduler(AsyncScheduler):
                 for output in outputs.outputs:
                     usage = self._usage.get(output.request_id)
                     if usage is not None:
-                        output.kv_transfer_params = {USAGE_KEY: usage}
+                        attach_usage(output, usage)
         return outputs_of_clients
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
