@@ -4,11 +4,11 @@ Travels to every process inside vLLM's own `additional_config`, under the key `l
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import FIELD_NAMES, CompressionParams
 
 CONFIG_KEY = "l2kv"
 
@@ -40,8 +40,9 @@ class Settings:
         object.__setattr__(self, "full_layers", tuple(sorted(set(layers))))
 
     def as_config(self) -> dict[str, Any]:
-        """A JSON-able form for `additional_config["l2kv"]`."""
-        return {"full_layers": list(self.full_layers), "metrics": self.metrics, **self.defaults.as_fields()}
+        """A JSON-able form for `additional_config["l2kv"]`: attributes, and the defaults by their fields' names."""
+        config = {**{name: getattr(self, name) for name in _own_keys()}, **self.defaults.as_fields()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
 
     @classmethod
     def from_config(cls, additional_config: Any) -> "Settings":
@@ -52,11 +53,15 @@ class Settings:
         """
         section = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         section = dict(section or {})
-        layers: Iterable[int] = section.pop("full_layers", cls.full_layers)
-        metrics = section.pop("metrics", cls.metrics)
-        known = ["full_layers", "metrics", *CompressionParams().as_fields()]
+        known = [*_own_keys(), *FIELD_NAMES]
         for key in section:
             if key not in known:
                 nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"Unknown key {key!r} in additional_config[{CONFIG_KEY!r}]; did you mean {nearest!r}?")
-        return cls(tuple(layers), CompressionParams().override(section), metrics)
+        own = {name: section.pop(name) for name in _own_keys() if name in section}
+        return cls(**own, defaults=CompressionParams().override(section))
+
+
+def _own_keys() -> list[str]:
+    """Keys that are no request field: attributes of `Settings` but `defaults`."""
+    return [attribute.name for attribute in fields(Settings) if attribute.name != "defaults"]
