@@ -18,7 +18,8 @@ from vllm_l2kv.params import FIELDS
 from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.body import CheckedBodyRoute
 from vllm_l2kv_server.body_bound import BodyBoundMiddleware
-from vllm_l2kv_server.engine_client import stand_before
+from vllm_l2kv_server.engine_client import wrap_engine_client
+from vllm_l2kv_server.last_line import Outcome
 from vllm_l2kv_server.metrics import add_metrics
 from vllm_l2kv_server.middleware import CompressionMiddleware, refusal
 from vllm_l2kv_server.openapi import show_fields
@@ -31,7 +32,7 @@ from vllm_l2kv_server.protocol import (
     KVCompressionInfo,
 )
 from vllm_l2kv_server.serve_options import DEFAULT_MAX_BODY_MIB
-from vllm_l2kv_server.shutdown import bounded_end
+from vllm_l2kv_server.shutdown import bounded_shutdown
 from vllm_l2kv_server.welcome import announce_when_ready
 
 ERRORS = (
@@ -49,7 +50,7 @@ GENERATES: dict[str, Any] = {
         **{status.value: {"model": ErrorResponse} for status in ERRORS},
     },
 }
-router = APIRouter(route_class=CheckedBodyRoute, lifespan=bounded_end)
+router = APIRouter(route_class=CheckedBodyRoute, lifespan=bounded_shutdown)
 
 
 class KVCompressionEndpoints:
@@ -72,7 +73,7 @@ class KVCompressionEndpoints:
         app.add_middleware(BodyBoundMiddleware, max_mib=max_mib)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Asks the engine for its KV-cache groups and stands before its client.
+        """Asks the engine for its KV-cache groups and wraps its client.
 
         Raises:
             RuntimeError: The engine runs without our worker, so the fields would be ignored.
@@ -92,7 +93,11 @@ class KVCompressionEndpoints:
         # As many as vLLM stores, which forgets none.
         stores_responses = getattr(getattr(state, "openai_serving_responses", None), "enable_store", False)
         state.kv_stored_numbers = {} if stores_responses else None
-        stand_before(engine_client, state, settings.defaults, add_metrics(engine_client, settings))
+        state.kv_engine_calls = wrap_engine_client(
+            engine_client, settings.defaults, add_metrics(engine_client, settings)
+        )
+        # `vllm serve` makes no outcome.
+        state.kv_outcome = getattr(args, "outcome", None) or Outcome()
         if config.parallel_config._api_process_rank == 0:
             # The state holds the task, or it could be collected while it waits.
             state.kv_announcement = asyncio.create_task(announce_when_ready(state, args, models[0]))

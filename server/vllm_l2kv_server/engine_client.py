@@ -1,10 +1,9 @@
-"""Stands before vLLM's engine client in every handler that generates."""
+"""What compression adds to two methods of vLLM's engine client, `generate` and `shutdown`."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from starlette.datastructures import State
 from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.params import CompressionParams
@@ -14,32 +13,28 @@ from vllm_l2kv_server.request_fields import read_fields, refuse_elsewhere
 from vllm_l2kv_server.usage import record
 
 
-class CompressionEngineClient:
-    """vLLM's engine client, which also gives the engine the fields of a request and collects their numbers.
+class EngineCalls:
+    """Gives the engine the fields of a request, collects their numbers, and ends waiting requests at a shutdown.
 
     The `SamplingParams` of every endpoint pass here last. The fields that the middleware read are added to them, and a
     field that came another way, such as a form, is refused. The numbers never show as `kv_transfer_params`.
+
+    Attributes:
+        was_shut_down: Whether the server shut the engine down, in contrast to an engine that ended by itself.
     """
 
     def __init__(self, client: Any, defaults: CompressionParams, metrics: RequestMetrics | None = None) -> None:
         self._client = client
+        self._generate = client.generate
+        self._shutdown = client.shutdown
         self._defaults = defaults
         self._metrics = metrics
-        self.told_to_stop = False
-        """Whether the server was told to stop, in contrast to an engine that ended by itself."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """Some routes of vLLM ask whether the app's client is an `AsyncLLM`."""
-        return type(self._client)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
+        self.was_shut_down = False
 
     def generate(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's: returns the async generator of a prompt's outputs.
+        """Returns vLLM's async generator of a prompt's outputs.
 
-        Not a generator itself, so that an error precedes the answer's status.
+        A plain function, so that an error is raised before the status of the answer is sent.
 
         Raises:
             VLLMValidationError: A bad value in `extra_args`, or a field at an endpoint that reports no numbers.
@@ -51,7 +46,7 @@ class CompressionEngineClient:
         asked = read_fields(extra_args, self._defaults)
         if compression is None:
             refuse_elsewhere(extra_args)
-        outputs = self._client.generate(prompt, sampling_params, *args, **kwargs)
+        outputs = self._generate(prompt, sampling_params, *args, **kwargs)
         if sampling_params.structured_outputs is not None:
             outputs = blame_grammar(outputs)
         if self._metrics is not None:
@@ -63,24 +58,25 @@ class CompressionEngineClient:
         return record(outputs, {} if compression is None else compression.box.new_prompt())
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """As vLLM's; the API server calls it when it is told to stop, and only then, in a thread.
+        """Shuts the engine down, then ends the requests that wait for it.
 
-        vLLM cancels its output handler, often before that could tell those who wait for it that the engine is gone;
-        they, and uvicorn with them, would wait for ever.
+        The API server calls this in a thread when a signal stops it. vLLM cancels its output handler, often before the
+        handler could pass on that the engine is gone; the waiting requests, and uvicorn with them, would wait for ever.
         """
-        self.told_to_stop = True
-        self._client.shutdown(timeout=timeout)
+        self.was_shut_down = True
+        self._shutdown(timeout=timeout)
         handler = self._client.output_handler
-        if handler is not None:
-            tell_requests = self._client.output_processor.propagate_error
-            handler.get_loop().call_soon_threadsafe(tell_requests, self._client.dead_error)
+        # vLLM shuts its client down once more when the client is deleted, which may be after the loop.
+        if handler is not None and not handler.get_loop().is_closed():
+            end_requests = self._client.output_processor.propagate_error
+            handler.get_loop().call_soon_threadsafe(end_requests, self._client.dead_error)
 
 
 async def blame_grammar(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Passes the outputs of a structured request on; where they end with an error, its grammar is at fault.
+    """Yields the outputs of a structured request; an error at their end is an error of the grammar.
 
-    vLLM checks a grammar's syntax before it takes a request, but compiles it in the engine core. If that fails, or the
-    grammar accepts no token at all, the core only says "error", which would be answered with 500.
+    vLLM checks a grammar's syntax before it accepts a request, but compiles it in the engine core. If that fails, or
+    the grammar accepts no token at all, the core reports "error" without a reason, which would be answered with 500.
 
     Raises:
         VLLMValidationError: Answered with 400.
@@ -95,10 +91,12 @@ async def blame_grammar(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
             yield output
 
 
-def stand_before(client: Any, state: State, defaults: CompressionParams, metrics: RequestMetrics | None = None) -> None:
-    """Puts ours before `client` in the app and in every serving object of it."""
-    ours = CompressionEngineClient(client, defaults, metrics)
-    state.engine_client = ours
-    for name in state:
-        if getattr(state[name], "engine_client", None) is client:
-            state[name].engine_client = ours
+def wrap_engine_client(client: Any, defaults: CompressionParams, metrics: RequestMetrics | None = None) -> EngineCalls:
+    """Sets `generate` and `shutdown` of this client to those of `EngineCalls`.
+
+    The methods are set on the one instance that the app and all its serving objects share. A wrapper in its place would
+    have to be found by each of them, and would not be the `AsyncLLM` that `POST /abort_requests` asks for.
+    """
+    calls = EngineCalls(client, defaults, metrics)
+    client.generate, client.shutdown = calls.generate, calls.shutdown
+    return calls

@@ -1,13 +1,29 @@
-"""The last line of a server that could not start or lost its engine: one sentence, after all logs."""
+"""How a server ended, and the last line of one that could not start or lost its engine: a sentence after all logs."""
 
 import atexit
 import os
 import sys
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import NoReturn
 
 WAIT_SECONDS = 5.0
 """Time for the child processes to end; by then vLLM has sent them a signal."""
+
+
+@dataclass
+class Outcome:
+    """How the server ended.
+
+    `serve` makes one and adds it to the parsed options as `outcome`. vLLM passes the options to `init_state` of
+    endpoint plugins, so the app can report here what `serve` reads after vLLM has returned. Several API servers run in
+    processes of their own and report to copies; there vLLM itself raises an error if an engine ends.
+
+    Attributes:
+        engine_lost: Whether the engine ended by itself.
+    """
+
+    engine_lost: bool = False
 
 
 class LastLine:

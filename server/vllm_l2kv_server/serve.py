@@ -17,7 +17,7 @@ from vllm_l2kv.params import FIELDS
 from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, is_demo_model, model_folder
 from vllm_l2kv_server.config_file import ConfigFileError, nearest, option_names, read_config_file
-from vllm_l2kv_server.last_line import LastLine
+from vllm_l2kv_server.last_line import LastLine, Outcome
 from vllm_l2kv_server.serve_options import PROG, own_options
 from vllm_l2kv_server.start_checks import StartError, check_parsed, check_words
 from vllm_l2kv_server.start_signals import Stopped, signals_that_stop
@@ -53,10 +53,11 @@ def serve(argv: Sequence[str]) -> None:
             or later; with 128 and the signal's number if a signal came before the server was ready. The last line on
             standard error says which.
     """
-    last_line = LastLine()
+    last_line, outcome = LastLine(), Outcome()
     try:
         with signals_that_stop():
             args = _checked_options(argv)
+            args.outcome = outcome
             _run(args)
     except (Stopped, KeyboardInterrupt) as interrupt:
         # vLLM's handler of SIGTERM raises the latter, in the moment before ours is back.
@@ -65,7 +66,7 @@ def serve(argv: Sequence[str]) -> None:
     except Exception as error:
         traceback.print_exc()
         last_line.end(1, _what_failed(error))
-    if args.engine_lost:
+    if outcome.engine_lost:
         last_line.end(1, "the engine ended by itself, and so did the server; the log above says why.")
 
 
@@ -162,8 +163,8 @@ def make_parser() -> Any:
     )
     make_arg_parser(parser)
     parser.error = partial(_fail, parser)
-    # What is still None after parsing was not given. The app, which is handed the options, says how the engine ended.
-    parser.set_defaults(model=None, scheduler_cls=None, worker_cls=None, block_size=None, engine_lost=False)
+    # What is still None after parsing was not given.
+    parser.set_defaults(model=None, scheduler_cls=None, worker_cls=None, block_size=None)
     return parser
 
 

@@ -33,7 +33,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import WorkerBase
-from vllm_l2kv_server.engine_client import CompressionEngineClient
+from vllm_l2kv_server.engine_client import EngineCalls
 
 import vllm_l2kv
 from vllm_l2kv.scheduler.decode_fast_path import DecodeFastPath
@@ -86,12 +86,13 @@ WRAPPED = {
     DecodeFastPath: KVCacheManager,
     CompressedBlockTable: BlockTable,
     CompressedBlockTables: BlockTables,
-    CompressionEngineClient: AsyncLLM,
 }
 """Ours, and the class of vLLM that it stands before."""
+SET_ON_AN_INSTANCE = {EngineCalls: AsyncLLM}
+"""Ours, and the class of vLLM one instance of which gets its methods."""
 REPLACING = [(getattr(cls, name), theirs) for (cls, name), several in overrides().items() for theirs in several] + [
     (method, getattr(theirs, name))
-    for ours, theirs in WRAPPED.items()
+    for ours, theirs in (WRAPPED | SET_ON_AN_INSTANCE).items()
     for name, method in vars(ours).items()
     if inspect.isfunction(method) and hasattr(theirs, name) and not name.startswith("__")
 ]

@@ -20,6 +20,7 @@ from vllm.entrypoints.serve.tokenize import api_router as tokenize
 from vllm.envs import disable_envs_cache
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm_l2kv_server.app import KVCompressionEndpoints
+from vllm_l2kv_server.last_line import Outcome
 from vllm_l2kv_server.request_fields import GENERATING_PATHS
 
 from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams
@@ -49,6 +50,9 @@ class FakeClient:
 
     async def generate(self, prompt, sampling_params, request_id):
         yield SimpleNamespace(kv_transfer_params={"kv_cache": NUMBERS}, outputs=[SimpleNamespace(index=0)])
+
+    def shutdown(self, timeout=None):
+        """Nothing runs."""
 
 
 class FakeServing:
@@ -84,7 +88,7 @@ def make_app(monkeypatch, keep_ratio=1.0, groups=GROUPS, args=ARGS) -> FastAPI:
     disable_envs_cache()
     monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
     app = FastAPI()
-    app.state.args = Namespace(**vars(args))
+    app.state.args = Namespace(**vars(args), outcome=Outcome())
     app.include_router(chat.router)
     app.include_router(completion.router)
     for other in (responses, messages, tokens, tokenize):
@@ -221,20 +225,20 @@ def test_vllm_serve_has_the_default_bound(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("errored", "told_to_stop", "lost"), [(True, False, True), (True, True, False), (False, False, False)]
+    ("errored", "was_shut_down", "lost"), [(True, False, True), (True, True, False), (False, False, False)]
 )
-def test_the_end_is_bounded_and_its_cause_noted(app, errored, told_to_stop, lost):
+def test_the_end_is_bounded_and_its_cause_noted(app, errored, was_shut_down, lost):
     state = app.state
     state.server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=None))
 
     async def live():
         async with app.router.lifespan_context(app):
             assert 0 < state.server.config.timeout_graceful_shutdown <= 10
-            state.engine_client.told_to_stop = told_to_stop
+            state.kv_engine_calls.was_shut_down = was_shut_down
             state.engine_client.errored = errored
 
     asyncio.run(live())
-    assert state.args.engine_lost is lost
+    assert state.args.outcome.engine_lost is lost
 
 
 def test_only_json_is_taken(app):

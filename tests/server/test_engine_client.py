@@ -1,15 +1,18 @@
-"""The client that stands before vLLM's."""
+"""What compression adds to vLLM's engine client."""
 
 import asyncio
 from types import SimpleNamespace
 
 import pytest
-from starlette.datastructures import State
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from vllm import SamplingParams
+from vllm.entrypoints.rl.online import api_router as rl
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm_l2kv_server.context import Compression, current
-from vllm_l2kv_server.engine_client import CompressionEngineClient, stand_before
+from vllm_l2kv_server.engine_client import EngineCalls, wrap_engine_client
 
 from vllm_l2kv.params import CompressionParams
 
@@ -31,6 +34,9 @@ class FakeClient:
         self.extra_args = sampling_params.extra_args
         yield SimpleNamespace(kv_transfer_params={"kv_cache": NUMBERS}, outputs=[SimpleNamespace(index=0)])
 
+    def shutdown(self, timeout=None):
+        self.calls.append(timeout)
+
 
 @pytest.fixture
 def fake() -> FakeClient:
@@ -46,21 +52,13 @@ def run(client, extra_args, compression=None):
     return asyncio.run(consume())
 
 
-def test_everything_else_is_vllms(fake):
-    client = CompressionEngineClient(fake, CompressionParams())
-    assert client.errored is False
-    assert client.calls is fake.calls
-    with pytest.raises(AttributeError):
-        _ = client.no_such_thing
-
-
 @pytest.mark.parametrize(
     ("fields", "extra_args"),
     [({"kv_keep_ratio": 0.5}, None), ({"kv_keep_ratio": 0.5}, {"other": 1}), ({}, {"kv_keep_ratio": 0.5})],
 )
 def test_fields_go_to_the_engine_and_numbers_to_the_request(fake, fields, extra_args):
     compression = Compression(fields)
-    (output,) = run(CompressionEngineClient(fake, CompressionParams()), extra_args, compression)
+    (output,) = run(EngineCalls(fake, CompressionParams()), extra_args, compression)
     assert fake.extra_args == {**(extra_args or {}), **fields}
     assert compression.box.total() == NUMBERS
     assert output.kv_transfer_params is None
@@ -70,24 +68,24 @@ def test_fields_go_to_the_engine_and_numbers_to_the_request(fake, fields, extra_
 def test_a_field_where_no_numbers_are_reported(fake):
     """Such as in a form, which the middleware does not read."""
     with pytest.raises(VLLMValidationError, match=r"works on POST .*/v1/messages") as caught:
-        run(CompressionEngineClient(fake, CompressionParams()), {"kv_keep_ratio": 0.5})
+        run(EngineCalls(fake, CompressionParams()), {"kv_keep_ratio": 0.5})
     assert caught.value.parameter == "kv_keep_ratio"
     assert fake.calls == []
 
 
 def test_server_default_counts_as_asking(fake):
     compression = Compression({})
-    run(CompressionEngineClient(fake, CompressionParams(keep_ratio=0.5)), None, compression)
+    run(EngineCalls(fake, CompressionParams(keep_ratio=0.5)), None, compression)
     assert compression.box.total() == NUMBERS
 
 
 def test_numbers_are_hidden_where_none_are_reported(fake):
-    (output,) = run(CompressionEngineClient(fake, CompressionParams(keep_ratio=0.5)), None)
+    (output,) = run(EngineCalls(fake, CompressionParams(keep_ratio=0.5)), None)
     assert output.kv_transfer_params is None
 
 
 def test_who_asks_nothing_gets_vllms_generator(fake):
-    client = CompressionEngineClient(fake, CompressionParams())
+    client = EngineCalls(fake, CompressionParams())
     assert client.generate("text", SamplingParams(), "id") is fake.generated
 
 
@@ -100,7 +98,7 @@ def test_who_asks_nothing_gets_vllms_generator(fake):
     ],
 )
 def test_bad_extra_args_never_reach_the_engine(fake, extra_args, param):
-    client = CompressionEngineClient(fake, CompressionParams())
+    client = EngineCalls(fake, CompressionParams())
     with pytest.raises(VLLMValidationError) as caught:
         client.generate("text", SamplingParams(extra_args=extra_args), "id")
     assert caught.value.parameter == param
@@ -115,26 +113,37 @@ async def chunks():
 def test_latencies_of_streaming_input_are_those_of_a_whole_cache(fake, prompt, keep_ratio):
     observed = []
     metrics = SimpleNamespace(observe=lambda outputs, keep_ratio: observed.append(keep_ratio) or outputs)
-    client = CompressionEngineClient(fake, CompressionParams(keep_ratio=0.5), metrics)
+    client = EngineCalls(fake, CompressionParams(keep_ratio=0.5), metrics)
     client.generate(prompt, SamplingParams(), "id")
     assert observed == [keep_ratio]
 
 
-def test_stands_before_the_client_of_every_serving_object(fake):
-    other = object()
-    state = State(
-        {
-            "engine_client": fake,
-            "chat": SimpleNamespace(engine_client=fake),
-            "other": SimpleNamespace(engine_client=other),
-            "nothing": None,
-        }
-    )
-    stand_before(fake, state, CompressionParams())
-    assert type(state.chat.engine_client) is CompressionEngineClient
-    assert state.other.engine_client is other
-    assert state.engine_client is state.chat.engine_client  # it must hear when the server is told to stop
-    assert isinstance(state.engine_client, FakeClient)  # some routes of vLLM ask
+class DevelopmentClient(AsyncLLM):
+    """vLLM's client without an engine."""
+
+    def __init__(self):
+        self.output_processor = SimpleNamespace(request_states={"a": None}, parent_requests={})
+        self.output_handler = None
+        self.aborted: list[str] = []
+
+    async def abort(self, request_ids, internal=False):
+        self.aborted += request_ids
+
+    def __del__(self):
+        """There is nothing to shut down."""
+
+
+def test_the_client_stays_vllms_with_two_methods_changed():
+    """`POST /abort_requests`, of vLLM's development mode, asks whether the app's client is an `AsyncLLM`."""
+    client = DevelopmentClient()
+    calls = wrap_engine_client(client, CompressionParams())
+    assert (client.generate, client.shutdown) == (calls.generate, calls.shutdown)
+    app = FastAPI()
+    app.include_router(rl.router)
+    app.state.engine_client = client
+    answer = TestClient(app).post("/abort_requests", json={})
+    assert answer.json() == {"status": "aborted", "aborted": 1}
+    assert client.aborted == ["a"]
 
 
 class StoppedClient(FakeClient):
@@ -147,18 +156,15 @@ class StoppedClient(FakeClient):
         self.output_processor = SimpleNamespace(propagate_error=self.calls.append)
         self.output_handler: asyncio.Task | None = None
 
-    def shutdown(self, timeout=None):
-        self.calls.append(timeout)
-
 
 def test_requests_in_flight_hear_of_a_shutdown():
     async def run():
         stopped.output_handler = asyncio.create_task(asyncio.sleep(0))
-        client = CompressionEngineClient(stopped, CompressionParams())
-        assert not client.told_to_stop
+        client = EngineCalls(stopped, CompressionParams())
+        assert not client.was_shut_down
         await asyncio.to_thread(client.shutdown, timeout=3)
         await asyncio.sleep(0)
-        assert client.told_to_stop
+        assert client.was_shut_down
 
     stopped = StoppedClient()
     asyncio.run(run())
@@ -167,7 +173,7 @@ def test_requests_in_flight_hear_of_a_shutdown():
 
 def test_shutdown_before_the_first_request():
     stopped = StoppedClient()
-    CompressionEngineClient(stopped, CompressionParams()).shutdown()
+    EngineCalls(stopped, CompressionParams()).shutdown()
     assert stopped.calls == [None]
 
 
@@ -182,7 +188,7 @@ class FailingClient(FakeClient):
 def test_an_error_of_a_structured_request_is_the_fault_of_its_grammar(extra_args):
     async def consume(params):
         current.set(Compression({}))
-        client = CompressionEngineClient(FailingClient(), CompressionParams())
+        client = EngineCalls(FailingClient(), CompressionParams())
         return [output async for output in client.generate("text", params, "id")]
 
     structured = SamplingParams(extra_args=extra_args, structured_outputs=StructuredOutputsParams(regex="a"))

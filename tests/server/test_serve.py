@@ -319,7 +319,7 @@ def raising(error):
 @pytest.mark.parametrize(
     ("cmd", "status", "said"),
     [
-        (lambda args: setattr(args, "engine_lost", True), 1, "the engine ended by itself"),
+        (lambda args: setattr(args.outcome, "engine_lost", True), 1, "the engine ended by itself"),
         (raising(RuntimeError("Engine core initialization failed. See root")), 1, "the first ERROR in the log above"),
         (
             raising(TimeoutError("Timed out waiting\nfor engine")),
