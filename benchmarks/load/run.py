@@ -1,6 +1,6 @@
 """The load of docs/load_testing.md: vllm-l2kv and stock vLLM beside each other on this machine, with the demo model.
 
-python benchmarks/load/run.py OUT [words of `vllm-l2kv bench`]
+python -m benchmarks.load.run OUT [words of `vllm-l2kv bench`]
 
 Starts both servers with the same small cache, runs `vllm-l2kv bench --compare`, and ends them. Rows, plots and the
 page go into the folder OUT, and so do the servers' logs.

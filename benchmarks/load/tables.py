@@ -1,6 +1,6 @@
 """Writes the table of docs/load_testing.md from the rows in benchmarks/load/results.
 
-python benchmarks/load/tables.py
+python -m benchmarks.load.tables
 """
 
 import json

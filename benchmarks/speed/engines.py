@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rows import where
+from benchmarks.speed.rows import where
 
 MAX_NUM_SEQS = 256
 RATIOS = (None, 0.5, 0.25, 0.1)

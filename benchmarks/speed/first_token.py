@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from engines import abort_all, add_requests, is_measured
+from benchmarks.speed.engines import abort_all, add_requests, is_measured
 
 LENGTHS = {1000: 9, 8000: 5, 15_000: 5, 30_000: 3}
 RATIOS = (None, 0.5)

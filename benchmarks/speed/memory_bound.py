@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from engines import RATIOS, abort_all, add_requests, cache_of, is_measured, scheduler_of
+from benchmarks.speed.engines import RATIOS, abort_all, add_requests, cache_of, is_measured, scheduler_of
 
 CACHE_BYTES = 16 << 30
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, NUM_QUEUED = 8000, 1000, 8

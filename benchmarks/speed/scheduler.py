@@ -1,6 +1,6 @@
 """Processor time of the scheduler alone, without an engine: stock vLLM's and ours, for requests that all decode.
 
-PYTHONPATH=.:tests VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/speed/scheduler.py --model FOLDER --out scheduler.jsonl
+PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 python -m benchmarks.speed.scheduler --model FOLDER --out scheduler.jsonl
 
 No device is needed; the model needs a `config.json`. Every request has 256 prompt tokens and generates 256.
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bare_scheduler import add_request, plan
-from rows import append, where
 from vllm import SamplingParams
 from vllm.v1.outputs import ModelRunnerOutput
 
 import vllm_l2kv
+from benchmarks.speed.rows import append, where
 
 NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, REPEATS = 256, 256, 256, 5
 NUM_LAYERS, NUM_BLOCKS = 32, 30_000

@@ -2,7 +2,7 @@
 
 Two starts an engine: `ample_memory` runs as users run it, with the engine core apart, and all others look into it.
 
-PYTHONPATH=. python benchmarks/speed/serving.py --model FOLDER --out FOLDER [--engines stock l2kv] [--scenarios ...]
+python -m benchmarks.speed.serving --model FOLDER --out FOLDER [--engines stock l2kv] [--scenarios ...]
 
 The model needs a `config.json`; weights are made up. Appends to one file a scenario in the folder.
 """
@@ -15,8 +15,8 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from engines import start
-from rows import append
+from benchmarks.speed.engines import start
+from benchmarks.speed.rows import append
 
 IN_PROCESS = ["decode_step", "first_token", "memory_bound"]
 SCENARIOS = [*IN_PROCESS, "ample_memory"]
@@ -37,14 +37,15 @@ def main() -> None:
         for engine, scenarios in product(args.engines, (IN_PROCESS, ["ample_memory"])):
             chosen = [scenario for scenario in scenarios if scenario in args.scenarios]
             if chosen:
-                command = [sys.executable, __file__, *sys.argv[1:], "--scenarios", *chosen, "--inside", engine]
+                only = ["--scenarios", *chosen, "--inside", engine]
+                command = [sys.executable, "-m", "benchmarks.speed.serving", *sys.argv[1:], *only]
                 subprocess.run(command, check=True)
         return
     in_process = args.scenarios[0] in IN_PROCESS
     llm, about = start(args.inside, args.model, in_process, **{"max_model_len": 32768, **args.engine_args})
     args.out.mkdir(parents=True, exist_ok=True)
     for scenario in args.scenarios:
-        for row in importlib.import_module(scenario).rows(llm, about, args.only):
+        for row in importlib.import_module(f"benchmarks.speed.{scenario}").rows(llm, about, args.only):
             append(args.out / f"{scenario}.jsonl", {**about, **row})
 
 

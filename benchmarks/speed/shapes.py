@@ -1,6 +1,6 @@
 """Writes the `config.json` of a shape, which is all that engines with made-up weights need.
 
-python benchmarks/speed/shapes.py 70b FOLDER [--gpus 2 --gpu-gib 79]
+python -m benchmarks.speed.shapes 70b FOLDER [--gpus 2 --gpu-gib 79]
 
 Names the number of layers on standard output: as many as fit beside a small KV cache, at most the shape's own.
 """

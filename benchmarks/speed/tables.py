@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md, its plots and the README's headline table from the rows in benchmarks/speed/results.
 
-python benchmarks/speed/tables.py
+python -m benchmarks.speed.tables
 """
 
 import json
@@ -15,7 +15,8 @@ import matplotlib
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same file
 import matplotlib.pyplot as plt  # noqa: E402
-from serving import SCENARIOS  # noqa: E402
+
+from benchmarks.speed.serving import SCENARIOS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -29,12 +30,12 @@ GIB = 2**30
 
 TEMPLATE = """# Benchmarks
 
-Made by `python benchmarks/speed/tables.py` from the rows in `benchmarks/speed/results`; each row names its GPU, the
+Made by `python -m benchmarks.speed.tables` from the rows in `benchmarks/speed/results`; each row names its GPU, the
 version of vLLM, the commit and the engine's block sizes. Where nothing else is said the shape is that of Llama-3.1-8B
 with made-up weights, bf16, full layers {{0, 1}}, on one {gpu}, vLLM {vllm};
 async scheduling, prefix caching and full CUDA graphs are on in both engines. The rows of engines are made by
 
-    PYTHONPATH=. python benchmarks/speed/serving.py --model FOLDER_WITH_CONFIG_JSON --out FOLDER
+    python -m benchmarks.speed.serving --model FOLDER_WITH_CONFIG_JSON --out FOLDER
 
 which starts stock vLLM and then vllm-l2kv; `--scenarios` picks some.
 
@@ -71,7 +72,7 @@ beside stock vLLM's.
 Where the host is the limit, the scheduler decides. Its processor time alone, without an engine, for 256 requests that
 decode (on another machine, so only the ratio counts):
 
-    PYTHONPATH=.:tests VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/speed/scheduler.py --model FOLDER --out FILE
+    PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 python -m benchmarks.speed.scheduler --model FOLDER --out FILE
 
 {scheduler}
 
@@ -89,7 +90,7 @@ stay everywhere, so it is well below "stock / keep ratio". In 20 seconds the ave
 
 ## Compaction alone
 
-    PYTHONPATH=. python benchmarks/speed/compaction.py --out h100_compaction.jsonl
+    python -m benchmarks.speed.compaction --out h100_compaction.jsonl
 
 All 30 compressed layers of one or eight prompts, on the device, beside a device-to-device copy of the bytes that must
 be touched (keys read once, kept rows read and written). Owed: at most twice the copy, and at most 0.5 % of the prefill,
@@ -103,7 +104,7 @@ Where the time goes, by PyTorch's profiler, for one prompt at 0.25 (microseconds
 
 ## Attention and the stride of KV blocks
 
-    PYTHONPATH=. python benchmarks/speed/attention.py --out h100_attention.jsonl
+    python -m benchmarks.speed.attention --out h100_attention.jsonl
 
 Decode attention of 8 requests x 15,000 tokens, FlashAttention 3, microseconds a layer. `compressed` and `full` are the
 places that `vllm_l2kv.kv_cache_spec.pack` chose when the rows were made (on the H200 it padded by units of 4 KiB then,
