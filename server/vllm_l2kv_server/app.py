@@ -21,7 +21,7 @@ from vllm_l2kv_server.body_bound import BodyBoundMiddleware
 from vllm_l2kv_server.engine_client import wrap_engine_client
 from vllm_l2kv_server.last_line import Outcome
 from vllm_l2kv_server.metrics import add_metrics
-from vllm_l2kv_server.middleware import CompressionMiddleware, refusal
+from vllm_l2kv_server.middleware import CompressionMiddleware
 from vllm_l2kv_server.openapi import show_fields
 from vllm_l2kv_server.playground import add_playground, has_playground
 from vllm_l2kv_server.protocol import (
@@ -31,6 +31,7 @@ from vllm_l2kv_server.protocol import (
     KVCacheGroup,
     KVCompressionInfo,
 )
+from vllm_l2kv_server.refusal import refusal
 from vllm_l2kv_server.serve_options import DEFAULT_MAX_BODY_MIB
 from vllm_l2kv_server.shutdown import bounded_shutdown
 from vllm_l2kv_server.welcome import announce_when_ready
@@ -125,7 +126,7 @@ async def show_kv_compression(raw_request: Request) -> KVCompressionInfo:
 async def refuse_deep_text(request: Request, error: Exception) -> Response:
     """Answers 400 where vLLM parses JSON inside a string, such as the arguments of a tool call, and it is too deep."""
     text = "A string of the body holds JSON, such as arguments of a tool call, nested too deeply."
-    return refusal(VLLMValidationError(text), request.url.path)
+    return refusal(VLLMValidationError(text), request.scope)
 
 
 def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]]) -> KVCompressionInfo:

@@ -3,10 +3,10 @@
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import GracefulHTTPError
 
+from vllm_l2kv_server.refusal import refusal
 from vllm_l2kv_server.serve_options import MAX_BODY_OPTION
 
 BYTES_PER_MIB = 2**20
@@ -30,17 +30,11 @@ class BodyBoundMiddleware:
         max_bytes = self.max_mib * BYTES_PER_MIB
         messages = None if _announced_bytes(scope) > max_bytes else await read_body(receive, max_bytes)
         if messages is None:
-            await self._refuse(scope, receive, send)
+            bound = f"{self.max_mib} MiB, the bound that {MAX_BODY_OPTION} of `vllm-l2kv serve` sets."
+            error = GracefulHTTPError(f"The body is longer than {bound}", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            await refusal(error, scope)(scope, receive, send)
         else:
             await self.app(scope, replay(messages, receive), send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        message = (
-            f"The body is longer than {self.max_mib} MiB, the bound that {MAX_BODY_OPTION} of `vllm-l2kv serve` sets."
-        )
-        error = create_error_response(message, err_type=status.phrase, status_code=status)
-        await JSONResponse(error.model_dump(), status_code=status)(scope, receive, send)
 
 
 async def read_body(receive: Receive, max_bytes: int | None = None) -> list[Message] | None:

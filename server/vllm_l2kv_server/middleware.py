@@ -5,21 +5,17 @@ place for all endpoints: vLLM's own routes know nothing of the fields, and a bod
 any of them.
 """
 
-from typing import Any
-
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv_server.body import PARSED
 from vllm_l2kv_server.body_bound import has_body, read_body, replay
 from vllm_l2kv_server.context import current
+from vllm_l2kv_server.refusal import path_of, refusal
 from vllm_l2kv_server.request_fields import look_into, read_compression
 from vllm_l2kv_server.usage import UsageBox, UsageWriter
 
-MESSAGES_PATH = "/v1/messages"
 RESPONSES_PATH = "/v1/responses"
 
 
@@ -38,7 +34,7 @@ class CompressionMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path, state = _path_of(scope), scope["app"].state
+        path, state = path_of(scope), scope["app"].state
         compression = None
         if has_body(scope):
             messages = await read_body(receive) or []
@@ -49,7 +45,7 @@ class CompressionMiddleware:
                 defaults = getattr(state, "kv_defaults", None) or CompressionParams()
                 compression = read_compression(value, path, defaults)
             except VLLMValidationError as error:
-                await refusal(error, path)(scope, receive, send)
+                await refusal(error, scope)(scope, receive, send)
                 return
             if value is not None:
                 scope[PARSED] = value
@@ -63,18 +59,3 @@ class CompressionMiddleware:
             await self.app(scope, receive, send)
         finally:
             current.reset(token)
-
-
-def _path_of(scope: Scope) -> str:
-    """The endpoint's path; vLLM's app redirects one with a slash at the end to the one without."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")).rstrip("/")
-
-
-def refusal(error: VLLMValidationError, path: str) -> JSONResponse:
-    """vLLM's answer to a bad request; clients of the Anthropic API look for its type at the top."""
-    answer = create_error_response(error)
-    content: dict[str, Any] = answer.model_dump()
-    if path.startswith(MESSAGES_PATH):
-        content["type"] = "error"
-    return JSONResponse(content, status_code=answer.error.code)

@@ -175,14 +175,18 @@ def _refuse_misplaced(body: dict[str, Any], right: str) -> None:
         if not isinstance(value, dict) or place == right or place in FREE_FORM:
             continue
         for name in value:
-            field = name if name in FIELD_NAMES else meant_field(name)
-            if field is not None:
+            if (field := _field_of(name)) is not None:
                 hint = f" {place} is an option of the Python client, not a field." if place == "extra_body" else ""
                 raise VLLMValidationError(
                     f"{field} is inside {place}, where it has no effect; put it at the top level of the body, or "
                     f"inside {right}.{hint}",
                     parameter=f"{place}.{name}".encode("utf-8", "backslashreplace").decode(),
                 )
+
+
+def _field_of(name: str) -> str | None:
+    """The field that a name of a body is, or is meant for."""
+    return name if name in FIELD_NAMES else meant_field(name)
 
 
 def _only_value(name: str, at_top: Any, nested: Any, place: str) -> Any:
@@ -207,7 +211,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1 and (name in FIELD_NAMES or name == XARGS or meant_field(name)):
+            if count > 1 and (name == XARGS or _field_of(name)):
                 raise bad_request(ParamError(name, f"{name} is given {count} times in one object; give it once."))
     return value
 

@@ -219,6 +219,12 @@ def test_a_long_body_is_413_in_openais_shape(app, path):
     assert response.json()["error"]["code"] == 413
 
 
+def test_a_long_body_is_413_in_anthropics_shape(app):
+    response = request(app, "POST", "/v1/messages", content=b"x" * (2**20 + 1))
+    assert response.status_code == 413
+    assert response.json()["type"] == "error"
+
+
 def test_vllm_serve_has_the_default_bound(monkeypatch):
     app = make_app(monkeypatch, args=Namespace(log_error_stack=False))
     assert complete(app, prompt="x" * 2**21).status_code == 200
