@@ -1,10 +1,9 @@
 """The measurements of docs/quality.md, one engine for each set of full layers.
 
-python -m benchmarks.quality.grid MODEL OUT --full-layers 0,1 none 0 [--lengths 1024 4096]
+python -m benchmarks.quality.grid MODEL OUT --commit C --full-layers 0,1 none 0 [--lengths 1024 4096]
 
 {0, 1} is measured with every scorer, and l2 by block; other sets with l2 and the controls, at the first length. Appends
-to one `rows.jsonl` a task in the folder, so runs side by side need folders of their own. The variable COMMIT names the
-commit in the rows.
+to one `rows.jsonl` a task in the folder, so runs side by side need folders of their own.
 """
 
 import argparse
@@ -13,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.rows import where
 from vllm_l2kv.params import CONTROLS, SCORERS
 from vllm_l2kv.tools.evaluation.cli import ESSAYS, NUM_ANSWER_TOKENS, ROWS, cases_of, write_rows
 from vllm_l2kv.tools.evaluation.run import Engine
@@ -43,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--commit", required=True, help="what is measured, as rows name it")
     parser.add_argument("--full-layers", nargs="+", default=["0,1"], metavar="I,J", help="sets; none is the empty one")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
     parser.add_argument("--samples", type=int, default=10, help="of each length, and depth or subtask")
@@ -60,7 +59,7 @@ def main() -> None:
         # vLLM wants its share of the memory to be free at the start, although the other number decides.
         shared = {"kv_cache_memory_bytes": args.cache_gib * 2**30, "gpu_memory_utilization": 0.1}
     engine = Engine(args.model, full_layers, max_model_len=max(args.lengths) + NUM_ANSWER_TOKENS, **shared)
-    engine.about["commit"] = where()["commit"]
+    engine.about["commit"] = args.commit
     main_layers = full_layers == MAIN_LAYERS
     lengths = args.lengths if main_layers else args.lengths[:1]
     for task in args.tasks:
