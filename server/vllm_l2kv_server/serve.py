@@ -9,6 +9,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import MutableMapping, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
@@ -142,8 +143,9 @@ def load_routes() -> None:
     Raises:
         ImportError: They, or something that they need, are broken or missing.
     """
-    (routes,) = entry_points(group="vllm.endpoint_plugins", name=PLUGIN)
-    routes.load()
+    (plugin,) = entry_points(group="vllm.endpoint_plugins", name=PLUGIN)
+    plugin.load()
+    import_module("vllm_l2kv_server.routes")
 
 
 def make_parser() -> Any:

@@ -166,6 +166,7 @@ def names_of_others() -> frozenset[str]:
         list,
         str,
         set,
+        logging,
         logging.Logger,
         inspect,
         inspect.Signature,

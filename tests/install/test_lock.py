@@ -23,6 +23,7 @@ SERVER_MODULES = (
     "vllm_l2kv.scheduler.scheduler",
     "vllm_l2kv.worker.cpu",
     "vllm_l2kv_server.app",
+    "vllm_l2kv_server.routes",
     "vllm_l2kv.cli",
     "vllm_l2kv_server.seams",
     "vllm_l2kv_server.serve",

@@ -129,8 +129,8 @@ def test_obeys_the_protocol():
 
 def test_routes_replace_vllms(app):
     owners = {route.path: route.endpoint.__module__ for route in app.routes if "POST" in getattr(route, "methods", ())}
-    assert owners["/v1/chat/completions"] == "vllm_l2kv_server.app"
-    assert owners["/v1/completions"] == "vllm_l2kv_server.app"
+    assert owners["/v1/chat/completions"] == "vllm_l2kv_server.routes"
+    assert owners["/v1/completions"] == "vllm_l2kv_server.routes"
     assert owners["/v1/chat/completions/batch"] == "vllm.entrypoints.openai.chat_completion.api_router"
 
 

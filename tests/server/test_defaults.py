@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from vllm_l2kv_server.app import _describe
+from vllm_l2kv_server.routes import _describe
 from vllm_l2kv_server.serve import make_parser, parse
 
 import vllm_l2kv

@@ -48,9 +48,10 @@ def test_own_options(parser):
     }
 
 
-def test_routes_that_cannot_be_imported_end_the_start(monkeypatch):
+@pytest.mark.parametrize("module", ["app", "routes"])
+def test_routes_that_cannot_be_imported_end_the_start(monkeypatch, module):
     load_routes()
-    monkeypatch.setitem(sys.modules, "vllm_l2kv_server.app", None)
+    monkeypatch.setitem(sys.modules, f"vllm_l2kv_server.{module}", None)
     with pytest.raises(ImportError):
         load_routes()
 

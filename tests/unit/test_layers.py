@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STDLIB_ONLY = ["field_kinds", "params", "policy", "block_math", "messages", "settings", "cli_types"]
+STDLIB_ONLY = ["field_kinds", "params", "policy", "block_math", "messages", "settings", "cli_types", "supported_vllm"]
 WITH_TORCH = ["scorers", "token_groups", "kernels"]
 WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals", "seams"]
 TOOLS = {
@@ -69,7 +69,7 @@ def test_imports_of(module):
         assert inside <= {*STDLIB_ONLY, *WITH_TORCH, *WITH_VLLM}
     elif part == COMMAND:
         allowed |= {"vllm_l2kv_server"}
-        assert inside <= {"__version__", *(f"tools.{name}" for name in TOOLS)}
+        assert inside <= {"__version__", "supported_vllm", *(f"tools.{name}" for name in TOOLS)}
     elif tool in TOOLS:
         allowed |= {
             "httpx",
@@ -107,7 +107,7 @@ def test_imports_of(module):
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("vllm_l2kv_server.")])
 def test_the_server_sees_only_the_surface(module):
     inside = {part_of(name) for name in imports_of(modules()[module]) if name.startswith("vllm_l2kv.")}
-    plain = {"field_kinds", "params", "messages", "settings", "cli_types"}
+    plain = {"field_kinds", "params", "messages", "settings", "cli_types", "supported_vllm"}
     assert inside <= plain | {"tools.demo_model", "refusals", "compression", "engine_args", "__version__"}
 
 

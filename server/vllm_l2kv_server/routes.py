@@ -1,0 +1,141 @@
+"""What the endpoint plugin does: middleware for every route of vLLM, checked bodies, `GET /v1/kv_compression`."""
+
+import asyncio
+from argparse import Namespace
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.datastructures import State
+from starlette.responses import Response
+from vllm.entrypoints.openai.chat_completion import api_router as chat
+from vllm.entrypoints.openai.completion import api_router as completion
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.exceptions import VLLMValidationError
+
+from vllm_l2kv.params import FIELDS
+from vllm_l2kv.settings import Settings
+from vllm_l2kv_server.body import CheckedBodyRoute
+from vllm_l2kv_server.body_bound import BodyBoundMiddleware
+from vllm_l2kv_server.engine_client import wrap_engine_client
+from vllm_l2kv_server.last_line import Outcome
+from vllm_l2kv_server.metrics import add_metrics
+from vllm_l2kv_server.middleware import CompressionMiddleware
+from vllm_l2kv_server.openapi import show_fields
+from vllm_l2kv_server.playground import add_playground, has_playground
+from vllm_l2kv_server.protocol import (
+    CheckedChatCompletionRequest,
+    CheckedCompletionRequest,
+    FieldInfo,
+    KVCacheGroup,
+    KVCompressionInfo,
+)
+from vllm_l2kv_server.refusal import refusal
+from vllm_l2kv_server.serve_options import DEFAULT_MAX_BODY_MIB
+from vllm_l2kv_server.shutdown import bounded_shutdown
+from vllm_l2kv_server.welcome import announce_when_ready
+
+ERRORS = (
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.NOT_IMPLEMENTED,
+)
+GENERATES: dict[str, Any] = {
+    "dependencies": [Depends(validate_json_request)],
+    "response_model": None,
+    "responses": {
+        HTTPStatus.OK.value: {"content": {"text/event-stream": {}}},
+        **{status.value: {"model": ErrorResponse} for status in ERRORS},
+    },
+}
+router = APIRouter(route_class=CheckedBodyRoute, lifespan=bounded_shutdown)
+
+
+def add_routes(app: FastAPI) -> None:
+    """Adds our routes; vLLM lets them replace its own of the same path and method."""
+    app.include_router(router)
+    if has_playground(app.state.args):
+        add_playground(app)
+    show_fields(app)
+    app.add_exception_handler(RecursionError, refuse_deep_text)
+    app.add_middleware(CompressionMiddleware)
+    # The later one is asked first; both after the API key, so a stranger's body is not read.
+    # `vllm serve` does not have our option.
+    max_mib = getattr(app.state.args, "max_body_mib", DEFAULT_MAX_BODY_MIB)
+    app.add_middleware(BodyBoundMiddleware, max_mib=max_mib)
+
+
+async def connect(engine_client: Any, state: State, args: Namespace) -> None:
+    """Asks the engine for its KV-cache groups and wraps its client.
+
+    Raises:
+        RuntimeError: The engine runs without our worker, so the fields would be ignored.
+    """
+    config = engine_client.vllm_config
+    settings = Settings.from_config(config.additional_config)
+    try:
+        groups = (await engine_client.collective_rpc("kv_cache_groups"))[0]
+    except Exception as error:
+        raise RuntimeError(
+            "VLLM_PLUGINS names l2kv, but this engine has no worker of vllm-l2kv: start with `vllm-l2kv serve`, "
+            "or pass --scheduler-cls and --worker-cls, or take l2kv out of VLLM_PLUGINS."
+        ) from error
+    models = [path.name for path in state.openai_serving_models.base_model_paths]
+    state.kv_compression = _describe(models, settings, groups)
+    state.kv_defaults = settings.defaults
+    # As many as vLLM stores, which forgets none.
+    stores_responses = getattr(getattr(state, "openai_serving_responses", None), "enable_store", False)
+    state.kv_stored_numbers = {} if stores_responses else None
+    state.kv_engine_calls = wrap_engine_client(engine_client, settings.defaults, add_metrics(engine_client, settings))
+    # `vllm serve` makes no outcome.
+    state.kv_outcome = getattr(args, "outcome", None) or Outcome()
+    if config.parallel_config._api_process_rank == 0:
+        # The state holds the task, or it could be collected while it waits.
+        state.kv_announcement = asyncio.create_task(announce_when_ready(state, args, models[0]))
+
+
+@router.post("/v1/chat/completions", **GENERATES)
+async def create_chat_completion(request: CheckedChatCompletionRequest, raw_request: Request) -> Any:
+    """OpenAI's chat completions; `kv_` fields compress the KV cache of this request."""
+    return await chat.create_chat_completion(request, raw_request)
+
+
+@router.post("/v1/completions", **GENERATES)
+async def create_completion(request: CheckedCompletionRequest, raw_request: Request) -> Any:
+    """OpenAI's completions; `kv_` fields compress the KV cache of this request."""
+    return await completion.create_completion(request, raw_request)
+
+
+@router.get("/v1/kv_compression")
+async def show_kv_compression(raw_request: Request) -> KVCompressionInfo:
+    """What this server takes and does: fields, defaults, bounds, full layers, KV-cache groups, model."""
+    info: KVCompressionInfo = raw_request.app.state.kv_compression
+    return info
+
+
+async def refuse_deep_text(request: Request, error: Exception) -> Response:
+    """Answers 400 where vLLM parses JSON inside a string, such as the arguments of a tool call, and it is too deep."""
+    text = "A string of the body holds JSON, such as arguments of a tool call, nested too deeply."
+    return refusal(VLLMValidationError(text), request.scope)
+
+
+def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]]) -> KVCompressionInfo:
+    defaults = settings.defaults.as_fields()
+    return KVCompressionInfo(
+        models=models,
+        fields=[
+            FieldInfo(
+                name=field.name,
+                type=field.type,
+                default=defaults[field.name],
+                bounds=field.bounds,
+                description=field.description,
+            )
+            for field in FIELDS
+        ],
+        full_layers=list(settings.full_layers),
+        kv_cache_groups=[KVCacheGroup(**group) for group in groups],
+    )
