@@ -84,8 +84,12 @@ class TestRefused:
 
     @pytest.mark.parametrize("row", [{"layer": 0, "head": 1}, {"task": "bench"}])
     def test_rows_of_something_else(self, capsys, tmp_path, row):
-        line = self.line(capsys, tmp_path, [row])
-        assert f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes perplexity, passkey, needle" in line
+        said = f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes perplexity, passkey, needle, ruler."
+        assert self.line(capsys, tmp_path, [row]).endswith(f"argument ROWS: {said}")
+        # Before an engine is started to add to them.
+        with pytest.raises(SystemExit):
+            cli.evaluate(["passkey", "model", "--out", str(tmp_path)])
+        assert capsys.readouterr().err.splitlines()[-1].endswith(f"argument --out: {said}")
 
 
 def test_the_published_tables_are_made_of_the_committed_aggregates(monkeypatch):

@@ -165,6 +165,7 @@ def _model_folder(name: str) -> str:
 
 def _measure(options: argparse.Namespace) -> None:
     """Starts an engine and adds the rows of a task to its file."""
+    from vllm_l2kv.tools.evaluation.aggregates import with_excess_loss
     from vllm_l2kv.tools.evaluation.rows import prepare_for_more
     from vllm_l2kv.tools.evaluation.variants import variants
 
@@ -174,7 +175,8 @@ def _measure(options: argparse.Namespace) -> None:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            prepare_for_more(path)
+            # Rows that no report can be made of would be noticed after the run.
+            with_excess_loss(prepare_for_more(path))
     except (OSError, ValueError) as error:
         raise _RefusedError(f"argument --out: {error}") from error
     with _progress(options, "vllm.log") as progress:

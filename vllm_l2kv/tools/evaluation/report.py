@@ -46,8 +46,6 @@ CAPTIONS = {
     "down. Green is found, red is not, white was not measured. A red row is a place that this ratio loses.",
 }
 """Under each kind of figure: how to read it."""
-
-
 CONDITIONS = {
     "text": "text {}",
     "seed": "seed {}",

@@ -27,14 +27,17 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def prepare_for_more(path: Path) -> None:
-    """Deletes half a row at the end of a file, to which the next row would be glued, and looks at the other lines.
+def prepare_for_more(path: Path) -> list[Row]:
+    """Deletes half a row at the end of a file, to which the next row would be glued.
+
+    Returns:
+        The other rows.
 
     Raises:
         ValueError: One of them is no row.
     """
     _end_with_a_whole_line(path)
-    read_rows(path)
+    return read_rows(path)
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
