@@ -1,4 +1,4 @@
-"""The OpenAI-compatible front end: command line, request fields, usage numbers, one route of our own.
+"""The OpenAI-compatible front end: `vllm-l2kv serve`, request fields, usage numbers, metrics and two routes.
 
-Runs in vLLM's API-server processes as an endpoint plugin; knows the engine only through `EngineClient`.
+Runs in vLLM's API-server processes as an endpoint plugin; it knows the engine only through vLLM's engine client.
 """

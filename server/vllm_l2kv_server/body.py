@@ -1,7 +1,7 @@
-"""Bodies that no handler should meet: told apart before anything of vLLM's sees them, and answered with 400.
+"""Parsing of request bodies, with 400 for those that vLLM does not handle.
 
-Some would be answered with 400 in another shape by FastAPI, others (lone surrogates, integers beyond 64 bits) with 500
-by vLLM, and some would end the server: deep ones its engine core, those with millions of bad values its memory.
+FastAPI would answer some of them with 400 in another format, vLLM others (lone surrogates, integers beyond 64 bits)
+with 500. Some would end the server: nested ones crash the engine core, and millions of bad values fill the memory.
 """
 
 import json
@@ -16,41 +16,41 @@ from starlette.responses import Response
 from vllm.exceptions import VLLMValidationError
 
 MAX_DEPTH = 128
-"""Arrays and objects inside each other. Python's parser, and pickle on the way to the engine's workers, count levels
-against the depth of their stack; when pickle is the one that fails, the engine core ends and the server with it.
+"""Levels of arrays and objects. Python's parser, and pickle on the way to the engine's workers, recurse once a level.
+If pickle fails, the engine core ends and the server with it.
 """
 
 MAX_VALUES = 30_000
-"""Items of arrays and objects in a body, apart from token ids. Each bad one can become 15 errors of pydantic, 24 kB."""
+"""Items of arrays and objects in a body, apart from token ids. A bad one can cause 15 pydantic errors of 24 kB."""
 
 TOKEN_FIELDS = ("prompt", "tokens", "token_ids")
-"""How the names of fields end that hold token ids, in a list or in a list of lists."""
+"""Endings of names of fields that hold token ids, in a list or in a list of lists."""
 
 MAX_DIGITS = len(str(2**64))
 LONG_INTEGER = re.compile(rb"\d{19}")
 
 
 class NotJSONError(VLLMValidationError):
-    """A body that no JSON parser takes."""
+    """The body is not JSON."""
 
 
 PARSED = "vllm_l2kv.body"
-"""Where a scope of ASGI holds the value of a body that was parsed on the way, so that it is parsed once."""
+"""Key of an ASGI scope for the value of a body that the middleware has parsed, so that it is parsed once."""
 
 
 def parse_body(body: bytes, **arguments: Any) -> Any:
-    """The JSON value of a body; an integer that no message to the engine can hold becomes infinite.
+    """Returns the JSON value of a body; an integer that does not fit a message to the engine becomes infinite.
 
     Args:
         body: UTF-8, UTF-16 or UTF-32.
-        arguments: More of those of `json.loads`.
+        arguments: Further arguments of `json.loads`.
 
     Raises:
         NotJSONError: Neither JSON nor Unicode; answered with 400.
         VLLMValidationError: Nested too deeply, too many values, or a lone surrogate, which JSON can hold and UTF-8
             cannot; answered with 400.
     """
-    # Token ids are short, so prompts keep the fast path.
+    # Token ids are short integers, so prompts keep the fast path.
     may_be_long = LONG_INTEGER.search(body) or not is_utf8(body)
     try:
         value = json.loads(body, parse_int=_integer if may_be_long else None, **arguments)
@@ -68,17 +68,17 @@ def parse_body(body: bytes, **arguments: Any) -> Any:
 
 
 def may_be_unwieldy(body: bytes) -> bool:
-    """Whether a body has the brackets or commas that `check_shape` could refuse, at the cost of counting them."""
+    """Whether `check_shape` could refuse a body, by a count of its brackets and commas."""
     return body.count(b"[") + body.count(b"{") > MAX_DEPTH or body.count(b",") >= MAX_VALUES
 
 
 def is_utf8(body: bytes) -> bool:
-    """Whether a JSON parser reads a body as UTF-8; the others that JSON allows are UTF-16 and UTF-32."""
+    """Whether a JSON parser reads a body as UTF-8, and not as UTF-16 or UTF-32."""
     return json.detect_encoding(body).startswith("utf-8")
 
 
 def check_shape(value: Any) -> None:
-    """Refuses what is nested too deeply or holds too many values, level by level, without recursion.
+    """Refuses a value that is nested too deeply or holds too many values; walks level by level, without recursion.
 
     Raises:
         VLLMValidationError: Answered with 400.
@@ -96,24 +96,24 @@ def check_shape(value: Any) -> None:
 
 
 def too_deep() -> VLLMValidationError:
-    """The error for which vLLM's handlers answer 400."""
+    """Returns the error that vLLM's handlers answer with 400."""
     return VLLMValidationError(f"The body is nested too deeply: more than {MAX_DEPTH} levels.")
 
 
 def _without_tokens(value: Any) -> list[Any] | dict[str, Any]:
-    """A body as something to walk through, the integers of its token lists left out."""
+    """Returns the items of a body, without the integers of its token lists."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else []
     return {name: _no_integers(field) if name.endswith(TOKEN_FIELDS) else field for name, field in value.items()}
 
 
 def _no_integers(value: Any) -> Any:
-    """A list without its integers and those of the lists in it."""
+    """Returns a list without its integers and those of the lists in it."""
     if not isinstance(value, list):
         return value
     items = [item for item in value if type(item) is not int]
     if len(items) > MAX_VALUES:
-        return items  # too many, whatever is in them
+        return items  # too many already
     return [[token for token in item if type(token) is not int] if isinstance(item, list) else item for item in items]
 
 
@@ -126,7 +126,7 @@ def _is_unicode(value: Any) -> bool:
 
 
 def _integer(digits: str) -> int | float:
-    """An integer beyond 64 bits becomes infinite, and so meets the check of its own field."""
+    """Converts an integer beyond 64 bits to infinity, which the check of its field then refuses."""
     value = int(digits) if len(digits) <= MAX_DIGITS else None
     if value is not None and -(2**63) <= value < 2**64:
         return value
@@ -146,7 +146,7 @@ class CheckedBodyRoute(APIRoute):
     """A route whose JSON body is parsed by `parse_body`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """As FastAPI's; parses first, because FastAPI would hide what `json()` raises."""
+        """Returns a handler that parses the body before FastAPI does, since FastAPI hides what `json()` raises."""
         answer = super().get_route_handler()
 
         async def parse_and_answer(request: Request) -> Response:
@@ -154,7 +154,7 @@ class CheckedBodyRoute(APIRoute):
             try:
                 body = await request.body()
             except ClientDisconnect:
-                return Response(status_code=400)  # for the log; nobody is there to read it
+                return Response(status_code=400)  # for the log; the client has gone
             if "json" in request.headers.get("content-type", "") and body:
                 await request.json()
             return await answer(request)

@@ -1,4 +1,4 @@
-"""A bound on the length of request bodies, which vLLM and uvicorn do not have."""
+"""A bound on the length of request bodies; vLLM and uvicorn have none."""
 
 from http import HTTPStatus
 
@@ -15,7 +15,7 @@ BYTES_PER_MIB = 2**20
 class BodyBoundMiddleware:
     """Pure ASGI: reads a body before the app does, and answers 413 itself if it is too long.
 
-    What a client says in `Content-Length` only saves reading; the bytes that came are what counts.
+    The bytes received are counted. A `Content-Length` beyond the bound only saves reading them.
     """
 
     def __init__(self, app: ASGIApp, max_mib: int) -> None:
@@ -38,7 +38,7 @@ class BodyBoundMiddleware:
 
 
 async def read_body(receive: Receive, max_bytes: int | None = None) -> list[Message] | None:
-    """The messages of a body, or `None` if it is longer than `max_bytes`."""
+    """Returns the ASGI messages of a body, or `None` if it is longer than `max_bytes`."""
     messages, num_bytes = [], 0
     while True:
         message = await receive()
@@ -51,7 +51,7 @@ async def read_body(receive: Receive, max_bytes: int | None = None) -> list[Mess
 
 
 def replay(messages: list[Message], receive: Receive) -> Receive:
-    """A `receive` that gives what was read, then goes on where that ended."""
+    """Returns a `receive` that yields the messages already read, then the ones after them."""
     unread = iter(messages)
 
     async def replayed() -> Message:
@@ -62,7 +62,7 @@ def replay(messages: list[Message], receive: Receive) -> Receive:
 
 
 def has_body(scope: Scope) -> bool:
-    """Whether an HTTP request announces a body; uvicorn takes one without these headers to be empty."""
+    """Whether an HTTP request announces a body; without these headers uvicorn treats it as empty."""
     if scope["type"] != "http":
         return False
     headers = Headers(scope=scope)

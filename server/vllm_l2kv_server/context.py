@@ -1,4 +1,4 @@
-"""What travels beside an HTTP request, from the middleware that reads its body to the engine client that answers it."""
+"""Per-request state that the middleware passes to the engine client, beside vLLM's own request objects."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ class Compression:
     """What one HTTP request asks of the KV cache, and the numbers that the engine reports for it.
 
     Attributes:
-        fields: Checked `kv_` fields of the body, wherever in it they were given.
+        fields: Checked `kv_` fields of the body, from the top level or from `vllm_xargs`.
         box: Collects the numbers of every prompt that the request sends to the engine.
     """
 
@@ -21,4 +21,4 @@ class Compression:
 
 
 current: ContextVar[Compression | None] = ContextVar("current", default=None)
-"""Of the HTTP request being answered; `None` where no numbers can be reported."""
+"""Of the HTTP request being answered; `None` where no numbers are reported."""

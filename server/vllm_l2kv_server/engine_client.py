@@ -48,7 +48,7 @@ class EngineCalls:
             refuse_elsewhere(extra_args)
         outputs = self._generate(prompt, sampling_params, *args, **kwargs)
         if sampling_params.structured_outputs is not None:
-            outputs = blame_grammar(outputs)
+            outputs = report_grammar_error(outputs)
         if self._metrics is not None:
             # Streaming input is kept whole, see `params.check_session`.
             keep_ratio = 1.0 if isinstance(prompt, AsyncGenerator) else asked.params.keep_ratio
@@ -72,7 +72,7 @@ class EngineCalls:
             handler.get_loop().call_soon_threadsafe(end_requests, self._client.dead_error)
 
 
-async def blame_grammar(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def report_grammar_error(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
     """Yields the outputs of a structured request; an error at their end is an error of the grammar.
 
     vLLM checks a grammar's syntax before it accepts a request, but compiles it in the engine core. If that fails, or

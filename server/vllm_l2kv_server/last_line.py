@@ -8,7 +8,7 @@ from multiprocessing import resource_tracker
 from typing import NoReturn
 
 WAIT_SECONDS = 5.0
-"""Time for the child processes to end; by then vLLM has sent them a signal."""
+"""Time for the child processes to end; vLLM has sent them a signal before."""
 
 
 @dataclass
@@ -27,10 +27,10 @@ class Outcome:
 
 
 class LastLine:
-    """Ends the process with a sentence that no log of vLLM, no traceback and no other process of it comes after.
+    """Ends the process with a sentence that is the last output, after vLLM's logs, tracebacks and child processes.
 
-    Make it before vLLM is imported: what is registered first for the end of the interpreter runs last, once vLLM and
-    `multiprocessing` have stopped what they started.
+    Make it before vLLM is imported: `atexit` runs last what was registered first, after vLLM and `multiprocessing` have
+    stopped what they started.
     """
 
     def __init__(self) -> None:
@@ -58,18 +58,18 @@ class LastLine:
         sys.stderr.write(self._line)
         sys.stdout.flush()
         sys.stderr.flush()
-        # What is left is C++ code that takes itself down, and some of it has more to say.
+        # Destructors of C++ libraries would run now, and some of them write to standard error.
         os._exit(self._status)
 
 
 def _wait_for_children() -> None:
-    """Until they have written what they had to, or `WAIT_SECONDS` are over."""
+    """Waits until the child processes have ended and written their last lines, at most `WAIT_SECONDS`."""
     try:
         import psutil  # type: ignore[import-untyped]
     except ModuleNotFoundError:  # it comes with vLLM, so there are none
         return
     if children := psutil.Process().children(recursive=True):
-        # One of them, the resource tracker, reports leaked shared memory. It ends once its pipe is closed.
+        # The resource tracker is one of them: it reports leaked shared memory, and ends once its pipe is closed.
         if (pipe := resource_tracker.getfd()) is not None:
             os.close(pipe)
         psutil.wait_procs(children, timeout=WAIT_SECONDS)

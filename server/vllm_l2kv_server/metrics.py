@@ -1,7 +1,7 @@
-"""What `/metrics` says of compression, beside vLLM's own metrics and with the same labels.
+"""Metrics of compression on `/metrics`, beside vLLM's own and with the same labels.
 
-Two sources: the engine's stats, which arrive by `vllm_l2kv.messages.stats`, and the requests that pass through this API
-process. Prometheus' client adds up over API processes.
+They come from the engine's stats (`vllm_l2kv.messages.stats`) and from the requests that this API process answers. The
+Prometheus client sums over API processes.
 """
 
 import math
@@ -27,11 +27,11 @@ REQUEST_SECONDS = [0.3, 0.5, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 200, 400, 800, 160
 
 
 class EngineMetrics(AggregateStatLoggerBase):
-    """Metrics of compactions, from the engines' stats.
+    """Metrics of compactions, from the stats that the engines report.
 
     Args:
         vllm_config: vLLM's configuration.
-        engine_indexes: The engines whose stats come to this process.
+        engine_indexes: The engines that report to this process.
     """
 
     def __init__(self, vllm_config: Any, engine_indexes: Sequence[int]) -> None:
@@ -68,13 +68,13 @@ class EngineMetrics(AggregateStatLoggerBase):
         for index in engine_indexes:
             for metric in vars(self).values():
                 if isinstance(metric, Counter | Gauge | Histogram):
-                    metric.labels(self._model, index)  # shows 0 until something happens
+                    metric.labels(self._model, index)  # exports 0 before the first event
             self._ratio.labels(self._model, index).set(1)
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
-        """Takes what an engine told."""
+        """Adds the stats of one step of an engine."""
         stats = take_stats(scheduler_stats) if scheduler_stats is not None else None
         if stats is None:
             return
@@ -107,7 +107,7 @@ class EngineMetrics(AggregateStatLoggerBase):
 
 
 class RequestMetrics:
-    """Keep ratios and latencies of the requests that pass through this process.
+    """Keep ratios and latencies of the requests that this process answers.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -131,14 +131,14 @@ class RequestMetrics:
         )
 
     async def observe(self, outputs: AsyncIterator[Any], keep_ratio: float) -> AsyncIterator[Any]:
-        """Passes a request's outputs on and measures it; a request that is aborted has no latencies.
+        """Yields a request's outputs and measures its latencies; an aborted request has none.
 
         Args:
-            outputs: What the engine client generates, an async generator.
+            outputs: The async generator of the engine client.
             keep_ratio: The request's.
         """
         self._keep_ratio.labels(self._model).observe(keep_ratio)
-        # Closed with us, at once: that is how vLLM learns that the client has gone.
+        # Closed at once when this generator is: by that vLLM learns that the client has gone.
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
                 if output.finished and output.metrics is not None:
@@ -155,15 +155,19 @@ class RequestMetrics:
 
 
 def add_metrics(engine_client: Any, settings: Settings) -> RequestMetrics | None:
-    """Adds ours to vLLM's metrics, unless it has none (`--disable-log-stats`) or the engine was not told to tell."""
+    """Adds the metrics to vLLM's.
+
+    Returns:
+        `None` if vLLM has no metrics (`--disable-log-stats`) or the engine reports none (`Settings.metrics`).
+    """
     loggers = engine_client.logger_manager
     if loggers is None or not settings.metrics:
         return None
-    # Before vLLM's own loggers, which would take our stats for a KV connector's.
+    # Before vLLM's own loggers, which would read our stats as those of a KV connector.
     loggers.stat_loggers.insert(0, EngineMetrics(engine_client.vllm_config, loggers.engine_indexes))
     return RequestMetrics(engine_client.vllm_config)
 
 
 def tenth_of(keep_ratio: float) -> str:
-    """The label of a keep ratio: few values, whatever clients ask."""
+    """Returns the label of a keep ratio: one of ten, so that clients cannot create many series."""
     return f"{max(math.ceil(round(keep_ratio * 10, 6)), 1) / 10:.1f}"

@@ -1,8 +1,8 @@
-"""Middleware for every request of every endpoint, method and media type.
+"""Middleware for every request, whatever its endpoint, method and media type.
 
-Its body is checked by its bytes, its `kv_` fields are read, and the numbers of its compression go into its answer. One
-place for all endpoints: vLLM's own routes know nothing of the fields, and a body that ends the server would do so from
-any of them.
+It checks the body by its bytes, reads the `kv_` fields, and writes the numbers of the compression into the answer. It
+covers all endpoints because vLLM's routes do not know the fields, and because a body that can end the server can do so
+from any of them.
 """
 
 from starlette.types import ASGIApp, Receive, Scope, Send

@@ -1,4 +1,4 @@
-"""The `kv_` fields in the API's schema, which `/docs` shows: at every endpoint that takes them."""
+"""The `kv_` fields in the OpenAPI schema that `/docs` shows, at every endpoint that takes them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from vllm_l2kv_server.request_fields import GENERATING_PATHS
 
 
 def show_fields(app: FastAPI) -> None:
-    """Adds the fields to the schema that the app generates, the way FastAPI documents for it."""
+    """Adds the fields to the schema that the app generates, in the way that FastAPI documents."""
     app.openapi = _with_fields(app.openapi)  # type: ignore[method-assign]
 
 
@@ -37,7 +37,7 @@ def _properties() -> dict[str, Any]:
 
 
 def _body_of(schema: dict[str, Any], path: str) -> dict[str, Any] | None:
-    """The schema of an endpoint's JSON body, or `None` where the app has no such endpoint or says nothing of it."""
+    """Returns the schema of an endpoint's JSON body, or `None` if the app has no such endpoint or no schema for it."""
     request = schema["paths"].get(path, {}).get("post", {}).get("requestBody", {})
     reference = request.get("content", {}).get("application/json", {}).get("schema", {}).get("$ref")
     if reference is None:

@@ -1,6 +1,6 @@
 """The playground: a page that asks one question at two keep ratios and shows both answers.
 
-Static files, which need no API key; what the page asks of `/v1` carries the key that its reader types.
+The static files need no API key. The page's requests to `/v1` carry the key that the user types in.
 """
 
 from argparse import Namespace
@@ -21,9 +21,9 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain",
 }
-"""Ours, not the machine's: a browser that may not guess runs no module of another type."""
+"""Fixed here, since those of the machine differ, and with `nosniff` a browser runs no module of another type."""
 HEADERS = {
-    # An answer of a model stays text, whatever a change of the scripts forgets: no inline script, no HTML from strings.
+    # A model's answer stays text even if a script forgets to escape it: no inline script, no HTML from strings.
     "Content-Security-Policy": "; ".join(
         (
             "default-src 'none'",
@@ -45,12 +45,12 @@ HEADERS = {
 
 
 def has_playground(args: Namespace) -> bool:
-    """Whether a server started with `args` serves the page; `vllm serve` has no option to leave it out."""
+    """Whether a server started with `args` serves the page; `vllm serve`, which has no --no-playground, always does."""
     return getattr(args, "playground", True)
 
 
 def add_playground(app: FastAPI) -> None:
-    """Serves the page at `/playground` and its files below it, to GET and HEAD; no path outside is ever looked up."""
+    """Serves the page at `/playground` and its files below it, to GET and HEAD; no other path is looked up."""
     app.add_route(PATH, _serve(INDEX), include_in_schema=False)
     for path in sorted(STATIC.iterdir()):
         if path != INDEX:
@@ -68,5 +68,5 @@ def _serve(path: Path) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def _leave_slash(request: Request) -> Response:
-    """Starlette would redirect to an absolute address, which is wrong behind a proxy that takes a prefix away."""
+    """Redirects to a relative address; Starlette's absolute one is wrong behind a proxy that strips a prefix."""
     return RedirectResponse(f"..{PATH}", headers=HEADERS)

@@ -1,7 +1,7 @@
-"""Bodies of the two endpoints that this server answers itself, and what `GET /v1/kv_compression` answers.
+"""Request bodies of the two endpoints that replace vLLM's, and the answer of `GET /v1/kv_compression`.
 
-vLLM's own bodies, with errors where vLLM fails. The `kv_` fields are not declared here: they are read for every
-endpoint alike, by `request_fields`, and `openapi` shows them.
+The bodies are vLLM's, with 400 where vLLM would fail. The `kv_` fields are not declared here: `request_fields` reads
+them for all endpoints, and `openapi` shows them.
 """
 
 from typing import Any, Self
@@ -16,7 +16,7 @@ from vllm_l2kv.params import FIELD_NAMES, FieldValue
 from vllm_l2kv_server.request_fields import XARGS
 
 MAX_LENGTH_PENALTY = 50
-"""A million to this power is a float still."""
+"""A million to this power still is a float."""
 
 
 class CheckedBody(OpenAIBaseModel):
@@ -24,8 +24,8 @@ class CheckedBody(OpenAIBaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def blame_the_body(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Some checks of vLLM fail on values of a wrong type, which would be answered with 500."""
+    def refuse_wrong_types(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Turns the errors by which some of vLLM's checks fail on wrong types, answered with 500, into 400."""
         try:
             return validate(data)
         except (ValueError, VLLMError):
@@ -36,7 +36,7 @@ class CheckedBody(OpenAIBaseModel):
     @model_validator(mode="before")
     @classmethod
     def leave_out_null_fields(cls, data: Any) -> Any:
-        """A field that is null is not given, in `vllm_xargs` too, where vLLM refuses null."""
+        """Removes fields that are null from `vllm_xargs`, where vLLM refuses null."""
         xargs = data.get(XARGS) if isinstance(data, dict) else None
         if not isinstance(xargs, dict):
             return data
@@ -45,7 +45,7 @@ class CheckedBody(OpenAIBaseModel):
 
     @model_validator(mode="after")
     def check_length_penalty(self) -> Self:
-        """vLLM's beam search divides by `length ** length_penalty`, which must be neither 0 nor infinite."""
+        """Bounds it, since vLLM's beam search divides by `length ** length_penalty`: neither by 0 nor by infinity."""
         penalty = getattr(self, "length_penalty", 1.0)
         if getattr(self, "use_beam_search", False) and not abs(penalty) <= MAX_LENGTH_PENALTY:
             raise VLLMValidationError(

@@ -1,8 +1,8 @@
 """The `kv_` fields of a request body, read from its bytes before vLLM sees it.
 
-vLLM ignores names that it does not know, so a field that is misspelt, misplaced, given twice or sent to the wrong
-endpoint would keep the whole cache without a word. All of these get 400 here, on every path alike. The fields are not
-taken out of the body: vLLM copies those in `vllm_xargs` itself, and `context` carries the others to the engine client.
+vLLM ignores unknown names, so a field that is misspelt, misplaced, given twice or sent to the wrong endpoint would
+silently keep the whole cache. All of these get 400 here, on every path. The fields stay in the body: vLLM copies those
+in `vllm_xargs` itself, and `context` carries the others to the engine client.
 """
 
 import re
@@ -34,7 +34,7 @@ GENERATING_PATHS = (
 """Endpoints that generate text and report token usage. Each takes the fields at the top level of its body."""
 
 FREE_FORM = frozenset({"metadata"})
-"""Objects of a body whose keys are the client's own."""
+"""Objects of a body whose keys the client chooses."""
 
 BEAM_SEARCH = "use_beam_search"
 MENTIONS_A_FIELD = re.compile(rb'"(\s*kv|use_beam_search")', re.IGNORECASE)
@@ -42,14 +42,14 @@ ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 
 
 def look_into(body: bytes) -> Any:
-    """Parses a body whose bytes show that it may give a field, or end the server.
+    """Parses a body if its bytes show that it may hold a field or end the server.
 
     Args:
-        body: As it came; UTF-8, UTF-16 or UTF-32, or no JSON at all.
+        body: In UTF-8, UTF-16 or UTF-32; perhaps not JSON.
 
     Returns:
-        Its JSON value; `None` for a body with nothing to look at, and for one that is not JSON, which its endpoint
-        refuses in its own words.
+        Its JSON value; `None` for a body that need not be parsed, and for one that is not JSON, which the endpoint
+        itself refuses.
 
     Raises:
         VLLMValidationError: Too deep, too many values, a lone surrogate, or a field twice; answered with 400.
@@ -57,13 +57,13 @@ def look_into(body: bytes) -> Any:
     if not may_be_unwieldy(body) and not may_give_fields(body):
         return None
     try:
-        return parse_body(body, object_pairs_hook=_without_twins)
+        return parse_body(body, object_pairs_hook=_without_duplicates)
     except NotJSONError:
         return None
 
 
 def read_compression(body: Any, path: str, defaults: CompressionParams) -> Compression | None:
-    """What a request asks of the KV cache.
+    """Returns what a request asks of the KV cache.
 
     Args:
         body: Its JSON value, from `look_into`.
@@ -71,7 +71,7 @@ def read_compression(body: Any, path: str, defaults: CompressionParams) -> Compr
         defaults: The server's, for requests that give no field.
 
     Returns:
-        `None` if nothing is asked and nothing will be compressed, so that there are no numbers to report.
+        `None` if the request has no field and is not compressed by default, so that there are no numbers to report.
 
     Raises:
         VLLMValidationError: A bad value, or a field that would be ignored; answered with 400.
@@ -82,7 +82,7 @@ def read_compression(body: Any, path: str, defaults: CompressionParams) -> Compr
         return None
     if not body.get(BEAM_SEARCH):
         return Compression(fields)
-    # vLLM's beam search makes a new engine request for every token, so no request lives to be compacted.
+    # vLLM's beam search makes a new engine request for every token, so no request lives long enough to be compacted.
     for param in fields:
         raise VLLMValidationError(
             "Beam search generates one token per engine request, so nothing would ever be compressed; "
@@ -93,9 +93,9 @@ def read_compression(body: Any, path: str, defaults: CompressionParams) -> Compr
 
 
 def may_give_fields(body: bytes) -> bool:
-    """Whether a body could hold one of the fields, at the cost of a search through its bytes.
+    """Whether a body could hold one of the fields, by a search through its bytes.
 
-    A name shows as it is, unless ASCII characters are escaped or the body is in another encoding than UTF-8.
+    A name is visible in the bytes unless ASCII characters are escaped or the encoding is not UTF-8.
     """
     return bool(MENTIONS_A_FIELD.search(body) or ESCAPED_ASCII.search(body) or not is_utf8(body))
 
@@ -125,10 +125,10 @@ def refuse_elsewhere(values: Mapping[str, Any]) -> None:
 
 
 def bad_request(error: ParamError) -> VLLMValidationError:
-    """The error for which vLLM's handlers answer 400 with `param`.
+    """Returns the error that vLLM's handlers answer with 400 and `param`.
 
-    Without the value: the message has it already, cut to a length that can be shown. A lone surrogate in a client's
-    field name cannot be sent back as UTF-8, so it is escaped.
+    Without the value, which the message has already, shortened. A lone surrogate in a client's field name cannot be
+    sent back as UTF-8, so it is escaped.
     """
     message, param = (text.encode("utf-8", "backslashreplace").decode() for text in (str(error), error.param))
     return VLLMValidationError(message, parameter=param)
@@ -185,15 +185,15 @@ def _refuse_misplaced(body: dict[str, Any], right: str) -> None:
 
 
 def _field_of(name: str) -> str | None:
-    """The field that a name of a body is, or is meant for."""
+    """Returns the field that a name of a body is, or is meant for."""
     return name if name in FIELD_NAMES else meant_field(name)
 
 
 def _only_value(name: str, at_top: Any, nested: Any, place: str) -> Any:
-    """The one value given for a field.
+    """Returns the one value given for a field.
 
     Raises:
-        VLLMValidationError: Two places, two values.
+        VLLMValidationError: Both places have a value, and the values differ.
     """
     if at_top is not None and nested is not None and at_top != nested:
         raise VLLMValidationError(
@@ -202,11 +202,11 @@ def _only_value(name: str, at_top: Any, nested: Any, place: str) -> Any:
     return nested if at_top is None else at_top
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a body; of a key that is there twice, JSON parsers keep the last and drop the first.
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds an object of a body; of a duplicate key the last value counts, as in other JSON parsers.
 
     Raises:
-        VLLMValidationError: A field, or the object that may hold one, is there twice.
+        VLLMValidationError: The duplicate key is a field, or the object that may hold fields.
     """
     value = dict(pairs)
     if len(value) < len(pairs):

@@ -55,15 +55,15 @@ router = APIRouter(route_class=CheckedBodyRoute, lifespan=bounded_shutdown)
 
 
 def add_routes(app: FastAPI) -> None:
-    """Adds our routes; vLLM lets them replace its own of the same path and method."""
+    """Adds the routes; each replaces vLLM's route of the same path and method, as vLLM documents."""
     app.include_router(router)
     if has_playground(app.state.args):
         add_playground(app)
     show_fields(app)
     app.add_exception_handler(RecursionError, refuse_deep_text)
     app.add_middleware(CompressionMiddleware)
-    # The later one is asked first; both after the API key, so a stranger's body is not read.
-    # `vllm serve` does not have our option.
+    # The middleware added last runs first. Both run after the check of the API key, so no body is read without it.
+    # `vllm serve` has no --max-body-mib.
     max_mib = getattr(app.state.args, "max_body_mib", DEFAULT_MAX_BODY_MIB)
     app.add_middleware(BodyBoundMiddleware, max_mib=max_mib)
 
@@ -86,14 +86,14 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
     models = [path.name for path in state.openai_serving_models.base_model_paths]
     state.kv_compression = _describe(models, settings, groups)
     state.kv_defaults = settings.defaults
-    # As many as vLLM stores, which forgets none.
+    # One for each response that vLLM stores; vLLM deletes none.
     stores_responses = getattr(getattr(state, "openai_serving_responses", None), "enable_store", False)
     state.kv_stored_numbers = {} if stores_responses else None
     state.kv_engine_calls = wrap_engine_client(engine_client, settings.defaults, add_metrics(engine_client, settings))
     # `vllm serve` makes no outcome.
     state.kv_outcome = getattr(args, "outcome", None) or Outcome()
     if config.parallel_config._api_process_rank == 0:
-        # The state holds the task, or it could be collected while it waits.
+        # The state keeps a reference, without which the task could be garbage-collected while it waits.
         state.kv_announcement = asyncio.create_task(announce_when_ready(state, args, models[0]))
 
 
@@ -111,13 +111,13 @@ async def create_completion(request: CheckedCompletionRequest, raw_request: Requ
 
 @router.get("/v1/kv_compression")
 async def show_kv_compression(raw_request: Request) -> KVCompressionInfo:
-    """What this server takes and does: fields, defaults, bounds, full layers, KV-cache groups, model."""
+    """Request fields with defaults and bounds, full layers, KV-cache groups and models of this server."""
     info: KVCompressionInfo = raw_request.app.state.kv_compression
     return info
 
 
 async def refuse_deep_text(request: Request, error: Exception) -> Response:
-    """Answers 400 where vLLM parses JSON inside a string, such as the arguments of a tool call, and it is too deep."""
+    """Answers 400 if JSON inside a string, such as the arguments of a tool call, is too deep for vLLM to parse."""
     text = "A string of the body holds JSON, such as arguments of a tool call, nested too deeply."
     return refusal(VLLMValidationError(text), request.scope)
 

@@ -1,4 +1,4 @@
-"""`vllm-l2kv serve`: our options beside vLLM's, then vLLM's own server."""
+"""`vllm-l2kv serve`: vLLM's server with the options of vllm-l2kv beside its own."""
 
 import argparse
 import os
@@ -44,15 +44,15 @@ For full list: vllm-l2kv serve --help=all
 
 
 def serve(argv: Sequence[str]) -> None:
-    """Runs the server until it is told to stop.
+    """Runs the server until a signal stops it.
 
     Args:
         argv: The words after `serve`.
 
     Raises:
-        SystemExit: With 2 if what was asked for is refused, before an engine starts; with 1 if the server failed, then
-            or later; with 128 and the signal's number if a signal came before the server was ready. The last line on
-            standard error says which.
+        SystemExit: With 2 if the options are refused, before an engine starts; with 1 if the server failed, at its
+            start or later; with 128 plus the signal's number if a signal came before the server was ready. The last
+            line on standard error says which.
     """
     last_line, outcome = LastLine(), Outcome()
     try:
@@ -61,7 +61,7 @@ def serve(argv: Sequence[str]) -> None:
             args.outcome = outcome
             _run(args)
     except (Stopped, KeyboardInterrupt) as interrupt:
-        # vLLM's handler of SIGTERM raises the latter, in the moment before ours is back.
+        # vLLM's handler of SIGTERM raises KeyboardInterrupt, in the moment before ours is back.
         stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGTERM)
         last_line.end(stopped.code, f"stopped by {stopped.name} before it was ready.")
     except Exception as error:
@@ -72,10 +72,10 @@ def serve(argv: Sequence[str]) -> None:
 
 
 def _checked_options(argv: Sequence[str]) -> Namespace:
-    """The options of a server that can start, as far as can be known without an engine.
+    """Parses and checks the options, as far as possible without an engine.
 
     Raises:
-        SystemExit: They are refused; one line on standard error.
+        SystemExit: They are refused, with one line on standard error.
     """
     own = own_options()
     _, words = own.parse_known_args(argv)
@@ -87,7 +87,7 @@ def _checked_options(argv: Sequence[str]) -> Namespace:
         except StartError as error:
             own.error(str(error))
     name_plugin(os.environ)
-    # Everything of vLLM is imported late: it reads VLLM_PLUGINS, and takes seconds that `--version` need not wait for.
+    # vLLM is imported late: it reads VLLM_PLUGINS, and it takes seconds.
     from vllm.logger import configure_logging_from_args
 
     from vllm_l2kv_server.seams import cli_env_setup, validate_parsed_serve_args
@@ -124,7 +124,7 @@ def _what_failed(error: Exception) -> str:
 
 
 def name_plugin(environ: MutableMapping[str, str]) -> None:
-    """Makes sure that `VLLM_PLUGINS`, which child processes inherit, names us and loses nobody.
+    """Adds this plugin to `VLLM_PLUGINS`, which child processes inherit, and keeps all others enabled.
 
     vLLM loads endpoint plugins only when they are named there, and once the variable is set it loads no others.
     """
@@ -138,10 +138,10 @@ def name_plugin(environ: MutableMapping[str, str]) -> None:
 
 
 def load_routes() -> None:
-    """Fails if our routes cannot be imported, where vLLM would log that and serve without them.
+    """Imports the routes; if that fails, vLLM would only log it and serve without them.
 
     Raises:
-        ImportError: They, or something that they need, are broken or missing.
+        ImportError: They, or a package that they need, are broken or missing.
     """
     (plugin,) = entry_points(group="vllm.endpoint_plugins", name=PLUGIN)
     plugin.load()
@@ -149,7 +149,7 @@ def load_routes() -> None:
 
 
 def make_parser() -> Any:
-    """vLLM's parser of `vllm serve`, with our options."""
+    """Returns vLLM's parser of `vllm serve`, with the options of vllm-l2kv."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_l2kv_server.seams import make_arg_parser
@@ -171,7 +171,7 @@ def make_parser() -> Any:
 
 
 def _fail(parser: Any, message: str) -> NoReturn:
-    """Ends the process with one line, which names the option that an unknown one is closest to."""
+    """Ends the process with one line; for an unknown option it names the nearest one."""
     _, found, words = message.partition("unrecognized arguments: ")
     if found and words.startswith("--"):
         name = words.split()[0].partition("=")[0]
@@ -181,7 +181,7 @@ def _fail(parser: Any, message: str) -> NoReturn:
 
 
 def parse(parser: Any, argv: Sequence[str]) -> Namespace:
-    """The command line, over the config file, over our defaults, over vLLM's.
+    """Parses the options: the command line wins over the config file, then come our defaults, then vLLM's.
 
     Raises:
         SystemExit: A bad option.
@@ -212,24 +212,24 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
 
 
 def use_demo_model(args: Namespace) -> None:
-    """Serves the demo model, with settings that fit an ordinary machine where vLLM's defaults still stand."""
+    """Sets the demo model, and settings for an ordinary machine where the user has set none."""
     from vllm.platforms import current_platform
 
     args.model = model_folder(DEMO_NAME)
     args.served_model_name = args.served_model_name or [DEMO_NAME]
     if not current_platform.is_cpu():
         return
-    # Works with the attention kernel of every CPU; some pack bf16 keys in a way that cannot be compacted.
+    # float32 works with the attention kernel of every CPU; some pack bf16 keys in a way that cannot be compacted.
     args.dtype = "float32" if args.dtype == "auto" else args.dtype
-    # Needs no C++ compiler and starts sooner.
+    # Eager mode needs no C++ compiler and starts sooner.
     args.enforce_eager = True
-    # vLLM would take nearly all memory of the machine.
+    # By default vLLM takes nearly all memory of the machine.
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or DEMO_CACHE_BYTES
 
 
 def _with_config_file(parser: Any, argv: Sequence[str]) -> list[str]:
-    """The words of the config file, if one is named, before those of the command line, which win by being later."""
+    """Puts the words of the config file, if one is named, before those of the command line; the later ones win."""
     finder = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     found, words = finder.parse_known_args(argv)

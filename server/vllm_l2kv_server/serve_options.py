@@ -18,7 +18,7 @@ DEFAULT_MAX_BODY_MIB = 64
 
 
 def own_options() -> argparse.ArgumentParser:
-    """The options that vLLM does not have."""
+    """Returns a parser of the options that vLLM does not have."""
     parser = argparse.ArgumentParser(prog=PROG, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("KV-cache compression")
     group.add_argument(

@@ -1,8 +1,8 @@
-"""What cannot start, seen before an engine tries: in a second, or once vLLM is imported, where an engine takes longer.
+"""Checks before the engine starts, which takes longer to fail.
 
-`check_words` needs no vLLM; it knows options by name, and values only where they are certain. Once vLLM's parser has
-read everything, `check_parsed` asks again, and builds the engine's configuration as vLLM will, for the refusals of
-`vllm_l2kv.refusals.check_supported`, which the engine asks for too.
+`check_words` runs before vLLM is imported, within a second. It knows options by name, and values only where they are
+certain. After vLLM's parser has read all options, `check_parsed` repeats these checks and builds the engine's
+configuration as vLLM will, to run `vllm_l2kv.refusals.check_supported`, as the engine does too.
 """
 
 import copy
@@ -32,7 +32,7 @@ VLLM_KV_OPTIONS = (
 """Options of vLLM that begin with `kv-` too."""
 VALUES = ("config", "hf-config-path", "host", "model", "port", "uds")
 SWITCHES = ("data-parallel-multi-port-external-lb", "headless")
-"""With either of them the address that is named is not the one listened to."""
+"""With either of them this process does not listen to the address that is named."""
 MODEL_FILES = ("config.json", "params.json")
 """One of them describes a model: Hugging Face's and Mistral's."""
 
@@ -42,15 +42,15 @@ class StartError(ValueError):
 
 
 def check_words(words: Sequence[str], own_options: Collection[str]) -> None:
-    """Refuses what can be seen without vLLM.
+    """Refuses what can be refused without vLLM.
 
     Args:
         words: Of the command line, without the options of vllm-l2kv.
         own_options: Names of the options of vllm-l2kv, without leading dashes.
 
     Raises:
-        StartError: An unknown option that begins with `kv-`, here or in the config file, a model's folder that is
-            none, or an address that cannot be listened to.
+        StartError: An unknown option that begins with `kv-`, here or in the config file, a folder without a model,
+            or an address that cannot be listened to.
         ConfigFileError: The config file cannot be read.
     """
     finder = ArgumentParser(usage=SUPPRESS, add_help=False, allow_abbrev=False)
@@ -71,19 +71,19 @@ def check_words(words: Sequence[str], own_options: Collection[str]) -> None:
             raise StartError(f"argument --config: {found.config}: unknown key {key!r}; {hint}")
     given = file | {name.replace("_", "-"): value for name, value in vars(found).items() if value is not None}
     if rest and not rest[0].startswith("-"):
-        # Before the first option it cannot be a value. Elsewhere only vLLM's parser knows.
+        # A word before the first option is no option's value. For later ones only vLLM's parser knows.
         given["model"] = rest[0]
     _check_all(given)
 
 
 def check_parsed(args: Namespace) -> None:
-    """Refuses what vLLM's parser let through, and what the model's config shows.
+    """Repeats the checks on the parsed options, and checks the engine's configuration.
 
     Args:
-        args: Of the command line, with the engine's arguments; stays as it is.
+        args: Of the command line, with the engine's arguments; not changed.
 
     Raises:
-        StartError: As of `check_words`, or a configuration that vLLM or vllm-l2kv refuses.
+        StartError: As for `check_words`, or a configuration that vLLM or vllm-l2kv refuses.
     """
     _check_all({name: getattr(args, name.replace("-", "_")) for name in (*VALUES, *SWITCHES) if name != "config"})
     if not args.data_parallel_multi_port_external_lb:  # each of its servers builds a configuration of its own
@@ -91,10 +91,10 @@ def check_parsed(args: Namespace) -> None:
 
 
 def check_model(model: str) -> None:
-    """Refuses a folder that is missing or holds no model; names of a hub pass.
+    """Refuses a folder that is missing or holds no model; names on the hub are not checked.
 
     Raises:
-        StartError: It.
+        StartError: The folder is missing or holds no model.
     """
     if Path(model).is_dir():
         if not any((Path(model) / name).is_file() for name in MODEL_FILES):
@@ -111,10 +111,10 @@ def check_model(model: str) -> None:
 def check_address(host: str | None, port: int, uds: str | None) -> None:
     """Refuses an address that cannot be listened to.
 
-    Binds and lets go again, as vLLM will bind for good.
+    Binds to it and releases it; vLLM binds again later.
 
     Raises:
-        StartError: It is taken, belongs to another machine, or must not be used.
+        StartError: The address is taken, is not of this machine, or may not be used.
     """
     host = host or ""
     family = socket.AF_UNIX if uds else socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -145,7 +145,7 @@ def _check_all(given: Mapping[str, Any]) -> None:
     if given.get("model") and not given.get("hf-config-path"):
         check_model(str(given["model"]))
     port = str(DEFAULT_PORT if given.get("port") is None else given["port"])
-    # What is no port is the parser's to refuse.
+    # The parser refuses what is no port.
     if port.isdecimal() and int(port) < 2**16 and not any(given.get(name) for name in SWITCHES):
         check_address(given.get("host"), int(port), given.get("uds"))
 
@@ -157,7 +157,8 @@ def _check_engine(args: Namespace) -> None:
     from vllm_l2kv.refusals import check_supported
 
     try:
-        # Building it fills in what was left open, here in a copy.
+        # From a copy, since building the configuration fills in arguments. vLLM builds it again later, and takes none
+        # that is ready, so a few lines of its log come twice.
         engine_args = AsyncEngineArgs.from_cli_args(copy.deepcopy(args))
         check_supported(engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER, headless=args.headless))
     except (OSError, ValueError, NotImplementedError) as error:
@@ -165,7 +166,7 @@ def _check_engine(args: Namespace) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says, in one line; pydantic's errors take several lines and show types of values."""
+    """Returns an error's message as one line; pydantic's messages have several lines and show types of values."""
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):
@@ -176,7 +177,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _dashed(word: str) -> str:
-    """An option as vLLM reads it: underscores of its name are dashes."""
+    """Returns an option as vLLM reads it, with dashes for the underscores of its name."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while the server starts: they end it at once, where vLLM would go on."""
+"""SIGINT and SIGTERM end the server at once while it starts; vLLM alone would continue its start."""
 
 import signal
 from collections.abc import Iterator
@@ -6,7 +6,11 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 VLLM_HANDLER = "_interrupt_init"
-"""Of SIGTERM during vLLM's start. It raises `KeyboardInterrupt`, which vLLM swallows while it waits for its engine."""
+"""Name of vLLM's handler of SIGTERM during its start.
+
+It raises `KeyboardInterrupt`, which vLLM's `zmq_socket_ctx` swallows while vLLM waits for its engine. vLLM installs it
+after our handler and calls none of our code until the engine is ready, so a timer puts our handler back.
+"""
 LOOK_SECONDS = 0.5
 
 
@@ -14,7 +18,7 @@ class Stopped(SystemExit):
     """A signal came before the server was ready.
 
     Attributes:
-        code: The exit status, 128 and the signal's number, as of a shell.
+        code: The exit status, 128 plus the signal's number, as in a shell.
         name: Of the signal.
     """
 
@@ -27,7 +31,7 @@ class Stopped(SystemExit):
 
 @contextmanager
 def signals_that_stop() -> Iterator[None]:
-    """Raises `Stopped` in the main thread when a signal comes, until vLLM's HTTP server has handlers of its own."""
+    """Raises `Stopped` in the main thread at a signal, until vLLM's HTTP server installs its own handlers."""
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _take_back)
     signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS, LOOK_SECONDS)
@@ -44,7 +48,7 @@ def _stop(number: int, _frame: object) -> NoReturn:
 
 
 def _take_back(*_: object) -> None:
-    """Puts our handler of SIGTERM in the place of vLLM's, once; a timer's, so it runs in the main thread as it must."""
+    """Replaces vLLM's handler of SIGTERM once; itself a handler, since only the main thread may set handlers."""
     if (handler := signal.getsignal(signal.SIGTERM)) is _stop:
         return
     signal.setitimer(signal.ITIMER_REAL, 0)

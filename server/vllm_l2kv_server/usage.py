@@ -1,4 +1,4 @@
-"""The numbers of one HTTP request: gathered while the engine answers it, put into the answer's `usage`."""
+"""The numbers of one HTTP request: collected from the engine's outputs and written into the answer's `usage`."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -16,21 +16,21 @@ EVENT_END = b"\n\n"
 
 
 class UsageBox:
-    """Collects what the engine says about the prompts of one HTTP request."""
+    """Collects the numbers that the engine reports for the prompts of one HTTP request."""
 
     def __init__(self) -> None:
         self._prompts: list[dict[int, Numbers]] = []
 
     def new_prompt(self) -> dict[int, Numbers]:
-        """A place for the latest numbers of one prompt's choices, by choice index."""
+        """Returns a dict for the latest numbers of one prompt's choices, by choice index."""
         self._prompts.append({})
         return self._prompts[-1]
 
     def total(self) -> Numbers | None:
-        """Sum over prompts, or `None` if the engine said nothing. Reasons follow each other, each of them once.
+        """Returns the sum over prompts, or `None` if the engine reported nothing; each distinct reason is listed once.
 
-        The choices of a prompt (`n > 1`) share it and keep the same number of its tokens, so it counts once; a choice
-        that ended before it was compacted does not hide the others.
+        The choices of a prompt (`n > 1`) share it and keep the same number of its tokens, so it counts once. The choice
+        with most evicted tokens counts, since one may end before it is compacted.
         """
         spoken = [
             max(prompt.values(), key=lambda numbers: numbers["evicted_tokens"]) for prompt in self._prompts if prompt
@@ -43,16 +43,16 @@ class UsageBox:
 
 
 async def record(outputs: AsyncIterator[Any], prompt: dict[int, Numbers]) -> AsyncIterator[Any]:
-    """Passes a prompt's engine outputs on, with our numbers taken out of them.
+    """Yields a prompt's engine outputs and takes our numbers out of them.
 
     Args:
-        outputs: What the engine client generates, an async generator.
-        prompt: Where the latest numbers go, by choice index.
+        outputs: The async generator of the engine client.
+        prompt: Receives the latest numbers, by choice index.
 
     Yields:
         The same outputs.
     """
-    # Closed with us, at once: that is how vLLM learns that the client has gone.
+    # Closed at once when this generator is: by that vLLM learns that the client has gone.
     async with aclosing(outputs):  # type: ignore[type-var]
         async for output in outputs:
             numbers = take_usage(output)
@@ -62,19 +62,19 @@ async def record(outputs: AsyncIterator[Any], prompt: dict[int, Numbers]) -> Asy
 
 
 class UsageWriter:
-    """A `send` of ASGI that puts the box's numbers into the `usage` of an answer, be it one JSON body or a stream.
+    """An ASGI `send` that writes the box's numbers into the `usage` of an answer, either one JSON body or a stream.
 
     Args:
-        send: Where the answer goes.
-        box: Read when the `usage` passes.
-        stored: Where the box is noted under the id of a response that vLLM stores; `None` if it stores none.
+        send: Sends the answer on.
+        box: Read when the `usage` is sent.
+        stored: Receives the box under the id of a response that vLLM stores; `None` if it stores none.
     """
 
     def __init__(self, send: Send, box: UsageBox, stored: dict[str, UsageBox] | None = None) -> None:
         self._send = send
         self._box = box
         self._stored = stored
-        self._start: Message | None = None  # held back, since a JSON body's length is going to change
+        self._start: Message | None = None  # held back, since the length of a JSON body changes
         self._is_stream = False
         self._unsent = b""
 
@@ -100,7 +100,7 @@ class UsageWriter:
         await self._send(message)
 
     def _stream_so_far(self, body: bytes, is_last: bool) -> tuple[bytes, bytes]:
-        """Complete events of a stream with their numbers, and the beginning of the next one."""
+        """Returns the complete events of a stream with their numbers, and the beginning of the next event."""
         events, end, rest = body.rpartition(EVENT_END)
         if is_last:
             events, end, rest = body, b"", b""
@@ -109,14 +109,14 @@ class UsageWriter:
         return events + end, rest
 
     def _event(self, event: bytes) -> bytes:
-        """One server-sent event; some APIs name its kind in a line before the data."""
+        """Returns one server-sent event with its numbers; some APIs name its kind in a line before the data."""
         lines = event.split(b"\n")
         return b"\n".join(
             DATA + self._with_usage(line.removeprefix(DATA)) if line.startswith(DATA) else line for line in lines
         )
 
     def _with_usage(self, body: bytes) -> bytes:
-        """A JSON answer, or the data of an event, with numbers wherever `usage` is given."""
+        """Returns a JSON answer, or the data of an event, with the numbers in each `usage`."""
         if b'"usage":' not in body:
             return body
         numbers = self._box.total()
@@ -136,7 +136,7 @@ class UsageWriter:
             return body
         for usage in usages:
             usage[USAGE_KEY] = numbers
-        # As Starlette and vLLM write it.
+        # The format of Starlette and vLLM.
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
 

@@ -1,4 +1,4 @@
-"""What a new user pastes first, printed when the server is ready."""
+"""The first requests to paste, printed when the server is ready."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ print(answer.choices[0].message.content, answer.usage)
 
 
 def welcome_text(args: Namespace, model: str) -> str:
-    """What works for a server started with `args`: its page, a curl and an OpenAI-client call; never shows its key."""
+    """Returns requests that work for a server started with `args`: by curl and the OpenAI client, without its key."""
     scheme = "https" if args.ssl_certfile else "http"
     host = args.host if args.host not in (None, "", "0.0.0.0", "::") else "localhost"
     needs_key = bool(args.api_key or os.environ.get("VLLM_API_KEY"))
@@ -57,7 +57,7 @@ def welcome_text(args: Namespace, model: str) -> str:
 
 
 async def announce_when_ready(state: State, args: Namespace, model: str) -> None:
-    """Prints the snippet below vLLM's start-up log, where the eye falls."""
+    """Prints the text once the server is ready, after vLLM's start-up log."""
     if args.uds:
         return
     while not getattr(getattr(state, "server", None), "started", False):
