@@ -7,6 +7,9 @@ from vllm import envs
 
 from vllm_l2kv.messages.orders import orders_of, seconds_of, with_seconds
 from vllm_l2kv.messages.stats import take_stats
+from vllm_l2kv.messages.usage import prompt_usage
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.scheduler.request_state import RequestState
 from vllm_l2kv.scheduler.stats_counter import StatsCounter
 
 
@@ -93,18 +96,18 @@ def test_a_request_that_is_preempted_counts_once(telling):
 
 def test_waiting_counts_once():
     counter = StatsCounter()
+    state, another = (RequestState(CompressionParams(0.5), prompt_usage(3, 3)) for _ in range(2))
     for _ in range(3):
-        counter.waited("a")
+        counter.waited(state)
     assert counter.take(0, 0).num_waited == 1
-    counter.waited("a")
+    counter.waited(state)
     assert counter.take(0, 0).num_waited == 0
-    counter.compacted("a", 1, 2, 3)
-    counter.compacted("a", 1, 2, 3)
+    counter.compacted(state, 1, 2, 3)
+    counter.compacted(state, 1, 2, 3)
     stats = counter.take(5, 4)
     assert (stats.kept_tokens, stats.evicted_tokens, stats.num_taken_blocks) == ([1], [2], 6)
     assert (stats.logical_tokens, stats.physical_tokens) == (5, 4)
-    counter.forget("a")
-    counter.compacted("a", 1, 2, 0)
+    counter.compacted(another, 1, 2, 0)
     assert counter.take(0, 0).kept_tokens == [1]
 
 

@@ -34,8 +34,9 @@ def check_requests(scheduler: L2KVScheduler) -> None:
     """
     # What finished since the last step is forgotten in the next one.
     unfinished = {*scheduler.requests, *scheduler.finished_req_ids}
-    assert set(scheduler._to_compact) <= set(scheduler._params), "who is due has parameters"
-    remembered: list[Iterable[str]] = [scheduler._params, scheduler._usage]
+    for req_id, state in scheduler._due.items():
+        assert state is scheduler._states.get(req_id), f"{req_id} is due and not known"
+    remembered: list[Iterable[str]] = [scheduler._states]
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         remembered.append(manager.num_cached_block)
     for manager in compressed_managers(scheduler):
@@ -43,10 +44,11 @@ def check_requests(scheduler: L2KVScheduler) -> None:
     for known in remembered:
         assert not set(known) - unfinished, f"{min(set(known) - unfinished)} is finished and still known"
     for request in scheduler.running:
-        req_id, params = request.request_id, scheduler._params.get(request.request_id)
+        req_id = request.request_id
+        params = scheduler._states[req_id].params if req_id in scheduler._states else None
         if params is not None and num_keep(request.num_prompt_tokens, params) < request.num_prompt_tokens:
             is_compacted = num_evicted(scheduler, req_id) > 0
-            assert is_compacted != (req_id in scheduler._to_compact), f"{req_id} is passed over, or due once more"
+            assert is_compacted != (req_id in scheduler._due), f"{req_id} is passed over, or due once more"
 
 
 def check_nothing_left(scheduler: L2KVScheduler) -> None:

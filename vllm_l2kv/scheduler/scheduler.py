@@ -18,7 +18,7 @@ from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.messages.orders import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, PromptUsage, attach_usage, prompt_usage, why_whole
-from vllm_l2kv.params import Asked, CompressionParams, check_session
+from vllm_l2kv.params import Asked, check_session
 from vllm_l2kv.policy import num_keep
 from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.scheduler.cache_manager import (
@@ -29,6 +29,7 @@ from vllm_l2kv.scheduler.cache_manager import (
 )
 from vllm_l2kv.scheduler.decode_fast_path import with_decode_fast_path
 from vllm_l2kv.scheduler.failed_requests import Refusals
+from vllm_l2kv.scheduler.request_state import RequestState
 from vllm_l2kv.scheduler.stats_counter import StatsCounter
 from vllm_l2kv.settings import Settings
 
@@ -55,9 +56,8 @@ class L2KVScheduler(AsyncScheduler):
                 "No KV-cache group is managed by vllm-l2kv: pass its worker class together with its scheduler class, "
                 "and if VLLM_PLUGINS is set, add l2kv to it."
             )
-        self._params: dict[str, CompressionParams] = {}  # unfinished requests that are to be compressed
-        self._to_compact: dict[str, None] = {}  # of these, begun and not compacted, oldest first
-        self._usage: dict[str, PromptUsage] = {}  # unfinished requests that report their numbers
+        self._states: dict[str, RequestState] = {}  # unfinished requests that report their numbers
+        self._due: dict[str, RequestState] = {}  # of these, begun and to be compacted, oldest first
         self._refusals = Refusals(self)
         self._stats_counter = StatsCounter() if self.settings.metrics and self.log_stats else None
         if self._stats_counter is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
@@ -84,10 +84,10 @@ class L2KVScheduler(AsyncScheduler):
         except ParamError as error:
             self._refuse(request.request_id, str(error))
         else:
-            if asked.params.keep_ratio < 1:
-                self._params[request.request_id] = asked.params
             if asked.reports:
-                self._note_whole(request, why_whole(request.num_prompt_tokens, asked.params))
+                params = asked.params if asked.params.keep_ratio < 1 else None
+                usage = whole(request, why_whole(request.num_prompt_tokens, asked.params))
+                self._states[request.request_id] = RequestState(params, usage)
         super().add_request(request)
 
     def _add_chunk(self, request: Request) -> None:
@@ -108,7 +108,7 @@ class L2KVScheduler(AsyncScheduler):
                     self._refuse(req_id, failed)
                 elif asked.reports:
                     reason = KeptWhole.SESSION if asked.params.keep_ratio < 1 else None
-                    self._note_whole(self.requests.get(req_id, request), reason)
+                    self._states[req_id] = RequestState(None, whole(self.requests.get(req_id, request), reason))
         super().add_request(request)
 
     def finish_requests(self, request_ids: Any, *args: Any, **kwargs: Any) -> list[Request]:
@@ -127,7 +127,7 @@ class L2KVScheduler(AsyncScheduler):
         orders = [order for order in orders if self._is_compacted(order.req_id)]
         if orders:
             attach_orders(output, tuple(orders))
-        if self._usage:
+        if self._states:
             self._track(output)
         self._forget(output.finished_req_ids)
         return output
@@ -143,12 +143,12 @@ class L2KVScheduler(AsyncScheduler):
         refused = self._refusals.about_to_fail(self.requests)
         outputs_of_clients = super().update_from_output(scheduler_output, model_runner_output)
         self._refusals.explain(refused, outputs_of_clients)
-        if self._usage:
+        if self._states:
             for outputs in outputs_of_clients.values():
                 for output in outputs.outputs:
-                    usage = self._usage.get(output.request_id)
-                    if usage is not None:
-                        attach_usage(output, usage)
+                    state = self._states.get(output.request_id)
+                    if state is not None:
+                        attach_usage(output, state.usage)
         return outputs_of_clients
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -179,10 +179,10 @@ class L2KVScheduler(AsyncScheduler):
         """Compacts every request that is ready and for which there are blocks."""
         orders: list[CompactionOrder] = []
         released: list[KVCacheBlock] = []
-        for req_id in list(self._to_compact):
+        for req_id, state in list(self._due.items()):
             request = self.requests.get(req_id)  # None: finished since the last step
             if request is not None and self._is_ready(request):
-                order = self._compact(request, self._params[req_id], released)
+                order = self._compact(request, state, released)
                 if order is not None:
                     orders.append(order)
         pool = self.kv_cache_manager.block_pool
@@ -203,24 +203,23 @@ class L2KVScheduler(AsyncScheduler):
             and scheduled_output < request.max_tokens
         )
 
-    def _compact(
-        self, request: Request, params: CompressionParams, released: list[KVCacheBlock]
-    ) -> CompactionOrder | None:
+    def _compact(self, request: Request, state: RequestState, released: list[KVCacheBlock]) -> CompactionOrder | None:
         """Compacts one request, or leaves it for a later step if there are no blocks to move it to."""
-        req_id, num_prompt_tokens = request.request_id, request.num_prompt_tokens
+        req_id, num_prompt_tokens, params = request.request_id, request.num_prompt_tokens, state.params
+        assert params is not None, "a request that is kept whole is never due"
         keep = num_keep(num_prompt_tokens, params)
         num_evicted = num_prompt_tokens - keep
         if num_evicted == 0:
-            self._to_compact.pop(req_id, None)
+            del self._due[req_id]
             return None
         # Tokens beyond the prompt: generated while compaction waited for blocks, or before a preemption. All kept.
         num_slots = request.num_computed_tokens - num_evicted
         needed = sum(manager.num_destination_blocks(num_slots) for manager in self._compressed)
         in_place = needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
         if in_place and not all(manager.fits_in_place(req_id, num_slots) for manager in self._compressed):
-            self._note_whole(request, KeptWhole.NO_BLOCKS)
+            state.usage = whole(request, KeptWhole.NO_BLOCKS)
             if self._stats_counter is not None:
-                self._stats_counter.waited(req_id)
+                self._stats_counter.waited(state)
             return None
 
         # What is computed by now comes from the full cache; the last time that the prompt can be made findable.
@@ -232,10 +231,10 @@ class L2KVScheduler(AsyncScheduler):
             released.extend(blocks)
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             stop_prefix_caching(manager, req_id)
-        self._to_compact.pop(req_id, None)
-        self._usage[req_id] = prompt_usage(num_prompt_tokens, keep)
+        del self._due[req_id]
+        state.usage = prompt_usage(num_prompt_tokens, keep)
         if self._stats_counter is not None:
-            self._stats_counter.compacted(req_id, keep, num_evicted, 0 if in_place else needed)
+            self._stats_counter.compacted(state, keep, num_evicted, 0 if in_place else needed)
         return CompactionOrder(
             req_id=req_id,
             num_prompt_tokens=num_prompt_tokens,
@@ -252,13 +251,15 @@ class L2KVScheduler(AsyncScheduler):
         """Notes requests that begin a prefill in this step, for the first time or after a preemption."""
         begun = (new.req_id for new in output.scheduled_new_reqs)
         for req_id in (*begun, *output.scheduled_cached_reqs.resumed_req_ids):
-            request, params = self.requests[req_id], self._params.get(req_id)
-            if params is not None:
-                self._to_compact[req_id] = None
-                self._note_whole(request, why_whole(request.num_prompt_tokens, params))
-            elif req_id in self._usage:
-                # A session whose prompt has grown.
-                self._note_whole(request, self._usage[req_id].get("reason"))
+            request, state = self.requests[req_id], self._states.get(req_id)
+            if state is None:
+                continue
+            if state.params is None:
+                # It may be a session whose prompt has grown.
+                state.usage = whole(request, state.usage.get("reason"))
+            else:
+                self._due[req_id] = state
+                state.usage = whole(request, why_whole(request.num_prompt_tokens, state.params))
 
     def _read_fields(self, request: Request) -> Asked:
         """What a request asks. Checked here too: one of an offline engine passes no front end.
@@ -273,16 +274,14 @@ class L2KVScheduler(AsyncScheduler):
         logger.error("Request %s is refused: %s", req_id, sentence)
         self._refusals.refuse(req_id, sentence)
 
-    def _note_whole(self, request: Request, reason: str | None) -> None:
-        num_prompt_tokens = request.num_prompt_tokens
-        self._usage[request.request_id] = prompt_usage(num_prompt_tokens, num_prompt_tokens, reason)
-
     def _forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             if req_id not in self.requests:
                 self._refusals.forget((req_id,))
-                self._params.pop(req_id, None)
-                self._usage.pop(req_id, None)
-                self._to_compact.pop(req_id, None)
-                if self._stats_counter is not None:
-                    self._stats_counter.forget(req_id)
+                self._states.pop(req_id, None)
+                self._due.pop(req_id, None)
+
+
+def whole(request: Request, reason: str | None) -> PromptUsage:
+    """The numbers of a prompt of which nothing is evicted."""
+    return prompt_usage(request.num_prompt_tokens, request.num_prompt_tokens, reason)
