@@ -122,9 +122,9 @@ def classify_layers(
     for name in full:
         classified[name] = replace_as(specs[name], FullLayerSpec)
     if full:
-        rare, common = sorted((full, compressed), key=len)
-        sizes = pack([specs[name] for name in rare], [specs[name] for name in common], geometry)
-        for names, size in zip((rare, common), sizes[:2], strict=True):
+        smaller, larger = sorted((full, compressed), key=len)
+        sizes = pack([specs[name] for name in smaller], [specs[name] for name in larger], geometry)
+        for names, size in zip((smaller, larger), sizes[:2], strict=True):
             for name in names:
                 classified[name] = replace(classified[name], block_size=size, block_stride_alignment=sizes.stride)
     return classified
@@ -151,37 +151,37 @@ class PackedSizes(NamedTuple):
     """Block sizes of the two classes of layers, and the stride between blocks.
 
     Attributes:
-        rare: Tokens in a block of the rarer class.
-        common: Tokens in a block of the commoner class.
+        smaller: Tokens in a block of the class with fewer layers.
+        larger: Tokens in a block of the other class.
         stride: Bytes between blocks, or `None` for no padding.
     """
 
-    rare: int
-    common: int
+    smaller: int
+    larger: int
     stride: int | None
 
 
-def pack(rare: Sequence[AttentionSpec], common: Sequence[AttentionSpec], geometry: Geometry | None) -> PackedSizes:
+def pack(smaller: Sequence[AttentionSpec], larger: Sequence[AttentionSpec], geometry: Geometry | None) -> PackedSizes:
     """Block sizes at which a block weighs about the same in both classes.
 
-    The rarer class's size is a multiple of the commoner one's: every kernel that takes the one takes the other, block
-    hashes stay at the finer granularity, and the least common multiple, at which prefix-cache hits of a two-group
-    model land, is no larger than need be.
+    The smaller class has few layers, so its blocks hold more tokens. Their number is a multiple of the other class's:
+    every kernel that takes the one takes the other, block hashes stay at the finer granularity, and the least common
+    multiple, at which prefix-cache hits of a two-group model land, is no larger than need be.
 
     Args:
-        rare: Specs of the class with fewer layers, all of one block size.
-        common: Specs of the other class, of the same block size.
+        smaller: Specs of the class with fewer layers, all of one block size.
+        larger: Specs of the other class, of the same block size.
         geometry: What the attention kernel wants, or `None`.
     """
-    block_size = common[0].block_size
-    rare_bytes, common_bytes = (sum(spec.page_size_bytes for spec in specs) for specs in (rare, common))
+    block_size = larger[0].block_size
+    smaller_bytes, larger_bytes = (sum(spec.page_size_bytes for spec in specs) for specs in (smaller, larger))
     factor = 1
-    while geometry is not None and factor * common[0].page_size_bytes < geometry.page:
+    while geometry is not None and factor * larger[0].page_size_bytes < geometry.page:
         factor *= 2
     return PackedSizes(
-        rare=factor * block_size * (common_bytes // rare_bytes),
-        common=factor * block_size,
-        stride=geometry.padded(factor * common_bytes) if geometry else None,
+        smaller=factor * block_size * (larger_bytes // smaller_bytes),
+        larger=factor * block_size,
+        stride=geometry.padded(factor * larger_bytes) if geometry else None,
     )
 
 

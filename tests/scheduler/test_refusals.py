@@ -223,16 +223,16 @@ def test_classes_never_merge():
 
 
 @pytest.mark.parametrize(
-    ("num_rare", "num_common", "size"),
+    ("num_smaller", "num_larger", "size"),
     [(2, 30, 240), (2, 28, 224), (1, 15, 240), (3, 28, 144), (4, 4, 16)],
 )
-def test_packing_without_a_wish_for_strides(num_rare, num_common, size):
+def test_packing_without_a_wish_for_strides(num_smaller, num_larger, size):
     spec = FullAttentionSpec(**SHAPE)
-    assert pack([spec] * num_rare, [spec] * num_common, None) == (size, 16, None)
+    assert pack([spec] * num_smaller, [spec] * num_larger, None) == (size, 16, None)
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_size", "num_rare", "num_common", "rare", "common", "stride_kib"),
+    ("heads", "head_size", "num_smaller", "num_larger", "smaller", "larger", "stride_kib"),
     [
         (8, 128, 2, 30, 240, 16, 1952),  # Llama-3-8B: 1,920 KiB is a multiple of 5
         (2, 128, 2, 30, 480, 32, 992),  # a quarter of it: pages of 16 KiB are joined
@@ -242,18 +242,18 @@ def test_packing_without_a_wish_for_strides(num_rare, num_common, size):
         (8, 128, 2, 47, 368, 16, 3072),  # a multiple of 47
     ],
 )
-def test_packing_for_flash_attention(heads, head_size, num_rare, num_common, rare, common, stride_kib):
+def test_packing_for_flash_attention(heads, head_size, num_smaller, num_larger, smaller, larger, stride_kib):
     spec = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=head_size, dtype=torch.bfloat16)
-    assert pack([spec] * num_rare, [spec] * num_common, FLASH_ATTENTION) == (rare, common, stride_kib * 1024)
+    assert pack([spec] * num_smaller, [spec] * num_larger, FLASH_ATTENTION) == (smaller, larger, stride_kib * 1024)
 
 
-@given(heads=st.integers(1, 16), head_size=st.sampled_from([64, 80, 128]), num_common=st.integers(1, 100))
-def test_strides_spread_blocks_over_the_memory(heads, head_size, num_common):
+@given(heads=st.integers(1, 16), head_size=st.sampled_from([64, 80, 128]), num_larger=st.integers(1, 100))
+def test_strides_spread_blocks_over_the_memory(heads, head_size, num_larger):
     spec = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=head_size, dtype=torch.bfloat16)
-    sizes = pack([spec], [spec] * num_common, FLASH_ATTENTION)
-    used = sizes.common * num_common * spec.page_size_bytes // 16
-    assert sizes.common * spec.page_size_bytes // 16 >= 32 * 1024
+    sizes = pack([spec], [spec] * num_larger, FLASH_ATTENTION)
+    used = sizes.larger * num_larger * spec.page_size_bytes // 16
+    assert sizes.larger * spec.page_size_bytes // 16 >= 32 * 1024
     assert sizes.stride % 2**15 == 0
     assert math.gcd(sizes.stride // 2**15, 5 * 47) == 1
     assert used <= sizes.stride < used + 3 * 2**15
-    assert sizes.rare * spec.page_size_bytes // 16 <= sizes.stride
+    assert sizes.smaller * spec.page_size_bytes // 16 <= sizes.stride

@@ -38,9 +38,9 @@ def stop_prefix_caching(manager: SingleTypeKVCacheManager, request_id: str) -> N
 def find_prefixes_inside_blocks(coordinator: KVCacheCoordinator) -> None:
     """Lets prefix-cache hits end at any hash boundary, not only where the blocks of all groups end.
 
-    The blocks of the rarer class of layers are large, and prompts that part inside one would share nothing of it. vLLM
-    can hit inside a block, and copies it for whoever does, but switches that on for Mamba alone. It stays off where a
-    manager has larger blocks and cannot look inside them.
+    The blocks of the class with fewer layers are large, and prompts that differ from the middle of one on would share
+    nothing of it. vLLM can hit inside a block, of which the request gets a copy, but switches that on for Mamba alone.
+    It stays off where a manager has larger blocks and cannot look inside them.
     """
     if not isinstance(coordinator, HybridKVCacheCoordinator):
         return
