@@ -94,7 +94,7 @@ def test_boundaries_are_forgotten_with_the_blocks(make_harness):
     for i in range(4):
         add(harness, f"{i}", different(100 * i, 60), max_tokens=40)
     harness.run()
-    assert harness.scheduler.kv_cache_manager.coordinator.single_type_managers[0].next_findable == {}
+    assert harness.scheduler.kv_cache_manager.coordinator.single_type_managers[0].next_cacheable == {}
 
 
 def test_hit_tokens_of_a_shared_prefix_load_are_those_of_stock_vllm(make_harness):

@@ -19,8 +19,8 @@ from vllm.v1.request import Request
 from vllm_l2kv import block_math, seams
 from vllm_l2kv.messages.orders import GroupMove
 
-_BEYOND_EVERY_REQUEST = 2**62
-"""A number of blocks or tokens that no request reaches."""
+UNREACHABLE = 2**62
+"""More blocks, or tokens, than any request has."""
 
 
 def stop_prefix_caching(manager: SingleTypeKVCacheManager, request_id: str) -> None:
@@ -30,9 +30,9 @@ def stop_prefix_caching(manager: SingleTypeKVCacheManager, request_id: str) -> N
     not the compression must not find them. A manager publishes blocks from its count of cached ones upward, so a
     count beyond every block ends that. vLLM drops the count when the request's blocks are freed.
     """
-    manager.num_cached_block[request_id] = _BEYOND_EVERY_REQUEST
+    manager.num_cached_block[request_id] = UNREACHABLE
     if isinstance(manager, LayerManager):
-        manager.next_findable[request_id] = _BEYOND_EVERY_REQUEST
+        manager.next_cacheable[request_id] = UNREACHABLE
 
 
 def find_prefixes_inside_blocks(coordinator: KVCacheCoordinator) -> None:
@@ -73,60 +73,60 @@ class LayerManager(FullAttentionManager):
     many steps. With two groups that is twice the work, so each answer begins with a look at one number.
 
     Attributes:
-        room: Requests to the number of tokens that their blocks hold, evicted ones included.
-        next_findable: Requests to the number of tokens at which there is more to find.
+        num_tokens_allocated: Requests to the number of tokens for which they have slots, evicted tokens included.
+        next_cacheable: Requests to the number of tokens at which there is more to put into the prefix cache.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.room: dict[str, int] = {}
-        self.next_findable: dict[str, int] = {}
+        self.num_tokens_allocated: dict[str, int] = {}
+        self.next_cacheable: dict[str, int] = {}
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """As vLLM's, in slots."""
-        if num_tokens <= self.room.get(request_id, 0):
+        if num_tokens <= self.num_tokens_allocated.get(request_id, 0):
             return 0
         num_slots = num_tokens - self._num_evicted(request_id)
         return super().get_num_blocks_to_allocate(request_id, num_slots, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
         """As vLLM's, in slots."""
-        if num_tokens <= self.room.get(request_id, 0):
+        if num_tokens <= self.num_tokens_allocated.get(request_id, 0):
             return []
         num_slots = num_tokens - self._num_evicted(request_id)
         blocks = super().allocate_new_blocks(request_id, num_slots, *args, **kwargs)
-        self._measure_room(request_id)
+        self._note_allocated(request_id)
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, with every hash boundary; nothing once `stop_prefix_caching` was called."""
-        next_findable = self.next_findable.get(request.request_id, 0)
-        if num_tokens < next_findable:
+        next_cacheable = self.next_cacheable.get(request.request_id, 0)
+        if num_tokens < next_cacheable:
             return
         unit = self.block_pool.hash_block_size
         was_cached = self.num_cached_block.get(request.request_id, 0) * self.block_size
         super().cache_blocks(request, num_tokens, *args, **kwargs)
-        findable = is_cached = self.num_cached_block.get(request.request_id, 0) * self.block_size
+        cached_until = is_cached = self.num_cached_block.get(request.request_id, 0) * self.block_size
         if self.block_size > unit:
-            begin = next_findable - unit if next_findable else was_cached
+            begin = next_cacheable - unit if next_cacheable else was_cached
             # A block that fills up gives its boundaries up for its own hash, so those are added once more.
             begin = min(begin, was_cached) if is_cached > was_cached else begin
-            findable = self._cache_boundaries(request, begin, num_tokens)
-        self.next_findable[request.request_id] = findable + unit
+            cached_until = self._cache_boundaries(request, begin, num_tokens)
+        self.next_cacheable[request.request_id] = cached_until + unit
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's; finish, abort and preemption all come through here."""
-        self.room.pop(request_id, None)
-        self.next_findable.pop(request_id, None)
+        self.num_tokens_allocated.pop(request_id, None)
+        self.next_cacheable.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _num_evicted(self, request_id: str) -> int:
         """Slots by which a request's positions moved forward."""
         return 0
 
-    def _measure_room(self, request_id: str) -> None:
+    def _note_allocated(self, request_id: str) -> None:
         num_slots = len(self.req_to_blocks[request_id]) * self.block_size
-        self.room[request_id] = num_slots + self._num_evicted(request_id)
+        self.num_tokens_allocated[request_id] = num_slots + self._num_evicted(request_id)
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
         """Not as vLLM's, which makes the end of a prompt findable in the step that computes it."""
@@ -228,7 +228,7 @@ class CompressedLayerManager(LayerManager):
             destination, released = self.block_pool.get_new_blocks(num_blocks), source
         self.req_to_blocks[request_id] = destination
         self.num_evicted[request_id] = num_evicted
-        self._measure_room(request_id)
+        self._note_allocated(request_id)
         move = GroupMove(
             self.kv_cache_group_id,
             tuple(block.block_id for block in source),

@@ -34,8 +34,8 @@ class DecodeFastPath:
         if (
             args
             or kwargs
-            or not self._has_room(request, num_tokens + num_lookahead_tokens)
-            or self._has_more_to_find(request, min(num_tokens, request.num_tokens))
+            or not self._is_allocated(request, num_tokens + num_lookahead_tokens)
+            or self._has_more_to_cache(request, min(num_tokens, request.num_tokens))
         ):
             kwargs["num_lookahead_tokens"] = num_lookahead_tokens
             return self.manager.allocate_slots(request, num_new_tokens, *args, **kwargs)
@@ -43,19 +43,19 @@ class DecodeFastPath:
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """As vLLM's."""
-        if self._has_more_to_find(request, num_computed_tokens):
+        if self._has_more_to_cache(request, num_computed_tokens):
             self.manager.cache_blocks(request, num_computed_tokens)
 
-    def _has_room(self, request: Request, num_tokens: int) -> bool:
+    def _is_allocated(self, request: Request, num_tokens: int) -> bool:
         # A plain loop, here and below: it is asked for every request at every step.
         for layer in self._layers:  # noqa: SIM110
-            if num_tokens > layer.room.get(request.request_id, 0):
+            if num_tokens > layer.num_tokens_allocated.get(request.request_id, 0):
                 return False
         return True
 
-    def _has_more_to_find(self, request: Request, num_tokens: int) -> bool:
+    def _has_more_to_cache(self, request: Request, num_tokens: int) -> bool:
         for layer in self._layers:  # noqa: SIM110
-            if num_tokens >= layer.next_findable.get(request.request_id, 0):
+            if num_tokens >= layer.next_cacheable.get(request.request_id, 0):
                 return True
         return False
 

@@ -40,7 +40,7 @@ def check_requests(scheduler: L2KVScheduler) -> None:
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         remembered.append(manager.num_cached_block)
     for manager in compressed_managers(scheduler):
-        remembered += [manager.num_evicted, manager.room, manager.next_findable]
+        remembered += [manager.num_evicted, manager.num_tokens_allocated, manager.next_cacheable]
     for known in remembered:
         assert not set(known) - unfinished, f"{min(set(known) - unfinished)} is finished and still known"
     for request in scheduler.running:
