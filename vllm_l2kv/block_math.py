@@ -1,4 +1,4 @@
-"""Which blocks a compaction reads and writes, on paper.
+"""Block arithmetic of a compaction.
 
 Plain integers: no tensors, no vLLM. The scheduler supplies what it knows of the pool, this module decides.
 """
@@ -14,7 +14,7 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
 def fits_in_place(private: Sequence[bool], num_destination_blocks: int) -> bool:
     """Whether a request's own first blocks can take its kept rows when the pool has too few free ones.
 
-    Only blocks that nobody else holds may be written. With the first blocks of the table as destination, a kept row
+    Only blocks of no other request may be written. With the first blocks of the table as destination, a kept row
     moves to its own slot or to an earlier one, so the rows can be moved in order without a copy of them.
 
     Args:

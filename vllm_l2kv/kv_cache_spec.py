@@ -29,7 +29,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Geometry:
-    """What an attention kernel wants of blocks in which several layers lie side by side.
+    """What an attention kernel needs of blocks that hold several layers.
 
     Attributes:
         page: Bytes that one layer should have in a block, at least; smaller blocks are joined, two and two.
@@ -42,7 +42,7 @@ class Geometry:
     factors: tuple[int, ...] = (5, 47)
 
     def padded(self, stride: int) -> int:
-        """The least stride from this one on whose blocks spread over all of the memory."""
+        """The smallest stride, at least this one, at which blocks spread over the whole memory."""
         units = -(-stride // self.unit)
         while any(units % factor == 0 for factor in self.factors):
             units += 1
@@ -53,15 +53,15 @@ FLASH_ATTENTION = Geometry(page=32 * 1024)
 """Measured with FlashAttention 3 by `benchmarks/speed/attention.py`; tables in `docs/benchmarks.md`.
 
 One layer's blocks lie a stride apart. How a GPU spreads addresses over its memory has a modulus that is no power of
-two, and where it divides the stride, the blocks of a layer meet in a part of the memory: decode attention takes up to
-23 % longer at multiples of 5 on an H100 (80 GB) and up to 40 % at multiples of 47 on an H200 (141 GB). 4 KiB more are
-enough to spread them; at multiples of 32 KiB the last half percent goes too. Layers with less than 32 KiB in a block
-lose 3 % to short reads."""
+two, and where it divides the stride, all blocks of a layer fall into one part of the memory: decode attention takes up
+to 23 % longer at multiples of 5 on an H100 (80 GB) and up to 40 % at multiples of 47 on an H200 (141 GB). 4 KiB more
+are enough to spread them; at multiples of 32 KiB the last half percent goes too. Layers with less than 32 KiB in a
+block lose 3 % to short reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OneClassSpec(FullAttentionSpec):
-    """A spec that groups with its own class alone, or vLLM would fold full and compressed layers into one group."""
+    """A spec that vLLM groups only with its own class; else full and compressed layers would share a group."""
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -138,7 +138,7 @@ def check_full_layers(settings: Settings, indices: Collection[int]) -> None:
         indices: Of the model's layers.
 
     Raises:
-        ValueError: One of them is none of the model's.
+        ValueError: The model has no such layer.
     """
     if unknown := sorted(set(settings.full_layers).difference(indices)):
         raise ValueError(

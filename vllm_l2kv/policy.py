@@ -1,7 +1,7 @@
 """How many of a prompt's tokens are kept: integers in, integer out.
 
 The count depends on nothing but integers and the ratio, so the scheduler knows it without asking the worker, and
-every tensor-parallel rank agrees without a word.
+tensor-parallel ranks agree without communication.
 """
 
 import math

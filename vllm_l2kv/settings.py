@@ -19,8 +19,8 @@ class Settings:
 
     Attributes:
         full_layers: Indices of layers that never compact; the paper's skipped layers are 0 and 1.
-        defaults: Params of a request that says nothing; `CompressionParams()` holds what applies by itself.
-        metrics: Whether the engine tells its front end about compactions, which must then be one of ours.
+        defaults: Params of a request that gives no field.
+        metrics: Whether the engine reports statistics to its front end, which must then be that of vllm-l2kv.
 
     Raises:
         ValueError: An index that is not a non-negative integer.

@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class GroupCache:
-    """The caches of a group's compressed layers, alike but for their address.
+    """The caches of a group's compressed layers, which differ only in their address.
 
     Attributes:
         layers: One view a layer, `[num_blocks, num_kv_heads, block_size, content]`; a row is contiguous and holds

@@ -47,7 +47,7 @@ def ranked(scores: torch.Tensor, protect_first: int = 0, protect_last: int = 0) 
         `[num_kv_heads, n]` int64.
     """
     n = scores.shape[-1]
-    # Infinity belongs to the protected.
+    # Infinity is reserved for protected positions.
     scores = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     scores[:, :protect_first] = torch.inf
     scores[:, max(n - protect_last, 0) :] = torch.inf
@@ -94,7 +94,7 @@ def compact_layer(rows: LayerRows, order: CompactionOrder, move: GroupMove) -> N
     """Gathers one layer's kept rows of one request into the destination blocks.
 
     Kept prompt rows come first, in the order of their positions; the rows of generated tokens
-    (`num_prompt_tokens..num_tokens`) follow. Slots behind them in the last block are zeroed. All rows are read before
+    (`num_prompt_tokens..num_tokens`) follow. Slots after them in the last block are zeroed. All rows are read before
     any is written, so destination blocks may be among the source blocks.
 
     Args:
@@ -125,7 +125,7 @@ def _take(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _write(cache: torch.Tensor, blocks: torch.Tensor, rows: torch.Tensor) -> None:
-    """Packs `[num_kv_heads, num_rows, head_size]` into blocks, zeroing the slots behind."""
+    """Packs `[num_kv_heads, num_rows, head_size]` into blocks, zeroing the slots after them."""
     num_kv_heads, num_rows, head_size = rows.shape
     packed = rows.new_zeros(num_kv_heads, blocks.shape[0] * cache.shape[2], head_size)
     packed[:, :num_rows] = rows

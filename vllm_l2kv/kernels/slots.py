@@ -22,7 +22,7 @@ def slot_mappings(
     """Slots of every token in every group.
 
     Args:
-        out: `[num_groups, max_num_tokens]` int64; tokens behind the batch get -1.
+        out: `[num_groups, max_num_tokens]` int64; padding tokens after the batch get -1.
         idx_mapping: `[num_reqs]` int64, batch order to request state; -1 for a request without blocks.
         query_start_loc: `[num_reqs + 1]` int32, where each request's tokens begin.
         positions: `[num_tokens]` int64, logical.
@@ -93,14 +93,14 @@ def _slot_mappings_kernel(
     out += i_group.to(tl.int64) * out_stride
     begin = tl.load(query_start_loc + i_req)
     if i_req == tl.num_programs(1) - 1:
-        # Behind the batch: CUDA graphs read padded tokens.
+        # After the batch: CUDA graphs read padding tokens.
         for start in range(begin, max_num_tokens, TILE):
             o_token = start + tl.arange(0, TILE)
             tl.store(out + o_token, PAD, mask=o_token < max_num_tokens)
         return
     end = tl.load(query_start_loc + i_req + 1)
     state = tl.load(idx_mapping + i_req)
-    # A dummy request owns no blocks: it reads the first state's row and throws the result away.
+    # A dummy request owns no blocks: it reads the first state's row and discards the result.
     is_real = state >= 0
     state = tl.maximum(state, 0)
     evicted = tl.load(num_evicted + state) * tl.load(is_compressed + i_group) * is_real.to(tl.int32)

@@ -36,7 +36,7 @@ def write_ranks(out: torch.Tensor, cache: GroupCache, blocks: torch.Tensor, para
     at_once = max(1, TORCH_BYTES // torch_bytes_of_a_head(cache.head_size, n))
     parts = [slice(head, head + at_once) for head in range(0, num_kv_heads, at_once)]
     for i_layer, (layer, ranks) in enumerate(zip(cache.layers, out, strict=True)):
-        # A score is as long as a rank: scores wait in the ranks' place until all heads of the layer have theirs.
+        # A score is as long as a rank: scores wait in the ranks' place until all heads of the layer are scored.
         # Their means take less memory than a scorer does for one head, and are made after it gave that back.
         scores = ranks.view(torch.float32)
         for heads in parts:

@@ -1,7 +1,7 @@
-"""What the scheduler tells the worker: compact this request, from these blocks into those.
+"""Orders from the scheduler to the worker: compact this request, from these blocks into those.
 
-An order holds block ids and counts only. Which tokens are kept is decided on the device and never leaves it. What comes
-back is how long it took.
+An order holds block ids and counts only. Which tokens are kept is decided on the device and never leaves it. The worker
+reports back how long compactions took.
 """
 
 from copy import copy
@@ -54,12 +54,12 @@ class CompactionOrder:
 
     @property
     def num_evicted(self) -> int:
-        """Slots by which every later position moves forward."""
+        """Evicted tokens: from now on, slots are `position - num_evicted`."""
         return self.num_prompt_tokens - self.num_keep
 
 
 def attach_orders(scheduler_output: Any, orders: tuple[CompactionOrder, ...]) -> None:
-    """Lets orders ride on a step's `SchedulerOutput`.
+    """Puts orders on a step's `SchedulerOutput`.
 
     vLLM's dataclass has no spare field; an extra attribute survives both in-process executors and pickling.
     """
@@ -73,9 +73,9 @@ def orders_of(scheduler_output: Any) -> tuple[CompactionOrder, ...]:
 
 
 def with_seconds(model_runner_output: Any, seconds: list[float]) -> Any:
-    """A step's `ModelRunnerOutput` that also tells times of compactions; they may be those of an earlier step.
+    """A step's `ModelRunnerOutput` with times of compactions, which may be those of an earlier step.
 
-    A copy: vLLM answers steps without work with one and the same object.
+    A copy: vLLM returns one and the same object for all steps without work.
     """
     output = copy(model_runner_output)
     setattr(output, _SECONDS, seconds)

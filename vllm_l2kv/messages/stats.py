@@ -1,9 +1,9 @@
-"""Compaction statistics that an engine core sends to its front ends, for `/metrics`.
+"""Statistics of compactions that an engine core reports to its front ends, for `/metrics`.
 
-Rides on vLLM's own stream of `SchedulerStats`, which reaches one front end of each engine at every step, whatever the
-number of engines and API processes; so each event is counted once, and Prometheus' client adds up over processes. The
-field is the one of KV connectors, which are refused beside compression. The front end takes our part out before vLLM
-looks at it, so an engine tells nothing unless its front end does (`Settings.metrics`).
+They travel on vLLM's `SchedulerStats`, which reach one front end of each engine at every step, with any number of
+engines and API processes. So each event is reported once, and Prometheus' client adds up over processes. The field is
+that of KV connectors, which are refused beside compression. The front end must take the statistics off before vLLM
+reads the field, so an engine reports them only if its front end does that (`Settings.metrics`).
 """
 
 from dataclasses import asdict, dataclass, field
@@ -14,7 +14,7 @@ _KEY = "l2kv"
 
 @dataclass
 class CompactionStats:
-    """What happened since the last stats, and how things stand now.
+    """Events since the last report, and the current state.
 
     Attributes:
         kept_tokens: Of each request that was compressed, the prompt tokens that each head kept. Requests that are
@@ -39,14 +39,14 @@ class CompactionStats:
 
 
 def attach_stats(scheduler_stats: Any, stats: CompactionStats) -> None:
-    """Lets ours ride on vLLM's `SchedulerStats`."""
+    """Puts statistics on vLLM's `SchedulerStats`."""
     scheduler_stats.kv_connector_stats = {_KEY: asdict(stats)}
 
 
 def take_stats(scheduler_stats: Any) -> CompactionStats | None:
-    """Takes ours off vLLM's `SchedulerStats`, if they are there."""
-    ours = (scheduler_stats.kv_connector_stats or {}).get(_KEY)
-    if ours is None:
+    """Takes statistics off vLLM's `SchedulerStats`, if they are there."""
+    stats = (scheduler_stats.kv_connector_stats or {}).get(_KEY)
+    if stats is None:
         return None
     scheduler_stats.kv_connector_stats = None
-    return CompactionStats(**ours)
+    return CompactionStats(**stats)

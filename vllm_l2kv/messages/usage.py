@@ -35,7 +35,7 @@ class PromptUsage(TypedDict):
 
 
 def prompt_usage(num_prompt_tokens: int, num_kept: int, reason: str | None = None) -> PromptUsage:
-    """What to say of one prompt.
+    """The usage of one prompt.
 
     Args:
         num_prompt_tokens: The prompt's length.
@@ -51,7 +51,7 @@ def prompt_usage(num_prompt_tokens: int, num_kept: int, reason: str | None = Non
 
 
 def why_whole(num_prompt_tokens: int, params: CompressionParams) -> KeptWhole | None:
-    """Why a prompt that is not compressed is whole; `None` if nothing less was asked for.
+    """Why a prompt that is not compressed is whole; `None` if its keep ratio is 1.
 
     A prompt that is still to be compressed has `FIRST_TOKEN`, which is right if the answer ends here.
     """

@@ -1,1 +1,1 @@
-"""Engine-core process: who is compacted when, and which blocks that takes. No CUDA, no tensors."""
+"""Engine-core process: decides when each request is compacted, and which blocks that takes. No CUDA, no tensors."""

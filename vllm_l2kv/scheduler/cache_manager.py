@@ -1,7 +1,7 @@
 """Block accounting of compacted requests.
 
 vLLM's managers size a request by its positions. Once a request is compacted its slots are `position - num_evicted`,
-and a manager of compressed layers answers in slots.
+and a manager of compressed layers counts slots.
 """
 
 from typing import Any
@@ -53,10 +53,10 @@ def find_prefixes_inside_blocks(coordinator: KVCacheCoordinator) -> None:
 
 
 def announce_hit(manager: SingleTypeKVCacheManager, request: Request, num_tokens: int) -> None:
-    """Tells consumers of KV events what a request found in one group's prefix cache, up to `num_tokens`.
+    """Publishes KV events for a request's hit in one group's prefix cache, up to `num_tokens`.
 
-    vLLM's own report names whole blocks. Where a hit ends inside a block, that is a block which is not there, or one
-    beyond the request's hashes.
+    vLLM's own report names whole blocks. Where a hit ends inside a block, it would name a block that is not cached, or
+    one beyond the request's hashes.
     """
     size, pool = manager.block_size, manager.block_pool
     num_blocks = num_tokens // size
@@ -67,10 +67,10 @@ def announce_hit(manager: SingleTypeKVCacheManager, request: Request, num_tokens
 
 
 class LayerManager(FullAttentionManager):
-    """Blocks that can be found up to every hash boundary inside them.
+    """Blocks that prefix-cache hits can use up to every hash boundary inside them.
 
-    vLLM asks each manager several times a request and step, and mostly nothing is to do: a block fills up every so
-    many steps. With two groups that is twice the work, so each answer begins with a look at one number.
+    vLLM calls each manager several times per request and step, mostly for nothing: a block fills up once in
+    `block_size` steps. Two groups double that work, so each method first compares one number.
 
     Attributes:
         num_tokens_allocated: Requests to the number of tokens for which they have slots, evicted tokens included.
@@ -83,14 +83,14 @@ class LayerManager(FullAttentionManager):
         self.next_cacheable: dict[str, int] = {}
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        """As vLLM's, in slots."""
+        """Same contract as upstream, but counts slots."""
         if num_tokens <= self.num_tokens_allocated.get(request_id, 0):
             return 0
         num_slots = num_tokens - self._num_evicted(request_id)
         return super().get_num_blocks_to_allocate(request_id, num_slots, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
-        """As vLLM's, in slots."""
+        """Same contract as upstream, but counts slots."""
         if num_tokens <= self.num_tokens_allocated.get(request_id, 0):
             return []
         num_slots = num_tokens - self._num_evicted(request_id)
@@ -99,7 +99,7 @@ class LayerManager(FullAttentionManager):
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's, with every hash boundary; nothing once `stop_prefix_caching` was called."""
+        """Same contract as upstream, for every hash boundary; does nothing after `stop_prefix_caching`."""
         next_cacheable = self.next_cacheable.get(request.request_id, 0)
         if num_tokens < next_cacheable:
             return
@@ -109,19 +109,19 @@ class LayerManager(FullAttentionManager):
         cached_until = is_cached = self.num_cached_block.get(request.request_id, 0) * self.block_size
         if self.block_size > unit:
             begin = next_cacheable - unit if next_cacheable else was_cached
-            # A block that fills up gives its boundaries up for its own hash, so those are added once more.
+            # A block that fills up loses the entries of its boundaries to its own hash, so they are added again.
             begin = min(begin, was_cached) if is_cached > was_cached else begin
             cached_until = self._cache_boundaries(request, begin, num_tokens)
         self.next_cacheable[request.request_id] = cached_until + unit
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """As vLLM's; finish, abort and preemption all come through here."""
+        """Same contract as upstream; called when a request finishes, is aborted or is preempted."""
         self.num_tokens_allocated.pop(request_id, None)
         self.next_cacheable.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _num_evicted(self, request_id: str) -> int:
-        """Slots by which a request's positions moved forward."""
+        """Evicted tokens of a request: its slots are `position - num_evicted`."""
         return 0
 
     def _note_allocated(self, request_id: str) -> None:
@@ -129,15 +129,16 @@ class LayerManager(FullAttentionManager):
         self.num_tokens_allocated[request_id] = num_slots + self._num_evicted(request_id)
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
-        """Not as vLLM's, which makes the end of a prompt findable in the step that computes it."""
+        """Does nothing: upstream caches the end of a prompt in the step that computes it, before a copy is safe."""
 
     def _cache_boundaries(self, request: Request, begin: int, end: int) -> int:
-        """Adds the boundaries behind `begin`, up to `end`; while a request decodes that is one in a while.
+        """Caches the boundaries after `begin`, up to `end`: usually none or one per decode step.
 
-        Only those of earlier steps: whoever hits inside a block gets a copy of it before the step writes its rows.
+        Only those of earlier steps: a request that hits inside a block gets a copy of it before the step writes its
+        rows.
 
         Returns:
-            The number of tokens up to which every boundary is findable.
+            Number of tokens up to which every boundary is cached.
         """
         pool = self.block_pool
         unit = pool.hash_block_size
@@ -153,7 +154,7 @@ class LayerManager(FullAttentionManager):
         return max(begin, end)
 
     def announce(self, request: Request, boundary: int) -> None:
-        """Tells consumers of KV events of one boundary inside a block, as `BlockPool.cache_partial_block` does."""
+        """Publishes the KV event of one boundary inside a block, as `BlockPool.cache_partial_block` does."""
         pool = self.block_pool
         if not pool.enable_kv_cache_events:
             return
@@ -182,7 +183,7 @@ class CompressedLayerManager(LayerManager):
     """Blocks of compressed layers.
 
     Attributes:
-        num_evicted: Compacted requests to the slots by which their positions moved forward.
+        num_evicted: Compacted requests to their evicted tokens; their slots are `position - num_evicted`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -190,7 +191,7 @@ class CompressedLayerManager(LayerManager):
         self.num_evicted: dict[str, int] = {}
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """As vLLM's; finish, abort and preemption all come through here and forget the compaction."""
+        """Same contract as upstream; a request that finishes, is aborted or is preempted is no longer compacted."""
         self.num_evicted.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
@@ -206,17 +207,17 @@ class CompressedLayerManager(LayerManager):
     def compact(
         self, request_id: str, num_evicted: int, num_slots: int, in_place: bool
     ) -> tuple[GroupMove, list[KVCacheBlock]]:
-        """Points the request at the blocks of its kept rows.
+        """Gives the request the blocks of its kept rows.
 
         Args:
             request_id: The request, not compacted yet.
-            num_evicted: Slots that vanish.
-            num_slots: Rows that stay.
+            num_evicted: Tokens evicted.
+            num_slots: Rows kept.
             in_place: Use the request's own first blocks instead of fresh ones from the pool.
 
         Returns:
             The move, and the blocks that the caller must free once every order of this step has its blocks: freed
-            earlier, they could become the destination of a neighbour while they still are a source here.
+            earlier, they could become the destination of another order while they are still a source of this one.
         """
         source = self.req_to_blocks[request_id]
         num_blocks = self.num_destination_blocks(num_slots)

@@ -11,8 +11,8 @@ from vllm_l2kv.scheduler.cache_manager import LayerManager
 class DecodeFastPath:
     """Wraps vLLM's `KVCacheManager` and answers at once where nothing is to be done.
 
-    A request that decodes asks for slots at every step, and mostly its last block has room and nothing new can be
-    found in it. vLLM asks each group's manager five times a step to learn that, and we have a group more than vLLM.
+    A request that decodes needs a slot at every step, and mostly its last block has a free one and no new boundary is
+    to be cached. vLLM calls each group's manager five times per step to find that out, and compression adds a group.
     Everything else goes to the manager itself.
 
     Attributes:
@@ -29,7 +29,7 @@ class DecodeFastPath:
     def allocate_slots(
         self, request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **kwargs: Any
     ) -> KVCacheBlocks | None:
-        """As vLLM's."""
+        """Same contract as upstream."""
         num_tokens = request.num_computed_tokens + num_new_tokens
         if (
             args
@@ -42,12 +42,12 @@ class DecodeFastPath:
         return self.manager.empty_kv_cache_blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """As vLLM's."""
+        """Same contract as upstream."""
         if self._has_more_to_cache(request, num_computed_tokens):
             self.manager.cache_blocks(request, num_computed_tokens)
 
     def _is_allocated(self, request: Request, num_tokens: int) -> bool:
-        # A plain loop, here and below: it is asked for every request at every step.
+        # A plain loop, here and below: it runs for every request at every step.
         for layer in self._layers:  # noqa: SIM110
             if num_tokens > layer.num_tokens_allocated.get(request.request_id, 0):
                 return False

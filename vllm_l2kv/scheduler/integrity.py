@@ -17,7 +17,7 @@ def compressed_managers(scheduler: L2KVScheduler) -> list[CompressedLayerManager
 
 
 def num_evicted(scheduler: L2KVScheduler, req_id: str) -> int:
-    """Slots by which a request's positions moved forward; 0 unless it is compacted.
+    """Evicted tokens of a request; 0 unless it is compacted.
 
     Raises:
         AssertionError: The managers disagree.
@@ -27,10 +27,10 @@ def num_evicted(scheduler: L2KVScheduler, req_id: str) -> int:
 
 
 def check_requests(scheduler: L2KVScheduler) -> None:
-    """Checks that every request is known as long as it lives, and that none waits in vain for its compaction.
+    """Checks that the state of a request is kept until it finishes and no longer, and that no compaction is missed.
 
     Raises:
-        AssertionError: Names the first request that is remembered too long or passed over.
+        AssertionError: Names the first request that is kept too long or missed.
     """
     # What finished since the last step is forgotten in the next one.
     unfinished = {*scheduler.requests, *scheduler.finished_req_ids}
@@ -48,7 +48,7 @@ def check_requests(scheduler: L2KVScheduler) -> None:
         params = scheduler._states[req_id].params if req_id in scheduler._states else None
         if params is not None and num_keep(request.num_prompt_tokens, params) < request.num_prompt_tokens:
             is_compacted = num_evicted(scheduler, req_id) > 0
-            assert is_compacted != (req_id in scheduler._due), f"{req_id} is passed over, or due once more"
+            assert is_compacted != (req_id in scheduler._due), f"{req_id} is missed, or due again"
 
 
 def check_nothing_left(scheduler: L2KVScheduler) -> None:

@@ -1,6 +1,6 @@
 """When a request is compacted: at the first step after its prefill, before that step schedules anything.
 
-Decides on paper and lets vLLM's own scheduler do the rest. Knows nothing of keys, norms or devices.
+Plans compactions and leaves the rest to vLLM's scheduler. Knows nothing of keys, norms or devices.
 """
 
 from collections.abc import Iterable
@@ -62,16 +62,16 @@ class L2KVScheduler(AsyncScheduler):
         self._stats_counter = StatsCounter() if self.settings.metrics and self.log_stats else None
         if self._stats_counter is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(
-                "additional_config['l2kv']['metrics'] needs our part of the API server, as vLLM's own fails on what it "
-                "hears: set VLLM_PLUGINS=l2kv, or leave metrics out."
+                "additional_config['l2kv']['metrics'] needs vllm-l2kv's part of the API server, since vLLM's own fails "
+                "on these statistics: set VLLM_PLUGINS=l2kv, or leave metrics out."
             )
 
     def add_request(self, request: Request) -> None:
-        """Reads the request's `kv_` fields, then as vLLM's.
+        """Reads the request's `kv_` fields; otherwise the same contract as upstream.
 
-        A bad value, which the server and `compression()` refuse before it comes here, fails this request alone.
+        A bad value fails this request alone. The server and `compression()` refuse it before it comes here.
         """
-        # vLLM takes the id of a request that ended a moment ago, before any step said so.
+        # vLLM accepts the id of a request that has just finished, before a step reports its end.
         self._forget((request.request_id,))
         if request.resumable or request.request_id in self.requests:
             self._add_chunk(request)
@@ -91,9 +91,10 @@ class L2KVScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _add_chunk(self, request: Request) -> None:
-        """A chunk of a streaming-input session, or its end, which says nothing and is not resumable.
+        """Adds a chunk of a streaming-input session, or the request that ends one: not resumable, without fields.
 
-        A session is not compressed: its next chunk is computed on the whole cache. So it must not ask for less.
+        A session is not compressed, since its next chunk is computed on the whole cache. A chunk that asks for
+        compression fails the session.
         """
         req_id = request.request_id
         if request.resumable:
@@ -112,18 +113,18 @@ class L2KVScheduler(AsyncScheduler):
         super().add_request(request)
 
     def finish_requests(self, request_ids: Any, *args: Any, **kwargs: Any) -> list[Request]:
-        """As vLLM's; sessions that failed are over too."""
+        """Same contract as upstream; also ends sessions that have failed."""
         if request_ids is not None:
             request_ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
         self._refusals.end_sessions(request_ids)
         return super().finish_requests(request_ids, *args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Compacts on paper, then schedules as vLLM does; the orders ride on the step's output."""
+        """Plans compactions, then schedules as vLLM does; the orders travel on the step's output."""
         orders = self._compact_prefilled()
         output = super().schedule(*args, **kwargs)
-        # The step may have preempted a request that was compacted a moment ago. Its blocks may be somebody else's by
-        # now, so the worker must not hear of the order.
+        # The step may have preempted a request that was compacted above. Its blocks may belong to another request by
+        # now, so the worker must not get the order.
         orders = [order for order in orders if self._is_compacted(order.req_id)]
         if orders:
             attach_orders(output, tuple(orders))
@@ -133,10 +134,10 @@ class L2KVScheduler(AsyncScheduler):
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """As vLLM's; outputs of requests that asked carry their numbers.
+        """Same contract as upstream; outputs of requests that report their numbers carry them.
 
-        On every output, not only on the last: when the front end ends a request at a stop string, the engine never
-        makes a last one.
+        Every output, not only the last: when the front end ends a request at a stop string, the engine never makes a
+        last one.
         """
         if self._stats_counter is not None:
             self._stats_counter.measured(seconds_of(model_runner_output))
@@ -152,7 +153,7 @@ class L2KVScheduler(AsyncScheduler):
         return outputs_of_clients
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """As vLLM's, with ours on them."""
+        """Same contract as upstream, with the statistics of compactions attached."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self._stats_counter is not None:
             logical_tokens = sum(request.num_computed_tokens for request in self.running)
@@ -161,7 +162,7 @@ class L2KVScheduler(AsyncScheduler):
         return stats
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; a report to consumers of KV events, which a request may ask for, is made by `announce_hit`."""
+        """Same contract as upstream, but KV events of a hit, if the request wants them, come from `announce_hit`."""
         mode = request.kv_cache_report_mode
         if mode != "full" or not self.kv_cache_manager.enable_kv_cache_events:
             return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
@@ -187,7 +188,7 @@ class L2KVScheduler(AsyncScheduler):
                     orders.append(order)
         pool = self.kv_cache_manager.block_pool
         num_free = pool.get_num_free_blocks()
-        # Tails first, so that prefix-cache hits lose the longest prefixes last.
+        # Tails first: the pool evicts in this order, so the beginnings of prompts stay cached longest.
         pool.free_blocks(reversed(released))
         if self._stats_counter is not None:
             self._stats_counter.freed(pool.get_num_free_blocks() - num_free)
@@ -222,7 +223,7 @@ class L2KVScheduler(AsyncScheduler):
                 self._stats_counter.waited(state)
             return None
 
-        # What is computed by now comes from the full cache; the last time that the prompt can be made findable.
+        # The last chance to cache the prompt: what is computed from now on depends on the compaction.
         self.kv_cache_manager.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
         moves = []
         for manager in self._compressed:

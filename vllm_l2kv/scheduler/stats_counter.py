@@ -7,7 +7,7 @@ from vllm_l2kv.scheduler.request_state import RequestState
 
 
 class StatsCounter:
-    """The stats of an engine, step by step."""
+    """Statistics of an engine since the last report."""
 
     def __init__(self) -> None:
         self._stats = CompactionStats()
@@ -32,11 +32,11 @@ class StatsCounter:
             self._stats.num_waited += 1
 
     def measured(self, seconds: Iterable[float]) -> None:
-        """Notes times on the device."""
+        """Adds times on the device."""
         self._stats.seconds.extend(seconds)
 
     def take(self, logical_tokens: int, physical_tokens: int) -> CompactionStats:
-        """What happened since the last call."""
+        """The statistics since the last call."""
         stats, self._stats = self._stats, CompactionStats()
         stats.logical_tokens, stats.physical_tokens = logical_tokens, physical_tokens
         return stats

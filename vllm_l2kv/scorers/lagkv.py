@@ -1,8 +1,8 @@
 """Tokens that stand out against what follows them.
 
-The prompt behind the sinks is cut into partitions. A token's key and value are measured on the range of the next
+The prompt after the sinks is cut into partitions. A token's key and value are scaled by the range of the next
 partition; tokens whose channels then spread widely rank high in their own partition. The sinks, the last whole
-partition and what is left behind it are always kept as long as the budget reaches.
+partition and the rest after it are always kept as long as the budget allows.
 
 Source: Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important",
 arXiv 2504.04704, section 3, with ranks that are comparable between partitions.
@@ -21,8 +21,8 @@ def score(prompt: Prompt) -> torch.Tensor:
     num_partitions = (num_tokens - NUM_SINKS) // LAG
     scores = torch.ones(num_rows, num_tokens, device=prompt.keys.device)
     if num_partitions < 2:
-        behind = max(num_tokens - NUM_SINKS, 0)
-        scores[:, NUM_SINKS:] = torch.arange(behind, device=scores.device) / max(behind, 1)
+        rest = max(num_tokens - NUM_SINKS, 0)
+        scores[:, NUM_SINKS:] = torch.arange(rest, device=scores.device) / max(rest, 1)
         return scores
     spread = (_spread(prompt.keys, num_partitions) + _spread(prompt.values, num_partitions)) / 2
     ranks = spread.sort(dim=-1, stable=True).indices.argsort(dim=-1) / LAG

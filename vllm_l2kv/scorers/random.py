@@ -1,4 +1,4 @@
-"""Chance: a control. The same in every run, and another one for each layer and head.
+"""Chance: a control. Scores are the same in every run and differ between layers and heads.
 
 Source: "keep random" in Devoto et al., arXiv 2406.11430, section 3. The numbers are those of SplitMix64 (Steele, Lea,
 Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), which needs no state and so no seed but `SEED`.

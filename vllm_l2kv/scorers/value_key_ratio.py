@@ -1,4 +1,4 @@
-"""Large values behind small keys.
+"""Large values with small keys.
 
 Source: Chitty-Venkata et al., "PagedEviction: Structured Block-wise KV Cache Pruning for Efficient Large Language Model
 Inference", arXiv 2509.04377, section 3, for each head instead of the mean over heads and layers.

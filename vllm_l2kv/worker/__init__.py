@@ -1,1 +1,1 @@
-"""Device process: carries out compactions and turns positions into slots. Tells the scheduler nothing but times."""
+"""Device process: carries out compactions and turns positions into slots. Reports only times to the scheduler."""

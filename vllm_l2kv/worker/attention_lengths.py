@@ -27,23 +27,20 @@ class PhysicalAttentionGroup(AttentionGroup):
         return cls(**state, make_physical=make_physical)
 
     def build_metadata(self, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's, of physical lengths."""
+        """Same contract as upstream, with physical lengths."""
         return super().build_metadata(self.make_physical(common_attn_metadata), *args, **kwargs)
 
     def build_metadata_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
     ) -> Any:
-        """As vLLM's, of physical lengths; a graph remembers where they lie."""
+        """Same contract as upstream, with physical lengths; a graph keeps their address."""
         return super().build_metadata_for_cudagraph_capture(self.make_physical(common_attn_metadata), *args, **kwargs)
 
 
 def make_groups_physical(
     attn_groups: list[list[AttentionGroup]], group_ids: Iterable[int], make_physical: MakePhysical
 ) -> None:
-    """Puts physical groups into a runner's lists.
-
-    Into the same lists: other parts of the runner may hold them too.
-    """
+    """Replaces groups by physical ones, in the runner's own lists: other parts of the runner may hold them too."""
     for group_id in group_ids:
         groups = attn_groups[group_id]
         groups[:] = [PhysicalAttentionGroup.of(group, make_physical) for group in groups]

@@ -25,7 +25,7 @@ class L2KVGPUWorker(CompactionWorker, Worker):
     attention_backends = ("FLASH_ATTN",)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """As ours for every device; notes how much memory the kernels will need beside the cache."""
+        """Same contract as `CompactionWorker`; also computes the memory that the kernels need beside the cache."""
         specs = super().get_kv_cache_spec()
         compressed = [spec for spec in specs.values() if isinstance(spec, CompressedLayerSpec)]
         longest = self.vllm_config.model_config.max_model_len
@@ -36,12 +36,12 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         return specs
 
     def determine_available_memory(self) -> int:
-        """As vLLM's, less what the kernels will need; a cache of a size that somebody asked for stays."""
+        """Same contract as upstream, less the kernels' memory; --kv-cache-memory-bytes is left unchanged."""
         available: int = super().determine_available_memory()
         return available if self.vllm_config.cache_config.kv_cache_memory_bytes else available - self._scratch_bytes
 
     def _geometry(self) -> Geometry:
-        # A block size that somebody asked for stays; its stride may still be padded.
+        # An explicit --block-size is left unchanged; its stride may still be padded.
         asked = self.vllm_config.cache_config.user_specified_block_size
         return replace(FLASH_ATTENTION, page=0) if asked else FLASH_ATTENTION
 

@@ -14,7 +14,7 @@ BatchCounts = Callable[[], torch.Tensor | None]
 
 
 class RunnerV1:
-    """Makes a runner's compressed groups physical and obeys orders on its side.
+    """Gives a runner's compressed groups physical slots and lengths, and applies orders to its state.
 
     Args:
         runner: vLLM's runner, its KV cache initialised.
@@ -30,10 +30,10 @@ class RunnerV1:
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
     def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder]) -> None:
-        """Forgets requests and points others at the blocks of their kept rows.
+        """Drops requests and gives compacted ones the blocks of their kept rows.
 
-        Both the request's state and, if it is in the batch, its row: a request that sits out a step leaves the batch
-        and comes back by its state.
+        Changes the request's state and, if it is in the batch, its row: a request that skips a step leaves the batch
+        and is added again from its state.
         """
         self.counts.forget(gone)
         batch = self._runner.input_batch
@@ -54,7 +54,7 @@ class RunnerV1:
 
 
 class EvictedCountsV1:
-    """Slots by which each compacted request's positions moved forward; requests not compacted are absent."""
+    """Evicted tokens of each compacted request, on the host; other requests are absent."""
 
     def __init__(self) -> None:
         self._num_evicted: dict[str, int] = {}
@@ -63,11 +63,11 @@ class EvictedCountsV1:
         return len(self._num_evicted)
 
     def by_request(self) -> dict[str, int]:
-        """Evicted slots of each compacted request, for tests that compare ranks."""
+        """Request ids to evicted tokens, for tests that compare ranks."""
         return dict(self._num_evicted)
 
     def set(self, req_id: str, num_evicted: int) -> None:
-        """Notes a compaction."""
+        """Adds a compacted request."""
         self._num_evicted[req_id] = num_evicted
 
     def forget(self, req_ids: Iterable[str]) -> None:
@@ -91,7 +91,7 @@ class EvictedCountsV1:
 
 
 class CompressedBlockTable:
-    """Stands before one group's `BlockTable` and gives it slots for positions: `slot = position - num_evicted`.
+    """Wraps one group's `BlockTable` and gives it slots for positions: `slot = position - num_evicted`.
 
     Everything else goes to the table itself.
     """
@@ -104,7 +104,7 @@ class CompressedBlockTable:
         return getattr(self._table, name)
 
     def compute_slot_mapping(self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor) -> None:
-        """As vLLM's, for slots.
+        """Same contract as upstream, but for slots.
 
         Args:
             num_reqs: Requests in the batch.
@@ -123,7 +123,7 @@ def subtract_evicted(metadata: CommonAttentionMetadata, counts: torch.Tensor) ->
 
     Args:
         metadata: Of a batch, maybe padded.
-        counts: `[num_reqs]` int32, evicted slots in batch order.
+        counts: `[num_reqs]` int32, evicted tokens in batch order.
     """
     seq_lens = metadata.seq_lens.clone()
     seq_lens[: counts.shape[0]] -= counts

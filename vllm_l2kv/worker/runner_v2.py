@@ -1,7 +1,7 @@
 """Runner V2 (`gpu.model_runner.GPUModelRunner`), vLLM's default on GPUs.
 
-Its tables live on the device and its metadata in CUDA graphs, so slots and lengths are made by kernels, in buffers
-that never move. Nothing here waits for the device or looks at each request of a batch.
+Its tables live on the device and its metadata in CUDA graphs, so kernels compute slots and lengths into buffers with
+fixed addresses. Nothing here waits for the device or loops over the requests of a batch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from vllm_l2kv.worker.attention_lengths import make_groups_physical
 
 
 class RunnerV2:
-    """Makes a runner's compressed groups physical and obeys orders on its side.
+    """Gives a runner's compressed groups physical slots and lengths, and applies orders to its state.
 
     Args:
         runner: vLLM's runner, its KV cache initialised and no CUDA graph captured.
@@ -34,7 +34,7 @@ class RunnerV2:
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
     def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder]) -> None:
-        """Forgets requests and points others at the blocks of their kept rows, which vLLM sends along with its own."""
+        """Drops requests and stages the block tables of compacted ones, which vLLM sends together with its own."""
         self.counts.forget(gone)
         for order in orders:
             state = self._runner.req_states.req_id_to_index[order.req_id]
@@ -45,7 +45,7 @@ class RunnerV2:
         self.counts.publish()
 
     def warm_up(self) -> None:
-        """Compiles the kernels for the types that the runner gives them, on a batch of nobody."""
+        """Compiles the kernels for the types that the runner gives them, on an empty batch."""
         idx_mapping = torch.full((1,), -1, dtype=torch.int64, device=self._seq_lens.device)
         starts = torch.zeros(2, dtype=torch.int32, device=self._seq_lens.device)
         positions = torch.zeros(1, dtype=torch.int64, device=self._seq_lens.device)
@@ -53,7 +53,7 @@ class RunnerV2:
         physical_lengths(self._seq_lens[:1], starts[:1], idx_mapping, self.counts.on_device)
 
     def _make_physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """The same buffer at capture and at replay; the host's upper bounds stay logical, for they are bounds."""
+        """Writes the same buffer at capture and at replay; upper bounds on the host may stay logical."""
         seq_lens = self._seq_lens[: metadata.seq_lens.shape[0]]
         idx_mapping = self._tables.idx_mapping
         if idx_mapping is None or not len(self.counts):
@@ -64,11 +64,11 @@ class RunnerV2:
 
 
 class EvictedCountsV2:
-    """Slots by which each compacted request's positions moved forward, by the runner's request state.
+    """Evicted tokens of each compacted request, by the runner's request state.
 
-    Kernels read the counts from host memory, when their step's turn comes. vLLM keeps as many copies as steps can be in
-    flight, and a copy is used again after so many publications: one a step is safe, a second one overwrites what a step
-    in flight has still to read.
+    Kernels read the counts from host memory when their step runs. vLLM keeps as many copies as steps can be in flight
+    and uses a copy again after that many publications: one per step is safe, a second one overwrites what a step in
+    flight has still to read.
     """
 
     def __init__(self, max_num_reqs: int) -> None:
@@ -80,7 +80,7 @@ class EvictedCountsV2:
         return len(self._state_of)
 
     def by_request(self) -> dict[str, int]:
-        """Evicted slots of each compacted request, for tests that compare ranks."""
+        """Request ids to evicted tokens, for tests that compare ranks."""
         return {req_id: int(self._counts.np[state]) for req_id, state in self._state_of.items()}
 
     @property
@@ -89,7 +89,7 @@ class EvictedCountsV2:
         return self._counts.gpu
 
     def set(self, req_id: str, state: int, num_evicted: int) -> None:
-        """Notes a compaction, to be published."""
+        """Adds a compacted request, to be published."""
         self._state_of[req_id] = state
         self._counts.np[state] = num_evicted
         self._is_published = False
@@ -103,17 +103,17 @@ class EvictedCountsV2:
                 self._is_published = False
 
     def publish(self) -> None:
-        """Gives kernels launched from now on the present counts, if they changed. Once a step."""
+        """Gives the current counts to kernels launched from now on, if they changed. Once per step."""
         if not self._is_published:
             self._counts.copy_to_uva()
             self._is_published = True
 
 
 class CompressedBlockTables:
-    """Stands before the runner's `BlockTables` and gives compressed groups slots for positions.
+    """Wraps the runner's `BlockTables` and gives compressed groups slots for positions.
 
     Attributes:
-        idx_mapping: `[num_reqs]` int64, request states of the batch under way; `None` for a dummy batch.
+        idx_mapping: `[num_reqs]` int64, request states of the current batch; `None` for a dummy batch.
     """
 
     def __init__(self, tables: BlockTables, group_ids: Iterable[int], counts: EvictedCountsV2) -> None:
@@ -134,7 +134,7 @@ class CompressedBlockTables:
         num_tokens_padded: int,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As vLLM's, one launch for all groups; slots of compressed groups are `position - num_evicted`."""
+        """Same contract as upstream, in one launch; slots of compressed groups are `position - num_evicted`."""
         self.idx_mapping = idx_mapping
         tables = self._tables
         if not len(self._counts):
@@ -160,6 +160,6 @@ class CompressedBlockTables:
         )
 
     def get_dummy_block_tables(self, num_reqs: int) -> tuple[torch.Tensor, ...]:
-        """As vLLM's; a dummy batch has no request states."""
+        """Same contract as upstream; a dummy batch has no request states."""
         self.idx_mapping = None
         return self._tables.get_dummy_block_tables(num_reqs)

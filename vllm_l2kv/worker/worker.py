@@ -1,4 +1,4 @@
-"""What every worker of ours does, whatever the device: declare layer classes, obey orders."""
+"""Base of the workers for all devices: declares layer classes and carries out orders."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -28,10 +28,10 @@ GroupLayers = Mapping[int, Sequence[tuple[Any, CompressedLayerSpec]]]
 
 
 class Counts(Protocol):
-    """Slots by which positions moved forward."""
+    """Evicted tokens of compacted requests."""
 
     def by_request(self) -> dict[str, int]:
-        """Of each compacted request."""
+        """Request ids to numbers of tokens."""
 
 
 class Runner(Protocol):
@@ -46,17 +46,17 @@ class Runner(Protocol):
 
         Args:
             gone: Requests that finished, were aborted or preempted; those never compacted may be among them.
-            orders: The step's compactions, of other requests. Slots trail positions from now on.
+            orders: The step's compactions, of other requests; their slots are `position - num_evicted` from now on.
         """
 
 
 class CompactionWorker(WorkerBase):
-    """Stands before one of vLLM's worker classes.
+    """Mixin for one of vLLM's worker classes.
 
-    A subclass answers for its device: `_packed_layouts`, `_make_compactors`, `_make_clock` and `_adapt_runner`.
+    A subclass implements for its device: `_packed_layouts`, `_make_compactors`, `_make_clock` and `_adapt_runner`.
 
     Attributes:
-        attention_backends: vLLM's names of the attention backends that take every length from where we put it.
+        attention_backends: vLLM's names of attention backends that read lengths only where compaction changes them.
     """
 
     attention_backends: ClassVar[tuple[str, ...]]
@@ -81,7 +81,7 @@ class CompactionWorker(WorkerBase):
         return [layout.name for layout in self._packed_layouts()] if self._is_packed else layouts
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """As vLLM's, then takes hold of the compressed groups."""
+        """Same contract as upstream; then makes the compactors and adapts the runner."""
         super().initialize_from_config(kv_cache_config)
         layers: dict[int, list[tuple[Any, CompressedLayerSpec]]] = {}
         for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
@@ -96,8 +96,8 @@ class CompactionWorker(WorkerBase):
     def execute_model(self, scheduler_output: Any) -> Any:
         """Compacts, then runs the step.
 
-        Device order makes this safe: the previous step has written the sources, and whoever received the freed blocks
-        writes after us.
+        The order of work on the device makes this safe: the previous step has written the sources, and requests that
+        got the freed blocks write after the compaction.
         """
         orders = orders_of(scheduler_output)
         if orders:
@@ -109,7 +109,7 @@ class CompactionWorker(WorkerBase):
         return self._with_seconds(super().execute_model(scheduler_output))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's."""
+        """Same contract as upstream, with times of compactions on the output."""
         return self._with_seconds(super().sample_tokens(*args, **kwargs))
 
     def kv_cache_groups(self) -> list[dict[str, Any]]:
@@ -125,11 +125,11 @@ class CompactionWorker(WorkerBase):
         ]
 
     def num_evicted(self) -> dict[str, int]:
-        """Compacted requests to the slots by which their positions moved forward, for `collective_rpc`."""
+        """Compacted requests to their evicted tokens, for `collective_rpc`."""
         return self._runner.counts.by_request()
 
     def _with_seconds(self, output: Any) -> Any:
-        """A step's output, with times of compactions if there are new ones; `None` has none."""
+        """A step's output, with times of compactions if there are new ones; `None` stays `None`."""
         seconds = self._clock.take() if output is not None else []
         if not seconds:
             return output
@@ -166,23 +166,23 @@ class CompactionWorker(WorkerBase):
 
 
 class TimedOutput(AsyncModelRunnerOutput):
-    """A step's output that is not here yet, with times of compactions."""
+    """The output of a step in flight, with times of compactions."""
 
     def __init__(self, output: AsyncModelRunnerOutput, seconds: list[float]) -> None:
         self._output = output
         self._seconds = seconds
 
     def get_output(self) -> Any:
-        """As vLLM's: waits for it."""
+        """Same contract as upstream: waits for the output."""
         return with_seconds(self._output.get_output(), self._seconds)
 
     def get_kv_connector_output(self) -> Any:
-        """As vLLM's, since 0.33: what a step that failed leaves to the KV connector."""
+        """Same contract as upstream, new in 0.33: what a failed step leaves to the KV connector."""
         return self._output.get_kv_connector_output()
 
 
 def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:
-    """Refuses attention that compaction would mislead.
+    """Refuses attention whose results would be wrong after a compaction.
 
     Args:
         name: The layer's name.
