@@ -1,7 +1,7 @@
 """What is kept or evicted as one: a token of a head, or a block of tokens of all heads of a layer.
 
-A block is `TOKENS_PER_BLOCK` tokens of the prompt in a row, counted from its start. It is no block of the cache, whose
-size depends on the device, so that what is kept does not.
+A block is `TOKENS_PER_BLOCK` tokens of the prompt in a row, counted from its start. It is not a block of the cache: the
+size of those depends on the device, and what is kept must not.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch.nn.functional import avg_pool1d
 from vllm_l2kv.params import TOKENS_PER_BLOCK
 
 
-def at_granularity(scores: torch.Tensor, granularity: str) -> torch.Tensor:
-    """One layer's scores as its heads decide by them.
+def pool_scores(scores: torch.Tensor, granularity: str) -> torch.Tensor:
+    """The scores by which one layer's heads decide.
 
-    With `token` they are as they come. With `block` each is the mean over the tokens of its block, of which the last
-    may be short, and over the heads: those of this tensor-parallel rank, so that ranks need not talk. One NaN makes
+    With `token` they are unchanged. With `block` each is the mean over the tokens of its block, of which the last
+    may be short, and over the heads: those of this tensor-parallel rank, so ranks need not communicate. One NaN makes
     its block NaN, which ranks last.
 
     Args:

@@ -7,7 +7,7 @@ from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.scorers import norms
-from vllm_l2kv.token_groups import at_granularity
+from vllm_l2kv.token_groups import pool_scores
 
 HEADS, HEAD_SIZE = 3, 8
 
@@ -114,7 +114,7 @@ def test_blocks_are_chosen_by_the_mean_over_tokens_and_heads():
     scores[0, :16], scores[0, 16:32], scores[0, 32:] = 3, 2, 9
     scores[1, :16], scores[1, 16:32], scores[1, 32:] = 0, 2, -4
     scores[1, 3] = 7
-    shared = at_granularity(scores, "block")
+    shared = pool_scores(scores, "block")
     assert [shared[:, i].tolist() for i in (0, 16, 34)] == [[1.71875] * 2, [2] * 2, [2.5] * 2]
     assert select(shared, 8).tolist() == [[*range(16, 21), 32, 33, 34]] * 2
     assert select(shared, 20).tolist() == [[0, *range(16, 35)]] * 2
@@ -125,7 +125,7 @@ def test_equal_blocks_are_kept_in_the_order_of_their_positions():
     scores = torch.ones(2, 40)
     scores[:, 16:32:2] = 0
     scores[:, 17:32:2] = 2
-    assert select(at_granularity(scores, "block"), 20).tolist() == [list(range(20))] * 2
+    assert select(pool_scores(scores, "block"), 20).tolist() == [list(range(20))] * 2
 
 
 @pytest.mark.parametrize("broken", [float("nan"), -float("inf")])
@@ -133,13 +133,13 @@ def test_one_broken_score_makes_its_block_the_last(broken):
     scores = torch.zeros(2, 48)
     scores[:, :16] = 5
     scores[1, 2] = broken
-    assert select(at_granularity(scores, "block"), 33).tolist() == [[0, *range(16, 48)]] * 2
+    assert select(pool_scores(scores, "block"), 33).tolist() == [[0, *range(16, 48)]] * 2
 
 
 def test_huge_scores_do_not_overflow():
     scores = torch.full((2, 48), 3e38)
     scores[:, 16:32] = torch.finfo(torch.float32).max
-    assert select(at_granularity(scores, "block"), 16).tolist() == [list(range(16, 32))] * 2
+    assert select(pool_scores(scores, "block"), 16).tolist() == [list(range(16, 32))] * 2
 
 
 def test_protection_beats_any_score_and_counts_in():

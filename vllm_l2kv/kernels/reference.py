@@ -11,7 +11,7 @@ import torch
 
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.scorers import Prompt, scorer_of
-from vllm_l2kv.token_groups import at_granularity
+from vllm_l2kv.token_groups import pool_scores
 
 
 class LayerRows(NamedTuple):
@@ -106,7 +106,7 @@ def compact_layer(rows: LayerRows, order: CompactionOrder, move: GroupMove) -> N
     n, params = order.num_prompt_tokens, order.params
     keys, values = read(rows.keys, source, order.num_tokens), read(rows.values, source, order.num_tokens)
     scores = scorer_of(params.scorer)(rows.prompt(keys[:, :n], values[:, :n]))
-    scores = at_granularity(scores, params.granularity)
+    scores = pool_scores(scores, params.granularity)
     kept = select(scores, order.num_keep, params.protect_first, params.protect_last)
     generated = torch.arange(n, order.num_tokens, device=kept.device)
     positions = torch.cat([kept, generated.expand(kept.shape[0], -1)], dim=1)

@@ -6,7 +6,7 @@ from vllm_l2kv.kernels.group_cache import GroupCache
 from vllm_l2kv.kernels.reference import LayerRows, ranked, read
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.scorers import scorer_of
-from vllm_l2kv.token_groups import at_granularity
+from vllm_l2kv.token_groups import pool_scores
 
 TORCH_BYTES = 128 << 20
 """Memory that torch's scorers may take, if one head at a time fits it."""
@@ -43,7 +43,7 @@ def write_ranks(out: torch.Tensor, cache: GroupCache, blocks: torch.Tensor, para
             keys, values = layer[:, heads, :, : cache.head_size], layer[:, heads, :, cache.head_size :]
             rows = LayerRows(keys, values, cache.key_dtype, first_row=i_layer * num_kv_heads + heads.start)
             scores[heads] = score(rows.prompt(read(keys, blocks, n), read(values, blocks, n)))
-        scores = at_granularity(scores, params.granularity)
+        scores = pool_scores(scores, params.granularity)
         for heads in parts:
             kept = ranked(scores[heads], params.protect_first, params.protect_last)
             ranks[heads].scatter_(1, kept, order.expand(kept.shape))
