@@ -16,6 +16,9 @@ FAST := $(addprefix tests/,unit install kernels scheduler worker contract server
 ENGINES := $(filter-out $(FAST),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))) \
   tests/server/test_configs.py::TestEach::test_it_serves
 
+# What runs on Python files of vLLM alone; the one left out asks for a CPU kernel.
+NEXT := $(addprefix tests/,contract scheduler worker server) --ignore tests/worker/test_rows.py
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
@@ -24,7 +27,7 @@ PIP = $(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation
 
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow"
 
-.PHONY: help setup serve test test-fast test-engines test-gpu soak check fmt docs lock dist clean
+.PHONY: help setup serve test test-fast test-engines test-next test-gpu soak check fmt docs lock dist clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -72,6 +75,11 @@ test-fast: setup ## Run the tests that start no engine; before each commit
 test-engines: setup ## Run the tests that start engines
 	$(BIN)/vllm-l2kv demo-model
 	$(PYTEST) $(ENGINES) $(ARGS)
+
+test-next: setup ## Run the tests without compiled code on the newest vLLM that we support, whose wheel it fetches once
+	$(BIN)/vllm-l2kv demo-model
+	vllm=$$($(BIN)/python scripts/next_vllm.py) && export PYTHONPATH=$$vllm VLLM_TARGET_DEVICE=cpu && \
+	  $(PYTEST) --no-engines $(NEXT) $(ARGS)
 
 test-gpu: ## Run the tests that need a GPU, in an environment of yours: PYTHON with vllm-l2kv[cuda,dev] installed
 	$(PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(ARGS)

