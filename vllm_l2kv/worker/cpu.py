@@ -12,8 +12,9 @@ from vllm_l2kv.kernels.reference import ReferenceCompactor
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec
 from vllm_l2kv.worker.clock import Clock, HostClock
 from vllm_l2kv.worker.rows import cpu_rows
+from vllm_l2kv.worker.runner import Runner
 from vllm_l2kv.worker.runner_v1 import RunnerV1
-from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers, Runner
+from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers
 
 
 class L2KVCPUWorker(CompactionWorker, CPUWorker):

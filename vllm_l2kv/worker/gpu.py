@@ -15,8 +15,9 @@ from vllm_l2kv.kernels.torch_ranks import TORCH_BYTES, torch_bytes_of_a_head
 from vllm_l2kv.kernels.triton_compactor import TritonCompactor, scratch_bytes
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, key_dtype
 from vllm_l2kv.worker.clock import Clock, CUDAClock
+from vllm_l2kv.worker.runner import Runner
 from vllm_l2kv.worker.runner_v2 import RunnerV2
-from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers, Runner
+from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers
 
 
 class L2KVGPUWorker(CompactionWorker, Worker):

@@ -1,8 +1,8 @@
 """Base of the workers for all devices: declares layer classes and carries out orders."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -18,36 +18,14 @@ from vllm_l2kv.kv_cache_spec import (
     group_window,
     is_packed,
 )
-from vllm_l2kv.messages.orders import CompactionOrder, orders_of, with_seconds
+from vllm_l2kv.messages.orders import orders_of, with_seconds
 from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
+from vllm_l2kv.worker.runner import Runner
 
 GroupLayers = Mapping[int, Sequence[tuple[Any, CompressedLayerSpec]]]
 """Compressed KV-cache groups to their attention layers and specs."""
-
-
-class Counts(Protocol):
-    """Evicted tokens of compacted requests."""
-
-    def by_request(self) -> dict[str, int]:
-        """Request ids to numbers of tokens."""
-
-
-class Runner(Protocol):
-    """What changes for vLLM's model runner when a request is compacted."""
-
-    @property
-    def counts(self) -> Counts:
-        """What kernels read, or a copy of it."""
-
-    def begin_step(self, gone: Iterable[str], orders: Sequence[CompactionOrder]) -> None:
-        """Updates what the step's kernels will read; called once a step, before vLLM prepares it.
-
-        Args:
-            gone: Requests that finished, were aborted or preempted; those never compacted may be among them.
-            orders: The step's compactions, of other requests; their slots are `position - num_evicted` from now on.
-        """
 
 
 class CompactionWorker(WorkerBase):
