@@ -1,4 +1,4 @@
-"""Kinds of values that request fields take: each has its check, its bound in words and its JSON schema.
+"""Kinds of values of request fields: each has its check, its bounds in words and its JSON schema.
 
 Standard library only. A name is passed to every check, so that the error can show it as the user wrote it.
 """
@@ -30,11 +30,11 @@ class Ratio:
     type: ClassVar[str] = "number"
 
     def bounds(self, name: str) -> str:
-        """What must hold, as a person reads it."""
+        """The bounds, in words."""
         return f"0 < {name} <= 1"
 
     def schema(self) -> dict[str, Any]:
-        """The same for OpenAPI."""
+        """The bounds, for OpenAPI."""
         return {"type": self.type, "exclusiveMinimum": 0, "maximum": 1}
 
     def check(self, name: str, value: Any) -> float:
@@ -58,11 +58,11 @@ class Count:
     type: ClassVar[str] = "integer"
 
     def bounds(self, name: str) -> str:
-        """What must hold, as a person reads it."""
+        """The bounds, in words."""
         return f"0 <= {name} <= {MAX_TOKENS}"
 
     def schema(self) -> dict[str, Any]:
-        """The same for OpenAPI."""
+        """The bounds, for OpenAPI."""
         return {"type": self.type, "minimum": 0, "maximum": MAX_TOKENS}
 
     def check(self, name: str, value: Any) -> int:
@@ -86,11 +86,11 @@ class Choice:
     type: ClassVar[str] = "string"
 
     def bounds(self, name: str) -> str:
-        """What must hold, as a person reads it."""
+        """The bounds, in words."""
         return f"one of {', '.join(self.names)}"
 
     def schema(self) -> dict[str, Any]:
-        """The same for OpenAPI."""
+        """The bounds, for OpenAPI."""
         return {"type": self.type, "enum": list(self.names)}
 
     def check(self, name: str, value: Any) -> str:

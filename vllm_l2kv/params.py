@@ -19,23 +19,23 @@ FieldValue = float | int | str
 VLLM_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 """vLLM's own request fields and `extra_args` keys that happen to start with our prefix."""
 NEAR_SPELLING = 0.8
-"""How similar a name of another spelling must be to a field's, by `difflib`, to be taken for it."""
+"""Similarity, by `difflib`, from which a name in another spelling counts as a misspelt field."""
 CONTROLS = ("random", "l2_high", "first_last")
-"""Scorers that others are measured against: chance, the opposite of the rule, StreamingLLM."""
+"""Scorers to compare the others with: chance, the opposite of `l2`, StreamingLLM."""
 SCORERS = ("l2", "l1", "linf", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", *CONTROLS)
-"""What may decide which tokens stay: the modules of `vllm_l2kv.scorers`."""
+"""Values of `kv_scorer`: the modules of `vllm_l2kv.scorers`."""
 GRANULARITIES = ("token", "block")
-"""What is kept or evicted as one, see `vllm_l2kv.token_groups`."""
+"""Values of `kv_granularity`, see `vllm_l2kv.token_groups`."""
 TOKENS_PER_BLOCK = 16
-"""Of the granularity `block`: the page of PagedEviction, arXiv 2509.04377, whatever the size of the cache's blocks."""
+"""Tokens in a group of granularity `block`: the page of PagedEviction, arXiv 2509.04377."""
 
 
 def _field(default: FieldValue, kind: Kind, description: str, option: str) -> Any:
-    """Declares a request field: all that any entrance says of it is said here.
+    """Declares a request field, with all that the API, the command line and the docs derive from it.
 
     Args:
-        default: Of an engine whose operator sets nothing else.
-        kind: What it takes.
+        default: Its value in an engine whose operator sets no other.
+        kind: The kind of its values.
         description: One sentence for API docs and help texts.
         option: The server's option for the default of requests that do not give the field.
     """
@@ -92,7 +92,7 @@ class CompressionParams:
             object.__setattr__(self, field.attribute, value)
 
     def override(self, values: Mapping[str, Any]) -> "CompressionParams":
-        """These params with the `kv_` fields of a request laid over them.
+        """These params, with the `kv_` fields of a request in place of their own values.
 
         Args:
             values: Field names to values; `None` means not given, names without the `kv_` prefix are ignored.
@@ -108,17 +108,17 @@ class CompressionParams:
         """What a request asks of an engine whose defaults these are.
 
         Args:
-            values: As those of `override`; `None` for a request that gives nothing.
+            values: Field names to values, as for `override`; `None` for a request without any.
 
         Raises:
-            ParamError: As `override`.
+            ParamError: A bad value, or an unknown name that starts with `kv_`.
         """
         values = values or {}
         params = self.override(values)
         return Asked(params, by_client=any(values.get(name) is not None for name in FIELD_NAMES))
 
     def as_fields(self) -> dict[str, FieldValue]:
-        """The params under their names on the wire."""
+        """The params by the names of their request fields."""
         return {field.name: getattr(self, field.attribute) for field in FIELDS}
 
 
@@ -127,11 +127,11 @@ class Field:
     """A request field, as `CompressionParams` declares it.
 
     Attributes:
-        name: On the wire.
-        attribute: Of `CompressionParams`.
-        default: Of an engine whose operator sets nothing else.
-        kind: What it takes.
-        description: One sentence.
+        name: Name in a request.
+        attribute: Its attribute of `CompressionParams`.
+        default: Its value in an engine whose operator sets no other.
+        kind: The kind of its values.
+        description: One sentence for API docs and help texts.
         option: The server's option for its default.
     """
 
@@ -144,17 +144,17 @@ class Field:
 
     @property
     def type(self) -> str:
-        """Of its JSON value."""
+        """The type of its JSON value."""
         return self.kind.type
 
     @property
     def bounds(self) -> str:
-        """What must hold, as a person reads it."""
+        """Its bounds, in words."""
         return self.kind.bounds(self.name)
 
     @property
     def argument(self) -> str:
-        """Of `engine_args`, for its default."""
+        """The argument of `engine_args` for its default."""
         return self.option.removeprefix("--kv-").replace("-", "_")
 
 
