@@ -20,7 +20,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "bench": dict.fromkeys(("httpx", "jinja2", "matplotlib"), "[bench]"),
     "plan": VLLM,
 }
-"""Packages that a command, or one with its first word, imports sooner or later, and the extra that has them."""
+"""Packages that a command imports, some of them late, and the extra that has each; keys are one or two words of it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _check_packages(words)
-    # Commands with options of their own have a parser of their own; that of serve is vLLM's, which never meets ours.
+    # Each command with options has its own parser; that of serve is vLLM's and is not a subparser of this one.
     match words:
         case ["serve", *rest]:
             from vllm_l2kv_server.serve import serve
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_packages(words: Sequence[str]) -> None:
-    """Ends the process with one line if the command would end in an import, perhaps after hours."""
+    """Ends the process with one line if a package is missing that the command imports, perhaps only after hours."""
     command = " ".join(words[:2])
     for package, extra in NEEDS.get(command, NEEDS.get(command.partition(" ")[0], {})).items():
         if find_spec(package) is None:
