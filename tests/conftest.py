@@ -22,6 +22,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.append(str(Path(__file__).parent / "e2e"))
 
 
+def pytest_report_header() -> str:
+    from vllm_l2kv.supported_vllm import vllm_version
+
+    return f"vLLM {vllm_version()}"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--demo-model", type=Path, help="folder of the demo model, instead of fetching it")
     parser.addoption("--soak-requests", type=int, default=140, help="requests of each test in tests/e2e/test_churn.py")
