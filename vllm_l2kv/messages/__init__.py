@@ -7,7 +7,7 @@
 | compaction orders | scheduler | worker | an attribute of `SchedulerOutput` | `messages.orders` |
 | seconds of compactions | worker | scheduler | an attribute of `ModelRunnerOutput` | `messages.orders` |
 | usage of a prompt | scheduler | front end | `EngineCoreOutput.kv_transfer_params` | `messages.usage` |
-| why a request failed | scheduler | front end | `EngineCoreOutput.stop_reason`, `.error` | `scheduler.failed_requests` |
+| why a request failed | scheduler | front end | `EngineCoreOutput.stop_reason`, `error` | `scheduler.failed_requests` |
 | statistics | scheduler | front end | `SchedulerStats.kv_connector_stats` | `messages.stats` |
 
 Settings and fields go the ways that vLLM has for them. Each message of this package has two functions beside it: one
