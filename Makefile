@@ -17,7 +17,8 @@ ENGINES := $(filter-out $(FAST),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/
   tests/server/test_configs.py::TestEach::test_it_serves
 
 # What runs on Python files of vLLM alone; the one left out asks for a CPU kernel.
-NEXT := $(addprefix tests/,contract scheduler worker server) --ignore tests/worker/test_rows.py
+NEXT := $(addprefix tests/,contract scheduler worker server plan/test_model.py plan/test_plan_command.py) \
+  --ignore tests/worker/test_rows.py
 
 VENV := .venv
 BIN := $(VENV)/bin
