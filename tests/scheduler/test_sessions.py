@@ -1,8 +1,11 @@
 """Streaming-input sessions: a request whose prompt comes in chunks, each answered before the next one is computed."""
 
 import pytest
+from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.request import RequestStatus
 
 from vllm_l2kv.messages.orders import orders_of
@@ -133,7 +136,28 @@ def test_a_bad_value_says_so_where_the_output_ends(harness):
     *_, out = harness.received
     assert out.finish_reason == FinishReason.ERROR
     assert out.stop_reason == "kv_keep_ratio must satisfy 0 < kv_keep_ratio <= 1, got 7."
-    if "error" in EngineCoreOutput.__struct_fields__:  # since vLLM 0.33: what its front end raises
-        raised = out.error.to_exception()
-        assert isinstance(raised, VLLMValidationError)
-        assert str(raised) == out.stop_reason
+    assert read_by_a_client(out) == out.stop_reason
+
+
+def read_by_a_client(out: EngineCoreOutput) -> str | int | None:
+    """What `AsyncLLM` makes of an output; since vLLM 0.33 it raises."""
+    request = EngineCoreRequest(
+        request_id=out.request_id,
+        prompt_token_ids=[1] * 30,
+        mm_features=None,
+        sampling_params=SamplingParams(detokenize=False),
+        pooling_params=None,
+        arrival_time=0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        external_req_id="r",
+    )
+    processor, queue = OutputProcessor(None, log_stats=False), RequestOutputCollector(RequestOutputKind.DELTA, "r")
+    processor.add_request(request, None, queue=queue)
+    processor.process_outputs([out])
+    if "error" not in EngineCoreOutput.__struct_fields__:
+        return queue.get_nowait().outputs[0].stop_reason
+    with pytest.raises(VLLMValidationError) as raised:
+        queue.get_nowait()
+    return str(raised.value)
