@@ -310,5 +310,5 @@ def step_output(finished=(), preempted=(), orders=(), new=()) -> SimpleNamespace
 def order(req_id: str, num_evicted: int, destination: tuple[int, ...] = (1,)) -> CompactionOrder:
     """Of the first group."""
     move = GroupMove(0, (5, 6, 7), destination)
-    counts = {"num_prompt_tokens": num_evicted + 1, "num_keep": 1, "num_tokens": num_evicted + 1}
+    counts = {"num_rows": num_evicted + 1, "num_keep": 1, "num_evicted": num_evicted}
     return CompactionOrder(req_id=req_id, params=CompressionParams(), moves=(move,), **counts)

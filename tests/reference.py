@@ -59,19 +59,17 @@ class Reference:
         full_layers: Sequence[int] = (0, 1),
         first: int = 0,
         last: int = 0,
-        delay: int = 0,
     ) -> torch.Tensor:
         """`[len(tokens), vocabulary]` logits of each next token, fp32.
 
-        `tokens` are what was generated; where one is `None`, the likeliest takes its place. `delay` more tokens than
-        the first are computed on the full cache before it is compacted.
+        `tokens` are what was generated; where one is `None`, the likeliest takes its place. The first comes from the
+        full cache.
         """
         cache, logits = self._prefill(tuple(prompt))
         n, rows = len(prompt), [logits]
         cache = copy.deepcopy(cache)
-        self._decode(cache, tokens[:delay], rows, n)
         cache = self._compacted(cache, n, expected_keep(n, ratio, first, last), full_layers, first, last)
-        self._decode(cache, tokens[delay : len(tokens) - 1], rows, n)
+        self._decode(cache, tokens[: len(tokens) - 1], rows, n)
         return torch.stack(rows)
 
     def _decode(
@@ -103,9 +101,7 @@ class Reference:
             keys, values = layer.keys, layer.values
             if index not in full_layers:
                 kept = self._kept(index, keys[0, :, :n], values[0, :, :n], num_keep, first, last)
-                generated = torch.arange(n, keys.shape[2]).expand(1, keys.shape[1], -1)
-                kept = torch.cat([kept, generated], dim=2).to(self.device)
-                kept = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
+                kept = kept.to(self.device)[..., None].expand(-1, -1, -1, keys.shape[-1])
                 keys, values = keys.gather(2, kept), values.gather(2, kept)
             compacted.update(keys, values, index)
         return compacted

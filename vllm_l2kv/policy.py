@@ -1,10 +1,12 @@
-"""How many of a prompt's tokens are kept: integers in, integer out.
+"""When a request is compacted, and how many rows are kept: integers in, integers out.
 
-The count depends on nothing but integers and the ratio, so the scheduler knows it without asking the worker, and
-tensor-parallel ranks agree without communication.
+Both depend on nothing but the request's own length and parameters: not on the batch, the chunks of its prompt,
+preemption or prefix-cache hits. So the scheduler knows them without asking the worker, tensor-parallel ranks agree
+without communication, and an answer depends on its request alone.
 """
 
 import math
+from typing import NamedTuple
 
 from vllm_l2kv.params import CompressionParams
 
@@ -24,3 +26,38 @@ def num_keep(num_prompt_tokens: int, params: CompressionParams) -> int:
     """
     by_ratio = math.ceil(params.keep_ratio * num_prompt_tokens - 1e-9)
     return min(num_prompt_tokens, max(by_ratio, params.protect_first + params.protect_last, 1))
+
+
+class Compaction(NamedTuple):
+    """One compaction of a request.
+
+    Attributes:
+        position: It happens when exactly this many tokens are computed; the next token sees the kept rows.
+        num_rows: Rows that each head of a compressed layer holds before it, all of them candidates for eviction.
+        num_keep: Rows that each head keeps.
+    """
+
+    position: int
+    num_rows: int
+    num_keep: int
+
+    @property
+    def num_evicted(self) -> int:
+        """Slots by which positions have moved forward after it."""
+        return self.position - self.num_keep
+
+
+def next_compaction(
+    num_prompt_tokens: int, params: CompressionParams, last: Compaction | None = None
+) -> Compaction | None:
+    """The first compaction of a request after its last one, if there is another.
+
+    Args:
+        num_prompt_tokens: Length n of the prompt, n >= 1.
+        params: The request's ratio and protection.
+        last: The last compaction; `None` before the first.
+    """
+    if last is not None:
+        return None
+    keep = num_keep(num_prompt_tokens, params)
+    return Compaction(num_prompt_tokens, num_prompt_tokens, keep) if keep < num_prompt_tokens else None

@@ -72,7 +72,7 @@ def make_orders(num_prompts: int, n: int, num_keep: int, num_blocks: int) -> lis
         begin = i * (num_source + num_destination) % (num_blocks - num_source - num_destination)
         table = blocks[begin : begin + num_source + num_destination]
         move = GroupMove(0, tuple(table[:num_source]), tuple(table[num_source:]))
-        counts = {"num_prompt_tokens": n, "num_keep": num_keep, "num_tokens": n}
+        counts = {"num_rows": n, "num_keep": num_keep, "num_evicted": n - num_keep}
         orders.append(CompactionOrder(req_id=str(i), params=UNPROTECTED, moves=(move,), **counts))
     return orders
 

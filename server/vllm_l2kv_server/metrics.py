@@ -47,8 +47,8 @@ class EngineMetrics(AggregateStatLoggerBase):
             f"{PREFIX}blocks_freed", "KV-cache blocks that compactions gave back to the pool.", LABELS
         )
         self._taken = Counter(f"{PREFIX}blocks_taken", "KV-cache blocks that compactions took for kept rows.", LABELS)
-        self._waited = Counter(
-            f"{PREFIX}compactions_waited", "Compactions that had to wait for blocks for their kept rows.", LABELS
+        self._preempted = Counter(
+            f"{PREFIX}compaction_preemptions", "Requests preempted so that a compaction finds blocks.", LABELS
         )
         self._kept_of_request = Histogram(
             f"{PREFIX}request_kept_tokens",
@@ -89,7 +89,7 @@ class EngineMetrics(AggregateStatLoggerBase):
             (self._evicted, sum(stats.evicted_tokens)),
             (self._freed, stats.num_freed_blocks),
             (self._taken, stats.num_taken_blocks),
-            (self._waited, stats.num_waited),
+            (self._preempted, stats.num_preempted),
         ):
             if number:
                 counter.labels(*labels).inc(number)

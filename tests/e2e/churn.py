@@ -12,8 +12,6 @@ from typing import Any
 import httpx
 from http_server import Server, expected_usage
 
-from vllm_l2kv.messages.usage import KeptWhole, prompt_usage
-
 RATIOS = (None, 1.0, 0.9, 0.5, 0.3, 0.1)
 NUM_SHARED_OFFSETS = 6
 """Half of all prompts begin at one of so many places of the text, so they share prefixes; the others begin anywhere."""
@@ -194,22 +192,16 @@ async def _stream(response: httpx.Response) -> AsyncIterator[str]:
 # --- what must come back
 
 
-def check_answers(answers: Sequence[Answer], may_be_whole: bool) -> None:
-    """Everybody who stayed has exactly one answer, and it is the answer to this request.
-
-    Args:
-        answers: All of them.
-        may_be_whole: Whether a request may end before it is compacted, since it was preempted late, or had to wait for
-            blocks.
-    """
+def check_answers(answers: Sequence[Answer]) -> None:
+    """Everybody who stayed has exactly one answer, and it is the answer to this request."""
     for answer in answers:
         assert answer.status in ((200, None) if answer.request.is_cut_off else (200,)), answer
         assert answer.is_complete or answer.request.is_cut_off, answer
         if answer.is_complete:
-            _check_complete(answer, may_be_whole)
+            _check_complete(answer)
 
 
-def _check_complete(answer: Answer, may_be_whole: bool) -> None:
+def _check_complete(answer: Answer) -> None:
     body = answer.request.body
     assert {event["id"] for event in answer.events} == {f"cmpl-{body['request_id']}"}, answer
     prompts = [choice["prompt_token_ids"] for choice in answer.choices if choice.get("prompt_token_ids")]
@@ -220,19 +212,16 @@ def _check_complete(answer: Answer, may_be_whole: bool) -> None:
     (usage,) = answer.usages
     assert usage["prompt_tokens"] == len(body["prompt"]), answer
     assert usage["completion_tokens"] == body["max_tokens"], answer
-    assert usage.get("kv_cache") in _kv_cache(body, may_be_whole), answer
+    assert usage.get("kv_cache") == _kv_cache(body), answer
 
 
-def _kv_cache(body: dict[str, Any], may_be_whole: bool) -> list[dict[str, int | str] | None]:
-    """What the answer may say: that all went well, or that there were no blocks before its end."""
+def _kv_cache(body: dict[str, Any]) -> dict[str, int | str] | None:
+    """What the answer must say, preempted or not."""
     params = {name.removeprefix("kv_"): value for name, value in body.items() if name.startswith("kv_")}
     if not params:
-        return [None]
-    num_tokens = len(body["prompt"])
+        return None
     # The only token comes from the full cache.
-    expected = expected_usage(num_tokens, one_token=body["max_tokens"] == 1, **params)
-    waiting = [prompt_usage(num_tokens, num_tokens, why) for why in (KeptWhole.NO_BLOCKS, KeptWhole.FIRST_TOKEN)]
-    return [expected, *(waiting if may_be_whole else [])]
+    return expected_usage(len(body["prompt"]), one_token=body["max_tokens"] == 1, **params)
 
 
 def check_again(url: str, answers: Sequence[Answer]) -> None:

@@ -71,8 +71,8 @@ def ask(server, text_ids):
 def test_undisturbed_answers_are_those_to_each_request_alone(server, ask, num_requests):
     before = churn.num_preemptions(server)
     answers = ask(CALM, num_requests // 2)
-    assert churn.num_preemptions(server) == before, "or answers may differ"
-    churn.check_answers(answers, may_be_whole=False)
+    assert churn.num_preemptions(server) == before
+    churn.check_answers(answers)
     assert sum(answer.is_compressed for answer in answers) > len(answers) / 3
     churn.check_again(server.url, answers)
 
@@ -82,18 +82,15 @@ def test_every_client_who_stays_has_one_answer(server, ask, num_requests, name):
     before = churn.num_preemptions(server)
     num_requests = num_requests // 2 if name == "long answers" else num_requests
     answers = ask(PHASES[name], num_requests)
-    churn.check_answers(answers, may_be_whole=True)
+    churn.check_answers(answers)
     if name == "long answers":
         assert churn.num_preemptions(server) >= before + num_requests / 10
     if PHASES[name].cut_off:
         assert any(not answer.is_complete for answer in answers)
         assert any(answer.events and not answer.is_complete for answer in answers), "somebody leaves in mid-stream"
     churn.wait_until_idle(server)
-    # What an uncompressed request answers does not depend on preemptions, its own or others'.
-    # One that asked for compression and waited for blocks until its end would be compressed when it is alone.
-    complete = [answer for answer in answers if answer.is_complete]
-    whole = [answer for answer in complete if answer.request.body.get("kv_keep_ratio", 1.0) == 1.0]
-    churn.check_again(server.url, whole[:NUM_AGAIN])
+    # An answer depends on its request alone: not on preemptions, its own or others'.
+    churn.check_again(server.url, [answer for answer in answers if answer.is_complete][:NUM_AGAIN])
 
 
 def test_memory_does_not_grow(server, ask, num_requests):

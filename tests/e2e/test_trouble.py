@@ -40,39 +40,25 @@ def test_compaction_in_place_when_no_block_is_free(engine, reference, text_ids):
     assert list(answer.outputs[0].token_ids) == reference.generate(prompt, 12, "0.5", full_layers_of(engine))
 
 
-def test_compaction_waits_while_blocks_are_shared_and_none_is_free(engine, reference, text_ids):
-    """Neither fresh nor private blocks: the request goes on with its full cache until a neighbour ends."""
+def test_a_request_without_room_for_its_compaction_is_preempted(engine, reference, text_ids):
+    """Neither fresh nor private blocks: the newest request, which is this one, begins again when a neighbour ends."""
     prompt = text_ids[:465]
     assert engine.kv_cache_manager.reset_prefix_cache()
     neighbour = engine.add("neighbour", prompt, greedy(8))
     while engine.scheduler.requests[neighbour].num_output_tokens < 1:
         engine.step()
-    shared = sum(engine.num_blocks(neighbour))
     with engine.filled_up(4):
-        req_id = engine.add("r", prompt, keep("0.9", num_tokens=14))
-        for _ in range(4):
-            engine.step()
-        request = engine.scheduler.requests[req_id]
-        assert request.num_output_tokens >= 3
-        assert engine.num_evicted(req_id) == 0
-        assert sum(engine.num_blocks(neighbour)) >= shared
-        num_before = None
-        answers = {}
-        while engine.llm.llm_engine.has_unfinished_requests():
-            for output in engine.step():
-                answers[output.request_id] = output
-            if num_before is None and engine.num_evicted(req_id):
-                # This step's token is the first one computed on the compacted cache.
-                num_before = request.num_output_tokens - 1
-        assert num_before is not None
-        assert num_before > 3
-    expected = reference.generate(prompt, 14, "0.9", full_layers_of(engine), delay=num_before - 1)
+        request = engine.scheduler.requests[engine.add("r", prompt, keep("0.9", num_tokens=14))]
+        answers = engine.drain()
+    assert request.num_preemptions == 1
+    assert list(answers["neighbour"].outputs[0].token_ids) == reference.generate(prompt, 8)
+    expected = reference.generate(prompt, 14, "0.9", full_layers_of(engine))
     assert list(answers["r"].outputs[0].token_ids) == expected
     usage = answers["r"].kv_transfer_params["kv_cache"]
     assert usage["kept_tokens"] == expected_keep(465, "0.9")
 
 
-def test_preempted_requests_come_back_and_are_compacted_again(engine, text_ids):
+def test_preempted_requests_come_back_and_answer_as_if_undisturbed(engine, text_ids):
     prompts = [text_ids[50 * i : 50 * i + 150] for i in range(6)]
     num_tokens = 80
     undisturbed = engine.tokens(prompts, [keep("0.5", num_tokens=num_tokens)] * len(prompts))
@@ -92,9 +78,7 @@ def test_preempted_requests_come_back_and_are_compacted_again(engine, text_ids):
     for i in range(len(prompts)):
         tokens = list(answers[str(i)].outputs[0].token_ids)
         assert len(tokens) == num_tokens
-        # What was generated before a preemption is computed again on the full prompt, which may change what follows.
-        if i not in preempted:
-            assert tokens == undisturbed[i]
+        assert tokens == undisturbed[i]
         assert answers[str(i)].kv_transfer_params["kv_cache"]["evicted_tokens"] == 75
 
 

@@ -63,10 +63,10 @@ class Pool:
         return TritonCompactor(GroupCache.of(list(self.views), self.head_size, self.key_dtype), 0, max_num_tokens)
 
 
-def order(source, destination, n, num_keep, num_tokens=None, first=0, last=0, scorer="l2", granularity="token"):
+def order(source, destination, n, num_keep, first=0, last=0, scorer="l2", granularity="token"):
     move = GroupMove(0, tuple(source), tuple(destination))
     params = CompressionParams(protect_first=first, protect_last=last, scorer=scorer, granularity=granularity)
-    counts = {"num_prompt_tokens": n, "num_keep": num_keep, "num_tokens": n if num_tokens is None else num_tokens}
+    counts = {"num_rows": n, "num_keep": num_keep, "num_evicted": n - num_keep}
     return CompactionOrder(req_id="r", params=params, moves=(move,), **counts)
 
 
@@ -93,25 +93,24 @@ if ON_GPU:
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize("num_generated", [0, 3])
-def test_every_moved_row_is_equal(n, num_generated):
-    num_keep, num_tokens = max(n // 3, 1), n + num_generated
-    counts = -(-num_tokens // 16), -(-(num_keep + num_generated) // 16)
+def test_every_moved_row_is_equal(n):
+    num_keep = max(n // 3, 1)
+    counts = -(-n // 16), -(-num_keep // 16)
     source, destination = tables(sum(counts) + 3, *counts)
-    check(Pool(sum(counts) + 3, 16), [order(source, destination, n, num_keep, num_tokens)], max_num_tokens=n)
+    check(Pool(sum(counts) + 3, 16), [order(source, destination, n, num_keep)], max_num_tokens=n)
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
 def test_head_sizes_and_layouts(head_size, layout):
     source, destination = tables(12, 6, 3)
-    check(Pool(12, 16, head_size=head_size, layout=layout), [order(source, destination, 90, 40, 93)])
+    check(Pool(12, 16, head_size=head_size, layout=layout), [order(source, destination, 90, 40)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_types(dtype):
     source, destination = tables(12, 6, 3)
-    check(Pool(12, 16, dtype=dtype), [order(source, destination, 90, 40, 93)])
+    check(Pool(12, 16, dtype=dtype), [order(source, destination, 90, 40)])
 
 
 # Blocks 2**29 elements apart: offsets leave 32 bits.
@@ -119,7 +118,7 @@ def test_types(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_padded_blocks(dtype, padding):
     source, destination = tables(9, 6, 3)
-    check(Pool(9, 16, dtype=dtype, padding=padding), [order(source, destination, 90, 40, 93)])
+    check(Pool(9, 16, dtype=dtype, padding=padding), [order(source, destination, 90, 40)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
@@ -133,25 +132,25 @@ def test_warming_up_touches_the_null_block_only(dtype):
 @pytest.mark.parametrize(("first", "last"), [(4, 0), (0, 9), (4, 9), (40, 0)])
 def test_protection(first, last):
     source, destination = tables(12, 6, 3)
-    check(Pool(12, 16), [order(source, destination, 90, 40, 93, first, last)])
+    check(Pool(12, 16), [order(source, destination, 90, 40, first, last)])
 
 
 @pytest.mark.parametrize("num_keep", [1, 45, 89, 90])
 def test_in_place(num_keep):
     (source,) = tables(12, 6)
-    num_destination = -(-(num_keep + 3) // 16)
-    check(Pool(12, 16), [order(source, source[:num_destination], 90, num_keep, 93)])
+    num_destination = -(-num_keep // 16)
+    check(Pool(12, 16), [order(source, source[:num_destination], 90, num_keep)])
 
 
 def test_several_orders_in_one_launch():
     a, b, c, d, e = tables(30, 6, 3, 4, 1, 5)
-    orders = [order(a, b, 90, 40, 93), order(c, d, 50, 10), order(e, e[:2], 70, 20, 75, 2, 2)]
+    orders = [order(a, b, 90, 40), order(c, d, 50, 10), order(e, e[:2], 70, 20, 2, 2)]
     check(Pool(30, 16), orders)
 
 
 def test_more_orders_than_the_scratch_memory_holds():
     a, b, c, d = tables(30, 6, 3, 4, 1)
-    check(Pool(30, 16), [order(a, b, 90, 40, 93), order(c, d, 50, 10)], max_num_tokens=90)
+    check(Pool(30, 16), [order(a, b, 90, 40), order(c, d, 50, 10)], max_num_tokens=90)
 
 
 def test_ties_go_to_the_lower_position():
@@ -185,7 +184,7 @@ def test_what_torch_scores(scorer, granularity, n):
     pool = Pool(num_source + num_destination + 12, 16, dtype=torch.float32)
     pool.views.copy_(torch.randn(pool.views.shape, generator=torch.Generator().manual_seed(0)))
     protected = min(n // 4, 2), min(n // 4, 3)
-    orders = [order(c, d, 90, 40, 93), order(a, b, n, n // 2 + 1, n, *protected, scorer, granularity)]
+    orders = [order(c, d, 90, 40), order(a, b, n, n // 2 + 1, *protected, scorer, granularity)]
     check(pool, orders, max_num_tokens=n + 90)
 
 
@@ -193,7 +192,7 @@ def test_what_torch_scores(scorer, granularity, n):
 def test_torch_scores_heads_one_by_one_if_memory_is_short(monkeypatch, granularity):
     monkeypatch.setattr(torch_ranks, "TORCH_BYTES", 1)
     a, b, c, d = tables(30, 6, 3, 4, 1)
-    orders = [order(c, d, 50, 10), order(a, b, 90, 40, 93, scorer="random", granularity=granularity)]
+    orders = [order(c, d, 50, 10), order(a, b, 90, 40, scorer="random", granularity=granularity)]
     check(Pool(30, 16), orders)
 
 

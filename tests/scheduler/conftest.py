@@ -97,6 +97,17 @@ class Harness:
             self.step()
         raise AssertionError("still unfinished")
 
+    def run_until(self, happened, max_steps: int = 100) -> None:
+        for _ in range(max_steps):
+            if happened():
+                return
+            self.step()
+        raise AssertionError("it did not happen")
+
+    def preempted(self) -> list[str]:
+        """Ids, in the order of steps."""
+        return [req_id for output in self.steps for req_id in output.preempted_req_ids or ()]
+
     @property
     def pool(self):
         return self.scheduler.kv_cache_manager.block_pool

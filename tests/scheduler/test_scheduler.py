@@ -2,7 +2,6 @@
 
 import pytest
 
-from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.orders import orders_of
 from vllm_l2kv.messages.usage import KeptWhole, prompt_usage
 from vllm_l2kv.scheduler.integrity import check_nothing_left, num_evicted
@@ -36,7 +35,7 @@ def test_one_order_right_after_the_last_chunk(make_harness, depth):
     harness.run()
     assert [len(orders_of(output)) for output in harness.steps[:5]] == [0, 0, 0, 1, 0]
     (order,) = orders(harness)
-    assert (order.num_prompt_tokens, order.num_keep, order.num_tokens) == (150, 75, 150)
+    assert (order.num_rows, order.num_keep, order.num_evicted) == (150, 75, 75)
     (move,) = order.moves
     assert len(move.source) == 10
     assert len(move.destination) == 5
@@ -92,24 +91,6 @@ def test_a_prompt_kept_whole_says_why(make_harness, depth):
     }
 
 
-@pytest.mark.parametrize("leaves", [True, False], ids=["in time", "too late"])
-def test_a_compaction_that_waits_for_blocks_says_so(make_harness, depth, leaves):
-    harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=256)
-    shared = [1] * 160
-    harness.submit("first", shared, {}, 30)
-    for _ in range(3):
-        harness.step()
-    harness.submit("r", [*shared, 2], {"kv_keep_ratio": 0.9}, 8)
-    held = harness.pool.get_new_blocks(harness.pool.get_num_free_blocks() - 4)
-    harness.compressed.req_to_blocks["somebody else"] = held
-    for _ in range(5 if leaves else 30):
-        harness.step()
-    assert harness.usage["r"] == prompt_usage(161, 161, KeptWhole.NO_BLOCKS)
-    harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("somebody else"))
-    harness.run()
-    assert harness.usage["r"] == (prompt_usage(161, 145) if leaves else prompt_usage(161, 161, KeptWhole.NO_BLOCKS))
-
-
 def test_freed_blocks_of_one_order_are_no_destination_of_another_in_the_same_step(make_harness, depth):
     harness = make_harness(60, depth=depth, max_num_batched_tokens=256)
     for i in range(3):
@@ -146,30 +127,77 @@ def test_an_order_is_withdrawn_when_its_request_is_preempted_by_the_same_step(ma
     assert withdrawn
 
 
-def test_compaction_waits_for_blocks_and_keeps_what_was_generated_meanwhile(make_harness, depth):
-    """The prompt's blocks are shared, so they cannot be written; the pool is empty until somebody leaves."""
-    harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=256)
-    first = harness.add("same prompt", 160, max_tokens=30)
+def crowd(harness, ratio=0.9, **about) -> None:
+    """Two requests with one prompt, whose blocks neither may write, and no block free for the copy of one of them."""
+    shared = [1] * 160
+    harness.submit("first", shared, {}, 30, **about)
     for _ in range(3):
         harness.step()
-    second = harness.add("r", 161, max_tokens=24, ratio=0.9)
-    second._all_token_ids[:160] = first._all_token_ids[:160]
-    second.prompt_token_ids[:160] = first.prompt_token_ids[:160]
-    second.block_hashes.clear()
-    second.update_block_hashes()
-    held = harness.pool.get_new_blocks(harness.pool.get_num_free_blocks() - 4)
-    harness.compressed.req_to_blocks["somebody else"] = held
+    harness.submit("r", [*shared, 2], {"kv_keep_ratio": ratio}, 24)
+    num_held = harness.pool.get_num_free_blocks() - (4 if ratio > 0.5 else 1)
+    harness.compressed.req_to_blocks["another holder"] = harness.pool.get_new_blocks(num_held)
+
+
+def test_without_room_for_a_compaction_the_newest_request_is_preempted(make_harness, depth):
+    """The request itself here. It begins again when there is room, and is compacted at the same position."""
+    harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=256)
+    crowd(harness)
     for _ in range(5):
         harness.step()
-    assert second.num_output_tokens >= 2
+    assert harness.preempted() == ["r"]
     assert not orders(harness)
-    harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("somebody else"))
+    assert harness.usage["r"] == prompt_usage(161, 161, KeptWhole.FIRST_TOKEN)
+    harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("another holder"))
     harness.run()
     (order,) = orders(harness)
-    assert order.num_tokens > order.num_prompt_tokens == 161
-    (move,) = order.moves
-    assert len(move.destination) == num_blocks_for(145 + order.num_tokens - 161, 16)
+    assert (order.num_rows, order.num_keep, order.num_evicted) == (161, 145, 16)
+    assert harness.usage["r"] == prompt_usage(161, 145)
     assert len(harness.outputs["r"]) == 24
+    assert len(harness.outputs["first"]) == 30
+    check_whole(harness, 40)
+
+
+def test_a_request_of_lower_priority_is_preempted_for_a_compaction(make_harness, depth):
+    harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=256, scheduling_policy="priority")
+    crowd(harness, priority=1)
+    harness.run_until(harness.preempted)
+    assert harness.preempted() == ["first"]
+    assert [order.req_id for order in orders(harness)] == ["r"]
+    harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("another holder"))
+    harness.run()
+    assert len(harness.outputs["first"]) == 30
+    check_whole(harness, 40)
+
+
+def test_a_request_preempted_for_a_compaction_repeats_no_token(make_harness, depth):
+    """Its last token may still be in flight; begun again at once, it would compute that twice."""
+    harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=512, scheduling_policy="priority")
+    harness.execute = lambda output: [
+        [harness.computed_after(output, req_id)] for req_id in output.num_scheduled_tokens
+    ]
+    crowd(harness, ratio=0.1, priority=1)
+    harness.run_until(harness.preempted)
+    harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("another holder"))
+    harness.run()
+    assert harness.preempted() == ["first"]
+    assert harness.outputs["first"] == list(range(160, 190))
+    assert harness.outputs["r"] == list(range(161, 185))
+
+
+def test_no_chunk_runs_past_a_compaction(make_harness, depth):
+    """A preempted request begins again with its prompt and its answer, but is compacted between the two."""
+    from vllm.v1.request import RequestStatus
+
+    harness = make_harness(40, depth=depth, max_num_batched_tokens=64)
+    request = harness.add("r", 100, max_tokens=30, ratio=0.5)
+    harness.run_until(lambda: request.num_output_tokens >= 12)
+    assert harness.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert request.status == RequestStatus.PREEMPTED
+    num_output, begun = request.num_output_tokens, len(harness.steps)
+    harness.run()
+    again = [output for output in harness.steps[begun:] if output.num_scheduled_tokens.get("r")]
+    assert [output.num_scheduled_tokens["r"] for output in again[:4]] == [64, 36, num_output, 1]
+    assert [len(orders_of(output)) for output in again[:4]] == [0, 0, 1, 0]
     check_whole(harness, 40)
 
 
@@ -192,8 +220,7 @@ def test_preempted_requests_are_compacted_again(make_harness, depth):
     compacted = [order.req_id for order in orders(harness)]
     assert preempted
     assert any(compacted.count(req_id) > 1 for req_id in preempted)
-    resumed = [order for order in orders(harness) if order.num_tokens > order.num_prompt_tokens]
-    assert resumed  # generated tokens are recomputed with the prompt and kept
+    assert {(order.num_rows, order.num_keep) for order in orders(harness)} == {(60, 30)}
     assert all(len(tokens) == 40 for tokens in harness.outputs.values())
     assert len(harness.outputs) == 6
     check_whole(harness, 24)
@@ -238,23 +265,6 @@ def test_a_bad_value_fails_its_request_alone(make_harness, depth):
     assert harness.finish_reasons == {"good": "length", "bad": "error"}
     assert len(harness.outputs["bad"]) <= depth  # vLLM fails it at the end of its first step
     check_whole(harness, 40)
-
-
-def test_no_compaction_between_the_chunks_of_a_second_prefill(make_harness, depth):
-    """After a preemption the generated tokens are prefilled too; the first chunk already covers the prompt."""
-    harness = make_harness(100, depth=depth, max_num_batched_tokens=64)
-    request = harness.add("r", 60, max_tokens=80, ratio=0.5)
-    while request.num_output_tokens < 40:
-        harness.step()
-    assert harness.scheduler.reset_prefix_cache(reset_running_requests=True)
-    num_tokens = request.num_tokens
-    assert num_tokens > 64  # more than one chunk
-    harness.run()
-    first, second = orders(harness)
-    assert first.num_tokens == 60
-    assert second.num_tokens >= num_tokens
-    assert (second.num_prompt_tokens, second.num_keep) == (60, 30)
-    check_whole(harness, 100)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 7], ids=["compressed", "refused"])

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from v2_model import RunnerV2Model
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
-from worker_model import STOP, Tokens, WorkerModel
+from worker_model import STOP, Rule, Tokens, WorkerModel
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.orders import orders_of
@@ -173,11 +173,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _submit(self, prompt, kv_fields, max_tokens, stop_after, priority, reuse_id) -> None:
         req_id = self._free_id(reuse_id)
         tokens = self.worker.tokens[req_id] = Tokens(prompt, stop_after)
+        self.worker.rules[req_id] = self._rule(kv_fields)
         self.harness.outputs[req_id] = []
         self.expected.pop(req_id, None)
         if kv_fields["kv_keep_ratio"] != REFUSED:
             self.expected[req_id] = tokens.answer(max_tokens)
         self.harness.submit(req_id, prompt, kv_fields, max_tokens, STOP, priority=priority)
+
+    def _rule(self, kv_fields) -> Rule:
+        defaults, ratio = self.scheduler.settings.defaults, kv_fields["kv_keep_ratio"]
+        return Rule(
+            "1" if ratio in (None, REFUSED) else str(ratio),
+            kv_fields.get("kv_protect_first", defaults.protect_first),
+            kv_fields.get("kv_protect_last", defaults.protect_last),
+        )
 
     def _free_id(self, reuse: bool) -> str:
         """An id never used, or one that vLLM allows again: of a finished request with no step under way."""

@@ -7,10 +7,6 @@ from vllm import envs
 
 from vllm_l2kv.messages.orders import orders_of, seconds_of, with_seconds
 from vllm_l2kv.messages.stats import take_stats
-from vllm_l2kv.messages.usage import prompt_usage
-from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.scheduler.request_state import RequestState
-from vllm_l2kv.scheduler.stats_counter import StatsCounter
 
 
 @pytest.fixture
@@ -59,7 +55,7 @@ def test_numbers_are_those_of_the_orders(telling):
     moves = [move for order in orders for move in order.moves]
     assert total(harness, "num_taken_blocks") == sum(len(move.destination) for move in moves)
     assert total(harness, "num_freed_blocks") == sum(len(move.source) for move in moves)
-    assert total(harness, "num_waited") == 0
+    assert total(harness, "num_preempted") == 0
 
 
 def test_tokens_now(telling):
@@ -94,21 +90,21 @@ def test_a_request_that_is_preempted_counts_once(telling):
     assert len(orders) >= len(total(harness, "kept_tokens")) == 4
 
 
-def test_waiting_counts_once():
-    counter = StatsCounter()
-    state, another = (RequestState(CompressionParams(0.5), prompt_usage(3, 3)) for _ in range(2))
+def test_a_preemption_for_a_compaction_counts(telling):
+    """Two requests share blocks that neither may write, and none is free for the copy of one of them."""
+    harness = telling(40, full_layers=(), max_num_batched_tokens=256)
+    shared = [1] * 160
+    harness.submit("first", shared, {}, 30)
     for _ in range(3):
-        counter.waited(state)
-    assert counter.take(0, 0).num_waited == 1
-    counter.waited(state)
-    assert counter.take(0, 0).num_waited == 0
-    counter.compacted(state, 1, 2, 3)
-    counter.compacted(state, 1, 2, 3)
-    stats = counter.take(5, 4)
-    assert (stats.kept_tokens, stats.evicted_tokens, stats.num_taken_blocks) == ([1], [2], 6)
-    assert (stats.logical_tokens, stats.physical_tokens) == (5, 4)
-    counter.compacted(another, 1, 2, 0)
-    assert counter.take(0, 0).kept_tokens == [1]
+        harness.step()
+    harness.submit("r", [*shared, 2], {"kv_keep_ratio": 0.9}, 24)
+    held = harness.pool.get_new_blocks(harness.pool.get_num_free_blocks() - 4)
+    harness.compressed.req_to_blocks["another holder"] = held
+    harness.run_until(harness.preempted)
+    harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("another holder"))
+    harness.run()
+    assert total(harness, "num_preempted") == len(harness.preempted()) == 1
+    assert total(harness, "kept_tokens") == [145]
 
 
 def test_times_ride_on_a_copy():

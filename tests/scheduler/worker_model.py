@@ -6,8 +6,11 @@ is right exactly if stock vLLM could share it. Every row read is compared with w
 """
 
 import itertools
+import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import NamedTuple
 
 from vllm_l2kv.block_math import num_blocks_for
@@ -60,11 +63,38 @@ class Tokens:
         return Row(group, self._prefixes[position], position, compaction)
 
 
+class Due(NamedTuple):
+    """A compaction that must come at exactly this position."""
+
+    position: int
+    num_rows: int
+    num_keep: int
+
+
+class Rule(NamedTuple):
+    """What a request asks, and from that its compactions, in words of its own."""
+
+    ratio: str = "1"
+    first: int = 0
+    last: int = 0
+
+    def compactions(self, num_prompt_tokens: int) -> Iterator[Due]:
+        share = math.ceil(Fraction(self.ratio) * num_prompt_tokens)
+        num_keep = max(share, self.first + self.last, 1)
+        if num_keep < num_prompt_tokens:
+            yield Due(num_prompt_tokens, num_prompt_tokens, num_keep)
+
+
 @dataclass
 class RequestState:
-    """What a worker knows of a request, and in `rows` what the request should find, by group and slot."""
+    """What a worker knows of a request, and in `rows` what the request should find, by group and slot.
+
+    `due` is the next compaction; before it comes no token after its position may be computed.
+    """
 
     tokens: Tokens
+    coming: Iterator[Due]
+    due: Due | None
     tables: list[list[int]]
     num_computed: int
     num_known: int
@@ -83,6 +113,7 @@ class WorkerModel:
 
     def __init__(self, block_sizes: list[int], compressed: set[int]) -> None:
         self.tokens: dict[str, Tokens] = {}
+        self.rules: dict[str, Rule] = {}
         self._block_sizes = block_sizes
         self._compressed = compressed
         self._memory: dict[tuple[int, int], Row | None] = {}
@@ -104,21 +135,23 @@ class WorkerModel:
         check_disjoint(orders)
         for order in orders:
             state = self._states[order.req_id]
-            assert state.compaction is None, f"{order.req_id} is compacted twice"
-            assert order.num_prompt_tokens == len(state.tokens.prompt)
-            assert order.num_tokens == state.num_computed >= state.num_known, f"{order.req_id} is not prefilled"
+            assert state.due is not None, f"{order.req_id} has had all its compactions"
+            assert (state.num_computed, order.num_rows, order.num_keep) == state.due, f"{order} is not {state.due}"
+            assert order.num_evicted == state.num_computed - order.num_keep
+            state.due = next(state.coming, None)
             assert {move.group_id for move in order.moves} == self._compressed
             state.compaction, state.num_evicted = next(self._compactions), order.num_evicted
-            positions = kept_positions(order)
+            slots = kept_slots(order)
             for move in order.moves:
-                self._move(order.req_id, move, positions)
+                self._move(order.req_id, move, slots)
 
-    def _move(self, req_id: str, move: GroupMove, positions: list[int]) -> None:
+    def _move(self, req_id: str, move: GroupMove, kept_slots: list[int]) -> None:
         state, size = self._states[req_id], self._block_sizes[move.group_id]
         assert list(move.source) == state.tables[move.group_id], f"{req_id}: sources are not its table"
-        assert len(move.destination) == num_blocks_for(len(positions), size)
+        assert len(move.destination) == num_blocks_for(len(kept_slots), size)
         self._check_rows(req_id, move.group_id)
-        kept = [state.rows[move.group_id][position] for position in positions]
+        assert len(state.rows[move.group_id]) > max(kept_slots)
+        kept = [state.rows[move.group_id][slot] for slot in kept_slots]
         slots = [(block, offset) for block in move.destination for offset in range(size)]
         self._memory.update(itertools.zip_longest(slots, kept))
         state.tables[move.group_id] = list(move.destination)
@@ -150,13 +183,19 @@ class WorkerModel:
         """A first or a renewed prefill; what it found in the prefix cache must have seen its whole context."""
         assert req_id not in self._states
         tokens = self.tokens[req_id]
-        state = RequestState(tokens, [list(blocks) for blocks in block_ids], num_computed, num_known)
+        coming = self.rules[req_id].compactions(len(tokens.prompt))
+        due = next(coming, None)
+        assert due is None or num_computed < due.position, f"{req_id} begins after its first compaction"
+        state = RequestState(tokens, coming, due, [list(blocks) for blocks in block_ids], num_computed, num_known)
         for group in range(len(block_ids)):
             state.rows.append([tokens.row(group, position, None) for position in range(num_computed)])
         self._states[req_id] = state
 
     def _write(self, req_id: str, num_tokens: int) -> None:
         state = self._states[req_id]
+        if state.due is not None:
+            assert state.num_computed < state.due.position, f"{req_id} runs without its compaction"
+            assert state.num_computed + num_tokens <= state.due.position, f"{req_id} runs past its compaction"
         for position in range(state.num_computed, state.num_computed + num_tokens):
             for group in range(len(state.tables)):
                 slot = position - (state.num_evicted if group in self._compressed else 0)
@@ -183,15 +222,15 @@ class WorkerModel:
         return table[slot // size], slot % size
 
 
-def kept_positions(order: CompactionOrder) -> list[int]:
-    """The protected ones, others as good as random, then all generated ones."""
-    n = order.num_prompt_tokens
+def kept_slots(order: CompactionOrder) -> list[int]:
+    """The protected ones, and others as good as random."""
+    n = order.num_rows
 
-    def rank(position: int) -> tuple[bool, int]:
-        protected = position < order.params.protect_first or position >= n - order.params.protect_last
-        return not protected, zlib.crc32(b"%d %d" % (position, n))
+    def rank(slot: int) -> tuple[bool, int]:
+        protected = slot < order.params.protect_first or slot >= n - order.params.protect_last
+        return not protected, zlib.crc32(b"%d %d" % (slot, n))
 
-    return [*sorted(sorted(range(n), key=rank)[: order.num_keep]), *range(n, order.num_tokens)]
+    return sorted(sorted(range(n), key=rank)[: order.num_keep])
 
 
 def check_disjoint(orders: tuple[CompactionOrder, ...]) -> None:

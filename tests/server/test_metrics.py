@@ -62,7 +62,7 @@ def test_stats_of_engines_add_up_and_gauges_follow():
     metrics = EngineMetrics(CONFIG, [0, 1])
     told = {"kept_tokens": [50, 25], "evicted_tokens": [50, 75], "num_freed_blocks": 8, "num_taken_blocks": 5}
     metrics.record(scheduler_stats(**told, seconds=[0.5], logical_tokens=210, physical_tokens=84), None)
-    metrics.record(scheduler_stats(kept_tokens=[1], evicted_tokens=[9], num_waited=1), None)
+    metrics.record(scheduler_stats(kept_tokens=[1], evicted_tokens=[9], num_preempted=1), None)
     metrics.record(scheduler_stats(kept_tokens=[7], evicted_tokens=[3]), None, engine_idx=1)
     assert value("requests_compressed_total", engine="0") == 3
     assert value("requests_compressed_total", engine="1") == 1
@@ -70,7 +70,7 @@ def test_stats_of_engines_add_up_and_gauges_follow():
     assert value("prompt_tokens_evicted_total", engine="0") == 134
     assert value("blocks_freed_total", engine="0") == 8
     assert value("blocks_taken_total", engine="0") == 5
-    assert value("compactions_waited_total", engine="0") == 1
+    assert value("compaction_preemptions_total", engine="0") == 1
     assert value("request_kept_tokens_sum", engine="0") == 76
     assert value("compaction_device_seconds_sum", engine="0") == 0.5
     assert value("logical_tokens", engine="0") == value("physical_tokens", engine="0") == 0

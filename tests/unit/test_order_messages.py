@@ -8,9 +8,9 @@ from vllm_l2kv.params import CompressionParams
 
 ORDER = CompactionOrder(
     req_id="r",
-    num_prompt_tokens=100,
+    num_rows=100,
     num_keep=40,
-    num_tokens=103,
+    num_evicted=60,
     params=CompressionParams(0.4, 4, 8),
     moves=(GroupMove(1, (5, 6, 7, 8), (9, 10)),),
 )
@@ -22,7 +22,3 @@ def test_orders_survive_the_ways_an_executor_passes_a_step_on():
     attach_orders(output, (ORDER,))
     for passed_on in (output, pickle.loads(pickle.dumps(output)), copy.copy(output)):
         assert orders_of(passed_on) == (ORDER,)
-
-
-def test_num_evicted():
-    assert ORDER.num_evicted == 60

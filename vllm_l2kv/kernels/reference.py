@@ -93,25 +93,22 @@ class ReferenceCompactor:
 def compact_layer(rows: LayerRows, order: CompactionOrder, move: GroupMove) -> None:
     """Gathers one layer's kept rows of one request into the destination blocks.
 
-    Kept prompt rows come first, in the order of their positions; the rows of generated tokens
-    (`num_prompt_tokens..num_tokens`) follow. Slots after them in the last block are zeroed. All rows are read before
-    any is written, so destination blocks may be among the source blocks.
+    Kept rows stay in the order of their positions. Slots after them in the last block are zeroed. All rows are read
+    before any is written, so destination blocks may be among the source blocks.
 
     Args:
         rows: The layer's cache.
         order: What is asked.
-        move: The blocks of the layer's group; `destination` holds `num_keep + num_tokens - num_prompt_tokens` rows.
+        move: The blocks of the layer's group; `destination` holds `num_keep` rows.
     """
     source, destination = (torch.tensor(blocks, device=rows.keys.device) for blocks in (move.source, move.destination))
-    n, params = order.num_prompt_tokens, order.params
-    keys, values = read(rows.keys, source, order.num_tokens), read(rows.values, source, order.num_tokens)
-    scores = scorer_of(params.scorer)(rows.prompt(keys[:, :n], values[:, :n]))
+    params = order.params
+    keys, values = read(rows.keys, source, order.num_rows), read(rows.values, source, order.num_rows)
+    scores = scorer_of(params.scorer)(rows.prompt(keys, values))
     scores = pool_scores(scores, params.granularity)
     kept = select(scores, order.num_keep, params.protect_first, params.protect_last)
-    generated = torch.arange(n, order.num_tokens, device=kept.device)
-    positions = torch.cat([kept, generated.expand(kept.shape[0], -1)], dim=1)
-    _write(rows.keys, destination, _take(keys, positions))
-    _write(rows.values, destination, _take(values, positions))
+    _write(rows.keys, destination, _take(keys, kept))
+    _write(rows.values, destination, _take(values, kept))
 
 
 def read(cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:

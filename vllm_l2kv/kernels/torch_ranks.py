@@ -25,7 +25,7 @@ def write_ranks(out: torch.Tensor, cache: GroupCache, blocks: torch.Tensor, para
     The tokens of the lowest ranks are those that the reference selects by the highest scores.
 
     Args:
-        out: `[num_layers, num_kv_heads, num_prompt_tokens]` int32; the token kept first gets 1.
+        out: `[num_layers, num_kv_heads, num_rows]` int32; the token kept first gets 1.
         cache: The group's caches.
         blocks: `[num_blocks]` integers, the prompt's block table.
         params: What the request asks.

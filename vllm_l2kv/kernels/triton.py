@@ -17,7 +17,7 @@ from vllm_l2kv.messages.orders import CompactionOrder
 
 SCORE_ROWS = 32
 SELECT_TILES = (1024, 4096)
-"""Scores that a program of `_select_kernel` reads at once: the first for prompts that fit it, else the last."""
+"""Scores that a program of `_select_kernel` reads at once: the first for requests that fit it, else the last."""
 MOVE_ROWS = 64
 MOVE_SPLIT = 32
 
@@ -26,20 +26,18 @@ class OrderRow(NamedTuple):
     """One order as the kernels read it: a row of the table, each number in the column of its name below.
 
     Attributes:
-        num_prompt_tokens: As that of `CompactionOrder`.
+        num_rows: As that of `CompactionOrder`.
         num_keep: As that of `CompactionOrder`.
-        num_tokens: As that of `CompactionOrder`.
         protect_first: As that of `CompressionParams`.
         protect_last: As that of `CompressionParams`.
         source: Where the ids of the source blocks begin in the table.
         destination: Where those of the destination blocks begin, right after the source blocks.
         num_destination: Destination blocks.
-        first_score: Prompt tokens of the orders before, whose scores come first.
+        first_score: Rows of the orders before, whose scores come first.
     """
 
-    num_prompt_tokens: int
+    num_rows: int
     num_keep: int
-    num_tokens: int
     protect_first: int
     protect_last: int
     source: int
@@ -53,9 +51,8 @@ def _column(name: str) -> tl.constexpr:
 
 
 ROW_LENGTH = tl.constexpr(len(OrderRow._fields))
-NUM_PROMPT_TOKENS = _column("num_prompt_tokens")
+NUM_ROWS = _column("num_rows")
 NUM_KEEP = _column("num_keep")
-NUM_TOKENS = _column("num_tokens")
 PROTECT_FIRST = _column("protect_first")
 PROTECT_LAST = _column("protect_last")
 SOURCE = _column("source")
@@ -85,9 +82,8 @@ def order_table(
     for order in orders:
         move = order.move_of(group_id)
         row = OrderRow(
-            num_prompt_tokens=order.num_prompt_tokens,
+            num_rows=order.num_rows,
             num_keep=order.num_keep,
-            num_tokens=order.num_tokens,
             protect_first=order.params.protect_first,
             protect_last=order.params.protect_last,
             source=next_block,
@@ -98,20 +94,20 @@ def order_table(
         rows.append(row)
         blocks += [move.source, move.destination]
         next_block = row.destination + row.num_destination
-        first_score += order.num_prompt_tokens
+        first_score += order.num_rows
     table = torch.from_numpy(np.fromiter(chain(*rows, *blocks), dtype=np.int32, count=next_block))
     return rows, table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def score_norms(cache: GroupCache, table: torch.Tensor, scores: torch.Tensor, num_orders: int, longest: int) -> None:
-    """Norms of each prompt's keys as integers that sort alike, lower for what is kept sooner; 0 if protected.
+    """Norms of each request's keys as integers that sort alike, lower for what is kept sooner; 0 if protected.
 
     Args:
         cache: The group's caches.
         table: Of `order_table`.
         scores: `[num_selections * num_tokens]` int32, written: orders, then their layers and heads, then their tokens.
         num_orders: Orders in the table.
-        longest: Length of their longest prompt.
+        longest: Rows of the longest of them.
     """
     layer = cache.layers[0]
     num_kv_heads, block_size = layer.shape[1:3]
@@ -138,7 +134,7 @@ def select_positions(
 
 
 def move_rows(cache: GroupCache, table: torch.Tensor, kept: torch.Tensor, num_orders: int) -> None:
-    """Kept rows, then rows of generated tokens, into the destination blocks; the slots after them are zeroed.
+    """Kept rows into the destination blocks; the slots after them are zeroed.
 
     Args:
         cache: As of `score_norms`.
@@ -179,15 +175,15 @@ def _score_kernel(
     i_tile, i_selection, i_order = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_layer, i_head = i_selection // num_kv_heads, i_selection % num_kv_heads
     order = table + i_order * ROW_LENGTH
-    num_prompt_tokens = tl.load(order + NUM_PROMPT_TOKENS)
-    if i_tile * ROWS >= num_prompt_tokens:
+    num_rows = tl.load(order + NUM_ROWS)
+    if i_tile * ROWS >= num_rows:
         return
     protect_first, protect_last = tl.load(order + PROTECT_FIRST), tl.load(order + PROTECT_LAST)
     source = table + tl.load(order + SOURCE)
     first_score = tl.load(order + FIRST_SCORE).to(tl.int64)
 
     o_token = i_tile * ROWS + tl.arange(0, ROWS)
-    m_token = o_token < num_prompt_tokens
+    m_token = o_token < num_rows
     b_block = tl.load(source + o_token // block_size, mask=m_token, other=0).to(tl.int64)
     o_row = b_block * stride_block + i_head * stride_head + (o_token % block_size).to(tl.int64) * stride_slot
     o_dim = tl.arange(0, HEAD_PADDED)
@@ -200,8 +196,8 @@ def _score_kernel(
     # A scale common to a layer's keys (fp8) leaves their order alone, so it is not read.
     # Norms are not negative, so their bits sort as they do. 0 is kept for protected tokens; a NaN sorts last.
     b_bits = tl.minimum(b_norm.to(tl.int32, bitcast=True), 0x7FFFFFFE) + 1
-    m_protected = (o_token < protect_first) | (o_token >= num_prompt_tokens - protect_last)
-    o_score = (first_score * tl.num_programs(1)) + i_selection.to(tl.int64) * num_prompt_tokens + o_token
+    m_protected = (o_token < protect_first) | (o_token >= num_rows - protect_last)
+    o_score = (first_score * tl.num_programs(1)) + i_selection.to(tl.int64) * num_rows + o_token
     tl.store(scores + o_score, tl.where(m_protected, 0, b_bits), mask=m_token)
 
 
@@ -213,25 +209,25 @@ def _select_kernel(
 ):
     i_order, i_selection = tl.program_id(0), tl.program_id(1)
     order = table + i_order * ROW_LENGTH
-    num_prompt_tokens, num_keep = tl.load(order + NUM_PROMPT_TOKENS), tl.load(order + NUM_KEEP)
+    num_rows, num_keep = tl.load(order + NUM_ROWS), tl.load(order + NUM_KEEP)
     first_score = tl.load(order + FIRST_SCORE).to(tl.int64)
-    row = scores + first_score * tl.num_programs(1) + i_selection.to(tl.int64) * num_prompt_tokens
+    row = scores + first_score * tl.num_programs(1) + i_selection.to(tl.int64) * num_rows
 
     # Bisection for the num_keep-th smallest score: the highest value with fewer than num_keep scores below it. The row
     # stays in the caches near the program. (A histogram a byte would need fewer passes, but norms share their upper
     # bytes, and atomics on one bin wait for each other.)
     lowest, highest = 0x7FFFFFFF, 0
-    for start in range(0, num_prompt_tokens, TILE):
+    for start in range(0, num_rows, TILE):
         o_token = start + tl.arange(0, TILE)
-        m_token = o_token < num_prompt_tokens
+        m_token = o_token < num_rows
         lowest = tl.minimum(lowest, tl.min(tl.load(row + o_token, mask=m_token, other=0x7FFFFFFF), axis=0))
         highest = tl.maximum(highest, tl.max(tl.load(row + o_token, mask=m_token, other=0), axis=0))
     while lowest < highest:
         middle = highest - (highest - lowest) // 2  # above lowest, so the interval shrinks
         num_below = 0
-        for start in range(0, num_prompt_tokens, TILE):
+        for start in range(0, num_rows, TILE):
             o_token = start + tl.arange(0, TILE)
-            b_score = tl.load(row + o_token, mask=o_token < num_prompt_tokens, other=0x7FFFFFFF)
+            b_score = tl.load(row + o_token, mask=o_token < num_rows, other=0x7FFFFFFF)
             num_below += tl.sum((b_score < middle).to(tl.int32), axis=0)
         if num_below < num_keep:
             lowest = middle
@@ -239,18 +235,18 @@ def _select_kernel(
             highest = middle - 1
     threshold = lowest
     num_below = 0
-    for start in range(0, num_prompt_tokens, TILE):
+    for start in range(0, num_rows, TILE):
         o_token = start + tl.arange(0, TILE)
-        b_score = tl.load(row + o_token, mask=o_token < num_prompt_tokens, other=0x7FFFFFFF)
+        b_score = tl.load(row + o_token, mask=o_token < num_rows, other=0x7FFFFFFF)
         num_below += tl.sum((b_score < threshold).to(tl.int32), axis=0)
     remaining = num_keep - num_below
     # `remaining` of the scores equal to the threshold are kept: those of the lowest positions.
 
     num_taken = 0
     num_equal = 0
-    for start in range(0, num_prompt_tokens, TILE):
+    for start in range(0, num_rows, TILE):
         o_token = start + tl.arange(0, TILE)
-        m_token = o_token < num_prompt_tokens
+        m_token = o_token < num_rows
         b_score = tl.load(row + o_token, mask=m_token, other=0x7FFFFFFF)
         b_equal = ((b_score == threshold) & m_token).to(tl.int32)
         b_rank = num_equal + tl.cumsum(b_equal, axis=0)
@@ -282,12 +278,11 @@ def _move_kernel(
     i_order, i_selection, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_layer, i_head = i_selection // num_kv_heads, i_selection % num_kv_heads
     order = table + i_order * ROW_LENGTH
-    num_prompt_tokens, num_keep = tl.load(order + NUM_PROMPT_TOKENS), tl.load(order + NUM_KEEP)
-    num_tokens = tl.load(order + NUM_TOKENS)
+    num_rows, num_keep = tl.load(order + NUM_ROWS), tl.load(order + NUM_KEEP)
     source, destination = table + tl.load(order + SOURCE), table + tl.load(order + DESTINATION)
     num_slots = tl.load(order + NUM_DESTINATION) * block_size
     first_score = tl.load(order + FIRST_SCORE).to(tl.int64)
-    row = kept + first_score * tl.num_programs(1) + i_selection.to(tl.int64) * num_prompt_tokens
+    row = kept + first_score * tl.num_programs(1) + i_selection.to(tl.int64) * num_rows
     base = _row_base(pointers, like, i_layer) + i_head * stride_head
     o_content = tl.arange(0, CONTENT_PADDED)
     m_content = (o_content < CONTENT)[None, :]
@@ -302,11 +297,9 @@ def _move_kernel(
         o_slot = start + tl.arange(0, ROWS)
         m_kept = o_slot < num_keep
         b_position = tl.load(row + o_slot, mask=m_kept, other=0)
-        b_position = tl.where(m_kept, b_position, o_slot - num_keep + num_prompt_tokens)
-        m_row = b_position < num_tokens
-        b_block = tl.load(source + b_position // block_size, mask=m_row, other=0).to(tl.int64)
+        b_block = tl.load(source + b_position // block_size, mask=m_kept, other=0).to(tl.int64)
         o_from = b_block * stride_block + (b_position % block_size).to(tl.int64) * stride_slot
-        b_row = tl.load(base + o_from[:, None] + o_content[None, :], mask=m_row[:, None] & m_content, other=0)
+        b_row = tl.load(base + o_from[:, None] + o_content[None, :], mask=m_kept[:, None] & m_content, other=0)
 
         m_slot = o_slot < num_slots
         b_block = tl.load(destination + o_slot // block_size, mask=m_slot, other=0).to(tl.int64)

@@ -1,9 +1,9 @@
 """Compaction on a GPU: three launches for all layers, heads and requests of a KV-cache group in one step.
 
-    score    norms of the prompt's keys, straight from the paged cache; `torch_ranks` scores for other scorers than
+    score    norms of a request's keys, straight from the paged cache; `torch_ranks` scores for other scorers than
              `l2`, and other granularities than `token`
     select   each head's kept positions, ascending
-    move     kept rows, then rows of generated tokens, into the destination blocks
+    move     kept rows into the destination blocks
 
 Knows nothing of vLLM.
 """
@@ -19,11 +19,11 @@ from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
 
 NOTHING_PROTECTED = CompressionParams(protect_first=0, protect_last=0)
-"""To warm up with: one row of any prompt may be kept."""
+"""To warm up with: a single row may be kept."""
 
 
 def scratch_bytes(num_rows_per_token: int, max_num_tokens: int) -> int:
-    """Device memory of scores: four bytes for each key of the longest prompt."""
+    """Device memory of scores: four bytes for each key of the longest request."""
     return 4 * num_rows_per_token * max_num_tokens
 
 
@@ -33,7 +33,7 @@ class TritonCompactor:
     Args:
         cache: The group's caches.
         group_id: Its id in `GroupMove`.
-        max_num_tokens: Longest prompt; one such prompt always fits the scratch memory.
+        max_num_tokens: Rows of the longest request; it always fits the scratch memory.
     """
 
     def __init__(self, cache: GroupCache, group_id: int, max_num_tokens: int) -> None:
@@ -49,32 +49,32 @@ class TritonCompactor:
         batch: list[CompactionOrder] = []
         num_tokens = 0
         for order in orders:
-            if batch and num_tokens + order.num_prompt_tokens > capacity:
+            if batch and num_tokens + order.num_rows > capacity:
                 self._launch(batch)
                 batch, num_tokens = [], 0
             batch.append(order)
-            num_tokens += order.num_prompt_tokens
+            num_tokens += order.num_rows
         if batch:
             self._launch(batch)
 
     def warm_up(self) -> None:
-        """Compiles the kernels for every length of prompts, so that no request waits for that; moves the null block."""
+        """Compiles the kernels for every number of rows, so that no request waits for that; moves the null block."""
         block_size = self.cache.layers[0].shape[2]
         capacity = self._scratch.numel() // self.cache.num_rows_per_token
         for num_tokens in {min(tile, capacity) for tile in SELECT_TILES}:
             source = (0,) * -(-num_tokens // block_size)
             move = GroupMove(self.group_id, source, (0,))
-            counts = {"num_prompt_tokens": num_tokens, "num_keep": 1, "num_tokens": num_tokens}
+            counts = {"num_rows": num_tokens, "num_keep": 1, "num_evicted": num_tokens - 1}
             self._launch([CompactionOrder(req_id="", params=NOTHING_PROTECTED, moves=(move,), **counts)])
 
     def _launch(self, orders: Sequence[CompactionOrder]) -> None:
         cache, scratch = self.cache, self._scratch
         rows, table = order_table(orders, self.group_id, scratch.device)
-        longest = max(order.num_prompt_tokens for order in orders)
+        longest = max(order.num_rows for order in orders)
         score_norms(cache, table, scratch, len(orders), longest)
         for order, row in zip(orders, rows, strict=True):
             if (order.params.scorer, order.params.granularity) != ("l2", "token"):
-                n, num_selections = order.num_prompt_tokens, cache.num_rows_per_token
+                n, num_selections = order.num_rows, cache.num_rows_per_token
                 scores = scratch[row.first_score * num_selections :][: num_selections * n]
                 blocks = table[row.source : row.destination].long()
                 write_ranks(scores.view(len(cache.layers), -1, n), cache, blocks, order.params)

@@ -33,17 +33,17 @@ class CompactionOrder:
 
     Attributes:
         req_id: vLLM's request id.
-        num_prompt_tokens: Candidates for eviction: the first n slots of the source blocks.
-        num_keep: Prompt tokens that each head keeps.
-        num_tokens: Slots in use in the source blocks; those from `num_prompt_tokens` on are generated tokens, kept.
+        num_rows: Rows that each head holds: the first slots of the source blocks, all of them candidates for eviction.
+        num_keep: Rows that each head keeps.
+        num_evicted: Slots by which every later position moves forward.
         params: What the request asks; its protection, scorer and granularity decide which tokens are kept.
         moves: One entry for each compressed group.
     """
 
     req_id: str
-    num_prompt_tokens: int
+    num_rows: int
     num_keep: int
-    num_tokens: int
+    num_evicted: int
     params: CompressionParams
     moves: tuple[GroupMove, ...]
 
@@ -51,11 +51,6 @@ class CompactionOrder:
         """The move of one group."""
         (move,) = (move for move in self.moves if move.group_id == group_id)
         return move
-
-    @property
-    def num_evicted(self) -> int:
-        """Evicted tokens: from now on, slots are `position - num_evicted`."""
-        return self.num_prompt_tokens - self.num_keep
 
 
 def attach_orders(scheduler_output: Any, orders: tuple[CompactionOrder, ...]) -> None:

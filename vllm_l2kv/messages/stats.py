@@ -22,7 +22,7 @@ class CompactionStats:
         evicted_tokens: The others of the same requests.
         num_freed_blocks: Blocks that compactions gave back to the pool; those that other requests hold stay.
         num_taken_blocks: Blocks that compactions took for kept rows.
-        num_waited: Compactions that found no blocks for their kept rows when they were due.
+        num_preempted: Requests that were preempted so that a compaction finds blocks for its kept rows.
         seconds: Time on the device of each step's compactions.
         logical_tokens: Tokens of running requests, as their positions count.
         physical_tokens: The same in rows that they fill in compressed layers.
@@ -32,7 +32,7 @@ class CompactionStats:
     evicted_tokens: list[int] = field(default_factory=list)
     num_freed_blocks: int = 0
     num_taken_blocks: int = 0
-    num_waited: int = 0
+    num_preempted: int = 0
     seconds: list[float] = field(default_factory=list)
     logical_tokens: int = 0
     physical_tokens: int = 0

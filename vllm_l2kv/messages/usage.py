@@ -22,7 +22,6 @@ class KeptWhole(StrEnum):
     ROUNDED = "kv_keep_ratio rounds up to the whole prompt; lower it to evict some of it."
     FIRST_TOKEN = "A prompt is compressed after the first token of its answer; raise max_tokens if that cut it off."
     SESSION = "Streaming input is not compressed; give the whole prompt at once."
-    NO_BLOCKS = "The KV cache had no free blocks to compress the prompt into; send fewer requests at once."
 
 
 class PromptUsage(TypedDict):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-from vllm_l2kv.policy import num_keep
+from vllm_l2kv.policy import next_compaction
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
 from vllm_l2kv.scheduler.scheduler import L2KVScheduler
 
@@ -34,8 +34,7 @@ def check_requests(scheduler: L2KVScheduler) -> None:
     """
     # What finished since the last step is forgotten in the next one.
     unfinished = {*scheduler.requests, *scheduler.finished_req_ids}
-    for req_id, state in scheduler._due.items():
-        assert state is scheduler._states.get(req_id), f"{req_id} is due and not known"
+    assert set(scheduler._next) <= set(scheduler._states), "a request that is to be compacted is known"
     remembered: list[Iterable[str]] = [scheduler._states]
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         remembered.append(manager.num_cached_block)
@@ -44,11 +43,13 @@ def check_requests(scheduler: L2KVScheduler) -> None:
     for known in remembered:
         assert not set(known) - unfinished, f"{min(set(known) - unfinished)} is finished and still known"
     for request in scheduler.running:
-        req_id = request.request_id
-        params = scheduler._states[req_id].params if req_id in scheduler._states else None
-        if params is not None and num_keep(request.num_prompt_tokens, params) < request.num_prompt_tokens:
-            is_compacted = num_evicted(scheduler, req_id) > 0
-            assert is_compacted != (req_id in scheduler._due), f"{req_id} is missed, or due again"
+        req_id, state = request.request_id, scheduler._states.get(request.request_id)
+        params = None if state is None else state.params
+        coming = None if params is None else next_compaction(request.num_prompt_tokens, params)
+        if num_evicted(scheduler, req_id) == 0:
+            assert scheduler._next.get(req_id) == coming, f"{req_id} is passed over"
+        coming = scheduler._next.get(req_id)
+        assert coming is None or request.num_computed_tokens <= coming.position, f"{req_id} has run past {coming}"
 
 
 def check_nothing_left(scheduler: L2KVScheduler) -> None:

@@ -1,9 +1,10 @@
-"""When a request is compacted: at the first step after its prefill, before that step schedules anything.
+"""Compacts a request when exactly the tokens up to its next compaction are computed, before anything after them.
 
 Plans compactions and leaves the rest to vLLM's scheduler. Knows nothing of keys, norms or devices.
 """
 
 from collections.abc import Iterable
+from time import monotonic
 from typing import Any
 
 from vllm import envs
@@ -11,15 +12,17 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.messages.orders import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, PromptUsage, attach_usage, prompt_usage, why_whole
 from vllm_l2kv.params import Asked, check_session
-from vllm_l2kv.policy import num_keep
+from vllm_l2kv.policy import Compaction, next_compaction
 from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
@@ -40,6 +43,10 @@ logger = init_logger(f"vllm.{__name__}")
 class L2KVScheduler(AsyncScheduler):
     """vLLM's async scheduler that also compacts.
 
+    A request has a fixed list of compactions (`policy.next_compaction`). A chunk of its tokens ends at the next one,
+    and nothing after it is computed before it. It never waits for room: it takes free blocks or its own, or preempts.
+    So an answer depends on its request alone.
+
     A subclass of `Scheduler` would silently lose async scheduling.
     """
 
@@ -56,11 +63,13 @@ class L2KVScheduler(AsyncScheduler):
                 "No KV-cache group is managed by vllm-l2kv: pass its worker class together with its scheduler class, "
                 "and if VLLM_PLUGINS is set, add l2kv to it."
             )
-        self._states: dict[str, RequestState] = {}  # unfinished requests that report their numbers
-        self._due: dict[str, RequestState] = {}  # of these, begun and to be compacted, oldest first
+        self._states: dict[str, RequestState] = {}
+        self._next: dict[str, Compaction] = {}  # of requests that have begun, oldest first
+        self._orders: dict[str, CompactionOrder] = {}  # of the step under way
         self._refusals = Refusals(self)
-        self._stats_counter = StatsCounter() if self.settings.metrics and self.log_stats else None
-        if self._stats_counter is not None and "l2kv" not in (envs.VLLM_PLUGINS or ()):
+        self._stats_counter = StatsCounter()
+        self._reports_stats = self.settings.metrics and self.log_stats
+        if self._reports_stats and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(
                 "additional_config['l2kv']['metrics'] needs vllm-l2kv's part of the API server, since vLLM's own fails "
                 "on these statistics: set VLLM_PLUGINS=l2kv, or leave metrics out."
@@ -121,15 +130,14 @@ class L2KVScheduler(AsyncScheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Plans compactions, then schedules as vLLM does; the orders travel on the step's output."""
-        orders = self._compact_prefilled()
+        self._orders = {}
+        self._compact_due()
         output = super().schedule(*args, **kwargs)
-        # The step may have preempted a request that was compacted above. Its blocks may belong to another request by
-        # now, so the worker must not get the order.
-        orders = [order for order in orders if self._is_compacted(order.req_id)]
-        if orders:
-            attach_orders(output, tuple(orders))
-        if self._states:
-            self._track(output)
+        # Without those of requests that vLLM preempted in this step, see `_preempt_request`.
+        if self._orders:
+            attach_orders(output, tuple(self._orders.values()))
+        for new in output.scheduled_new_reqs if self._states else ():
+            self._report_session(self.requests[new.req_id])
         self._forget(output.finished_req_ids)
         return output
 
@@ -139,8 +147,7 @@ class L2KVScheduler(AsyncScheduler):
         Every output, not only the last: when the front end ends a request at a stop string, the engine never makes a
         last one.
         """
-        if self._stats_counter is not None:
-            self._stats_counter.measured(seconds_of(model_runner_output))
+        self._stats_counter.measured(seconds_of(model_runner_output))
         refused = self._refusals.about_to_fail(self.requests)
         outputs_of_clients = super().update_from_output(scheduler_output, model_runner_output)
         self._refusals.explain(refused, outputs_of_clients)
@@ -155,112 +162,169 @@ class L2KVScheduler(AsyncScheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Same contract as upstream, with the statistics of compactions attached."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and self._stats_counter is not None:
-            logical_tokens = sum(request.num_computed_tokens for request in self.running)
-            num_evicted = sum(self._compressed[0].num_evicted.values())
-            attach_stats(stats, self._stats_counter.take(logical_tokens, logical_tokens - num_evicted))
+        ours = self._stats_counter.take()
+        if stats is not None and self._reports_stats:
+            ours.logical_tokens = sum(request.num_computed_tokens for request in self.running)
+            ours.physical_tokens = ours.logical_tokens - sum(self._compressed[0].num_evicted.values())
+            attach_stats(stats, ours)
         return stats
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """Same contract as upstream, but KV events of a hit, if the request wants them, come from `announce_hit`."""
+        """Same contract as upstream, asked whenever a request begins, for the first time or after a preemption.
+
+        A hit ends before the first compaction, so that a step lies between. KV events of a hit, if the request wants
+        them, come from `announce_hit`.
+        """
         mode = request.kv_cache_report_mode
-        if mode != "full" or not self.kv_cache_manager.enable_kv_cache_events:
-            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+        is_reported = mode == "full" and self.kv_cache_manager.enable_kv_cache_events
         request.kv_cache_report_mode = "incremental"
         try:
-            hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+            blocks, num_tokens, *others = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         finally:
             request.kv_cache_report_mode = mode
-        _, num_tokens, *_ = hit
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            announce_hit(manager, request, num_tokens)
-        return hit
+        coordinator = self.kv_cache_manager.coordinator
+        first = self._begin(request)
+        if first is not None and num_tokens >= first.position:
+            found, num_tokens, *_ = coordinator.find_longest_cache_hit(request.block_hashes, first.position - 1)
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+        if is_reported:
+            for manager in coordinator.single_type_managers:
+                announce_hit(manager, request, num_tokens)
+        return blocks, num_tokens, *others
 
-    def _compact_prefilled(self) -> list[CompactionOrder]:
-        """Compacts every request that is ready and for which there are blocks."""
-        orders: list[CompactionOrder] = []
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Same contract as upstream, asked for each chunk of tokens: it ends at the request's next compaction."""
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        coming = self._next.get(request.request_id)
+        if coming is None:
+            return num_new_tokens
+        limit = coming.position - num_computed_tokens
+        if request.status != RequestStatus.RUNNING:
+            if self._would_lack_room(request, coming, num_computed_tokens):
+                return 0
+            if request.num_tokens - num_computed_tokens <= limit:
+                # With n-gram drafts vLLM pads a last token with rows that it rejects after the step; so they may stay.
+                return num_new_tokens
+        return min(num_new_tokens, limit)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Same contract as upstream; the worker must not get an order for blocks that others may hold by now."""
+        super()._preempt_request(request, *args, **kwargs)
+        self._orders.pop(request.request_id, None)
+        self._next.pop(request.request_id, None)
+
+    def _begin(self, request: Request) -> Compaction | None:
+        """Notes the first compaction of a request that is about to begin, if it has one."""
+        state = self._states.get(request.request_id)
+        if state is None or state.params is None:
+            return None
+        first = next_compaction(request.num_prompt_tokens, state.params)
+        if first is not None:
+            self._next[request.request_id] = first
+        return first
+
+    def _compact_due(self) -> None:
+        """Compacts every request that has reached its next compaction."""
         released: list[KVCacheBlock] = []
-        for req_id, state in list(self._due.items()):
+        for req_id, coming in list(self._next.items()):
             request = self.requests.get(req_id)  # None: finished since the last step
-            if request is not None and self._is_ready(request):
-                order = self._compact(request, state, released)
-                if order is not None:
-                    orders.append(order)
+            if request is not None and self._is_due(request, coming) and self._find_room(request, coming, released):
+                self._compact(request, coming, released)
         pool = self.kv_cache_manager.block_pool
         num_free = pool.get_num_free_blocks()
         # Tails first: the pool evicts in this order, so the beginnings of prompts stay cached longest.
         pool.free_blocks(reversed(released))
-        if self._stats_counter is not None:
-            self._stats_counter.freed(pool.get_num_free_blocks() - num_free)
-        return orders
+        self._stats_counter.freed(pool.get_num_free_blocks() - num_free)
 
-    def _is_ready(self, request: Request) -> bool:
-        """Whether the last chunk of the prefill has been scheduled and another step will follow."""
+    def _is_due(self, request: Request, coming: Compaction) -> bool:
+        """Whether all tokens up to the compaction have been scheduled and another step will follow."""
         scheduled_output = request.num_output_tokens + request.num_output_placeholders
         return (
             request.status == RequestStatus.RUNNING
-            and not request.is_prefill_chunk
-            and request.num_computed_tokens >= request.num_prompt_tokens
+            and request.num_computed_tokens == coming.position
             and scheduled_output < request.max_tokens
         )
 
-    def _compact(self, request: Request, state: RequestState, released: list[KVCacheBlock]) -> CompactionOrder | None:
-        """Compacts one request, or leaves it for a later step if there are no blocks to move it to."""
-        req_id, num_prompt_tokens, params = request.request_id, request.num_prompt_tokens, state.params
-        assert params is not None, "a request that is kept whole is never due"
-        keep = num_keep(num_prompt_tokens, params)
-        num_evicted = num_prompt_tokens - keep
-        if num_evicted == 0:
-            del self._due[req_id]
-            return None
-        # Tokens beyond the prompt: generated while compaction waited for blocks, or before a preemption. All kept.
-        num_slots = request.num_computed_tokens - num_evicted
-        needed = sum(manager.num_destination_blocks(num_slots) for manager in self._compressed)
-        in_place = needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
-        if in_place and not all(manager.fits_in_place(req_id, num_slots) for manager in self._compressed):
-            state.usage = whole(request, KeptWhole.NO_BLOCKS)
-            if self._stats_counter is not None:
-                self._stats_counter.waited(state)
-            return None
+    def _find_room(self, request: Request, coming: Compaction, released: list[KVCacheBlock]) -> bool:
+        """Preempts others, at last the request itself, until there are blocks for its kept rows.
 
-        # The last chance to cache the prompt: what is computed from now on depends on the compaction.
-        self.kv_cache_manager.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
+        Returns:
+            Whether it can be compacted now. If not, it was preempted, or blocks of this step's other compactions become
+            free for the next step; it computes nothing until then.
+        """
+        while not self._has_free_blocks(coming) and not self._fits_in_place(request, coming):
+            if released:
+                return False
+            victim = self._next_to_preempt()
+            self.running.remove(victim)
+            self._preempt_request(victim, monotonic())
+            self._stats_counter.preempted()
+            if victim is request:
+                self._states[request.request_id].lacked_room = True
+                return False
+        return True
+
+    def _would_lack_room(self, request: Request, coming: Compaction, num_computed_tokens: int) -> bool:
+        """Whether a request that found no room for its compaction would compute its prompt and find none again.
+
+        Alone it needs none: its blocks are its own.
+        """
+        if not self.running or not self._states[request.request_id].lacked_room:
+            return False
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        num_coming = coming.position - num_computed_tokens
+        num_blocks = sum(num_blocks_for(num_coming, manager.block_size) for manager in managers)
+        num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return num_blocks + self._num_destination_blocks(coming) > num_free
+
+    def _next_to_preempt(self) -> Request:
+        """The running request that vLLM would preempt."""
+        if self.policy == SchedulingPolicy.PRIORITY:
+            return max(self.running, key=lambda request: (request.priority, request.arrival_time))
+        return self.running[-1]
+
+    def _num_destination_blocks(self, coming: Compaction) -> int:
+        return sum(manager.num_destination_blocks(coming.num_keep) for manager in self._compressed)
+
+    def _has_free_blocks(self, coming: Compaction) -> bool:
+        num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return self._num_destination_blocks(coming) <= num_free
+
+    def _fits_in_place(self, request: Request, coming: Compaction) -> bool:
+        return all(manager.fits_in_place(request.request_id, coming.num_keep) for manager in self._compressed)
+
+    def _compact(self, request: Request, coming: Compaction, released: list[KVCacheBlock]) -> None:
+        """Compacts one request for which there is room, into free blocks if possible."""
+        req_id, in_place = request.request_id, not self._has_free_blocks(coming)
+        state = self._states[req_id]
+        assert state.params is not None
+        # What is computed by now comes from the full cache; the last time that the prompt can be made findable.
+        self.kv_cache_manager.cache_blocks(request, coming.position)
         moves = []
         for manager in self._compressed:
-            move, blocks = manager.compact(req_id, num_evicted, num_slots, in_place)
+            move, blocks = manager.compact(req_id, coming.num_evicted, coming.num_keep, in_place)
             moves.append(move)
             released.extend(blocks)
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             stop_prefix_caching(manager, req_id)
-        del self._due[req_id]
-        state.usage = prompt_usage(num_prompt_tokens, keep)
-        if self._stats_counter is not None:
-            self._stats_counter.compacted(state, keep, num_evicted, 0 if in_place else needed)
-        return CompactionOrder(
+        self._orders[req_id] = CompactionOrder(
             req_id=req_id,
-            num_prompt_tokens=num_prompt_tokens,
-            num_keep=keep,
-            num_tokens=request.num_computed_tokens,
-            params=params,
+            num_rows=coming.num_rows,
+            num_keep=coming.num_keep,
+            num_evicted=coming.num_evicted,
+            params=state.params,
             moves=tuple(moves),
         )
-
-    def _is_compacted(self, req_id: str) -> bool:
-        return req_id in self._compressed[0].num_evicted
-
-    def _track(self, output: SchedulerOutput) -> None:
-        """Notes requests that begin a prefill in this step, for the first time or after a preemption."""
-        begun = (new.req_id for new in output.scheduled_new_reqs)
-        for req_id in (*begun, *output.scheduled_cached_reqs.resumed_req_ids):
-            request, state = self.requests[req_id], self._states.get(req_id)
-            if state is None:
-                continue
-            if state.params is None:
-                # It may be a session whose prompt has grown.
-                state.usage = whole(request, state.usage.get("reason"))
-            else:
-                self._due[req_id] = state
-                state.usage = whole(request, why_whole(request.num_prompt_tokens, state.params))
+        following = next_compaction(request.num_prompt_tokens, state.params, coming)
+        if following is None:
+            del self._next[req_id]
+        else:
+            self._next[req_id] = following
+        state.usage = prompt_usage(request.num_prompt_tokens, coming.num_keep)
+        self._stats_counter.took(0 if in_place else self._num_destination_blocks(coming))
+        if not state.is_counted:
+            self._stats_counter.compressed(coming.num_keep, coming.num_evicted)
+            state.is_counted = True
 
     def _read_fields(self, request: Request) -> Asked:
         """What a request asks. Checked here too: one of an offline engine passes no front end.
@@ -275,12 +339,18 @@ class L2KVScheduler(AsyncScheduler):
         logger.error("Request %s is refused: %s", req_id, sentence)
         self._refusals.refuse(req_id, sentence)
 
+    def _report_session(self, request: Request) -> None:
+        """Reports the prompt of a streaming-input session, which comes as a new request each time that it has grown."""
+        state = self._states.get(request.request_id)
+        if state is not None and state.params is None:
+            state.usage = whole(request, state.usage.get("reason"))
+
     def _forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             if req_id not in self.requests:
                 self._refusals.forget((req_id,))
                 self._states.pop(req_id, None)
-                self._due.pop(req_id, None)
+                self._next.pop(req_id, None)
 
 
 def whole(request: Request, reason: str | None) -> PromptUsage:
