@@ -14,6 +14,7 @@ from vllm_l2kv_server.start_signals import Stopped
 import vllm_l2kv
 from vllm_l2kv import cli
 from vllm_l2kv.cli import main
+from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.settings import CONFIG_KEY
 
 
@@ -38,6 +39,7 @@ def test_own_options(parser):
     words = ["--kv-full-layers=3,1", "--kv-default-keep-ratio=0.5", "--kv-protect-first", "4", "--kv-protect-last", "8"]
     words += ["--kv-scorer", "keydiff", "--kv-granularity", "block"]
     assert parse(parser, words).additional_config["l2kv"] == {
+        **CompressionParams().as_fields(),
         "full_layers": [1, 3],
         "metrics": True,
         "kv_keep_ratio": 0.5,
