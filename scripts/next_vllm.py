@@ -7,11 +7,10 @@ pip fetches the wheel, 340 MB, and compares its hash; files of an earlier run in
 
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
-from vllm_l2kv.tools.demo_model import default_cache, say
+from vllm_l2kv.tools.user_cache import default_cache, make_once, say
 
 VERSION = "0.33.0"
 SHA256 = "4b6bdec4ab269990bf70d45a3c1e94c3760a27064513760193b26d6f0da883aa"
@@ -26,7 +25,7 @@ class NextVLLMError(RuntimeError):
 def ensure_next_vllm(cache: Path | None = None) -> Path:
     """Returns a folder with the package `vllm` and its metadata, after fetching them if there is none.
 
-    Safe to interrupt and to run twice at once, as the files are gathered aside and take their place in one step.
+    Safe to interrupt and to run twice at once.
 
     Args:
         cache: Where to keep them, by default `default_cache()`.
@@ -34,17 +33,8 @@ def ensure_next_vllm(cache: Path | None = None) -> Path:
     Raises:
         NextVLLMError: They are not there and cannot be fetched.
     """
-    cache = cache or default_cache()
-    folder = cache / f"vllm-{VERSION}-python-files"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=cache) as scratch:
-            unpacked = _unpack(_download(Path(scratch)), Path(scratch) / "unpacked")
-            try:
-                unpacked.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another run has put the same there
-                    raise
+    folder = (cache or default_cache()) / f"vllm-{VERSION}-python-files"
+    make_once(folder, lambda scratch: _unpack(_download(scratch), scratch / "unpacked"))
     return folder
 
 

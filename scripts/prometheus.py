@@ -4,15 +4,13 @@ Takes what is installed; else what an earlier run left in the user's cache; else
 dpkg unpacks into that cache, so nothing is installed and nobody need be root. Debian and its descendants only.
 """
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from vllm_l2kv.tools.demo_model import default_cache, say
+from vllm_l2kv.tools.user_cache import default_cache, make_once, say
 
 PROGRAMS = ("prometheus", "promtool")
 
@@ -24,7 +22,7 @@ class PrometheusError(RuntimeError):
 def ensure_prometheus(cache: Path | None = None) -> Path:
     """Returns a folder with both programs, after fetching them if there is none.
 
-    Safe to interrupt and to run twice at once, as the package is unpacked aside and takes its place in one step.
+    Safe to interrupt and to run twice at once.
 
     Args:
         cache: Where to keep them, by default `default_cache()`.
@@ -40,15 +38,16 @@ def ensure_prometheus(cache: Path | None = None) -> Path:
     if not _is_whole(programs):
         if not (shutil.which("apt-get") and shutil.which("dpkg")):
             raise PrometheusError("Prometheus is not installed, and only Debian's package can be fetched; install it.")
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=cache) as scratch:
-            unpacked = Path(scratch) / "unpacked"
-            _run("dpkg", "-x", str(_download(Path(scratch))), str(unpacked))
-            with contextlib.suppress(OSError):  # who came first has put the same there
-                unpacked.rename(cache / "prometheus")
+        make_once(cache / "prometheus", _unpacked)
     if not _is_whole(programs):
         raise PrometheusError(f"{programs} lacks {' or '.join(PROGRAMS)}; delete {cache / 'prometheus'} and run again.")
     return programs
+
+
+def _unpacked(scratch: Path) -> Path:
+    folder = scratch / "unpacked"
+    _run("dpkg", "-x", str(_download(scratch)), str(folder))
+    return folder
 
 
 def _download(scratch: Path) -> Path:

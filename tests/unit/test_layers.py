@@ -13,9 +13,10 @@ WITH_TORCH = ["scorers", "token_groups", "kernels"]
 WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals", "seams"]
 TOOLS = {
     "bench": {"tools.evaluation", "tools.html_report"},
-    "demo_model": set(),
+    "demo_model": {"tools.user_cache"},
     "evaluation": {"tools.demo_model", "tools.html_report", "engine_args"},
     "html_report": set(),
+    "user_cache": set(),
     "plan": {"tools.demo_model", "kv_cache_spec", "plugin", "refusals", "seams"},
 }
 """They use the plain modules, as a user would, and these beside them."""

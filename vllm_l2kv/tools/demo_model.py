@@ -6,7 +6,6 @@ which is converted once. Every word for the user goes to standard error; standar
 
 import contextlib
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vllm_l2kv.tools.user_cache import default_cache, make_once, say
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 """Stands for the demo model wherever a command takes a model."""
@@ -64,17 +65,10 @@ def model_folder(name: str) -> str:
     return str(ensure_demo_model()) if is_demo_model(name) else name
 
 
-def default_cache() -> Path:
-    """Our folder in the user's cache: below `XDG_CACHE_HOME`, or `~/.cache` without it."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vllm-l2kv"
-
-
 def ensure_demo_model(cache: Path | None = None, sources: Sequence[Source] | None = None) -> Path:
     """Returns the folder of the demo model, after fetching it if it is not cached.
 
-    Safe to interrupt and to run twice at once: the files are gathered in a temporary folder which takes its final
-    name in one step. Who comes second uses the folder of who came first.
+    Safe to interrupt and to run twice at once.
 
     Args:
         cache: Where to keep it, by default `default_cache()`.
@@ -264,34 +258,21 @@ def check_sha256(file: Path, expected: str) -> None:
         )
 
 
-def say(message: str) -> None:
-    """Tells the user, on standard error."""
-    sys.stderr.write(f"{message}\n")
-    sys.stderr.flush()
-
-
 def _install(source: Source, cache: Path) -> Path:
-    """Fetches into a temporary folder beside the final one and renames it."""
-    folder = cache / source.folder
+    def gather(scratch: Path) -> Path:
+        gathered = scratch / "model"
+        gathered.mkdir()
+        source.fetch(gathered)
+        return _checked(gathered)
+
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=cache) as scratch:
-            gathered = Path(scratch) / "model"
-            gathered.mkdir()
-            source.fetch(gathered)
-            _checked(gathered)
-            try:
-                gathered.rename(folder)
-            except OSError:
-                # A folder with files in it cannot be replaced: somebody else was first.
-                if not folder.is_dir():
-                    raise
+        make_once(cache / source.folder, gather)
     except OSError as error:
         raise DemoModelError(
             f"The demo model cannot be written below {cache} ({error}); free some room there (about 600 MB) or point "
             "XDG_CACHE_HOME to another folder."
         ) from error
-    return _checked(folder)
+    return _checked(cache / source.folder)
 
 
 def _checked(folder: Path) -> Path:
