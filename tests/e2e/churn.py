@@ -140,8 +140,9 @@ def ask_all(url: str, requests: Sequence[Request], concurrency: int) -> list[Ans
 
 
 async def _ask_all(url: str, requests: Sequence[Request], concurrency: int) -> list[Answer]:
-    # The server closes idle connections after five seconds; whoever uses one at that moment meets an error.
-    limits = httpx.Limits(max_connections=concurrency, keepalive_expiry=2)
+    # The server closes idle connections after five seconds. On a machine that stands still for a moment, also one that
+    # has just been used again: a connection for each request, then.
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         turns = asyncio.Semaphore(concurrency)
 
