@@ -101,6 +101,7 @@ def test_no_room_for_a_compaction(drafting, counted, small_reference, prompts):
     drafting.add("shares its blocks", prompt, keep("1.0", num_tokens=60))
     drafting.step()
     drafting.add("r", prompt, keep("0.5", num_tokens=30))
+    drafting.step()
     with drafting.filled_up(3):
         for _ in range(3):
             drafting.step()

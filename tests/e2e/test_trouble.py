@@ -47,8 +47,9 @@ def test_a_request_without_room_for_its_compaction_is_preempted(engine, referenc
     neighbour = engine.add("neighbour", prompt, greedy(8))
     while engine.scheduler.requests[neighbour].num_output_tokens < 1:
         engine.step()
+    request = engine.scheduler.requests[engine.add("r", prompt, keep("0.9", num_tokens=14))]
+    engine.step()
     with engine.filled_up(4):
-        request = engine.scheduler.requests[engine.add("r", prompt, keep("0.9", num_tokens=14))]
         answers = engine.drain()
     assert request.num_preemptions == 1
     assert list(answers["neighbour"].outputs[0].token_ids) == reference.generate(prompt, 8)

@@ -134,6 +134,7 @@ def crowd(harness, ratio=0.9, **about) -> None:
     for _ in range(3):
         harness.step()
     harness.submit("r", [*shared, 2], {"kv_keep_ratio": ratio}, 24)
+    harness.step()
     num_held = harness.pool.get_num_free_blocks() - (4 if ratio > 0.5 else 1)
     harness.compressed.req_to_blocks["another holder"] = harness.pool.get_new_blocks(num_held)
 
@@ -154,6 +155,26 @@ def test_without_room_for_a_compaction_the_newest_request_is_preempted(make_harn
     assert harness.usage["r"] == prompt_usage(161, 145)
     assert len(harness.outputs["r"]) == 24
     assert len(harness.outputs["first"]) == 30
+    check_whole(harness, 40)
+
+
+def test_a_request_on_shared_blocks_begins_when_there_is_room_for_its_compaction(make_harness, depth):
+    """Else it would compute its prompt, and be preempted at once."""
+    harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=256)
+    shared = [1] * 160
+    harness.submit("first", shared, {}, 30)
+    for _ in range(3):
+        harness.step()
+    harness.compressed.req_to_blocks["another holder"] = harness.pool.get_new_blocks(
+        harness.pool.get_num_free_blocks() - 4
+    )
+    harness.submit("r", [*shared, 2], {"kv_keep_ratio": 0.9}, 24)
+    harness.run_until(lambda: "first" not in harness.scheduler.requests)
+    assert not harness.outputs.get("r")
+    harness.run()
+    assert not harness.preempted()
+    assert len(harness.outputs["r"]) == 24
+    harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("another holder"))
     check_whole(harness, 40)
 
 

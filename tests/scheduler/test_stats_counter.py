@@ -98,6 +98,7 @@ def test_a_preemption_for_a_compaction_counts(telling):
     for _ in range(3):
         harness.step()
     harness.submit("r", [*shared, 2], {"kv_keep_ratio": 0.9}, 24)
+    harness.step()
     held = harness.pool.get_new_blocks(harness.pool.get_num_free_blocks() - 4)
     harness.compressed.req_to_blocks["another holder"] = held
     harness.run_until(harness.preempted)

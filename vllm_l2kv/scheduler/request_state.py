@@ -14,10 +14,8 @@ class RequestState:
         params: What it asks; `None` if its prompt is kept whole, at a ratio of 1 or as streaming input.
         usage: The numbers, as its outputs carry them from now on.
         is_counted: Whether the statistics have it among compressed requests.
-        lacked_room: Whether it was preempted because there was no room for its own compaction.
     """
 
     params: CompressionParams | None
     usage: PromptUsage
     is_counted: bool = False
-    lacked_room: bool = False

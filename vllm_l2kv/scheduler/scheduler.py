@@ -260,16 +260,15 @@ class L2KVScheduler(AsyncScheduler):
             self._preempt_request(victim, monotonic())
             self._stats_counter.preempted()
             if victim is request:
-                self._states[request.request_id].lacked_room = True
                 return False
         return True
 
     def _would_lack_room(self, request: Request, coming: Compaction, num_computed_tokens: int) -> bool:
-        """Whether a request that found no room for its compaction would compute its prompt and find none again.
+        """Whether a request that is about to begin on shared blocks would find no free ones for its compaction.
 
-        Alone it needs none: its blocks are its own.
+        Its own blocks would do otherwise; and so they do as soon as it runs alone.
         """
-        if not self.running or not self._states[request.request_id].lacked_room:
+        if not self.running or num_computed_tokens == 0:
             return False
         managers = self.kv_cache_manager.coordinator.single_type_managers
         num_coming = coming.position - num_computed_tokens
