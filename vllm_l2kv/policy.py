@@ -47,17 +47,12 @@ class Compaction(NamedTuple):
         return self.position - self.num_keep
 
 
-def next_compaction(
-    num_prompt_tokens: int, params: CompressionParams, last: Compaction | None = None
-) -> Compaction | None:
-    """The first compaction of a request after its last one, if there is another.
+def compaction_of(num_prompt_tokens: int, params: CompressionParams) -> Compaction | None:
+    """The compaction of a request, at the end of its prompt; `None` if nothing would be evicted.
 
     Args:
         num_prompt_tokens: Length n of the prompt, n >= 1.
         params: The request's ratio and protection.
-        last: The last compaction; `None` before the first.
     """
-    if last is not None:
-        return None
     keep = num_keep(num_prompt_tokens, params)
     return Compaction(num_prompt_tokens, num_prompt_tokens, keep) if keep < num_prompt_tokens else None

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.policy import num_keep
+from vllm_l2kv.policy import Compaction, compaction_of, num_keep
 
 
 @given(n=st.integers(1, 200_000), hundredths=st.integers(1, 100))
@@ -42,3 +42,16 @@ def test_bounds(n, ratio, first, last):
 )
 def test_examples(n, params, expected):
     assert num_keep(n, params) == expected
+
+
+@given(
+    n=st.integers(1, 10_000), ratio=st.floats(0, 1, exclude_min=True), first=st.integers(0, 9), last=st.integers(0, 9)
+)
+def test_a_compaction_is_at_the_end_of_the_prompt_and_evicts_something(n, ratio, first, last):
+    params = CompressionParams(ratio, first, last)
+    keep = num_keep(n, params)
+    if keep == n:
+        assert compaction_of(n, params) is None
+    else:
+        assert compaction_of(n, params) == Compaction(position=n, num_rows=n, num_keep=keep)
+        assert compaction_of(n, params).num_evicted == n - keep

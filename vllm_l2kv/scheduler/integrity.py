@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-from vllm_l2kv.policy import next_compaction
+from vllm_l2kv.policy import compaction_of
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
 from vllm_l2kv.scheduler.scheduler import L2KVScheduler
 
@@ -45,7 +45,7 @@ def check_requests(scheduler: L2KVScheduler) -> None:
     for request in scheduler.running:
         req_id, state = request.request_id, scheduler._states.get(request.request_id)
         params = None if state is None else state.params
-        coming = None if params is None else next_compaction(request.num_prompt_tokens, params)
+        coming = None if params is None else compaction_of(request.num_prompt_tokens, params)
         if num_evicted(scheduler, req_id) == 0:
             assert scheduler._next.get(req_id) == coming, f"{req_id} is passed over"
         coming = scheduler._next.get(req_id)

@@ -22,7 +22,7 @@ from vllm_l2kv.messages.orders import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, PromptUsage, attach_usage, prompt_usage, why_whole
 from vllm_l2kv.params import Asked, check_session
-from vllm_l2kv.policy import Compaction, next_compaction
+from vllm_l2kv.policy import Compaction, compaction_of
 from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
@@ -43,8 +43,8 @@ logger = init_logger(f"vllm.{__name__}")
 class L2KVScheduler(AsyncScheduler):
     """vLLM's async scheduler that also compacts.
 
-    A request has a fixed list of compactions (`policy.next_compaction`). A chunk of its tokens ends at the next one,
-    and nothing after it is computed before it. It never waits for room: it takes free blocks or its own, or preempts.
+    A request is compacted at a fixed position (`policy.compaction_of`). A chunk of its tokens ends there, and nothing
+    after it is computed before. It never waits for room: it takes free blocks or its own, or preempts.
     So an answer depends on its request alone.
 
     A subclass of `Scheduler` would silently lose async scheduling.
@@ -218,7 +218,7 @@ class L2KVScheduler(AsyncScheduler):
         state = self._states.get(request.request_id)
         if state is None or state.params is None:
             return None
-        first = next_compaction(request.num_prompt_tokens, state.params)
+        first = compaction_of(request.num_prompt_tokens, state.params)
         if first is not None:
             self._next[request.request_id] = first
         return first
@@ -273,8 +273,7 @@ class L2KVScheduler(AsyncScheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         num_coming = coming.position - num_computed_tokens
         num_blocks = sum(num_blocks_for(num_coming, manager.block_size) for manager in managers)
-        num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return num_blocks + self._num_destination_blocks(coming) > num_free
+        return not self._has_free_blocks(coming, beside=num_blocks)
 
     def _next_to_preempt(self) -> Request:
         """The running request that vLLM would preempt."""
@@ -285,9 +284,9 @@ class L2KVScheduler(AsyncScheduler):
     def _num_destination_blocks(self, coming: Compaction) -> int:
         return sum(manager.num_destination_blocks(coming.num_keep) for manager in self._compressed)
 
-    def _has_free_blocks(self, coming: Compaction) -> bool:
+    def _has_free_blocks(self, coming: Compaction, beside: int = 0) -> bool:
         num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return self._num_destination_blocks(coming) <= num_free
+        return beside + self._num_destination_blocks(coming) <= num_free
 
     def _fits_in_place(self, request: Request, coming: Compaction) -> bool:
         return all(manager.fits_in_place(request.request_id, coming.num_keep) for manager in self._compressed)
@@ -314,11 +313,7 @@ class L2KVScheduler(AsyncScheduler):
             params=state.params,
             moves=tuple(moves),
         )
-        following = next_compaction(request.num_prompt_tokens, state.params, coming)
-        if following is None:
-            del self._next[req_id]
-        else:
-            self._next[req_id] = following
+        del self._next[req_id]
         state.usage = prompt_usage(request.num_prompt_tokens, coming.num_keep)
         self._stats_counter.took(0 if in_place else self._num_destination_blocks(coming))
         if not state.is_counted:
