@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def with_tables(text: str) -> str:
-    """The page, with what stands between the marks of each model replaced."""
+    """The page, with the text between the marks of each model replaced."""
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         cells = read_rows(folder / AGGREGATES)
         begin, end = f"<!-- {folder.name}: benchmarks/quality/tables.py -->", f"<!-- end of {folder.name} -->"
