@@ -20,7 +20,7 @@ __all__ = ["CompressionParams", "ParamError", "__version__", "compression", "eng
 
 
 def compression(keep_ratio: float | None = None, **others: FieldValue | None) -> dict[str, FieldValue]:
-    """What one offline request asks: `SamplingParams(extra_args=compression(keep_ratio=0.5, protect_last=32))`.
+    """What one offline request asks: `SamplingParams(extra_args=compression(keep_ratio=0.5, max_tokens=4096))`.
 
     Args:
         keep_ratio: Share of the prompt's tokens kept in compressed layers, in (0, 1].
@@ -42,8 +42,10 @@ def compression(keep_ratio: float | None = None, **others: FieldValue | None) ->
 def engine_args(
     full_layers: Iterable[int] = Settings.full_layers,
     metrics: bool = Settings.metrics,
+    prompt_interval: int = Settings.prompt_interval,
+    answer_interval: int = Settings.answer_interval,
     additional_config: dict[str, Any] | None = None,
-    **defaults: FieldValue,
+    **defaults: FieldValue | None,
 ) -> dict[str, Any]:
     """Arguments that make vLLM compress: `LLM(model, **engine_args(full_layers=(0, 1), default_keep_ratio=0.5))`.
 
@@ -51,6 +53,8 @@ def engine_args(
         full_layers: Indices of layers that never compact.
         metrics: Report compactions to the front end, for `/metrics`. Only for servers of vllm-l2kv: vLLM's `LLM` would
             not know what to do with it.
+        prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt.
+        answer_interval: The same from the end of the prompt on.
         additional_config: Other entries for vLLM's option of this name.
         defaults: What applies to a request that does not give a field: `default_keep_ratio`, and the other attributes
             of `CompressionParams`.
@@ -68,7 +72,7 @@ def engine_args(
 
     given = _fields("engine_args", defaults, {field.argument: field for field in FIELDS})
     params = CompressionParams(**{field.attribute: value for field, value in given.items()})
-    settings = Settings(tuple(full_layers), params, metrics)
+    settings = Settings(tuple(full_layers), params, metrics, prompt_interval, answer_interval)
     return {
         **device_engine_args(),
         "additional_config": {**(additional_config or {}), CONFIG_KEY: settings.as_config()},

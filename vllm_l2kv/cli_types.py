@@ -39,22 +39,20 @@ def count(word: str) -> int:
     return _checked(Count().check, "N", word)
 
 
+def positive(word: str) -> int:
+    """An integer, 1 <= N."""
+    return _checked(Count(1).check, "N", word)
+
+
 def taken_by(kind: Kind) -> dict[str, Any]:
     """What `add_argument` needs for an option that takes one value of this kind."""
     match kind:
         case Ratio():
             return {"type": ratio, "metavar": "R"}
-        case Count():
-            return {"type": count, "metavar": "N"}
+        case Count(minimum):
+            return {"type": positive if minimum else count, "metavar": "N"}
         case Choice(names):
             return {"choices": names}
-
-
-def positive(word: str) -> int:
-    """An integer, 1 <= N."""
-    if (value := count(word)) < 1:
-        raise ArgumentTypeError(f"N must satisfy 1 <= N, got {value}.")
-    return value
 
 
 def real(name: str, bound: str, holds: Callable[[float], bool]) -> Callable[[str], float]:

@@ -55,15 +55,16 @@ class Ratio:
 class Count:
     """A number of tokens."""
 
+    minimum: int = 0
     type: ClassVar[str] = "integer"
 
     def bounds(self, name: str) -> str:
         """The bounds, in words."""
-        return f"0 <= {name} <= {MAX_TOKENS}"
+        return f"{self.minimum} <= {name} <= {MAX_TOKENS}"
 
     def schema(self) -> dict[str, Any]:
         """The bounds, for OpenAPI."""
-        return {"type": self.type, "minimum": 0, "maximum": MAX_TOKENS}
+        return {"type": self.type, "minimum": self.minimum, "maximum": MAX_TOKENS}
 
     def check(self, name: str, value: Any) -> int:
         """Returns the count.
@@ -72,8 +73,8 @@ class Count:
             ParamError: Not an integer, or out of bounds.
         """
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ParamError(name, f"{name} must be an integer >= 0, got {_show(value)}.")
-        if not 0 <= value <= MAX_TOKENS:
+            raise ParamError(name, f"{name} must be an integer >= {self.minimum}, got {_show(value)}.")
+        if not self.minimum <= value <= MAX_TOKENS:
             raise ParamError(name, f"{name} must satisfy {self.bounds(name)}, got {_show(value)}.")
         return value
 

@@ -7,7 +7,7 @@ A block is the same bytes for every group: `[28 layers x 32 tokens]` or `[2 laye
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
@@ -22,6 +22,9 @@ from vllm.v1.kv_cache_interface import (
     replace_as,
 )
 
+from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.capacity import Capacity, GroupCapacity
+from vllm_l2kv.policy import CompactionPoints
 from vllm_l2kv.settings import Settings
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,6 +84,13 @@ class _OneClassSpec(FullAttentionSpec):
 @dataclass(frozen=True, kw_only=True)
 class CompressedLayerSpec(_OneClassSpec):
     """A full-attention layer whose cache is compacted."""
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Same contract as upstream; a default budget bounds what the longest request holds."""
+        whole: int = super().max_memory_usage_bytes(vllm_config)
+        settings, longest = Settings.from_config(vllm_config.additional_config), vllm_config.model_config.max_model_len
+        rows = CompactionPoints(longest, settings.defaults, settings.intervals).max_rows(longest)
+        return min(whole, num_blocks_for(rows, self.block_size) * self.page_size_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,3 +252,22 @@ def group_window(group: KVCacheGroupSpec) -> int | None:
     """
     spec = next(iter(group_layer_specs(group).values()))
     return spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
+
+
+def capacity_of(kv_cache_config: Any, vllm_config: Any) -> Capacity:
+    """What requests may hold of an engine's KV cache.
+
+    Args:
+        kv_cache_config: vLLM's, with blocks and groups.
+        vllm_config: vLLM's configuration.
+    """
+    max_model_len = vllm_config.model_config.max_model_len
+    groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = next(iter(group_layer_specs(group).values()))
+        max_blocks = None
+        if isinstance(spec, SlidingWindowSpec):
+            max_blocks = spec.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, max_model_len)
+        groups.append(GroupCapacity(spec.block_size, isinstance(spec, CompressedLayerSpec), max_blocks))
+    num_blocks = kv_cache_config.num_blocks - 1  # one is vLLM's null block
+    return Capacity(num_blocks, tuple(groups), max_model_len, vllm_config.num_speculative_tokens)

@@ -24,40 +24,46 @@ CONTROLS = ("random", "l2_high", "first_last")
 """Scorers to compare the others with: chance, the opposite of `l2`, StreamingLLM."""
 SCORERS = ("l2", "l1", "linf", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", *CONTROLS)
 """Values of `kv_scorer`: the modules of `vllm_l2kv.scorers`."""
+ONE_COMPACTION_SCORERS = ("lagkv", "random")
+"""Scorers that read a row's place in the prompt, which rows no longer show once some were evicted."""
 GRANULARITIES = ("token", "block")
 """Values of `kv_granularity`, see `vllm_l2kv.token_groups`."""
 TOKENS_PER_BLOCK = 16
 """Tokens in a group of granularity `block`: the page of PagedEviction, arXiv 2509.04377."""
 
 
-def _field(default: FieldValue, kind: Kind, description: str, option: str) -> Any:
+def _field(default: FieldValue | None, kind: Kind, description: str, option: str, kw_only: bool = False) -> Any:
     """Declares a request field, with all that the API, the command line and the docs derive from it.
 
     Args:
-        default: Its value in an engine whose operator sets no other.
+        default: Its value in an engine whose operator sets no other; `None` if it then has no effect.
         kind: The kind of its values.
         description: One sentence for API docs and help texts.
         option: The server's option for the default of requests that do not give the field.
+        kw_only: Whether the constructor takes it by name only.
     """
-    return dataclasses.field(default=default, metadata={"kind": kind, "description": description, "option": option})
+    return dataclasses.field(
+        default=default, kw_only=kw_only, metadata={"kind": kind, "description": description, "option": option}
+    )
 
 
 @dataclass(frozen=True)
 class CompressionParams:
-    """How much of a request's prompt stays in the KV cache of compressed layers.
+    """How much of a request stays in the KV cache of compressed layers.
 
     The defaults here are those of every entrance: an engine, a server, `eval` and `plan` read them from this class.
     docs/quality.md says how they were chosen. The rule of the paper protects nothing, see configs/paper.yaml.
 
     Attributes:
         keep_ratio: Share of the prompt's tokens kept, in (0, 1].
-        protect_first: Prompt tokens at the start that are always kept.
-        protect_last: Prompt tokens at the end that are always kept.
+        max_tokens: The budget: rows that each head holds at most between compactions; `None` for no bound.
+        protect_first: Tokens at the start that every compaction keeps.
+        protect_last: Tokens at the end of what is held that every compaction keeps.
         scorer: What decides which of the others are kept, one of `SCORERS`.
         granularity: What is kept or evicted as one, one of `GRANULARITIES`.
 
     Raises:
-        ParamError: A value is of the wrong type or out of bounds.
+        ParamError: A value is of the wrong type or out of bounds, or two values exclude each other.
     """
 
     keep_ratio: float = _field(
@@ -66,11 +72,16 @@ class CompressionParams:
         "Share of the prompt's tokens whose KV is kept in compressed layers; 1 keeps everything.",
         "--kv-default-keep-ratio",
     )
-    protect_first: int = _field(
-        4, Count(), "Tokens at the start of the prompt that are always kept.", "--kv-protect-first"
+    max_tokens: int | None = _field(
+        None,
+        Count(1),
+        "Rows that each head of a compressed layer holds at most between compactions, in the prompt and the answer.",
+        "--kv-default-max-tokens",
+        kw_only=True,
     )
+    protect_first: int = _field(4, Count(), "Tokens at the start that every compaction keeps.", "--kv-protect-first")
     protect_last: int = _field(
-        64, Count(), "Tokens at the end of the prompt that are always kept.", "--kv-protect-last"
+        64, Count(), "Tokens at the end of what is held that every compaction keeps.", "--kv-protect-last"
     )
     scorer: str = _field(
         "l2",
@@ -88,8 +99,38 @@ class CompressionParams:
 
     def __post_init__(self) -> None:
         for field in FIELDS:
-            value = field.kind.check(field.name, getattr(self, field.attribute))
-            object.__setattr__(self, field.attribute, value)
+            value = getattr(self, field.attribute)
+            if value is not None or field.default is not None:
+                object.__setattr__(self, field.attribute, field.kind.check(field.name, value))
+        if self.max_tokens is not None:
+            self._check_budget(self.max_tokens)
+
+    def _check_budget(self, budget: int) -> None:
+        protected = self.protect_first + self.protect_last
+        if budget < protected:
+            raise ParamError(
+                "kv_max_tokens",
+                f"kv_max_tokens must be at least kv_protect_first + kv_protect_last = {protected}, got {budget}; "
+                "raise it or protect fewer tokens.",
+            )
+        if self.scorer in ONE_COMPACTION_SCORERS:
+            known = [scorer for scorer in SCORERS if scorer not in ONE_COMPACTION_SCORERS]
+            raise ParamError(
+                "kv_scorer",
+                f"kv_scorer {self.scorer!r} is defined for one compaction only, and kv_max_tokens compacts again and "
+                f"again; choose one of {', '.join(known)}, or leave kv_max_tokens out.",
+            )
+        if self.granularity != "token":
+            raise ParamError(
+                "kv_granularity",
+                f"kv_granularity {self.granularity!r} is defined for one compaction only, and kv_max_tokens compacts "
+                "again and again; set kv_granularity to 'token', or leave kv_max_tokens out.",
+            )
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything may be evicted."""
+        return self.keep_ratio < 1 or self.max_tokens is not None
 
     def override(self, values: Mapping[str, Any]) -> "CompressionParams":
         """These params, with the `kv_` fields of a request in place of their own values.
@@ -117,7 +158,7 @@ class CompressionParams:
         params = self.override(values)
         return Asked(params, by_client=any(values.get(name) is not None for name in FIELD_NAMES))
 
-    def as_fields(self) -> dict[str, FieldValue]:
+    def as_fields(self) -> dict[str, FieldValue | None]:
         """The params by the names of their request fields."""
         return {field.name: getattr(self, field.attribute) for field in FIELDS}
 
@@ -129,7 +170,7 @@ class Field:
     Attributes:
         name: Name in a request.
         attribute: Its attribute of `CompressionParams`.
-        default: Its value in an engine whose operator sets no other.
+        default: Its value in an engine whose operator sets no other; `None` if it then has no effect.
         kind: The kind of its values.
         description: One sentence for API docs and help texts.
         option: The server's option for its default.
@@ -137,7 +178,7 @@ class Field:
 
     name: str
     attribute: str
-    default: FieldValue
+    default: FieldValue | None
     kind: Kind
     description: str
     option: str
@@ -181,14 +222,14 @@ class Asked:
 
     @property
     def reports(self) -> bool:
-        """Whether the numbers of its prompt are reported: it gave a field, or the defaults compress it."""
-        return self.by_client or self.params.keep_ratio < 1
+        """Whether its numbers are reported: it gave a field, or the defaults compress it."""
+        return self.by_client or self.params.compresses
 
 
 def check_session(asked: Asked) -> None:
     """Refuses compression of streaming input: a prompt in chunks, each answered before the next one is computed.
 
-    Where a client gives no field and the operator's ratio is below 1, its prompt is kept whole instead.
+    Where a client gives no field and the operator's defaults compress, its prompt is kept whole instead.
 
     Args:
         asked: What a chunk of the prompt asks.
@@ -196,12 +237,18 @@ def check_session(asked: Asked) -> None:
     Raises:
         ParamError: The client asks for compression.
     """
-    keep_ratio = asked.params.keep_ratio
-    if asked.by_client and keep_ratio < 1:
+    params = asked.params
+    if asked.by_client and params.keep_ratio < 1:
         raise ParamError(
             "kv_keep_ratio",
-            f"kv_keep_ratio must be 1 for streaming input (a prompt that comes in chunks), got {keep_ratio:g}; "
+            f"kv_keep_ratio must be 1 for streaming input (a prompt that comes in chunks), got {params.keep_ratio:g}; "
             "set it to 1, leave all kv_ fields out, or give the whole prompt at once.",
+        )
+    if asked.by_client and params.max_tokens is not None:
+        raise ParamError(
+            "kv_max_tokens",
+            f"kv_max_tokens does not work with streaming input (a prompt that comes in chunks), got "
+            f"{params.max_tokens}; leave all kv_ fields out, or give the whole prompt at once.",
         )
 
 

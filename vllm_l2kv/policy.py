@@ -6,13 +6,114 @@ without communication, and an answer depends on its request alone.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from vllm_l2kv.params import CompressionParams
 
 
+class Intervals(NamedTuple):
+    """Rows beyond its budget that a request may hold until it is compacted to the budget.
+
+    Attributes:
+        prompt: Before the end of its prompt. Prefill chunks are no longer than this, so it is large.
+        answer: From the end of its prompt on.
+    """
+
+    prompt: int = 2048
+    answer: int = 256
+
+
+class Kind(StrEnum):
+    """Why a request is compacted: its ratio at the end of the prompt, or its budget, before that or from there on."""
+
+    RATIO = "ratio"
+    PROMPT_BUDGET = "prompt_budget"
+    ANSWER_BUDGET = "answer_budget"
+
+
+class Compaction(NamedTuple):
+    """One compaction of a request.
+
+    Attributes:
+        position: It happens when exactly this many tokens are computed; the next token sees the kept rows.
+        num_rows: Rows that each head of a compressed layer holds before it, all of them candidates for eviction.
+        num_keep: Rows that each head keeps.
+        kind: Why it happens.
+    """
+
+    position: int
+    num_rows: int
+    num_keep: int
+    kind: Kind
+
+    @property
+    def num_evicted(self) -> int:
+        """Slots by which positions have moved forward after it, those of earlier compactions included."""
+        return self.position - self.num_keep
+
+
+@dataclass(frozen=True)
+class CompactionPoints:
+    """The compactions of one request, in the order of their positions.
+
+    At the end of its prompt a request with a ratio is compacted to `num_keep` rows. A request with a budget is
+    compacted to it at the first position where it holds the budget and an interval more. Where both are due, whichever
+    leaves fewer rows happens.
+
+    Attributes:
+        num_prompt_tokens: Length n of the prompt, n >= 1.
+        params: The request's ratio, budget and protection.
+        intervals: Those of the engine.
+    """
+
+    num_prompt_tokens: int
+    params: CompressionParams
+    intervals: Intervals
+
+    def after(self, last: Compaction | None) -> Compaction | None:
+        """The compaction that follows one, or the first one for `None`; `None` if there is none."""
+        due = [compaction for compaction in (self._by_ratio(last), self._by_budget(last)) if compaction is not None]
+        return min(due, key=lambda compaction: (compaction.position, compaction.num_keep), default=None)
+
+    def until(self, num_tokens: int) -> Iterator[Compaction]:
+        """The compactions at positions up to `num_tokens`."""
+        compaction = self.after(None)
+        while compaction is not None and compaction.position <= num_tokens:
+            yield compaction
+            compaction = self.after(compaction)
+
+    def max_rows(self, num_tokens: int) -> int:
+        """A bound on the rows that a head of a compressed layer holds at a time, while `num_tokens` are computed."""
+        if self.params.max_tokens is not None:
+            return min(num_tokens, self.params.max_tokens + max(self.intervals))
+        first = self.after(None)
+        if first is None or num_tokens <= first.position:
+            return num_tokens
+        return max(first.num_rows, num_tokens - first.num_evicted)
+
+    def _by_ratio(self, last: Compaction | None) -> Compaction | None:
+        end, num_evicted = self.num_prompt_tokens, last.num_evicted if last else 0
+        num_rows, keep = end - num_evicted, num_keep(end, self.params)
+        if (last is not None and last.position >= end) or keep >= num_rows:
+            return None
+        return Compaction(end, num_rows, keep, Kind.RATIO)
+
+    def _by_budget(self, last: Compaction | None) -> Compaction | None:
+        budget, num_evicted = self.params.max_tokens, last.num_evicted if last else 0
+        if budget is None:
+            return None
+        position, kind = num_evicted + budget + self.intervals.prompt, Kind.PROMPT_BUDGET
+        if position >= self.num_prompt_tokens:
+            position, kind = num_evicted + budget + self.intervals.answer, Kind.ANSWER_BUDGET
+            position = max(position, self.num_prompt_tokens)
+        return Compaction(position, position - num_evicted, budget, kind)
+
+
 def num_keep(num_prompt_tokens: int, params: CompressionParams) -> int:
-    """Tokens of the prompt that each KV head of a compressed layer keeps.
+    """Tokens of the prompt that each KV head of a compressed layer keeps by the ratio.
 
     The ceiling is that of the authors' code (Devoto et al., arXiv 2406.11430); 1e-9 forgives products such as
     `0.1 * 30 == 3.0000000000000004`, which would otherwise keep one token too many.
@@ -26,33 +127,3 @@ def num_keep(num_prompt_tokens: int, params: CompressionParams) -> int:
     """
     by_ratio = math.ceil(params.keep_ratio * num_prompt_tokens - 1e-9)
     return min(num_prompt_tokens, max(by_ratio, params.protect_first + params.protect_last, 1))
-
-
-class Compaction(NamedTuple):
-    """One compaction of a request.
-
-    Attributes:
-        position: It happens when exactly this many tokens are computed; the next token sees the kept rows.
-        num_rows: Rows that each head of a compressed layer holds before it, all of them candidates for eviction.
-        num_keep: Rows that each head keeps.
-    """
-
-    position: int
-    num_rows: int
-    num_keep: int
-
-    @property
-    def num_evicted(self) -> int:
-        """Slots by which positions have moved forward after it."""
-        return self.position - self.num_keep
-
-
-def compaction_of(num_prompt_tokens: int, params: CompressionParams) -> Compaction | None:
-    """The compaction of a request, at the end of its prompt; `None` if nothing would be evicted.
-
-    Args:
-        num_prompt_tokens: Length n of the prompt, n >= 1.
-        params: The request's ratio and protection.
-    """
-    keep = num_keep(num_prompt_tokens, params)
-    return Compaction(num_prompt_tokens, num_prompt_tokens, keep) if keep < num_prompt_tokens else None

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vllm_l2kv.field_kinds import Count
 from vllm_l2kv.params import FIELD_NAMES, CompressionParams
+from vllm_l2kv.policy import Intervals
 
 CONFIG_KEY = "l2kv"
 
@@ -21,14 +23,18 @@ class Settings:
         full_layers: Indices of layers that never compact; the paper's skipped layers are 0 and 1.
         defaults: Params of a request that gives no field.
         metrics: Whether the engine reports statistics to its front end, which must then be that of vllm-l2kv.
+        prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt, at least 1.
+        answer_interval: The same from the end of the prompt on.
 
     Raises:
-        ValueError: An index that is not a non-negative integer.
+        ValueError: An index that is not a non-negative integer, or an interval out of bounds.
     """
 
     full_layers: tuple[int, ...] = (0, 1)
     defaults: CompressionParams = field(default_factory=CompressionParams)
     metrics: bool = False
+    prompt_interval: int = Intervals().prompt
+    answer_interval: int = Intervals().answer
 
     def __post_init__(self) -> None:
         layers = tuple(self.full_layers)
@@ -37,7 +43,14 @@ class Settings:
                 raise ValueError(f"full_layers must hold layer indices >= 0, got {layer!r}.")
         if not isinstance(self.metrics, bool):
             raise ValueError(f"metrics must be true or false, got {self.metrics!r}.")
+        for name in ("prompt_interval", "answer_interval"):
+            Count(1).check(name, getattr(self, name))
         object.__setattr__(self, "full_layers", tuple(sorted(set(layers))))
+
+    @property
+    def intervals(self) -> Intervals:
+        """The two intervals."""
+        return Intervals(self.prompt_interval, self.answer_interval)
 
     def as_config(self) -> dict[str, Any]:
         """A JSON-able form for `additional_config["l2kv"]`: attributes, and the defaults by their fields' names."""

@@ -14,12 +14,13 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_l2kv.messages.stats import take_stats
+from vllm_l2kv.policy import Kind
 from vllm_l2kv.settings import Settings
 
 PREFIX = "vllm_l2kv:"
 LABELS = ("model_name", "engine")
 TENTHS = [i / 10 for i in range(1, 11)]
-KEPT_TOKENS = [2**i for i in range(4, 21)]
+KEPT_ROWS = [2**i for i in range(4, 21)]
 DEVICE_SECONDS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10]
 FIRST_TOKEN_SECONDS = [0.01, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 200]
 OUTPUT_TOKEN_SECONDS = [0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2]
@@ -36,13 +37,13 @@ class EngineMetrics(AggregateStatLoggerBase):
 
     def __init__(self, vllm_config: Any, engine_indexes: Sequence[int]) -> None:
         self._model = vllm_config.model_config.served_model_name
-        self._compressed = Counter(f"{PREFIX}requests_compressed", "Requests whose prompt was compressed.", LABELS)
-        self._kept = Counter(
-            f"{PREFIX}prompt_tokens_kept", "Prompt tokens of compressed requests that each head kept.", LABELS
+        self._compressed = Counter(f"{PREFIX}requests_compressed", "Requests that were compacted, each once.", LABELS)
+        by_kind = (*LABELS, "kind")
+        self._compactions = Counter(
+            f"{PREFIX}compactions", "Compactions: by ratio, or by budget in the prompt or in the answer.", by_kind
         )
-        self._evicted = Counter(
-            f"{PREFIX}prompt_tokens_evicted", "Prompt tokens of compressed requests that each head evicted.", LABELS
-        )
+        self._kept = Counter(f"{PREFIX}rows_kept", "Rows that each head of a compressed layer kept.", by_kind)
+        self._evicted = Counter(f"{PREFIX}rows_evicted", "Rows that each head of a compressed layer evicted.", by_kind)
         self._freed = Counter(
             f"{PREFIX}blocks_freed", "KV-cache blocks that compactions gave back to the pool.", LABELS
         )
@@ -50,11 +51,8 @@ class EngineMetrics(AggregateStatLoggerBase):
         self._preempted = Counter(
             f"{PREFIX}compaction_preemptions", "Requests preempted so that a compaction finds blocks.", LABELS
         )
-        self._kept_of_request = Histogram(
-            f"{PREFIX}request_kept_tokens",
-            "Prompt tokens that each head kept, of each compressed request.",
-            LABELS,
-            buckets=KEPT_TOKENS,
+        self._kept_of_compaction = Histogram(
+            f"{PREFIX}compaction_kept_rows", "Rows that each head kept, of each compaction.", by_kind, buckets=KEPT_ROWS
         )
         self._seconds = Histogram(
             f"{PREFIX}compaction_device_seconds",
@@ -68,7 +66,9 @@ class EngineMetrics(AggregateStatLoggerBase):
         for index in engine_indexes:
             for metric in vars(self).values():
                 if isinstance(metric, Counter | Gauge | Histogram):
-                    metric.labels(self._model, index)  # exports 0 before the first event
+                    # Exports 0 before the first event.
+                    for kind in Kind if "kind" in metric._labelnames else (None,):
+                        metric.labels(*filter(None, (self._model, str(index), kind)))
             self._ratio.labels(self._model, index).set(1)
 
     def record(
@@ -79,14 +79,16 @@ class EngineMetrics(AggregateStatLoggerBase):
         if stats is None:
             return
         labels = self._model, engine_idx
-        for kept in stats.kept_tokens:
-            self._kept_of_request.labels(*labels).observe(kept)
+        for event in stats.compactions:
+            of_kind = (*labels, event.kind)
+            self._compactions.labels(*of_kind).inc()
+            self._kept.labels(*of_kind).inc(event.num_kept)
+            self._evicted.labels(*of_kind).inc(event.num_evicted)
+            self._kept_of_compaction.labels(*of_kind).observe(event.num_kept)
         for seconds in stats.seconds:
             self._seconds.labels(*labels).observe(seconds)
         for counter, number in (
-            (self._compressed, len(stats.kept_tokens)),
-            (self._kept, sum(stats.kept_tokens)),
-            (self._evicted, sum(stats.evicted_tokens)),
+            (self._compressed, stats.num_compressed),
             (self._freed, stats.num_freed_blocks),
             (self._taken, stats.num_taken_blocks),
             (self._preempted, stats.num_preempted),

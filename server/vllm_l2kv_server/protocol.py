@@ -69,7 +69,7 @@ class FieldInfo(BaseModel):
 
     name: str
     type: str
-    default: FieldValue
+    default: FieldValue | None
     bounds: str
     description: str
 

@@ -200,6 +200,8 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
         ours = engine_args(
             full_layers=args.kv_full_layers,
             metrics=True,
+            prompt_interval=args.kv_prompt_interval,
+            answer_interval=args.kv_answer_interval,
             additional_config=args.additional_config,
             **{field.argument: getattr(args, f"kv_{field.argument}") for field in FIELDS},
         )

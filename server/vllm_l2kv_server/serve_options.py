@@ -8,11 +8,17 @@ import json
 from typing import Any
 
 from vllm_l2kv.cli_types import DEFAULT_LAYERS, layers, positive, taken_by
-from vllm_l2kv.params import FIELDS
+from vllm_l2kv.field_kinds import Count
+from vllm_l2kv.params import FIELDS, Field
 from vllm_l2kv.settings import Settings
 
 PROG = "vllm-l2kv serve"
 MAX_BODY_OPTION = "--max-body-mib"
+INTERVALS = {
+    "kv-prompt-interval": ("prompt_interval", "before the end of its prompt"),
+    "kv-answer-interval": ("answer_interval", "from the end of its prompt on"),
+}
+"""Options to attributes of `Settings`, and where they apply."""
 DEFAULT_MAX_BODY_MIB = 64
 """Room for 48 MiB of pictures or sound as base64, and for a prompt of millions of tokens, as text or as ids."""
 
@@ -34,7 +40,16 @@ def own_options() -> argparse.ArgumentParser:
             field.option,
             **taken_by(field.kind),
             default=field.default,
-            help=f"{what}; unless a request says otherwise (default: {field.default})",
+            help=f"{what}; unless a request says otherwise (default: {_shown(field)})",
+        )
+    for option, (attribute, where) in INTERVALS.items():
+        group.add_argument(
+            f"--{option}",
+            type=positive,
+            default=getattr(Settings, attribute),
+            metavar="N",
+            help=f"rows beyond kv_max_tokens that a request may hold {where} until it is compacted "
+            f"(default: {getattr(Settings, attribute)})",
         )
     group = parser.add_argument_group("Requests")
     group.add_argument(
@@ -68,7 +83,13 @@ def config_schema() -> str:
         keys[field.option.removeprefix("--")] = {
             "description": field.description,
             **field.kind.schema(),
-            "default": field.default,
+            **({} if field.default is None else {"default": field.default}),
+        }
+    for option, (attribute, where) in INTERVALS.items():
+        keys[option] = {
+            "description": f"Rows beyond kv_max_tokens that a request may hold {where} until it is compacted.",
+            **Count(1).schema(),
+            "default": getattr(Settings, attribute),
         }
     keys[MAX_BODY_OPTION.removeprefix("--")] = {
         "description": "A request whose body is longer than this many MiB gets 413.",
@@ -89,3 +110,7 @@ def config_schema() -> str:
         "additionalProperties": True,
     }
     return json.dumps(schema, indent=2) + "\n"
+
+
+def _shown(field: Field) -> Any:
+    return "none" if field.default is None else field.default

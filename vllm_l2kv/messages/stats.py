@@ -7,9 +7,23 @@ reads the field, so an engine reports them only if its front end does that (`Set
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 _KEY = "l2kv"
+
+
+class CompactionEvent(NamedTuple):
+    """One compaction, as statistics count it.
+
+    Attributes:
+        kind: One of `policy.Kind`.
+        num_kept: Rows that each head of a compressed layer kept.
+        num_evicted: Rows that it evicted.
+    """
+
+    kind: str
+    num_kept: int
+    num_evicted: int
 
 
 @dataclass
@@ -17,9 +31,8 @@ class CompactionStats:
     """Events since the last report, and the current state.
 
     Attributes:
-        kept_tokens: Of each request that was compressed, the prompt tokens that each head kept. Requests that are
-            compressed again, after a preemption, do not count again.
-        evicted_tokens: The others of the same requests.
+        compactions: What was compacted; again after a preemption, since the work is done again.
+        num_compressed: Requests that were compacted for the first time, each once.
         num_freed_blocks: Blocks that compactions gave back to the pool; those that other requests hold stay.
         num_taken_blocks: Blocks that compactions took for kept rows.
         num_preempted: Requests that were preempted so that a compaction finds blocks for its kept rows.
@@ -28,8 +41,8 @@ class CompactionStats:
         physical_tokens: The same in rows that they fill in compressed layers.
     """
 
-    kept_tokens: list[int] = field(default_factory=list)
-    evicted_tokens: list[int] = field(default_factory=list)
+    compactions: list[CompactionEvent] = field(default_factory=list)
+    num_compressed: int = 0
     num_freed_blocks: int = 0
     num_taken_blocks: int = 0
     num_preempted: int = 0
@@ -49,4 +62,5 @@ def take_stats(scheduler_stats: Any) -> CompactionStats | None:
     if stats is None:
         return None
     scheduler_stats.kv_connector_stats = None
-    return CompactionStats(**stats)
+    events = [CompactionEvent(*event) for event in stats.pop("compactions")]
+    return CompactionStats(compactions=events, **stats)

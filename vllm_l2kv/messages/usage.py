@@ -1,4 +1,4 @@
-"""What an answer's `usage.kv_cache` says of a prompt: how many of its tokens were kept, and why all of them were.
+"""What an answer's `usage.kv_cache` says of its request: how many tokens were kept and evicted, and why none were.
 
 Rides on the `kv_transfer_params` of every output of the request: a free dict, idle without a KV connector, which vLLM
 hands on from `EngineCoreOutput` to `RequestOutput`.
@@ -16,60 +16,60 @@ REASON = "reason"
 
 
 class KeptWhole(StrEnum):
-    """Why nothing of a prompt was evicted although its keep ratio is below 1: the cause, then the remedy."""
+    """Why nothing of a request was evicted although it asks for that: the cause, then the remedy."""
 
     PROTECTED = "kv_protect_first and kv_protect_last cover the whole prompt; lower them to evict some of it."
     ROUNDED = "kv_keep_ratio rounds up to the whole prompt; lower it to evict some of it."
     FIRST_TOKEN = "A prompt is compressed after the first token of its answer; raise max_tokens if that cut it off."
+    BUDGET = "kv_max_tokens and the server's interval were not reached together; lower it to evict sooner."
     SESSION = "Streaming input is not compressed; give the whole prompt at once."
 
 
-class PromptUsage(TypedDict):
-    """The object under `usage.kv_cache`."""
+class RequestUsage(TypedDict):
+    """The object under `usage.kv_cache`.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        kept_tokens: Rows that each head of a compressed layer holds: all tokens but the last one of the answer, which
+            was never computed on, less the evicted ones.
+        evicted_tokens: Tokens that each head has evicted, those of the answer included.
+        compactions: How often the request was compacted.
+        max_tokens: The bound of the answer's length, if the request named none and the cache cannot hold the rest of
+            the context.
+        reason: Why nothing was evicted although the request asks for that.
+    """
 
     prompt_tokens: int
     kept_tokens: int
     evicted_tokens: int
+    compactions: int
+    max_tokens: NotRequired[int]
     reason: NotRequired[str]
 
 
-def prompt_usage(num_prompt_tokens: int, num_kept: int, reason: str | None = None) -> PromptUsage:
-    """The usage of one prompt.
-
-    Args:
-        num_prompt_tokens: The prompt's length.
-        num_kept: Tokens of it that each KV head of a compressed layer keeps.
-        reason: Why that is all of them although the keep ratio is below 1.
-    """
-    usage = PromptUsage(
-        prompt_tokens=num_prompt_tokens, kept_tokens=num_kept, evicted_tokens=num_prompt_tokens - num_kept
-    )
-    if reason is not None:
-        usage["reason"] = str(reason)
-    return usage
-
-
 def why_whole(num_prompt_tokens: int, params: CompressionParams) -> KeptWhole | None:
-    """Why a prompt that is not compressed is whole; `None` if its keep ratio is 1.
+    """Why a request that ends before its first compaction was kept whole; `None` if it asks for none.
 
-    A prompt that is still to be compressed has `FIRST_TOKEN`, which is right if the answer ends here.
+    A prompt that is still to be compacted at its end has `FIRST_TOKEN`, which is right if the answer ends here.
     """
+    if params.keep_ratio < 1 and num_keep(num_prompt_tokens, params) < num_prompt_tokens:
+        return KeptWhole.FIRST_TOKEN
+    if params.max_tokens is not None:
+        return KeptWhole.BUDGET
     if params.keep_ratio == 1:
         return None
-    if num_keep(num_prompt_tokens, params) < num_prompt_tokens:
-        return KeptWhole.FIRST_TOKEN
     is_protected = params.protect_first + params.protect_last >= num_prompt_tokens
     return KeptWhole.PROTECTED if is_protected else KeptWhole.ROUNDED
 
 
-def attach_usage(output: Any, usage: PromptUsage) -> None:
-    """Puts a prompt's usage on an `EngineCoreOutput`."""
+def attach_usage(output: Any, usage: RequestUsage) -> None:
+    """Puts a request's usage on an `EngineCoreOutput`."""
     output.kv_transfer_params = {USAGE_KEY: usage}
 
 
-def take_usage(output: Any) -> PromptUsage | None:
-    """Takes a prompt's usage off a `RequestOutput`, if it is there; vLLM would show the dict to clients."""
-    usage: PromptUsage | None = (output.kv_transfer_params or {}).get(USAGE_KEY)
+def take_usage(output: Any) -> RequestUsage | None:
+    """Takes a request's usage off a `RequestOutput`, if it is there; vLLM would show the dict to clients."""
+    usage: RequestUsage | None = (output.kv_transfer_params or {}).get(USAGE_KEY)
     if usage is not None:
         output.kv_transfer_params = None
     return usage

@@ -184,11 +184,23 @@ class CompressedLayerManager(LayerManager):
 
     Attributes:
         num_evicted: Compacted requests to their evicted tokens; their slots are `position - num_evicted`.
+        max_rows: Requests with a budget to the rows that they hold at most at a time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_evicted: dict[str, int] = {}
+        self.max_rows: dict[str, int] = {}
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+    ) -> int:
+        """Same contract as upstream, but counts slots; asked for a whole request, the most that it holds at a time."""
+        if apply_admission_cap and request_id in self.max_rows:
+            num_tokens = min(num_tokens, self.max_rows[request_id] + self.num_evicted.get(request_id, 0))
+        return super().get_num_blocks_to_allocate(
+            request_id, num_tokens, *args, apply_admission_cap=apply_admission_cap, **kwargs
+        )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Same contract as upstream; a request that finishes, is aborted or is preempted is no longer compacted."""
@@ -210,8 +222,8 @@ class CompressedLayerManager(LayerManager):
         """Gives the request the blocks of its kept rows.
 
         Args:
-            request_id: The request, not compacted yet.
-            num_evicted: Tokens evicted.
+            request_id: The request.
+            num_evicted: Tokens evicted, those of earlier compactions included.
             num_slots: Rows kept.
             in_place: Use the request's own first blocks instead of fresh ones from the pool.
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-from vllm_l2kv.policy import compaction_of
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
 from vllm_l2kv.scheduler.scheduler import L2KVScheduler
 
@@ -39,16 +38,20 @@ def check_requests(scheduler: L2KVScheduler) -> None:
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         remembered.append(manager.num_cached_block)
     for manager in compressed_managers(scheduler):
-        remembered += [manager.num_evicted, manager.num_tokens_allocated, manager.next_cacheable]
+        remembered += [manager.num_evicted, manager.max_rows, manager.num_tokens_allocated, manager.next_cacheable]
     for known in remembered:
         assert not set(known) - unfinished, f"{min(set(known) - unfinished)} is finished and still known"
     for request in scheduler.running:
         req_id, state = request.request_id, scheduler._states.get(request.request_id)
-        params = None if state is None else state.params
-        coming = None if params is None else compaction_of(request.num_prompt_tokens, params)
-        if num_evicted(scheduler, req_id) == 0:
-            assert scheduler._next.get(req_id) == coming, f"{req_id} is passed over"
+        points = None if state is None else state.points
         coming = scheduler._next.get(req_id)
+        evicted = num_evicted(scheduler, req_id)
+        if points is None:
+            assert (coming, evicted) == (None, 0), f"{req_id} is to be kept whole"
+            continue
+        last = next((past for past in points.until(request.num_computed_tokens) if past.num_evicted == evicted), None)
+        assert (last is None) == (evicted == 0), f"{req_id} has evicted {evicted} tokens"
+        assert coming == points.after(last), f"{req_id} is passed over"
         assert coming is None or request.num_computed_tokens <= coming.position, f"{req_id} has run past {coming}"
 
 

@@ -2,20 +2,51 @@
 
 from dataclasses import dataclass
 
-from vllm_l2kv.messages.usage import PromptUsage
-from vllm_l2kv.params import CompressionParams
+from vllm.v1.request import Request
+
+from vllm_l2kv.messages.usage import KeptWhole, RequestUsage
+from vllm_l2kv.policy import Compaction, CompactionPoints
 
 
 @dataclass
 class RequestState:
-    """An unfinished request that reports the numbers of its prompt.
+    """An unfinished request that reports its numbers.
 
     Attributes:
-        params: What it asks; `None` if its prompt is kept whole, at a ratio of 1 or as streaming input.
-        usage: The numbers, as its outputs carry them from now on.
+        request: vLLM's own state of it.
+        points: Its compactions; `None` if it is kept whole, at a ratio of 1 without a budget or as streaming input.
+        reason: Why nothing was evicted, as long as that is so; `None` if it asks for nothing.
+        max_tokens: The bound that its answer got because the cache cannot hold a longer one, if it named none.
         is_counted: Whether the statistics have it among compressed requests.
     """
 
-    params: CompressionParams | None
-    usage: PromptUsage
+    request: Request
+    points: CompactionPoints | None
+    reason: KeptWhole | None
+    max_tokens: int | None = None
     is_counted: bool = False
+    _last: Compaction | None = None  # of those that the answer has passed
+    _num_passed: int = 0
+
+    def usage(self) -> RequestUsage:
+        """The numbers at this length of its answer. They do not depend on when the engine carries compactions out."""
+        num_prompt_tokens = self.request.num_prompt_tokens
+        num_computed = max(self.request.num_tokens - 1, num_prompt_tokens)  # a token is computed to get the next one
+        # A request is compacted before it computes its next token, and not at all if there is none.
+        while (coming := self._coming()) is not None and coming.position < num_computed:
+            self._last, self._num_passed = coming, self._num_passed + 1
+        num_evicted = self._last.num_evicted if self._last else 0
+        usage = RequestUsage(
+            prompt_tokens=num_prompt_tokens,
+            kept_tokens=num_computed - num_evicted,
+            evicted_tokens=num_evicted,
+            compactions=self._num_passed,
+        )
+        if self.max_tokens is not None:
+            usage["max_tokens"] = self.max_tokens
+        if self._last is None and self.reason is not None:
+            usage["reason"] = str(self.reason)
+        return usage
+
+    def _coming(self) -> Compaction | None:
+        return self.points.after(self._last) if self.points else None

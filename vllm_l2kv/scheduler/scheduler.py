@@ -17,12 +17,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.capacity import DoesNotFitError
 from vllm_l2kv.field_kinds import ParamError
+from vllm_l2kv.kv_cache_spec import capacity_of
 from vllm_l2kv.messages.orders import CompactionOrder, attach_orders, seconds_of
 from vllm_l2kv.messages.stats import attach_stats
-from vllm_l2kv.messages.usage import KeptWhole, PromptUsage, attach_usage, prompt_usage, why_whole
+from vllm_l2kv.messages.usage import KeptWhole, attach_usage, why_whole
 from vllm_l2kv.params import Asked, check_session
-from vllm_l2kv.policy import Compaction, compaction_of
+from vllm_l2kv.policy import Compaction, CompactionPoints
 from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
@@ -43,8 +45,8 @@ logger = init_logger(f"vllm.{__name__}")
 class L2KVScheduler(AsyncScheduler):
     """vLLM's async scheduler that also compacts.
 
-    A request is compacted at a fixed position (`policy.compaction_of`). A chunk of its tokens ends there, and nothing
-    after it is computed before. It never waits for room: it takes free blocks or its own, or preempts.
+    A request is compacted at fixed positions (`policy.CompactionPoints`). A chunk of its tokens ends there, and nothing
+    after it is computed before. A compaction never waits for room: it takes free blocks or its own, or preempts.
     So an answer depends on its request alone.
 
     A subclass of `Scheduler` would silently lose async scheduling.
@@ -63,6 +65,7 @@ class L2KVScheduler(AsyncScheduler):
                 "No KV-cache group is managed by vllm-l2kv: pass its worker class together with its scheduler class, "
                 "and if VLLM_PLUGINS is set, add l2kv to it."
             )
+        self._capacity = capacity_of(self.kv_cache_config, self.vllm_config)
         self._states: dict[str, RequestState] = {}
         self._next: dict[str, Compaction] = {}  # of requests that have begun, oldest first
         self._orders: dict[str, CompactionOrder] = {}  # of the step under way
@@ -89,14 +92,13 @@ class L2KVScheduler(AsyncScheduler):
             self._refusals.end_sessions((request.request_id,))
             return
         try:
-            asked = self._read_fields(request)
-        except ParamError as error:
+            state = self._state_of(request, self._read_fields(request))
+        except (ParamError, DoesNotFitError) as error:
             self._refuse(request.request_id, str(error))
         else:
-            if asked.reports:
-                params = asked.params if asked.params.keep_ratio < 1 else None
-                usage = whole(request, why_whole(request.num_prompt_tokens, asked.params))
-                self._states[request.request_id] = RequestState(params, usage)
+            if state is not None:
+                self._states[request.request_id] = state
+                self._limit_rows(state)
         super().add_request(request)
 
     def _add_chunk(self, request: Request) -> None:
@@ -110,15 +112,18 @@ class L2KVScheduler(AsyncScheduler):
             try:
                 asked = self._read_fields(request)
                 check_session(asked)
-            except ParamError as error:
+                session = self.requests.get(req_id)
+                num_prompt_tokens = request.num_prompt_tokens + (session.num_tokens if session else 0)
+                request.max_tokens = self._capacity.max_tokens(num_prompt_tokens, request.max_tokens, None)
+            except (ParamError, DoesNotFitError) as error:
                 self._refuse(req_id, str(error))
             else:
                 failed = self._refusals.of_failed_session(req_id)
                 if failed is not None:
                     self._refuse(req_id, failed)
                 elif asked.reports:
-                    reason = KeptWhole.SESSION if asked.params.keep_ratio < 1 else None
-                    self._states[req_id] = RequestState(None, whole(self.requests.get(req_id, request), reason))
+                    reason = KeptWhole.SESSION if asked.params.compresses else None
+                    self._states[req_id] = RequestState(self.requests.get(req_id, request), None, reason)
         super().add_request(request)
 
     def finish_requests(self, request_ids: Any, *args: Any, **kwargs: Any) -> list[Request]:
@@ -136,8 +141,6 @@ class L2KVScheduler(AsyncScheduler):
         # Without those of requests that vLLM preempted in this step, see `_preempt_request`.
         if self._orders:
             attach_orders(output, tuple(self._orders.values()))
-        for new in output.scheduled_new_reqs if self._states else ():
-            self._report_session(self.requests[new.req_id])
         self._forget(output.finished_req_ids)
         return output
 
@@ -156,7 +159,7 @@ class L2KVScheduler(AsyncScheduler):
                 for output in outputs.outputs:
                     state = self._states.get(output.request_id)
                     if state is not None:
-                        attach_usage(output, state.usage)
+                        attach_usage(output, state.usage())
         return outputs_of_clients
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -216,9 +219,9 @@ class L2KVScheduler(AsyncScheduler):
     def _begin(self, request: Request) -> Compaction | None:
         """Notes the first compaction of a request that is about to begin, if it has one."""
         state = self._states.get(request.request_id)
-        if state is None or state.params is None:
+        if state is None or state.points is None:
             return None
-        first = compaction_of(request.num_prompt_tokens, state.params)
+        first = state.points.after(None)
         if first is not None:
             self._next[request.request_id] = first
         return first
@@ -295,8 +298,8 @@ class L2KVScheduler(AsyncScheduler):
         """Compacts one request for which there is room, into free blocks if possible."""
         req_id, in_place = request.request_id, not self._has_free_blocks(coming)
         state = self._states[req_id]
-        assert state.params is not None
-        # What is computed by now comes from the full cache; the last time that the prompt can be made findable.
+        assert state.points is not None
+        # Before the first compaction, what is computed comes from the full cache: the last time to make it findable.
         self.kv_cache_manager.cache_blocks(request, coming.position)
         moves = []
         for manager in self._compressed:
@@ -310,15 +313,40 @@ class L2KVScheduler(AsyncScheduler):
             num_rows=coming.num_rows,
             num_keep=coming.num_keep,
             num_evicted=coming.num_evicted,
-            params=state.params,
+            params=state.points.params,
             moves=tuple(moves),
         )
-        del self._next[req_id]
-        state.usage = prompt_usage(request.num_prompt_tokens, coming.num_keep)
-        self._stats_counter.took(0 if in_place else self._num_destination_blocks(coming))
+        following = state.points.after(coming)
+        if following is None:
+            del self._next[req_id]
+        else:
+            self._next[req_id] = following
+        self._stats_counter.compacted(coming, 0 if in_place else self._num_destination_blocks(coming))
         if not state.is_counted:
-            self._stats_counter.compressed(coming.num_keep, coming.num_evicted)
+            self._stats_counter.compressed()
             state.is_counted = True
+
+    def _state_of(self, request: Request, asked: Asked) -> RequestState | None:
+        """What is remembered of a request; `None` for one that reports nothing. Bounds its answer by what fits.
+
+        Raises:
+            DoesNotFitError: The cache cannot hold the request.
+        """
+        num_prompt_tokens, params = request.num_prompt_tokens, asked.params
+        points = CompactionPoints(num_prompt_tokens, params, self.settings.intervals) if params.compresses else None
+        max_tokens = self._capacity.max_tokens(num_prompt_tokens, request.max_tokens, points)
+        is_bounded = max_tokens < request.max_tokens
+        request.max_tokens = max_tokens
+        if not asked.reports and not is_bounded:
+            return None
+        return RequestState(request, points, why_whole(num_prompt_tokens, params), max_tokens if is_bounded else None)
+
+    def _limit_rows(self, state: RequestState) -> None:
+        """Lets vLLM admit a request that holds fewer rows at a time than it has tokens."""
+        if state.points is not None and state.points.params.max_tokens is not None:
+            rows = state.points.max_rows(self.max_model_len)
+            for manager in self._compressed:
+                manager.max_rows[state.request.request_id] = rows
 
     def _read_fields(self, request: Request) -> Asked:
         """What a request asks. Checked here too: one of an offline engine passes no front end.
@@ -333,20 +361,11 @@ class L2KVScheduler(AsyncScheduler):
         logger.error("Request %s is refused: %s", req_id, sentence)
         self._refusals.refuse(req_id, sentence)
 
-    def _report_session(self, request: Request) -> None:
-        """Reports the prompt of a streaming-input session, which comes as a new request each time that it has grown."""
-        state = self._states.get(request.request_id)
-        if state is not None and state.params is None:
-            state.usage = whole(request, state.usage.get("reason"))
-
     def _forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             if req_id not in self.requests:
                 self._refusals.forget((req_id,))
                 self._states.pop(req_id, None)
                 self._next.pop(req_id, None)
-
-
-def whole(request: Request, reason: str | None) -> PromptUsage:
-    """The numbers of a prompt of which nothing is evicted."""
-    return prompt_usage(request.num_prompt_tokens, request.num_prompt_tokens, reason)
+                for manager in self._compressed:
+                    manager.max_rows.pop(req_id, None)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from vllm_l2kv.messages.stats import CompactionStats
+from vllm_l2kv.messages.stats import CompactionEvent, CompactionStats
+from vllm_l2kv.policy import Compaction
 
 
 class StatsCounter:
@@ -11,14 +12,15 @@ class StatsCounter:
     def __init__(self) -> None:
         self._stats = CompactionStats()
 
-    def compressed(self, num_kept: int, num_evicted: int) -> None:
-        """Counts a request's first compaction, and the tokens of its prompt."""
-        self._stats.kept_tokens.append(num_kept)
-        self._stats.evicted_tokens.append(num_evicted)
+    def compressed(self) -> None:
+        """Counts a request's first compaction."""
+        self._stats.num_compressed += 1
 
-    def took(self, num_blocks: int) -> None:
-        """Counts blocks of the pool that a compaction took."""
-        self._stats.num_taken_blocks += num_blocks
+    def compacted(self, compaction: Compaction, num_taken_blocks: int) -> None:
+        """Counts a compaction, and the blocks of the pool that it took."""
+        evicted = compaction.num_rows - compaction.num_keep
+        self._stats.compactions.append(CompactionEvent(str(compaction.kind), compaction.num_keep, evicted))
+        self._stats.num_taken_blocks += num_taken_blocks
 
     def freed(self, num_blocks: int) -> None:
         """Counts blocks that went back to the pool."""

@@ -27,7 +27,7 @@ def variants(
     kinds = [(scorer, granularity) for granularity in granularities for scorer in scorers]
     kinds += [(control, "token") for control in CONTROLS if (control, "token") not in kinds]
     compressed = (
-        CompressionParams(ratio, first, last, scorer, granularity)
+        CompressionParams(ratio, first, last, scorer=scorer, granularity=granularity)
         for (first, last), (scorer, granularity), ratio in product(protections, kinds, ratios)
         if ratio < 1
     )
