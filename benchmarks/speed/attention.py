@@ -1,22 +1,24 @@
 """Decode attention alone, at several places of the KV blocks in memory: what the stride between blocks costs.
 
-python -m benchmarks.speed.attention --out attention.jsonl [--shapes 8b 1b ...]
+python -m benchmarks.speed.attention --out attention.jsonl [--shapes 8b 1b ...] [--loads 8x15000 100x700 ...]
 
-Eight requests of 15,000 tokens, shuffled block tables, FlashAttention 3 as vLLM calls it in a full CUDA graph. Each
-layer of a pool is read in turn, as a decode step does, so nothing is found in the L2 cache.
+Eight requests of 15,000 tokens unless other loads are named, shuffled block tables, FlashAttention 3 as vLLM calls it in
+a full CUDA graph. Each layer of a pool is read in turn, as a decode step does, so nothing is found in the L2 cache.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.speed.rows import append, where
+from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, pack
 
-NUM_REQUESTS, NUM_TOKENS = 8, 15_000
 REPEATS = 7
 KIB = 2**10
 
@@ -47,12 +49,25 @@ SHAPES = {
 }
 
 
+class Load(NamedTuple):
+    """Requests of one length each, as they decode."""
+
+    num_requests: int
+    num_tokens: int
+
+    @classmethod
+    def parse(cls, word: str) -> "Load":
+        """The load that `REQUESTSxTOKENS` names."""
+        num_requests, num_tokens = map(int, word.split("x"))
+        return cls(num_requests, num_tokens)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where one class of layers lies.
 
     Attributes:
-        what: `stock`, `compressed`, `full`, or `scan` for what nobody chose.
+        what: `stock`; `compressed` or `full` as the plugin places them; `joined` for longer blocks; `scan` for others.
         layout: vLLM's name; `L...` is compact in each layer.
         num_layers: Layers in the pool.
         block_size: Tokens in a block.
@@ -67,20 +82,25 @@ class Place:
 
 
 def main() -> None:
-    """Measures every place of every shape."""
+    """Measures every place of every shape, at every load."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(8, 15_000)])
+    parser.add_argument("--only", nargs="+", help="what places to measure, by their names in the rows")
     args = parser.parse_args()
     pool = torch.empty(60 * 2**30 // 2, dtype=torch.bfloat16, device="cuda").normal_()
-    for name in args.shapes:
+    for name, load in product(args.shapes, args.loads):
         stock_us = None
         for place in places(SHAPES[name]):
-            us = median_us_per_layer(SHAPES[name], place, pool.view(torch.uint8))
+            if args.only and place.what not in args.only:
+                continue
+            us = median_us_per_layer(SHAPES[name], place, load, pool.view(torch.uint8))
             stock_us = stock_us or us
             row = {
                 **where(),
                 "shape": name,
+                "load": "x".join(map(str, load)),
                 **vars(place),
                 "padding": round(1 - place.num_layers * place.block_size * SHAPES[name].token_bytes / place.stride, 4)
                 if place.layout.startswith("B")
@@ -99,6 +119,9 @@ def places(shape: Shape) -> Iterator[Place]:
     yield Place("scan", "LBHNC", shape.num_layers, 16, page)
     yield from chosen(shape)
     for factor in (1, 2, 4, 8):
+        stride = FLASH_ATTENTION.padded(num_layers * page * factor)
+        yield Place("joined", "BLHNC", num_layers, 16 * factor, stride)
+    for factor in (1, 2, 4, 8):
         for layout in ("BLHNC", "BLNHC"):
             yield Place("scan", layout, num_layers, 16 * factor, num_layers * page * factor)
     for padding in (4, 8, 16, 32, 48, 64, 96, 128):
@@ -112,8 +135,6 @@ def chosen(shape: Shape) -> Iterator[Place]:
     """What `pack` makes of the shape with full layers {0, 1}."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, pack
-
     spec = FullAttentionSpec(
         block_size=16, num_kv_heads=shape.num_kv_heads, head_size=shape.head_size, dtype=shape.dtype
     )
@@ -123,9 +144,9 @@ def chosen(shape: Shape) -> Iterator[Place]:
     yield Place("scan", "BLNHC", 2, sizes.smaller, sizes.stride)
 
 
-def median_us_per_layer(shape: Shape, place: Place, pool: torch.Tensor) -> float:
+def median_us_per_layer(shape: Shape, place: Place, load: Load, pool: torch.Tensor) -> float:
     """Median over sweeps through all layers of the pool; the lowest of three, for a busy machine disturbs a few."""
-    launch = [attention_of(shape, view) for view in views(shape, place, pool)]
+    launch = [attention_of(shape, load, view) for view in views(shape, place, load, pool)]
     return min(statistics.median(sweeps(launch)) for _ in range(3))
 
 
@@ -145,10 +166,10 @@ def sweeps(launch: list[Callable[[], None]]) -> list[float]:
     return times
 
 
-def views(shape: Shape, place: Place, pool: torch.Tensor) -> list[torch.Tensor]:
+def views(shape: Shape, place: Place, load: Load, pool: torch.Tensor) -> list[torch.Tensor]:
     """Each layer's `[num_blocks, num_kv_heads, block_size, 2 * head_size]` in the pool; at most 16 of them."""
     content, heads, tokens = 2 * shape.head_size, shape.num_kv_heads, place.block_size
-    num_blocks = NUM_REQUESTS * -(-NUM_TOKENS // tokens) + 1
+    num_blocks = load.num_requests * -(-load.num_tokens // tokens) + 1
     page = tokens * shape.token_bytes
     inner = (tokens * content, content, 1) if place.layout.endswith("HNC") else (content, heads * content, 1)
     between = page if place.layout.startswith("B") else num_blocks * page
@@ -162,29 +183,29 @@ def views(shape: Shape, place: Place, pool: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-def attention_of(shape: Shape, view: torch.Tensor) -> Callable[[], None]:
+def attention_of(shape: Shape, load: Load, view: torch.Tensor) -> Callable[[], None]:
     """One layer's decode attention, as `FlashAttentionImpl.forward` calls it."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    block_size = view.shape[2]
+    (num_requests, num_tokens), block_size = load, view.shape[2]
     keys, values = view.transpose(1, 2).split(shape.head_size, dim=-1)
-    query = torch.randn(NUM_REQUESTS, shape.num_heads, shape.head_size, device="cuda").to(torch.bfloat16)
+    query = torch.randn(num_requests, shape.num_heads, shape.head_size, device="cuda").to(torch.bfloat16)
     out = torch.empty_like(query)
-    num_columns = -(-NUM_TOKENS // block_size)
+    num_columns = -(-num_tokens // block_size)
     # Shuffled, the same for every place; block 0 is nobody's.
     generator = torch.Generator().manual_seed(block_size)
-    table = torch.randperm(NUM_REQUESTS * num_columns, generator=generator).view(NUM_REQUESTS, num_columns) + 1
+    table = torch.randperm(num_requests * num_columns, generator=generator).view(num_requests, num_columns) + 1
     table = table.to(torch.int32).cuda()
-    lengths = torch.full((NUM_REQUESTS,), NUM_TOKENS, dtype=torch.int32, device="cuda")
-    starts = torch.arange(NUM_REQUESTS + 1, dtype=torch.int32, device="cuda")
+    lengths = torch.full((num_requests,), num_tokens, dtype=torch.int32, device="cuda")
+    starts = torch.arange(num_requests + 1, dtype=torch.int32, device="cuda")
     scales = {}
     if shape.dtype != torch.bfloat16:
-        one = torch.ones(1, device="cuda").expand(NUM_REQUESTS, shape.num_kv_heads)
+        one = torch.ones(1, device="cuda").expand(num_requests, shape.num_kv_heads)
         query, scales = query.to(shape.dtype), {"q_descale": one, "k_descale": one, "v_descale": one}
     metadata = get_scheduler_metadata(
-        batch_size=NUM_REQUESTS,
+        batch_size=num_requests,
         max_seqlen_q=1,
-        max_seqlen_k=NUM_TOKENS,
+        max_seqlen_k=num_tokens,
         num_heads_q=shape.num_heads,
         num_heads_kv=shape.num_kv_heads,
         headdim=shape.head_size,
@@ -206,7 +227,7 @@ def attention_of(shape: Shape, view: torch.Tensor) -> Callable[[], None]:
             cu_seqlens_q=starts,
             max_seqlen_q=1,
             seqused_k=lengths,
-            max_seqlen_k=NUM_TOKENS,
+            max_seqlen_k=num_tokens,
             softmax_scale=shape.head_size**-0.5,
             causal=True,
             block_table=table,
