@@ -2,8 +2,8 @@
 
 python -m benchmarks.speed.attention --out attention.jsonl [--shapes 8b 1b ...] [--loads 8x15000 100x700 ...]
 
-Eight requests of 15,000 tokens unless other loads are named, shuffled block tables, FlashAttention 3 as vLLM calls it in
-a full CUDA graph. Each layer of a pool is read in turn, as a decode step does, so nothing is found in the L2 cache.
+Eight requests of 15,000 tokens unless other loads are named, shuffled block tables, FlashAttention 3 as vLLM calls it
+in a full CUDA graph. Each layer of a pool is read in turn, as a decode step does, so nothing is found in the L2 cache.
 """
 
 import argparse
