@@ -139,7 +139,7 @@ def test_the_table(capsys, llama_8b):
         (["--gpu-gib", "0"], "argument --gpu-gib: G must be a number with 0 < G, got 0"),
         (["--gpu-gib", "80", "--overhead-gib", "-1"], "argument --overhead-gib: G must be a number with 0 <= G"),
         (["--gpu-gib", "80", "--gpu-memory-utilization", "2"], "--gpu-memory-utilization: R must satisfy 0 < R <= 1"),
-        (["--gpu-gib", "80", "--context", "0"], "argument --context: N must satisfy 1 <= N, got 0"),
+        (["--gpu-gib", "80", "--context", "0"], "argument --context: N must satisfy 1 <= N <= 2147483647, got 0"),
         (["--gpu-gib", "80", "--ratio", "0.5,0"], "argument --ratio: R must satisfy 0 < R <= 1, got 0"),
         (["--gpu-gib", "80", "--full-layers", "40"], "full_layers names layer 40"),
         (["--gpu-gib", "16"], "-3.24 GiB are left for the KV cache"),
