@@ -22,10 +22,13 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_l2kv.kv_cache_spec import classify_layers
+from vllm_l2kv.params import FIELDS
 from vllm_l2kv.plugin import register
 from vllm_l2kv.scheduler.scheduler import L2KVScheduler
 from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm_l2kv.settings import Settings
+
+OUR_ARGUMENTS = {"prompt_interval", "answer_interval", *(field.argument for field in FIELDS)}
 
 
 class Plan(NamedTuple):
@@ -56,16 +59,20 @@ def plan(
     block_size: int = 16,
     is_async: bool = False,
     kv_events: bool = False,
-    **engine_args: Any,
+    **arguments: Any,
 ) -> Plan:
-    """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`."""
+    """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`.
+
+    Other arguments are those of `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
+    """
     register()
     init_none_hash(sha256)
     is_ours = full_layers is not None
     if kv_events:
-        engine_args["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
-    ours = bare_rule(full_layers=full_layers, metrics=True) if is_ours else {}
-    config = EngineArgs(model=str(model), **{**ours, "block_size": block_size, **engine_args}).create_engine_config()
+        arguments["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    rule = {name: arguments.pop(name) for name in OUR_ARGUMENTS & arguments.keys()}
+    ours = bare_rule(full_layers=full_layers, metrics=True, **rule) if is_ours else {}
+    config = EngineArgs(model=str(model), **{**ours, "block_size": block_size, **arguments}).create_engine_config()
     config.scheduler_config.async_scheduling = is_async
     config.cache_config.kv_cache_layout = "BLHNC" if is_ours else "LBNHC"
     spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=8, dtype=torch.float32)

@@ -1,9 +1,10 @@
 """Decisions on paper, with one step in flight (as on CPUs) and with two (async scheduling)."""
 
 import pytest
+from usages import usage
 
 from vllm_l2kv.messages.orders import orders_of
-from vllm_l2kv.messages.usage import KeptWhole, prompt_usage
+from vllm_l2kv.messages.usage import KeptWhole
 from vllm_l2kv.scheduler.integrity import check_nothing_left, num_evicted
 
 
@@ -41,7 +42,7 @@ def test_one_order_right_after_the_last_chunk(make_harness, depth):
     assert len(move.destination) == 5
     assert not set(move.source) & set(move.destination)
     assert harness.outputs["r"] == [7] * 8
-    assert harness.usage["r"] == {"prompt_tokens": 150, "kept_tokens": 75, "evicted_tokens": 75}
+    assert harness.usage["r"] == {"prompt_tokens": 150, "kept_tokens": 82, "evicted_tokens": 75, "compactions": 1}
     check_whole(harness, 100)
 
 
@@ -72,7 +73,7 @@ def test_no_compaction_when_no_step_follows(make_harness, depth):
     harness.add("r", 50, max_tokens=1, ratio=0.1)
     harness.run()
     assert not orders(harness)
-    assert harness.usage["r"] == prompt_usage(50, 50, KeptWhole.FIRST_TOKEN)
+    assert harness.usage["r"] == usage(50, 1, reason=KeptWhole.FIRST_TOKEN)
     check_whole(harness, 100)
 
 
@@ -84,10 +85,10 @@ def test_a_prompt_kept_whole_says_why(make_harness, depth):
     harness.add("evicted", 51, ratio=0.1, kv_protect_first=10, kv_protect_last=40)
     harness.run()
     assert harness.usage == {
-        "protected": prompt_usage(50, 50, KeptWhole.PROTECTED),
-        "short": prompt_usage(5, 5, KeptWhole.ROUNDED),
-        "asked for it": prompt_usage(50, 50),
-        "evicted": prompt_usage(51, 50),
+        "protected": usage(50, 8, reason=KeptWhole.PROTECTED),
+        "short": usage(5, 8, reason=KeptWhole.ROUNDED),
+        "asked for it": usage(50, 8),
+        "evicted": usage(51, 8, evicted=1),
     }
 
 
@@ -147,12 +148,12 @@ def test_without_room_for_a_compaction_the_newest_request_is_preempted(make_harn
         harness.step()
     assert harness.preempted() == ["r"]
     assert not orders(harness)
-    assert harness.usage["r"] == prompt_usage(161, 161, KeptWhole.FIRST_TOKEN)
+    assert harness.usage["r"] == usage(161, 1, reason=KeptWhole.FIRST_TOKEN)
     harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("another holder"))
     harness.run()
     (order,) = orders(harness)
     assert (order.num_rows, order.num_keep, order.num_evicted) == (161, 145, 16)
-    assert harness.usage["r"] == prompt_usage(161, 145)
+    assert harness.usage["r"] == usage(161, 24, evicted=16)
     assert len(harness.outputs["r"]) == 24
     assert len(harness.outputs["first"]) == 30
     check_whole(harness, 40)

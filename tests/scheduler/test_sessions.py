@@ -1,6 +1,7 @@
 """Streaming-input sessions: a request whose prompt comes in chunks, each answered before the next one is computed."""
 
 import pytest
+from usages import usage
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
@@ -9,7 +10,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.request import RequestStatus
 
 from vllm_l2kv.messages.orders import orders_of
-from vllm_l2kv.messages.usage import KeptWhole, prompt_usage
+from vllm_l2kv.messages.usage import KeptWhole
 from vllm_l2kv.scheduler.integrity import check_nothing_left
 
 HALF = {"kv_keep_ratio": 0.5}
@@ -68,7 +69,8 @@ def test_a_session_that_asks_for_nothing_is_as_stock(harness, keep_ratio, extra_
     told.append(harness.usage.get("session"))
     kept = MAX_TOKENS - 1  # the last token of an answer was never computed, and is left out of the next prompt
     lengths = [50, 50 + kept + 7, 50 + kept + 7 + kept + 40]
-    numbers = None if keep_ratio == 1 and extra_args is None else [prompt_usage(n, n, reason) for n in lengths]
+    why = {} if reason is None else {"reason": reason}
+    numbers = None if keep_ratio == 1 and extra_args is None else [usage(n, MAX_TOKENS, **why) for n in lengths]
     assert told[-1] == (numbers and numbers[-1])
     if not ahead:
         assert told[:3] == (numbers or [None] * 3)

@@ -50,12 +50,25 @@ def test_numbers_are_those_of_the_orders(telling):
     harness.add("whole", 300)
     harness.run()
     orders = [order for step in harness.steps for order in orders_of(step)]
-    assert sorted(total(harness, "kept_tokens")) == sorted(order.num_keep for order in orders) == [20, 50]
-    assert sorted(total(harness, "evicted_tokens")) == [50, 180]
+    assert sorted(total(harness, "compactions")) == [("ratio", 20, 180), ("ratio", 50, 50)]
+    assert total(harness, "num_compressed") == len(orders) == 2
     moves = [move for order in orders for move in order.moves]
     assert total(harness, "num_taken_blocks") == sum(len(move.destination) for move in moves)
     assert total(harness, "num_freed_blocks") == sum(len(move.source) for move in moves)
     assert total(harness, "num_preempted") == 0
+
+
+def test_compactions_by_kind(telling):
+    """Each with the rows that it left and evicted; a request counts once."""
+    harness = telling(400, prompt_interval=60, answer_interval=30)
+    harness.submit("prompt", [1] * 200, {"kv_max_tokens": 40}, 8)  # at 100 and 160, and at its end with 80 rows
+    harness.submit("answer", [2] * 30, {"kv_max_tokens": 40}, 60)  # at 70
+    harness.submit("both", [3] * 90, {"kv_max_tokens": 40, "kv_keep_ratio": 0.25}, 60)  # at 90, and with 70 rows at 137
+    harness.run()
+    by_ratio, in_prompts = [("ratio", 23, 67)], [("prompt_budget", 40, 60)] * 2
+    in_answers = [("answer_budget", 40, 30)] * 2 + [("answer_budget", 40, 40)]
+    assert sorted(total(harness, "compactions")) == in_answers + in_prompts + by_ratio
+    assert total(harness, "num_compressed") == 3
 
 
 def test_tokens_now(telling):
@@ -87,7 +100,8 @@ def test_a_request_that_is_preempted_counts_once(telling):
     preempted = sum(len(step.preempted_req_ids or ()) for step in harness.steps)
     orders = [order for step in harness.steps for order in orders_of(step)]
     assert preempted
-    assert len(orders) >= len(total(harness, "kept_tokens")) == 4
+    assert total(harness, "num_compressed") == 4
+    assert len(total(harness, "compactions")) == len(orders) > 4  # the work is done again
 
 
 def test_a_preemption_for_a_compaction_counts(telling):
@@ -105,7 +119,7 @@ def test_a_preemption_for_a_compaction_counts(telling):
     harness.pool.free_blocks(harness.compressed.req_to_blocks.pop("another holder"))
     harness.run()
     assert total(harness, "num_preempted") == len(harness.preempted()) == 1
-    assert total(harness, "kept_tokens") == [145]
+    assert total(harness, "compactions") == [("ratio", 145, 16)]
 
 
 def test_times_ride_on_a_copy():

@@ -40,7 +40,7 @@ def test_values(parse, word, value):
         (count, "-1", "N must satisfy 0 <= N <= 2147483647, got -1."),
         (count, "1.5", "N must be an integer >= 0, got 1.5."),
         (count, "9" * 5000, "N must be an integer >= 0, got inf."),
-        (positive, "0", "N must satisfy 1 <= N, got 0."),
+        (positive, "0", "N must satisfy 1 <= N <= 2147483647, got 0."),
         (share, "1.5", "D must be a number with 0 <= D <= 1, got 1.5."),
         (share, "nan", "D must be a number with 0 <= D <= 1, got nan."),
         (share, "x", "D must be a number with 0 <= D <= 1, got 'x'."),

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STDLIB_ONLY = ["field_kinds", "params", "policy", "block_math", "messages", "settings", "cli_types", "supported_vllm"]
+STDLIB_ONLY = [
+    "field_kinds",
+    "params",
+    "policy",
+    "block_math",
+    "capacity",
+    "messages",
+    "settings",
+    "cli_types",
+    "supported_vllm",
+]
 WITH_TORCH = ["scorers", "token_groups", "kernels"]
 WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals", "seams"]
 TOOLS = {
@@ -108,7 +118,7 @@ def test_imports_of(module):
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("vllm_l2kv_server.")])
 def test_the_server_sees_only_the_surface(module):
     inside = {part_of(name) for name in imports_of(modules()[module]) if name.startswith("vllm_l2kv.")}
-    plain = {"field_kinds", "params", "messages", "settings", "cli_types", "supported_vllm"}
+    plain = {"field_kinds", "params", "policy", "messages", "settings", "cli_types", "supported_vllm"}
     assert inside <= plain | {"tools.demo_model", "refusals", "compression", "engine_args", "__version__"}
 
 

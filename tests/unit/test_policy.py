@@ -1,18 +1,23 @@
+import itertools
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.policy import Compaction, compaction_of, num_keep
+from vllm_l2kv.policy import Compaction, CompactionPoints, Intervals, Kind, num_keep
+
+BARE = {"protect_first": 0, "protect_last": 0}
+ratios = st.one_of(st.just(1.0), st.floats(0, 1, exclude_min=True))
 
 
 @given(n=st.integers(1, 200_000), hundredths=st.integers(1, 100))
 def test_ceiling_of_the_ratio_as_it_is_written(n, hundredths):
     """Floats such as 0.07 * 100 == 7.000000000000001 must not keep one token too many."""
-    assert num_keep(n, CompressionParams(hundredths / 100, 0, 0)) == math.ceil(Fraction(hundredths, 100) * n)
+    assert num_keep(n, CompressionParams(hundredths / 100, **BARE)) == math.ceil(Fraction(hundredths, 100) * n)
 
 
 @given(
@@ -22,7 +27,7 @@ def test_ceiling_of_the_ratio_as_it_is_written(n, hundredths):
     last=st.integers(0, 20_000),
 )
 def test_bounds(n, ratio, first, last):
-    keep = num_keep(n, CompressionParams(ratio, first, last))
+    keep = num_keep(n, CompressionParams(ratio, protect_first=first, protect_last=last))
     assert 1 <= keep <= n
     assert keep >= min(n, first + last)
     assert keep >= math.floor(ratio * n)
@@ -30,28 +35,185 @@ def test_bounds(n, ratio, first, last):
 
 
 @pytest.mark.parametrize(
-    ("n", "params", "expected"),
+    ("n", "ratio", "protect", "expected"),
     [
-        (13, CompressionParams(0.6, 0, 0), 8),  # the notebook of the authors' code: 13 tokens, keep 0.6
-        (100, CompressionParams(1 - 0.9, 0, 0), 10),  # int(100 * (1 - 0.9)) == 9
-        (1, CompressionParams(1e-9, 0, 0), 1),
-        (10, CompressionParams(0.1, 3, 3), 6),
-        (10, CompressionParams(0.9, 3, 3), 9),
-        (5, CompressionParams(0.1, 3, 3), 5),
+        (13, 0.6, 0, 8),  # the notebook of the authors' code: 13 tokens, keep 0.6
+        (100, 1 - 0.9, 0, 10),  # int(100 * (1 - 0.9)) == 9
+        (1, 1e-9, 0, 1),
+        (10, 0.1, 3, 6),
+        (10, 0.9, 3, 9),
+        (5, 0.1, 3, 5),
     ],
 )
-def test_examples(n, params, expected):
-    assert num_keep(n, params) == expected
+def test_examples_of_a_ratio(n, ratio, protect, expected):
+    assert num_keep(n, CompressionParams(ratio, protect_first=protect, protect_last=protect)) == expected
 
 
-@given(
-    n=st.integers(1, 10_000), ratio=st.floats(0, 1, exclude_min=True), first=st.integers(0, 9), last=st.integers(0, 9)
-)
-def test_a_compaction_is_at_the_end_of_the_prompt_and_evicts_something(n, ratio, first, last):
-    params = CompressionParams(ratio, first, last)
-    keep = num_keep(n, params)
-    if keep == n:
-        assert compaction_of(n, params) is None
+class Life(NamedTuple):
+    """What decides the compactions of a request, and how many of its tokens are computed."""
+
+    num_prompt_tokens: int
+    params: CompressionParams
+    intervals: Intervals
+    num_tokens: int
+
+    @property
+    def points(self) -> CompactionPoints:
+        return CompactionPoints(self.num_prompt_tokens, self.params, self.intervals)
+
+    def walk(self) -> tuple[list[tuple[int, int, int]], int]:
+        """Adds row after row and looks at each position whether a compaction is due there.
+
+        Returns:
+            Position, rows before and rows after each compaction, and the most rows that were ever held.
+        """
+        found, rows, most = [], 0, 0
+        for position in range(1, self.num_tokens + 1):
+            rows += 1
+            most = max(most, rows)
+            due = [rows]
+            if position == self.num_prompt_tokens and self.params.keep_ratio < 1:
+                due.append(num_keep(self.num_prompt_tokens, self.params))
+            is_in_prompt, budget = position < self.num_prompt_tokens, self.params.max_tokens
+            interval = self.intervals.prompt if is_in_prompt else self.intervals.answer
+            if budget is not None and rows >= budget + interval:
+                due.append(budget)
+            if min(due) < rows:
+                found.append((position, rows, min(due)))
+                rows = min(due)
+        return found, most
+
+
+@st.composite
+def lives(draw) -> Life:
+    """Small numbers, so that points of all kinds meet: intervals of either order, budgets that protection fills."""
+    first, last = draw(st.integers(0, 4)), draw(st.integers(0, 4))
+    least = max(first + last, 1)
+    params = CompressionParams(
+        draw(ratios),
+        max_tokens=draw(st.none() | st.just(least) | st.integers(least, 30)),
+        protect_first=first,
+        protect_last=last,
+    )
+    intervals = Intervals(draw(st.integers(1, 25)), draw(st.integers(1, 25)))
+    n = draw(st.integers(1, 80))
+    return Life(n, params, intervals, draw(st.integers(1, 120)))
+
+
+@given(life=lives())
+def test_compactions_are_those_of_a_walk_along_the_positions(life):
+    found, _ = life.walk()
+    assert [(c.position, c.num_rows, c.num_keep) for c in life.points.until(life.num_tokens)] == found
+
+
+@given(life=lives())
+def test_one_follows_the_other(life):
+    """`after` of each is the next one of the same list; positions grow, and each compaction evicts something."""
+    seen = list(itertools.islice(life.points.until(10_000), 20))
+    for last, following in zip([None, *seen], seen, strict=False):
+        assert life.points.after(last) == following
+    for last, following in itertools.pairwise(seen):
+        assert last.position < following.position
+        assert last.num_evicted < following.num_evicted
+        assert following.num_rows == following.position - last.num_evicted
+    assert all(1 <= compaction.num_keep < compaction.num_rows for compaction in seen)
+
+
+@given(life=lives())
+def test_every_compaction_has_the_protected_rows(life):
+    params = life.params
+    for compaction in life.points.until(life.num_tokens):
+        assert compaction.num_keep >= params.protect_first + params.protect_last
+
+
+@given(life=lives())
+def test_the_kind_says_where_and_why(life):
+    for compaction in life.points.until(life.num_tokens):
+        if compaction.kind is Kind.PROMPT_BUDGET:
+            assert compaction.position < life.num_prompt_tokens
+        if compaction.kind is Kind.ANSWER_BUDGET:
+            assert compaction.position >= life.num_prompt_tokens
+        if compaction.kind is Kind.RATIO:
+            assert compaction.position == life.num_prompt_tokens
+            assert compaction.num_keep == num_keep(life.num_prompt_tokens, life.params)
+        else:
+            assert compaction.num_keep == life.params.max_tokens
+
+
+@given(life=lives(), more=st.integers(0, 50))
+def test_the_list_up_to_a_position_begins_every_longer_one(life, more):
+    shorter = list(life.points.until(life.num_tokens))
+    longer = list(life.points.until(life.num_tokens + more))
+    assert longer[: len(shorter)] == shorter
+    assert all(compaction.position > life.num_tokens for compaction in longer[len(shorter) :])
+
+
+@given(life=lives())
+def test_max_rows_is_a_bound(life):
+    """True at every length, and exact where nothing, or a ratio alone, applies."""
+    _, most = life.walk()
+    bound = life.points.max_rows(life.num_tokens)
+    assert most <= bound <= life.num_tokens
+    if life.params.max_tokens is None:
+        assert bound == most
     else:
-        assert compaction_of(n, params) == Compaction(position=n, num_rows=n, num_keep=keep)
-        assert compaction_of(n, params).num_evicted == n - keep
+        assert bound <= life.params.max_tokens + max(life.intervals)
+
+
+def points(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[tuple]:
+    found = CompactionPoints(n, CompressionParams(**{**BARE, **params}), Intervals(*intervals)).until(20_000)
+    return [tuple(compaction) for compaction in itertools.islice(found, 4)]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (points(3000), []),
+        (points(3000, keep_ratio=0.5), [(3000, 3000, 1500, "ratio")]),
+        (points(10, keep_ratio=0.1, protect_first=5, protect_last=5), []),
+        # 1,000 rows, and 2,048 more in the prompt; at its end the answer's interval counts
+        (
+            points(6000, max_tokens=1000),
+            [
+                (3048, 3048, 1000, "prompt_budget"),
+                (5096, 3048, 1000, "prompt_budget"),
+                (6000, 1904, 1000, "answer_budget"),
+                (6256, 1256, 1000, "answer_budget"),
+            ],
+        ),
+        # the end of the prompt itself belongs to the answer
+        (points(3048, max_tokens=1000)[:1], [(3048, 3048, 1000, "answer_budget")]),
+        (points(3049, max_tokens=1000)[:2], [(3048, 3048, 1000, "prompt_budget"), (3304, 1256, 1000, "answer_budget")]),
+        # one row short of the budget and an interval: the first token of the answer makes it full
+        (points(1255, max_tokens=1000)[:1], [(1256, 1256, 1000, "answer_budget")]),
+        (points(1256, max_tokens=1000)[:1], [(1256, 1256, 1000, "answer_budget")]),
+        # at the end of the prompt, whatever leaves fewer rows
+        (points(1300, max_tokens=1000, keep_ratio=0.5)[:1], [(1300, 1300, 650, "ratio")]),
+        (points(3000, max_tokens=1000, keep_ratio=0.5)[:1], [(3000, 3000, 1000, "answer_budget")]),
+        # a ratio of the whole prompt, after most of it is gone already
+        (points(6000, max_tokens=1000, keep_ratio=0.5)[2:3], [(6000, 1904, 1000, "answer_budget")]),
+        (points(6000, max_tokens=1000, keep_ratio=0.1)[2:3], [(6000, 1904, 600, "ratio")]),
+        (points(5200, max_tokens=1000, keep_ratio=0.25)[2:3], [(5352, 1256, 1000, "answer_budget")]),
+        # a shorter interval in the prompt than in the answer
+        (
+            points(40, (10, 30), max_tokens=10),
+            [
+                (20, 20, 10, "prompt_budget"),
+                (30, 20, 10, "prompt_budget"),
+                (60, 40, 10, "answer_budget"),
+                (90, 40, 10, "answer_budget"),
+            ],
+        ),
+        # a budget that protection fills
+        (
+            points(12, (3, 2), max_tokens=8, protect_first=4, protect_last=4)[:2],
+            [(11, 11, 8, "prompt_budget"), (13, 10, 8, "answer_budget")],
+        ),
+    ],
+)
+def test_examples(found, expected):
+    assert found == expected
+
+
+def test_evicted_slots_are_those_of_all_compactions_so_far():
+    assert Compaction(position=5096, num_rows=3048, num_keep=1000, kind=Kind.PROMPT_BUDGET).num_evicted == 4096

@@ -1,15 +1,12 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from vllm_l2kv.messages.usage import KeptWhole, prompt_usage, why_whole
+from vllm_l2kv.messages.usage import KeptWhole, RequestUsage, attach_usage, take_usage, why_whole
 from vllm_l2kv.params import CompressionParams
 
 DOCS = Path(__file__).parents[2] / "docs" / "request_fields.md"
-
-
-def test_numbers():
-    assert prompt_usage(10, 4) == {"prompt_tokens": 10, "kept_tokens": 4, "evicted_tokens": 6}
 
 
 @pytest.mark.parametrize(
@@ -17,19 +14,34 @@ def test_numbers():
     [
         (10, CompressionParams(), None),
         (10, CompressionParams(protect_first=99), None),
-        (10, CompressionParams(0.5, 0, 0), KeptWhole.FIRST_TOKEN),
-        (68, CompressionParams(keep_ratio=0.5, protect_first=4, protect_last=64), KeptWhole.PROTECTED),
-        (69, CompressionParams(keep_ratio=0.5, protect_first=4, protect_last=64), KeptWhole.FIRST_TOKEN),
-        (5, CompressionParams(0.9, 0, 0), KeptWhole.ROUNDED),
-        (1, CompressionParams(0.01, 0, 0), KeptWhole.ROUNDED),
+        (10, CompressionParams(0.5, protect_first=0, protect_last=0), KeptWhole.FIRST_TOKEN),
+        (68, CompressionParams(0.5, protect_first=4, protect_last=64), KeptWhole.PROTECTED),
+        (69, CompressionParams(0.5, protect_first=4, protect_last=64), KeptWhole.FIRST_TOKEN),
+        (5, CompressionParams(0.9, protect_first=0, protect_last=0), KeptWhole.ROUNDED),
+        (1, CompressionParams(0.01, protect_first=0, protect_last=0), KeptWhole.ROUNDED),
+        (10, CompressionParams(max_tokens=68), KeptWhole.BUDGET),
+        (10_000, CompressionParams(max_tokens=68), KeptWhole.BUDGET),
+        (69, CompressionParams(0.5, max_tokens=68), KeptWhole.FIRST_TOKEN),
+        (68, CompressionParams(0.5, max_tokens=68), KeptWhole.BUDGET),
     ],
 )
 def test_the_reason(num_prompt_tokens, params, reason):
     assert why_whole(num_prompt_tokens, params) is reason
 
 
-def test_a_reason_is_a_plain_string():
-    assert type(prompt_usage(10, 10, KeptWhole.PROTECTED)["reason"]) is str
+def test_usage_travels_on_an_output_and_is_taken_off():
+    output = SimpleNamespace(kv_transfer_params=None)
+    assert take_usage(output) is None
+    usage = RequestUsage(prompt_tokens=10, kept_tokens=4, evicted_tokens=6, compactions=1)
+    attach_usage(output, usage)
+    assert take_usage(output) == usage
+    assert output.kv_transfer_params is None
+
+
+def test_what_another_put_there_stays():
+    output = SimpleNamespace(kv_transfer_params={"remote_block_ids": [1]})
+    assert take_usage(output) is None
+    assert output.kv_transfer_params == {"remote_block_ids": [1]}
 
 
 def test_the_docs_list_every_reason():
