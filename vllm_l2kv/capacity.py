@@ -58,6 +58,12 @@ class Capacity:
     max_model_len: int
     num_drafts: int = 0
 
+    def num_held(self, num_tokens: int, num_rows: int) -> int:
+        """Blocks for computed tokens, of which compressed layers hold `num_rows`, and for drafts beside them."""
+        num_tokens = min(num_tokens + self.num_drafts, self.max_model_len)
+        num_rows = min(num_rows + self.num_drafts, num_tokens)
+        return sum(group.num_blocks(num_tokens, num_rows) for group in self.groups)
+
     def max_tokens(self, num_prompt_tokens: int, max_tokens: int, points: CompactionPoints | None) -> int:
         """The bound that the answer of a request gets: its own, if the cache can hold so many tokens.
 
@@ -82,7 +88,7 @@ class Capacity:
             )
         if longest and num_prompt_tokens + max_tokens >= self.max_model_len:
             return longest
-        needed = self._needed(self._num_computed(num_prompt_tokens, max_tokens), points)
+        needed = self._needed(num_prompt_tokens, max_tokens, points)
         budget = None if points is None else points.params.max_tokens
         raise DoesNotFitError(
             "max_tokens" if longest else "kv_max_tokens",
@@ -94,22 +100,12 @@ class Capacity:
         )
 
     def _fits(self, num_prompt_tokens: int, max_tokens: int, points: CompactionPoints | None) -> bool:
-        num_tokens = self._num_computed(num_prompt_tokens, max_tokens)
-        # The bound is cheap, and mostly enough; the walk along the compactions decides the rest.
-        bound = num_tokens if points is None else points.max_rows(num_tokens)
-        return self._held(num_tokens, bound) <= self.num_blocks or self._needed(num_tokens, points) <= self.num_blocks
+        return self._needed(num_prompt_tokens, max_tokens, points) <= self.num_blocks
 
-    def _num_computed(self, num_prompt_tokens: int, max_tokens: int) -> int:
-        """Tokens that get a slot: the last one of an answer is never computed on."""
-        return min(num_prompt_tokens + max_tokens - 1 + self.num_drafts, self.max_model_len)
+    def _needed(self, num_prompt_tokens: int, max_tokens: int, points: CompactionPoints | None) -> int:
+        """Blocks without which vLLM might not admit a request, or not again after a preemption.
 
-    def _needed(self, num_tokens: int, points: CompactionPoints | None) -> int:
-        """Blocks that a request holds at most until `num_tokens` are computed."""
-        needed, num_evicted = 0, 0
-        for compaction in points.until(num_tokens) if points else ():
-            needed = max(needed, self._held(compaction.position, compaction.num_rows))
-            num_evicted = compaction.num_evicted
-        return max(needed, self._held(num_tokens, num_tokens - num_evicted))
-
-    def _held(self, num_tokens: int, num_rows: int) -> int:
-        return sum(group.num_blocks(num_tokens, num_rows) for group in self.groups)
+        It asks for the most that each group holds, even if groups hold it at different times.
+        """
+        num_tokens = num_prompt_tokens + max_tokens - 1  # the last token of an answer is never computed on
+        return self.num_held(num_tokens, num_tokens if points is None else points.max_rows(num_tokens))

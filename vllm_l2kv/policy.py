@@ -86,9 +86,14 @@ class CompactionPoints:
             compaction = self.after(compaction)
 
     def max_rows(self, num_tokens: int) -> int:
-        """A bound on the rows that a head of a compressed layer holds at a time, while `num_tokens` are computed."""
-        if self.params.max_tokens is not None:
-            return min(num_tokens, self.params.max_tokens + max(self.intervals))
+        """A bound on the rows that a head of a compressed layer holds at a time, while `num_tokens` are computed.
+
+        An answer that is long enough reaches it.
+        """
+        budget, prompt = self.params.max_tokens, self.num_prompt_tokens
+        if budget is not None:
+            most = max(min(prompt, budget + self.intervals.prompt), budget + self.intervals.answer)
+            return min(num_tokens, most)
         first = self.after(None)
         if first is None or num_tokens <= first.position:
             return num_tokens

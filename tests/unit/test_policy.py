@@ -150,14 +150,21 @@ def test_the_list_up_to_a_position_begins_every_longer_one(life, more):
 
 @given(life=lives())
 def test_max_rows_is_a_bound(life):
-    """True at every length, and exact where nothing, or a ratio alone, applies."""
+    """True at every length; exact where no budget applies, or where the answer is long enough."""
     _, most = life.walk()
     bound = life.points.max_rows(life.num_tokens)
     assert most <= bound <= life.num_tokens
     if life.params.max_tokens is None:
         assert bound == most
     else:
-        assert bound <= life.params.max_tokens + max(life.intervals)
+        long = life._replace(num_tokens=life.num_prompt_tokens + life.params.max_tokens + life.intervals.answer)
+        assert long.points.max_rows(long.num_tokens) == long.walk()[1] <= life.params.max_tokens + max(life.intervals)
+
+
+@given(life=lives(), more=st.integers(0, 50))
+def test_more_tokens_never_need_fewer_rows(life, more):
+    """Whether a request fits is searched by halving."""
+    assert life.points.max_rows(life.num_tokens) <= life.points.max_rows(life.num_tokens + more)
 
 
 def points(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[tuple]:

@@ -184,7 +184,7 @@ class CompressedLayerManager(LayerManager):
 
     Attributes:
         num_evicted: Compacted requests to their evicted tokens; their slots are `position - num_evicted`.
-        max_rows: Requests with a budget to the rows that they hold at most at a time.
+        max_rows: Requests that are to be compacted, to the rows that they hold at most at a time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -196,8 +196,8 @@ class CompressedLayerManager(LayerManager):
         self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
     ) -> int:
         """Same contract as upstream, but counts slots; asked for a whole request, the most that it holds at a time."""
-        if apply_admission_cap and request_id in self.max_rows:
-            num_tokens = min(num_tokens, self.max_rows[request_id] + self.num_evicted.get(request_id, 0))
+        if apply_admission_cap:
+            num_tokens = min(num_tokens, self.max_rows.get(request_id, num_tokens))
         return super().get_num_blocks_to_allocate(
             request_id, num_tokens, *args, apply_admission_cap=apply_admission_cap, **kwargs
         )

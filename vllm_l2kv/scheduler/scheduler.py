@@ -98,7 +98,7 @@ class L2KVScheduler(AsyncScheduler):
         else:
             if state is not None:
                 self._states[request.request_id] = state
-                self._limit_rows(state)
+                self._note_max_rows(state)
         super().add_request(request)
 
     def _add_chunk(self, request: Request) -> None:
@@ -175,8 +175,7 @@ class L2KVScheduler(AsyncScheduler):
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Same contract as upstream, asked whenever a request begins, for the first time or after a preemption.
 
-        A hit ends before the first compaction, so that a step lies between. KV events of a hit, if the request wants
-        them, come from `announce_hit`.
+        KV events of a hit, if the request wants them, come from `announce_hit`.
         """
         mode = request.kv_cache_report_mode
         is_reported = mode == "full" and self.kv_cache_manager.enable_kv_cache_events
@@ -186,9 +185,9 @@ class L2KVScheduler(AsyncScheduler):
         finally:
             request.kv_cache_report_mode = mode
         coordinator = self.kv_cache_manager.coordinator
-        first = self._begin(request)
-        if first is not None and num_tokens >= first.position:
-            found, num_tokens, *_ = coordinator.find_longest_cache_hit(request.block_hashes, first.position - 1)
+        usable = self._usable_hit(request, num_tokens)
+        if usable < num_tokens:
+            found, num_tokens, *_ = coordinator.find_longest_cache_hit(request.block_hashes, usable)
             blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
         if is_reported:
             for manager in coordinator.single_type_managers:
@@ -215,6 +214,16 @@ class L2KVScheduler(AsyncScheduler):
         super()._preempt_request(request, *args, **kwargs)
         self._orders.pop(request.request_id, None)
         self._next.pop(request.request_id, None)
+
+    def _usable_hit(self, request: Request, num_tokens: int) -> int:
+        """Tokens of a prefix-cache hit with which a request may begin."""
+        first = self._begin(request)
+        if first is not None:
+            num_tokens = min(num_tokens, first.position - 1)  # so that a step lies between
+        num_rows = self._compressed[0].max_rows.get(request.request_id, request.num_tokens)
+        if self._capacity.num_held(request.num_tokens, num_rows) >= self._capacity.num_blocks:
+            num_tokens -= num_tokens % self.block_size  # a hit inside a block would need one more, for its copy
+        return num_tokens
 
     def _begin(self, request: Request) -> Compaction | None:
         """Notes the first compaction of a request that is about to begin, if it has one."""
@@ -341,10 +350,10 @@ class L2KVScheduler(AsyncScheduler):
             return None
         return RequestState(request, points, why_whole(num_prompt_tokens, params), max_tokens if is_bounded else None)
 
-    def _limit_rows(self, state: RequestState) -> None:
+    def _note_max_rows(self, state: RequestState) -> None:
         """Lets vLLM admit a request that holds fewer rows at a time than it has tokens."""
-        if state.points is not None and state.points.params.max_tokens is not None:
-            rows = state.points.max_rows(self.max_model_len)
+        if state.points is not None:
+            rows = state.points.max_rows(state.request.num_prompt_tokens + state.request.max_tokens - 1)
             for manager in self._compressed:
                 manager.max_rows[state.request.request_id] = rows
 

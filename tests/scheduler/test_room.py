@@ -1,0 +1,46 @@
+"""A request that the cache can hold gets through, and one that it cannot is refused: none waits for ever."""
+
+from dataclasses import replace
+
+from vllm_l2kv.scheduler.integrity import check_nothing_left
+
+
+def set_intervals(harness, prompt: int, answer: int) -> None:
+    scheduler = harness.scheduler
+    scheduler.settings = replace(scheduler.settings, prompt_interval=prompt, answer_interval=answer)
+
+
+def alone(harness, num_prompt_tokens: int, max_tokens: int, fields: dict, preempt_at: int | None = None) -> str:
+    """Runs a request alone in a cache that knows its prompt, and preempts it in its answer; how it finished."""
+    prompt = list(range(num_prompt_tokens))
+    harness.submit("before", prompt, {}, 1)
+    harness.run(3000)
+    request = harness.submit("r", prompt, fields, max_tokens)
+    if preempt_at is not None:
+        harness.run_until(lambda: request.is_finished() or request.num_output_tokens >= preempt_at, 3000)
+        harness.scheduler.reset_prefix_cache(reset_running_requests=True)
+    harness.run(3000)
+    check_nothing_left(harness.scheduler)
+    if harness.finish_reasons["r"] == "length":
+        assert len(harness.outputs["r"]) == request.max_tokens
+    return harness.finish_reasons["r"]
+
+
+def test_a_request_of_the_whole_cache_that_begins_inside_a_block(make_harness):
+    """vLLM wants a block for the copy of the one that it begins in, beside all that the request needs."""
+    assert alone(make_harness(9), 100, 8, {}) == "length"
+
+
+def test_a_request_of_the_whole_cache_is_preempted_in_its_answer(make_harness):
+    """A short prompt never holds the prompt's interval, so room for it is not asked for."""
+    harness = make_harness(4, full_layers=())
+    set_intervals(harness, 512, 16)
+    assert alone(harness, 40, 300, {"kv_max_tokens": 32}, preempt_at=100) == "length"
+
+
+def test_full_layers_hold_most_when_compressed_ones_do_not(make_harness):
+    """264 rows at position 264 and 330 tokens at the end: 22 blocks at a time, 23 as vLLM counts."""
+    for num_blocks, reason in ((22, "error"), (23, "length")):
+        harness = make_harness(num_blocks)
+        set_intervals(harness, 200, 16)
+        assert alone(harness, 330, 8, {"kv_max_tokens": 64}) == reason
