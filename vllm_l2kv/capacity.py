@@ -4,7 +4,9 @@ vLLM lets a request that cannot wait for ever, and those behind it too. It never
 longer than its cache; with a default budget we take such a context. Plain integers: no vLLM.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.policy import CompactionPoints
@@ -57,6 +59,15 @@ class Capacity:
     groups: tuple[GroupCapacity, ...]
     max_model_len: int
     num_drafts: int = 0
+
+    def as_plain(self) -> dict[str, Any]:
+        """A form of plain values, for the way from a worker to the front end."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """Reads that form."""
+        return cls(**{**plain, "groups": tuple(GroupCapacity(**group) for group in plain["groups"])})
 
     def num_held(self, num_tokens: int, num_rows: int) -> int:
         """Blocks for computed tokens, of which compressed layers hold `num_rows`, and for drafts beside them."""

@@ -6,8 +6,9 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import Asked, CompressionParams
 from vllm_l2kv_server.context import current
+from vllm_l2kv_server.fit import FitCheck
 from vllm_l2kv_server.metrics import RequestMetrics
 from vllm_l2kv_server.request_fields import read_fields, refuse_elsewhere
 from vllm_l2kv_server.usage import record
@@ -19,15 +20,28 @@ class EngineCalls:
     The `SamplingParams` of every endpoint pass here last. The fields that the middleware read are added to them, and a
     field that came another way, such as a form, is refused. The numbers never show as `kv_transfer_params`.
 
+    Args:
+        client: vLLM's engine client.
+        defaults: The server's, for requests that give no field.
+        fit: Refuses what the KV cache cannot hold.
+        metrics: Measures requests, if there are metrics.
+
     Attributes:
         was_shut_down: Whether the server shut the engine down, in contrast to an engine that ended by itself.
     """
 
-    def __init__(self, client: Any, defaults: CompressionParams, metrics: RequestMetrics | None = None) -> None:
+    def __init__(
+        self,
+        client: Any,
+        defaults: CompressionParams,
+        fit: FitCheck,
+        metrics: RequestMetrics | None = None,
+    ) -> None:
         self._client = client
         self._generate = client.generate
         self._shutdown = client.shutdown
         self._defaults = defaults
+        self._fit = fit
         self._metrics = metrics
         self.was_shut_down = False
 
@@ -37,7 +51,27 @@ class EngineCalls:
         A plain function, so that an error is raised before the status of the answer is sent.
 
         Raises:
-            VLLMValidationError: A bad value in `extra_args`, or a field at an endpoint that reports no numbers.
+            VLLMValidationError: As for `check`.
+        """
+        asked = self.check(prompt, sampling_params)
+        outputs = self._generate(prompt, sampling_params, *args, **kwargs)
+        if sampling_params.structured_outputs is not None:
+            outputs = report_grammar_error(outputs)
+        if self._metrics is not None:
+            # Streaming input is kept whole, see `params.check_session`.
+            params = CompressionParams() if isinstance(prompt, AsyncGenerator) else asked.params
+            outputs = self._metrics.observe(outputs, params)
+        if not asked.reports:
+            return outputs
+        compression = current.get()
+        return record(outputs, {} if compression is None else compression.box.new_prompt())
+
+    def check(self, prompt: Any, sampling_params: Any) -> Asked:
+        """Adds the fields of the HTTP request to a prompt's `SamplingParams`, and returns what the prompt asks.
+
+        Raises:
+            VLLMValidationError: A bad value in `extra_args`, a field at an endpoint that reports no numbers, or a
+                prompt that the KV cache can never hold.
         """
         compression = current.get()
         extra_args = sampling_params.extra_args or {}
@@ -46,16 +80,8 @@ class EngineCalls:
         asked = read_fields(extra_args, self._defaults)
         if compression is None:
             refuse_elsewhere(extra_args)
-        outputs = self._generate(prompt, sampling_params, *args, **kwargs)
-        if sampling_params.structured_outputs is not None:
-            outputs = report_grammar_error(outputs)
-        if self._metrics is not None:
-            # Streaming input is kept whole, see `params.check_session`.
-            keep_ratio = 1.0 if isinstance(prompt, AsyncGenerator) else asked.params.keep_ratio
-            outputs = self._metrics.observe(outputs, keep_ratio)
-        if not asked.reports:
-            return outputs
-        return record(outputs, {} if compression is None else compression.box.new_prompt())
+        self._fit.check(prompt, sampling_params.max_tokens, asked.params)
+        return asked
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Shuts the engine down, then ends the requests that wait for it.
@@ -91,12 +117,32 @@ async def report_grammar_error(outputs: AsyncIterator[Any]) -> AsyncIterator[Any
             yield output
 
 
-def wrap_engine_client(client: Any, defaults: CompressionParams, metrics: RequestMetrics | None = None) -> EngineCalls:
+def wrap_engine_client(
+    client: Any, defaults: CompressionParams, fit: FitCheck, metrics: RequestMetrics | None = None
+) -> EngineCalls:
     """Sets `generate` and `shutdown` of this client to those of `EngineCalls`.
 
     The methods are set on the one instance that the app and all its serving objects share. A wrapper in its place would
     have to be found by each of them, and would not be the `AsyncLLM` that `POST /abort_requests` asks for.
     """
-    calls = EngineCalls(client, defaults, metrics)
+    calls = EngineCalls(client, defaults, fit, metrics)
     client.generate, client.shutdown = calls.generate, calls.shutdown
     return calls
+
+
+def check_before_status(responses: Any, calls: EngineCalls) -> None:
+    """Lets vLLM's Responses API check a prompt before it begins its answer, as the other endpoints do.
+
+    It calls the engine inside a generator, of which a stream asks after the status and two events were sent.
+
+    Args:
+        responses: vLLM's object that serves the endpoint.
+        calls: Checks.
+    """
+    generate = responses._generate_with_builtin_tools
+
+    def check_and_generate(request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.check(engine_input, sampling_params)
+        return generate(request_id, engine_input, sampling_params, *args, **kwargs)
+
+    responses._generate_with_builtin_tools = check_and_generate

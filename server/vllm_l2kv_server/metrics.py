@@ -14,13 +14,16 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_l2kv.messages.stats import take_stats
+from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import Kind
 from vllm_l2kv.settings import Settings
 
 PREFIX = "vllm_l2kv:"
 LABELS = ("model_name", "engine")
 TENTHS = [i / 10 for i in range(1, 11)]
-KEPT_ROWS = [2**i for i in range(4, 21)]
+ROWS = [2**i for i in range(4, 21)]
+BUDGETS = [2**i for i in range(8, 17)]
+"""Values of the label `budget`, see `budget_label`."""
 DEVICE_SECONDS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10]
 FIRST_TOKEN_SECONDS = [0.01, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 200]
 OUTPUT_TOKEN_SECONDS = [0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2]
@@ -52,7 +55,7 @@ class EngineMetrics(AggregateStatLoggerBase):
             f"{PREFIX}compaction_preemptions", "Requests preempted so that a compaction finds blocks.", LABELS
         )
         self._kept_of_compaction = Histogram(
-            f"{PREFIX}compaction_kept_rows", "Rows that each head kept, of each compaction.", by_kind, buckets=KEPT_ROWS
+            f"{PREFIX}compaction_kept_rows", "Rows that each head kept, of each compaction.", by_kind, buckets=ROWS
         )
         self._seconds = Histogram(
             f"{PREFIX}compaction_device_seconds",
@@ -109,7 +112,7 @@ class EngineMetrics(AggregateStatLoggerBase):
 
 
 class RequestMetrics:
-    """Keep ratios and latencies of the requests that this process answers.
+    """Keep ratios, budgets and latencies of the requests that this process answers.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -120,11 +123,16 @@ class RequestMetrics:
         self._keep_ratio = Histogram(
             f"{PREFIX}request_keep_ratio", "Keep ratio of each request.", ["model_name"], buckets=[0.01, 0.05, *TENTHS]
         )
-        labels = ["model_name", "keep_ratio"]
+        self._budget = Histogram(
+            f"{PREFIX}request_budget_rows",
+            "Budget (kv_max_tokens) of each request that has one.",
+            ["model_name"],
+            buckets=ROWS,
+        )
+        self._budget.labels(self._model)  # exports 0 before the first one
+        labels = ["model_name", "keep_ratio", "budget"]
         self._first_token, self._output_token, self._request = (
-            Histogram(
-                f"{PREFIX}{name}_seconds", f"{text} By keep ratio, rounded up to a tenth.", labels, buckets=buckets
-            )
+            Histogram(f"{PREFIX}{name}_seconds", f"{text} By keep ratio and budget.", labels, buckets=buckets)
             for name, text, buckets in (
                 ("time_to_first_token", "Time to first token.", FIRST_TOKEN_SECONDS),
                 ("time_per_output_token", "Mean time between a request's output tokens.", OUTPUT_TOKEN_SECONDS),
@@ -132,23 +140,25 @@ class RequestMetrics:
             )
         )
 
-    async def observe(self, outputs: AsyncIterator[Any], keep_ratio: float) -> AsyncIterator[Any]:
+    async def observe(self, outputs: AsyncIterator[Any], params: CompressionParams) -> AsyncIterator[Any]:
         """Yields a request's outputs and measures its latencies; an aborted request has none.
 
         Args:
             outputs: The async generator of the engine client.
-            keep_ratio: The request's.
+            params: What applies to the request.
         """
-        self._keep_ratio.labels(self._model).observe(keep_ratio)
+        self._keep_ratio.labels(self._model).observe(params.keep_ratio)
+        if params.max_tokens is not None:
+            self._budget.labels(self._model).observe(params.max_tokens)
         # Closed at once when this generator is: by that vLLM learns that the client has gone.
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
                 if output.finished and output.metrics is not None:
-                    self._finished(output.metrics, tenth_of(keep_ratio))
+                    self._finished(output.metrics, params)
                 yield output
 
-    def _finished(self, times: Any, tenth: str) -> None:
-        labels = self._model, tenth
+    def _finished(self, times: Any, params: CompressionParams) -> None:
+        labels = self._model, tenth_of(params.keep_ratio), budget_label(params.max_tokens)
         self._first_token.labels(*labels).observe(times.first_token_latency)
         self._request.labels(*labels).observe(time.time() - times.arrival_time)
         if times.num_generation_tokens > 1:
@@ -173,3 +183,8 @@ def add_metrics(engine_client: Any, settings: Settings) -> RequestMetrics | None
 def tenth_of(keep_ratio: float) -> str:
     """Returns the label of a keep ratio: one of ten, so that clients cannot create many series."""
     return f"{max(math.ceil(round(keep_ratio * 10, 6)), 1) / 10:.1f}"
+
+
+def budget_label(budget: int | None) -> str:
+    """Returns the label of a budget: `none`, it rounded up to one of `BUDGETS`, or `more`; few, for the same reason."""
+    return "none" if budget is None else next((str(bound) for bound in BUDGETS if budget <= bound), "more")

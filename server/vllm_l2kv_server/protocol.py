@@ -89,4 +89,6 @@ class KVCompressionInfo(BaseModel):
     models: list[str]
     fields: list[FieldInfo]
     full_layers: list[int]
+    prompt_interval: int
+    answer_interval: int
     kv_cache_groups: list[KVCacheGroup]

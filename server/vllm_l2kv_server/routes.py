@@ -14,11 +14,13 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
+from vllm_l2kv.capacity import Capacity
 from vllm_l2kv.params import FIELDS
 from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.body import CheckedBodyRoute
 from vllm_l2kv_server.body_bound import BodyBoundMiddleware
-from vllm_l2kv_server.engine_client import wrap_engine_client
+from vllm_l2kv_server.engine_client import check_before_status, wrap_engine_client
+from vllm_l2kv_server.fit import FitCheck
 from vllm_l2kv_server.last_line import Outcome
 from vllm_l2kv_server.metrics import add_metrics
 from vllm_l2kv_server.middleware import CompressionMiddleware
@@ -69,7 +71,7 @@ def add_routes(app: FastAPI) -> None:
 
 
 async def connect(engine_client: Any, state: State, args: Namespace) -> None:
-    """Asks the engine for its KV-cache groups and wraps its client.
+    """Asks the engine for its KV-cache groups and its capacity, and wraps its client.
 
     Raises:
         RuntimeError: The engine runs without our worker, so the fields would be ignored.
@@ -77,7 +79,9 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
     config = engine_client.vllm_config
     settings = Settings.from_config(config.additional_config)
     try:
-        groups = (await engine_client.collective_rpc("kv_cache_groups"))[0]
+        groups, capacity = [
+            (await engine_client.collective_rpc(method))[0] for method in ("kv_cache_groups", "kv_capacity")
+        ]
     except Exception as error:
         raise RuntimeError(
             "VLLM_PLUGINS names l2kv, but this engine has no worker of vllm-l2kv: start with `vllm-l2kv serve`, "
@@ -87,9 +91,13 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
     state.kv_compression = _describe(models, settings, groups)
     state.kv_defaults = settings.defaults
     # One for each response that vLLM stores; vLLM deletes none.
-    stores_responses = getattr(getattr(state, "openai_serving_responses", None), "enable_store", False)
-    state.kv_stored_numbers = {} if stores_responses else None
-    state.kv_engine_calls = wrap_engine_client(engine_client, settings.defaults, add_metrics(engine_client, settings))
+    responses = getattr(state, "openai_serving_responses", None)
+    state.kv_stored_numbers = {} if getattr(responses, "enable_store", False) else None
+    fit = FitCheck(config.model_config, settings.intervals, Capacity.from_plain(capacity))
+    calls = wrap_engine_client(engine_client, settings.defaults, fit, add_metrics(engine_client, settings))
+    state.kv_engine_calls = calls
+    if responses is not None:
+        check_before_status(responses, calls)
     # `vllm serve` makes no outcome.
     state.kv_outcome = getattr(args, "outcome", None) or Outcome()
     if config.parallel_config._api_process_rank == 0:
@@ -111,7 +119,7 @@ async def create_completion(request: CheckedCompletionRequest, raw_request: Requ
 
 @router.get("/v1/kv_compression")
 async def show_kv_compression(raw_request: Request) -> KVCompressionInfo:
-    """Request fields with defaults and bounds, full layers, KV-cache groups and models of this server."""
+    """Request fields with defaults and bounds, full layers, intervals, KV-cache groups and models of this server."""
     info: KVCompressionInfo = raw_request.app.state.kv_compression
     return info
 
@@ -137,5 +145,7 @@ def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]
             for field in FIELDS
         ],
         full_layers=list(settings.full_layers),
+        prompt_interval=settings.prompt_interval,
+        answer_interval=settings.answer_interval,
         kv_cache_groups=[KVCacheGroup(**group) for group in groups],
     )

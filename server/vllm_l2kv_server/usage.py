@@ -11,6 +11,8 @@ from starlette.types import Message, Send
 from vllm_l2kv.messages.usage import REASON, USAGE_KEY, take_usage
 
 Numbers = Mapping[str, Any]
+SUMS = ("prompt_tokens", "kept_tokens", "evicted_tokens", "compactions")
+BOUND = "max_tokens"
 DATA = b"data: "
 EVENT_END = b"\n\n"
 
@@ -27,19 +29,20 @@ class UsageBox:
         return self._prompts[-1]
 
     def total(self) -> Numbers | None:
-        """Returns the sum over prompts, or `None` if the engine reported nothing; each distinct reason is listed once.
+        """Returns the sum over prompts, or `None` if the engine reported nothing.
 
-        The choices of a prompt (`n > 1`) share it and keep the same number of its tokens, so it counts once. The choice
-        with most evicted tokens counts, since one may end before it is compacted.
+        Of the choices of a prompt (`n > 1`), which share it, the one that evicted most counts, and of several the
+        longest. The bound of the answers' length is the smallest of the prompts'. Each distinct reason is listed once.
         """
-        spoken = [
-            max(prompt.values(), key=lambda numbers: numbers["evicted_tokens"]) for prompt in self._prompts if prompt
-        ]
-        if not spoken:
+        prompts = [max(prompt.values(), key=_evicted_and_kept) for prompt in self._prompts if prompt]
+        if not prompts:
             return None
-        total: Numbers = {key: sum(numbers[key] for numbers in spoken) for key in spoken[0] if key != REASON}
-        reasons = dict.fromkeys(numbers[REASON] for numbers in spoken if REASON in numbers)
-        return {**total, REASON: " ".join(reasons)} if reasons else total
+        total: dict[str, Any] = {key: sum(numbers[key] for numbers in prompts) for key in SUMS}
+        if bounds := [numbers[BOUND] for numbers in prompts if BOUND in numbers]:
+            total[BOUND] = min(bounds)
+        if reasons := dict.fromkeys(numbers[REASON] for numbers in prompts if REASON in numbers):
+            total[REASON] = " ".join(reasons)
+        return total
 
 
 async def record(outputs: AsyncIterator[Any], prompt: dict[int, Numbers]) -> AsyncIterator[Any]:
@@ -144,6 +147,10 @@ def _with_length(start: Message, num_bytes: int) -> Message:
     headers = MutableHeaders(raw=list(start["headers"]))
     headers["content-length"] = str(num_bytes)
     return {**start, "headers": headers.raw}
+
+
+def _evicted_and_kept(numbers: Numbers) -> tuple[int, int]:
+    return numbers["evicted_tokens"], numbers["kept_tokens"]
 
 
 def _get(answer: Any, name: str) -> Any:

@@ -198,6 +198,20 @@ def test_what_the_end_of_the_server_relies_on():
     assert {"output_handler", "output_processor"} <= names_assigned_in(AsyncLLM.__init__)
 
 
+def test_what_the_check_of_a_prompt_relies_on():
+    """An endpoint gives the engine client a dict with a type; the Responses API makes its generator in one call."""
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.inputs import tokens_input
+    from vllm.renderers.inputs.preprocess import extract_prompt_len
+
+    assert tokens_input([1, 2]).keys() >= {"type", "prompt_token_ids"}
+    assert parameters(extract_prompt_len) == ["model_config", "prompt"]
+    assert inspect.isasyncgenfunction(OpenAIServingResponses._generate_with_builtin_tools)
+    names = ["self", "request_id", "engine_input", "sampling_params"]
+    assert parameters(OpenAIServingResponses._generate_with_builtin_tools)[:4] == names
+    assert "= self._generate_with_builtin_tools(" in inspect.getsource(OpenAIServingResponses._create_responses)
+
+
 def test_loggers_see_one_object_and_others_than_vllms_come_first():
     """`vllm_l2kv_server.metrics` takes our stats out of it before vLLM's loggers look."""
     assert parameters(StatLoggerManager.record)[:5] == [

@@ -89,7 +89,7 @@ def test_numbers_come_back_from_both(client, replicas):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda ratio: (ratio, ask(client, kv_keep_ratio=ratio)), [0.5, 0.25, 1.0] * 4))
     for ratio, answer in answers:
-        assert answer.json()["usage"]["kv_cache"] == expected_usage(NUM_TOKENS, keep_ratio=ratio)
+        assert answer.json()["usage"]["kv_cache"] == expected_usage(NUM_TOKENS, 4, keep_ratio=ratio)
     assert all(after > there for after, there in zip(asked(replicas), before, strict=True))
 
 
@@ -97,7 +97,7 @@ def test_chat(client):
     messages = [{"role": "user", "content": "The keeper of the lighthouse saw eleven ships. " * 8}]
     body = {"model": MODEL, "messages": messages, "max_tokens": 4, "kv_keep_ratio": 0.5}
     usage = client.post("/v1/chat/completions", json=body).json()["usage"]
-    assert usage["kv_cache"] == expected_usage(usage["prompt_tokens"], keep_ratio=0.5)
+    assert usage["kv_cache"] == expected_usage(usage["prompt_tokens"], usage["completion_tokens"], keep_ratio=0.5)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_stream(client):
     events = [line.removeprefix("data: ") for line in ask(client, **body).text.splitlines() if line]
     assert events[-1] == "[DONE]"
     assert len(events) == 4 + 2
-    assert json.loads(events[-2])["usage"]["kv_cache"] == expected_usage(NUM_TOKENS, keep_ratio=0.5)
+    assert json.loads(events[-2])["usage"]["kv_cache"] == expected_usage(NUM_TOKENS, 4, keep_ratio=0.5)
 
 
 def test_the_page_about_compression(client, replicas):

@@ -9,19 +9,21 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import psutil
 
-from vllm_l2kv.messages.usage import prompt_usage, why_whole
+from vllm_l2kv.messages.usage import why_whole
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.policy import num_keep
+from vllm_l2kv.policy import Intervals, num_keep
 
 START_SECONDS = 240
 STOP_SECONDS = 60
 KEY = "sesame"
 """Of servers that ask for one."""
+INTERVALS = Intervals()
+"""Of servers that are told nothing else."""
 
 
 class Server:
@@ -98,19 +100,37 @@ class Server:
         return left
 
 
-def expected_usage(num_prompt_tokens: int, *, one_token: bool = False, **params: float) -> dict[str, int | str]:
-    """What `usage.kv_cache` of an answer must say.
+def expected_usage(
+    num_prompt_tokens: int, num_output_tokens: int, intervals: Intervals = INTERVALS, **params: Any
+) -> dict[str, int | str]:
+    """What `usage.kv_cache` of an answer must say, by a walk over its tokens.
 
     Args:
         num_prompt_tokens: The prompt's length.
-        one_token: Whether the answer had no more.
+        num_output_tokens: The answer's length; its last token is never computed on.
+        intervals: The server's.
         params: As those of `CompressionParams`; nothing is protected by default, as in `Server`.
     """
     asked = CompressionParams(**{"protect_first": 0, "protect_last": 0, **params})
-    kept = num_keep(num_prompt_tokens, asked)
-    if one_token or kept == num_prompt_tokens:
-        return prompt_usage(num_prompt_tokens, num_prompt_tokens, why_whole(num_prompt_tokens, asked))
-    return prompt_usage(num_prompt_tokens, kept)
+    num_computed = num_prompt_tokens + num_output_tokens - 1
+    held = compactions = 0
+    for position in range(num_computed):
+        kept = held
+        if position == num_prompt_tokens:
+            kept = min(kept, num_keep(num_prompt_tokens, asked))
+        interval = intervals.prompt if position < num_prompt_tokens else intervals.answer
+        if asked.max_tokens is not None and held >= asked.max_tokens + interval:
+            kept = min(kept, asked.max_tokens)
+        compactions += kept < held
+        held = kept + 1
+    numbers: dict[str, int | str] = {
+        "prompt_tokens": num_prompt_tokens,
+        "kept_tokens": held,
+        "evicted_tokens": num_computed - held,
+        "compactions": compactions,
+    }
+    reason = why_whole(num_prompt_tokens, asked)
+    return numbers if compactions or reason is None else {**numbers, "reason": str(reason)}
 
 
 def free_port() -> int:

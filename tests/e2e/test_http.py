@@ -19,6 +19,8 @@ GOOD = {
 }
 PATHS = sorted(GOOD)
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 8}
+LONG = {"ignore_eos": True}
+"""An answer that is as long as it may be."""
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,11 @@ def kv_cache(usage) -> dict[str, int] | None:
     return (usage.model_extra or {}).get("kv_cache")
 
 
+def expected_of(usage, **params) -> dict[str, int | str]:
+    """What `usage.kv_cache` must be of one prompt with one answer."""
+    return expected_usage(usage.prompt_tokens, usage.completion_tokens, **params)
+
+
 def post(http, path: str, **fields) -> httpx.Response:
     body = json.dumps({**GOOD[path], **fields})  # httpx refuses NaN
     return http.post(path, content=body, headers={"content-type": "application/json"})
@@ -46,7 +53,7 @@ class TestUsage:
     def test_chat(self, client):
         answer = client.chat.completions.create(**GREEDY, messages=MESSAGES, extra_body={"kv_keep_ratio": 0.5})
         assert answer.usage.prompt_tokens > 200
-        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(answer.usage) == expected_of(answer.usage, keep_ratio=0.5)
         assert answer.choices[0].message.content
         assert answer.model_extra.get("kv_transfer_params") is None
 
@@ -54,8 +61,8 @@ class TestUsage:
         fields = {"kv_keep_ratio": 0.1, "kv_protect_first": 40, "kv_protect_last": 80}
         answer = client.completions.create(**GREEDY, prompt=TEXT, extra_body=fields)
         numbers = kv_cache(answer.usage)
-        assert numbers == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.1, protect_first=40, protect_last=80)
-        assert numbers["kept_tokens"] == 120
+        assert numbers == expected_of(answer.usage, keep_ratio=0.1, protect_first=40, protect_last=80)
+        assert numbers["kept_tokens"] == 120 + 7
 
     @pytest.mark.parametrize("other", [{"kv_scorer": "l2_high"}, {"kv_granularity": "block"}])
     def test_another_choice_of_tokens(self, client, other):
@@ -81,34 +88,34 @@ class TestUsage:
 
     def test_ratio_of_one_keeps_everything_and_says_so(self, client):
         answer = client.completions.create(**GREEDY, prompt=TEXT, extra_body={"kv_keep_ratio": 1})
-        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens)
+        assert kv_cache(answer.usage) == expected_of(answer.usage)
         assert answer.choices[0].text == client.completions.create(**GREEDY, prompt=TEXT).choices[0].text
 
     def test_one_token_ends_before_compaction(self, client):
         answer = client.completions.create(model=MODEL, prompt=TEXT, max_tokens=1, extra_body={"kv_keep_ratio": 0.5})
-        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, one_token=True, keep_ratio=0.5)
+        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, 1, keep_ratio=0.5)
 
     def test_choices_share_a_prompt(self, client):
         answer = client.chat.completions.create(
-            model=MODEL, messages=MESSAGES, max_tokens=8, n=3, seed=1, extra_body={"kv_keep_ratio": 0.25}
+            model=MODEL, messages=MESSAGES, max_tokens=8, n=3, seed=1, extra_body={**LONG, "kv_keep_ratio": 0.25}
         )
         assert len(answer.choices) == 3
-        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.25)
+        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, 8, keep_ratio=0.25)
 
     def test_prompts_add_up(self, client):
         prompts = [TEXT, TEXT[:700], "A short one, of a few words only."]
         lengths = [client.completions.create(**GREEDY, prompt=prompt).usage.prompt_tokens for prompt in prompts]
         answer = client.completions.create(
-            model=MODEL, prompt=prompts, max_tokens=8, n=2, extra_body={"kv_keep_ratio": 0.3}
+            model=MODEL, prompt=prompts, max_tokens=8, n=2, extra_body={**LONG, "kv_keep_ratio": 0.3}
         )
-        each = [expected_usage(length, keep_ratio=0.3) for length in lengths]
+        each = [expected_usage(length, 8, keep_ratio=0.3) for length in lengths]
         assert len(answer.choices) == 6
         assert kv_cache(answer.usage) == {key: sum(numbers[key] for numbers in each) for key in each[0]}
 
     def test_xargs(self, client):
         fields = {"vllm_xargs": {"kv_keep_ratio": 0.25, "kv_protect_last": None}}
         answer = client.chat.completions.create(**GREEDY, messages=MESSAGES, extra_body=fields)
-        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.25)
+        assert kv_cache(answer.usage) == expected_of(answer.usage, keep_ratio=0.25)
 
 
 class TestStream:
@@ -122,13 +129,13 @@ class TestStream:
                 n=n,
                 stream=True,
                 stream_options={"include_usage": True},
-                extra_body={"kv_keep_ratio": 0.5},
+                extra_body={**LONG, "kv_keep_ratio": 0.5},
             )
         )
         with_usage = [chunk.usage for chunk in chunks if chunk.usage]
         assert len(with_usage) == 1
         assert chunks[-1].usage is with_usage[0]
-        assert kv_cache(with_usage[0]) == expected_usage(with_usage[0].prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(with_usage[0]) == expected_usage(with_usage[0].prompt_tokens, 8, keep_ratio=0.5)
         assert {choice.index for chunk in chunks for choice in chunk.choices} == set(range(n))
 
     def test_completion_prompts(self, client):
@@ -138,11 +145,11 @@ class TestStream:
                 prompt=[TEXT, TEXT],
                 stream=True,
                 stream_options={"include_usage": True},
-                extra_body={"kv_keep_ratio": 0.5},
+                extra_body={**LONG, "kv_keep_ratio": 0.5},
             )
         )
         usage = chunks[-1].usage
-        one = expected_usage(usage.prompt_tokens // 2, keep_ratio=0.5)
+        one = expected_usage(usage.prompt_tokens // 2, 8, keep_ratio=0.5)
         assert kv_cache(usage) == {key: 2 * value for key, value in one.items()}
 
     def test_same_text_as_without_streaming(self, client):
@@ -163,7 +170,7 @@ class TestStream:
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
         usage = chunks[-1].usage
         assert usage.completion_tokens <= 12
-        assert kv_cache(usage) == expected_usage(usage.prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(usage) == expected_of(usage, keep_ratio=0.5)
 
     def test_absent_when_nothing_is_asked(self, client):
         chunks = list(
@@ -183,7 +190,7 @@ class TestStream:
         next(iter(stream))
         stream.close()
         answer = client.completions.create(**GREEDY, prompt=TEXT, extra_body={"kv_keep_ratio": 0.5})
-        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(answer.usage) == expected_of(answer.usage, keep_ratio=0.5)
         running = [line for line in http.get("/metrics").text.splitlines() if "num_requests_running{" in line]
         assert [float(line.split()[-1]) for line in running] == [0]
 
@@ -236,7 +243,7 @@ class TestBadRequests:
         ]
         assert taken == []
         answer = client.chat.completions.create(**GREEDY, messages=MESSAGES, extra_body={"kv_keep_ratio": 0.5})
-        assert kv_cache(answer.usage) == expected_usage(answer.usage.prompt_tokens, keep_ratio=0.5)
+        assert kv_cache(answer.usage) == expected_of(answer.usage, keep_ratio=0.5)
 
 
 class TestTheRestOfVLLM:
@@ -247,21 +254,16 @@ class TestTheRestOfVLLM:
         assert http.get("/health").status_code == 200
         assert "vllm:num_requests_running" in http.get("/metrics").text
 
-    def test_metrics_of_compression(self, http, client):
-        def read() -> dict[str, float]:
-            lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith("vllm_l2kv:")]
-            return {
-                line.partition("{")[0]: float(line.rsplit(maxsplit=1)[1]) for line in lines if "_bucket" not in line
-            }
-
-        before = read()
+    def test_metrics_of_compression(self, server, client):
+        before = server.metrics()
         answer = client.completions.create(**GREEDY, prompt=TEXT, extra_body={"kv_keep_ratio": 0.4})
         client.completions.create(**GREEDY, prompt=TEXT)
-        after = read()
-        grown = {name.removeprefix("vllm_l2kv:"): after[name] - before.get(name, 0) for name in after}
+        after = server.metrics()
+        grown = {name.removeprefix("vllm_l2kv:"): after[name] - before[name] for name in after}
         assert grown["requests_compressed_total"] == 1
-        assert grown["prompt_tokens_kept_total"] == kv_cache(answer.usage)["kept_tokens"]
-        assert grown["prompt_tokens_evicted_total"] == kv_cache(answer.usage)["evicted_tokens"]
+        assert grown["compactions_total"] == kv_cache(answer.usage)["compactions"] == 1
+        assert grown["rows_evicted_total"] == kv_cache(answer.usage)["evicted_tokens"]
+        assert grown["rows_kept_total"] == answer.usage.prompt_tokens - grown["rows_evicted_total"]
         assert grown["compaction_device_seconds_count"] == 1
         assert grown["compaction_device_seconds_sum"] > 0
         assert grown["blocks_taken_total"] > 0

@@ -92,7 +92,7 @@ def test_two_answers_and_their_numbers(server, page, order):
     for column, ratio in zip(COLUMNS, (1.0, 0.3), strict=True):
         answer = answer_of(server, ratio)
         usage, shown = answer["usage"], figures(page, column)
-        expected = expected_usage(usage["prompt_tokens"], keep_ratio=ratio, **PROTECTED)
+        expected = expected_usage(usage["prompt_tokens"], usage["completion_tokens"], keep_ratio=ratio, **PROTECTED)
         assert usage["kv_cache"] == expected
         numbers = {"prompt": "prompt_tokens", "kept": "kept_tokens", "evicted": "evicted_tokens"}
         assert {figure: int(shown[figure].replace(",", "")) for figure in numbers} == {

@@ -65,6 +65,12 @@ def printed_usage(text: str) -> list[dict[str, int]]:
     return [ast.literal_eval(found) for found in USAGE.findall(text)]
 
 
+def expected(found: dict[str, int], **params: float) -> dict[str, int | str]:
+    """What an example must print; how long its answer was follows from what it printed."""
+    num_computed = found["kept_tokens"] + found["evicted_tokens"]
+    return expected_usage(found["prompt_tokens"], num_computed + 1 - found["prompt_tokens"], **params)
+
+
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory) -> Path:
     """Two paragraphs, so that an answer takes a second."""
@@ -79,14 +85,14 @@ def test_a_client(server, text_file, example):
     numbers = printed_usage(run(command, OPENAI_BASE_URL=f"{server.url}/v1"))
     assert len(numbers) == len(ASKED[example])
     for ratio, found in zip(ASKED[example], numbers, strict=True):
-        assert found == expected_usage(found["prompt_tokens"], keep_ratio=ratio)
+        assert found == expected(found, keep_ratio=ratio)
         assert (found["evicted_tokens"] > 0) == (ratio < 1)
 
 
 def test_curl(server):
     text = run(["bash", str(EXAMPLES / "curl.sh"), server.url])
     (found,) = printed_usage(text)
-    assert found == expected_usage(found["prompt_tokens"], keep_ratio=0.5, protect_last=4)
+    assert found == expected(found, keep_ratio=0.5, protect_last=4)
     assert '"full_layers":[0,1]' in text
     assert '"param":"kv_keep_ratio"' in text
 
@@ -105,7 +111,7 @@ def test_the_request_that_the_server_prints_is_compressed(server):
 def test_offline(demo_model):
     text = run([sys.executable, str(EXAMPLES / "offline.py"), str(demo_model)], VLLM_ENABLE_V1_MULTIPROCESSING="1")
     (found,) = printed_usage(text)
-    assert found == expected_usage(found["prompt_tokens"], keep_ratio=0.5)
+    assert found == expected(found, keep_ratio=0.5)
     assert text.count("---") == 2
 
 

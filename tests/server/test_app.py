@@ -23,12 +23,14 @@ from vllm_l2kv_server.app import KVCompressionEndpoints
 from vllm_l2kv_server.last_line import Outcome
 from vllm_l2kv_server.request_fields import GENERATING_PATHS
 
+from vllm_l2kv.capacity import Capacity, GroupCapacity
 from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams
 from vllm_l2kv.settings import Settings
 
 GROUPS = [{"layers": ["a", "b"], "block_size": 32, "compressed": True, "sliding_window": None}]
+CAPACITY = Capacity(num_blocks=10, groups=(GroupCapacity(32, True),), max_model_len=1000)
 ARGS = Namespace(log_error_stack=False, max_body_mib=1)
-NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5}
+NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compactions": 1}
 
 
 class FakeClient:
@@ -38,15 +40,15 @@ class FakeClient:
         self.vllm_config = SimpleNamespace(
             additional_config={"l2kv": Settings((0, 1), defaults).as_config()},
             parallel_config=SimpleNamespace(_api_process_rank=1),
+            model_config=SimpleNamespace(is_encoder_decoder=False),
         )
         self.groups = groups
         self.logger_manager = None  # as with --disable-log-stats
 
     async def collective_rpc(self, method):
-        assert method == "kv_cache_groups"
         if self.groups is None:
             raise AttributeError(method)
-        return [self.groups, self.groups]
+        return [{"kv_cache_groups": self.groups, "kv_capacity": CAPACITY.as_plain()}[method]] * 2
 
     async def generate(self, prompt, sampling_params, request_id):
         yield SimpleNamespace(kv_transfer_params={"kv_cache": NUMBERS}, outputs=[SimpleNamespace(index=0)])
@@ -146,7 +148,8 @@ def test_openapi_shows_the_fields_at_every_endpoint(app):
         assert properties["kv_keep_ratio"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
         assert properties["kv_protect_last"]["anyOf"][0]["type"] == "integer"
         assert properties["kv_granularity"]["anyOf"][0]["enum"] == ["token", "block"]
-        assert "always kept" in properties["kv_protect_first"]["description"]
+        assert "every compaction keeps" in properties["kv_protect_first"]["description"]
+        assert properties["kv_max_tokens"]["anyOf"][0]["minimum"] == 1
     assert "kv_keep_ratio" not in json.dumps(spec["components"]["schemas"]["TokenizeCompletionRequest"])
 
 
@@ -269,9 +272,11 @@ def test_slash_at_the_end_is_redirected_as_by_vllm(app):
 def test_info(app):
     info = request(app, "GET", "/v1/kv_compression").json()
     fields = info.pop("fields")
-    assert info == {"models": ["m"], "full_layers": [0, 1], "kv_cache_groups": GROUPS}
+    intervals = {"prompt_interval": 2048, "answer_interval": 256}
+    assert info == {"models": ["m"], "full_layers": [0, 1], **intervals, "kv_cache_groups": GROUPS}
     assert [field["name"] for field in fields] == list(FIELD_NAMES)
-    of_each_type = [field for field in fields if field["name"] in ("kv_keep_ratio", "kv_protect_last", "kv_scorer")]
+    shown = ("kv_keep_ratio", "kv_max_tokens", "kv_protect_last", "kv_scorer")
+    of_each_type = [field for field in fields if field["name"] in shown]
     assert of_each_type == [
         {
             "name": "kv_keep_ratio",
@@ -281,11 +286,19 @@ def test_info(app):
             "description": "Share of the prompt's tokens whose KV is kept in compressed layers; 1 keeps everything.",
         },
         {
+            "name": "kv_max_tokens",
+            "type": "integer",
+            "default": None,
+            "bounds": "1 <= kv_max_tokens <= 2147483647",
+            "description": "Rows that each head of a compressed layer holds at most between compactions, in the prompt "
+            "and the answer.",
+        },
+        {
             "name": "kv_protect_last",
             "type": "integer",
             "default": 64,
             "bounds": "0 <= kv_protect_last <= 2147483647",
-            "description": "Tokens at the end of the prompt that are always kept.",
+            "description": "Tokens at the end of what is held that every compaction keeps.",
         },
         {
             "name": "kv_scorer",

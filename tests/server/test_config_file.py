@@ -96,7 +96,7 @@ def test_words(read, text, words):
         ("enforce-eager: {a: b}", '--no-enforce-eager: ignored explicit argument \'{"a": "b"}\''),
         ("kv-default-keep-ratio: 2", "--kv-default-keep-ratio: R must satisfy 0 < R <= 1, got 2"),
         ("kv-default-keep-ratio: 0", "--kv-default-keep-ratio: R must satisfy 0 < R <= 1, got 0"),
-        ("max_body_mib: 0", "config.yaml: argument --max-body-mib: N must satisfy 1 <= N, got 0"),
+        ("max_body_mib: 0", "config.yaml: argument --max-body-mib: N must satisfy 1 <= N <= 2147483647, got 0"),
         ("kv-full-layers: [0, -1]", "argument --kv-full-layers: layer indices >= 0 with commas between them"),
         ("dtype: int8", "config.yaml: argument --dtype: invalid choice: 'int8' (choose from "),
         ("[a, b]", "must hold a mapping"),

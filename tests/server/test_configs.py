@@ -12,10 +12,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm_l2kv_server.config_file import option_names
 from vllm_l2kv_server.serve import make_parser, parse
-from vllm_l2kv_server.serve_options import own_options
+from vllm_l2kv_server.serve_options import INTERVALS, own_options
 
 from vllm_l2kv.cli import main
-from vllm_l2kv.params import SCORERS
+from vllm_l2kv.params import FIELDS, SCORERS
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -50,13 +50,12 @@ class TestEach:
         options = yaml.safe_load(path.read_text())
         args = parse(parser, ["--config", str(path)])
         ours = args.additional_config["l2kv"]
-        assert ours["full_layers"] == [int(layer) for layer in options["kv-full-layers"].split(",")]
-        assert ours["kv_keep_ratio"] == options["kv-default-keep-ratio"]
-        assert (ours["kv_protect_first"], ours["kv_protect_last"]) == (
-            options["kv-protect-first"],
-            options["kv-protect-last"],
-        )
-        assert ours["kv_scorer"] == options["kv-scorer"]
+        assert ours.pop("full_layers") == [int(layer) for layer in options.pop("kv-full-layers").split(",")]
+        keys = {field.option.removeprefix("--"): field.name for field in FIELDS}
+        keys |= {option: attribute for option, (attribute, _) in INTERVALS.items()}
+        given = {keys[option]: value for option, value in options.items() if option in keys}
+        assert {"kv_protect_first", "kv_protect_last", "kv_scorer"} <= given.keys()
+        assert given.items() <= ours.items()
 
     def test_it_is_good_by_the_schema(self, schema, path):
         Draft7Validator(schema).validate(yaml.safe_load(path.read_text()))
@@ -78,7 +77,7 @@ class TestEach:
         outputs = []
         while engine.has_unfinished_requests():
             outputs += engine.step()
-        assert outputs[-1].kv_transfer_params["kv_cache"]["kept_tokens"] == 150
+        assert outputs[-1].kv_transfer_params["kv_cache"]["evicted_tokens"] == 150
 
 
 @pytest.mark.parametrize(
@@ -86,6 +85,8 @@ class TestEach:
     [
         ("kv-default-keep-ratio: half", "'half' is not of type 'number'"),
         ("kv-default-keep-ratio: 1.5", "1.5 is greater than the maximum of 1"),
+        ("kv-default-max-tokens: 0", "0 is less than the minimum of 1"),
+        ("kv-prompt-interval: 2.5", "2.5 is not of type 'integer'"),
         ("kv-scorer: l3", f"'l3' is not one of {list(SCORERS)}"),
         ("max-body-mib: high", "'high' is not of type 'integer'"),
         ("playground: 3", "3 is not of type 'boolean'"),

@@ -23,7 +23,10 @@ from vllm_l2kv.tools.plan.cli import _parser as plan_parser
 ROOT = Path(__file__).parents[2]
 EXPECTED = {
     "full_layers": (0, 1),
+    "prompt_interval": 2048,
+    "answer_interval": 256,
     "kv_keep_ratio": 1.0,
+    "kv_max_tokens": None,
     "kv_protect_first": 4,
     "kv_protect_last": 64,
     "kv_scorer": "l2",
@@ -32,7 +35,8 @@ EXPECTED = {
 
 
 def of(settings: Settings) -> dict[str, Any]:
-    return {"full_layers": settings.full_layers, **settings.defaults.as_fields()}
+    own = {name: getattr(settings, name) for name in ("full_layers", "prompt_interval", "answer_interval")}
+    return {**own, **settings.defaults.as_fields()}
 
 
 def served(*words: str) -> dict[str, Any]:
@@ -58,7 +62,13 @@ def test_additional_config_without_a_word(config):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_additional_config_with_one_word(name):
     """What is not given keeps its default, whatever else is given."""
-    other = {"full_layers": (3,), "kv_keep_ratio": 0.5, "kv_scorer": "keydiff", "kv_granularity": "block"}
+    other = {
+        "full_layers": (3,),
+        "kv_keep_ratio": 0.5,
+        "kv_max_tokens": 700,
+        "kv_scorer": "keydiff",
+        "kv_granularity": "block",
+    }
     value = other.get(name, 7)
     assert of(Settings.from_config({CONFIG_KEY: {name: value}})) == {**EXPECTED, name: value}
 
@@ -80,7 +90,15 @@ def test_serve(tmp_path):
 
 def test_help_of_serve():
     text = make_parser().format_help()
-    for option, default in {"--kv-protect-first": 4, "--kv-protect-last": 64, "--kv-scorer": "l2"}.items():
+    shown = {
+        "--kv-default-max-tokens": "none",
+        "--kv-protect-first": 4,
+        "--kv-protect-last": 64,
+        "--kv-scorer": "l2",
+        "--kv-prompt-interval": 2048,
+        "--kv-answer-interval": 256,
+    }
+    for option, default in shown.items():
         described = text.partition(f"  {option}")[2].partition("\n  --")[0]
         assert f"(default: {default})" in " ".join(described.split())
 
@@ -108,7 +126,8 @@ def test_the_helm_chart():
 def test_the_server_describes_what_it_does():
     described = _describe(["m"], Settings.from_config({CONFIG_KEY: {}}), [])
     fields = {field.name: field.default for field in described.fields}
-    assert {"full_layers": tuple(described.full_layers), **fields} == EXPECTED
+    intervals = {"prompt_interval": described.prompt_interval, "answer_interval": described.answer_interval}
+    assert {"full_layers": tuple(described.full_layers), **intervals, **fields} == EXPECTED
 
 
 @pytest.mark.parametrize("task", ["perplexity", "passkey", "needle", "ruler"])
@@ -121,7 +140,7 @@ def test_eval(task):
         for variant in variants(options.scorers, options.ratios, options.protect, options.granularities)
         if variant.scorer == EXPECTED["kv_scorer"] and variant.keep_ratio < 1
     }
-    assert {"full_layers": options.full_layers, **measured.as_fields()} == {**EXPECTED, "kv_keep_ratio": 0.5}
+    assert of(Settings(options.full_layers, measured)) == {**EXPECTED, "kv_keep_ratio": 0.5}
 
 
 def test_variants_named_by_nothing_but_scorers_and_ratios():

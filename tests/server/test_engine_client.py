@@ -1,22 +1,35 @@
 """What compression adds to vLLM's engine client."""
 
 import asyncio
+import json
+import re
+from contextvars import copy_context
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm import SamplingParams
 from vllm.entrypoints.rl.online import api_router as rl
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import tokens_input
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm_l2kv_server.context import Compression, current
-from vllm_l2kv_server.engine_client import EngineCalls, wrap_engine_client
+from vllm_l2kv_server.engine_client import EngineCalls, check_before_status, wrap_engine_client
+from vllm_l2kv_server.fit import FitCheck
 
+from vllm_l2kv.capacity import Capacity, GroupCapacity
 from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import Intervals
 
-NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5}
+NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compactions": 1}
+MODEL = SimpleNamespace(is_encoder_decoder=False)
+INTERVALS = Intervals(64, 16)
+CAPACITY = Capacity(num_blocks=20, groups=(GroupCapacity(32, True),), max_model_len=2000)
+"""640 rows."""
+FIT = FitCheck(MODEL, INTERVALS, CAPACITY)
 
 
 class FakeClient:
@@ -58,7 +71,7 @@ def run(client, extra_args, compression=None):
 )
 def test_fields_go_to_the_engine_and_numbers_to_the_request(fake, fields, extra_args):
     compression = Compression(fields)
-    (output,) = run(EngineCalls(fake, CompressionParams()), extra_args, compression)
+    (output,) = run(EngineCalls(fake, CompressionParams(), FIT), extra_args, compression)
     assert fake.extra_args == {**(extra_args or {}), **fields}
     assert compression.box.total() == NUMBERS
     assert output.kv_transfer_params is None
@@ -68,24 +81,24 @@ def test_fields_go_to_the_engine_and_numbers_to_the_request(fake, fields, extra_
 def test_a_field_where_no_numbers_are_reported(fake):
     """Such as in a form, which the middleware does not read."""
     with pytest.raises(VLLMValidationError, match=r"works on POST .*/v1/messages") as caught:
-        run(EngineCalls(fake, CompressionParams()), {"kv_keep_ratio": 0.5})
+        run(EngineCalls(fake, CompressionParams(), FIT), {"kv_keep_ratio": 0.5})
     assert caught.value.parameter == "kv_keep_ratio"
     assert fake.calls == []
 
 
 def test_server_default_counts_as_asking(fake):
     compression = Compression({})
-    run(EngineCalls(fake, CompressionParams(keep_ratio=0.5)), None, compression)
+    run(EngineCalls(fake, CompressionParams(keep_ratio=0.5), FIT), None, compression)
     assert compression.box.total() == NUMBERS
 
 
 def test_numbers_are_hidden_where_none_are_reported(fake):
-    (output,) = run(EngineCalls(fake, CompressionParams(keep_ratio=0.5)), None)
+    (output,) = run(EngineCalls(fake, CompressionParams(keep_ratio=0.5), FIT), None)
     assert output.kv_transfer_params is None
 
 
 def test_who_asks_nothing_gets_vllms_generator(fake):
-    client = EngineCalls(fake, CompressionParams())
+    client = EngineCalls(fake, CompressionParams(), FIT)
     assert client.generate("text", SamplingParams(), "id") is fake.generated
 
 
@@ -98,7 +111,7 @@ def test_who_asks_nothing_gets_vllms_generator(fake):
     ],
 )
 def test_bad_extra_args_never_reach_the_engine(fake, extra_args, param):
-    client = EngineCalls(fake, CompressionParams())
+    client = EngineCalls(fake, CompressionParams(), FIT)
     with pytest.raises(VLLMValidationError) as caught:
         client.generate("text", SamplingParams(extra_args=extra_args), "id")
     assert caught.value.parameter == param
@@ -112,10 +125,91 @@ async def chunks():
 @pytest.mark.parametrize(("prompt", "keep_ratio"), [("text", 0.5), (chunks(), 1)])
 def test_latencies_of_streaming_input_are_those_of_a_whole_cache(fake, prompt, keep_ratio):
     observed = []
-    metrics = SimpleNamespace(observe=lambda outputs, keep_ratio: observed.append(keep_ratio) or outputs)
-    client = EngineCalls(fake, CompressionParams(keep_ratio=0.5), metrics)
+    metrics = SimpleNamespace(observe=lambda outputs, params: observed.append(params) or outputs)
+    client = EngineCalls(fake, CompressionParams(keep_ratio=0.5), FIT, metrics)
     client.generate(prompt, SamplingParams(), "id")
-    assert observed == [keep_ratio]
+    assert observed == [CompressionParams(keep_ratio)]
+
+
+def rendered(num_tokens: int) -> dict:
+    return tokens_input([7] * num_tokens)
+
+
+def generate(client, prompt, max_tokens, fields=None):
+    """What the client returns to a request with these fields, before anything is asked of it."""
+
+    def call():
+        current.set(Compression(fields or {}))
+        return client.generate(prompt, SamplingParams(max_tokens=max_tokens), "id")
+
+    return copy_context().run(call)
+
+
+class TestFit:
+    """The cache holds 640 rows of the one group, which is compressed."""
+
+    @pytest.mark.parametrize(
+        ("prompt", "max_tokens", "fields"),
+        [
+            (rendered(600), 41, {}),
+            (rendered(600), None, {}),  # it gets what fits
+            (rendered(600), 1400, {}),  # which is all the rest of the context, and what vLLM sets for no bound
+            (rendered(1900), 100, {"kv_max_tokens": 576}),
+            (rendered(1900), 100, {"kv_max_tokens": 500, "kv_keep_ratio": 0.01}),
+            ({"type": "embeds", "prompt_embeds": torch.zeros(600, 4)}, 41, {}),
+            ("as text", 5000, {}),
+            ({"prompt_token_ids": [7] * 5000}, 41, {}),
+            (chunks(), 5000, {}),
+        ],
+    )
+    def test_a_prompt_that_fits_or_is_left_to_the_engine(self, fake, prompt, max_tokens, fields):
+        assert generate(EngineCalls(fake, CompressionParams(), FIT), prompt, max_tokens, fields)
+
+    @pytest.mark.parametrize(
+        ("num_tokens", "max_tokens", "fields", "param", "words"),
+        [
+            (600, 42, {}, "max_tokens", "max_tokens may be at most 41 here. Set kv_max_tokens, or lower max_tokens."),
+            (641, 8, {}, "kv_max_tokens", "no kv_max_tokens needs 21 blocks of the KV cache, which has 20; not even"),
+            (641, None, {}, "kv_max_tokens", "not even one token of an answer fits. Set kv_max_tokens."),
+            (1900, 100, {"kv_max_tokens": 577}, "kv_max_tokens", "Lower kv_max_tokens."),
+            (1900, 9, {"kv_keep_ratio": 0.01}, "kv_max_tokens", "no kv_max_tokens needs 60 blocks"),
+        ],
+    )
+    def test_a_prompt_that_never_fits(self, fake, num_tokens, max_tokens, fields, param, words):
+        """A plain call raises, so that no status was sent; nothing reaches the engine."""
+        client = EngineCalls(fake, CompressionParams(), FIT)
+        with pytest.raises(VLLMValidationError, match=re.escape(words)) as caught:
+            generate(client, rendered(num_tokens), max_tokens, fields)
+        assert caught.value.parameter == param
+        assert not hasattr(fake, "generated")
+
+    def test_a_default_budget_counts(self, fake):
+        assert generate(EngineCalls(fake, CompressionParams(max_tokens=500), FIT), rendered(1900), 100)
+
+    def test_capacity_travels_as_plain_data(self):
+        capacity = Capacity(7, (GroupCapacity(32, True), GroupCapacity(448, False, 3)), 1000, 2)
+        assert Capacity.from_plain(json.loads(json.dumps(capacity.as_plain()))) == capacity
+
+    def test_the_responses_api_checks_before_it_begins(self, fake):
+        """It makes the generator before the status, and asks it for outputs, which calls the engine, after it."""
+
+        async def generate(request_id, engine_input, sampling_params, context):
+            yield request_id, context
+
+        responses = SimpleNamespace(_generate_with_builtin_tools=generate)
+        check_before_status(responses, EngineCalls(fake, CompressionParams(), FIT))
+
+        async def ask(num_tokens):
+            prompt, params = rendered(num_tokens), SamplingParams(max_tokens=8)
+            outputs = responses._generate_with_builtin_tools(
+                request_id="id", engine_input=prompt, sampling_params=params, context="c"
+            )
+            return [output async for output in outputs]
+
+        assert asyncio.run(ask(600)) == [("id", "c")]
+        prompt = {"request_id": "id", "engine_input": rendered(641), "sampling_params": SamplingParams(), "context": 0}
+        with pytest.raises(VLLMValidationError, match="not even one token"):
+            responses._generate_with_builtin_tools(**prompt)
 
 
 class DevelopmentClient(AsyncLLM):
@@ -136,7 +230,7 @@ class DevelopmentClient(AsyncLLM):
 def test_the_client_stays_vllms_with_two_methods_changed():
     """`POST /abort_requests`, of vLLM's development mode, asks whether the app's client is an `AsyncLLM`."""
     client = DevelopmentClient()
-    calls = wrap_engine_client(client, CompressionParams())
+    calls = wrap_engine_client(client, CompressionParams(), FIT)
     assert (client.generate, client.shutdown) == (calls.generate, calls.shutdown)
     app = FastAPI()
     app.include_router(rl.router)
@@ -160,7 +254,7 @@ class StoppedClient(FakeClient):
 def test_requests_in_flight_hear_of_a_shutdown():
     async def run():
         stopped.output_handler = asyncio.create_task(asyncio.sleep(0))
-        client = EngineCalls(stopped, CompressionParams())
+        client = EngineCalls(stopped, CompressionParams(), FIT)
         assert not client.was_shut_down
         await asyncio.to_thread(client.shutdown, timeout=3)
         await asyncio.sleep(0)
@@ -173,7 +267,7 @@ def test_requests_in_flight_hear_of_a_shutdown():
 
 def test_shutdown_before_the_first_request():
     stopped = StoppedClient()
-    EngineCalls(stopped, CompressionParams()).shutdown()
+    EngineCalls(stopped, CompressionParams(), FIT).shutdown()
     assert stopped.calls == [None]
 
 
@@ -188,7 +282,7 @@ class FailingClient(FakeClient):
 def test_an_error_of_a_structured_request_is_the_fault_of_its_grammar(extra_args):
     async def consume(params):
         current.set(Compression({}))
-        client = EngineCalls(FailingClient(), CompressionParams())
+        client = EngineCalls(FailingClient(), CompressionParams(), FIT)
         return [output async for output in client.generate("text", params, "id")]
 
     structured = SamplingParams(extra_args=extra_args, structured_outputs=StructuredOutputsParams(regex="a"))

@@ -11,9 +11,10 @@ import pytest
 from prometheus_client import REGISTRY
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
-from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics, add_metrics, tenth_of
+from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics, add_metrics, budget_label, tenth_of
 
-from vllm_l2kv.messages.stats import CompactionStats, attach_stats
+from vllm_l2kv.messages.stats import CompactionEvent, CompactionStats, attach_stats
+from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.settings import Settings
 
 CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
@@ -42,6 +43,9 @@ def test_all_metrics_are_there_before_anything_happens():
     EngineMetrics(CONFIG, [0, 1])
     for engine in ("0", "1"):
         assert value("requests_compressed_total", engine=engine) == 0
+        for kind in ("ratio", "prompt_budget", "answer_budget"):
+            assert value("compactions_total", engine=engine, kind=kind) == 0
+            assert value("compaction_kept_rows_count", engine=engine, kind=kind) == 0
         assert value("compaction_device_seconds_count", engine=engine) == 0
         assert value("logical_physical_ratio", engine=engine) == 1
 
@@ -60,18 +64,22 @@ def test_the_fake_server_of_load_tests_has_real_metrics():
 
 def test_stats_of_engines_add_up_and_gauges_follow():
     metrics = EngineMetrics(CONFIG, [0, 1])
-    told = {"kept_tokens": [50, 25], "evicted_tokens": [50, 75], "num_freed_blocks": 8, "num_taken_blocks": 5}
+    ratio, budget = CompactionEvent("ratio", 50, 30), CompactionEvent("answer_budget", 25, 75)
+    told = {"compactions": [ratio, budget], "num_compressed": 2, "num_freed_blocks": 8, "num_taken_blocks": 5}
     metrics.record(scheduler_stats(**told, seconds=[0.5], logical_tokens=210, physical_tokens=84), None)
-    metrics.record(scheduler_stats(kept_tokens=[1], evicted_tokens=[9], num_preempted=1), None)
-    metrics.record(scheduler_stats(kept_tokens=[7], evicted_tokens=[3]), None, engine_idx=1)
-    assert value("requests_compressed_total", engine="0") == 3
+    metrics.record(scheduler_stats(compactions=[budget], num_preempted=1), None)
+    metrics.record(scheduler_stats(compactions=[ratio], num_compressed=1), None, engine_idx=1)
+    assert value("requests_compressed_total", engine="0") == 2
     assert value("requests_compressed_total", engine="1") == 1
-    assert value("prompt_tokens_kept_total", engine="0") == 76
-    assert value("prompt_tokens_evicted_total", engine="0") == 134
+    for kind, count, kept, evicted in (("ratio", 1, 50, 30), ("prompt_budget", 0, 0, 0), ("answer_budget", 2, 50, 150)):
+        labels = {"engine": "0", "kind": kind}
+        assert value("compactions_total", **labels) == value("compaction_kept_rows_count", **labels) == count
+        assert value("rows_kept_total", **labels) == value("compaction_kept_rows_sum", **labels) == kept
+        assert value("rows_evicted_total", **labels) == evicted
+    assert value("rows_kept_total", engine="1", kind="ratio") == 50
     assert value("blocks_freed_total", engine="0") == 8
     assert value("blocks_taken_total", engine="0") == 5
     assert value("compaction_preemptions_total", engine="0") == 1
-    assert value("request_kept_tokens_sum", engine="0") == 76
     assert value("compaction_device_seconds_sum", engine="0") == 0.5
     assert value("logical_tokens", engine="0") == value("physical_tokens", engine="0") == 0
     assert value("logical_physical_ratio", engine="0") == 1
@@ -98,14 +106,14 @@ async def outputs_of(*outputs):
         yield output
 
 
-def observe(metrics: RequestMetrics, ratio: float, *outputs):
+def observe(metrics: RequestMetrics, params: CompressionParams, *outputs):
     async def gather():
-        return [output async for output in metrics.observe(outputs_of(*outputs), ratio)]
+        return [output async for output in metrics.observe(outputs_of(*outputs), params)]
 
     return asyncio.run(gather())
 
 
-def test_a_finished_request_is_measured_under_its_ratio():
+def test_a_finished_request_is_measured_under_its_ratio_and_budget():
     metrics = RequestMetrics(CONFIG)
     times = RequestStateStats(
         num_generation_tokens=5,
@@ -115,23 +123,27 @@ def test_a_finished_request_is_measured_under_its_ratio():
         last_token_ts=102.0,
     )
     outputs = [SimpleNamespace(finished=i == 2, metrics=times) for i in range(3)]
-    assert observe(metrics, 0.25, *outputs) == outputs
-    assert value("time_to_first_token_seconds_sum", keep_ratio="0.3") == 0.25
-    assert value("time_to_first_token_seconds_count", keep_ratio="0.3") == 1
-    assert value("time_per_output_token_seconds_sum", keep_ratio="0.3") == 0.5
-    assert 7 <= value("e2e_request_latency_seconds_sum", keep_ratio="0.3") < 60
+    assert value("request_budget_rows_count") == 0
+    assert observe(metrics, CompressionParams(0.25, max_tokens=1000), *outputs) == outputs
+    labels = {"keep_ratio": "0.3", "budget": "1024"}
+    assert value("time_to_first_token_seconds_sum", **labels) == 0.25
+    assert value("time_to_first_token_seconds_count", **labels) == 1
+    assert value("time_per_output_token_seconds_sum", **labels) == 0.5
+    assert 7 <= value("e2e_request_latency_seconds_sum", **labels) < 60
     assert value("request_keep_ratio_sum") == 0.25
+    assert value("request_budget_rows_sum") == 1000
 
 
 def test_one_token_has_no_time_between_tokens_and_an_abort_no_latency():
     metrics = RequestMetrics(CONFIG)
     one = RequestStateStats(num_generation_tokens=1, arrival_time=time.time(), first_token_latency=1.0)
-    observe(metrics, 1.0, SimpleNamespace(finished=True, metrics=one))
-    observe(metrics, 0.5, SimpleNamespace(finished=False, metrics=one))
-    assert value("time_to_first_token_seconds_count", keep_ratio="1.0") == 1
-    assert value("time_per_output_token_seconds_count", keep_ratio="1.0") is None
-    assert value("time_to_first_token_seconds_count", keep_ratio="0.5") is None
+    observe(metrics, CompressionParams(), SimpleNamespace(finished=True, metrics=one))
+    observe(metrics, CompressionParams(0.5), SimpleNamespace(finished=False, metrics=one))
+    assert value("time_to_first_token_seconds_count", keep_ratio="1.0", budget="none") == 1
+    assert value("time_per_output_token_seconds_count", keep_ratio="1.0", budget="none") is None
+    assert value("time_to_first_token_seconds_count", keep_ratio="0.5", budget="none") is None
     assert value("request_keep_ratio_count") == 2
+    assert value("request_budget_rows_count") == 0
 
 
 def test_the_engine_is_left_at_once_when_the_client_goes():
@@ -145,7 +157,7 @@ def test_the_engine_is_left_at_once_when_the_client_goes():
             closed.append(True)
 
     async def leave():
-        stream = RequestMetrics(CONFIG).observe(outputs(), 1.0)
+        stream = RequestMetrics(CONFIG).observe(outputs(), CompressionParams())
         await anext(stream)
         await stream.aclose()
 
@@ -158,6 +170,14 @@ def test_the_engine_is_left_at_once_when_the_client_goes():
 )
 def test_ratios_are_rounded_up_to_tenths(ratio, tenth):
     assert tenth_of(ratio) == tenth
+
+
+@pytest.mark.parametrize(
+    ("budget", "label"),
+    [(None, "none"), (1, "256"), (256, "256"), (257, "512"), (4096, "4096"), (2**16, "65536"), (2**16 + 1, "more")],
+)
+def test_budgets_are_rounded_up_to_few(budget, label):
+    assert budget_label(budget) == label
 
 
 @pytest.mark.parametrize(("has_loggers", "tells"), [(False, True), (True, False)])

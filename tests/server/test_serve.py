@@ -37,7 +37,8 @@ def test_defaults(parser):
 
 def test_own_options(parser):
     words = ["--kv-full-layers=3,1", "--kv-default-keep-ratio=0.5", "--kv-protect-first", "4", "--kv-protect-last", "8"]
-    words += ["--kv-scorer", "keydiff", "--kv-granularity", "block"]
+    words += ["--kv-scorer", "keydiff", "--kv-default-max-tokens", "500", "--kv-prompt-interval", "64"]
+    words += ["--kv-answer-interval", "32"]
     assert parse(parser, words).additional_config["l2kv"] == {
         **CompressionParams().as_fields(),
         "full_layers": [1, 3],
@@ -46,7 +47,9 @@ def test_own_options(parser):
         "kv_protect_first": 4,
         "kv_protect_last": 8,
         "kv_scorer": "keydiff",
-        "kv_granularity": "block",
+        "kv_max_tokens": 500,
+        "prompt_interval": 64,
+        "answer_interval": 32,
     }
 
 
@@ -56,6 +59,10 @@ def test_routes_that_cannot_be_imported_end_the_start(monkeypatch, module):
     monkeypatch.setitem(sys.modules, f"vllm_l2kv_server.{module}", None)
     with pytest.raises(ImportError):
         load_routes()
+
+
+def test_granularity(parser):
+    assert parse(parser, ["m", "--kv-granularity", "block"]).additional_config["l2kv"]["kv_granularity"] == "block"
 
 
 def test_no_full_layers(parser):
@@ -121,9 +128,17 @@ def test_model_option(parser):
         (["--kv-default-keep-ratio", "half"], "0 < R <= 1, got 'half'"),
         (["--kv-protect-first", "-1"], "--kv-protect-first: N must satisfy 0 <= N"),
         (["--kv-protect-last", "1.5"], "--kv-protect-last: N must be an integer >= 0, got 1.5"),
-        (["--max-body-mib", "0"], "--max-body-mib: N must satisfy 1 <= N, got 0"),
-        (["--max-body-mib", "-1"], "--max-body-mib: N must satisfy 0 <= N"),
+        (["--max-body-mib", "0"], "--max-body-mib: N must satisfy 1 <= N <= 2147483647, got 0"),
+        (["--max-body-mib", "-1"], "--max-body-mib: N must satisfy 1 <= N <= 2147483647, got -1"),
         (["--max-body-mib", "many"], "--max-body-mib: N must be an integer"),
+        (["--kv-default-max-tokens", "0"], "--kv-default-max-tokens: N must satisfy 1 <= N <= 2147483647, got 0"),
+        (["--kv-default-max-tokens", "many"], "--kv-default-max-tokens: N must be an integer >= 1, got 'many'"),
+        (["--kv-default-max-tokens", "10"], "at least kv_protect_first + kv_protect_last = 68, got 10"),
+        (["--kv-default-max-tokens", "500", "--kv-scorer", "lagkv"], "kv_scorer 'lagkv' is defined for one compaction"),
+        (["--kv-default-max-tokens=500", "--kv-granularity=block"], "set kv_granularity to 'token'"),
+        (["--kv-prompt-interval", "0"], "--kv-prompt-interval: N must satisfy 1 <= N <= 2147483647, got 0"),
+        (["--kv-answer-interval", "0"], "--kv-answer-interval: N must satisfy 1 <= N <= 2147483647, got 0"),
+        (["--kv-answer-interval", "1.5"], "--kv-answer-interval: N must be an integer >= 1, got 1.5"),
         (["--kv-full-layers", "0,x"], "--kv-full-layers: layer indices >= 0"),
         (["--kv-full-layers", "-1"], "--kv-full-layers"),
         (["--scheduler-cls", "a.B"], "--scheduler-cls: set by vllm-l2kv itself"),
@@ -265,8 +280,11 @@ class TestMain:
             "--no-playground",
             "--kv-full-layers",
             "--kv-default-keep-ratio",
+            "--kv-default-max-tokens",
             "--kv-protect-first",
             "--kv-protect-last",
+            "--kv-prompt-interval",
+            "--kv-answer-interval",
         ):
             assert option in text
         assert "Every option of `vllm serve` works too" in text

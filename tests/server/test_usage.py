@@ -10,7 +10,8 @@ from vllm_l2kv_server.usage import UsageBox, UsageWriter, record
 
 
 def numbers(prompt: int, kept: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "kept_tokens": kept, "evicted_tokens": prompt - kept}
+    evicted = prompt - kept
+    return {"prompt_tokens": prompt, "kept_tokens": kept, "evicted_tokens": evicted, "compactions": int(evicted > 0)}
 
 
 def output(said: dict | None, *choices: int):
@@ -48,13 +49,19 @@ class TestBox:
         assert box.total() is None
 
     def test_sum_over_prompts(self):
-        assert filled_box((10, 5), (4, 3)).total() == numbers(14, 8)
+        assert filled_box((10, 5), (4, 3)).total() == {**numbers(14, 8), "compactions": 2}
 
     def test_reasons_follow_each_other_once(self):
         box = UsageBox()
         for reason in ("One.", None, "Two.", "One."):
             box.new_prompt()[0] = {**numbers(10, 10), "reason": reason} if reason else numbers(10, 5)
         assert box.total() == {**numbers(40, 35), "reason": "One. Two."}
+
+    def test_the_smallest_bound_counts(self):
+        box = UsageBox()
+        for bound in (None, 70, 50, 60):
+            box.new_prompt()[0] = {**numbers(10, 10), "max_tokens": bound} if bound else numbers(10, 10)
+        assert box.total() == {**numbers(40, 40), "max_tokens": 50}
 
     def test_a_reason_goes_with_the_choice_that_counts(self):
         box = UsageBox()
@@ -65,6 +72,12 @@ class TestBox:
         box = UsageBox()
         box.new_prompt().update({0: numbers(10, 10), 1: numbers(10, 5), 2: numbers(10, 5)})
         assert box.total() == numbers(10, 5)
+
+    def test_the_longest_of_those_that_evicted_most_counts(self):
+        choices = [{**numbers(10, 4), "kept_tokens": kept} for kept in (4, 9, 7)]
+        box = UsageBox()
+        box.new_prompt().update(enumerate([numbers(10, 5), *choices]))
+        assert box.total() == choices[1]
 
 
 class TestRecord:

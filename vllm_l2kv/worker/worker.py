@@ -13,6 +13,7 @@ from vllm_l2kv.kernels import Compactor
 from vllm_l2kv.kv_cache_spec import (
     CompressedLayerSpec,
     Geometry,
+    capacity_of,
     classify_layers,
     group_layer_specs,
     group_window,
@@ -101,6 +102,10 @@ class CompactionWorker(WorkerBase):
             }
             for group_id, group in enumerate(self.model_runner.kv_cache_config.kv_cache_groups)
         ]
+
+    def kv_capacity(self) -> dict[str, Any]:
+        """What requests may hold of this engine's KV cache, for `collective_rpc`; `Capacity.from_plain` reads it."""
+        return capacity_of(self.model_runner.kv_cache_config, self.vllm_config).as_plain()
 
     def num_evicted(self) -> dict[str, int]:
         """Compacted requests to their evicted tokens, for `collective_rpc`."""

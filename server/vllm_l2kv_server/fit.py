@@ -1,0 +1,50 @@
+"""Refuses a prompt that the KV cache can never hold, with the numbers, before the status of its answer is sent.
+
+The scheduler refuses it too, for offline use. Its answer comes after a stream has begun.
+"""
+
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.inputs.preprocess import extract_prompt_len
+
+from vllm_l2kv.capacity import Capacity, DoesNotFitError
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import CompactionPoints, Intervals
+
+
+class FitCheck:
+    """What one engine can hold.
+
+    Args:
+        model_config: vLLM's.
+        intervals: The engine's.
+        capacity: The engine's.
+    """
+
+    def __init__(self, model_config: Any, intervals: Intervals, capacity: Capacity) -> None:
+        self._model_config = model_config
+        self._intervals = intervals
+        self._capacity = capacity
+
+    def check(self, prompt: Any, max_tokens: int | None, params: CompressionParams) -> None:
+        """Refuses a prompt that does not fit.
+
+        Args:
+            prompt: As vLLM's endpoints give it to the engine client: rendered, so that it has token ids or embeddings.
+                One that comes in chunks, or as text, is left to the engine.
+            max_tokens: The bound of its answer; `None` for all the rest of the context.
+            params: What applies to it.
+
+        Raises:
+            VLLMValidationError: Answered with 400; the parameter is the field that would help.
+        """
+        if not isinstance(prompt, dict) or "type" not in prompt:
+            return
+        num_tokens = extract_prompt_len(self._model_config, prompt)
+        points = CompactionPoints(num_tokens, params, self._intervals) if params.compresses else None
+        rest = self._capacity.max_model_len - num_tokens
+        try:
+            self._capacity.max_tokens(num_tokens, rest if max_tokens is None else max_tokens, points)
+        except DoesNotFitError as error:
+            raise VLLMValidationError(str(error), parameter=error.param) from error
