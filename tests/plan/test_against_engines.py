@@ -1,14 +1,17 @@
 """The plan beside real engines: blocks of the pool, of a request in each phase, and how many requests run."""
 
 import json
+from statistics import fmean
 from typing import Any
 
 import pytest
-from engine import Engine, greedy, keep, running
+from engine import Engine, bare_rule, greedy, running
 
+from vllm_l2kv import compression
 from vllm_l2kv.tools.plan import cli
 
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 600, 100
+INTERVALS = {"prompt_interval": 128, "answer_interval": 40}
 CACHE_BYTES = 9 << 20
 CASES = {
     "stock": ("llama", None, {}),
@@ -27,10 +30,12 @@ def case(request, tiny_model):
     model = tiny_model(kind, **changes)
     sizes = {"max_model_len": 1024, "max_num_seqs": 256, "max_num_batched_tokens": BATCH_TOKENS}
     memory = {"kv_cache_memory_bytes": CACHE_BYTES, "num_gpu_blocks_override": None}
-    block_size = {"block_size": 128} if full_layers is None else {}  # vLLM's default on a CPU
+    ours = {"block_size": 128}  # stock vLLM's default on a CPU
+    if full_layers is not None:
+        ours = bare_rule(full_layers=full_layers, **INTERVALS)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would win
-        with running(model, full_layers, **sizes, **memory, **block_size) as engine:
+        with running(model, full_layers, **sizes, **memory, **ours) as engine:
             yield engine, str(model), full_layers
 
 
@@ -39,13 +44,16 @@ def plan(capsys, model: str, full_layers: tuple[int, ...] | None) -> dict[str, A
     words = [f"--context={NUM_PROMPT_TOKENS}", f"--output={NUM_OUTPUT_TOKENS}", "--ratio=0.25", "--protect=0:0"]
     words += [f"--kv-cache-gib={CACHE_BYTES / 2**30}", f"--max-num-batched-tokens={BATCH_TOKENS}"]
     words += [f"--full-layers={','.join(map(str, full_layers or ()))}", "--device=cpu", "--dtype=float32", "--json"]
+    words += ["--budgets=200,500", *(f"--{name.replace('_', '-')}={rows}" for name, rows in INTERVALS.items())]
     cli.plan([model, *words])
     stock, ours = json.loads(capsys.readouterr().out)["engines"]
     return stock if full_layers is None else ours
 
 
 def params_of(row: dict[str, Any], full_layers: tuple[int, ...] | None) -> Any:
-    return greedy(NUM_OUTPUT_TOKENS) if full_layers is None else keep(row["keep_ratio"], num_tokens=NUM_OUTPUT_TOKENS)
+    if full_layers is None:
+        return greedy(NUM_OUTPUT_TOKENS)
+    return greedy(NUM_OUTPUT_TOKENS, compression(row["keep_ratio"], max_tokens=row["max_tokens"]))
 
 
 def prompt(seed: int) -> list[int]:
@@ -80,9 +88,10 @@ def test_blocks_of_a_request(capsys, case):
             engine.step()
             blocks.append(held(engine, req_id))
         assert blocks.pop() == 0
-        num_chunks = -(-NUM_PROMPT_TOKENS // BATCH_TOKENS)
+        # The last chunk of the prompt gives a token, as every step from there on; after the last one nothing is held.
+        num_chunks = len(blocks) - (NUM_OUTPUT_TOKENS - 2)
         whole, answering = max(blocks[:num_chunks]), blocks[num_chunks:]
-        assert max(answering) == row["end_blocks"]
+        assert max(answering) == row["answer_blocks"]
         if any(group["kind"] == "sliding" for group in planned["groups"]):
             # What windows hold is bounded, not told exactly.
             assert whole <= row["prompt_blocks"]
@@ -90,6 +99,7 @@ def test_blocks_of_a_request(capsys, case):
         else:
             assert whole == row["prompt_blocks"]
             assert answering[0] == row["compacted_blocks"]
+            assert fmean(answering) == pytest.approx(row["mean_blocks"], abs=0.5)
 
 
 def test_so_many_run_at_once_without_preemption(capsys, case):
@@ -104,3 +114,24 @@ def test_so_many_run_at_once_without_preemption(capsys, case):
             most = max(most, len(engine.scheduler.running))
         assert most == row["at_once"] > 3
         assert [request.num_preemptions for request in requests] == [0] * most
+
+
+def test_the_longest_request_of_a_default_budget(capsys, tiny_model):
+    """The context that vLLM finds for `--max-model-len auto`, many times the cache, and a prompt that fills it."""
+    budget = {"default_max_tokens": 300, **INTERVALS}
+    full_layers, model = (0,), str(tiny_model("llama", max_position_embeddings=10**6))
+    memory = {"kv_cache_memory_bytes": 2 << 20, "num_gpu_blocks_override": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # see `case`
+        ours = bare_rule(full_layers=full_layers, **budget)
+        with running(model, full_layers, max_model_len=-1, **memory, **ours) as engine:
+            longest = engine.llm.llm_engine.vllm_config.model_config.max_model_len
+            capsys.readouterr()  # the engine's log
+            words = [f"--kv-cache-gib={(2 << 20) / 2**30}", "--context=1", "--output=1", "--budgets=300"]
+            words += [f"--{name.replace('_', '-')}={rows}" for name, rows in INTERVALS.items()]
+            cli.plan([model, *words, "--full-layers=0", "--device=cpu", "--dtype=float32", "--protect=0:0", "--json"])
+            *_, whole, planned = json.loads(capsys.readouterr().out)["engines"][1]["rows"]
+            assert longest == planned["longest_request"] > 2 * whole["longest_request"]
+            prompts = [[(i * 31) % 40_000 + 1000 for i in range(longest - 2)]]
+            (output,) = engine.generate(prompts, [greedy(2)])
+            assert len(output.outputs[0].token_ids) == 2

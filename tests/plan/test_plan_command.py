@@ -36,8 +36,9 @@ def engine_of(result: dict[str, Any], name: str) -> dict[str, Any]:
     return next(engine for engine in result["engines"] if engine["engine"] == name)
 
 
-def row_of(result: dict[str, Any], name: str, keep_ratio: float) -> dict[str, Any]:
-    return next(row for row in engine_of(result, name)["rows"] if row["keep_ratio"] == keep_ratio)
+def row_of(result: dict[str, Any], name: str, keep_ratio: float, budget: int | None = None) -> dict[str, Any]:
+    kept = (keep_ratio, budget)
+    return next(row for row in engine_of(result, name)["rows"] if (row["keep_ratio"], row["max_tokens"]) == kept)
 
 
 def named(measured: dict[str, Any]) -> str:
@@ -88,7 +89,7 @@ def test_a_prompt_counts_whole_while_it_is_computed(plan, llama_8b):
     row = row_of(plan(llama_8b, kv_cache_gib=2, output=1), "vllm-l2kv", 0.25)
     num_blocks = engine_of(plan(llama_8b, kv_cache_gib=2), "vllm-l2kv")["num_blocks"] - 1
     assert row["prompt_blocks"] == 500 + 34
-    assert row["end_blocks"] == 126 + 34
+    assert row["answer_blocks"] == 126 + 34
     assert row["at_once"] == 1 + (num_blocks - 534) // 160 < num_blocks // 160
 
 
@@ -96,27 +97,58 @@ def test_a_prompt_that_does_not_fit_whole(plan, llama_8b):
     result = plan(llama_8b, kv_cache_gib=0.9)
     assert [row["at_once"] for row in engine_of(result, "vllm-l2kv")["rows"]] == [0, 0, 0]
     assert row_of(result, "vllm-l2kv", 0.25)["on_average"] == 0
-    assert engine_of(result, "stock")["longest_request"] < 8000
+    assert row_of(result, "stock", 1)["longest_request"] < 8000
 
 
 def test_the_longest_request_fills_the_cache(plan, llama_8b):
-    engine = engine_of(plan(llama_8b, kv_cache_gib=16), "stock")
-    assert engine["longest_request"] == 16 * (engine["num_blocks"] - 1)
-    ours = engine_of(plan(llama_8b, kv_cache_gib=16), "vllm-l2kv")
-    longest = ours["longest_request"]
-    fits, does_not = (
-        plan(llama_8b, kv_cache_gib=16, context=longest + more)["engines"][1]["rows"][0] for more in (0, 1)
-    )
-    assert fits["prompt_blocks"] <= ours["num_blocks"] - 1 < does_not["prompt_blocks"]
+    result = plan(llama_8b, kv_cache_gib=16, budgets="1024")
+    engine, ours = (engine_of(result, name) for name in ("stock", "vllm-l2kv"))
+    assert row_of(result, "stock", 1)["longest_request"] == 16 * (engine["num_blocks"] - 1)
+    whole, *_, budget = (row["longest_request"] for row in ours["rows"])
+    assert [row["longest_request"] for row in ours["rows"]] == [whole, whole, whole, budget]
+    usable = ours["num_blocks"] - 1
+    fits, does_not = (row_of(plan(llama_8b, kv_cache_gib=16, context=whole + more), "vllm-l2kv", 1) for more in (0, 1))
+    assert fits["prompt_blocks"] <= usable < does_not["prompt_blocks"]
+    # Full layers hold every token; the others the budget and an interval.
+    assert budget == 240 * (usable - (1024 + 2048) // 16)
+
+
+def test_any_length_fits_where_no_layer_is_full(capsys, plan, llama_8b):
+    options = {"kv_cache_gib": 1, "full_layers": "", "budgets": "1024"}
+    assert row_of(plan(llama_8b, **options), "vllm-l2kv", 1, 1024)["longest_request"] is None
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    cli.plan([llama_8b, "--context=8000", "--output=1000", *words])
+    assert capsys.readouterr().out.count("  any\n") == 1
+
+
+def test_a_budget_bounds_what_is_held(plan, llama_8b):
+    """Prompts beyond the pool, and answers as long as one likes."""
+    lengths = {"kv_cache_gib": 2, "context": 100_000, "output": 8000, "budgets": "1024,4096"}
+    result = plan(llama_8b, **lengths, prompt_interval=512, answer_interval=128)
+    assert row_of(result, "vllm-l2kv", 0.25)["at_once"] == 0
+    for budget in (1024, 4096):
+        row = row_of(result, "vllm-l2kv", 1, budget)
+        assert row["peak_rows"] == budget + 512
+        assert budget <= row["kept_rows"] < budget + 128
+        # 240 and 16 tokens are in a block.
+        assert row["answer_blocks"] <= -(-108_000 // 240) + (budget + 128) // 16
+        assert row["mean_blocks"] == pytest.approx(104_000 / 240 + (budget + 64) / 16, abs=2)
+        assert row["at_once"] >= 1
+
+
+def test_a_prompt_below_its_budget_is_whole(plan, llama_8b):
+    result = plan(llama_8b, kv_cache_gib=16, context=1000, output=100, budgets="1024")
+    whole, budget = (row_of(result, "vllm-l2kv", 1, budget) for budget in (None, 1024))
+    assert {**whole, "max_tokens": 1024, "longest_request": budget["longest_request"]} == budget
 
 
 def test_protected_tokens_are_kept(plan, llama_8b):
     row = row_of(plan(llama_8b, kv_cache_gib=16, context=100, protect="4:64"), "vllm-l2kv", 0.25)
-    assert row["kept_tokens"] == 68
+    assert row["kept_rows"] == 68
 
 
 def test_the_table(capsys, llama_8b):
-    cli.plan([llama_8b, "--gpu-gib", "80", "--context", "8000", "--output", "1000"])
+    cli.plan([llama_8b, "--gpu-gib", "80", "--context", "8000", "--output", "1000", "--budgets", "1024"])
     out = capsys.readouterr().out
     lines = out.splitlines()
     header = next(line for line in lines if line.startswith("engine"))
@@ -126,7 +158,9 @@ def test_the_table(capsys, llama_8b):
         ["vllm-l2kv", "1"],
         ["vllm-l2kv", "0.5"],
         ["vllm-l2kv", "0.25"],
+        ["vllm-l2kv", "budget"],
     ]
+    assert "vllm-l2kv  budget 1,024  1,024 " in out
     assert "14.96 GiB of weights, by parameters counted by the config" in out
     assert "2 full layers x 240 tokens, 30 compressed layers x 16 tokens" in out
 
@@ -142,6 +176,12 @@ def test_the_table(capsys, llama_8b):
         (["--gpu-gib", "80", "--context", "0"], "argument --context: N must satisfy 1 <= N <= 2147483647, got 0"),
         (["--gpu-gib", "80", "--ratio", "0.5,0"], "argument --ratio: R must satisfy 0 < R <= 1, got 0"),
         (["--gpu-gib", "80", "--full-layers", "40"], "full_layers names layer 40"),
+        (["--gpu-gib", "80", "--budgets", "0"], "argument --budgets: N must satisfy 1 <= N"),
+        (
+            ["--gpu-gib", "80", "--budgets", "67"],
+            "must be at least kv_protect_first + kv_protect_last = 68",
+        ),
+        (["--gpu-gib", "80", "--answer-interval", "0"], "argument --answer-interval: N must satisfy 1 <= N"),
         (["--gpu-gib", "16"], "-3.24 GiB are left for the KV cache"),
         (["--gpu-gib", "80", "--kv-cache-dtype", "int8"], "--kv-cache-dtype: invalid choice: 'int8'"),
         (["--gpu-gib", "80", "--tensor-parallel-size", "3"], "--tensor-parallel-size must divide"),
@@ -190,7 +230,7 @@ class TestDocumentation:
         assert f"| {' | '.join(map(str, cells))} |" in self.text
 
     def test_the_example(self, capsys, llama_8b):
-        cli.plan([llama_8b, "--gpu-gib", "80", "--context", "8000", "--output", "1000"])
+        cli.plan([llama_8b, "--gpu-gib", "80", "--context", "8000", "--output", "1000", "--budgets", "1024,4096"])
         assert capsys.readouterr().out.replace(llama_8b, "Llama-3.1-8B") in self.text
 
     def test_blocks_of_a_whole_h100(self, plan, llama_8b):

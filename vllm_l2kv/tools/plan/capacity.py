@@ -1,17 +1,21 @@
 """How many requests fit a KV cache."""
 
 import statistics
-from bisect import bisect_right
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
 from vllm.config import DeviceConfig, VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.capacity import Capacity
 from vllm_l2kv.field_kinds import MAX_TOKENS
-from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, group_layer_specs, is_packed
+from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, group_capacity, group_layer_specs, is_packed
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import Compaction, CompactionPoints, Intervals
 from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 
 
@@ -41,12 +45,44 @@ class Request:
     Attributes:
         num_prompt_tokens: Tokens of the prompt.
         num_output_tokens: Generated tokens.
-        num_kept: Prompt tokens in compressed layers once the prompt is computed.
+        params: What it asks of its KV cache.
+        intervals: Those of the engine.
     """
 
     num_prompt_tokens: int
     num_output_tokens: int
-    num_kept: int
+    params: CompressionParams
+    intervals: Intervals
+
+    @property
+    def points(self) -> CompactionPoints:
+        """Its compactions."""
+        return CompactionPoints(self.num_prompt_tokens, self.params, self.intervals)
+
+    @cached_property
+    def peak_rows(self) -> int:
+        """Rows that a head of a compressed layer holds at most."""
+        return max([*(compaction.num_rows for compaction in self._compactions), *self.answer_rows])
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows that are left when the prompt is computed, and compacted if that is due."""
+        return self._rows(self.num_prompt_tokens, bisect_right)
+
+    @cached_property
+    def answer_rows(self) -> list[int]:
+        """Rows after each generated token, before a compaction that is due there."""
+        n = self.num_prompt_tokens
+        return [self._rows(n + generated, bisect_left) for generated in range(1, self.num_output_tokens + 1)]
+
+    @cached_property
+    def _compactions(self) -> list[Compaction]:
+        return list(self.points.until(self.num_prompt_tokens + self.num_output_tokens))
+
+    def _rows(self, num_tokens: int, bisect: Callable[..., int]) -> int:
+        """Rows at this number of computed tokens, before (`bisect_left`) or after a compaction there."""
+        num_passed = bisect(self._compactions, num_tokens, key=attrgetter("position"))
+        return num_tokens - (self._compactions[num_passed - 1].num_evicted if num_passed else 0)
 
 
 @dataclass(frozen=True)
@@ -70,49 +106,62 @@ class Cache:
         """Blocks for requests; one is vLLM's null block."""
         return self.num_blocks - 1
 
-    def prompt_blocks(self, num_tokens: int) -> int:
-        """Blocks of a request whose cache is whole: while its prompt is computed, or uncompressed."""
-        return self._blocks(num_tokens, num_tokens, self.max_in_flight_tokens)
+    def prompt_blocks(self, request: Request) -> int:
+        """Blocks that a request holds at most while its prompt is computed, for which vLLM asks to admit it."""
+        num_tokens = request.num_prompt_tokens
+        return self._computing.num_held(num_tokens, request.points.max_rows(num_tokens))
 
-    def blocks(self, request: Request, num_generated: int) -> int:
-        """Blocks of a request that has generated so many tokens."""
-        num_tokens = request.num_prompt_tokens + num_generated
-        return self._blocks(num_tokens, request.num_kept + num_generated, max_in_flight_tokens=1)
+    def compacted_blocks(self, request: Request) -> int:
+        """Blocks of a request whose prompt is computed, and compacted if that is due."""
+        return self._answering.num_held(request.num_prompt_tokens, request.kept_rows)
+
+    def answer_blocks(self, request: Request) -> list[int]:
+        """Blocks of a request after each token that it generates."""
+        rows = enumerate(request.answer_rows, start=request.num_prompt_tokens + 1)
+        return [self._answering.num_held(num_tokens, num_rows) for num_tokens, num_rows in rows]
 
     def num_at_once(self, request: Request) -> int:
         """Requests that run to their ends side by side, whenever each of them began.
 
-        All but one may have generated all their tokens while the prompt of the last one is computed.
+        All but one may hold as much as they ever do in their answers while the prompt of the last one is computed.
         """
-        at_end = self.blocks(request, request.num_output_tokens)
-        last = max(at_end, self.prompt_blocks(request.num_prompt_tokens))
-        return 1 + (self.num_usable - last) // at_end if last <= self.num_usable else 0
+        answering = max(self.answer_blocks(request))
+        last = max(answering, self.prompt_blocks(request))
+        return 1 + (self.num_usable - last) // answering if last <= self.num_usable else 0
 
     def num_on_average(self, request: Request) -> float:
-        """Requests that run in a steady state, in which a request has generated half of its tokens on average."""
+        """Requests that run in a steady state, in which they are spread evenly over their answers."""
         if not self.num_at_once(request):
             return 0.0
-        return self.num_usable / statistics.fmean(
-            self.blocks(request, num_generated) for num_generated in range(1, request.num_output_tokens + 1)
-        )
+        return self.num_usable / statistics.fmean(self.answer_blocks(request))
 
-    def longest(self) -> int:
-        """Tokens of the longest request that fits, prompt and answer.
+    def longest(self, params: CompressionParams, intervals: Intervals) -> int | None:
+        """Tokens of the longest request, prompt and answer, with which an engine of these defaults starts.
 
-        Whole, at any keep ratio: vLLM starts only if an uncompressed request of `--max-model-len` fits.
+        Without a budget it is whole, at any keep ratio: its prompt is computed before it is compacted.
+
+        Returns:
+            The largest `--max-model-len`; `None` if any fits.
         """
-        return bisect_right(range(MAX_TOKENS), self.num_usable, key=self.prompt_blocks) - 1
 
-    def _blocks(self, num_tokens: int, num_slots: int, max_in_flight_tokens: int) -> int:
-        total = 0
-        for group in self.groups:
-            held = num_slots if group.kind == "compressed" else num_tokens
-            num_blocks = num_blocks_for(held, group.spec.block_size)
-            if isinstance(group.spec, SlidingWindowSpec):
-                bound = group.spec.max_admission_blocks_per_request(max_in_flight_tokens, num_tokens)
-                num_blocks = min(num_blocks, bound)
-            total += num_blocks
-        return total
+        def num_blocks(num_tokens: int) -> int:
+            rows = CompactionPoints(num_tokens, params, intervals).max_rows(num_tokens)
+            return self._computing.num_held(num_tokens, rows)
+
+        fitting = bisect_right(range(1, MAX_TOKENS), self.num_usable, key=num_blocks)
+        return fitting if fitting < MAX_TOKENS - 1 else None
+
+    @cached_property
+    def _computing(self) -> Capacity:
+        return self._capacity(self.max_in_flight_tokens)
+
+    @cached_property
+    def _answering(self) -> Capacity:
+        return self._capacity(max_in_flight_tokens=1)
+
+    def _capacity(self, max_in_flight_tokens: int) -> Capacity:
+        groups = tuple(group_capacity(group.spec, max_in_flight_tokens, MAX_TOKENS) for group in self.groups)
+        return Capacity(self.num_usable, groups, MAX_TOKENS)
 
 
 def cache_of(specs: Mapping[str, KVCacheSpec], num_bytes: int, max_in_flight_tokens: int) -> Cache:

@@ -19,6 +19,7 @@ from vllm_l2kv.cli_types import (
     real,
 )
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
+from vllm_l2kv.tools.options import add_budgets
 
 UTILIZATION = 0.92
 """vLLM's default of `--gpu-memory-utilization`."""
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vllm-l2kv plan",
         description="Says how many requests of one kind fit the KV cache at once, in stock vLLM and here at keep "
-        "ratios. Reads the model's config, and runs nothing. What the columns mean: docs/sizing.md.",
+        "ratios and budgets. Reads the model's config, and runs nothing. What the columns mean: docs/sizing.md.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=positive, required=True, metavar="N", help="tokens of a prompt")
     add("--output", type=positive, required=True, metavar="N", help="generated tokens of a request")
     add("--ratio", type=list_of(ratio), default="0.5,0.25", metavar="R,R", help="keep ratios; 1 comes by itself")
+    add_budgets(parser)
     add("--gpu-gib", type=gib, metavar="G", help="memory of one GPU")
     add("--kv-cache-gib", type=gib, metavar="G", help="memory for the KV cache of one GPU, if you set it yourself")
     add("--gpu-memory-utilization", type=ratio, default=UTILIZATION, metavar="R", help="as vLLM's")

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, Geometry, classify_layers
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.plugin import CPU_BLOCK_SIZE
-from vllm_l2kv.policy import num_keep
+from vllm_l2kv.policy import Intervals
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.tools.plan.capacity import Cache, Request, cache_of
 from vllm_l2kv.tools.plan.model import model_of, read_config, weight_bytes
@@ -70,11 +71,11 @@ def report(options: Namespace) -> dict[str, Any]:
         "memory_of_a_gpu": memory,
         "bytes_per_token": _bytes_per_token(specs(1)),
         "engines": [
-            {"engine": "stock", **_layout(stock), "rows": [_row(stock, 1.0, options)]},
+            {"engine": "stock", **_layout(stock), "rows": [_row(stock, CompressionParams(), options)]},
             {
                 "engine": "vllm-l2kv",
                 **_layout(ours),
-                "rows": [_row(ours, ratio, options) for ratio in dict.fromkeys((1.0, *options.ratio))],
+                "rows": [_row(ours, params, options) for params in _compared(options)],
             },
         ],
     }
@@ -112,19 +113,36 @@ def _layout(cache: Cache) -> dict[str, Any]:
             {"kind": group.kind, "layers": group.num_layers, "block_size": group.spec.block_size}
             for group in cache.groups
         ],
-        "longest_request": cache.longest(),
     }
 
 
-def _row(cache: Cache, keep_ratio: float, options: Namespace) -> dict[str, Any]:
-    params = CompressionParams(keep_ratio, *options.protect)
-    request = Request(options.context, options.output, num_keep(options.context, params))
+def _compared(options: Namespace) -> list[CompressionParams]:
+    """Nothing, then ratios, then budgets.
+
+    Raises:
+        ParamError: A budget that the protected tokens exceed.
+    """
+    first, last = options.protect
+    ratios = [CompressionParams(ratio, first, last) for ratio in dict.fromkeys((1.0, *options.ratio))]
+    return ratios + [
+        CompressionParams(max_tokens=budget, protect_first=first, protect_last=last) for budget in options.budgets
+    ]
+
+
+def _row(cache: Cache, params: CompressionParams, options: Namespace) -> dict[str, Any]:
+    intervals = Intervals(options.prompt_interval, options.answer_interval)
+    request = Request(options.context, options.output, params, intervals)
+    answer_blocks = cache.answer_blocks(request)
     return {
-        "keep_ratio": keep_ratio,
-        "kept_tokens": request.num_kept,
-        "prompt_blocks": cache.prompt_blocks(options.context),
-        "compacted_blocks": cache.blocks(request, 0),
-        "end_blocks": cache.blocks(request, options.output),
+        "keep_ratio": params.keep_ratio,
+        "max_tokens": params.max_tokens,
+        "kept_rows": request.kept_rows,
+        "peak_rows": request.peak_rows,
+        "prompt_blocks": cache.prompt_blocks(request),
+        "compacted_blocks": cache.compacted_blocks(request),
+        "answer_blocks": max(answer_blocks),
+        "mean_blocks": round(fmean(answer_blocks), 1),
         "at_once": cache.num_at_once(request),
         "on_average": round(cache.num_on_average(request), 1),
+        "longest_request": cache.longest(params, intervals),
     }

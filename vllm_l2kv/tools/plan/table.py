@@ -6,12 +6,16 @@ from typing import Any
 from vllm_l2kv.cli_types import aligned
 
 GIB = 2**30
-COLUMNS = ("engine", "keep", "kept tokens", "computed GiB", "finished GiB", "at once", "on average")
+COLUMNS = (
+    "engine", "kept", "rows", "peak rows", "prompt GiB", "answer GiB", "mean GiB", "at once", "on average", "longest"
+)  # fmt: skip
 REMARKS = """\
-computed GiB: a request while its prompt is computed, whole whatever the ratio; finished GiB: with all of its answer.
-at once: so many run to their ends, whenever they began, one prompt being computed beside the others' whole answers.
-on average: so many run in a steady state, half of their answers generated. Prompts share nothing in either.
-Neither is above --max-num-seqs of vLLM. docs/sizing.md has the formula, and how far measurements are from it."""
+rows: in a compressed layer after the prompt; peak rows: at most. prompt GiB: of one request at most while its prompt is
+computed, at any ratio the whole of it; answer GiB, mean GiB: at most, and on average, while its answer is generated.
+at once: so many run to their ends, whenever they began, one prompt being computed beside the others' largest answers.
+on average: so many run in a steady state, spread evenly over their answers. Prompts share nothing in either.
+Neither is above --max-num-seqs of vLLM. longest: tokens of a request, the largest --max-model-len that an engine with
+this default starts with. docs/sizing.md has the formula, and how far measurements are from it."""
 
 
 def as_table(plan: Mapping[str, Any]) -> str:
@@ -44,11 +48,17 @@ def _table(plan: Mapping[str, Any]) -> list[str]:
     lines: list[tuple[str, ...]] = [COLUMNS]
     for engine in plan["engines"]:
         for row in engine["rows"]:
-            computed, finished = (row[name] * engine["block_bytes"] / GIB for name in ("prompt_blocks", "end_blocks"))
-            memory = (f"{computed:.3f}", f"{finished:.3f}")
-            counts = (f"{row['at_once']:,}", f"{row['on_average']:,.1f}")
-            lines.append((engine["engine"], f"{row['keep_ratio']:g}", f"{row['kept_tokens']:,}", *memory, *counts))
+            rows = (f"{row[name]:,}" for name in ("kept_rows", "peak_rows"))
+            blocks = (row[name] for name in ("prompt_blocks", "answer_blocks", "mean_blocks"))
+            memory = (f"{number * engine['block_bytes'] / GIB:.3f}" for number in blocks)
+            longest = "any" if row["longest_request"] is None else f"{row['longest_request']:,}"
+            counts = (f"{row['at_once']:,}", f"{row['on_average']:,.1f}", longest)
+            lines.append((engine["engine"], _kept(row), *rows, *memory, *counts))
     return aligned(lines)
+
+
+def _kept(row: Mapping[str, Any]) -> str:
+    return f"{row['keep_ratio']:g}" if row["max_tokens"] is None else f"budget {row['max_tokens']:,}"
 
 
 def _layouts(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -56,7 +66,4 @@ def _layouts(plan: Mapping[str, Any]) -> Iterator[str]:
         groups = ", ".join(
             f"{group['layers']} {group['kind']} layers x {group['block_size']:,} tokens" for group in engine["groups"]
         )
-        yield (
-            f"{engine['engine']}: {engine['num_blocks']:,} blocks of {engine['block_bytes'] / 1024:,g} KiB ({groups}), "
-            f"longest request {engine['longest_request']:,} tokens"
-        )
+        yield f"{engine['engine']}: {engine['num_blocks']:,} blocks of {engine['block_bytes'] / 1024:,g} KiB ({groups})"
