@@ -26,7 +26,7 @@ SHOWN = (
     "requests waiting, mean",
     "KV cache in use, mean (%)",
     "preemptions",
-    "prompt tokens evicted",
+    "rows evicted",
 )
 
 
@@ -54,7 +54,7 @@ def about(row: dict[str, Any]) -> str:
 
 
 def made(rows: list[dict[str, Any]]) -> str:
-    """Lines are metrics, columns keep ratios: ours, stock, and ours divided by stock."""
+    """Lines are metrics, columns rounds: ours, stock, and ours divided by stock."""
     ours, stock, quotients = ({line[0]: line[1:] for line in lines} for lines in (*both(rows), comparison(rows)))
     lines = [["ours, stock (ours / stock)", *ours[""]], ["---"] * (1 + len(ours[""]))]
     for name in SHOWN:

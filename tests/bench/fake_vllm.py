@@ -24,8 +24,9 @@ vllm:num_preemptions_total{engine="0"} %(requests)d.0
 vllm:prefix_cache_queries_total{engine="0"} %(prompt_tokens)d.0
 # TYPE vllm:prefix_cache_hits_total counter
 vllm:prefix_cache_hits_total{engine="0"} %(hits)d.0
-# TYPE vllm_l2kv:prompt_tokens_evicted_total counter
-vllm_l2kv:prompt_tokens_evicted_total{engine="0"} %(evicted)d.0
+# TYPE vllm_l2kv:rows_evicted_total counter
+vllm_l2kv:rows_evicted_total{engine="0",kind="ratio"} %(evicted)d.0
+vllm_l2kv:rows_evicted_total{engine="0",kind="answer_budget"} 0.0
 # TYPE vllm_l2kv:logical_tokens gauge
 vllm_l2kv:logical_tokens{engine="0"} 4.0
 # TYPE vllm:e2e_request_latency_seconds histogram
@@ -79,9 +80,10 @@ class Fake:
         self._server.shutdown()
         self._server.server_close()
 
-    def measured(self, ratio: float | None) -> list[dict[str, Any]]:
-        """Bodies of one keep ratio without its two warm-ups."""
-        return [body for body in self.bodies if body.get("kv_keep_ratio") == ratio][2:]
+    def measured(self, ratio: float | None, budget: int | None = None) -> list[dict[str, Any]]:
+        """Bodies of one round without its two warm-ups."""
+        asked = (ratio, budget)
+        return [body for body in self.bodies if (body.get("kv_keep_ratio"), body.get("kv_max_tokens")) == asked][2:]
 
     def begin(self, body: dict[str, Any]) -> None:
         with self._lock:
@@ -98,8 +100,10 @@ class Fake:
         return [1] * special + [ord(word[0]) * 256 + ord(word[-1]) + self.token for word in text.split()[:5000]]
 
     def usage(self, body: dict[str, Any]) -> dict[str, Any]:
-        prompt, kept = len(body["prompt"]), round(body.get("kv_keep_ratio", 1) * len(body["prompt"]))
-        told = {"kv_cache": {"prompt_tokens": prompt, "kept_tokens": kept, "evicted_tokens": prompt - kept}}
+        prompt, held = len(body["prompt"]), len(body["prompt"]) + body["max_tokens"] - 1
+        kept = min(round(body.get("kv_keep_ratio", 1) * prompt), body.get("kv_max_tokens", prompt))
+        evicted = {"evicted_tokens": prompt - kept, "compactions": int(kept < prompt)}
+        told = {"kv_cache": {"prompt_tokens": prompt, "kept_tokens": held - evicted["evicted_tokens"], **evicted}}
         usage = {"prompt_tokens": prompt, "completion_tokens": body["max_tokens"]}
         return usage | (told if self.compresses and "kv_keep_ratio" in body else {})
 

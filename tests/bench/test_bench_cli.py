@@ -1,6 +1,7 @@
 """`vllm-l2kv bench` from its options to its page, against servers that are none."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def rows_of(folder: Path, name: str = "rows.jsonl") -> list[dict[str, Any]]:
         (["--ratios", "0.5,0"], "--ratios: R must satisfy 0 < R <= 1, got 0."),
         (["--ratios", "half"], "--ratios: R must be a number with 0 < R <= 1, got 'half'."),
         (["--ratios", ""], "--ratios: at least one is needed."),
+        (["--budgets", "1024,0"], "--budgets: N must satisfy 1 <= N <= 2147483647, got 0."),
         (["--concurrency", "0"], "--concurrency: N must satisfy 1 <= N <= 2147483647, got 0."),
         (["--rate", "0"], "--rate: X must be a number with 0 < X, got '0'."),
         (["--rate", "inf"], "--rate: X must be a number with 0 < X, got 'inf'."),
@@ -115,7 +117,7 @@ class TestRuns:
             assert row["preemptions"] == 6  # as the fake counts them; warm-ups are before
             assert row["num_samples_failed"] == 0
         assert rows[0]["evicted_tokens"] == 0 < rows[1]["evicted_tokens"]
-        assert rows[1]["own_metrics"]["vllm_l2kv:prompt_tokens_evicted_total"] == rows[1]["evicted_tokens"]
+        assert rows[1]["own_metrics"]["vllm_l2kv:rows_evicted_total"] == rows[1]["evicted_tokens"]
         requests = rows_of(out, "requests.jsonl")
         assert sorted(row["number"] for row in requests if row["keep_ratio"] == 0.5) == list(range(6))
         said = capsys.readouterr()
@@ -123,6 +125,20 @@ class TestRuns:
         assert "keep 1  keep 0.5" in said.out
         assert "prefix cache" not in said.err
         assert f"{rows[1]['evicted_tokens']:,}" in (out / "report.html").read_text()
+
+    def test_budgets_come_after_ratios(self, capsys, ours, start, tmp_path):
+        words = ["--url", ours.url, "--compare", start(compresses=False).url, "--ratios", "1,0.5", "--budgets", "30,25"]
+        assert run(*words, *QUICK, "--out", str(tmp_path)) == 0
+        rows = [row for row in rows_of(tmp_path) if row["engine"] == "vllm-l2kv"]
+        assert [(row["keep_ratio"], row["max_tokens"]) for row in rows] == [(1, None), (0.5, None), (1, 30), (1, 25)]
+        for row in rows[2:]:
+            asked = ours.measured(1, row["max_tokens"])
+            lengths = [sorted(body["max_tokens"] for body in bodies) for bodies in (asked, ours.measured(1))]
+            assert lengths[0] == lengths[1]
+            assert row["evicted_tokens"] == sum(max(len(body["prompt"]) - row["max_tokens"], 0) for body in asked) > 0
+            assert row["kept_tokens"] + row["evicted_tokens"] == row["prompt_tokens"] + row["output_tokens"] - 6
+            assert row["compactions"] > 0
+        assert re.search("keep 1 +keep 0.5 +budget 30 +budget 25", capsys.readouterr().out)
 
     def test_ratios_get_the_same_lengths_and_other_prompts(self, ours, tmp_path):
         run("--url", ours.url, "--ratios", "1,0.5", *QUICK, "--concurrency", "1", "--out", str(tmp_path))

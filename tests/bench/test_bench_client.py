@@ -40,7 +40,12 @@ class TestAnswers:
         assert [answer.start_s, *answer.times_s, answer.end_s] == sorted(
             [answer.start_s, *answer.times_s, answer.end_s]
         )
-        assert answer.usage["kv_cache"] == {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5}
+        assert answer.usage["kv_cache"] == {
+            "prompt_tokens": 10,
+            "kept_tokens": 8,
+            "evicted_tokens": 5,
+            "compactions": 1,
+        }
 
     def test_stock_tells_nothing_of_what_is_kept(self, start):
         assert answer_of(start(compresses=False).url, ratio=None).error is None
@@ -164,7 +169,7 @@ class TestWatch:
         assert watch.num_failed == 0
         assert watch.counted["vllm:num_preemptions_total"] == 1
         assert watch.counted["vllm:prefix_cache_hits_total"] == 5
-        assert watch.counted["vllm_l2kv:prompt_tokens_evicted_total"] == 5
+        assert watch.counted["vllm_l2kv:rows_evicted_total"] == 5
         for sample in watch.samples:
             assert (sample.running, sample.waiting, sample.kv_cache_usage) == (5, 1, 0.5)
             assert sample.memory == {"tree": 7, "process": 2**20}

@@ -27,7 +27,7 @@ def failed(number: int, error: str) -> Outcome:
 
 
 def kv_cache(kept: int) -> dict[str, Any]:
-    return {"kv_cache": {"prompt_tokens": 10, "kept_tokens": kept, "evicted_tokens": 10 - kept}}
+    return {"kv_cache": {"prompt_tokens": 10, "kept_tokens": kept, "evicted_tokens": 14 - kept, "compactions": 2}}
 
 
 class TestSummary:
@@ -45,7 +45,7 @@ class TestSummary:
         assert row["inter_token_s"]["p99"] == pytest.approx(0.2)
         assert row["per_output_token_s"]["p50"] == pytest.approx(0.15)
         assert row["end_to_end_s"]["mean"] == pytest.approx((0.9 + 2.3) / 2)
-        assert (row["kept_tokens"], row["evicted_tokens"]) == (9, 11)
+        assert (row["kept_tokens"], row["evicted_tokens"], row["compactions"]) == (9, 19, 4)
         assert row["tokens_per_event"] == 1
         assert row["max_late_s"] == 0.25
 
@@ -157,6 +157,13 @@ class TestReport:
         assert cells(lines, "first token, p50 (ms)") == ["1.000", "0.500"]
         assert cells(lines, "requests running, mean") == ["1.000", "2.000"]
         assert comparison(made_up(engines=("vllm-l2kv",))) == []
+
+    def test_budgets_are_named(self, tmp_path):
+        rows = [*made_up(), *made_up(ratios=(1.0,), round=2, max_tokens=4096)]
+        assert table(rows, "vllm-l2kv")[0] == ["", "keep 1", "keep 0.5", "budget 4,096"]
+        assert table(rows, "stock")[0][-1] == "beside budget 4,096"
+        assert comparison(rows)[0] == ["", "keep 1", "keep 0.5", "budget 4,096"]
+        assert "beside budget 4,096" in write_report(rows, [], tmp_path).read_text()
 
     def test_rounds_that_are_alone_are_not_compared(self):
         assert comparison(made_up()[:-1])[0] == ["", "keep 1"]

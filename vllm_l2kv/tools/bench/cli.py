@@ -68,7 +68,10 @@ def _plan(parser: OneLineParser, options: argparse.Namespace) -> Any:
 
     return Plan(
         servers=_servers(parser, options),
-        ratios=options.ratios,
+        asked=[
+            *({"kv_keep_ratio": ratio} for ratio in options.ratios),
+            *({"kv_keep_ratio": 1.0, "kv_max_tokens": budget} for budget in options.budgets),
+        ],
         load=Load(
             prompt_tokens=options.prompt_tokens,
             output_tokens=options.output_tokens,
@@ -177,8 +180,8 @@ def _object(text: str) -> dict[str, Any]:
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="vllm-l2kv bench",
-        description="Puts a running server under load, once for each keep ratio: rows, plots and a page go into a "
-        "folder. docs/load_testing.md explains every number.",
+        description="Puts a running server under load, once for each keep ratio and budget: rows, plots and a page "
+        "go into a folder. docs/load_testing.md explains every number.",
     )
     _add_servers(parser)
     _add_load(parser)
@@ -207,6 +210,7 @@ def _add_load(parser: OneLineParser) -> None:
     group = parser.add_argument_group("load")
     add = group.add_argument
     add("--ratios", type=list_of(ratio), default="1,0.5,0.25", metavar="R,R", help="keep ratios (default: %(default)s)")
+    add("--budgets", type=list_of(positive), default=[], metavar="N,N", help="after them, values of kv_max_tokens")
     arrivals = group.add_mutually_exclusive_group()
     arrivals.add_argument(
         "--concurrency",
@@ -218,7 +222,7 @@ def _add_load(parser: OneLineParser) -> None:
     arrivals.add_argument("--rate", type=positive_number, metavar="X", help="requests a second, Poisson arrivals")
     end = group.add_mutually_exclusive_group()
     end.add_argument(
-        "--requests", type=positive, default=NUM_REQUESTS, metavar="N", help="for each ratio (default: %(default)s)"
+        "--requests", type=positive, default=NUM_REQUESTS, metavar="N", help="of each round (default: %(default)s)"
     )
     end.add_argument("--duration", type=positive_number, metavar="X", help="seconds to send requests in, instead")
     add("--prompt-tokens", type=lengths(MIN_TOKENS), default="512", metavar="L", help=f"{FORMS} (default: %(default)s)")
@@ -228,7 +232,7 @@ def _add_load(parser: OneLineParser) -> None:
         type=share,
         default=0.0,
         metavar="X",
-        help="share of each prompt that all of a ratio begin with, 0 <= X < 1 (default: %(default)s)",
+        help="share of each prompt that all of a round begin with, 0 <= X < 1 (default: %(default)s)",
     )
     add("--warmup", type=count, default=2, metavar="N", help="requests before each measurement (default: %(default)s)")
     add(

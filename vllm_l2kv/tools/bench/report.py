@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_l2kv.tools.bench.servers import OURS, STOCK
-from vllm_l2kv.tools.bench.summary import label
+from vllm_l2kv.tools.bench.summary import asked, label
 from vllm_l2kv.tools.html_report import embedded, figure, save, write_html
 
 Row = Mapping[str, Any]
@@ -39,8 +39,9 @@ def metrics(rows: Iterable[Row]) -> dict[str, Callable[[Row], float | None]]:
         "memory of the server's process, peak (GiB)": _of("memory", "process", scale=1 / GIB),
         "memory of all its processes, peak (GiB)": _of("memory", "tree", scale=1 / GIB),
         "memory in use on GPUs, peak (GiB)": _of("memory", "gpus", scale=1 / GIB),
-        "prompt tokens kept": _of("kept_tokens"),
-        "prompt tokens evicted": _of("evicted_tokens"),
+        "rows kept": _of("kept_tokens"),
+        "rows evicted": _of("evicted_tokens"),
+        "compactions": _of("compactions"),
         "requests answered": lambda row: row["num_requests"] - row["num_failed"],
         "requests failed": _of("num_failed"),
         "tokens an event": _of("tokens_per_event"),
@@ -61,10 +62,10 @@ def _of(*path: str, scale: float = 1.0) -> Callable[[Row], float | None]:
 
 
 def table(rows: Sequence[Row], engine: str) -> list[list[str]]:
-    """Lines of words, the first one a heading: metrics by keep ratio, without those that nobody measured."""
+    """Lines of words, the first one a heading: metrics by round, without those that were not measured."""
     of_engine = [row for row in rows if row["engine"] == engine]
     beside = "" if engine == OURS else "beside "
-    lines = [["", *(f"{beside}keep {row['keep_ratio']:g}" for row in of_engine)]]
+    lines = [["", *(f"{beside}{asked(row)}" for row in of_engine)]]
     for name, value in metrics(rows).items():
         values = [value(row) for row in of_engine]
         if any(number is not None for number in values):
@@ -78,7 +79,7 @@ def comparison(rows: Sequence[Row]) -> list[list[str]]:
     both = sorted(by_round[OURS].keys() & by_round[STOCK].keys())
     if not both:
         return []
-    lines = [["", *(f"keep {by_round[OURS][i]['keep_ratio']:g}" for i in both)]]
+    lines = [["", *(asked(by_round[OURS][i]) for i in both)]]
     for name, value in metrics(rows).items():
         quotients = [_quotient(value(by_round[OURS][i]), value(by_round[STOCK][i])) for i in both]
         if any(number is not None for number in quotients):
@@ -129,7 +130,7 @@ def write_report(rows: Sequence[Row], samples: Sequence[Row], folder: Path) -> P
     note = f"{rows[0]['model']}, vLLM {rows[0]['vllm']}. {words}."
     sections: list[dict[str, Any]] = [{"title": OURS, "note": note, "table": table(rows, OURS)}]
     if compared := comparison(rows):
-        beside = "The same prompts at the same times, right before or after each keep ratio; nothing is compressed."
+        beside = "The same prompts at the same times, right before or after each round; nothing is compressed."
         sections.insert(0, {"title": f"{OURS} / {STOCK}", "note": note, "table": compared})
         sections.append({"title": STOCK, "note": beside, "table": table(rows, STOCK)})
     sections.append({"title": "Plots", "plots": [embedded(plot) for plot in plots]})
@@ -143,7 +144,7 @@ def _bars(
 ) -> Path:
     """Groups of bars, a group for each round; those of stock vLLM are hatched."""
     series = [(engine, *entry) for engine in ENGINES for entry in values.items() if _has(rows, engine)]
-    drawn, axes = figure(title, "keep ratio", unit)
+    drawn, axes = figure(title, "", unit)
     width = 0.8 / len(series)
     for i, (engine, name, value) in enumerate(series):
         of_engine = [row for row in rows if row["engine"] == engine]
@@ -152,15 +153,15 @@ def _bars(
         hatch = "//" if engine == STOCK else None
         color = f"C{list(values).index(name)}"
         axes.bar(places, heights, width, label=engine + name, color=color, alpha=0.5 if hatch else 1, hatch=hatch)
-    names = {row["round"]: f"{row['keep_ratio']:g}" for row in rows}
+    names = {row["round"]: asked(row) for row in rows}
     axes.set(xticks=list(names), xticklabels=list(names.values()))
     return save(drawn, axes, folder / f"{title.replace(' ', '-')}.png")
 
 
 def _timeline(samples: Sequence[Row], folder: Path) -> Path:
-    """KV cache in use over time, a line for each round: a colour for each ratio of ours, grey for stock vLLM."""
+    """KV cache in use over time, a line for each round: a colour for what ours is asked, grey for stock vLLM."""
     drawn, axes = figure("KV cache in use", "seconds", "%")
-    ratios = list(dict.fromkeys(row["keep_ratio"] for row in samples))
+    kinds = list(dict.fromkeys(map(asked, samples)))
     named = set()
     for i, engine in sorted({(row["round"], row["engine"]) for row in samples}):
         line = [row for row in samples if (row["round"], row["engine"]) == (i, engine)]
@@ -170,7 +171,7 @@ def _timeline(samples: Sequence[Row], folder: Path) -> Path:
             [row["at_s"] for row in seen],
             [100 * row["kv_cache_usage"] for row in seen],
             label=None if name in named else name,
-            color=f"C{ratios.index(line[0]['keep_ratio'])}" if engine == OURS else "grey",
+            color=f"C{kinds.index(asked(line[0]))}" if engine == OURS else "grey",
             linewidth=1.2 if engine == OURS else 0.6,
         )
         named.add(name)

@@ -24,7 +24,7 @@ class Plan:
 
     Args:
         servers: Ours, and a stock one beside it if there is one to compare with.
-        ratios: A keep ratio for each round of ours.
+        asked: What each round of ours asks of the KV cache, fields of its requests.
         load: The same in every round.
         num_warmups: Requests before each round, which are not counted.
         fields: More fields of requests to ours.
@@ -33,7 +33,7 @@ class Plan:
     """
 
     servers: Sequence[Server]
-    ratios: Sequence[float]
+    asked: Sequence[Mapping[str, float]]
     load: Load
     num_warmups: int = 1
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -51,18 +51,19 @@ class Round:
 
 
 def rounds(plan: Plan, prompts: Prompts) -> Iterator[Round]:
-    """Measures each ratio on ours, and the same load on stock vLLM, if there is one, right before or after it.
+    """Measures each round on ours, and the same load on stock vLLM, if there is one, right before or after it.
 
-    Who is first changes from ratio to ratio, so that a machine that gets slower or faster favours nobody.
+    Who is first changes from round to round, so that a machine that gets slower or faster favours nobody.
     """
-    for i, ratio in enumerate(plan.ratios):
+    for i, asked in enumerate(plan.asked):
         for server in plan.servers if i % 2 == 0 else reversed(plan.servers):
-            yield asyncio.run(_round(plan, prompts, server, i, ratio))
+            yield asyncio.run(_round(plan, prompts, server, i, asked))
 
 
-async def _round(plan: Plan, prompts: Prompts, server: Server, i: int, ratio: float) -> Round:
-    about = {"engine": server.engine, "round": i, "keep_ratio": ratio, "model": server.model, "vllm": server.vllm}
-    fields = {**plan.fields, "kv_keep_ratio": ratio} if server.engine == OURS else {}
+async def _round(plan: Plan, prompts: Prompts, server: Server, i: int, asked: Mapping[str, float]) -> Round:
+    kept = {"keep_ratio": asked["kv_keep_ratio"], "max_tokens": asked.get("kv_max_tokens")}
+    about = {"engine": server.engine, "round": i, **kept, "model": server.model, "vllm": server.vllm}
+    fields = {**plan.fields, **asked} if server.engine == OURS else {}
     started = datetime.now(UTC).isoformat(timespec="seconds")
     outcomes: list[Outcome] = []
     async with server.client() as http:

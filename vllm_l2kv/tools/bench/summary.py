@@ -42,9 +42,15 @@ def summarise(outcomes: Sequence[Outcome], watch: Watch) -> Row:
     }
 
 
+def asked(row: Mapping[str, Any]) -> str:
+    """What a round asks of the KV cache, in words."""
+    budget = row.get("max_tokens")  # older rows have ratios alone
+    return f"keep {row['keep_ratio']:g}" if budget is None else f"budget {budget:,}"
+
+
 def label(row: Mapping[str, Any]) -> str:
-    """How a round is called; stock vLLM keeps everything, whatever ratio it stands beside."""
-    return f"{row['engine']}{', keep' if row['engine'] == OURS else ' beside keep'} {row['keep_ratio']:g}"
+    """How a round is called; stock vLLM keeps everything, whatever it stands beside."""
+    return f"{row['engine']}{', ' if row['engine'] == OURS else ' beside '}{asked(row)}"
 
 
 def duration(outcomes: Sequence[Outcome]) -> float:
@@ -109,7 +115,7 @@ def request_row(outcome: Outcome, begin_s: float) -> Row:
 def _kv_cache(answered: Sequence[Outcome]) -> Row:
     """Sums over the requests that were told what the engine kept."""
     told = [kv_cache for outcome in answered if (kv_cache := outcome.answer.usage.get("kv_cache"))]
-    names = ("kept_tokens", "evicted_tokens")
+    names = ("kept_tokens", "evicted_tokens", "compactions")
     return {name: sum(kv_cache[name] for kv_cache in told) if told else None for name in names}
 
 
