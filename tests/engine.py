@@ -22,8 +22,19 @@ def greedy(num_tokens: int = 12, extra_args: dict[str, Any] | None = None, **arg
     return SamplingParams(max_tokens=num_tokens, extra_args=extra_args, **arguments)
 
 
-def keep(ratio: str | float, first: int = 0, last: int = 0, num_tokens: int = 12, **arguments: Any) -> SamplingParams:
-    return greedy(num_tokens, vllm_l2kv.compression(float(ratio), protect_first=first, protect_last=last), **arguments)
+def keep(
+    ratio: str | float,
+    first: int = 0,
+    last: int = 0,
+    num_tokens: int = 12,
+    budget: int | None = None,
+    scorer: str | None = None,
+    **arguments: Any,
+) -> SamplingParams:
+    fields = vllm_l2kv.compression(
+        float(ratio), max_tokens=budget, protect_first=first, protect_last=last, scorer=scorer
+    )
+    return greedy(num_tokens, fields, **arguments)
 
 
 class Engine:

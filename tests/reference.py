@@ -1,6 +1,6 @@
-"""The rule of the paper on Hugging Face `transformers`, sharing no code with vllm_l2kv.
+"""The rule of the paper and that of budgets on Hugging Face `transformers`, sharing no code with vllm_l2kv.
 
-Prefill, compact each compressed layer per head, decode with the true positions.
+Compute tokens up to a compaction with their true positions, compact each compressed layer per head, go on.
 """
 
 import copy
@@ -9,14 +9,81 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
 
 def expected_keep(n: int, ratio: str, first: int = 0, last: int = 0) -> int:
     """The count in exact arithmetic, from the ratio as it is written."""
     return min(n, max(math.ceil(Fraction(ratio) * n), first + last, 1))
+
+
+def expected_compactions(
+    n: int,
+    num_computed: int,
+    ratio: str = "1",
+    first: int = 0,
+    last: int = 0,
+    budget: int | None = None,
+    intervals: tuple[int, int] = (2048, 256),
+) -> dict[int, int]:
+    """Numbers of computed tokens at which rows are evicted, to the rows that are left, one token after the other.
+
+    Args:
+        n: Length of the prompt.
+        num_computed: Tokens that are computed, those of the prompt included.
+        ratio: Share of the prompt that is kept at its end.
+        first: Protected rows at the beginning.
+        last: The same at the end.
+        budget: Rows that are left whenever there is an interval more; `None` for no bound.
+        intervals: Before the end of the prompt, and from there on.
+    """
+    left, rows = {}, 0
+    for position in range(1, num_computed + 1):
+        rows += 1
+        keep = rows
+        if budget is not None and rows >= budget + intervals[position >= n]:
+            keep = budget
+        if position == n:
+            keep = min(keep, expected_keep(n, ratio, first, last))
+        if keep < rows:
+            left[position] = rows = keep
+    return left
+
+
+def expected_numbers(n: int, num_tokens: int, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """What `usage.kv_cache` says of an answer of `num_tokens`; other arguments as those of `expected_compactions`.
+
+    The last token is not computed on, and a compaction happens when a token after it is computed.
+    """
+    num_computed = n + num_tokens - 1
+    left = expected_compactions(n, num_computed - 1, *args, **kwargs)
+    last = max(left, default=0)
+    kept = left.get(last, 0) + num_computed - last
+    return {
+        "prompt_tokens": n,
+        "kept_tokens": kept,
+        "evicted_tokens": num_computed - kept,
+        "compactions": len(left),
+    }
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **others):
+    """Causal attention where layers hold different numbers of rows; `transformers` makes one mask for all of them."""
+    shape = query.shape[2], key.shape[2]
+    num_before = shape[1] - shape[0]
+    mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(num_before)
+    if sliding_window is not None:
+        mask = mask.triu(num_before - sliding_window + 1)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("any_rows", attend)
 
 
 class RoundedCache(DynamicCache):
@@ -41,12 +108,13 @@ class Reference:
         device: str = "cpu",
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="any_rows")
+        self.model = model.eval().to(device)
         self.device = device
         self.new_cache = DynamicCache if cache_dtype is None else partial(RoundedCache, cache_dtype)
-        self._prefilled: dict[tuple[int, ...], tuple[DynamicCache, torch.Tensor]] = {}
+        self._begun: dict[tuple[int, ...], tuple[DynamicCache, torch.Tensor]] = {}
 
-    def generate(self, prompt: Sequence[int], num_tokens: int, *args, **kwargs) -> list[int]:
+    def generate(self, prompt: Sequence[int], num_tokens: int, *args: Any, **kwargs: Any) -> list[int]:
         """Greedy tokens; further arguments as those of `logits`."""
         return self.logits(prompt, [None] * num_tokens, *args, **kwargs).argmax(-1).tolist()
 
@@ -59,48 +127,55 @@ class Reference:
         full_layers: Sequence[int] = (0, 1),
         first: int = 0,
         last: int = 0,
+        budget: int | None = None,
+        intervals: tuple[int, int] = (2048, 256),
     ) -> torch.Tensor:
         """`[len(tokens), vocabulary]` logits of each next token, fp32.
 
-        `tokens` are what was generated; where one is `None`, the likeliest takes its place. The first comes from the
-        full cache.
+        `tokens` are what was generated; where one is `None`, the likeliest takes its place. What comes of the tokens up
+        to a compaction comes from the cache before it. The other arguments are those of `expected_compactions`.
         """
-        cache, logits = self._prefill(tuple(prompt))
-        n, rows = len(prompt), [logits]
-        cache = copy.deepcopy(cache)
-        cache = self._compacted(cache, n, expected_keep(n, ratio, first, last), full_layers, first, last)
-        self._decode(cache, tokens[: len(tokens) - 1], rows, n)
+        known, rows, n = list(prompt), [], len(prompt)
+        answered = range(n, n + len(tokens))
+        left = expected_compactions(n, answered[-1], ratio, first, last, budget, intervals)
+        cache, position = self.new_cache(), 0
+        for end in sorted({*left, *answered}):
+            cache, logits = self._computed(cache, known[:end], position)
+            if end in left:
+                cache = self._compacted(cache, left[end], full_layers, first, last)
+            if end in answered:
+                token = tokens[end - n]
+                known.append(int(logits.argmax()) if token is None else token)
+                rows.append(logits)
+            position = end
         return torch.stack(rows)
 
-    def _decode(
-        self, cache: DynamicCache, tokens: Sequence[int | None], rows: list[torch.Tensor], num_prompt_tokens: int
-    ) -> None:
-        for token in tokens:
-            chosen = int(rows[-1].argmax()) if token is None else token
-            logits = self.model(
-                torch.tensor([[chosen]], device=self.device),
-                past_key_values=cache,
-                position_ids=torch.tensor([[num_prompt_tokens + len(rows) - 1]], device=self.device),
-                use_cache=True,
-            ).logits
-            rows.append(logits[0, -1].float())
+    def _computed(self, cache: DynamicCache, tokens: Sequence[int], position: int) -> tuple[DynamicCache, torch.Tensor]:
+        """The cache after the tokens from `position` on, and the logits of what follows them."""
+        if position == 0:  # remembered, since prompts are asked for several times
+            if tuple(tokens) not in self._begun:
+                self._begun[tuple(tokens)] = self._forward(self.new_cache(), tokens, 0)
+            return copy.deepcopy(self._begun[tuple(tokens)])
+        return self._forward(cache, tokens, position)
 
-    def _prefill(self, prompt: tuple[int, ...]) -> tuple[DynamicCache, torch.Tensor]:
-        if prompt not in self._prefilled:
-            cache = self.new_cache()
-            ids = torch.tensor([prompt], device=self.device)
-            logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            self._prefilled[prompt] = cache, logits[0, -1].float()
-        return self._prefilled[prompt]
+    def _forward(self, cache: DynamicCache, tokens: Sequence[int], position: int) -> tuple[DynamicCache, torch.Tensor]:
+        logits = self.model(
+            torch.tensor([tokens[position:]], device=self.device),
+            past_key_values=cache,
+            position_ids=torch.arange(position, len(tokens), device=self.device)[None],
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return cache, logits[0, -1].float()
 
     def _compacted(
-        self, cache: DynamicCache, n: int, num_keep: int, full_layers: Sequence[int], first: int, last: int
+        self, cache: DynamicCache, num_keep: int, full_layers: Sequence[int], first: int, last: int
     ) -> DynamicCache:
         compacted = self.new_cache()
         for index, layer in enumerate(cache.layers):
             keys, values = layer.keys, layer.values
             if index not in full_layers:
-                kept = self._kept(index, keys[0, :, :n], values[0, :, :n], num_keep, first, last)
+                kept = self._kept(index, keys[0], values[0], num_keep, first, last)
                 kept = kept.to(self.device)[..., None].expand(-1, -1, -1, keys.shape[-1])
                 keys, values = keys.gather(2, kept), values.gather(2, kept)
             compacted.update(keys, values, index)
@@ -109,15 +184,15 @@ class Reference:
     def _kept(
         self, index: int, keys: torch.Tensor, values: torch.Tensor, num_keep: int, first: int, last: int
     ) -> torch.Tensor:
-        """`[1, num_kv_heads, num_keep]` positions in layer `index`, one head at a time, one token at a time.
+        """`[1, num_kv_heads, num_keep]` rows that stay in layer `index`, one head at a time, one row at a time.
 
-        Keys and values are `[num_kv_heads, n, head_size]`.
+        Keys and values are `[num_kv_heads, num_rows, head_size]`, in the order of their tokens.
         """
-        n = keys.shape[1]
-        protected = set(range(min(first, n))) | set(range(max(n - last, 0), n))
+        num_rows = keys.shape[1]
+        protected = set(range(min(first, num_rows))) | set(range(max(num_rows - last, 0), num_rows))
         rows = []
         for head in keys:
             norms = head.float().norm(dim=-1).tolist()
-            ranked = sorted(range(n), key=lambda position: (position not in protected, norms[position], position))
+            ranked = sorted(range(num_rows), key=lambda row: (row not in protected, norms[row], row))
             rows.append(sorted(ranked[:num_keep]))
         return torch.tensor(rows)[None]

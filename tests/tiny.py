@@ -105,9 +105,9 @@ class HybridReference(Reference):
         super().__init__(model)
         self.new_cache: Callable[[], DynamicCache] = lambda: DynamicCache(config=self.model.config)
 
-    def _compacted(self, cache, n, num_keep, full_layers, first, last):
+    def _compacted(self, cache, num_keep, full_layers, first, last):
         sliding = [index for index, layer in enumerate(cache.layers) if layer.is_sliding]
-        compacted = super()._compacted(cache, n, num_keep, (*full_layers, *sliding), first, last)
+        compacted = super()._compacted(cache, num_keep, (*full_layers, *sliding), first, last)
         for index in sliding:
             # As it was, together with its count of the tokens that it has seen.
             compacted.layers[index] = cache.layers[index]

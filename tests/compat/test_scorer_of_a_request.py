@@ -4,27 +4,13 @@ import pytest
 import torch
 from engine import keep
 from reference import Reference
+from scored import ScoredReference
 
 from vllm_l2kv import compression
 from vllm_l2kv.params import SCORERS
-from vllm_l2kv.scorers import Prompt, scorer_of
 
 NUM_TOKENS = 12
 FULL_LAYERS = (0,)
-
-
-class ScoredReference(Reference):
-    """The reference with another scorer; scorers themselves are checked in `tests/kernels/test_scorers.py`."""
-
-    scorer = "l2"
-
-    def _kept(self, index, keys, values, num_keep, first, last):
-        num_kv_heads, n = keys.shape[:2]
-        place = index - len(FULL_LAYERS)
-        rows = torch.arange(place * num_kv_heads, (place + 1) * num_kv_heads)
-        scores = scorer_of(self.scorer)(Prompt(keys, values, rows)).clone()
-        scores[:, :first] = scores[:, n - last :] = torch.inf
-        return scores.sort(descending=True, stable=True).indices[:, :num_keep].sort().values[None]
 
 
 class BlockReference(Reference):
@@ -44,7 +30,7 @@ class BlockReference(Reference):
 
 @pytest.fixture(scope="module")
 def scored(llama):
-    return ScoredReference(llama)
+    return ScoredReference(llama, len(FULL_LAYERS))
 
 
 def ask(scorer=None, last=0, granularity=None):

@@ -1,13 +1,41 @@
 """Greedy token ids of the real engine equal those of the reference, in fp32."""
 
 import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pytest
-from engine import greedy, keep
+from engine import bare_rule, greedy, keep, running
+from reference import expected_compactions, expected_numbers
+from scored import ScoredReference
+
+from vllm_l2kv.params import ONE_COMPACTION_SCORERS, SCORERS
 
 RATIOS = ("1.0", "0.9", "0.7", "0.5", "0.3", "0.1")
 LENGTHS = (1, 2, 31, 33, 200, 449, 1000, 3000)
 NUM_TOKENS = 8
+INTERVALS = (256, 32)
+"""Of the tiny engines; those of the demo model have the defaults."""
+
+
+class Case(NamedTuple):
+    """A request; the fields from `ratio` on are those of `engine.keep`."""
+
+    prompt: Sequence[int]
+    num_tokens: int = NUM_TOKENS
+    ratio: str = "1"
+    first: int = 0
+    last: int = 0
+    budget: int | None = None
+    scorer: str = "l2"
+
+    def __str__(self) -> str:
+        return f"{len(self.prompt)} tokens, {self._asdict() | {'prompt': None}}"
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """As the reference takes it."""
+        return {"ratio": self.ratio, "first": self.first, "last": self.last, "budget": self.budget}
 
 
 def prompts_of(text_ids: list[int]) -> dict[int, list[int]]:
@@ -26,24 +54,35 @@ def no_token_twice(text_ids: list[int]) -> list[int]:
     return once
 
 
-def check(engine, reference, cases, full_layers):
-    """All cases in one batch, each against the reference."""
-    params = [keep(ratio, first, last, NUM_TOKENS) for _, ratio, first, last in cases]
-    answers = engine.tokens([prompt for prompt, *_ in cases], params)
-    for (prompt, ratio, first, last), answer in zip(cases, answers, strict=True):
-        expected = reference.generate(prompt, NUM_TOKENS, ratio, full_layers, first, last)
-        assert answer == expected, f"{len(prompt)} tokens, keep {ratio}, protect {first} and {last}"
+def check(engine, cases: Sequence[Case], answers: Sequence[list[int]], intervals=(2048, 256)) -> list[Any]:
+    """All cases in one batch, each against the reference's answer; returns the outputs."""
+    params = [keep(case.ratio, *case[3:5], case.num_tokens, case.budget, case.scorer) for case in cases]
+    outputs = engine.generate([case.prompt for case in cases], params)
+    for case, answer, output in zip(cases, answers, outputs, strict=True):
+        assert list(output.outputs[0].token_ids) == answer, case
+        numbers = output.kv_transfer_params["kv_cache"]
+        numbers.pop("reason", None)
+        assert numbers == expected_numbers(len(case.prompt), case.num_tokens, **case.rule, intervals=intervals), case
+    return outputs
+
+
+def answers_of(reference, cases: Sequence[Case], full_layers: Sequence[int]) -> list[list[int]]:
+    return [reference.generate(case.prompt, case.num_tokens, **case.rule, full_layers=full_layers) for case in cases]
+
+
+# --- the demo model
 
 
 def test_full_layers_0_and_1_all_ratios_in_one_batch(compressing, reference, text_ids):
-    cases = [(prompt, ratio, 0, 0) for prompt in prompts_of(text_ids).values() for ratio in RATIOS]
-    check(compressing, reference, cases, full_layers=(0, 1))
+    cases = [Case(prompt, ratio=ratio) for prompt in prompts_of(text_ids).values() for ratio in RATIOS]
+    check(compressing, cases, answers_of(reference, cases, (0, 1)))
 
 
 def test_no_full_layers_all_ratios_in_one_batch(all_layers, reference, text_ids):
     once = no_token_twice(text_ids)
     prompts = [once[7 * i : 7 * i + length] for i, length in enumerate((1, 33, 449, 700))]
-    check(all_layers, reference, [(prompt, ratio, 0, 0) for prompt in prompts for ratio in RATIOS], full_layers=())
+    cases = [Case(prompt, ratio=ratio) for prompt in prompts for ratio in RATIOS]
+    check(all_layers, cases, answers_of(reference, cases, ()))
 
 
 @pytest.mark.parametrize("engine_name", ["compressing", "all_layers"])
@@ -52,10 +91,22 @@ def test_protected_tokens_are_kept(engine_name, reference, text_ids, request):
     full_layers = {"compressing": (0, 1), "all_layers": ()}[engine_name]
     text_ids = no_token_twice(text_ids)
     prompts = [text_ids[:200], text_ids[7:507]]
-    cases = [(prompt, ratio, 4, 32) for prompt, ratio in itertools.product(prompts, ("0.5", "0.1"))]
+    cases = [Case(prompt, NUM_TOKENS, ratio, 4, 32) for prompt, ratio in itertools.product(prompts, ("0.5", "0.1"))]
     # More protection than the ratio keeps, and than the prompt has.
-    cases += [(text_ids[:200], "0.1", 100, 50), (text_ids[:200], "0.1", 0, 60), (text_ids[:200], "0.1", 300, 0)]
-    check(engine, reference, cases, full_layers)
+    cases += [Case(text_ids[:200], NUM_TOKENS, "0.1", *protect) for protect in ((100, 50), (0, 60), (300, 0))]
+    check(engine, cases, answers_of(reference, cases, full_layers))
+
+
+def test_budgets_of_the_demo_model(compressing, reference, text_ids):
+    """At the default intervals: inside a prompt and at its end."""
+    cases = [
+        Case(text_ids[5:2395], budget=40, first=4, last=32),
+        Case(text_ids[80:680], budget=200, ratio="0.5"),
+        Case(text_ids[90:690], budget=250, ratio="0.25"),
+        Case(text_ids[400:500], budget=48),
+    ]
+    assert [list(points_of(case)) for case in cases] == [[2088, 2390], [600], [600], []]
+    check(compressing, cases, answers_of(reference, cases, (0, 1)))
 
 
 def test_nothing_asked_equals_stock_vllm(compressing, all_layers, stock, text_ids):
@@ -66,3 +117,97 @@ def test_nothing_asked_equals_stock_vllm(compressing, all_layers, stock, text_id
     assert all_layers.tokens(prompts, params) == expected
     for output in compressing.generate(prompts, params):
         assert output.kv_transfer_params is None
+
+
+# --- budgets of a tiny model: many compactions, long answers
+
+
+def points_of(case: Case, intervals=(2048, 256)) -> dict[int, int]:
+    num_computed = len(case.prompt) + case.num_tokens - 1
+    return expected_compactions(len(case.prompt), num_computed, **case.rule, intervals=intervals)
+
+
+def tiny_cases(text_ids: list[int], full_layers: tuple[int, ...]) -> list[Case]:
+    """No prompt is the beginning of another one.
+
+    They are chosen so that rounding decides nothing, see `scored`.
+    """
+    if not full_layers:
+        text_ids = no_token_twice(text_ids)
+    again = [scorer for scorer in SCORERS if scorer not in ONE_COMPACTION_SCORERS]
+    scorers = [
+        Case(text_ids[120 + i : 620 + i], 40, first=4, last=8, budget=80, scorer=name) for i, name in enumerate(again)
+    ]
+    if not full_layers:
+        # An answer repeats tokens. Here their keys differ in direction alone, and scorers of that do not tie.
+        long = [Case(text_ids[:200], 500, budget=96, scorer="keydiff"), Case(text_ids[7:8], 120, budget=40)]
+        return [*long, Case(text_ids[9:709], 24, ratio="0.5"), *scorers]
+    return [
+        Case(text_ids[0:1], 200, budget=40),
+        Case(text_ids[7:40], 500, first=4, last=16, budget=64),
+        Case(text_ids[14:214], 500, budget=96),
+        Case(text_ids[21:221], 60, ratio="0.5", budget=120),
+        Case(text_ids[28:477], 120, ratio="0.3", budget=200),
+        Case(text_ids[42:491], 80, ratio="0.7", first=4, last=16, budget=100),
+        Case(text_ids[49:1049], 60, first=4, last=64, budget=128),
+        Case(text_ids[371:3371], 40, last=3, budget=256),
+        Case(text_ids[518:3518], 24, ratio="0.1", budget=512),
+        Case(text_ids[63:763], 40),
+        Case(text_ids[70:770], 40, ratio="0.5", first=4, last=32),
+        *scorers,
+    ]
+
+
+class Tiny(NamedTuple):
+    """An engine of the tiny model, what it is asked, and the reference's answers."""
+
+    engine: Any
+    cases: list[Case]
+    answers: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def expected(llama, text_ids):
+    """Cases and answers, made once for all engines with the same full layers."""
+    made = {}
+
+    def expected(full_layers: tuple[int, ...]):
+        if full_layers not in made:
+            cases, reference = tiny_cases(text_ids, full_layers), ScoredReference(llama, len(full_layers))
+            answers = [
+                reference.telling_answer(case.prompt, case.num_tokens, case.scorer, **case.rule, intervals=INTERVALS)
+                for case in cases
+            ]
+            assert None not in answers, cases[answers.index(None)]
+            made[full_layers] = cases, answers
+        return made[full_layers]
+
+    return expected
+
+
+@pytest.fixture(scope="module", params=[((0,), 64), ((0,), 2048), ((0, 1), 512), ((), 192)], ids=str)
+def tiny(request, llama, expected) -> Tiny:
+    """Different full layers, and tokens in a step."""
+    full_layers, num_batched = request.param
+    rule = bare_rule(full_layers=full_layers, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
+    with running(llama, max_model_len=4096, max_num_batched_tokens=num_batched, max_num_seqs=20, **rule) as engine:
+        yield Tiny(engine, *expected(full_layers))
+
+
+def test_all_budgets_in_one_batch_and_again_on_what_that_left_in_the_prefix_cache(tiny):
+    outputs = check(*tiny, INTERVALS)
+    assert not any(output.num_cached_tokens for output in outputs)
+    outputs = check(*tiny, INTERVALS)
+    num_points = [len(points_of(case, INTERVALS)) for case in tiny.cases]
+    # A hit ends before the first compaction.
+    for case, output in zip(tiny.cases, outputs, strict=True):
+        first = min(points_of(case, INTERVALS), default=4096)
+        assert output.num_cached_tokens <= min(first, len(case.prompt)) - 1, case
+        assert output.num_cached_tokens or len(case.prompt) < 64, case
+    assert max(num_points) >= 10
+
+
+def test_each_budget_alone(tiny):
+    for case, answer in zip(tiny.cases, tiny.answers, strict=True):
+        assert tiny.engine.kv_cache_manager.reset_prefix_cache()
+        check(tiny.engine, [case], [answer], INTERVALS)

@@ -1,0 +1,54 @@
+"""The reference with other scorers, and answers that hold on every machine."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import Reference
+
+from vllm_l2kv.scorers import Prompt, scorer_of
+
+TELLING_SCORES, TELLING_LOGITS = 5e-6, 1e-4
+"""What rows kept and rows evicted, and the two likeliest tokens, must lie apart, in parts of a score and in logits.
+
+Engine and reference add up in other orders; beyond thousands of tokens that makes a few 1e-7 and 1e-5.
+"""
+
+
+class ScoredReference(Reference):
+    """Keeps what `scorer` says; scorers themselves are checked in `tests/kernels/test_scorers.py`.
+
+    Attributes:
+        scorer: A value of `kv_scorer`.
+        num_full_layers: Layers before the first compressed one, for scorers that number those.
+    """
+
+    scorer = "l2"
+
+    def __init__(self, model: Path, num_full_layers: int) -> None:
+        super().__init__(model)
+        self.num_full_layers = num_full_layers
+        self._closest_scores = math.inf
+
+    def telling_answer(
+        self, prompt: Sequence[int], num_tokens: int, scorer: str = "l2", **rule: Any
+    ) -> list[int] | None:
+        """Greedy tokens; `None` if rounding would decide one of them, or which rows are kept."""
+        self.scorer, self._closest_scores = scorer, math.inf
+        logits = self.logits(prompt, [None] * num_tokens, full_layers=range(self.num_full_layers), **rule)
+        best, second = logits.topk(2).values.unbind(-1)
+        is_telling = (best - second).min() > TELLING_LOGITS and self._closest_scores > TELLING_SCORES
+        return logits.argmax(-1).tolist() if is_telling else None
+
+    def _kept(self, index, keys, values, num_keep, first, last):
+        num_kv_heads, num_rows = keys.shape[:2]
+        row_ids = torch.arange(num_kv_heads) + (index - self.num_full_layers) * num_kv_heads
+        scores = scorer_of(self.scorer)(Prompt(keys, values, row_ids)).clone()
+        scores[:, :first] = scores[:, num_rows - last :] = torch.inf
+        ordered, rows = scores.sort(descending=True, stable=True)
+        last_kept, first_evicted = ordered[:, num_keep - 1], ordered[:, num_keep]
+        closest = ((last_kept - first_evicted) / first_evicted.abs()).min()
+        self._closest_scores = min(self._closest_scores, float(closest))
+        return rows[:, :num_keep].sort().values[None]
