@@ -1,0 +1,244 @@
+"""Budgets where memory is short: prompts larger than the cache, refusals, crowds, preemptions. After each the pool is
+whole. Answers equal those of the reference, to each request alone.
+"""
+
+import random
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import pytest
+from engine import Engine, bare_rule, greedy, keep, running
+from reference import expected_numbers
+from scored import ScoredReference
+
+from vllm_l2kv import ParamError, compression
+from vllm_l2kv.params import ONE_COMPACTION_SCORERS
+from vllm_l2kv.scheduler.integrity import check_nothing_left, check_requests
+
+BUDGET, INTERVALS = 128, (128, 32)
+MAX_MODEL_LEN = 4096
+NUM_BLOCKS = {(): 20, (0,): 56}
+"""Usable ones, by full layers: about as few as the longest request may need."""
+TOKENS_OF_A_BLOCK = {(): 32, (0,): 24}
+"""Of a request that nothing is evicted of: with one full layer, 96 tokens need one block more than their three."""
+VOCABULARY = range(3, 49152)
+
+
+class Bounded(NamedTuple):
+    """An engine with a default budget, and a context of several caches."""
+
+    engine: Engine
+    reference: ScoredReference
+    full_layers: tuple[int, ...]
+    scorer: str
+
+    @property
+    def pool(self) -> int:
+        """Tokens that it would hold in full."""
+        return NUM_BLOCKS[self.full_layers] * TOKENS_OF_A_BLOCK[self.full_layers]
+
+    def answer(self, prompt: list[int], num_tokens: int, **rule: Any) -> list[int] | None:
+        """The reference's, by the engine's defaults; `None` if rounding decides it."""
+        return self.reference.telling_answer(
+            prompt, num_tokens, self.scorer, **{"budget": BUDGET, "intervals": INTERVALS, **rule}
+        )
+
+
+@pytest.fixture(scope="module", params=NUM_BLOCKS, ids=str)
+def module_bounded(request, llama):
+    full_layers = request.param
+    # A token's keys in layer 0 differ in direction alone, so norms would tie there.
+    scorer = "l2" if full_layers else "keydiff"
+    rule = bare_rule(
+        full_layers=full_layers,
+        prompt_interval=INTERVALS[0],
+        answer_interval=INTERVALS[1],
+        default_max_tokens=BUDGET,
+        scorer=scorer,
+    )
+    small = {"max_model_len": MAX_MODEL_LEN, "num_gpu_blocks_override": NUM_BLOCKS[full_layers] + 1}
+    with running(llama, **rule, **small, max_num_seqs=64, max_num_batched_tokens=256) as engine:
+        reference = ScoredReference(llama, len(full_layers))
+        yield Bounded(engine, reference, full_layers, scorer)
+
+
+@pytest.fixture
+def bounded(module_bounded):
+    engine = module_bounded.engine
+    assert engine.kv_cache_manager.reset_prefix_cache()
+    yield module_bounded
+    engine.step()  # tells the worker what has finished
+    check_nothing_left(engine.scheduler)
+    engine.check_whole()
+    assert engine.worker.num_evicted() == {}
+
+
+def draw(chance: random.Random, length: int) -> list[int]:
+    """Tokens, none of them twice."""
+    return chance.sample(VOCABULARY, length)
+
+
+def tokens_of(output) -> list[int]:
+    return list(output.outputs[0].token_ids)
+
+
+def numbers_of(output) -> dict[str, Any]:
+    return output.kv_transfer_params["kv_cache"]
+
+
+def test_prompts_of_several_pools(bounded):
+    """Three, and six where no full layer holds every token."""
+    for num_pools in (3,) if bounded.full_layers else (3, 6):
+        prompt = draw(random.Random(num_pools), num_pools * bounded.pool)
+        (output,) = bounded.engine.generate([prompt], [greedy(40)])
+        assert tokens_of(output) == bounded.answer(prompt, 40)
+        assert numbers_of(output) == expected_numbers(len(prompt), 40, budget=BUDGET, intervals=INTERVALS)
+
+
+def test_a_request_that_can_never_fit_is_refused_alone_with_the_numbers(bounded):
+    chance = random.Random(0)
+    prompts = [draw(chance, length) for length in (150, bounded.pool + 100, 300)]
+    params = [greedy(20), keep(1, budget=10**6, num_tokens=8), greedy(20)]
+    before, refused, after = bounded.engine.generate(prompts, params)
+    assert refused.outputs[0].finish_reason == "error"
+    assert tokens_of(refused) == []
+    needed = -(-(bounded.pool + 107) // 32) + (-(-(bounded.pool + 107) // 96) if bounded.full_layers else 0)
+    num_blocks = NUM_BLOCKS[bounded.full_layers]
+    for numbers in (
+        f"A prompt of {bounded.pool + 100} tokens with max_tokens=8 and kv_max_tokens=1000000",
+        f"needs {needed} blocks of the KV cache, which has {num_blocks}",
+    ):
+        assert numbers in refused.outputs[0].stop_reason
+    for prompt, output in ((prompts[0], before), (prompts[2], after)):
+        assert tokens_of(output) == bounded.answer(prompt, 20)
+
+
+def test_an_answer_without_a_bound_gets_what_fits(bounded):
+    """The request switches the budget off and names no `max_tokens`."""
+    chance = random.Random(1)
+    long, short = draw(chance, bounded.pool - 60), draw(chance, 90)
+    unbounded, named = bounded.engine.generate([long, short], [keep(1, budget=10**6, num_tokens=None), greedy(50)])
+    # Its last token gets no slot.
+    assert tokens_of(unbounded) == bounded.answer(long, 61, budget=None)
+    assert unbounded.outputs[0].finish_reason == "length"
+    assert numbers_of(unbounded)["max_tokens"] == 61
+    assert numbers_of(unbounded)["kept_tokens"] == bounded.pool
+    assert tokens_of(named) == bounded.answer(short, 50)
+    assert "max_tokens" not in numbers_of(named)
+
+
+@pytest.mark.parametrize("scorer", ONE_COMPACTION_SCORERS)
+def test_scorers_of_one_compaction_are_refused_by_name(bounded, scorer):
+    with pytest.raises(ParamError, match=f"kv_scorer '{scorer}'"):
+        compression(max_tokens=BUDGET, protect_last=0, scorer=scorer)
+    prompt = draw(random.Random(2), 200)
+    # Around that check, as an offline user may, with the engine's budget.
+    good, bad = bounded.engine.generate([prompt] * 2, [greedy(12), greedy(12, {"kv_scorer": scorer})])
+    assert bad.outputs[0].finish_reason == "error"
+    assert f"kv_scorer '{scorer}'" in bad.outputs[0].stop_reason
+    assert tokens_of(good) == bounded.answer(prompt, 12)
+
+
+# --- crowds and preemptions
+
+
+class Asked(NamedTuple):
+    """A request with its answer."""
+
+    prompt: list[int]
+    num_tokens: int
+    rule: dict[str, Any]
+    answer: list[int]
+
+    @property
+    def params(self) -> Any:
+        return keep(self.rule["ratio"], 0, self.rule["last"], self.num_tokens, self.rule["budget"])
+
+
+def crowd(bounded, chance: random.Random, num_requests: int, begin: list[int] = ()) -> list[Asked]:
+    """Requests of small budgets and mixed ratios, all of which the reference answers without doubt."""
+    asked = []
+    while len(asked) < num_requests:
+        prompt, num_tokens = [*begin, *draw(chance, chance.randint(100, 240))], chance.randint(30, 80)
+        rule = {
+            "ratio": chance.choice(("1", "1", "0.5")),
+            "last": chance.choice((0, 8)),
+            "budget": chance.choice((32, 48, 64)),
+        }
+        answer = bounded.answer(prompt, num_tokens, **rule)
+        if answer is not None:
+            asked.append(Asked(prompt, num_tokens, rule, answer))
+    return asked
+
+
+def ask_all(engine, asked: list[Asked], interfere=lambda: None) -> set[int]:
+    """Runs all at once and checks every answer; returns the numbers of those that were preempted."""
+    numbers = {engine.add(str(number), each.prompt, each.params): number for number, each in enumerate(asked)}
+    outputs, preempted = {}, set()
+    for _ in range(5000):
+        if not engine.llm.llm_engine.has_unfinished_requests():
+            break
+        outputs |= {int(output.request_id): output for output in engine.step()}
+        check_requests(engine.scheduler)
+        preempted |= {
+            numbers[req_id] for req_id, request in engine.scheduler.requests.items() if request.num_preemptions
+        }
+        interfere()
+    for number, each in enumerate(asked):
+        assert tokens_of(outputs[number]) == each.answer, f"{number}: {len(each.prompt)} tokens, {each.rule}"
+        expected = expected_numbers(len(each.prompt), each.num_tokens, **each.rule, intervals=INTERVALS)
+        assert numbers_of(outputs[number]) == expected
+    return preempted
+
+
+def test_64_requests_of_ten_pools_run_together(bounded):
+    asked = crowd(bounded, random.Random(3), 64)
+    num_tokens = sum(len(each.prompt) + each.num_tokens for each in asked)
+    assert num_tokens > 10 * bounded.pool
+    preempted = ask_all(bounded.engine, asked)
+    assert preempted
+    assert len(preempted) < len(asked)
+
+
+def test_a_compaction_of_shared_blocks_without_a_free_one(bounded):
+    """Requests that begin alike share blocks at their first compaction. Then nothing is free, so others give way."""
+    engine, chance = bounded.engine, random.Random(4)
+    asked = crowd(bounded, chance, 3, begin=draw(chance, 100))
+    num_squeezes = 0
+
+    def shares_blocks(req_id: str) -> bool:
+        return engine.managers[-1].req_to_blocks[req_id][0].ref_cnt > 1
+
+    with ExitStack() as squeeze:
+
+        def no_block_free():
+            nonlocal num_squeezes
+            squeeze.close()
+            running, coming = engine.scheduler.running, engine.scheduler._next
+            due = [req.request_id for req in running if is_due(req, coming.get(req.request_id))]
+            if any(map(shares_blocks, due)):
+                squeeze.enter_context(engine.filled_up(0))
+                num_squeezes += 1
+
+        assert ask_all(engine, asked, no_block_free)
+    assert num_squeezes
+
+
+def is_due(request, coming) -> bool:
+    return coming is not None and coming.position == request.num_computed_tokens
+
+
+def test_preempted_at_any_time(bounded):
+    """Before, at and after compactions, all at once."""
+    engine = bounded.engine
+    asked = crowd(bounded, random.Random(5), 3)
+    for num_generated in (0, 1, 3, 20, 31, 32, 33, 45):
+        is_done = False
+
+        def preempt_all(num_generated=num_generated):
+            nonlocal is_done
+            furthest = max((request.num_output_tokens for request in engine.scheduler.running), default=-1)
+            if not is_done and furthest >= num_generated:
+                is_done = engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+        assert ask_all(engine, asked, preempt_all)
