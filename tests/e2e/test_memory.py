@@ -55,16 +55,22 @@ def test_the_numbers_that_a_client_is_told(compressing, text_ids):
     prompt = text_ids[:333]
     params = [keep("0.5"), keep("1.0"), keep("0.5", num_tokens=1), keep("0.5", 200, 100), greedy()]
     asked, everything, one_token, protected, nothing = compressing.generate([prompt] * 5, params)
-    assert asked.kv_transfer_params == {"kv_cache": {"prompt_tokens": 333, "kept_tokens": 167, "evicted_tokens": 166}}
-    assert everything.kv_transfer_params["kv_cache"]["evicted_tokens"] == 0
+    assert asked.kv_transfer_params == {
+        # The last of 12 tokens is not computed on.
+        "kv_cache": {"prompt_tokens": 333, "kept_tokens": 167 + 11, "evicted_tokens": 166, "compactions": 1}
+    }
+    assert everything.kv_transfer_params == {
+        "kv_cache": {"prompt_tokens": 333, "kept_tokens": 344, "evicted_tokens": 0, "compactions": 0}
+    }
     # The only token comes from the full cache, so nothing is ever evicted.
     assert one_token.kv_transfer_params["kv_cache"] == {
         "prompt_tokens": 333,
         "kept_tokens": 333,
         "evicted_tokens": 0,
+        "compactions": 0,
         "reason": KeptWhole.FIRST_TOKEN,
     }
-    assert protected.kv_transfer_params["kv_cache"]["kept_tokens"] == 300
+    assert protected.kv_transfer_params["kv_cache"]["kept_tokens"] == 300 + 11
     assert nothing.kv_transfer_params is None
 
 
