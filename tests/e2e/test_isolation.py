@@ -1,8 +1,8 @@
 """Nobody reads what belongs to somebody else: what the tables of running requests lead to, row by row.
 
-Hundreds of requests at mixed ratios go through a cache that holds a few of them. Many begin alike; then each has
-canaries, tokens that no other request has. The rows that it should find come from Hugging Face `transformers`: with
-full layer 0, those of layers 0 and 1 depend on its tokens alone, also behind a compaction.
+Hundreds of requests of mixed ratios and budgets go through a cache that holds a few of them. Many begin alike; then
+each has canaries, tokens that no other request has. The rows that it should find come from Hugging Face
+`transformers`: with full layer 0, those of layers 0 and 1 depend on its tokens alone, also after a compaction.
 """
 
 import random
@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine import keep, running
-from reference import Reference
+from engine import bare_rule, keep, running
+from reference import Reference, expected_compactions
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_l2kv.block_math import num_blocks_for
@@ -23,6 +23,8 @@ NUM_REQUESTS = 300
 NUM_CANARIES = 12
 VOCAB_SIZE = 49152
 RATIOS = ("1.0", "0.9", "0.5", "0.3", "0.1")
+INTERVALS = (64, 16)
+RULES = [{"ratio": ratio} for ratio in RATIOS] + [{"ratio": "1", "budget": 24}, {"ratio": "0.5", "budget": 40}]
 TOLERANCE = 1e-3
 """Of a row's length. Measured: from its own 0.00001 at most, from another one of the same request 0.09 at least."""
 STEPS_BETWEEN_LOOKS = 4
@@ -32,7 +34,8 @@ STEPS_BETWEEN_LOOKS = 4
 def engine(llama):
     """Of 70 blocks. A request holds up to 3 + 9 of them, and 30 may run at once."""
     small = {"max_model_len": 512, "max_num_batched_tokens": 128, "max_num_seqs": 30, "num_gpu_blocks_override": 70}
-    with running(llama, **small) as engine:
+    rule = bare_rule(full_layers=(0,), prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
+    with running(llama, **rule, **small) as engine:
         yield engine
 
 
@@ -130,36 +133,40 @@ def check_kept(found: torch.Tensor, own: torch.Tensor) -> None:
     assert all(before < after for head in nearest.indices.tolist() for before, after in pairwise(head))
 
 
-def check_rows(engine, rows: Rows, own_rows: OwnRows, request) -> None:
+def check_rows(engine, rows: Rows, own_rows: OwnRows, request, rule) -> None:
     """Everything that attention reads for this request, apart from what it cannot know."""
-    req_id, num_prompt_tokens = request.request_id, request.num_prompt_tokens
-    num_tokens = request.num_computed_tokens
+    req_id, num_tokens = request.request_id, request.num_computed_tokens
     num_evicted = engine.num_evicted(req_id)
     assert engine.worker.num_evicted().get(req_id, 0) == num_evicted
     is_compressed = [isinstance(manager, CompressedLayerManager) for manager in engine.managers]
     found = rows.of(req_id, [num_tokens - num_evicted * compressed for compressed in is_compressed])
     own = own_rows.of(req_id, list(request.all_token_ids[:num_tokens]))
-    num_kept = num_prompt_tokens - num_evicted
+    left = expected_compactions(request.num_prompt_tokens, num_tokens, **rule, intervals=INTERVALS)
+    num_kept = {position - kept: kept for position, kept in left.items()}.get(num_evicted, 0)
+    last = num_kept + num_evicted  # number of tokens at the last compaction
     for layer, expected in enumerate(own):
         if num_evicted == 0 or layer == 0:
             check_equal(found[layer], expected)
             continue
-        check_kept(found[layer][:, :num_kept], expected[:, :num_prompt_tokens])
-        if layer == 1:  # what generated tokens are in later ones depends on what was evicted
-            check_equal(found[layer][:, num_kept:], expected[:, num_prompt_tokens:])
+        assert num_kept
+        # What later tokens are in later layers depends on what was evicted before.
+        if layer == 1 or last == min(left):
+            check_kept(found[layer][:, :num_kept], expected[:, :last])
+        if layer == 1:
+            check_equal(found[layer][:, num_kept:], expected[:, last:])
 
 
-def check_answer(reference, prompt, answer, ratio: str) -> None:
+def check_answer(reference, prompt, answer, rule) -> None:
     """As alone, preempted or not."""
-    assert answer == reference.generate(prompt, len(answer), ratio, () if ratio == "1.0" else (0,))
+    assert answer == reference.generate(prompt, len(answer), full_layers=(0,), **rule, intervals=INTERVALS)
 
 
 def test_every_row_is_the_requests_own(engine, reference, prompts):
     chance = random.Random(1)
-    ratios = [chance.choice(RATIOS) for _ in prompts]
+    rules = [chance.choice(RULES) for _ in prompts]
     numbers, preempted, compacted_before, answers, looks = {}, set(), set(), {}, Counter()
-    for number, (prompt, ratio) in enumerate(zip(prompts, ratios, strict=True)):
-        numbers[engine.add(str(number), prompt, keep(ratio, num_tokens=chance.randint(2, 90)))] = number
+    for number, (prompt, rule) in enumerate(zip(prompts, rules, strict=True)):
+        numbers[engine.add(str(number), prompt, keep(**rule, num_tokens=chance.randint(2, 90)))] = number
     rows, own_rows = Rows(engine), OwnRows(reference)
     step = 0
     while engine.llm.llm_engine.has_unfinished_requests():
@@ -175,21 +182,24 @@ def test_every_row_is_the_requests_own(engine, reference, prompts):
                 just_compacted.add(request.request_id)
         step += 1
         for request in engine.scheduler.running if step % STEPS_BETWEEN_LOOKS == 0 else ():
-            check_rows(engine, rows, own_rows, request)
+            rule = rules[numbers[request.request_id]]
+            check_rows(engine, rows, own_rows, request, rule)
             compacted = engine.num_evicted(request.request_id) > 0
             looks["just compacted"] += request.request_id in just_compacted
             looks["compacted"] += compacted
-            looks["compacted again"] += compacted and request.num_preemptions > 0
+            looks["compacted anew"] += compacted and request.num_preemptions > 0
+            looks["rows of an answer evicted"] += engine.num_evicted(request.request_id) > request.num_prompt_tokens
             looks["in prefill"] += request.num_computed_tokens < request.num_prompt_tokens
             looks["whole"] += not compacted
     engine.check_whole()
     print(f"{step} steps, {len(preempted)} preempted, looks {dict(looks)}")
-    assert all(looks[moment] for moment in ("just compacted", "compacted", "compacted again", "in prefill", "whole"))
+    moments = ("just compacted", "compacted", "compacted anew", "rows of an answer evicted", "in prefill", "whole")
+    assert all(looks[moment] for moment in moments)
     assert len(answers) == len(prompts)
     assert any(output.num_cached_tokens for output in answers.values()), "some begin alike"
     for number, output in answers.items():
         answer = list(output.outputs[0].token_ids)
-        check_answer(reference, prompts[number], answer, ratios[number])
+        check_answer(reference, prompts[number], answer, rules[number])
 
 
 def test_users_with_other_salts_share_no_block(engine, text_ids):
