@@ -12,7 +12,13 @@ from typing import Any
 import httpx
 from http_server import Server, expected_usage
 
+from vllm_l2kv.policy import Intervals
+
 RATIOS = (None, 1.0, 0.9, 0.5, 0.3, 0.1)
+BUDGETS = (72, 100, 150)
+"""Of one request in four; at least what others protect."""
+INTERVALS = Intervals(prompt=64, answer=16)
+"""Of the server."""
 NUM_SHARED_OFFSETS = 6
 """Half of all prompts begin at one of so many places of the text, so they share prefixes; the others begin anywhere."""
 QUIET_SECONDS = 60
@@ -85,7 +91,11 @@ class Answer:
 
     @property
     def is_compressed(self) -> bool:
-        return self.usages[-1].get("kv_cache", {}).get("evicted_tokens", 0) > 0
+        return self.num_compactions > 0
+
+    @property
+    def num_compactions(self) -> int:
+        return self.usages[-1].get("kv_cache", {}).get("compactions", 0)
 
 
 # --- what is asked
@@ -117,6 +127,8 @@ def _body(random: Random, mix: Mix, request_id: str, prompt: list[int]) -> dict[
     ratio = random.choice(RATIOS)
     if ratio is not None:
         body["kv_keep_ratio"] = ratio
+    if random.random() < 0.25:
+        body["kv_max_tokens"] = random.choice(BUDGETS)
     if random.random() < 0.2:
         body |= {"kv_protect_first": random.randint(0, 8), "kv_protect_last": random.randint(0, 64)}
     if random.random() < 0.5:
@@ -221,8 +233,7 @@ def _kv_cache(body: dict[str, Any]) -> dict[str, int | str] | None:
     params = {name.removeprefix("kv_"): value for name, value in body.items() if name.startswith("kv_")}
     if not params:
         return None
-    # The only token comes from the full cache.
-    return expected_usage(len(body["prompt"]), one_token=body["max_tokens"] == 1, **params)
+    return expected_usage(len(body["prompt"]), body["max_tokens"], INTERVALS, **params)
 
 
 def check_again(url: str, answers: Sequence[Answer]) -> None:

@@ -17,7 +17,8 @@ OPTIONS = (
     # Chunked prefill all the time. And kernels keep something for every number of tokens that they meet in a step, so
     # that memory grows until all of them have been met; with few numbers that is soon.
     "--max-num-batched-tokens 128 "
-    f"--max-model-len 1024 --max-num-seqs 16 --num-gpu-blocks-override {NUM_BLOCKS}"
+    f"--max-model-len 1024 --max-num-seqs 16 --num-gpu-blocks-override {NUM_BLOCKS} "
+    f"--kv-prompt-interval {churn.INTERVALS.prompt} --kv-answer-interval {churn.INTERVALS.answer}"
 )
 # A request holds most before its compaction, 2 + 6 blocks, and needs as many as 5 more for it: five of them never wait.
 CALM = Mix(concurrency=3, prompt_lengths=(1, 150), seed=1)
@@ -74,6 +75,7 @@ def test_undisturbed_answers_are_those_to_each_request_alone(server, ask, num_re
     assert churn.num_preemptions(server) == before
     churn.check_answers(answers)
     assert sum(answer.is_compressed for answer in answers) > len(answers) / 3
+    assert any(answer.num_compactions > 1 for answer in answers)
     churn.check_again(server.url, answers)
 
 
