@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="start the OpenAI-compatible server; see vllm-l2kv serve --help")
-    commands.add_parser("eval", help="measure what a keep ratio costs; see vllm-l2kv eval --help")
+    commands.add_parser("eval", help="measure what a keep ratio or a budget costs; see vllm-l2kv eval --help")
     commands.add_parser(
         "diagnose", help="measure a model's norms and recommend settings; see vllm-l2kv diagnose --help"
     )

@@ -14,16 +14,17 @@ def made_up(
     depths=(0, 0.5),
     num_samples: int = 4,
     score: float | None = None,
+    budgets=(),
     **about: Any,
 ) -> list[dict[str, Any]]:
     """Rows as `Engine.rows` makes them; the excess loss is `1 - ratio`, every other sample is right unless told."""
     rows = []
-    places = {"perplexity": [{}], "ruler": [{"subtask": "vt"}, {"subtask": "cwe"}]}
+    places = {"perplexity": [{}], "copy": [{}], "ruler": [{"subtask": "vt"}, {"subtask": "cwe"}]}
     for length, place, sample, variant in product(
         lengths,
         places.get(task, [{"depth": depth} for depth in depths]),
         range(num_samples),
-        variants(scorers, ratios, [(0, 0), (4, 64)]),
+        variants(scorers, ratios, [(0, 0), (4, 64)], budgets=budgets),
     ):
         loss, right = 2 + 0.1 * sample + (1 - variant.keep_ratio), sample % 2 if score is None else score
         perplexity = {"loss": loss, "accuracy": 0.5, "losses": [loss] * 19, "hits": [0] * 19}
@@ -34,6 +35,7 @@ def made_up(
                 "model": "tiny",
                 "full_layers": [0, 1],
                 **{name.removeprefix("kv_"): value for name, value in variant.as_fields().items()},
+                **({} if variant.max_tokens is None else {"prompt_interval": 2048, "answer_interval": 16}),
                 "length": length,
                 **place,
                 "sample": sample,

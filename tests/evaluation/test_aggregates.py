@@ -49,6 +49,17 @@ def test_an_aggregate_has_number_mean_and_deviation():
     assert not {"sample", "depth", "answer"} & set(cell)
 
 
+def test_budgets_are_amounts_of_their_own():
+    """Not the whole cache, whose ratio they have, nor each other."""
+    rows = made_up("copy", budgets=(80, 96))
+    for row in rows:
+        row["score"] = {80: 0.25, 96: 0.75}.get(row["max_tokens"], 1.0)
+    for budget, score in ((80, 0.25), (96, 0.75), (None, 1.0)):
+        assert cell_of(rows, 1.0, scorer="l2", max_tokens=budget)["score"]["mean"] == score
+    other = [{**row, "answer_interval": 64} for row in rows if row["max_tokens"] == 80]
+    assert len(aggregates([*rows, *other])) == len(aggregates(rows)) + len(aggregates(other))
+
+
 def test_excess_is_counted_by_prompt():
     cell = cell_of(made_up("perplexity"), 0.25)
     assert cell["excess loss"] == pytest.approx({"mean": 0.75, "deviation": 0}, abs=1e-9)
@@ -80,11 +91,15 @@ class TestRefused:
     def test_losses_without_that_of_the_whole_cache(self, capsys, tmp_path):
         rows = [row for row in made_up("perplexity") if (row["keep_ratio"], row["length"]) != (1, 200)]
         line = self.line(capsys, tmp_path, rows)
-        assert "no row with keep_ratio 1 for the prompt of model tiny, full_layers [0, 1], length 200, sample 0" in line
+        assert (
+            "no row without compression for the prompt of model tiny, full_layers [0, 1], length 200, sample 0" in line
+        )
 
     @pytest.mark.parametrize("row", [{"layer": 0, "head": 1}, {"task": "bench"}])
     def test_rows_of_something_else(self, capsys, tmp_path, row):
-        said = f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes perplexity, passkey, needle, ruler."
+        said = (
+            f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes perplexity, passkey, needle, ruler, copy."
+        )
         assert self.line(capsys, tmp_path, [row]).endswith(f"argument ROWS: {said}")
         # Before an engine is started to add to them.
         with pytest.raises(SystemExit):
@@ -92,10 +107,12 @@ class TestRefused:
         assert capsys.readouterr().err.splitlines()[-1].endswith(f"argument --out: {said}")
 
 
-def test_the_published_tables_are_made_of_the_committed_aggregates(monkeypatch):
+@pytest.mark.parametrize("page", ["quality_tables", "quality"])
+def test_the_published_tables_are_made_of_the_committed_aggregates(monkeypatch, page):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.quality.tables import DOCUMENT, with_tables
+    from benchmarks.quality.tables import DOCUMENTS, with_tables
 
-    page = DOCUMENT.read_text()
-    assert with_tables(page) == page
-    assert with_tables(re.sub(r"^\| .*\n", "", page, flags=re.MULTILINE)) == page
+    text = DOCUMENTS[page].read_text()
+    assert with_tables(page, text) == text
+    torn = re.sub(r"(<!-- \w+: benchmarks/quality/tables.py -->\n).*?(<!-- end of)", r"\1\2", text, flags=re.DOTALL)
+    assert with_tables(page, torn) == text != torn

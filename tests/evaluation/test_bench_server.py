@@ -26,15 +26,17 @@ def bench(server, out: Path, *words: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_ratios_side_by_side(server, tmp_path):
-    words = "--ratios 1,0.25 --requests 6 --concurrency 3 --prompt-tokens 100:300 --output-tokens 6 --warmup 1"
-    *requests, whole, quarter = bench(server, tmp_path, *words.split())
-    assert len(requests) == 12
+def test_ratios_and_budgets_side_by_side(server, tmp_path):
+    # The server's answer interval is 256, so prompts of more than 306 tokens are compacted to this budget.
+    words = "--ratios 1,0.25 --budgets 50 --requests 6 --concurrency 3 --prompt-tokens 250:400 --output-tokens 6"
+    *requests, whole, quarter, budget = bench(server, tmp_path, *words.split(), "--warmup", "1")
+    assert len(requests) == 18
     for row in requests:
         assert row["error"] is None
         assert len(row["gaps_s"]) == 5
-        assert row["kv_cache"] == expected_usage(row["prompt_tokens"], keep_ratio=row["keep_ratio"])
-    for row in (whole, quarter):
+        asked = {"keep_ratio": row["keep_ratio"], "max_tokens": row["max_tokens"]}
+        assert row["kv_cache"] == expected_usage(row["prompt_tokens"], row["output_tokens"], **asked)
+    for row in (whole, quarter, budget):
         assert (row["num_requests"], row["num_failed"], row["output_tokens"]) == (6, 0, 36)
         assert (row["prefix_hits"], row["preemptions"]) == (0, 0)
         assert 1 < row["running"]["max"] <= 3
@@ -43,6 +45,10 @@ def test_ratios_side_by_side(server, tmp_path):
         assert row["memory"]["tree"] > row["memory"]["process"] > 2**28
         assert row["first_token_s"]["p50"] < row["end_to_end_s"]["p50"] < row["duration_s"]
     assert whole["evicted_tokens"] == 0 < quarter["evicted_tokens"]
+    assert (whole["compactions"], quarter["compactions"]) == (0, 6)
+    assert 0 < budget["compactions"] < 6
+    assert budget["own_metrics"]["vllm_l2kv:compactions_total"] == budget["compactions"]
+    assert budget["own_metrics"]["vllm_l2kv:rows_evicted_total"] == budget["evicted_tokens"]
     page = (tmp_path / "report.html").read_text()
     assert page.count("<img ") == len(list(tmp_path.glob("*.png"))) == 6
     assert f"<td>{quarter['evicted_tokens']:,}</td>" in page

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_l2kv.params import SCORERS, CompressionParams
+from vllm_l2kv.policy import Intervals
 from vllm_l2kv.tools.evaluation import cli, run
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
 from vllm_l2kv.tools.evaluation.progress import Progress
@@ -21,8 +22,9 @@ class Mute:
 
     tokenizer: Any = None
 
-    def __init__(self, model: str, full_layers: Sequence[int], max_model_len: int) -> None:
+    def __init__(self, model: str, full_layers: Sequence[int], intervals: Intervals, max_model_len: int) -> None:
         self.about = {"model": model, "full_layers": full_layers}
+        self.intervals = {f"{name}_interval": rows for name, rows in intervals._asdict().items()}
         self.max_tokens = max_model_len
 
     def rows(
@@ -31,6 +33,7 @@ class Mute:
         progress.begin(task)
         for case, variant in product(cases, compared):
             fields = {name.removeprefix("kv_"): value for name, value in variant.as_fields().items()}
+            fields |= {} if variant.max_tokens is None else self.intervals
             answer = Answer("", (1.0,) * case.num_tokens, (True,) * case.num_tokens)
             yield {"task": task, **self.about, **fields, **case.about, **case.score(answer)}
 
@@ -60,6 +63,8 @@ def refused(capsys, *words: str) -> str:
         ("passkey", ["--ratios", "0.5,0"], "0 < R <= 1, got 0"),
         ("passkey", ["--ratios", "2"], "0 < R <= 1, got 2"),
         ("passkey", ["--ratios", "nan"], "0 < R <= 1, got nan"),
+        ("copy", ["--budgets", "256,0"], "1 <= N <= 2147483647, got 0"),
+        ("copy", ["--answer-interval", "0"], "1 <= N <= 2147483647, got 0"),
         ("passkey", ["--scorers", "l2,l3"], f"'l3' is not one of {', '.join(SCORERS)}"),
         ("passkey", ["--granularities", "page"], "'page' is not one of token, block"),
         ("passkey", ["--depths", "1.5"], "0 <= D <= 1, got 1.5"),
@@ -91,7 +96,14 @@ def test_one_line_is_said(capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["passkey", "model", "--text", "moby_dick"], ["ruler", "model", "--depths", "0"], ["quality", "model"]]
+    "words",
+    [
+        ["passkey", "model", "--text", "moby_dick"],
+        ["copy", "model", "--text", "moby_dick"],
+        ["copy", "model", "--depths", "0"],
+        ["ruler", "model", "--depths", "0"],
+        ["quality", "model"],
+    ],
 )
 def test_options_of_other_tasks_are_unknown(capsys, words):
     assert "error: " in refused(capsys, *words)
@@ -102,6 +114,7 @@ def test_defaults(task):
     options = cli._eval_parser().parse_args([task, "model"])
     assert (options.model, options.out) == ("model", Path("eval") / task)
     assert (options.full_layers, options.ratios) == ((0, 1), [0.75, 0.5, 0.25, 0.1])
+    assert (options.budgets, options.prompt_interval, options.answer_interval) == ([], *Intervals())
     assert (options.scorers, options.granularities, options.protect) == (["l2"], ["token"], [(4, 64)])
     assert (options.lengths, options.samples, options.seed, options.max_model_len) == ([1024], 10, 0, None)
     own = {
@@ -110,7 +123,7 @@ def test_defaults(task):
         "needle": {"text": "state_of_the_union", "depths": [0, 0.25, 0.5, 0.75, 1]},
         "ruler": {"text": "state_of_the_union", "subtasks": list(SUBTASKS)},
     }
-    assert vars(options).items() >= own[task].items()
+    assert vars(options).items() >= own.get(task, {}).items()
 
 
 def test_lists():
@@ -130,7 +143,7 @@ def test_help(capsys, task):
 @pytest.mark.usefixtures("mute")
 @pytest.mark.parametrize(
     ("task", "words"),
-    [("perplexity", []), ("needle", ["--depths", "0"]), ("ruler", ["--subtasks", "niah_single_1"])],
+    [("perplexity", []), ("copy", []), ("needle", ["--depths", "0"]), ("ruler", ["--subtasks", "niah_single_1"])],
 )
 def test_rows_are_added_and_reported(capsys, tmp_path, task, words):
     command = [task, "model", "--lengths", "400", "--samples", "2", "--ratios", "0.5", "--out", str(tmp_path), *words]
@@ -152,6 +165,34 @@ def test_rows_are_added_and_reported(capsys, tmp_path, task, words):
     assert len(rows) == 2 * (2 * 5)
     assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
     assert (tmp_path / "report.html").read_text() == report
+
+
+@pytest.mark.usefixtures("mute")
+def test_budgets_are_measured_beside_ratios(capsys, tmp_path):
+    words = ["--lengths", "400", "--samples", "2", "--ratios", "0.5", "--budgets", "200,100", "--answer-interval", "16"]
+    cli.evaluate(["copy", "model", *words, "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    # Without compression, by l2 and three controls at a ratio, by l2 and two controls at two budgets.
+    assert len(rows) == 2 * (1 + 4 + 3 * 2)
+    assert {row["answer_interval"] for row in rows if row["max_tokens"]} == {16}
+    assert not any("answer_interval" in row for row in rows if not row["max_tokens"])
+    out = capsys.readouterr().out
+    assert "keep 0.5" in out
+    assert out.index("budget 200+16") < out.index("budget 100+16")
+    assert "at I more in the answer, at 2048 more in the prompt." in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budgets", "67"], "kv_max_tokens must be at least kv_protect_first + kv_protect_last = 68, got 67"),
+        (["--budgets", "100", "--scorers", "l2,lagkv"], "kv_scorer 'lagkv' is defined for one compaction only"),
+        (["--budgets", "100", "--granularities", "block"], "kv_granularity 'block' is defined for one compaction only"),
+    ],
+)
+def test_what_a_budget_excludes_is_told(capsys, tmp_path, words, said):
+    line = refused(capsys, "copy", "model", *words, "--out", str(tmp_path))
+    assert f"argument --budgets: {said}" in line
 
 
 @pytest.mark.usefixtures("mute")

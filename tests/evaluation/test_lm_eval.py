@@ -104,7 +104,8 @@ def test_answers_are_those_of_direct_requests_with_the_same_ratio(server, runs):
                 "kv_protect_last": PROTECT_LAST,
             }
             direct = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status().json()
-            expected = expected_usage(direct["usage"]["prompt_tokens"], keep_ratio=ratio, protect_last=PROTECT_LAST)
+            lengths = (direct["usage"][f"{which}_tokens"] for which in ("prompt", "completion"))
+            expected = expected_usage(*lengths, keep_ratio=ratio, protect_last=PROTECT_LAST)
             assert direct["usage"]["kv_cache"] == expected
             assert direct["choices"][0]["text"] == answer
 

@@ -22,8 +22,8 @@ from vllm_l2kv.tools.evaluation.report import (
 )
 from vllm_l2kv.tools.evaluation.statistics import average, moments, pooled, share
 
-NUM_PLOTS = {"perplexity": 3, "passkey": 2, "needle": 3, "ruler": 1}
-NUM_METRICS = {"perplexity": 2, "passkey": 1, "needle": 2, "ruler": 1}
+NUM_PLOTS = {"perplexity": 3, "passkey": 2, "needle": 3, "ruler": 1, "copy": 1}
+NUM_METRICS = {"perplexity": 2, "passkey": 1, "needle": 2, "ruler": 1, "copy": 1}
 
 
 def cells_of(rows: list[dict[str, Any]], task: str, name: str, metric: str) -> list[str]:
@@ -81,7 +81,7 @@ class TestReport:
             assert plot.read_bytes().startswith(b"\x89PNG")
             assert f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}" in text
         heading, *lines = table(aggregates(rows), task)
-        assert heading == ["", "metric", "1", "0.5", "0.25"]
+        assert heading == ["", "metric", "keep 1", "keep 0.5", "keep 0.25"]
         # No compression; l2 and three controls, with protection and without.
         assert len(lines) == (1 + 2 * 4) * NUM_METRICS[task]
         assert all(f"<td>{cell}</td>" in text for line in lines for cell in line)
@@ -146,6 +146,24 @@ class TestReport:
     @pytest.mark.parametrize("second", [{"lengths": [300], "depths": [1]}, {"lengths": [300], "ratios": [0.1]}])
     def test_runs_with_other_options_together(self, tmp_path, second):
         write_report([*made_up("needle"), *made_up("needle", **second)], tmp_path)
+
+    @pytest.mark.parametrize("task", NUM_PLOTS)
+    def test_budgets_beside_ratios(self, tmp_path, task):
+        rows = made_up(task, budgets=(80, 96))
+        text = html.unescape(write_report(rows, tmp_path).read_text())
+        assert text.count("<img ") == text.count("<figcaption>") == NUM_PLOTS[task] + NUM_METRICS[task]
+        heading, *lines = table(aggregates(rows), task)
+        assert heading[2:] == ["keep 1", "keep 0.5", "keep 0.25", "budget 96+16", "budget 80+16"]
+        # No compression; l2 and two controls at every amount, random at ratios; protected and not.
+        cells = [cell for line in lines for cell in line[2:]]
+        assert sum(cell != "" for cell in cells) == (1 + 2 * (4 * 2 + 3 * 2)) * NUM_METRICS[task]
+        assert all(f"<td>{cell}</td>" in text for cell in cells)
+        assert "Budget B+I: compacted to B rows at I more in the answer, at 2048 more in the prompt." in text
+
+    def test_budgets_alone(self, tmp_path):
+        rows = made_up("copy", ratios=(), budgets=(96,), lengths=[100], num_samples=1)
+        assert "budget 96+16" in write_report(rows, tmp_path).read_text()
+        assert matrix(aggregates(rows), "copy", "score")[1].split() == ["budget", "96+16"]
 
     def test_diagnosis(self, tmp_path):
         plot = Path(tmp_path, "alr.png")

@@ -11,7 +11,9 @@ import torch
 import vllm
 from reference import Reference
 
+from vllm_l2kv.messages.usage import take_usage
 from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import CompactionPoints, Intervals
 from vllm_l2kv.tools.evaluation.cases import Case
 from vllm_l2kv.tools.evaluation.run import Engine
 from vllm_l2kv.tools.evaluation.tasks import perplexity
@@ -19,6 +21,8 @@ from vllm_l2kv.tools.evaluation.texts import encode, read_text
 from vllm_l2kv.tools.evaluation.variants import BASELINE
 
 FULL_LAYERS = (0, 1)
+INTERVALS = Intervals(prompt=64, answer=16)
+BUDGET = CompressionParams(max_tokens=100, protect_first=4, protect_last=16)
 VARIANTS = [BASELINE, CompressionParams(0.5, 0, 0), CompressionParams(0.25, protect_first=4, protect_last=16)]
 
 
@@ -29,7 +33,7 @@ def folder(tiny_model):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    engine = Engine(str(folder), FULL_LAYERS, max_model_len=1024, num_gpu_blocks_override=200)
+    engine = Engine(str(folder), FULL_LAYERS, INTERVALS, max_model_len=1024, num_gpu_blocks_override=200)
     # As in `engine.running`: what vLLM does at its end would end every other engine of this process.
     engine._llm.llm_engine.engine_core._finalizer.detach()
     return engine
@@ -67,10 +71,34 @@ def test_a_variant_changes_nothing_for_another(engine):
     assert alone[0]["losses"] == pytest.approx(many[3 * len(VARIANTS) + 1]["losses"], abs=2e-3)
 
 
+def test_budgets_compact_prompt_and_answer_at_the_intervals(engine):
+    """What the scheduler reports of each request, beside the list of the rule."""
+    usages = []
+
+    def keep_usage(step=engine._llm.llm_engine.step):
+        outputs = step()
+        usages.extend((output.request_id, take_usage(output)) for output in outputs if output.finished)
+        return outputs
+
+    cases = list(perplexity.cases(engine.tokenizer, read_text("moby_dick"), [300], 1, num_continued=60))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._llm.llm_engine, "step", keep_usage)
+        whole, budget = engine.rows("perplexity", cases, [BASELINE, BUDGET])
+    assert (whole["max_tokens"], budget["max_tokens"], budget["keep_ratio"]) == (None, 100, 1)
+    assert (budget["prompt_interval"], budget["answer_interval"]) == INTERVALS
+    assert "answer_interval" not in whole
+    points = list(CompactionPoints(300, BUDGET, INTERVALS).until(300 + 59))
+    assert {point.kind for point in points} == {"prompt_budget", "answer_budget"}
+    assert dict(usages)["1"]["compactions"] == len(points)
+    assert dict(usages)["1"]["evicted_tokens"] == points[-1].num_evicted
+    assert budget["losses"] != pytest.approx(whole["losses"], abs=2e-3)
+
+
 def test_cases_larger_than_the_cache_come_one_by_one(engine):
     """Prompts, copies and answers of a group fit into the cache."""
     prompt = encode(engine.tokenizer, read_text("moby_dick"))[:900]
     cases = [Case(prompt, 8, lambda answer: {}) for _ in range(6)]
+    assert len(list(engine._groups(cases, [*VARIANTS, *[BUDGET] * 30]))) > len(list(engine._groups(cases, VARIANTS)))
     groups = list(engine._groups(cases, VARIANTS))
     assert [case for group in groups for case in group] == cases
     size = len(prompt) + sum(math.ceil(900 * variant.keep_ratio) + 8 for variant in VARIANTS)

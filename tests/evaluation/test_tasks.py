@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from vllm_l2kv import ParamError
 from vllm_l2kv.tools.evaluation.cases import Answer
-from vllm_l2kv.tools.evaluation.tasks import needle, passkey, perplexity, ruler
+from vllm_l2kv.tools.evaluation.tasks import copying, needle, passkey, perplexity, ruler
 from vllm_l2kv.tools.evaluation.texts import SAMPLES, encode, largest, read_text
 from vllm_l2kv.tools.evaluation.variants import BASELINE, CONTROLS, variants
 
@@ -265,7 +266,93 @@ class TestRuler:
         assert ruler.score(["ab", "cd"], said(text)) == {"score": score, "answer": text}
 
 
+class TestCopying:
+    ITEMS = ("cat", "house", "rose")
+    RIGHT = " cat\n2. house\n3. rose\n"
+
+    def cases(self, tokenizer, seed=0):
+        return list(copying.cases(tokenizer, [100, LENGTH], 2, seed))
+
+    def test_a_list_and_the_beginning_of_its_copy(self, tokenizer):
+        for case in self.cases(tokenizer):
+            length, (items,) = case.about["length"], case.score.args
+            assert 0.9 * length < len(case.prompt) + case.num_tokens <= length
+            assert len(set(items)) == len(items) == case.about["items"] > length / 20
+            text = tokenizer.decode(case.prompt[1:])
+            before, after = text.split("The same list again:\n")
+            assert before == f"List:\n{copying.lines(items)}\n\n"
+            assert after == "1."
+
+    def test_the_right_answer_fits_and_is_right(self, tokenizer):
+        """With a line after it, so that no word at its end goes on."""
+        for case in self.cases(tokenizer):
+            (items,) = case.score.args
+            right = copying.lines(items).removeprefix("1.")
+            assert len(encode(tokenizer, f"{right}\n")) - 1 < case.num_tokens
+            assert case.score(said(right)) == {"score": 1, "answer": right}
+            assert case.score(said(right.replace(items[-1], items[-1] + "s")))["score"] == 1 - 1 / len(items)
+
+    @pytest.mark.parametrize(
+        ("text", "num_right"),
+        [
+            (RIGHT, 3),
+            (RIGHT + "4. cat\n", 3),
+            (RIGHT.replace("\n", "  \n"), 3),
+            (" cat\n2. house", 2),
+            (" cat\n2. houses\n3. rose", 2),
+            (" cat\n2. House\n3. rose", 2),
+            (" cat\n3. rose\n2. house", 1),
+            (" cat\n3. rose", 1),
+            (" house\n2. rose", 0),
+            ("cat\n2. house\n3. rose", 2),
+            (" cat, house, rose", 0),
+            ("", 0),
+        ],
+    )
+    def test_items_count_in_the_line_of_their_number(self, text, num_right):
+        assert copying.score(self.ITEMS, said(text)) == {"score": num_right / 3, "answer": text}
+
+    def test_seeds(self, tokenizer):
+        prompts = [case.prompt for case in self.cases(tokenizer)]
+        assert prompts == [case.prompt for case in self.cases(tokenizer)]
+        assert not any(case.prompt in prompts for case in self.cases(tokenizer, seed=1))
+        # One length draws nothing from another.
+        assert [case.prompt for case in copying.cases(tokenizer, [LENGTH], 2)] == prompts[2:]
+
+    def test_lists_of_a_thousand_items(self, tokenizer):
+        (case,) = copying.cases(tokenizer, [13_500], 1)
+        assert case.about["items"] >= 1000
+
+    def test_a_length_too_short_is_refused(self, tokenizer):
+        with pytest.raises(ValueError, match="do not fit into 20 tokens"):
+            list(copying.cases(tokenizer, [20], 1))
+
+
 class TestVariants:
+    def test_budgets_beside_ratios(self):
+        found = variants(["l2", "keydiff"], [0.5], [(0, 0), (4, 64)], budgets=[96, 80])
+        budgets = [variant for variant in found if variant.max_tokens is not None]
+        assert [variant for variant in found if variant.max_tokens is None] == variants(
+            ["l2", "keydiff"], [0.5], [(0, 0), (4, 64)]
+        )
+        assert {variant.keep_ratio for variant in budgets} == {1}
+        # `random` sees the places of rows in the prompt, so no budget has it.
+        assert {variant.scorer for variant in budgets} == {"l2", "keydiff", "l2_high", "first_last"}
+        assert len(set(budgets)) == len(budgets) == 2 * 4 * 2
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ({"budgets": [67]}, "kv_max_tokens"),
+            ({"budgets": [96], "scorers": ["random"]}, "kv_scorer"),
+            ({"budgets": [96], "granularities": ["block"]}, "kv_granularity"),
+        ],
+    )
+    def test_what_a_budget_excludes_is_refused(self, words, said):
+        with pytest.raises(ParamError) as refused:
+            variants(**{"scorers": ["l2"], "ratios": [], **words})
+        assert refused.value.param == said
+
     def test_controls_are_there_once_token_by_token(self):
         found = variants(["l2", "random"], [0.5, 0.25], [(0, 0), (4, 64)], ["token", "block"])
         assert found[0] == BASELINE

@@ -14,27 +14,30 @@ from vllm_l2kv.tools.evaluation.rows import Row
 from vllm_l2kv.tools.evaluation.statistics import Estimate, Moments, average, moments, pooled, share
 
 VARIANT = ("scorer", "granularity", "protect_first", "protect_last")
+AMOUNT = ("keep_ratio", "max_tokens", "prompt_interval", "answer_interval")
+"""How much is kept, by a ratio or by a budget; rows of a ratio have no intervals, and older ones no `max_tokens`."""
 SOURCE = ("model", "full_layers", "text", "seed", "continued", "length")
 """What prompts of one kind share; a task may lack some."""
 PROMPT = (*SOURCE, "subtask", "depth", "sample")
 """What makes an answer comparable with another one."""
 PROVENANCE = ("device", "dtype", "vllm", "commit")
 """Where answers come from; older rows lack it."""
-AGGREGATE = ("task", *SOURCE, *VARIANT, "keep_ratio")
+AGGREGATE = ("task", *SOURCE, *VARIANT, *AMOUNT)
 """What answers of one aggregate have in common."""
-ANSWER = ("task", *PROMPT, *VARIANT, "keep_ratio")
+ANSWER = ("task", *PROMPT, *VARIANT, *AMOUNT)
 NUM_SAMPLES = "num_samples"
 METRICS: Mapping[str, Mapping[str, Callable[[Moments], Estimate]]] = {
     "perplexity": {"excess loss": average, "accuracy": average},
     "passkey": {"score": share},
     "needle": {"score": share, "exact": share},
     "ruler": {"score": share},
+    "copy": {"score": share},
 }
 """Of each task, what is averaged and how."""
 
 
 def aggregates(rows: Iterable[Row]) -> list[Row]:
-    """One for each task, kind of prompts, variant and keep ratio, in the order of the rows.
+    """One for each task, kind of prompts, variant and amount, in the order of the rows.
 
     Args:
         rows: Of answers; aggregates among them are kept, unless there are answers of the same.
@@ -56,6 +59,11 @@ def is_aggregate(row: Row) -> bool:
     return NUM_SAMPLES in row
 
 
+def is_whole(row: Row) -> bool:
+    """Whether nothing was evicted."""
+    return bool(row["keep_ratio"] == 1) and row.get("max_tokens") is None
+
+
 def with_excess_loss(rows: Iterable[Row]) -> list[Row]:
     """Rows of answers without those that were said again; losses with their excess over the whole cache, nats a token.
 
@@ -66,20 +74,20 @@ def with_excess_loss(rows: Iterable[Row]) -> list[Row]:
     for row in answers:
         if row.get("task") not in METRICS:
             raise ValueError(f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes {', '.join(METRICS)}.")
-    full = {prompt_of(row): row["loss"] for row in answers if "loss" in row and row["keep_ratio"] == 1}
+    full = {prompt_of(row): row["loss"] for row in answers if "loss" in row and is_whole(row)}
     return [{**row, "excess loss": row["loss"] - _of_prompt(full, row)} if "loss" in row else row for row in answers]
 
 
 def estimates(cells: Sequence[Row], task: str) -> list[dict[str, Any]]:
-    """One entry for each variant and keep ratio, with an `Estimate` under the name of each metric.
+    """One entry for each variant and amount, with an `Estimate` under the name of each metric.
 
     Args:
-        cells: Aggregates; those of one variant and keep ratio are put together.
+        cells: Aggregates; those of one variant and amount are put together.
         task: What they are of.
     """
     found = []
-    for values, group in grouped(cells, *VARIANT, "keep_ratio"):
-        entry = dict(zip((*VARIANT, "keep_ratio"), values, strict=True))
+    for values, group in grouped(cells, *VARIANT, *AMOUNT):
+        entry = dict(zip((*VARIANT, *AMOUNT), values, strict=True))
         entry |= {metric: how(moments_of(group, metric)) for metric, how in METRICS[task].items()}
         found.append(entry)
     return found
@@ -105,12 +113,15 @@ def prompt_of(row: Row) -> str:
 
 
 def grouped(rows: Iterable[Row], *names: str) -> list[tuple[list[Any], list[Row]]]:
-    """Rows with the same values, by these values in their order."""
+    """Rows with the same values, by these values in their order; what a row lacks is `None` and comes first."""
 
-    def key(row: Row) -> list[Any]:
-        return [row[name] for name in names]
+    def values_of(row: Row) -> list[Any]:
+        return [row.get(name) for name in names]
 
-    return [(values, list(group)) for values, group in groupby(sorted(rows, key=key), key)]
+    def order(row: Row) -> list[Any]:
+        return [(value is not None, value) for value in values_of(row)]
+
+    return [(values, list(group)) for values, group in groupby(sorted(rows, key=order), values_of)]
 
 
 def _aggregate(answers: Sequence[Row]) -> Row:
@@ -136,7 +147,7 @@ def _of_prompt(full: Mapping[str, float], row: Row) -> float:
     except KeyError:
         words = ", ".join(f"{name} {row[name]}" for name in PROMPT if name in row)
         raise ValueError(
-            f"no row with keep_ratio 1 for the prompt of {words}; excess loss is counted from it. Give the file that "
+            f"no row without compression for the prompt of {words}; excess loss is counted from it. Give the file that "
             "has it, or measure again."
         ) from None
 

@@ -23,17 +23,20 @@ from vllm_l2kv.cli_types import (
     ratio,
     real,
 )
+from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
+from vllm_l2kv.policy import Intervals
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
 from vllm_l2kv.tools.evaluation.cases import Case
 from vllm_l2kv.tools.evaluation.engine_log import last_lines, output_to
 from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.evaluation.texts import SAMPLES, read_text
+from vllm_l2kv.tools.options import add_budgets
 
 ROWS, CONFIG = "rows.jsonl", "config.yaml"
 NUM_ANSWER_TOKENS = 256
 """Room for answers after the prompts; a task that needs more says so."""
-TASKS = ("perplexity", "passkey", "needle", "ruler")
+TASKS = ("perplexity", "passkey", "needle", "ruler", "copy")
 ESSAYS = "state_of_the_union"
 
 
@@ -169,7 +172,11 @@ def _measure(options: argparse.Namespace) -> None:
     from vllm_l2kv.tools.evaluation.rows import prepare_for_more
     from vllm_l2kv.tools.evaluation.variants import variants
 
-    compared = variants(options.scorers, options.ratios, options.protect, options.granularities)
+    try:
+        compared = variants(options.scorers, options.ratios, options.protect, options.granularities, options.budgets)
+    except ParamError as error:
+        raise _RefusedError(f"argument --budgets: {error}") from error
+    intervals = Intervals(options.prompt_interval, options.answer_interval)
     longest = max(options.lengths) + NUM_ANSWER_TOKENS + vars(options).get("continued", 0)
     path = options.out / ROWS
     try:
@@ -184,7 +191,9 @@ def _measure(options: argparse.Namespace) -> None:
         from vllm_l2kv.tools.evaluation.run import Engine
 
         try:
-            engine = Engine(options.model, options.full_layers, max_model_len=options.max_model_len or longest)
+            engine = Engine(
+                options.model, options.full_layers, intervals, max_model_len=options.max_model_len or longest
+            )
             progress.begin(f"making prompts for {options.task}")
             cases = list(cases_of(options, engine.tokenizer))
         except (OSError, ValueError) as error:
@@ -236,13 +245,15 @@ def _progress(options: argparse.Namespace, log: str) -> Iterator[Progress]:
 
 def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
     """The prompts that the options of a task ask for."""
-    from vllm_l2kv.tools.evaluation.tasks import needle, passkey, perplexity, ruler
+    from vllm_l2kv.tools.evaluation.tasks import copying, needle, passkey, perplexity, ruler
 
     num_samples, seed = options.samples, options.seed
     if options.task == "perplexity":
         return perplexity.cases(tokenizer, read_text(options.text), options.lengths, num_samples, options.continued)
     if options.task == "passkey":
         return passkey.cases(tokenizer, options.lengths, options.depths, num_samples, seed)
+    if options.task == "copy":
+        return copying.cases(tokenizer, options.lengths, num_samples, seed)
     if options.task == "needle":
         return needle.cases(tokenizer, read_text(options.text), options.lengths, options.depths, num_samples, seed)
     return ruler.cases(tokenizer, read_text(options.text), options.lengths, options.subtasks, num_samples, seed)
@@ -288,8 +299,8 @@ def _eval_parser() -> argparse.ArgumentParser:
 
     parser = OneLineParser(
         prog="vllm-l2kv eval",
-        description="Measures what a keep ratio costs, on a real engine: rows, plots and a report go into a folder. "
-        "Any other task: see docs/lm_eval.md.",
+        description="Measures what a keep ratio or a budget costs, on a real engine: rows, plots and a report go into "
+        "a folder. Any other task: see docs/lm_eval.md.",
     )
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     helps = {
@@ -297,6 +308,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         "passkey": "a number hidden in noise",
         "needle": "a sentence hidden in essays",
         "ruler": "RULER's task families that need no download",
+        "copy": "a list that is written again, item by item: long answers",
     }
     for task in TASKS:
         options = tasks.add_parser(task, help=helps[task], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -311,6 +323,7 @@ def _eval_parser() -> argparse.ArgumentParser:
             help="layers that never compact",
         )
         add("--ratios", type=list_of(ratio), default="0.75,0.5,0.25,0.1", metavar="R,R", help="keep ratios")
+        add_budgets(options)
         add(
             "--scorers",
             type=list_of(one_of(SCORERS)),
@@ -332,7 +345,13 @@ def _eval_parser() -> argparse.ArgumentParser:
             metavar="FIRST:LAST",
             help="protected tokens at the beginning and the end of prompts; pairs with commas between them",
         )
-        add("--lengths", type=list_of(positive), default="1024", metavar="N,N", help="prompt lengths in tokens")
+        add(
+            "--lengths",
+            type=list_of(positive),
+            default="1024",
+            metavar="N,N",
+            help="prompt lengths in tokens; of ruler and copy with the answer",
+        )
         add("--samples", type=positive, default=10, metavar="N", help="samples for each length and depth or subtask")
         add("--seed", type=count, default=0, metavar="N", help="seed of the prompts; change it for different ones")
         _add_verbose(options)
@@ -342,7 +361,7 @@ def _eval_parser() -> argparse.ArgumentParser:
             metavar="N",
             help="context length of the engine (default: as needed)",
         )
-        if task != "passkey":
+        if task not in ("passkey", "copy"):
             add(
                 "--text",
                 default=ESSAYS if task != "perplexity" else "moby_dick",

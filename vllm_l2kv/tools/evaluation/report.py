@@ -18,6 +18,7 @@ from vllm_l2kv.tools.evaluation.aggregates import (
     aggregates,
     estimates,
     grouped,
+    is_whole,
     moments_of,
     num_prompts,
     prompt_of,
@@ -28,6 +29,7 @@ from vllm_l2kv.tools.evaluation.statistics import Estimate, average
 from vllm_l2kv.tools.html_report import embedded, figure, save, write_html
 
 NOTE = "Means with 95 % confidence intervals; n is the number of samples."
+AXES = {"keep_ratio": "keep ratio", "max_tokens": "budget, rows of a head"}
 NUM_POSITIONS = 8
 """Points of a curve over positions."""
 METRIC_NOTES = {
@@ -37,13 +39,15 @@ METRIC_NOTES = {
     "exact": "share of answers that have the needle word for word; more is better",
 }
 CAPTIONS = {
+    "budgets": "Each point is the mean at one budget with its 95 % interval, {metric}: {note}. The black line is the "
+    "whole cache.",
     "curves": "Each point is the mean at one keep ratio with its 95 % interval, {metric}: {note}. The black point at 1 "
     "is the whole cache. A scorer does something for this task where it is better than the dashed controls, random "
     "above all, and the intervals do not overlap.",
     "positions": "How the loss above that of the whole cache goes on while the model reads new tokens. A line that "
     "falls to 0 recovers by what it has read since; one that stays above 0 still misses what was evicted.",
-    "depths": "One map for each keep ratio: longer prompts to the right, deeper places of the hidden text further "
-    "down. Green is found, red is not, white was not measured. A red row is a place that this ratio loses.",
+    "depths": "One map for each ratio and budget: longer prompts to the right, deeper places of the hidden text "
+    "further down. Green is found, red is not, white was not measured. A red row is a place that is lost.",
 }
 """Under each kind of figure: how to read it."""
 CONDITIONS = {
@@ -103,7 +107,7 @@ def write_report(rows: Iterable[Row], folder: Path) -> Path:
         }
         for section in _sections(rows)
     ]
-    return write_html("What a keep ratio costs", sections, folder)
+    return write_html("What compression costs", sections, folder)
 
 
 def summary(rows: Iterable[Row]) -> str:
@@ -119,34 +123,61 @@ def summary(rows: Iterable[Row]) -> str:
 
 def conditions(cells: Sequence[Row]) -> str:
     """What made the prompts of aggregates, where they were answered and what was protected, as sentences."""
-    compressed = [cell for cell in cells if cell["keep_ratio"] < 1]
+    compressed = [cell for cell in cells if not is_whole(cell)]
     protections = sorted({(cell["protect_first"], cell["protect_last"]) for cell in compressed})
     words = [f"{num_prompts(cells)} prompts of {_joined(_values(cells, 'length'))} tokens"]
     words += [said.format(_joined(values)) for name, said in CONDITIONS.items() if (values := _values(cells, name))]
     protected = [f"{first} first and {last} last" for first, last in protections] or ["none, nothing was compressed"]
-    return f"{', '.join(words)}. Protected tokens: {'; '.join(protected)}."
+    told = f"{', '.join(words)}. Protected tokens: {'; '.join(protected)}."
+    if intervals := _values((cell for cell in cells if budget_of(cell)), "prompt_interval"):
+        told += f" Budget B+I: compacted to B rows at I more in the answer, at {_joined(intervals)} more in the prompt."
+    return told
 
 
 def matrix(cells: Sequence[Row], task: str, metric: str) -> list[str]:
-    """A metric of aggregates as aligned lines: variants by keep ratio, the whole cache first."""
-    compressed = [entry for entry in estimates(cells, task) if entry["keep_ratio"] < 1]
-    whole = [cell for cell in cells if cell["keep_ratio"] == 1]
+    """A metric of aggregates as aligned lines: variants by amount, the whole cache first."""
+    compressed = [entry for entry in estimates(cells, task) if not is_whole(entry)]
+    whole = [cell for cell in cells if is_whole(cell)]
     name, how = ("loss", average) if metric == "excess loss" else (metric, METRICS[task][metric])
     baseline = [f"{name} without compression: {_brief(how(moments_of(whole, name)))}"] if whole else []
-    ratios, lines = by_ratio(compressed, metric, _brief)
-    heading = ["", *(f"keep {ratio:g}" for ratio in ratios)]
-    return [*baseline, *(aligned([heading, *([name, *words] for name, words in lines.items())]) if ratios else [])]
+    amounts, lines = by_amount(compressed, metric, _brief)
+    return [
+        *baseline,
+        *(aligned([["", *amounts], *([name, *words] for name, words in lines.items())]) if lines else []),
+    ]
 
 
-def by_ratio(
+def by_amount(
     entries: Sequence[Row], metric: str, shown: Callable[[Estimate], str]
-) -> tuple[list[float], dict[str, list[str]]]:
-    """Keep ratios, falling, and of each variant a metric at these ratios, empty where it was not measured."""
-    ratios = sorted({entry["keep_ratio"] for entry in entries}, reverse=True)
-    lines = {label(entry): [""] * len(ratios) for entry in entries}
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Amounts in their order, and of each variant a metric at these amounts, empty where it was not measured."""
+    names = amounts(entries)
+    lines = {label(entry): [""] * len(names) for entry in entries}
     for entry in entries:
-        lines[label(entry)][ratios.index(entry["keep_ratio"])] = shown(entry[metric])
-    return ratios, lines
+        lines[label(entry)][names.index(amount(entry))] = shown(entry[metric])
+    return names, lines
+
+
+def amounts(rows: Iterable[Row]) -> list[str]:
+    """How plots and tables call how much was kept: falling ratios, then falling budgets."""
+
+    def order(row: Row) -> tuple[Any, ...]:
+        budget = budget_of(row)
+        return budget is not None, -row["keep_ratio"], -(budget or 0), row.get("answer_interval") or 0
+
+    return list(dict.fromkeys(map(amount, sorted(rows, key=order))))
+
+
+def amount(row: Row) -> str:
+    """How plots and tables call how much was kept; a budget with the interval beyond it in the answer."""
+    budget = budget_of(row)
+    return f"keep {row['keep_ratio']:g}" if budget is None else f"budget {budget:,}+{row['answer_interval']:,}"
+
+
+def budget_of(row: Row) -> int | None:
+    """Its budget; `None` for a ratio and for the whole cache."""
+    budget: int | None = row.get("max_tokens")
+    return budget
 
 
 def write_diagnosis(
@@ -173,7 +204,7 @@ def write_diagnosis(
 
 def label(entry: Row) -> str:
     """How plots and tables call a variant."""
-    if entry["keep_ratio"] == 1:
+    if is_whole(entry):
         return "no compression"
     words = [entry["scorer"]]
     if entry["granularity"] != "token":
@@ -184,13 +215,12 @@ def label(entry: Row) -> str:
 
 
 def table(cells: Sequence[Row], task: str) -> list[list[str]]:
-    """Lines of words, the first one a heading: every variant by keep ratio, for each metric of aggregates."""
+    """Lines of words, the first one a heading: every variant by amount, for each metric of aggregates."""
     entries = estimates(cells, task)
-    ratios = sorted({entry["keep_ratio"] for entry in entries}, reverse=True)
-    lines = {metric: by_ratio(entries, metric, _shown)[1] for metric in METRICS[task]}
+    lines = {metric: by_amount(entries, metric, _shown)[1] for metric in METRICS[task]}
     names = dict.fromkeys(label(entry) for entry in entries)
     return [
-        ["", "metric", *(f"{ratio:g}" for ratio in ratios)],
+        ["", "metric", *amounts(entries)],
         *([name, metric, *lines[metric][name]] for name in names for metric in METRICS[task]),
     ]
 
@@ -226,31 +256,39 @@ def _plots(section: Section, folder: Path) -> Iterator[tuple[Path, str]]:
     """Draws the figures of a section, each with how to read it."""
     task, answers = section.task, section.answers
     name = f"{task}-{section.model}-{'-'.join(map(str, section.full_layers)) or 'none'}"
+    entries = estimates(section.cells, task)
+    by_ratio, by_budget = ([entry for entry in entries if has == bool(budget_of(entry))] for has in (False, True))
     for metric in METRICS[task]:
-        path = folder / f"{name}-{metric.replace(' ', '-')}.png"
-        caption = CAPTIONS["curves"].format(metric=metric, note=METRIC_NOTES[metric])
-        yield _curves(section.cells, task, metric, path), caption
+        path = folder / f"{name}-{metric.replace(' ', '-')}"
+        caption = {"metric": metric, "note": METRIC_NOTES[metric]}
+        yield _curves(by_ratio, task, metric, path.with_suffix(".png")), CAPTIONS["curves"].format(**caption)
+        if by_budget:
+            beside = [*filter(is_whole, entries), *by_budget]
+            path = path.with_name(f"{path.name}-budgets.png")
+            yield _curves(beside, task, metric, path, "max_tokens"), CAPTIONS["budgets"].format(**caption)
     if task == "perplexity" and any(row["keep_ratio"] < 1 for row in answers):
         yield _positions(answers, folder / f"{name}-positions.png"), CAPTIONS["positions"]
     if answers and "depth" in answers[0]:
         yield _depths(answers, folder / f"{name}-depths.png"), CAPTIONS["depths"]
 
 
-def _curves(cells: Sequence[Row], task: str, metric: str, path: Path) -> Path:
-    """A metric over the keep ratio: a line for each variant, dashed for controls."""
-    entries = estimates(cells, task)
+def _curves(entries: Sequence[Row], task: str, metric: str, path: Path, over: str = "keep_ratio") -> Path:
+    """A metric over the keep ratio or the budget: a line for each variant, dashed for controls."""
     numbers = sorted({entry[metric].num_samples for entry in entries})
     title = f"{task}, {metric}; samples of each point: {' or '.join(map(str, numbers))}"
-    drawn, axes = figure(title, "keep ratio", metric)
+    drawn, axes = figure(title, AXES[over], metric)
     for name in dict.fromkeys(label(entry) for entry in entries):
-        line = sorted((entry for entry in entries if label(entry) == name), key=lambda entry: entry["keep_ratio"])
+        line = [entry for entry in entries if label(entry) == name]
+        if line[0][over] is None:  # the whole cache beside budgets
+            axes.axhline(line[0][metric].mean, label=name, color="black", linewidth=0.8)
+            continue
+        line.sort(key=lambda entry: entry[over])
         means = [entry[metric].mean for entry in line]
         errors = [
             [entry[metric].mean - entry[metric].low for entry in line],
             [entry[metric].high - entry[metric].mean for entry in line],
         ]
-        ratios = [entry["keep_ratio"] for entry in line]
-        axes.errorbar(ratios, means, errors, label=name, capsize=2, **_style(line[0]))
+        axes.errorbar([entry[over] for entry in line], means, errors, label=name, capsize=2, **_style(line[0]))
     return save(drawn, axes, path)
 
 
@@ -258,7 +296,7 @@ def _positions(rows: Sequence[Row], path: Path) -> Path:
     """Excess loss over the position in the continuation, at the middle of the keep ratios."""
     ratios = sorted({row["keep_ratio"] for row in rows if row["keep_ratio"] < 1})
     ratio = ratios[len(ratios) // 2]
-    full = {prompt_of(row): row["losses"] for row in rows if row["keep_ratio"] == 1}
+    full = {prompt_of(row): row["losses"] for row in rows if is_whole(row)}
     drawn, axes = figure(f"excess loss at keep ratio {ratio:g}", "tokens after the compressed context", "nats")
     for _, group in grouped((row for row in rows if row["keep_ratio"] == ratio), *VARIANT):
         excess = [
@@ -274,24 +312,24 @@ def _positions(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _depths(rows: Sequence[Row], path: Path) -> Path:
-    """Heat maps of the score, lengths by depths: one for each keep ratio, of the first variant that is no control."""
+    """Heat maps of the score, lengths by depths: one for each amount, of the first variant that is no control."""
     from matplotlib.figure import Figure
 
-    tested = [row for row in rows if row["keep_ratio"] == 1 or row["scorer"] not in CONTROLS]
-    ratios = sorted({row["keep_ratio"] for row in tested}, reverse=True)
-    first = min((label(row) for row in tested if row["keep_ratio"] < 1), default="no compression")
+    tested = [row for row in rows if is_whole(row) or row["scorer"] not in CONTROLS]
+    columns = amounts(tested)
+    first = min((label(row) for row in tested if not is_whole(row)), default="no compression")
     lengths, depths = (sorted({row[name] for row in tested}) for name in ("length", "depth"))
-    figure = Figure(figsize=(2.6 * len(ratios), 3), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(columns), 3), layout="constrained")
     figure.suptitle(f"score of {first}")
-    for axes, ratio in zip(figure.subplots(1, len(ratios), squeeze=False)[0], ratios, strict=True):
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         cells: dict[Any, list[float]] = {}
         for row in tested:
-            if row["keep_ratio"] == ratio and label(row) in (first, "no compression"):
+            if amount(row) == column and label(row) in (first, "no compression"):
                 cells.setdefault((row["depth"], row["length"]), []).append(row["score"])
         # Runs may differ in what they measured.
         values = [[mean(cells.get((depth, length), [math.nan])) for length in lengths] for depth in depths]
         image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set(title=f"keep {ratio:g}", xlabel="tokens", xticks=range(len(lengths)), xticklabels=lengths)
+        axes.set(title=column, xlabel="tokens", xticks=range(len(lengths)), xticklabels=lengths)
         axes.set(yticks=range(len(depths)), yticklabels=depths)
     figure.colorbar(image)
     figure.savefig(path)
@@ -302,7 +340,7 @@ def _style(entry: Row) -> dict[str, Any]:
     """A colour for each scorer, squares for what protects, dashes for controls."""
     protects = entry["protect_first"] or entry["protect_last"]
     return {
-        "color": f"C{SCORERS.index(entry['scorer'])}" if entry["keep_ratio"] < 1 else "black",
+        "color": "black" if is_whole(entry) else f"C{SCORERS.index(entry['scorer'])}",
         "linestyle": "--" if entry["scorer"] in CONTROLS else "-",
         "marker": "s" if protects else "o",
         "fillstyle": "full" if entry["granularity"] == "token" else "none",

@@ -7,11 +7,12 @@ from typing import Any
 
 import vllm_l2kv
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.policy import num_keep
+from vllm_l2kv.policy import CompactionPoints, Intervals, num_keep
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
 from vllm_l2kv.tools.evaluation.progress import Progress
 
 CPU_CACHE_BYTES = 2 * 2**30
+INTERVALS = Intervals()
 
 
 class Engine:
@@ -22,10 +23,13 @@ class Engine:
     Args:
         model: Folder or name of a model.
         full_layers: Layers that never compact.
+        intervals: Rows beyond a budget.
         arguments: More of vLLM's engine arguments.
     """
 
-    def __init__(self, model: str, full_layers: Sequence[int], **arguments: Any) -> None:
+    def __init__(
+        self, model: str, full_layers: Sequence[int], intervals: Intervals = INTERVALS, **arguments: Any
+    ) -> None:
         import torch
         import vllm
         from vllm.platforms import current_platform
@@ -39,7 +43,8 @@ class Engine:
             if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
                 device["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         processor = "ForcedTokens" if current_platform.is_cpu() else "ForcedTokensV2"
-        ours = vllm_l2kv.engine_args(full_layers=full_layers)
+        self._intervals = intervals
+        ours = vllm_l2kv.engine_args(full_layers, prompt_interval=intervals.prompt, answer_interval=intervals.answer)
         self._llm = vllm.LLM(
             model,
             logits_processors=[f"vllm_l2kv.tools.evaluation.teacher_forcing:{processor}"],
@@ -89,6 +94,7 @@ class Engine:
                     "task": task,
                     **self.about,
                     **{name.removeprefix("kv_"): value for name, value in variant.as_fields().items()},
+                    **self._about_budget(variant),
                     "num_prompt_tokens": len(case.prompt),
                     **case.about,
                     **case.score(answer),
@@ -102,7 +108,7 @@ class Engine:
         room = self._room
         for case in cases:
             n = len(case.prompt)
-            size = n + sum(num_keep(n, variant) + case.num_tokens for variant in variants)
+            size = n + sum(self._num_rows(n, case.num_tokens, variant) for variant in variants)
             if group and size > room:
                 yield group
                 group, room = [], self._room
@@ -110,6 +116,19 @@ class Engine:
             room -= size
         if group:
             yield group
+
+    def _num_rows(self, num_prompt_tokens: int, num_tokens: int, variant: CompressionParams) -> int:
+        """Rows that a variant holds at most, beside the prompt that all share until it is compacted."""
+        if variant.max_tokens is None:
+            return num_keep(num_prompt_tokens, variant) + num_tokens
+        points = CompactionPoints(num_prompt_tokens, variant, self._intervals)
+        return points.max_rows(num_prompt_tokens + num_tokens)
+
+    def _about_budget(self, variant: CompressionParams) -> dict[str, int]:
+        """What rows say of a budget beside its own value."""
+        if variant.max_tokens is None:
+            return {}
+        return {f"{name}_interval": interval for name, interval in self._intervals._asdict().items()}
 
     def _generate(self, pairs: Sequence[tuple[Case, Any]], progress: Progress) -> list[Answer]:
         """Answers in the order of `pairs`; a case without a variant is only read.

@@ -1,9 +1,9 @@
-"""What is compared: ways of compressing one and the same prompt."""
+"""What is compared: ways of compressing one and the same prompt and its answer."""
 
 from collections.abc import Iterable, Sequence
 from itertools import product
 
-from vllm_l2kv.params import CONTROLS, CompressionParams
+from vllm_l2kv.params import CONTROLS, ONE_COMPACTION_SCORERS, CompressionParams
 
 BASELINE = CompressionParams(keep_ratio=1.0, protect_first=0, protect_last=0)
 """No compression. Its protection changes nothing; rows name the baseline by these values."""
@@ -13,22 +13,32 @@ DEFAULTS = CompressionParams()
 def variants(
     scorers: Iterable[str],
     ratios: Iterable[float],
-    protections: Iterable[tuple[int, int]] = ((DEFAULTS.protect_first, DEFAULTS.protect_last),),
+    protections: Sequence[tuple[int, int]] = ((DEFAULTS.protect_first, DEFAULTS.protect_last),),
     granularities: Sequence[str] = (DEFAULTS.granularity,),
+    budgets: Iterable[int] = (),
 ) -> list[CompressionParams]:
-    """Every combination, after the baseline; controls are added and measured token by token.
+    """Every combination of a ratio or a budget, after the baseline; controls are added and measured token by token.
 
     Args:
         scorers: Names of `SCORERS`.
         ratios: Keep ratios; 1 is the baseline.
         protections: Pairs of `protect_first` and `protect_last`.
         granularities: `token`, `block`.
+        budgets: Values of `max_tokens`; controls that a budget excludes are left out.
+
+    Raises:
+        ParamError: A budget that protection, scorer or granularity excludes.
     """
     kinds = [(scorer, granularity) for granularity in granularities for scorer in scorers]
-    kinds += [(control, "token") for control in CONTROLS if (control, "token") not in kinds]
-    compressed = (
-        CompressionParams(ratio, first, last, scorer=scorer, granularity=granularity)
-        for (first, last), (scorer, granularity), ratio in product(protections, kinds, ratios)
+    controls = [(control, "token") for control in CONTROLS if (control, "token") not in kinds]
+    by_ratio = (
+        CompressionParams(ratio, protect_first=first, protect_last=last, scorer=scorer, granularity=granularity)
+        for (first, last), (scorer, granularity), ratio in product(protections, [*kinds, *controls], ratios)
         if ratio < 1
     )
-    return list(dict.fromkeys([BASELINE, *compressed]))
+    repeatable = [control for control in controls if control[0] not in ONE_COMPACTION_SCORERS]
+    by_budget = (
+        CompressionParams(max_tokens=budget, protect_first=first, protect_last=last, scorer=scorer, granularity=by)
+        for (first, last), (scorer, by), budget in product(protections, [*kinds, *repeatable], budgets)
+    )
+    return list(dict.fromkeys([BASELINE, *by_ratio, *by_budget]))

@@ -161,16 +161,17 @@ def needles_prompt(kind: Needles, chance: random.Random, essay: Sequence[str], s
 
 
 def _word(chance: random.Random) -> str:
-    adjectives, nouns = _words()
+    adjectives, nouns = words()
     return f"{chance.choice(adjectives)}-{chance.choice(nouns)}"
 
 
 @cache
-def _words() -> tuple[list[str], list[str]]:
+def words() -> tuple[list[str], list[str]]:
+    """English adjectives and nouns, thousands of each, in alphabetical order."""
     import wonderwords
 
-    words = wonderwords.RandomWord()
-    adjectives, nouns = (sorted(words.filter(include_categories=[kind])) for kind in ("adjective", "noun"))
+    all_words = wonderwords.RandomWord()
+    adjectives, nouns = (sorted(all_words.filter(include_categories=[kind])) for kind in ("adjective", "noun"))
     return adjectives, nouns
 
 

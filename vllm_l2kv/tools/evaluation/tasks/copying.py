@@ -1,0 +1,72 @@
+"""A list that is written again, item by item.
+
+The answer is as long as the prompt and made of many parts, each of them right or wrong. So this is where a budget shows
+what it costs to evict generated tokens; the other tasks have answers of a few words. Items are numbered and the answer
+is begun: small models copy nothing else.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from vllm_l2kv.tools.evaluation.cases import Answer, Case
+from vllm_l2kv.tools.evaluation.tasks.ruler import words
+from vllm_l2kv.tools.evaluation.texts import encode, largest
+
+BEFORE = "List:\n"
+AFTER = "\n\nThe same list again:\n"
+BEGUN = "1."
+"""Of the answer; it belongs to the prompt."""
+NUM_MORE_TOKENS = 8
+"""Room for the end of the last line: a word that goes on is another word."""
+
+
+def cases(tokenizer: Any, lengths: Sequence[int], num_samples: int, seed: int = 0) -> Iterator[Case]:
+    """Prompts for each length (tokens, with those of the answer) and sample, with as many items as fit.
+
+    Raises:
+        ValueError: A length is too short.
+    """
+    nouns = [noun for noun in words()[1] if noun.isalpha()]
+    for length in lengths:
+        for sample in range(num_samples):
+            items = nouns.copy()
+            random.Random(f"{seed}-copy-{length}-{sample}").shuffle(items)
+            # A line has more than two tokens.
+            num_items = largest(min(len(items), length // 4), lambda n: _size(tokenizer, items[:n]) <= length)  # noqa: B023
+            if num_items == 0:
+                raise ValueError(f"A list and its copy do not fit into {length} tokens.")
+            chosen = items[:num_items]
+            yield Case(
+                prompt=encode(tokenizer, prompt(chosen)),
+                num_tokens=_num_answer_tokens(tokenizer, chosen),
+                score=partial(score, chosen),
+                about={"length": length, "items": num_items, "sample": sample},
+            )
+
+
+def prompt(items: Sequence[str]) -> str:
+    """The list, and the beginning of its copy."""
+    return BEFORE + lines(items) + AFTER + BEGUN
+
+
+def lines(items: Sequence[str]) -> str:
+    """The list: a number, a full stop and an item in each line."""
+    return "\n".join(f"{number}. {item}" for number, item in enumerate(items, start=1))
+
+
+def score(items: Sequence[str], answer: Answer) -> Mapping[str, Any]:
+    """Share of the items that are in the answer, each in the line of its number and letter by letter."""
+    said = (BEGUN + answer.text).splitlines()
+    num_right = sum(line.strip() == right for line, right in zip(said, lines(items).splitlines(), strict=False))
+    return {"score": num_right / len(items), "answer": answer.text}
+
+
+def _size(tokenizer: Any, items: Sequence[str]) -> int:
+    return len(encode(tokenizer, prompt(items))) + _num_answer_tokens(tokenizer, items)
+
+
+def _num_answer_tokens(tokenizer: Any, items: Sequence[str]) -> int:
+    num_bos = len(encode(tokenizer, ""))
+    return len(encode(tokenizer, lines(items).removeprefix(BEGUN))) - num_bos + NUM_MORE_TOKENS
