@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from lives import Life, check_lives
 
-from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
+from vllm_l2kv.kernels.reference import LayerRows, ReferenceCompactor, compact_layer, select
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import ONE_COMPACTION_SCORERS, SCORERS, CompressionParams
 from vllm_l2kv.scorers import norms
 from vllm_l2kv.token_groups import pool_scores
 
@@ -84,6 +85,28 @@ def test_blocks_of_tokens(n, first, last, ratio):
 
 def test_in_place():
     check_compaction(random_rows(8, 16), [3, 1, 4, 6, 5], [1, 4], 70, 20)
+
+
+@pytest.mark.parametrize("scorer", [scorer for scorer in SCORERS if scorer not in ONE_COMPACTION_SCORERS])
+@pytest.mark.parametrize("ways", [[False] * 3, [True] * 3, [False, True, False]], ids=["fresh", "in place", "mixed"])
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (4, 9), (4, 40)])
+def test_compaction_after_compaction(scorer, ways, first, last):
+    """Two requests with budgets, three times each. What is protected may be longer than what came since."""
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.zeros(2, 24, HEADS, 16, 2 * HEAD_SIZE)
+    blocks = torch.randperm(24, generator=generator).tolist()
+    lives = [
+        Life(
+            cache,
+            torch.randn(2, HEADS, 200, 2 * HEAD_SIZE, generator=generator),
+            CompressionParams(max_tokens=budget, protect_first=first, protect_last=last, scorer=scorer),
+            interval,
+            blocks,
+        )
+        for budget, interval in ((44, 30), (64, 7))
+    ]
+    layers = [LayerRows(*rows.chunk(2, dim=-1), first_row=i * HEADS) for i, rows in enumerate(cache)]
+    check_lives(lives, ReferenceCompactor(0, layers).compact, ways)
 
 
 def test_values_may_be_wider_than_keys():

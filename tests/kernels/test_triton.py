@@ -5,10 +5,11 @@ import os
 
 import pytest
 import torch
+from lives import Life, check_lives
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
-from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
+from vllm_l2kv.params import GRANULARITIES, ONE_COMPACTION_SCORERS, SCORERS, CompressionParams
 from vllm_l2kv.scorers import norms
 
 ON_GPU = torch.cuda.is_available()
@@ -58,6 +59,19 @@ class Pool:
 
     def rows(self, layer: torch.Tensor, first_row: int) -> LayerRows:
         return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype, first_row)
+
+    def lives(self, *intervals: int, budget: int, num_positions: int, **params) -> list[Life]:
+        """Requests with a budget and one of the intervals; what they write is random."""
+        generator = torch.Generator().manual_seed(budget)
+        num_layers, num_blocks, _, _, content = self.views.shape
+        free = torch.randperm(num_blocks, generator=generator).tolist()
+        asked = CompressionParams(max_tokens=budget, **params)
+        lives = []
+        for interval in intervals:
+            contents = torch.randn(num_layers, NUM_KV_HEADS, num_positions, content, generator=generator)
+            contents = contents.to(self.key_dtype).view(self.views.dtype)
+            lives.append(Life(self.views, contents.to(DEVICE), asked, interval, free))
+        return lives
 
     def compactor(self, max_num_tokens: int = 512) -> TritonCompactor:
         return TritonCompactor(GroupCache.of(list(self.views), self.head_size, self.key_dtype), 0, max_num_tokens)
@@ -186,6 +200,34 @@ def test_what_torch_scores(scorer, granularity, n):
     protected = min(n // 4, 2), min(n // 4, 3)
     orders = [order(c, d, 90, 40), order(a, b, n, n // 2 + 1, *protected, scorer, granularity)]
     check(pool, orders, max_num_tokens=n + 90)
+
+
+WAYS = [
+    pytest.param([False] * 3, id="fresh"),
+    pytest.param([True] * 3, id="in place"),
+    pytest.param([False, True, False], id="mixed"),
+]
+
+
+@pytest.mark.parametrize("ways", WAYS)
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (4, 9), (4, 36)])
+def test_compaction_after_compaction(ways, first, last):
+    """Two requests with a budget in one launch. What is protected may be longer than what came since."""
+    pool = Pool(20, 16, dtype=torch.float32, head_size=32)
+    lives = pool.lives(30, 7, budget=40, num_positions=140, protect_first=first, protect_last=last)
+    # Keys of one number each: their norms are exact, whatever the order of summation.
+    for life in lives:
+        life.contents[..., 1:32] = 0
+    check_lives(lives, pool.compactor().compact, ways)
+
+
+@pytest.mark.parametrize("scorer", [scorer for scorer in SCORERS if scorer not in (*ONE_COMPACTION_SCORERS, "l2")])
+@pytest.mark.parametrize("ways", WAYS[:2])
+def test_torch_scores_after_a_compaction(scorer, ways):
+    """In scratch memory that holds the budget and the longer interval, and no more."""
+    pool = Pool(20, 16, dtype=torch.float32, head_size=32)
+    lives = pool.lives(30, 7, budget=40, num_positions=140, protect_first=4, protect_last=9, scorer=scorer)
+    check_lives(lives, pool.compactor(max_num_tokens=40 + 30).compact, ways)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
