@@ -4,6 +4,7 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,9 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 def state_of_rank(worker: Any) -> dict[str, Any]:
     """Evicted counts, and block tables by group, of every request that a rank holds."""
-    tables = tables_of_v2(worker.model_runner) if worker.use_v2_model_runner else tables_of_v1(worker.model_runner)
-    return {"tables": tables, "counts": worker.num_evicted()}
+    if worker.use_v2_model_runner:
+        return {"tables": tables_of_v2(worker.model_runner), "counts": counts_of_v2(worker)}
+    return {"tables": tables_of_v1(worker.model_runner), "counts": worker.num_evicted()}
 
 
 def tables_of_v1(runner: Any) -> dict[str, list[list[int]]]:
@@ -46,6 +48,13 @@ def tables_of_v2(runner: Any) -> dict[str, list[list[int]]]:
     }
 
 
+def counts_of_v2(worker: Any) -> dict[str, int]:
+    """Of all compacted requests, as kernels find them."""
+    on_device = worker.model_runner.block_tables._counts.on_device.tolist()
+    states = worker.model_runner.req_states.req_id_to_index
+    return {req_id: on_device[states[req_id]] for req_id in worker.num_evicted()}
+
+
 def start_profile(worker: Any) -> None:
     """Notes every operator and kernel that a rank runs."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -67,35 +76,39 @@ def stop_profile(worker: Any) -> dict[str, int]:
 
 @dataclass
 class MixedLoad:
-    """Many requests of mixed lengths and ratios at once, some of them aborted.
+    """Many requests of mixed lengths and rules at once, some of them aborted.
 
     Attributes:
         text: Tokens to cut prompts from.
-        ratios: Keep ratios to choose from.
+        rules: What they ask of the cache, in the words of `engine.keep`.
         num_requests: How many.
         num_aborted: How many of them are aborted after the eighth step, unless they are done.
+        max_prompt: Tokens of the longest prompt.
+        num_tokens: Tokens of each answer.
         answers: Tokens of those that finished.
         looks: How many times the ranks were compared, and the most that was seen on them.
     """
 
     text: list[int]
-    ratios: tuple[str, ...]
+    rules: Sequence[dict[str, Any]]
     num_requests: int = 200
     num_aborted: int = 20
+    max_prompt: int = 400
+    num_tokens: int = 12
     answers: dict[str, list[int]] = field(default_factory=dict)
     looks: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         chance = random.Random(1)
         starts = [chance.randrange(2000) for _ in range(self.num_requests)]
-        self.prompts = [self.text[start : start + chance.randint(1, 400)] for start in starts]
-        self.chosen = [chance.choice(self.ratios) for _ in self.prompts]
+        self.prompts = [self.text[start : start + chance.randint(1, self.max_prompt)] for start in starts]
+        self.chosen = [chance.choice(self.rules) for _ in self.prompts]
         self.aborted = [str(number) for number in chance.sample(range(self.num_requests), self.num_aborted)]
 
     def run(self, engine: Engine) -> None:
-        """Until all are done. After every third step all ranks must hold the same; the pool must be whole."""
-        for i, (prompt, ratio) in enumerate(zip(self.prompts, self.chosen, strict=True)):
-            engine.add(str(i), prompt, keep(ratio))
+        """Until all are done. After every third step all ranks must hold what the scheduler says; so must the pool."""
+        for i, (prompt, rule) in enumerate(zip(self.prompts, self.chosen, strict=True)):
+            engine.add(str(i), prompt, keep(**rule, num_tokens=self.num_tokens))
         step = 0
         while engine.llm.llm_engine.has_unfinished_requests():
             step += 1
@@ -111,6 +124,12 @@ class MixedLoad:
     def _compare_ranks(self, engine: Engine) -> None:
         first, *others = engine.llm.collective_rpc(state_of_rank)
         assert all(other == first for other in others)
+        held = [request.request_id for request in engine.scheduler.running if request.request_id in first["tables"]]
+        for req_id in held:
+            tables = [[block.block_id for block in manager.req_to_blocks[req_id]] for manager in engine.managers]
+            assert first["tables"][req_id] == tables, req_id
+            assert first["counts"].get(req_id, 0) == engine.num_evicted(req_id), req_id
         self.looks["times"] += 1
+        self.looks["held"] = max(self.looks["held"], len(held))
         self.looks["requests"] = max(self.looks["requests"], len(first["tables"]))
         self.looks["compacted"] = max(self.looks["compacted"], len(first["counts"]))

@@ -1,21 +1,35 @@
 """Engines of tiny models: a start takes two seconds, the first of an architecture ten."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from rules import INTERVALS
 
 # The real server in a process of its own, for tests of several processes.
 sys.path.append(str(Path(__file__).parent.parent / "e2e"))
 
 
+class Case(NamedTuple):
+    """A prompt and what is asked of its cache."""
+
+    prompt: Sequence[int]
+    rule: dict[str, Any]
+
+
 @pytest.fixture(scope="session")
 def run() -> Callable[..., Any]:
-    from engine import running
+    from engine import bare_rule, running
 
-    return running
+    def run(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments: Any) -> Any:
+        if full_layers is not None:
+            rule = bare_rule(full_layers=full_layers, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
+            arguments = {**rule, **arguments}
+        return running(model, full_layers, **arguments)
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -25,45 +39,67 @@ def llama_reference(llama):
     return Reference(llama)
 
 
-@pytest.fixture(scope="module")
-def engine(llama) -> Iterator[Any]:
-    """Full layer 0 in blocks of 96 tokens, three compressed layers in blocks of 32."""
-    from engine import running
+@pytest.fixture(scope="session")
+def expected(llama_reference) -> Callable[..., list[int]]:
+    """The reference's answer to a prompt by a rule."""
 
-    with running(llama) as engine:
+    def expected(prompt: Sequence[int], rule: dict[str, Any], num_tokens: int = 12) -> list[int]:
+        return llama_reference.generate(prompt, num_tokens, full_layers=(0,), intervals=INTERVALS, **rule)
+
+    return expected
+
+
+@pytest.fixture(scope="module")
+def engine(llama, run) -> Iterator[Any]:
+    """Full layer 0 in blocks of 96 tokens, three compressed layers in blocks of 32."""
+    with run(llama) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def plain(llama) -> Iterator[Any]:
+def plain(llama, run) -> Iterator[Any]:
     """vLLM without us."""
-    from engine import running
-
-    with running(llama, full_layers=None) as engine:
+    with run(llama, full_layers=None) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
-def cases(text_ids) -> list[tuple[list[int], str]]:
-    """Prompts and ratios. No prompt is the beginning of another one, so nothing comes from the prefix cache."""
-    lengths_and_ratios = [(length, ratio) for length in (1, 33, 97, 200, 700) for ratio in ("1.0", "0.5", "0.25")]
-    return [(text_ids[11 * i : 11 * i + length], ratio) for i, (length, ratio) in enumerate(lengths_and_ratios)]
+def cases(text_ids) -> list[Case]:
+    """No prompt is the beginning of another one, so nothing comes from the prefix cache."""
+    asked: list[tuple[int, dict[str, Any]]] = [
+        (length, {"ratio": ratio}) for length in (1, 33, 97, 200, 700) for ratio in ("1.0", "0.5", "0.25")
+    ]
+    asked += [
+        (3, {"budget": 5}),
+        (33, {"budget": 20}),
+        (200, {"budget": 50, "first": 4, "last": 16}),
+        (201, {"budget": 60, "ratio": "0.25"}),
+        (700, {"budget": 64}),
+        (600, {"budget": 150, "first": 4, "last": 120}),
+    ]
+    return [Case(text_ids[11 * i : 11 * i + length], {"ratio": "1", **rule}) for i, (length, rule) in enumerate(asked)]
 
 
 @pytest.fixture(scope="session")
 def check_exact(cases) -> Callable[..., None]:
     """All cases in one batch, greedy, each against the reference."""
     from engine import keep
+    from reference import expected_numbers
 
     def check(engine, reference, full_layers=(0,), num_tokens=12, bos=()):
-        prompts = [[*bos, *prompt] for prompt, _ in cases]
-        params = [keep(ratio, num_tokens=num_tokens) for _, ratio in cases]
-        answers = engine.tokens(prompts, params)
-        differing = 0
-        for prompt, (_, ratio), answer in zip(prompts, cases, answers, strict=True):
-            expected = reference.generate(prompt, num_tokens, ratio, full_layers)
-            assert answer == expected, f"{len(prompt)} tokens, keep {ratio}"
-            differing += expected != reference.generate(prompt, num_tokens, "1", full_layers)
-        assert differing >= 2, "what is compared must depend on the ratio"
+        prompts = [[*bos, *case.prompt] for case in cases]
+        outputs = engine.generate(prompts, [keep(num_tokens=num_tokens, **case.rule) for case in cases])
+        differing, most = 0, 0
+        for prompt, case, output in zip(prompts, cases, outputs, strict=True):
+            what = f"{len(prompt)} tokens, {case.rule}"
+            rule = {**case.rule, "intervals": INTERVALS}
+            expected = reference.generate(prompt, num_tokens, full_layers=full_layers, **rule)
+            assert list(output.outputs[0].token_ids) == expected, what
+            numbers = {k: v for k, v in output.kv_transfer_params["kv_cache"].items() if k != "reason"}
+            assert numbers == expected_numbers(len(prompt), num_tokens, **rule), what
+            most = max(most, numbers["compactions"])
+            differing += expected != reference.generate(prompt, num_tokens, full_layers=full_layers)
+        assert differing >= 4, "what is compared must depend on the rule"
+        assert most > 6, "in the prompt and in the answer"
 
     return check

@@ -2,6 +2,8 @@
 
 import pytest
 from engine import greedy, keep
+from reference import expected_numbers
+from rules import INTERVALS, RULES
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [37, 64, 2048])
@@ -22,73 +24,79 @@ def test_async_scheduling_is_off_on_cpus_whatever_is_asked(asked, llama, run, ll
 def test_without_prefix_caching(llama, run, llama_reference, check_exact, text_ids):
     with run(llama, enable_prefix_caching=False) as engine:
         check_exact(engine, llama_reference)
-        (first, second) = (engine.generate([text_ids[:300]], [keep("0.5")])[0] for _ in range(2))
-        assert (first.num_cached_tokens or 0) == (second.num_cached_tokens or 0) == 0
+        for params in (keep("0.5"), keep("1", budget=60)):
+            (first, second) = (engine.generate([text_ids[:300]], [params])[0] for _ in range(2))
+            assert (first.num_cached_tokens or 0) == (second.num_cached_tokens or 0) == 0
 
 
 @pytest.mark.parametrize("length", [33, 95, 96, 97, 130, 400])
-def test_one_prompt_at_three_ratios_in_one_step(length, engine, llama_reference, text_ids):
-    """The second and third find blocks in the prefix cache that the first has yet to write in this very step."""
+def test_one_prompt_by_five_rules_in_one_step(length, engine, expected, text_ids):
+    """The others find blocks in the prefix cache that the first has yet to write in this very step."""
     prompt = text_ids[:length]
     assert engine.kv_cache_manager.reset_prefix_cache()
-    ratios = ("1.0", "0.5", "0.25")
-    answers = engine.tokens([prompt] * 3, [keep(ratio) for ratio in ratios])
-    assert answers == [llama_reference.generate(prompt, 12, ratio, (0,)) for ratio in ratios]
+    rules = [{"ratio": ratio} for ratio in ("1", "0.5", "0.25")] + [{"ratio": "1", "budget": b} for b in (20, 64)]
+    answers = engine.tokens([prompt] * len(rules), [keep(**rule) for rule in rules])
+    assert answers == [expected(prompt, rule) for rule in rules]
 
 
 class TestCacheSalt:
     @pytest.fixture
     def ask(self, engine):
-        def ask(prompt, ratio, salt):
+        def ask(prompt, rule, salt):
             request = {"prompt_token_ids": list(prompt), "cache_salt": salt}
-            (output,) = engine.llm.generate([request], [keep(ratio)], use_tqdm=False)
+            (output,) = engine.llm.generate([request], [keep(**rule)], use_tqdm=False)
             engine.check_whole()
             return output.num_cached_tokens, list(output.outputs[0].token_ids)
 
         return ask
 
-    def test_only_the_same_salt_hits(self, ask, engine, llama_reference, text_ids):
-        prompt = text_ids[:300]
-        half = llama_reference.generate(prompt, 12, "0.5", (0,))
-        quarter = llama_reference.generate(prompt, 12, "0.25", (0,))
+    @pytest.mark.parametrize("rule", RULES)
+    def test_only_the_same_salt_hits(self, rule, ask, engine, expected, text_ids):
+        prompt, whole = text_ids[:300], {"ratio": "1"}
+        answer = expected(prompt, rule)
         assert engine.kv_cache_manager.reset_prefix_cache()
-        assert ask(prompt, "0.5", "mine") == (0, half)
-        assert ask(prompt, "0.5", "yours") == (0, half)
-        num_cached, answer = ask(prompt, "0.25", "mine")
-        assert num_cached >= 288
-        assert answer == quarter
-        assert ask(prompt, "0.25", "a third one's") == (0, quarter)
+        assert ask(prompt, whole, "mine") == (0, expected(prompt, whole))
+        assert ask(prompt, rule, "yours") == (0, answer)
+        # A hit ends before the first compaction: at the end of the prompt, or where a budget and the interval are held.
+        first = rule["budget"] + INTERVALS[0] if "budget" in rule else len(prompt)
+        num_cached, again = ask(prompt, rule, "mine")
+        assert first - 32 <= num_cached < first
+        assert again == answer
+        assert ask(prompt, rule, "a third one's") == (0, answer)
 
     def test_no_salt_is_a_salt_of_its_own(self, ask, engine, text_ids):
         prompt = text_ids[:300]
         assert engine.kv_cache_manager.reset_prefix_cache()
-        ask(prompt, "0.5", "mine")
+        ask(prompt, {"ratio": "0.5"}, "mine")
         (output,) = engine.generate([prompt], [keep("0.5")])
         assert output.num_cached_tokens == 0
 
 
-def test_reset_of_the_prefix_cache(engine, text_ids):
+@pytest.mark.parametrize("rule", RULES)
+def test_reset_of_the_prefix_cache(rule, engine, text_ids):
     prompt = text_ids[:300]
-    alone = engine.fresh_tokens(prompt, keep("0.5"))
-    (hit,) = engine.generate([prompt], [keep("0.5")])
-    assert hit.num_cached_tokens >= 288
+    alone = engine.fresh_tokens(prompt, keep(**rule))
+    (hit,) = engine.generate([prompt], [keep(**rule)])
+    assert hit.num_cached_tokens >= 128
     assert engine.llm.reset_prefix_cache()
-    (missed,) = engine.generate([prompt], [keep("0.5")])
+    (missed,) = engine.generate([prompt], [keep(**rule)])
     assert missed.num_cached_tokens == 0
     assert list(hit.outputs[0].token_ids) == list(missed.outputs[0].token_ids) == alone
 
 
+@pytest.mark.parametrize("rule", RULES)
 class TestPause:
     """What is left of sleep mode on a CPU: vLLM stops scheduling, which is level 0."""
 
     @pytest.mark.parametrize("clear_cache", [False, True])
-    def test_requests_that_were_compacted_go_on(self, engine, llama_reference, text_ids, clear_cache):
+    def test_requests_that_were_compacted_go_on(self, rule, clear_cache, engine, expected, text_ids):
         """With the cache cleared, as at levels 1 and 2, they are preempted, prefilled and compacted again."""
         prompt = text_ids[:300]
         assert engine.kv_cache_manager.reset_prefix_cache()
-        req_id = engine.add("r", prompt, keep("0.25", num_tokens=12))
-        while not engine.num_evicted(req_id):
+        req_id = engine.add("r", prompt, keep(**rule))
+        while engine.scheduler.requests[req_id].num_output_tokens < 5:
             engine.step()
+        assert engine.num_evicted(req_id)
         engine.core.pause_scheduler(mode="keep", clear_cache=clear_cache)
         num_tokens = engine.scheduler.requests[req_id].num_output_tokens
         for _ in range(3):
@@ -98,15 +106,15 @@ class TestPause:
         engine.core.resume_scheduler()
         answer = engine.drain()["r"]
         engine.check_whole()
-        assert answer.kv_transfer_params["kv_cache"]["evicted_tokens"] == 225
-        if clear_cache:
-            assert len(answer.outputs[0].token_ids) == 12
-        else:
-            assert list(answer.outputs[0].token_ids) == llama_reference.generate(prompt, 12, "0.25", (0,))
+        assert list(answer.outputs[0].token_ids) == expected(prompt, rule)
+        numbers = answer.kv_transfer_params["kv_cache"]
+        assert numbers == expected_numbers(300, 12, intervals=INTERVALS, **rule)
+        assert (numbers["compactions"] > 3) is ("budget" in rule)
 
-    def test_sleep_mode_itself_is_refused_by_vllm(self, llama, run):
-        with pytest.raises(ValueError, match="Sleep mode is not supported"), run(llama, enable_sleep_mode=True):
-            pass
+
+def test_sleep_mode_itself_is_refused_by_vllm(llama, run):
+    with pytest.raises(ValueError, match="Sleep mode is not supported"), run(llama, enable_sleep_mode=True):
+        pass
 
 
 class TestPriority:
@@ -115,17 +123,21 @@ class TestPriority:
         with run(llama, scheduling_policy="priority") as engine:
             yield engine
 
-    def test_the_least_urgent_is_preempted_and_compacted_again(self, by_priority, llama_reference, text_ids):
+    @pytest.mark.parametrize(
+        "rule", [pytest.param({"ratio": "0.5"}, id="ratio"), pytest.param({"ratio": "1", "budget": 126}, id="budget")]
+    )
+    def test_the_least_urgent_is_preempted_and_compacted_again(self, rule, by_priority, expected, text_ids):
         engine, num_tokens = by_priority, 120
         prompts = {name: text_ids[100 * i : 100 * i + 200] for i, name in enumerate(("idle", "idler", "urgent"))}
         ids, preempted, order, answers = {}, set(), [], {}
-        # A request holds 3 + 7 blocks before it is compacted, 3 + 4 right after it, 4 + 7 when it ends.
+        # A request holds 3 + 7 blocks before it is compacted and 3 + 4 right after it; the fifth block of the
+        # compressed layers comes sooner or later.
         with engine.pool_of(24):
             for name, priority in (("idle", 5), ("idler", 6)):
-                ids[name] = engine.add(name, prompts[name], keep("0.5", num_tokens=num_tokens), priority)
+                ids[name] = engine.add(name, prompts[name], keep(**rule, num_tokens=num_tokens), priority)
             while not all(engine.num_evicted(req_id) for req_id in ids.values()):
                 engine.step()
-            ids["urgent"] = engine.add("urgent", prompts["urgent"], keep("0.5", num_tokens=num_tokens), 0)
+            ids["urgent"] = engine.add("urgent", prompts["urgent"], keep(**rule, num_tokens=num_tokens), 0)
             while engine.llm.llm_engine.has_unfinished_requests():
                 for output in engine.step():
                     answers[output.request_id] = output
@@ -135,12 +147,10 @@ class TestPriority:
         engine.check_whole()
         assert preempted == {"idler"}
         assert order[-1] == "idler"
-        for name in ("idle", "urgent"):
-            expected = llama_reference.generate(prompts[name], num_tokens, "0.5", (0,))
-            assert list(answers[name].outputs[0].token_ids) == expected, name
-        for answer in answers.values():
-            assert len(answer.outputs[0].token_ids) == num_tokens
-            assert answer.kv_transfer_params["kv_cache"]["evicted_tokens"] == 100
+        for name, answer in answers.items():
+            assert list(answer.outputs[0].token_ids) == expected(prompts[name], rule, num_tokens), name
+            numbers = expected_numbers(200, num_tokens, intervals=INTERVALS, **rule)
+            assert answer.kv_transfer_params["kv_cache"] == numbers
 
     def test_equal_priorities(self, by_priority, llama_reference, check_exact):
         check_exact(by_priority, llama_reference)
@@ -159,5 +169,5 @@ class TestPriority:
 
 
 def test_uncompressed_requests_equal_stock_vllm(engine, plain, cases):
-    prompts = [prompt for prompt, _ in cases]
+    prompts = [case.prompt for case in cases]
     assert engine.tokens(prompts, [greedy()] * len(prompts)) == plain.tokens(prompts, [greedy()] * len(prompts))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine import keep
 from reference import Reference
+from rules import INTERVALS, RULES
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 
@@ -42,7 +43,8 @@ def test_adapted_and_plain_requests_in_one_batch(llama, llama_reference, adapter
     adapter, merged = adapter_and_merged
     request = LoRARequest("random", 1, str(adapter))
     adapted_reference = Reference(merged)
-    cases = [(ratio, lora) for ratio in ("1.0", "0.5", "0.25") for lora in (request, None)]
+    rules = [{"ratio": "1"}, {"ratio": "0.5"}, *(rule.values[0] for rule in RULES)]
+    cases = [(rule, lora) for rule in rules for lora in (request, None)]
     # vLLM's CPU kernels give a request without an adapter, beside one with, the weights of the last slot, with us or
     # without. So one slot stays empty.
     with run(llama, enable_lora=True, max_lora_rank=8, max_loras=2) as engine:
@@ -50,12 +52,14 @@ def test_adapted_and_plain_requests_in_one_batch(llama, llama_reference, adapter
         prompt = text_ids[:300]
         outputs = engine.llm.generate(
             [{"prompt_token_ids": prompt}] * len(cases),
-            [keep(ratio) for ratio, _ in cases],
+            [keep(**rule) for rule, _ in cases],
             lora_request=[lora for _, lora in cases],
             use_tqdm=False,
         )
         engine.check_whole()
-    answers = [list(output.outputs[0].token_ids) for output in outputs]
     references = {request: adapted_reference, None: llama_reference}
-    assert answers == [references[lora].generate(prompt, 12, ratio, (0,)) for ratio, lora in cases]
-    assert len({tuple(answer) for answer in answers}) == len(cases)
+    for (rule, lora), output in zip(cases, outputs, strict=True):
+        expected = references[lora].generate(prompt, 12, full_layers=(0,), intervals=INTERVALS, **rule)
+        assert list(output.outputs[0].token_ids) == expected, rule
+        assert (output.kv_transfer_params["kv_cache"]["compactions"] > 2) is ("budget" in rule)
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == len(cases)

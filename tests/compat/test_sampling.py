@@ -4,89 +4,112 @@ import json
 import re
 
 import pytest
+import torch
 from engine import greedy, keep
+from reference import expected_numbers
+from rules import INTERVALS, RULES
 from vllm.sampling_params import StructuredOutputsParams
 
 EOS = 2  # of the demo model's tokenizer
 
 
+def check_numbers(output, num_tokens: int, rule: dict) -> None:
+    """Of one answer to a prompt of 300 tokens; with a budget there are many compactions."""
+    numbers = output.kv_transfer_params["kv_cache"]
+    assert numbers == expected_numbers(len(output.prompt_token_ids), num_tokens, intervals=INTERVALS, **rule)
+    assert (numbers["compactions"] > 2) is ("budget" in rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
 class TestSeveralAnswers:
-    def test_each_is_compressed_and_follows_its_seed(self, engine, text_ids):
-        prompt = text_ids[:300]
-        params = keep("0.25", num_tokens=10, n=4, temperature=1.0, seed=7)
+    """Those with seeds have prompts of one chunk: vLLM's runner for CPUs fails on a seed and a prompt of several."""
+
+    def test_each_is_compressed_and_follows_its_seed(self, rule, engine, text_ids):
+        prompt = text_ids[:150]
+        params = keep(**rule, num_tokens=10, n=4, temperature=1.0, seed=7)
         (first,), (second,) = (engine.generate([prompt], [params]) for _ in range(2))
         answers = [list(answer.token_ids) for answer in first.outputs]
         assert answers == [list(answer.token_ids) for answer in second.outputs]
         assert len({tuple(answer) for answer in answers}) == 4
         assert {len(answer) for answer in answers} == {10}
 
-    def test_a_child_equals_the_same_request_alone(self, engine, text_ids):
+    def test_a_child_equals_the_same_request_alone(self, rule, engine, text_ids):
         """vLLM seeds child number i with seed + i."""
-        prompt = text_ids[:300]
-        (together,) = engine.generate([prompt], [keep("0.25", num_tokens=10, n=3, temperature=1.0, seed=7)])
+        prompt = text_ids[:150]
+        (together,) = engine.generate([prompt], [keep(**rule, num_tokens=10, n=3, temperature=1.0, seed=7)])
         alone = [
-            engine.fresh_tokens(prompt, keep("0.25", num_tokens=10, temperature=1.0, seed=7 + i)) for i in range(3)
+            engine.fresh_tokens(prompt, keep(**rule, num_tokens=10, temperature=1.0, seed=7 + i)) for i in range(3)
         ]
         assert [list(answer.token_ids) for answer in together.outputs] == alone
         # Or the comparison would say nothing of compression.
         assert alone[0] != engine.fresh_tokens(prompt, keep("1.0", num_tokens=10, temperature=1.0, seed=7))
 
-    def test_children_free_their_own_blocks(self, engine, text_ids):
-        engine.add("r", text_ids[:300], keep("0.25", num_tokens=10, n=1))
+    def test_the_likeliest_tokens_are_those_of_the_reference_in_every_answer(self, rule, engine, expected, text_ids):
+        """vLLM refuses `n > 1` at a temperature of 0; one of the likeliest one token is as greedy."""
+        prompt = text_ids[:300]
+        (output,) = engine.generate([prompt], [keep(**rule, n=2, temperature=1.0, top_k=1)])
+        assert [list(answer.token_ids) for answer in output.outputs] == [expected(prompt, rule)] * 2
+        check_numbers(output, 12, rule)
+
+    def test_children_free_their_own_blocks(self, rule, engine, text_ids):
+        engine.add("r", text_ids[:300], keep(**rule, num_tokens=10, n=1))
         engine.drain()
         engine.llm.llm_engine.add_request(
-            "parent", {"prompt_token_ids": text_ids[300:600]}, keep("0.25", num_tokens=10, n=3, temperature=1.0, seed=1)
+            "parent", {"prompt_token_ids": text_ids[300:600]}, keep(**rule, num_tokens=10, n=3, temperature=1.0)
         )
         ids = list(engine.scheduler.requests)
         assert len(ids) == 3
         while engine.llm.llm_engine.has_unfinished_requests():
             engine.step()
-            if all(engine.num_evicted(req_id) for req_id in ids):
+            if all(engine.scheduler.requests[req_id].num_output_tokens > 1 for req_id in ids):
                 break
-        # 75 kept tokens and one more: three blocks for each child, in the compressed group.
-        assert [engine.num_blocks(req_id)[1] for req_id in ids] == [3] * 3
+        # 75 kept tokens and one more, or the budget and one more: blocks for each child, in the compressed group.
+        assert [engine.num_blocks(req_id)[1] for req_id in ids] == [2 if rule.get("budget") == 60 else 3] * 3
         engine.drain()
         engine.check_whole()
 
 
+@pytest.mark.parametrize("rule", RULES, scope="class")
 class TestTheEnd:
     @pytest.fixture(scope="class")
-    def answer(self, engine, text_ids):
-        (output,) = engine.generate([text_ids[:200]], [keep("0.5", num_tokens=30)])
+    def answer(self, rule, engine, text_ids):
+        (output,) = engine.generate([text_ids[:300]], [keep(**rule, num_tokens=30)])
         return output.outputs[0]
 
-    def test_stop_string(self, engine, text_ids, tokenizer, answer):
+    def test_stop_string(self, rule, engine, text_ids, tokenizer, answer):
         stop = tokenizer.decode([answer.token_ids[9]]).strip() or tokenizer.decode(answer.token_ids[9:11])
-        (output,) = engine.generate([text_ids[:200]], [keep("0.5", num_tokens=30, stop=[stop])])
+        (output,) = engine.generate([text_ids[:300]], [keep(**rule, num_tokens=30, stop=[stop])])
         stopped = output.outputs[0]
         assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
         assert stopped.text == answer.text[: answer.text.index(stop)]
         assert len(stopped.token_ids) <= 11
-        assert output.kv_transfer_params["kv_cache"]["evicted_tokens"] == 100
+        check_numbers(output, len(stopped.token_ids), rule)
 
-    def test_stop_token(self, engine, text_ids, answer):
+    def test_stop_token(self, rule, engine, text_ids, answer):
         stop = answer.token_ids[9]
-        (output,) = engine.generate([text_ids[:200]], [keep("0.5", num_tokens=30, stop_token_ids=[stop])])
+        (output,) = engine.generate([text_ids[:300]], [keep(**rule, num_tokens=30, stop_token_ids=[stop])])
         first = list(answer.token_ids).index(stop)
         assert list(output.outputs[0].token_ids) == list(answer.token_ids[: first + 1])
+        check_numbers(output, first + 1, rule)
 
-    def test_min_tokens_holds_the_end_back(self, engine, text_ids):
+    def test_min_tokens_holds_the_end_back(self, rule, engine, text_ids):
         """A bias makes the end-of-text token the likeliest from the first token on."""
         bias = {"logit_bias": {EOS: 100.0}, "ignore_eos": False}
         early, late = engine.generate(
-            [text_ids[:200]] * 2,
-            [keep("0.5", num_tokens=30, **bias), keep("0.5", num_tokens=30, min_tokens=8, **bias)],
+            [text_ids[:300]] * 2,
+            [keep(**rule, num_tokens=30, **bias), keep(**rule, num_tokens=30, min_tokens=8, **bias)],
         )
         assert list(early.outputs[0].token_ids) == [EOS]
-        assert early.kv_transfer_params["kv_cache"]["evicted_tokens"] == 0  # ended before compaction
+        inside = 2 if "budget" in rule else 0  # it ended before the compaction at the end of its prompt
+        assert early.kv_transfer_params["kv_cache"]["compactions"] == inside
         assert len(late.outputs[0].token_ids) == 9
         assert late.outputs[0].token_ids[8] == EOS
         assert EOS not in late.outputs[0].token_ids[:8]
         assert late.outputs[0].finish_reason == "stop"
-        assert late.kv_transfer_params["kv_cache"]["evicted_tokens"] == 100
+        check_numbers(late, 9, rule)
 
-    def test_ignore_eos_goes_on_behind_it(self, engine, text_ids):
-        (output,) = engine.generate([text_ids[:200]], [keep("0.5", num_tokens=9, logit_bias={EOS: 100.0})])
+    def test_ignore_eos_goes_on_behind_it(self, rule, engine, text_ids):
+        (output,) = engine.generate([text_ids[:300]], [keep(**rule, num_tokens=9, logit_bias={EOS: 100.0})])
         assert list(output.outputs[0].token_ids) == [EOS] * 9
 
 
@@ -101,6 +124,13 @@ def assert_close(left, right):
         assert a == pytest.approx(b, abs=2e-4)
 
 
+def check_close(logprobs, expected: torch.Tensor) -> None:
+    """With logprobs of a reference, `[num_tokens, vocabulary]`."""
+    for step, at in enumerate(values(logprobs)):
+        for token, logprob in at.items():
+            assert logprob == pytest.approx(expected[step, token].item(), abs=2e-3)
+
+
 class TestLogprobs:
     def test_ratio_of_one_equals_stock_vllm(self, engine, plain, text_ids):
         prompt, asked = text_ids[:200], {"num_tokens": 8, "logprobs": 4, "prompt_logprobs": 3}
@@ -110,34 +140,50 @@ class TestLogprobs:
         assert_close(ours.prompt_logprobs, theirs.prompt_logprobs)
 
     @pytest.mark.parametrize("length", [200, 700])
-    def test_of_a_prompt_do_not_know_of_compression(self, engine, plain, text_ids, length):
+    def test_of_a_prompt_do_not_know_of_a_ratio(self, engine, plain, text_ids, length):
         """They come from the prefill; 700 tokens take two chunks."""
         prompt = text_ids[:length]
         (ours,) = engine.generate([prompt], [keep("0.25", num_tokens=8, prompt_logprobs=3)])
         (theirs,) = plain.generate([prompt], [greedy(8, prompt_logprobs=3)])
         assert len(ours.prompt_logprobs) == length
         assert_close(ours.prompt_logprobs, theirs.prompt_logprobs)
-        assert ours.kv_transfer_params["kv_cache"]["kept_tokens"] == length // 4
+        assert ours.kv_transfer_params["kv_cache"]["evicted_tokens"] == length * 3 // 4
 
-    def test_of_a_compressed_request_equal_the_reference(self, engine, llama_reference, text_ids):
-        prompt = text_ids[:200]
-        (output,) = engine.generate([prompt], [keep("0.25", num_tokens=8, logprobs=4)])
+    def test_of_a_prompt_with_a_budget_equal_the_reference(self, engine, llama_reference, text_ids):
+        """After a compaction inside the prompt, its tokens see what is left; until then, all before them."""
+        prompt, budget = text_ids[:450], 60
+        whole, ours = engine.generate([prompt] * 2, [keep("1", prompt_logprobs=3, budget=b) for b in (None, budget)])
+        # To the reference, what follows the first token is an answer with the interval of a prompt.
+        rule = {"full_layers": (0,), "budget": budget, "intervals": (INTERVALS[0],) * 2}
+        expected = llama_reference.logits(prompt[:1], prompt[1:], **rule).log_softmax(-1)
+        assert len(ours.prompt_logprobs) == 450
+        check_close(ours.prompt_logprobs[1:], expected)
+        first = budget + INTERVALS[0] + 1  # the first token that is predicted from evicted rows
+        assert_close(ours.prompt_logprobs[:first], whole.prompt_logprobs[:first])
+        assert values(ours.prompt_logprobs[first:]) != values(whole.prompt_logprobs[first:])
+        assert ours.kv_transfer_params["kv_cache"]["compactions"] > 4
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_of_a_compressed_request_equal_the_reference(self, rule, engine, llama_reference, text_ids):
+        prompt = text_ids[:300]
+        (output,) = engine.generate([prompt], [keep(**rule, num_tokens=8, logprobs=4)])
         answer = output.outputs[0]
-        expected = llama_reference.logits(prompt, list(answer.token_ids), "0.25", (0,)).log_softmax(-1)
-        for step, at in enumerate(values(answer.logprobs)):
-            for token, logprob in at.items():
-                assert logprob == pytest.approx(expected[step, token].item(), abs=2e-3)
+        rule = {**rule, "full_layers": (0,), "intervals": INTERVALS}
+        expected = llama_reference.logits(prompt, list(answer.token_ids), **rule)
+        check_close(answer.logprobs, expected.log_softmax(-1))
 
 
 class TestStructuredOutput:
-    def test_regex(self, engine, text_ids):
+    @pytest.mark.parametrize("rule", RULES)
+    def test_regex(self, rule, engine, text_ids):
         grammar = StructuredOutputsParams(regex=r"(yes|no), [0-9]{3} ships\.")
-        params = [keep(ratio, num_tokens=40, ignore_eos=False, structured_outputs=grammar) for ratio in ("1.0", "0.25")]
-        outputs = engine.generate([text_ids[:300], text_ids[7:307]], params)
-        for output in outputs:
+        asked = {"num_tokens": 40, "ignore_eos": False, "structured_outputs": grammar}
+        whole, ours = engine.generate([text_ids[7:307], text_ids[:300]], [keep("1.0", **asked), keep(**rule, **asked)])
+        for output in (whole, ours):
             assert re.fullmatch(r"(yes|no), [0-9]{3} ships\.", output.outputs[0].text)
             assert output.outputs[0].finish_reason == "stop"
-        assert outputs[1].kv_transfer_params["kv_cache"]["evicted_tokens"] == 225
+        assert list(ours.outputs[0].token_ids) == engine.fresh_tokens(text_ids[:300], keep(**rule, **asked))
+        check_numbers(ours, len(ours.outputs[0].token_ids), rule)
 
     def test_json_schema(self, llama, run, text_ids):
         schema = {
@@ -146,32 +192,33 @@ class TestStructuredOutput:
             "required": ["lit", "keeper"],
             "additionalProperties": False,
         }
-        params = keep("0.25", num_tokens=60, ignore_eos=False, structured_outputs=StructuredOutputsParams(json=schema))
+        asked = {"num_tokens": 60, "ignore_eos": False, "structured_outputs": StructuredOutputsParams(json=schema)}
+        params = [keep("0.25", **asked), keep("1", budget=60, **asked), keep("0.25", budget=80, first=4, **asked)]
         # Or random weights would write spaces for ever.
         config = {"backend": "xgrammar", "disable_any_whitespace": True}
         with run(llama, structured_outputs_config=config) as engine:
-            (output,) = engine.generate([text_ids[:300]], [params])
-        answer = json.loads(output.outputs[0].text)
-        assert isinstance(answer["lit"], bool)
-        assert answer["keeper"] in ("Hannah", "Tom")
+            outputs = engine.generate([text_ids[:300]] * len(params), params)
+            alone = [engine.fresh_tokens(text_ids[:300], asked) for asked in params]
+        assert [list(output.outputs[0].token_ids) for output in outputs] == alone
+        for output in outputs:
+            answer = json.loads(output.outputs[0].text)
+            assert isinstance(answer["lit"], bool)
+            assert answer["keeper"] in ("Hannah", "Tom")
 
     def test_constrained_tokens_are_the_likeliest_allowed_ones_of_the_reference(
-        self, engine, llama_reference, tokenizer, text_ids
+        self, engine, llama_reference, expected, tokenizer, text_ids
     ):
         """The masks meet the compressed context's logits, one row for one request."""
         digits = [tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"]
-        grammar = StructuredOutputsParams(regex=r"[0-9]{12}")
-        prompts = [text_ids[:300], text_ids[7:307], text_ids[14:314]]
-        ratios = ("0.5", "1.0", "0.25")
-        constrained = [keep(ratio, num_tokens=12, structured_outputs=grammar) for ratio in ratios]
+        asked = {"structured_outputs": StructuredOutputsParams(regex=r"[0-9]{12}")}
+        rules = [{"ratio": "1"}, *(rule.values[0] for rule in RULES)]
+        prompts = [text_ids[7 * i : 7 * i + 300] for i in range(len(rules) + 1)]
         # And a neighbour without a grammar.
-        outputs = engine.tokens(
-            [*prompts[:2], text_ids[21:321], prompts[2]], [*constrained[:2], keep("0.5"), constrained[2]]
-        )
-        free = outputs.pop(2)
-        assert free == llama_reference.generate(text_ids[21:321], 12, "0.5", (0,))
-        for prompt, ratio, answer in zip(prompts, ratios, outputs, strict=True):
+        *outputs, free = engine.tokens(prompts, [*(keep(**rule, **asked) for rule in rules), keep("0.5")])
+        assert free == expected(prompts[-1], {"ratio": "0.5"})
+        for prompt, rule, answer in zip(prompts[:-1], rules, outputs, strict=True):
             # Digits are tokens of their own in this tokenizer.
             assert set(answer) <= set(digits)
-            logits = llama_reference.logits(prompt, answer, ratio, (0,))[:, digits]
+            rule = {**rule, "full_layers": (0,), "intervals": INTERVALS}
+            logits = llama_reference.logits(prompt, answer, **rule)[:, digits]
             assert [digits[i] for i in logits.argmax(-1).tolist()] == answer

@@ -5,8 +5,16 @@ from collections import Counter
 
 import pytest
 from engine import keep
+from reference import expected_numbers
+from rules import INTERVALS
 
 NUM_TOKENS = 64
+RULES = [
+    *({"ratio": ratio} for ratio in ("1.0", "0.5", "0.25")),
+    {"ratio": "1", "budget": 50},
+    {"ratio": "0.5", "budget": 70, "first": 4, "last": 16},
+]
+"""Among the prompts are some that these budgets compact before their end."""
 VOCABULARY = 64
 """So few that a model with random weights runs in circles now and then, and some drafts come true."""
 
@@ -21,6 +29,17 @@ def small_reference(model):
     from reference import Reference
 
     return Reference(model)
+
+
+@pytest.fixture(scope="module")
+def answers(small_reference, prompts):
+    """The reference's, by a rule."""
+
+    def answers(rule, num_tokens=NUM_TOKENS):
+        rule = {**rule, "full_layers": (0,), "intervals": INTERVALS}
+        return [small_reference.generate(prompt, num_tokens, **rule) for prompt in prompts]
+
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -66,32 +85,36 @@ def counted(drafting, monkeypatch) -> Counter:
     return counts
 
 
-def test_answers_equal_the_reference(drafting, counted, small_reference, prompts):
-    for ratio in ("1.0", "0.5", "0.25"):
-        answers = drafting.tokens(prompts, [keep(ratio, num_tokens=NUM_TOKENS)] * len(prompts))
-        expected = [small_reference.generate(prompt, NUM_TOKENS, ratio, (0,)) for prompt in prompts]
-        assert answers == expected, f"keep {ratio}"
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_answers_equal_the_reference(rule, drafting, counted, answers, prompts):
+    """No draft crosses a compaction, so few of a long row come true where one is due every three tokens."""
+    outputs = drafting.generate(prompts, [keep(**rule, num_tokens=NUM_TOKENS)] * len(prompts))
+    assert [list(output.outputs[0].token_ids) for output in outputs] == answers(rule)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        numbers = {k: v for k, v in output.kv_transfer_params["kv_cache"].items() if k != "reason"}
+        assert numbers == expected_numbers(len(prompt), NUM_TOKENS, intervals=INTERVALS, **rule)
+        assert (numbers["compactions"] > 3) is ("budget" in rule)
     print(counted)
-    assert counted["accepted"] > 100
-    assert counted["drafts"] - counted["accepted"] > 100
+    assert counted["accepted"] > 30
+    assert counted["drafts"] - counted["accepted"] > 30
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3, 4, 5, 6, 7])
-def test_the_end_comes_among_the_drafts(num_tokens, drafting, small_reference, prompts):
-    answers = drafting.tokens(prompts, [keep("0.5", num_tokens=num_tokens)] * len(prompts))
-    assert answers == [small_reference.generate(prompt, num_tokens, "0.5", (0,)) for prompt in prompts]
+@pytest.mark.parametrize("rule", [RULES[1], RULES[3]], ids=str)
+def test_the_end_comes_among_the_drafts(num_tokens, rule, drafting, answers, prompts):
+    assert drafting.tokens(prompts, [keep(**rule, num_tokens=num_tokens)] * len(prompts)) == answers(rule, num_tokens)
 
 
-def test_a_small_cache_preempts(drafting, counted, small_reference, prompts):
+@pytest.mark.parametrize("rule", [RULES[1], RULES[4]], ids=str)
+def test_a_small_cache_preempts(rule, drafting, counted, answers, prompts):
     """Who is preempted gives up its drafts with its blocks, and is compacted again at the same position."""
-    params = [keep("0.5", num_tokens=NUM_TOKENS)] * len(prompts)
+    params = [keep(**rule, num_tokens=NUM_TOKENS)] * len(prompts)
     with drafting.pool_of(24):
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = drafting.llm.generate(requests, params, use_tqdm=False)
     drafting.check_whole()
     assert counted["preempted"] > 0
-    answers = [list(output.outputs[0].token_ids) for output in outputs]
-    assert answers == [small_reference.generate(prompt, NUM_TOKENS, "0.5", (0,)) for prompt in prompts]
+    assert [list(output.outputs[0].token_ids) for output in outputs] == answers(rule)
 
 
 def test_no_room_for_a_compaction(drafting, counted, small_reference, prompts):

@@ -4,11 +4,16 @@ import pytest
 import torch
 from engine import keep
 from ranks import MixedLoad, start_profile, stop_profile
-from reference import Reference
+from reference import Reference, expected_numbers
+from rules import INTERVALS
 from vllm import envs
 from widened import widened
 
-RATIOS = ("1.0", "0.5", "0.25")
+RULES = [
+    *({"ratio": ratio} for ratio in ("1.0", "0.5", "0.25")),
+    {"ratio": "1", "budget": 60},
+    {"ratio": "0.25", "budget": 80, "first": 4, "last": 16},
+]
 
 
 @pytest.fixture
@@ -32,12 +37,17 @@ def unbound_threads(monkeypatch):
 )
 def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_ids, unbound_threads):
     model = tiny_model("llama", num_key_value_heads=num_kv_heads)
-    prompts = [text_ids[11 * i : 11 * i + 300] for i in range(len(RATIOS))]
-    params = [keep(ratio) for ratio in RATIOS]
+    prompts = [text_ids[11 * i : 11 * i + 300] for i in range(len(RULES))]
+    params = [keep(**rule) for rule in RULES]
     answers, blocks = {}, {}
     for num_ranks in (1, 2):
         with run(model, full_layers, tensor_parallel_size=num_ranks) as engine:
-            answers[num_ranks] = engine.tokens(prompts, params)
+            outputs = engine.generate(prompts, params)
+            answers[num_ranks] = [list(output.outputs[0].token_ids) for output in outputs]
+            for rule, output in zip(RULES, outputs, strict=True):
+                numbers = output.kv_transfer_params["kv_cache"]
+                assert numbers == expected_numbers(300, 12, intervals=INTERVALS, **rule)
+                assert (numbers["compactions"] > 2) is ("budget" in rule)
             held = blocks[num_ranks] = []
             for i, prompt in enumerate(prompts):
                 req_id = engine.add(str(i), prompt, params[i])
@@ -49,17 +59,18 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_id
             if num_ranks > 1:
                 engine.core.shutdown()  # ends the ranks' processes
     reference = Reference(model)
-    expected = [reference.generate(p, 12, ratio, full_layers) for p, ratio in zip(prompts, RATIOS, strict=True)]
+    rules = [{**rule, "full_layers": full_layers, "intervals": INTERVALS} for rule in RULES]
+    expected = [reference.generate(prompt, 12, **rule) for prompt, rule in zip(prompts, rules, strict=True)]
     assert answers == {1: expected, 2: expected}
     assert blocks[1] == blocks[2]
     compressed = [of_request[-1] for of_request in blocks[1]]
-    assert compressed == [10, 5, 3]  # of 32 tokens, for 300, 150 and 75 and two more
+    assert compressed == [10, 5, 3, 2, 3]  # of 32 tokens, for 300, 150, 75, 60 and 75 and two more
 
 
 @pytest.mark.slow
 def test_many_requests_on_two_ranks_which_hold_the_same(tiny_model, run, text_ids, unbound_threads):
     model = tiny_model("llama", num_key_value_heads=2)
-    load = MixedLoad(text_ids, RATIOS)
+    load = MixedLoad(text_ids, RULES)
     room = {"max_num_seqs": load.num_requests, "max_num_batched_tokens": 8192, "num_gpu_blocks_override": 3000}
     with run(model, (0,), tensor_parallel_size=2, **room) as engine:
         load.run(engine)
@@ -68,25 +79,26 @@ def test_many_requests_on_two_ranks_which_hold_the_same(tiny_model, run, text_id
     assert load.looks["compacted"] > 50, load.looks
     assert load.looks["aborted"] > 10, load.looks
     reference = Reference(model)
-    for number, (prompt, ratio) in enumerate(zip(load.prompts, load.chosen, strict=True)):
+    for number, (prompt, rule) in enumerate(zip(load.prompts, load.chosen, strict=True)):
         if str(number) not in load.aborted:
-            expected = reference.generate(prompt, 12, ratio, (0,))
-            assert load.answers[str(number)] == expected, f"{len(prompt)} tokens, {ratio}"
+            expected = reference.generate(prompt, 12, full_layers=(0,), intervals=INTERVALS, **rule)
+            assert load.answers[str(number)] == expected, f"{len(prompt)} tokens, {rule}"
 
 
 @pytest.mark.slow
 def test_compaction_adds_no_communication(tiny_model, run, text_ids, unbound_threads):
     model = tiny_model("llama", num_key_value_heads=2)
-    prompts = [text_ids[11 * i : 11 * i + 300] for i in range(3)]
+    prompts = [text_ids[11 * i : 11 * i + 300] for i in range(4)]
     profiles = {}
     for full_layers in (None, (0,)):
         with run(model, full_layers, tensor_parallel_size=2) as engine:
             engine.llm.collective_rpc(start_profile)
-            params = [keep("0.5") if full_layers else keep("1.0")] * len(prompts)
+            params = [keep("0.5")] * 3 + [keep("1", budget=200)] if full_layers else [keep("1")] * len(prompts)
             outputs = engine.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
             profiles[full_layers] = engine.llm.collective_rpc(stop_profile)
             if full_layers:
-                assert all(output.kv_transfer_params["kv_cache"]["evicted_tokens"] == 150 for output in outputs)
+                compactions = [output.kv_transfer_params["kv_cache"]["compactions"] for output in outputs]
+                assert compactions == [1, 1, 1, 4]
             engine.core.shutdown()
     stock, ours = profiles[None], profiles[(0,)]
     assert sum(stock[0].values()) > 12, stock  # at least one for each token
