@@ -3,11 +3,12 @@
 import pytest
 import torch
 from engine import keep
-from reference import Reference
+from reference import Reference, expected_numbers
+from rules import INTERVALS
 from scored import ScoredReference
 
-from vllm_l2kv import compression
-from vllm_l2kv.params import SCORERS
+from vllm_l2kv import ParamError, compression
+from vllm_l2kv.params import ONE_COMPACTION_SCORERS, SCORERS
 
 NUM_TOKENS = 12
 FULL_LAYERS = (0,)
@@ -47,6 +48,40 @@ def test_all_scorers_in_one_batch(engine, scored, text_ids, last):
         scored.scorer = scorer
         assert answer == scored.generate(prompt, NUM_TOKENS, "0.5", FULL_LAYERS, 0, last), scorer
     assert len(set(map(tuple, answers))) >= len(SCORERS) - 2, "scorers should differ"
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (4, 40)])
+def test_all_scorers_of_many_compactions_in_one_batch(engine, scored, text_ids, first, last):
+    """What is left in the end depends on the scorer each time, in the prompt and in the answer."""
+    prompt, names = text_ids[40:440], [name for name in SCORERS if name not in ONE_COMPACTION_SCORERS]
+    rule = {"ratio": "1", "first": first, "last": last, "budget": 60}
+    outputs = engine.generate([prompt] * len(names), [keep(**rule, scorer=name) for name in names])
+    rule["intervals"] = INTERVALS
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
+    for scorer, answer, output in zip(names, answers, outputs, strict=True):
+        scored.scorer = scorer
+        assert answer == scored.generate(prompt, NUM_TOKENS, full_layers=FULL_LAYERS, **rule), scorer
+        numbers = expected_numbers(len(prompt), NUM_TOKENS, **rule)
+        assert output.kv_transfer_params["kv_cache"] == numbers
+        assert numbers["compactions"] > 6
+    assert len(set(map(tuple, answers))) >= len(names) - 2, "scorers should differ"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [*(("scorer", name) for name in ONE_COMPACTION_SCORERS), ("granularity", "block")]
+)
+def test_what_one_compaction_alone_defines_is_refused_with_a_budget(engine, text_ids, field, value):
+    """By name and that request alone, also where no front end looked. Without a budget it is fine."""
+    sentence = f"kv_{field} '{value}' is defined for one compaction only"
+    with pytest.raises(ParamError, match=sentence):
+        compression(0.5, max_tokens=100, **{field: value})
+    alone, both = keep("0.5"), keep("0.5")
+    alone.extra_args = compression(0.5, **{field: value})
+    both.extra_args = {**alone.extra_args, "kv_max_tokens": 100}
+    good, bad = engine.generate([text_ids[:200]] * 2, [alone, both])
+    assert good.outputs[0].finish_reason == "length"
+    assert bad.outputs[0].finish_reason == "error"
+    assert sentence in bad.outputs[0].stop_reason
 
 
 @pytest.mark.parametrize("last", [0, 8])

@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from http_server import Server, expected_usage
+from rules import INTERVALS
+
+from vllm_l2kv.policy import Intervals
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +27,7 @@ NUM_REQUESTS = 24
 def server(request, tiny_model, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "server.log"
     words = "--served-model-name tiny --dtype float32 --enforce-eager --max-model-len 2048 --kv-full-layers 0"
+    words += " --kv-prompt-interval {} --kv-answer-interval {}".format(*INTERVALS)
     with pytest.MonkeyPatch.context() as patch:
         # vLLM wants a NUMA node for each engine, unless it is told to leave threads alone.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -49,8 +53,22 @@ def at_once(call, count: int = NUM_REQUESTS) -> list[httpx.Response]:
         return list(pool.map(call, range(count)))
 
 
-def ratio_of(number: int) -> float:
-    return (1.0, 0.5, 0.25)[number % 3]
+RULES: list[dict[str, float]] = [
+    {"keep_ratio": 1},
+    {"keep_ratio": 0.5},
+    {"max_tokens": 60},
+    {"keep_ratio": 0.25, "max_tokens": 80},
+]
+
+
+def fields_of(number: int) -> dict[str, float]:
+    return {f"kv_{name}": value for name, value in RULES[number % 4].items()}
+
+
+def usage_of(number: int) -> dict[str, int | str]:
+    numbers = expected_usage(200 + number, 8, Intervals(*INTERVALS), **RULES[number % 4])
+    assert (numbers["compactions"] > 2) is ("max_tokens" in RULES[number % 4])
+    return numbers
 
 
 def test_numbers_and_tokens(server, text_ids, tiny_model, tokenizer):
@@ -58,27 +76,29 @@ def test_numbers_and_tokens(server, text_ids, tiny_model, tokenizer):
 
     reference = Reference(tiny_model("llama"))
     before = server.metrics()
-    answers = at_once(lambda number: ask(server, text_ids, number, kv_keep_ratio=ratio_of(number)))
+    answers = at_once(lambda number: ask(server, text_ids, number, **fields_of(number)))
     for number, answer in enumerate(answers):
         assert answer.status_code == 200, answer.text
         body = answer.json()
-        assert body["usage"]["kv_cache"] == expected_usage(200 + number, keep_ratio=ratio_of(number))
+        assert body["usage"]["kv_cache"] == usage_of(number)
         assert body.get("kv_transfer_params") is None
-        prompt = text_ids[5 * number : 5 * number + 200 + number]
-        tokens = reference.generate(prompt, 8, str(ratio_of(number)), (0,))
+        prompt, rule = text_ids[5 * number : 5 * number + 200 + number], RULES[number % 4]
+        ratio, budget = str(rule.get("keep_ratio", 1)), rule.get("max_tokens")
+        tokens = reference.generate(prompt, 8, ratio, (0,), budget=budget, intervals=INTERVALS)
         assert body["choices"][0]["text"] == tokenizer.decode(tokens)
     check_metrics(before, server.metrics(), [answer.json()["usage"]["kv_cache"] for answer in answers])
 
 
 def check_metrics(before, after, usage: list[dict[str, int]]) -> None:
     """Whatever process is asked, it answers for all engines and all API processes."""
-    compressed = [numbers for numbers in usage if numbers["evicted_tokens"]]
+    num_compactions = sum(numbers["compactions"] for numbers in usage)
     expected = {
-        "requests_compressed_total": len(compressed),
-        "prompt_tokens_kept_total": sum(numbers["kept_tokens"] for numbers in compressed),
-        "prompt_tokens_evicted_total": sum(numbers["evicted_tokens"] for numbers in compressed),
-        "request_kept_tokens_count": len(compressed),
+        "requests_compressed_total": sum(numbers["compactions"] > 0 for numbers in usage),
+        "compactions_total": num_compactions,
+        "rows_evicted_total": sum(numbers["evicted_tokens"] for numbers in usage),
+        "compaction_kept_rows_count": num_compactions,
         "request_keep_ratio_count": len(usage),
+        "request_budget_rows_count": len(usage) // 2,
         "e2e_request_latency_seconds_count": len(usage),
     }
     names = {name: f"vllm_l2kv:{name}" for name in expected}
@@ -91,12 +111,13 @@ def test_nothing_asked_nothing_told(server, text_ids):
 
 
 def test_streams(server, text_ids):
-    options = {"stream": True, "stream_options": {"include_usage": True}, "kv_keep_ratio": 0.5}
-    for number, answer in enumerate(at_once(lambda number: ask(server, text_ids, number, **options))):
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    answers = at_once(lambda number: ask(server, text_ids, number, **options, **fields_of(number)))
+    for number, answer in enumerate(answers):
         events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
         assert events[-1] == "[DONE]"
         last = json.loads(events[-2])
-        assert last["usage"]["kv_cache"] == expected_usage(200 + number, keep_ratio=0.5)
+        assert last["usage"]["kv_cache"] == usage_of(number)
 
 
 def test_errors(server, text_ids):
@@ -104,10 +125,12 @@ def test_errors(server, text_ids):
         ("kv_keep_ratio", {"kv_keep_ratio": 7}),
         ("kv_kep_ratio", {"kv_kep_ratio": 0.5}),
         ("kv_protect_last", {"vllm_xargs": {"kv_protect_last": -1}}),
+        ("kv_max_tokens", {"kv_max_tokens": 0}),
+        ("kv_scorer", {"kv_max_tokens": 60, "kv_scorer": "lagkv"}),
     ]
-    for number, answer in enumerate(at_once(lambda number: ask(server, text_ids, number, **bad[number % 3][1]))):
+    for number, answer in enumerate(at_once(lambda number: ask(server, text_ids, number, **bad[number % 5][1]))):
         assert answer.status_code == 400, answer.text
-        assert answer.json()["error"]["param"].split(".")[-1] == bad[number % 3][0]
+        assert answer.json()["error"]["param"].split(".")[-1] == bad[number % 5][0]
 
 
 def test_the_page_about_compression(server):

@@ -6,7 +6,9 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from http_server import expected_usage
+from http_server import Server, expected_usage
+
+from vllm_l2kv.policy import Intervals
 
 MODEL = "SmolLM2-135M-Instruct"
 # The demo model's own template knows nothing of tools.
@@ -44,6 +46,12 @@ TOOLS = [
     for name, schema in SCHEMAS.items()
 ]
 PROTECT_LAST = 64  # the question
+INTERVALS = Intervals(100, 3)
+RULES = [
+    pytest.param(None, id="nothing asked"),
+    pytest.param({"keep_ratio": 0.5}, id="ratio"),
+    pytest.param({"max_tokens": 200}, id="budget"),
+]
 NAMED = {"type": "function", "function": {"name": "light_the_lamp"}}
 
 
@@ -68,15 +76,22 @@ QUESTION, CALL, RESULT, _ = turn(3, 10)
 
 
 @pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+def client(demo_model, tmp_path_factory):
+    """Of a server with short intervals: with a budget prompts are compacted before their end, and calls on the way."""
+    words = "--max-model-len 4096 --enforce-eager --dtype float32 --enable-auto-tool-choice --tool-call-parser hermes"
+    words += " --trust-request-chat-template --kv-prompt-interval {} --kv-answer-interval {}".format(*INTERVALS)
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with (
+        Server(log, *words.split()) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client,
+    ):
         yield client
 
 
-def ask(client, messages: list[dict[str, Any]], keep_ratio: float | None, **fields: Any) -> Any:
+def ask(client, messages: list[dict[str, Any]], rule: dict[str, float] | None, **fields: Any) -> Any:
     fields = {"tools": TOOLS, "max_tokens": 200, "temperature": 0, "parallel_tool_calls": False, **fields}
-    compression = {} if keep_ratio is None else {"kv_keep_ratio": keep_ratio, "kv_protect_last": PROTECT_LAST}
-    extra = {"chat_template": TEMPLATE, **compression}
+    asked = {} if rule is None else {**rule, "protect_last": PROTECT_LAST}
+    extra = {"chat_template": TEMPLATE, **{f"kv_{name}": value for name, value in asked.items()}}
     return client.chat.completions.create(model=MODEL, messages=messages, extra_body=extra, **fields)
 
 
@@ -94,32 +109,36 @@ def check_call(name: str, arguments: str, tool_choice: Any) -> None:
         assert name == NAMED["function"]["name"]
 
 
-def check_usage(usage: Any, keep_ratio: float | None) -> None:
-    assert usage.prompt_tokens > 200
-    params = {"keep_ratio": keep_ratio, "protect_last": PROTECT_LAST}
-    numbers = None if keep_ratio is None else expected_usage(usage.prompt_tokens, **params)
-    assert usage.to_dict().get("kv_cache") == numbers
+def check_usage(usage: Any, rule: dict[str, float] | None) -> None:
+    assert usage.prompt_tokens > 300
+    numbers = usage.to_dict().get("kv_cache")
+    if rule is None:
+        assert numbers is None
+        return
+    lengths = usage.prompt_tokens, usage.completion_tokens
+    assert numbers == expected_usage(*lengths, INTERVALS, **rule, protect_last=PROTECT_LAST)
+    assert (numbers["compactions"] > 2) is ("max_tokens" in rule)
 
 
-@pytest.mark.parametrize("keep_ratio", [None, 0.5])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("tool_choice", ["required", NAMED, "auto"], ids=["required", "named", "auto"])
 class TestACall:
-    def test_at_once(self, client, tool_choice, keep_ratio):
-        answer = ask(client, [*TURNS, QUESTION], keep_ratio, tool_choice=tool_choice)
+    def test_at_once(self, client, tool_choice, rule):
+        answer = ask(client, [*TURNS, QUESTION], rule, tool_choice=tool_choice)
         (call,) = answer.choices[0].message.tool_calls
         check_call(call.function.name, call.function.arguments, tool_choice)
-        check_usage(answer.usage, keep_ratio)
+        check_usage(answer.usage, rule)
 
-    def test_streamed(self, client, tool_choice, keep_ratio):
+    def test_streamed(self, client, tool_choice, rule):
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        chunks = list(ask(client, [*TURNS, QUESTION], keep_ratio, tool_choice=tool_choice, **options))
+        chunks = list(ask(client, [*TURNS, QUESTION], rule, tool_choice=tool_choice, **options))
         check_call(*call_of_stream(chunks), tool_choice)
-        check_usage(chunks[-1].usage, keep_ratio)
+        check_usage(chunks[-1].usage, rule)
 
 
-@pytest.mark.parametrize("keep_ratio", [None, 0.5])
-def test_what_a_tool_said_is_answered(client, keep_ratio):
-    answer = ask(client, [*TURNS, QUESTION, CALL, RESULT], keep_ratio, tool_choice="none")
+@pytest.mark.parametrize("rule", RULES)
+def test_what_a_tool_said_is_answered(client, rule):
+    answer = ask(client, [*TURNS, QUESTION, CALL, RESULT], rule, tool_choice="none")
     assert answer.choices[0].message.content == "He saw 10 ships."
     assert not answer.choices[0].message.tool_calls
-    check_usage(answer.usage, keep_ratio)
+    check_usage(answer.usage, rule)
