@@ -2,6 +2,7 @@
 
 import pytest
 from engine import greedy, keep
+from ranks import MixedLoad
 from reference import expected_numbers
 from rules import INTERVALS, RULES
 
@@ -37,6 +38,18 @@ def test_one_prompt_by_five_rules_in_one_step(length, engine, expected, text_ids
     rules = [{"ratio": ratio} for ratio in ("1", "0.5", "0.25")] + [{"ratio": "1", "budget": b} for b in (20, 64)]
     answers = engine.tokens([prompt] * len(rules), [keep(**rule) for rule in rules])
     assert answers == [expected(prompt, rule) for rule in rules]
+
+
+def test_many_requests_of_mixed_rules_with_aborts(engine, expected, text_ids):
+    """After every third step the worker holds what the scheduler says."""
+    load = MixedLoad(text_ids, [{"ratio": "1"}, *(rule.values[0] for rule in RULES)], num_requests=60)
+    load.run(engine)
+    assert load.looks["held"] > 10, load.looks
+    assert load.looks["compacted"] > 10, load.looks
+    assert load.looks["aborted"] > 10, load.looks
+    for number, (prompt, rule) in enumerate(zip(load.prompts, load.chosen, strict=True)):
+        if str(number) not in load.aborted:
+            assert load.answers[str(number)] == expected(prompt, rule), f"{len(prompt)} tokens, {rule}"
 
 
 class TestCacheSalt:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ if torch.cuda.is_available():
 LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": 20}
 
 
-def start_on_gpu(demo_model, **arguments):
+def start_on_gpu(demo_model, defaults_of_requests=MappingProxyType({}), **arguments):
+    """With intervals so short that a budget means several compactions in a prompt and in an answer."""
     from engine import Engine, bare_rule
 
     defaults = {
@@ -29,7 +31,7 @@ def start_on_gpu(demo_model, **arguments):
         "gpu_memory_utilization": 0.5,
         "seed": 0,
         **LOGITS,
-        **bare_rule(full_layers=(0, 1)),
+        **bare_rule(full_layers=(0, 1), prompt_interval=300, answer_interval=5, **defaults_of_requests),
     }
     return Engine(demo_model, **{**defaults, **arguments})
 
@@ -53,6 +55,21 @@ def on_gpu_fp8(demo_model):
 def sleepy(demo_model):
     """Started when it is asked for, with graphs, in memory that vLLM gives back while it sleeps."""
     engine = start_on_gpu(demo_model, enable_sleep_mode=True, max_num_seqs=4, gpu_memory_utilization=0.15)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tight(demo_model):
+    """Started when it is asked for, without graphs: a default budget, and a context far longer than the cache."""
+    engine = start_on_gpu(
+        demo_model,
+        {"default_max_tokens": 256},
+        kv_cache_memory_bytes=24 << 20,
+        enforce_eager=True,
+        max_num_seqs=4,
+        gpu_memory_utilization=0.1,
+    )
     yield engine
     engine.shutdown()
 

@@ -7,45 +7,64 @@ make them. How far it carries logits away is not guessed but measured, on the Hu
 itself in fp32.
 """
 
-import random
-
 import pytest
 from agreement import agreement, likely_differences, rms, steps_of, tokens_of
-from engine import keep
+from engine import greedy, keep
+from ranks import MixedLoad
+from reference import expected_numbers
 from vllm.config import CUDAGraphMode
 
 pytestmark = pytest.mark.gpu
 
-RATIOS = ("1.0", "0.9", "0.7", "0.5", "0.3", "0.1")
+RULES = {
+    **{f"keep {ratio}": {"ratio": ratio} for ratio in ("1.0", "0.9", "0.7", "0.5", "0.3", "0.1")},
+    "budget 60": {"ratio": "1", "budget": 60},
+    "budget 200": {"ratio": "1", "budget": 200, "first": 4, "last": 64},
+    "keep 0.5, budget 400": {"ratio": "0.5", "budget": 400, "first": 4, "last": 64},
+}
 LENGTHS = (1, 33, 200, 449, 1000, 2500)
 NUM_TOKENS = 16
 
 
 def cases_of(text_ids):
+    """Prompts and names of rules."""
     prompts = [text_ids[7 * i : 7 * i + length] for i, length in enumerate(LENGTHS)]
-    return [(prompt, ratio) for prompt in prompts for ratio in RATIOS]
+    return [(prompt, name) for prompt in prompts for name in RULES]
 
 
-def asks(ratio, **arguments):
-    return keep(ratio, num_tokens=NUM_TOKENS, logprobs=20, **arguments)
+def asks(name, **arguments):
+    return keep(**RULES[name], num_tokens=NUM_TOKENS, logprobs=20, **arguments)
+
+
+def moved_by_bf16(exact, rounded, prompt, tokens, **rule):
+    """Of the likely tokens' logits along an answer, by the reference."""
+    right, bf16 = (reference.logits(prompt, tokens, **rule) for reference in (exact, rounded))
+    return (right - bf16).gather(1, right.topk(20).indices).flatten().tolist()
 
 
 @pytest.fixture(scope="module")
-def mixed(on_gpu, text_ids):
-    """Every length and ratio in one batch."""
+def intervals(on_gpu):
+    return on_gpu.scheduler.settings.intervals
+
+
+@pytest.fixture(scope="module")
+def outputs(on_gpu, text_ids):
+    """Every length and rule in one batch."""
     cases = cases_of(text_ids)
-    outputs = on_gpu.generate([prompt for prompt, _ in cases], [asks(ratio) for _, ratio in cases])
+    return on_gpu.generate([prompt for prompt, _ in cases], [asks(name) for _, name in cases])
+
+
+@pytest.fixture(scope="module")
+def mixed(outputs):
     return [steps_of(output) for output in outputs]
 
 
 @pytest.fixture(scope="module")
-def reach(exact, rounded, mixed, text_ids):
-    """By ratio, all that bf16 alone moves the likely tokens' logits by, along the generated texts."""
-    moved = {ratio: [] for ratio in RATIOS}
-    for (prompt, ratio), steps in zip(cases_of(text_ids), mixed, strict=True):
-        right, bf16 = (reference.logits(prompt, tokens_of(steps), ratio) for reference in (exact, rounded))
-        likely = right.topk(20).indices
-        moved[ratio] += (right - bf16).gather(1, likely).flatten().tolist()
+def reach(exact, rounded, mixed, text_ids, intervals):
+    """By rule, all that bf16 alone moves the likely tokens' logits by, along the generated texts."""
+    moved = {name: [] for name in RULES}
+    for (prompt, name), steps in zip(cases_of(text_ids), mixed, strict=True):
+        moved[name] += moved_by_bf16(exact, rounded, prompt, tokens_of(steps), intervals=intervals, **RULES[name])
     return moved
 
 
@@ -57,81 +76,102 @@ def test_the_engine_runs_as_users_run_it(on_gpu):
     assert on_gpu.worker.use_v2_model_runner
 
 
+def test_compactions_are_those_of_the_rule(outputs, text_ids, intervals):
+    most = 0
+    for (prompt, name), output in zip(cases_of(text_ids), outputs, strict=True):
+        numbers = {k: v for k, v in output.kv_transfer_params["kv_cache"].items() if k != "reason"}
+        assert numbers == expected_numbers(len(prompt), NUM_TOKENS, intervals=intervals, **RULES[name]), name
+        most = max(most, numbers["compactions"])
+    assert most >= 10, "in the prompt and in the answer"
+
+
 def test_a_mixed_batch_equals_the_same_requests_one_by_one(on_gpu, mixed, reach, text_ids):
     num_equal = 0
-    moved = {ratio: [] for ratio in RATIOS}
-    for (prompt, ratio), together in zip(cases_of(text_ids), mixed, strict=True):
-        (output,) = on_gpu.generate([prompt], [asks(ratio)])
+    moved = {name: [] for name in RULES}
+    for (prompt, name), together in zip(cases_of(text_ids), mixed, strict=True):
+        (output,) = on_gpu.generate([prompt], [asks(name)])
         found = agreement(steps_of(output), together)
-        part_well = found.steps <= 2 or found.gap <= max(map(abs, reach[ratio]))
-        assert part_well, f"{len(prompt)} tokens, keep {ratio}, part after {found.num_equal} at {found.gap}"
-        moved[ratio] += found.differences
+        part_well = found.steps <= 2 or found.gap <= max(map(abs, reach[name]))
+        assert part_well, f"{len(prompt)} tokens, {name}, part after {found.num_equal} at {found.gap}"
+        moved[name] += found.differences
         num_equal += found.num_equal == NUM_TOKENS
-        print(f"{len(prompt)} tokens, keep {ratio}: {found.num_equal} equal, then {found.steps} steps of bf16")
+        print(f"{len(prompt)} tokens, {name}: {found.num_equal} equal, then {found.steps} steps of bf16")
     print(f"{num_equal} of {len(mixed)} answers equal")
-    for ratio in RATIOS:
-        by_bf16 = f"{rms(reach[ratio]):.3f}, at most {max(map(abs, reach[ratio])):.3f}"
-        print(f"keep {ratio}: logits differ by {rms(moved[ratio]):.3f}, bf16 moves them by {by_bf16}")
-        assert rms(moved[ratio]) <= 2 * rms(reach[ratio]), f"keep {ratio}"
+    for name in RULES:
+        by_bf16 = f"{rms(reach[name]):.3f}, at most {max(map(abs, reach[name])):.3f}"
+        print(f"{name}: logits differ by {rms(moved[name]):.3f}, bf16 moves them by {by_bf16}")
+        assert rms(moved[name]) <= 2 * rms(reach[name]), name
 
 
-def test_answers_equal_the_reference(exact, mixed, reach, text_ids):
+def test_answers_equal_the_reference(exact, mixed, reach, text_ids, intervals):
     num_equal = 0
-    moved = {ratio: [] for ratio in RATIOS}
-    for (prompt, ratio), steps in zip(cases_of(text_ids), mixed, strict=True):
-        logits = exact.logits(prompt, tokens_of(steps), ratio)
-        moved[ratio] += likely_differences(steps, logits)
+    moved = {name: [] for name in RULES}
+    for (prompt, name), steps in zip(cases_of(text_ids), mixed, strict=True):
+        logits = exact.logits(prompt, tokens_of(steps), intervals=intervals, **RULES[name])
+        moved[name] += likely_differences(steps, logits)
         num_equal += logits.argmax(-1).tolist() == tokens_of(steps)
     print(f"{num_equal} of {len(mixed)} answers equal the fp32 reference to the last token")
-    for ratio in RATIOS:
-        print(f"keep {ratio}: logits differ by {rms(moved[ratio]):.3f}, bf16 moves them by {rms(reach[ratio]):.3f}")
-        assert rms(moved[ratio]) <= 2 * rms(reach[ratio]), f"keep {ratio}"
+    for name in RULES:
+        print(f"{name}: logits differ by {rms(moved[name]):.3f}, bf16 moves them by {rms(reach[name]):.3f}")
+        assert rms(moved[name]) <= 2 * rms(reach[name]), name
 
 
-def test_the_reach_of_bf16_is_no_blank_cheque(exact, reach, text_ids):
-    """Another ratio's logits are out of reach, so a request that was not compacted, or twice, would be noticed."""
+def test_the_reach_of_bf16_is_no_blank_cheque(exact, reach, text_ids, intervals):
+    """Another rule's logits are out of reach, so a request that was not compacted, or twice, would be noticed."""
     prompt = text_ids[28 : 28 + 1000]
-    tokens = exact.generate(prompt, NUM_TOKENS, "0.5")
-    right = exact.logits(prompt, tokens, "0.5")
-    likely = right.topk(20).indices
-    for other in ("1.0", "0.3"):
-        wrong = exact.logits(prompt, tokens, other)
-        assert rms((right - wrong).gather(1, likely).flatten().tolist()) > 2 * rms(reach["0.5"])
+    for name, others in (("keep 0.5", ("keep 1.0", "keep 0.3")), ("budget 200", ("keep 1.0", "budget 60"))):
+        tokens = exact.generate(prompt, NUM_TOKENS, intervals=intervals, **RULES[name])
+        right = exact.logits(prompt, tokens, intervals=intervals, **RULES[name])
+        likely = right.topk(20).indices
+        for other in others:
+            wrong = exact.logits(prompt, tokens, intervals=intervals, **RULES[other])
+            assert rms((right - wrong).gather(1, likely).flatten().tolist()) > 2 * rms(reach[name]), (name, other)
 
 
-def test_200_requests_of_mixed_ratios_with_aborts(on_gpu, text_ids):
-    chance = random.Random(0)
-    for i in range(200):
-        begin, length = chance.randrange(1000), chance.choice((20, 150, 400, 900, 1800))
-        ratio = chance.choice(RATIOS)
-        on_gpu.add(f"many-{i}", text_ids[begin : begin + length], keep(ratio, num_tokens=chance.randrange(2, 60)))
-    aborted: set[str] = set()
-    finished: set[str] = set()
-    for _ in range(20_000):
-        if not on_gpu.llm.llm_engine.has_unfinished_requests():
-            break
-        finished |= {output.request_id for output in on_gpu.step() if output.finished}
-        if chance.random() < 0.1 and len(aborted) < 15:
-            victim = f"many-{chance.randrange(200)}"
-            if victim not in finished:
-                on_gpu.llm.llm_engine.abort_request([victim])
-                aborted.add(victim)
-    assert len(aborted) >= 5
-    assert len(finished - aborted) + len(aborted) == 200
-    on_gpu.drain()
-    on_gpu.check_whole()
+def test_200_requests_of_mixed_rules_with_aborts_hold_what_the_scheduler_says(on_gpu, text_ids):
+    """Counts and block tables on the device, after every third step."""
+    load = MixedLoad(text_ids, list(RULES.values()), max_prompt=1800, num_tokens=48)
+    load.run(on_gpu)
+    print(load.looks)
+    assert load.looks["times"] > 20, load.looks
+    assert load.looks["held"] > 40, load.looks
+    assert load.looks["compacted"] > 30, load.looks
+    assert load.looks["aborted"] > 10, load.looks
+    assert len(load.answers.keys() - set(load.aborted)) == load.num_requests - load.num_aborted
+    assert all(len(answer) == 48 for name, answer in load.answers.items() if name not in load.aborted)
 
 
-def test_prefix_cache_hits_after_compaction(on_gpu, reach, text_ids):
+def test_a_prompt_of_three_caches(tight, exact, rounded, text_ids):
+    """It asks for nothing: the engine's default bounds it, and what it names stays within reach of bf16."""
+    assert tight.scheduler.settings.defaults.max_tokens == 256
+    prompt = text_ids[: 3 * tight.num_usable_blocks * min(manager.block_size for manager in tight.managers)]
+    assert 2000 < len(prompt) < 4000
+    (output,) = tight.generate([prompt], [greedy(NUM_TOKENS, logprobs=20)])
+    rule = {"budget": 256, "intervals": tight.scheduler.settings.intervals}
+    numbers = output.kv_transfer_params["kv_cache"]
+    assert numbers == expected_numbers(len(prompt), NUM_TOKENS, **rule)
+    assert numbers["compactions"] > 8
+    steps = steps_of(output)
+    reach = moved_by_bf16(exact, rounded, prompt, tokens_of(steps), **rule)
+    moved = likely_differences(steps, exact.logits(prompt, tokens_of(steps), **rule))
+    print(f"logits differ by {rms(moved):.3f}, bf16 moves them by {rms(reach):.3f}")
+    assert rms(moved) <= 2 * rms(reach)
+
+
+@pytest.mark.parametrize(
+    ("name", "fewest", "most"), [("keep 0.5", 800, 1000), ("budget 200", 400, 500)], ids=["ratio", "budget"]
+)
+def test_prefix_cache_hits_after_compaction(name, fewest, most, on_gpu, reach, text_ids):
+    """They end before the first compaction."""
     prompt = text_ids[100:1100]
     assert on_gpu.kv_cache_manager.reset_prefix_cache()
-    (first,) = on_gpu.generate([prompt], [asks("0.5")])
-    (second,) = on_gpu.generate([prompt], [asks("0.5")])
+    (first,) = on_gpu.generate([prompt], [asks(name)])
+    (second,) = on_gpu.generate([prompt], [asks(name)])
     assert first.num_cached_tokens == 0
-    assert second.num_cached_tokens >= 800
+    assert fewest <= second.num_cached_tokens < most
     found = agreement(steps_of(first), steps_of(second))
-    assert found.gap <= max(map(abs, reach["0.5"]))
-    assert rms(found.differences) <= 2 * rms(reach["0.5"])
+    assert found.gap <= max(map(abs, reach[name]))
+    assert rms(found.differences) <= 2 * rms(reach[name])
 
 
 def test_prefix_cache_hits_inside_a_large_block(on_gpu, reach, text_ids):
@@ -140,26 +180,26 @@ def test_prefix_cache_hits_inside_a_large_block(on_gpu, reach, text_ids):
     prompt = text_ids[100 : 100 + large + 300]
     fork = prompt[: large - 100] + text_ids[2500:2900]
     assert on_gpu.kv_cache_manager.reset_prefix_cache()
-    (alone,) = on_gpu.generate([fork], [asks("0.5")])
+    (alone,) = on_gpu.generate([fork], [asks("keep 0.5")])
     assert on_gpu.kv_cache_manager.reset_prefix_cache()
-    (before,) = on_gpu.generate([prompt], [asks("1.0")])
-    (forked,) = on_gpu.generate([fork], [asks("0.5")])
-    (after,) = on_gpu.generate([prompt], [asks("1.0")])
+    (before,) = on_gpu.generate([prompt], [asks("keep 1.0")])
+    (forked,) = on_gpu.generate([fork], [asks("keep 0.5")])
+    (after,) = on_gpu.generate([prompt], [asks("keep 1.0")])
     assert alone.num_cached_tokens == before.num_cached_tokens == 0
     assert large - 200 <= forked.num_cached_tokens < large - 100
     unchanged = agreement(steps_of(before), steps_of(after))
-    assert unchanged.gap <= max(map(abs, reach["1.0"])), "the copy or its writer reached the original"
+    assert unchanged.gap <= max(map(abs, reach["keep 1.0"])), "the copy or its writer reached the original"
     found = agreement(steps_of(alone), steps_of(forked))
-    assert found.gap <= max(map(abs, reach["0.5"]))
-    assert rms(found.differences) <= 2 * rms(reach["0.5"])
+    assert found.gap <= max(map(abs, reach["keep 0.5"]))
+    assert rms(found.differences) <= 2 * rms(reach["keep 0.5"])
 
 
 def test_a_small_cache_preempts_and_stays_whole(on_gpu, text_ids):
-    prompts = [text_ids[30 * i : 30 * i + 700] for i in range(24)]
+    prompts, rules = [text_ids[30 * i : 30 * i + 700] for i in range(24)], list(RULES.values())
     with on_gpu.pool_of(60):
         outputs = on_gpu.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            [keep(RATIOS[i % 6], num_tokens=120) for i in range(24)],
+            [keep(**rules[i % len(rules)], num_tokens=120) for i in range(24)],
             use_tqdm=False,
         )
     assert all(len(output.outputs[0].token_ids) == 120 for output in outputs)
