@@ -127,6 +127,15 @@ def test_an_answer_without_a_bound_gets_what_fits(bounded):
     assert "max_tokens" not in numbers_of(named)
 
 
+def test_what_is_computed_after_a_compaction_is_never_found(bounded):
+    """A prompt that begins alike, and is kept whole, finds what was computed before the first one."""
+    prompt = draw(random.Random(6), 300)
+    bounded.engine.generate([prompt], [greedy(20)])
+    (whole,) = bounded.engine.generate([prompt], [keep(1, budget=10**6, num_tokens=20)])
+    assert whole.num_cached_tokens == BUDGET + INTERVALS[0]
+    assert tokens_of(whole) == bounded.answer(prompt, 20, budget=None)
+
+
 @pytest.mark.parametrize("scorer", ONE_COMPACTION_SCORERS)
 def test_scorers_of_one_compaction_are_refused_by_name(bounded, scorer):
     with pytest.raises(ParamError, match=f"kv_scorer '{scorer}'"):
