@@ -128,11 +128,20 @@ def test_an_answer_without_a_bound_gets_what_fits(bounded):
 
 
 def test_what_is_computed_after_a_compaction_is_never_found(bounded):
-    """A prompt that begins alike, and is kept whole, finds what was computed before the first one."""
-    prompt = draw(random.Random(6), 300)
-    bounded.engine.generate([prompt], [greedy(20)])
+    """A request that begins alike, and is kept whole, finds what was computed before the first one."""
+    chance = random.Random(6)
+    prompt, short = draw(chance, 300), draw(chance, 64)
+    (answer,) = bounded.engine.tokens([prompt], [greedy(20)])
+    check_found(bounded, [*prompt, *answer], BUDGET + INTERVALS[0])
+    # This one holds more rows at its end than at the end of its prompt.
+    (answer,) = bounded.engine.tokens([short], [keep("0.5", budget=10**6, num_tokens=90)])
+    check_found(bounded, [*short, *answer], 64)
+
+
+def check_found(bounded, prompt: list[int], num_tokens: int) -> None:
+    """Kept whole, it finds so many tokens, and answers as on a fresh engine."""
     (whole,) = bounded.engine.generate([prompt], [keep(1, budget=10**6, num_tokens=20)])
-    assert whole.num_cached_tokens == BUDGET + INTERVALS[0]
+    assert whole.num_cached_tokens == num_tokens
     assert tokens_of(whole) == bounded.answer(prompt, 20, budget=None)
 
 
