@@ -2,7 +2,16 @@
 
 from dataclasses import replace
 
+import pytest
+from usages import usage
+
+from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.scheduler.integrity import check_nothing_left
+
+
+@pytest.fixture(params=[1, 2], ids=["sync", "async"])
+def depth(request) -> int:
+    return request.param
 
 
 def set_intervals(harness, prompt: int, answer: int) -> None:
@@ -44,3 +53,21 @@ def test_full_layers_hold_most_when_compressed_ones_do_not(make_harness):
         harness = make_harness(num_blocks)
         set_intervals(harness, 200, 16)
         assert alone(harness, 330, 8, {"kv_max_tokens": 64}) == reason
+
+
+def test_many_requests_whose_full_caches_would_need_ten_pools(make_harness, depth):
+    """64 of them, half with one prompt; the one that came first is never preempted."""
+    harness = make_harness(100, depth=depth)
+    set_intervals(harness, 16, 96)
+    for i in range(64):
+        prompt = [1] * 200 if i % 2 else list(range(1000 * i, 1000 * i + 150 + i))
+        harness.submit(f"{i}", prompt, {"kv_max_tokens": 48 + i % 7}, 120)
+    needed = sum(num_blocks_for(request.num_tokens + 119, 16) for request in harness.scheduler.requests.values())
+    assert needed > 10 * 100
+    harness.run(5000)
+    assert harness.preempted()
+    assert "0" not in harness.preempted()
+    assert {len(tokens) for tokens in harness.outputs.values()} == {120}
+    assert len(harness.outputs) == 64
+    assert harness.usage["0"] == usage(150, 120, evicted=192, compactions=7)
+    check_nothing_left(harness.scheduler)

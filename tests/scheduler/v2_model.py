@@ -6,7 +6,7 @@ The model knows where every row of a request is. What the runner gives to the ke
 from fake_gpu import FakeGPUWorker, StatefulRunner
 from worker_model import WorkerModel
 
-MAX_NUM_REQS, MAX_NUM_TOKENS, MAX_MODEL_LEN = 6, 16, 64
+MAX_NUM_REQS, MAX_NUM_TOKENS, MAX_MODEL_LEN = 6, 16, 96
 
 
 class RunnerV2Model(WorkerModel):

@@ -77,12 +77,37 @@ class Rule(NamedTuple):
     ratio: str = "1"
     first: int = 0
     last: int = 0
+    budget: int | None = None
+    prompt_interval: int = 1
+    answer_interval: int = 1
 
     def compactions(self, num_prompt_tokens: int) -> Iterator[Due]:
-        share = math.ceil(Fraction(self.ratio) * num_prompt_tokens)
-        num_keep = max(share, self.first + self.last, 1)
-        if num_keep < num_prompt_tokens:
-            yield Due(num_prompt_tokens, num_prompt_tokens, num_keep)
+        """Adds row after row and looks at each position what is to be kept; never ends with a budget."""
+        rows = 0
+        for position in itertools.count(1):
+            rows += 1
+            num_keep = rows
+            if position == num_prompt_tokens:
+                share = math.ceil(Fraction(self.ratio) * num_prompt_tokens)
+                num_keep = min(rows, max(share, self.first + self.last, 1))
+            interval = self.prompt_interval if position < num_prompt_tokens else self.answer_interval
+            if self.budget is not None and rows >= self.budget + interval:
+                num_keep = min(num_keep, self.budget)
+            if num_keep < rows:
+                yield Due(position, rows, num_keep)
+                rows = num_keep
+            if self.budget is None and position >= num_prompt_tokens:
+                return
+
+    def most_rows(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """The most that a request may hold, where every answer under a budget is taken to reach its interval."""
+        rows, num_evicted = [0], 0
+        for due in itertools.takewhile(lambda due: due.position <= num_tokens, self.compactions(num_prompt_tokens)):
+            rows.append(due.num_rows)
+            num_evicted = due.position - due.num_keep
+        if self.budget is not None:
+            rows.append(min(num_tokens, self.budget + self.answer_interval))
+        return max(*rows, num_tokens - num_evicted)
 
 
 @dataclass
@@ -137,7 +162,10 @@ class WorkerModel:
             state = self._states[order.req_id]
             assert state.due is not None, f"{order.req_id} has had all its compactions"
             assert (state.num_computed, order.num_rows, order.num_keep) == state.due, f"{order} is not {state.due}"
-            assert order.num_evicted == state.num_computed - order.num_keep
+            # Counts are set, never added up: they are those of all compactions so far.
+            assert order.num_evicted == state.num_evicted + order.num_rows - order.num_keep
+            rule = self.rules[order.req_id]
+            assert (order.params.protect_first, order.params.protect_last) == (rule.first, rule.last)
             state.due = next(state.coming, None)
             assert {move.group_id for move in order.moves} == self._compressed
             state.compaction, state.num_evicted = next(self._compactions), order.num_evicted
