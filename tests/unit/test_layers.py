@@ -24,10 +24,11 @@ WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals", "seam
 TOOLS = {
     "bench": {"tools.evaluation", "tools.html_report"},
     "demo_model": {"tools.user_cache"},
-    "evaluation": {"tools.demo_model", "tools.html_report", "engine_args"},
+    "evaluation": {"tools.demo_model", "tools.html_report", "tools.options", "engine_args"},
     "html_report": set(),
+    "options": set(),
     "user_cache": set(),
-    "plan": {"tools.demo_model", "kv_cache_spec", "plugin", "refusals", "seams"},
+    "plan": {"tools.demo_model", "tools.options", "kv_cache_spec", "plugin", "refusals", "seams"},
 }
 """They use the plain modules, as a user would, and these beside them."""
 COMMAND = "cli"
