@@ -67,7 +67,7 @@ def fields_of(number: int) -> dict[str, float]:
 
 def usage_of(number: int) -> dict[str, int | str]:
     numbers = expected_usage(200 + number, 8, Intervals(*INTERVALS), **RULES[number % 4])
-    assert (numbers["compactions"] > 2) is ("max_tokens" in RULES[number % 4])
+    assert (numbers["compactions"] > 1) is ("max_tokens" in RULES[number % 4])
     return numbers
 
 

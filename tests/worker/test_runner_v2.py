@@ -18,7 +18,7 @@ def on_the_host(monkeypatch):
 
 
 def busy_steps(seed: int, num_steps: int):
-    """Steps that finish, preempt and compact, with states taken by new requests at once."""
+    """Steps that finish, preempt and compact, again and again, with states taken by new requests at once."""
     rng = random.Random(seed)
     states: dict[str, int] = {}
     compacted: dict[str, int] = {}
@@ -28,8 +28,8 @@ def busy_steps(seed: int, num_steps: int):
         for req_id in gone:
             del states[req_id]
             compacted.pop(req_id, None)
-        chosen = [req_id for req_id in states if req_id not in compacted and rng.random() < 0.5]
-        compacted.update({req_id: rng.randint(1, 1000) for req_id in chosen})
+        chosen = [req_id for req_id in states if rng.random() < 0.5]
+        compacted.update({req_id: compacted.get(req_id, 0) + rng.randint(1, 1000) for req_id in chosen})
         free = [state for state in range(8) if state not in states.values()]
         new = {f"{i}-{state}": state for state in rng.sample(free, rng.randint(0, len(free)))}
         orders = [order(req_id, compacted[req_id]) for req_id in chosen]
@@ -162,6 +162,21 @@ def test_a_compaction_rewrites_the_row_of_its_request_and_group():
     for state in (5, 7):
         assert compressed[state].tolist() == [*range(10, 26)]
     assert full[STATES].tolist() == [[*range(30, 38)]] * 3
+
+
+def test_each_compaction_rewrites_what_the_row_has_become():
+    """Blocks that it got since the first one are gone, and the counts are those of both."""
+    vllm_runner, runner = compacted_runner()
+    vllm_runner.block_tables.append_block_ids(2, ([20, 21, 22], []), overwrite=False)
+    vllm_runner.block_tables.apply_staged_writes()
+    assert vllm_runner.block_tables.block_tables[0].gpu[2, :7].tolist() == [3, 9, 4, 8, 20, 21, 22]
+    runner.begin_step([], [order("b", 22, destination=(3, 6))])
+    vllm_runner.block_tables.apply_staged_writes()
+    compressed, full = (table.gpu for table in vllm_runner.block_tables.block_tables)
+    assert compressed[2, :2].tolist() == [3, 6]
+    assert full[2].tolist() == [*range(30, 38)]
+    assert vllm_runner.block_tables.num_blocks.np[:, STATES].tolist() == [[16, 2, 16], [8, 8, 8]]
+    assert real_lengths(vllm_runner)[0].tolist() == [20, 8, 40]
 
 
 def test_warming_up_leaves_everything_as_it_was():
