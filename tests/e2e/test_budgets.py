@@ -133,8 +133,8 @@ def test_what_is_computed_after_a_compaction_is_never_found(bounded):
     prompt, short = draw(chance, 300), draw(chance, 64)
     (answer,) = bounded.engine.tokens([prompt], [greedy(20)])
     check_found(bounded, [*prompt, *answer], BUDGET + INTERVALS[0])
-    # This one holds more rows at its end than at the end of its prompt.
-    (answer,) = bounded.engine.tokens([short], [keep("0.5", budget=10**6, num_tokens=90)])
+    # This one evicts less than a block, so that its block of tokens 64 to 95 would hold rows of most of them.
+    (answer,) = bounded.engine.tokens([short], [keep("0.8", budget=10**6, num_tokens=90)])
     check_found(bounded, [*short, *answer], 64)
 
 

@@ -86,13 +86,16 @@ def test_an_uncompressed_neighbour_is_not_changed(engine_name, text_ids, request
 
 
 def test_tokens_generated_from_a_compressed_context_are_never_shared(compressing, text_ids):
-    """Their keys and values depend on what was evicted; an uncompressed request must compute its own."""
+    """Their keys and values depend on what was evicted; an uncompressed request must compute its own.
+
+    Fewer are evicted than a block holds, so that the answer reaches the block after those of the prompt.
+    """
     prompt = text_ids[:440]
-    longer = prompt + compressing.fresh_tokens(prompt, keep("0.3", num_tokens=12))
+    longer = prompt + compressing.fresh_tokens(prompt, keep("0.95", num_tokens=12))
     alone = compressing.fresh_tokens(longer, greedy())
 
     assert compressing.kv_cache_manager.reset_prefix_cache()
-    compressing.generate([prompt], [keep("0.3", num_tokens=12)])
+    compressing.generate([prompt], [keep("0.95", num_tokens=12)])
     (answer,) = compressing.generate([longer], [greedy()])
     assert answer.num_cached_tokens == 416  # of the prompt's 440, nothing generated
     assert list(answer.outputs[0].token_ids) == alone
