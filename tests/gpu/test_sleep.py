@@ -8,18 +8,21 @@ from engine import keep
 pytestmark = pytest.mark.gpu
 
 
-def answer(engine, prompt):
-    (output,) = engine.generate([prompt], [keep("0.5", num_tokens=24, logprobs=20)])
+def answer(engine, prompt, rule):
+    (output,) = engine.generate([prompt], [keep(**rule, num_tokens=24, logprobs=20)])
     return output
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_answers_after_waking_up(sleepy, text_ids, level):
+@pytest.mark.parametrize(
+    "rule", [pytest.param({"ratio": "0.5"}, id="ratio"), pytest.param({"ratio": "1", "budget": 200}, id="budget")]
+)
+def test_answers_after_waking_up(sleepy, text_ids, level, rule):
     prompt = text_ids[100:1100]
     assert sleepy.kv_cache_manager.reset_prefix_cache()
-    before = answer(sleepy, prompt)
+    before = answer(sleepy, prompt, rule)
     # One that was compacted; the worker hears of its end only when it is awake again.
-    sleepy.add("compacted", text_ids[200:1200], keep("0.5", num_tokens=200))
+    sleepy.add("compacted", text_ids[200:1200], keep(**rule, num_tokens=200))
     for _ in range(8):
         sleepy.step()
     assert any(getattr(manager, "num_evicted", None) for manager in sleepy.managers)
@@ -32,6 +35,6 @@ def test_answers_after_waking_up(sleepy, text_ids, level):
         sleepy.llm.collective_rpc("reload_weights")
     sleepy.drain()
     sleepy.check_whole()
-    after = answer(sleepy, prompt)
+    after = answer(sleepy, prompt, rule)
     assert after.num_cached_tokens == 0
     assert tokens_of(steps_of(after)) == tokens_of(steps_of(before))
