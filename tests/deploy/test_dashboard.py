@@ -20,7 +20,10 @@ PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"
 # What Grafana puts in the place of variables.
 VARIABLES = {"$model_name": ".*", "$instance": ".*", "$__rate_interval": "1m"}
 SCRAPE_SECONDS = 1
-RATIOS = (1.0, 0.5, 0.3, None)
+ASKED = [
+    *({"kv_keep_ratio": ratio} for ratio in (1.0, 0.5, 0.3, None)),
+    {"kv_max_tokens": 40},  # with the answer's interval less than the prompt
+]
 MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -52,12 +55,11 @@ def prometheus(server, prometheus_folder, tmp_path_factory) -> Iterator[httpx.Cl
 
 
 def ask(server: Server) -> None:
-    """Requests at every ratio, and one that is refused."""
+    """Requests at every ratio, with a budget, and one that is refused."""
     body = {"model": MODEL, "prompt": list(range(100, 400)), "max_tokens": 16, "ignore_eos": True}
-    fields = [{"kv_keep_ratio": ratio} for ratio in RATIOS] * 4
     post = lambda more: httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=120)  # noqa: E731
     with ThreadPoolExecutor(4) as pool:
-        assert {answer.status_code for answer in pool.map(post, fields)} == {200}
+        assert {answer.status_code for answer in pool.map(post, ASKED * 4)} == {200}
     assert post({"kv_keep_ratio": 7}).status_code == 400
 
 
@@ -98,13 +100,23 @@ def test_every_query_of_a_panel_has_data(prometheus, title):
         assert any(math.isfinite(value) for value in found), target["expr"]
 
 
-def test_latencies_are_told_apart_by_ratio(prometheus):
-    for title in ("Time to first token", "Time per output token", "Whole request"):
-        (target,) = PANELS[title]["targets"]
-        query = f"count by (keep_ratio) ({filled_in(target['expr'])})"
-        answer = prometheus.get("/query", params={"query": query}).json()
-        # Others may have asked this server for more.
-        assert {series["metric"]["keep_ratio"] for series in answer["data"]["result"]} >= {"1.0", "0.5", "0.3"}
+@pytest.mark.parametrize(
+    ("label", "title", "told_apart"),
+    [
+        ("keep_ratio", "Time to first token", {"1.0", "0.5", "0.3"}),
+        ("keep_ratio", "Time per output token", {"1.0", "0.5", "0.3"}),
+        ("keep_ratio", "Whole request", {"1.0", "0.5", "0.3"}),
+        ("budget", "Time to first token by budget", {"none", "256"}),
+        ("budget", "Time per output token by budget", {"none", "256"}),
+        ("kind", "Compactions by kind", {"ratio", "answer_budget"}),
+    ],
+)
+def test_panels_tell_apart(prometheus, label, title, told_apart):
+    (target,) = PANELS[title]["targets"]
+    query = f"count by ({label}) ({filled_in(target['expr'])} > 0)"
+    answer = prometheus.get("/query", params={"query": query}).json()
+    # Others may have asked this server for more.
+    assert {series["metric"][label] for series in answer["data"]["result"]} >= told_apart
 
 
 def test_variables_offer_what_there_is(prometheus, server):

@@ -9,8 +9,9 @@ from typing import Any
 BAD_RATIOS = [0, -1, -0.5, 1.0001, 2, math.nan, math.inf, -math.inf, 10**400, "0.5", "", True, False, [], [0.5], {}]
 BAD_COUNTS = [-1, 0.5, math.nan, math.inf, 2**31, 10**400, "1", True, [], [1], {"a": 1}]
 BAD_FIELDS = [("kv_keep_ratio", value) for value in BAD_RATIOS] + [
-    (name, value) for name in ("kv_protect_first", "kv_protect_last") for value in BAD_COUNTS
+    (name, value) for name in ("kv_max_tokens", "kv_protect_first", "kv_protect_last") for value in BAD_COUNTS
 ]
+BAD_FIELDS += [("kv_max_tokens", value) for value in (0, 1.5, "many", False)]
 BAD_FIELDS += [("kv_scorer", value) for value in ("", "L2", "knorm", 1, True, ["l2"], {})]
 BAD_FIELDS += [("kv_granularity", value) for value in ("", "Token", "page", 16, True, ["block"], {})]
 

@@ -223,6 +223,25 @@ class TestBadRequests:
         assert error["param"] == "kv_keep_rate"
         assert "'kv_keep_ratio'" in error["message"]
 
+    @pytest.mark.parametrize("nested", [False, True])
+    @pytest.mark.parametrize(
+        ("param", "others"),
+        [
+            ("kv_max_tokens", {"kv_protect_first": 4, "kv_protect_last": 400}),
+            ("kv_scorer", {"kv_scorer": "lagkv"}),
+            ("kv_scorer", {"kv_scorer": "random"}),
+            ("kv_granularity", {"kv_granularity": "block"}),
+        ],
+    )
+    def test_what_excludes_a_budget(self, http, nested, param, others):
+        given = {"kv_max_tokens": 403, **others}
+        response = post(http, "/v1/completions", **({"vllm_xargs": given} if nested else given), stream=True)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == param
+        assert error["message"].startswith(f"{param} ")
+        assert "kv_max_tokens" in error["message"]
+
     def test_two_values(self, http):
         response = post(http, "/v1/completions", kv_keep_ratio=0.5, vllm_xargs={"kv_keep_ratio": 0.25})
         assert response.status_code == 400

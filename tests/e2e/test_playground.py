@@ -94,7 +94,7 @@ def test_two_answers_and_their_numbers(server, page, order):
         usage, shown = answer["usage"], figures(page, column)
         expected = expected_usage(usage["prompt_tokens"], usage["completion_tokens"], keep_ratio=ratio, **PROTECTED)
         assert usage["kv_cache"] == expected
-        numbers = {"prompt": "prompt_tokens", "kept": "kept_tokens", "evicted": "evicted_tokens"}
+        numbers = {name: f"{name}_tokens" for name in ("prompt", "kept", "evicted")} | {"compactions": "compactions"}
         assert {figure: int(shown[figure].replace(",", "")) for figure in numbers} == {
             figure: expected[name] for figure, name in numbers.items()
         }
@@ -103,7 +103,8 @@ def test_two_answers_and_their_numbers(server, page, order):
         assert float(shown["first"].removesuffix(" s")) > 0
         assert float(shown["speed"].replace(",", "")) > 0
         # 2 of 30 layers are full.
-        share = (2 + 28 * expected["kept_tokens"] / expected["prompt_tokens"]) / 30
+        kept, evicted = expected["kept_tokens"], expected["evicted_tokens"]
+        share = (2 + 28 * kept / (kept + evicted)) / 30
         bar = f"document.querySelectorAll('.bar')[{column}]"
         assert float(page.evaluate(f"{bar}.ariaValueNow")) == pytest.approx(100 * share, abs=0.06)
         drawn = f"[...{bar}.children].map(part => part.getBoundingClientRect().width).reduce((a, b) => a + b)"
@@ -123,7 +124,7 @@ def test_memory_of_layers_that_slide(page):
         {"layers": ["c"] * 2, "compressed": True, "sliding_window": None},
     ]
     for prompt, kept, uncompressed, compressed in [(1000, 250, 1600 / 3600, 500 / 3600), (40, 10, 280 / 360, 20 / 360)]:
-        numbers = {"prompt_tokens": prompt, "kept_tokens": kept}
+        numbers = {"kept_tokens": kept, "evicted_tokens": prompt - kept}
         shares = module(page, "memory.js", f"sharesOf({json.dumps(groups)}, {json.dumps(numbers)})")
         assert shares == pytest.approx({"uncompressed": uncompressed, "compressed": compressed})
 

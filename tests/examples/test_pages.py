@@ -12,15 +12,20 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY
 from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics
+from vllm_l2kv_server.serve_options import INTERVALS
 
+from vllm_l2kv.capacity import Capacity, DoesNotFitError, GroupCapacity
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.params import FIELDS, SCORERS, CompressionParams
+from vllm_l2kv.params import FIELDS, SCORERS, CompressionParams, FieldValue
+from vllm_l2kv.policy import CompactionPoints, Intervals
+from vllm_l2kv.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-FOR_ALL = {"--kv-full-layers"}
+FOR_ALL = {"--kv-full-layers", "--kv-prompt-interval", "--kv-answer-interval"}
 """Options that no request can override."""
 DEFAULTS = CompressionParams().as_fields()
+COMPACTIONS = ("request_fields.md", "tokens computed")
 
 
 def rows(page: str, head: str) -> list[list[str]]:
@@ -30,10 +35,14 @@ def rows(page: str, head: str) -> list[list[str]]:
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
+def shown(default: FieldValue | None) -> str:
+    return "none" if default is None else str(default)
+
+
 class TestRequestFields:
     def test_every_field_with_type_bounds_and_default(self):
         said = [row[:4] for row in rows("request_fields.md", "field")]
-        assert said == [[field.name, field.type, field.bounds, str(DEFAULTS[field.name])] for field in FIELDS]
+        assert said == [[field.name, field.type, field.bounds, shown(DEFAULTS[field.name])] for field in FIELDS]
 
     def test_the_options_exist(self):
         from vllm_l2kv_server.serve_options import own_options
@@ -55,7 +64,22 @@ class TestRequestFields:
         with pytest.raises(ParamError) as refused:
             CompressionParams().override(json.loads(asked))
         assert str(refused.value) == message
-        assert [refused.value.param] == list(json.loads(asked))
+        assert refused.value.param == next(iter(json.loads(asked)))
+
+    def test_the_intervals(self):
+        said = {row[2]: row[3] for row in rows("request_fields.md", "position")}
+        assert said == {f"--{option}": str(getattr(Settings, name)) for option, (name, _) in INTERVALS.items()}
+
+    def test_the_compactions_of_the_example(self):
+        said = [[int(re.match("[0-9,]+", cell)[0].replace(",", "")) for cell in row] for row in rows(*COMPACTIONS)]
+        points = CompactionPoints(10_000, CompressionParams(max_tokens=4096), Intervals())
+        assert said == [[each.position, each.num_rows, each.num_keep] for each in points.until(10_512)]
+
+    def test_what_never_fits(self):
+        capacity = Capacity(800, (GroupCapacity(448, False), GroupCapacity(32, True)), 131_072)
+        with pytest.raises(DoesNotFitError) as refused:
+            capacity.max_tokens(30_000, 500, None)
+        assert f"`{refused.value}`" in " ".join((DOCS / "request_fields.md").read_text().split())
 
     def test_every_field_is_refused_once(self):
         refused = {name for asked, _ in rows("request_fields.md", "asked") for name in json.loads(asked)}

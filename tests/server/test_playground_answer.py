@@ -17,7 +17,7 @@ import { Answer } from "./answer.js";
 const parts = {};
 const part = (name) => (parts[name] ??= { textContent: "", style: {}, append(text) { this.textContent += text; },
                                           setAttribute() {} });
-const figures = ["prompt", "kept", "evicted", "generated", "first", "speed"].map((figure) =>
+const figures = ["prompt", "kept", "evicted", "compactions", "generated", "first", "speed"].map((figure) =>
   Object.assign(part(figure), { dataset: { figure } }));
 const root = { querySelectorAll: () => figures, querySelector: part, setAttribute() {} };
 const chunks = JSON.parse(process.argv[2]);
@@ -52,8 +52,9 @@ def shown(tmp_path: Path, *numbers: dict[str, Any]) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-WHOLE = {"prompt_tokens": 40, "kept_tokens": 40, "evicted_tokens": 0}
-HALF = {"prompt_tokens": 40, "kept_tokens": 20, "evicted_tokens": 20}
+WHOLE = {"prompt_tokens": 40, "kept_tokens": 40, "evicted_tokens": 0, "compactions": 0}
+HALF = {"prompt_tokens": 40, "kept_tokens": 20, "evicted_tokens": 20, "compactions": 1}
+BUDGET = {"prompt_tokens": 40, "kept_tokens": 30, "evicted_tokens": 90, "compactions": 3}
 
 
 def test_a_prompt_that_is_kept_whole_says_why(tmp_path):
@@ -70,6 +71,13 @@ def test_the_reason_goes_once_the_prompt_is_compressed(tmp_path):
 
 def test_without_a_reason_nothing_is_said(tmp_path):
     assert shown(tmp_path, WHOLE)[".reason"] == ""
+
+
+def test_rows_of_prompt_and_answer_are_counted(tmp_path):
+    """The answer of 81 tokens has evicted more than its prompt has."""
+    parts = shown(tmp_path, BUDGET)
+    assert (parts["kept"], parts["evicted"], parts["compactions"]) == ("30", "90", "3")
+    assert parts[".caption"] == "KV memory: 25.0% of uncompressed"
 
 
 def test_the_page_has_a_place_for_it():

@@ -74,10 +74,11 @@ export class Answer {
   #showMemory(numbers, groups) {
     const { uncompressed, compressed } = sharesOf(groups, numbers);
     const total = PERCENT.format(uncompressed + compressed);
-    const caption = `KV memory of the prompt: ${total} of uncompressed`;
+    const caption = `KV memory: ${total} of uncompressed`;
     const bar = this.#part(".bar");
     this.figures.kept.textContent = NUMBER.format(numbers.kept_tokens);
     this.figures.evicted.textContent = NUMBER.format(numbers.evicted_tokens);
+    this.figures.compactions.textContent = NUMBER.format(numbers.compactions);
     this.#part(".caption").textContent = caption;
     this.#part(".reason").textContent = numbers.reason ? `Kept whole: ${numbers.reason}` : "";
     this.#part(".bar .uncompressed").style.width = `${100 * uncompressed}%`;

@@ -1,15 +1,16 @@
-// How much KV memory a prompt takes, in layers times tokens. Knows nothing of the page.
+// How much KV memory a request holds, in layers times tokens. Knows nothing of the page.
 
 /**
- * Shares of what the prompt would take uncompressed: `uncompressed` for layers that are never compacted, which count
- * whole, `compressed` for those that are. A layer with a sliding window never holds more than its window.
+ * Shares of what prompt and answer would take uncompressed: `uncompressed` for layers that are never compacted, which
+ * count whole, `compressed` for those that are. A layer with a sliding window never holds more than its window.
  */
-export function sharesOf(groups, { prompt_tokens: prompt, kept_tokens: kept }) {
+export function sharesOf(groups, { kept_tokens: kept, evicted_tokens: evicted }) {
+  const computed = kept + evicted;
   const uncompressed = sum(groups.filter((group) => !group.compressed), (group) =>
-    Math.min(prompt, group.sliding_window ?? prompt),
+    Math.min(computed, group.sliding_window ?? computed),
   );
   const compressed = groups.filter((group) => group.compressed);
-  const whole = uncompressed + sum(compressed, () => prompt);
+  const whole = uncompressed + sum(compressed, () => computed);
   return { uncompressed: uncompressed / whole, compressed: sum(compressed, () => kept) / whole };
 }
 
