@@ -4,7 +4,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_l2kv.params import CompressionParams
@@ -100,6 +100,7 @@ def lives(draw) -> Life:
     return Life(n, params, intervals, draw(st.integers(1, 120)))
 
 
+@settings(max_examples=2000, deadline=None)
 @given(life=lives())
 def test_compactions_are_those_of_a_walk_along_the_positions(life):
     found, _ = life.walk()
