@@ -177,8 +177,10 @@ class HostRunner:
         self.block_tables.get_dummy_slot_mappings(num_reqs)
         return self.build(torch.full((num_reqs,), seq_len, dtype=torch.int32), capture)
 
-    def build(self, seq_lens: torch.Tensor, capture: bool = False) -> list[CommonAttentionMetadata]:
-        """Attention's inputs by group, for `seq_lens` of `[num_reqs]` int32."""
+    def build(
+        self, seq_lens: torch.Tensor, capture: bool = False, states: Sequence[int] = ()
+    ) -> list[CommonAttentionMetadata]:
+        """Attention's inputs by group, for `seq_lens` of `[num_reqs]` int32 of requests in these states."""
         num_reqs = seq_lens.shape[0]
         metadata = CommonAttentionMetadata(
             query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32),
@@ -188,6 +190,8 @@ class HostRunner:
             num_actual_tokens=num_reqs,
             max_query_len=1,
             max_seq_len=int(seq_lens.max()),
+            seq_lens_cpu_upper_bound=seq_lens.cpu(),
+            req_idx=np.array(states, dtype=np.int32),
             block_table_tensor=torch.zeros(num_reqs, 1, dtype=torch.int32),
             slot_mapping=torch.zeros(num_reqs, dtype=torch.int64),
         )

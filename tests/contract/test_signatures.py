@@ -121,7 +121,7 @@ def test_every_class_that_stands_before_one_of_vllm_is_compared():
     ("cls", "names"),
     [
         (AttentionGroup, ["backend", "layer_names", "kv_cache_spec", "kv_cache_group_id", "metadata_builders"]),
-        (CommonAttentionMetadata, ["seq_lens", "max_seq_len", "seq_lens_cpu_upper_bound"]),
+        (CommonAttentionMetadata, ["seq_lens", "max_seq_len", "seq_lens_cpu_upper_bound", "req_idx"]),
         (SchedulerOutput, ["scheduled_new_reqs", "scheduled_cached_reqs", "finished_req_ids", "preempted_req_ids"]),
         (CachedRequestData, ["resumed_req_ids"]),
         (SchedulerStats, ["kv_connector_stats"]),

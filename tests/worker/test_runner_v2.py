@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from fake_gpu import FakeGPUWorker, HostRunner, order, patch_vllm, step_output
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu import buffer_utils
 
 from vllm_l2kv.worker import runner_v2
@@ -88,11 +89,16 @@ def compacted_runner() -> tuple[HostRunner, RunnerV2]:
     return vllm_runner, runner
 
 
-def real_lengths(vllm_runner: HostRunner) -> list[torch.Tensor]:
-    """What attention of each group reads in a step that computes one token of each request."""
+def real_metadata(vllm_runner: HostRunner) -> list[CommonAttentionMetadata]:
+    """What attention of each group gets in a step that computes one token of each request."""
     idx_mapping, starts = torch.tensor(STATES), torch.arange(4, dtype=torch.int32)
     vllm_runner.block_tables.compute_slot_mappings(idx_mapping, starts, torch.tensor(LENGTHS) - 1, 3)
-    return [metadata.seq_lens for metadata in vllm_runner.build(torch.tensor(LENGTHS, dtype=torch.int32))]
+    return vllm_runner.build(torch.tensor(LENGTHS, dtype=torch.int32), states=STATES)
+
+
+def real_lengths(vllm_runner: HostRunner) -> list[torch.Tensor]:
+    """The lengths of it."""
+    return [metadata.seq_lens for metadata in real_metadata(vllm_runner)]
 
 
 def test_attention_of_compressed_groups_alone_sees_physical_lengths():
@@ -100,6 +106,17 @@ def test_attention_of_compressed_groups_alone_sees_physical_lengths():
     compressed, full = real_lengths(vllm_runner)
     assert compressed.tolist() == [20, 14, 40]
     assert full.tolist() == LENGTHS
+
+
+def test_the_longest_length_on_the_host_is_physical():
+    vllm_runner, runner = compacted_runner()
+    runner.begin_step([], [order("c", 30, destination=(3,))])
+    compressed, full = real_metadata(vllm_runner)
+    assert (compressed.max_seq_len, full.max_seq_len) == (20, 40)
+    runner.begin_step([], [order("c", 35, destination=(3,)), order("a", 10, destination=(5,))])
+    assert real_metadata(vllm_runner)[0].max_seq_len == 14
+    runner.begin_step(["a", "b", "c"], [])
+    assert real_metadata(vllm_runner)[0].max_seq_len == 40
 
 
 def test_lengths_never_move():

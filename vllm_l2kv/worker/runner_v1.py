@@ -67,7 +67,7 @@ class EvictedCountsV1:
         return dict(self._num_evicted)
 
     def set(self, req_id: str, num_evicted: int) -> None:
-        """Adds a compacted request."""
+        """Sets the count of a compacted request."""
         self._num_evicted[req_id] = num_evicted
 
     def forget(self, req_ids: Iterable[str]) -> None:

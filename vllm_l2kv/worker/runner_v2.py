@@ -7,6 +7,7 @@ fixed addresses. Nothing here waits for the device or loops over the requests of
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -53,14 +54,20 @@ class RunnerV2:
         physical_lengths(self._seq_lens[:1], starts[:1], idx_mapping, self.counts.on_device)
 
     def _make_physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """Writes the same buffer at capture and at replay; upper bounds on the host may stay logical."""
+        """Writes the same buffer at capture and at replay.
+
+        FlashAttention splits a request's keys by the longest length on the host: at a logical one, a request that holds
+        few rows of many positions would be cut into splits that are mostly empty.
+        """
         seq_lens = self._seq_lens[: metadata.seq_lens.shape[0]]
         idx_mapping = self._tables.idx_mapping
         if idx_mapping is None or not len(self.counts):
             seq_lens.copy_(metadata.seq_lens)
-        else:
-            physical_lengths(seq_lens, metadata.seq_lens, idx_mapping, self.counts.on_device)
-        return metadata.replace(seq_lens=seq_lens)
+            return metadata.replace(seq_lens=seq_lens)
+        physical_lengths(seq_lens, metadata.seq_lens, idx_mapping, self.counts.on_device)
+        evicted = self.counts.of_states(metadata.req_idx)
+        logical = metadata.seq_lens_cpu_upper_bound[: len(evicted)].numpy()
+        return metadata.replace(seq_lens=seq_lens, max_seq_len=int((logical - evicted).max()))
 
 
 class EvictedCountsV2:
@@ -88,8 +95,13 @@ class EvictedCountsV2:
         """`[max_num_reqs]` int32 as last published; 0 where nothing was evicted."""
         return self._counts.gpu
 
+    def of_states(self, states: np.ndarray) -> np.ndarray:
+        """The counts of these request states, `[num_reqs]` int32 on the host, those to be published included."""
+        counts: np.ndarray = self._counts.np[states]
+        return counts
+
     def set(self, req_id: str, state: int, num_evicted: int) -> None:
-        """Adds a compacted request, to be published."""
+        """Sets the count of a compacted request, to be published."""
         self._state_of[req_id] = state
         self._counts.np[state] = num_evicted
         self._is_published = False
