@@ -2,8 +2,9 @@
 
 python -m benchmarks.speed.attention --out attention.jsonl [--shapes 8b 1b ...] [--loads 8x15000 100x700 ...]
 
-Eight requests of 15,000 tokens unless other loads are named, shuffled block tables, FlashAttention 3 as vLLM calls it
-in a full CUDA graph. Each layer of a pool is read in turn, as a decode step does, so nothing is found in the L2 cache.
+Eight requests of 15,000 tokens unless other loads are named, FlashAttention 3 as vLLM calls it in a full CUDA graph.
+Block tables are shuffled, as in a server that has been running, or with `--fresh` in order, as in one just started.
+Each layer of a pool is read in turn, as a decode step does, so nothing is found in the L2 cache.
 """
 
 import argparse
@@ -50,10 +51,11 @@ SHAPES = {
 
 
 class Load(NamedTuple):
-    """Requests of one length each, as they decode."""
+    """Requests of one length each, as they decode, in blocks that are in order or shuffled."""
 
     num_requests: int
     num_tokens: int
+    is_fresh: bool = False
 
     @classmethod
     def parse(cls, word: str) -> "Load":
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(8, 15_000)])
+    parser.add_argument("--fresh", action="store_true", help="blocks in order, not shuffled")
     parser.add_argument("--only", nargs="+", help="what places to measure, by their names in the rows")
     args = parser.parse_args()
     pool = torch.empty(60 * 2**30 // 2, dtype=torch.bfloat16, device="cuda").normal_()
@@ -95,12 +98,13 @@ def main() -> None:
         for place in places(SHAPES[name]):
             if args.only and place.what not in args.only:
                 continue
-            us = median_us_per_layer(SHAPES[name], place, load, pool.view(torch.uint8))
+            us = median_us_per_layer(SHAPES[name], place, load._replace(is_fresh=args.fresh), pool.view(torch.uint8))
             stock_us = stock_us or us
             row = {
                 **where(),
                 "shape": name,
-                "load": "x".join(map(str, load)),
+                "load": f"{load.num_requests}x{load.num_tokens}",
+                "fresh": args.fresh,
                 **vars(place),
                 "padding": round(1 - place.num_layers * place.block_size * SHAPES[name].token_bytes / place.stride, 4)
                 if place.layout.startswith("B")
@@ -187,15 +191,16 @@ def attention_of(shape: Shape, load: Load, view: torch.Tensor) -> Callable[[], N
     """One layer's decode attention, as `FlashAttentionImpl.forward` calls it."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    (num_requests, num_tokens), block_size = load, view.shape[2]
+    (num_requests, num_tokens, is_fresh), block_size = load, view.shape[2]
     keys, values = view.transpose(1, 2).split(shape.head_size, dim=-1)
     query = torch.randn(num_requests, shape.num_heads, shape.head_size, device="cuda").to(torch.bfloat16)
     out = torch.empty_like(query)
     num_columns = -(-num_tokens // block_size)
-    # Shuffled, the same for every place; block 0 is nobody's.
+    num_blocks = num_requests * num_columns
+    # Shuffled the same way for every place. Block 0 belongs to no request.
     generator = torch.Generator().manual_seed(block_size)
-    table = torch.randperm(num_requests * num_columns, generator=generator).view(num_requests, num_columns) + 1
-    table = table.to(torch.int32).cuda()
+    order = torch.arange(num_blocks) if is_fresh else torch.randperm(num_blocks, generator=generator)
+    table = (order.view(num_requests, num_columns) + 1).to(torch.int32).cuda()
     lengths = torch.full((num_requests,), num_tokens, dtype=torch.int32, device="cuda")
     starts = torch.arange(num_requests + 1, dtype=torch.int32, device="cuda")
     scales = {}

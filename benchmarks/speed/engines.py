@@ -81,7 +81,13 @@ def scheduler_of(llm: Any) -> Any:
 
 
 def add_requests(
-    llm: Any, num_requests: int, num_prompt_tokens: int, num_output_tokens: int, ratio: float | None, seed: int
+    llm: Any,
+    num_requests: int,
+    num_prompt_tokens: int,
+    num_output_tokens: int,
+    ratio: float | None,
+    seed: int,
+    budget: int | None = None,
 ) -> list[str]:
     """Adds greedy requests with random prompts of their own, and returns their ids.
 
@@ -92,6 +98,7 @@ def add_requests(
         num_output_tokens: Generated tokens of each.
         ratio: Keep ratio, or `None` to ask for nothing.
         seed: Another seed makes other prompts, which share no prefix.
+        budget: `kv_max_tokens`, or `None` for none.
     """
     import numpy as np
     from vllm import SamplingParams
@@ -105,7 +112,7 @@ def add_requests(
         max_tokens=num_output_tokens,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args=None if ratio is None else vllm_l2kv.compression(ratio),
+        extra_args=vllm_l2kv.compression(ratio, max_tokens=budget) or None,
     )
     random = np.random.default_rng(seed)
     req_ids = [f"{seed}-{i}" for i in range(num_requests)]

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.speed.engines import start
 from benchmarks.speed.rows import append
 
-IN_PROCESS = ["decode_step", "first_token", "memory_bound"]
+IN_PROCESS = ["decode_step", "first_token", "memory_bound", "long_answers", "bursts"]
 SCENARIOS = [*IN_PROCESS, "ample_memory"]
 
 
@@ -42,7 +42,7 @@ def main() -> None:
                 subprocess.run(command, check=True)
         return
     in_process = args.scenarios[0] in IN_PROCESS
-    llm, about = start(args.inside, args.model, in_process, **{"max_model_len": 32768, **args.engine_args})
+    llm, about = start(args.inside, args.model, in_process, **{"max_model_len": 131072, **args.engine_args})
     args.out.mkdir(parents=True, exist_ok=True)
     for scenario in args.scenarios:
         for row in importlib.import_module(f"benchmarks.speed.{scenario}").rows(llm, about, args.only):

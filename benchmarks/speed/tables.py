@@ -25,6 +25,8 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
 HEADLINE_BEGIN, HEADLINE_END = "<!-- headline: benchmarks/speed/tables.py -->", "<!-- end of headline -->"
 TWO_GPU_FILES = ("decode_step", "memory_bound", "ample_memory", "70b_decode_step", "checks")
+ENGINES = ("stock", "l2kv")
+FIRST_TOKEN = "median_first_token_ms"
 Row = dict[str, Any]
 GIB = 2**30
 
@@ -61,6 +63,13 @@ so compression is not in it.
 
 {first_token}
 
+With a budget of {first_token_budget:,} rows (`kv_max_tokens`) the prompt is compacted on the way, so a chunk of it
+attends to the budget and the prompt interval at most:
+
+{budget_first_token}
+
+![time to first token by prompt length](img/first_token.svg)
+
 ## Ample memory
 
 `--scenarios ample_memory`. Prompts of 256 tokens and 256 generated ones, the whole GPU for the cache, {ample_requests}
@@ -87,6 +96,18 @@ their tokens generated, fit the cache if not a byte were padded: full layers kee
 stay everywhere, so it is well below "stock / keep ratio". In 20 seconds the average may lie a little above it.
 
 {memory}
+
+## Long answers
+
+`--scenarios long_answers`. Prompts of 512 tokens, answers of 8,000, always eight requests in the queue, in steady state
+for 30 seconds: the requests that fill the cache are part way through their answers. The gap is the time between two
+tokens of a request. Compactions: their time on the device, of all time.
+
+{long_answers}
+
+## Bursts
+
+`--scenarios bursts`. {bursts}
 
 ## Compaction alone
 
@@ -125,13 +146,24 @@ The order of heads and tokens inside a block (`BLHNC` or `BLNHC`) makes no diffe
 that of longer reads:
 
 {joined}
+
+### Where the last percent of a decode step goes
+
+    python -m benchmarks.speed.attention --out h100_attention_loads.jsonl --shapes 8b --loads 24x6000 100x700 64x256 \\
+        4x24000 --only stock compressed full [--fresh]
+
+The benchmarks above run in an engine that has just started. There stock vLLM gives a request blocks that are adjacent
+in memory, and attention reads them faster. In a server that has been running they are scattered, and the difference is
+gone. A block of vllm-l2kv holds all layers, so one layer's blocks are apart from the start. Microseconds a layer:
+
+{loads}
 {two_gpus}"""
 
 TWO_GPUS = """
 ## Two GPUs
 
 Tensor parallelism of 2 on two {gpu}, vLLM {vllm}, commit {commit}, NVLink multicast off: `serving.py` with
-`--engine-args '{{"tensor_parallel_size": 2}}'`, both engines in one run on one machine.
+`--engine-args '{{"tensor_parallel_size": 2, "max_model_len": 32768}}'`, both engines in one run on one machine.
 
 {sections}
 """
@@ -161,6 +193,7 @@ def main() -> None:
     PLOTS.mkdir(exist_ok=True)
     plot_steps([row for row in steps if row["kv_cache_dtype"] == "auto"])
     plot_attention({"H100": attention, "H200": attention_h200})
+    plot_first_token(read("h100_first_token"))
     PAGE.write_text(page())
     before, begin, rest = README.read_text().partition(HEADLINE_BEGIN)
     end = rest[rest.index(HEADLINE_END) :]
@@ -180,15 +213,20 @@ def page() -> str:
         steps=step_table(bf16),
         fp8_steps=table("case step,(ms)", ([r["case"], f"{r['median_step_ms']:.2f}"] for r in steps if r not in bf16)),
         first_token=first_token_table(first),
+        first_token_budget=max(row.get("budget") or 0 for row in first),
+        budget_first_token=budget_first_token_table(first),
         ample_requests=ample[0]["num_requests"],
         ample=ample_table(ample),
         scheduler=scheduler_table(read("scheduler")),
         memory=memory_table(memory),
+        long_answers=long_answers_table(rows["long_answers"]),
+        bursts=bursts_text(rows["bursts"][0]),
         compaction=compaction_table(compaction, first),
         compaction_kernels=kernel_table(compaction),
         attention=attention_table([*attention, *attention_h200]),
         padding=padding_table([*attention, *attention_h200]),
         joined=joined_table([*attention, *attention_h200]),
+        loads=loads_table(read("h100_attention_loads")),
         two_gpus=two_gpus_section({name: read(f"tp2_{name}", must_exist=False) for name in TWO_GPU_FILES}),
     )
 
@@ -292,13 +330,67 @@ def step_table(rows: list[Row]) -> str:
 
 def first_token_table(rows: list[Row]) -> str:
     """One line a length."""
-    stock = by_engine(rows, "stock", "num_prompt_tokens", "median_first_token_ms")
+    whole = [row for row in rows if not row.get("budget")]
+    stock = by_engine(whole, "stock", "num_prompt_tokens", FIRST_TOKEN)
     lines = []
     for length, base in stock.items():
-        of_length = [row for row in rows if row["num_prompt_tokens"] == length]
-        ours = by_engine(of_length, "l2kv", "keep_ratio", "median_first_token_ms")
+        ours = by_engine(
+            [row for row in whole if row["num_prompt_tokens"] == length], "l2kv", "keep_ratio", FIRST_TOKEN
+        )
+        if 0.5 not in ours:
+            continue
         lines.append([f"{length:,}", base, *(f"{ours[r]} ({ours[r] / base:.3f})" for r in (1.0, 0.5))])
     return table("prompt,tokens stock vllm-l2kv vllm-l2kv,at,0.5", lines)
+
+
+def budget_first_token_table(rows: list[Row]) -> str:
+    """One line a length that was measured with a budget."""
+    uncompressed = [row for row in rows if row["keep_ratio"] == 1 and not row.get("budget")]
+    whole = {engine: by_engine(uncompressed, engine, "num_prompt_tokens", FIRST_TOKEN) for engine in ENGINES}
+    lines = []
+    for row in rows:
+        if row.get("budget"):
+            length, ms = row["num_prompt_tokens"], row[FIRST_TOKEN]
+            base, ours = (whole[engine][length] for engine in ENGINES)
+            lines.append([f"{length:,}", base, f"{ours} ({ours / base:.3f})", f"{ms} ({ms / base:.3f})"])
+    return table("prompt,tokens stock vllm-l2kv,whole vllm-l2kv,with,the,budget", lines)
+
+
+def long_answers_table(rows: list[Row]) -> str:
+    """One line a run."""
+    (stock,) = (row["output_tokens_per_s"] for row in rows if row["engine"] == "stock")
+    lines = []
+    for row in rows:
+        speed, share = row["output_tokens_per_s"], row["compaction_share"]
+        gaps = row["median_gap_ms"], row["p99_gap_ms"]
+        what = row["engine"], f"{row['cache_bytes'] / GIB:.0f} GiB", row["budget"] or "none", row["mean_running"]
+        lines.append([*what, f"{speed:,.0f}", f"{speed / stock:.2f}", *gaps, row["preemptions"], f"{share:.2%}"])
+    return table("engine cache budget running output,tok/s of,stock gap,(ms) gap,p99 preemptions compactions", lines)
+
+
+def bursts_text(row: Row) -> str:
+    """What requests that are compacted together do to their steps."""
+    slowest, median = sorted(row["burst_steps_ms"]), row["median_step_ms"]
+    return (
+        f"{row['num_requests']} requests that begin together, with a budget of {row['budget']:,}, reach their\n"
+        f"compaction points together: {len(slowest)} bursts in {row['num_steps']:,} steps, of up to "
+        f"{max(row['bursts'])} compactions.\n\n"
+        f"- median step: {median:.2f} ms; 99th percentile of steps without compactions: {row['p99_step_ms']:.2f} ms\n"
+        f"- slowest step of a burst: {statistics.median(slowest):.2f} ms in the median, {slowest[-1]:.2f} ms at most, "
+        f"{slowest[-1] / median:.2f} x the median step\n"
+        f"- compactions of a burst: {statistics.median(row['compaction_ms']):.2f} ms on the device in the median"
+    )
+
+
+def loads_table(rows: list[Row]) -> str:
+    """One line a load, with blocks as in an engine just started and as in one that has been running."""
+    lines = []
+    for load in dict.fromkeys(row["load"] for row in rows):
+        us = {(row["fresh"], row["what"]): row["us_per_layer"] for row in rows if row["load"] == load}
+        for fresh in (True, False):
+            stock, ours = us[fresh, "stock"], us[fresh, "compressed"]
+            lines.append([load, "in order" if fresh else "shuffled", stock, ours, f"{ours / stock:.3f}"])
+    return table("load blocks stock compressed,layers of,stock", lines)
 
 
 def ample_table(rows: list[Row]) -> str:
@@ -478,6 +570,21 @@ def plot_steps(rows: list[Row]) -> None:
     axes.set(xlabel="keep ratio", ylabel="decode step, ms", ylim=(0, None), title="8 requests x 15,000 tokens")
     axes.legend()
     figure.savefig(PLOTS / "decode_step.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def plot_first_token(rows: list[Row]) -> None:
+    """Time to first token by length: stock vLLM, and with a budget."""
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    budget = max(row.get("budget") or 0 for row in rows)
+    lengths = {row["num_prompt_tokens"] for row in rows if row.get("budget")}
+    for name, engine, asked in (("stock vLLM", "stock", None), (f"budget of {budget:,}", "l2kv", budget)):
+        of_case = [r for r in rows if r["engine"] == engine and r.get("budget") == asked and r["keep_ratio"] == 1]
+        seconds = {row["num_prompt_tokens"]: row[FIRST_TOKEN] / 1000 for row in of_case}
+        axes.plot(sorted(lengths), [seconds[length] for length in sorted(lengths)], ".-", label=name)
+    axes.set(xlabel="prompt tokens", ylabel="time to first token, s", ylim=(0, None), title="long prompts")
+    axes.legend()
+    figure.savefig(PLOTS / "first_token.svg", metadata={"Date": None})
     plt.close(figure)
 
 

@@ -1,0 +1,56 @@
+"""Requests that begin together reach their compaction points together: what the steps in which they do so take.
+
+64 requests of 128 prompt tokens, one prefill step for all of them, and a budget of 1,024. Every 256 tokens of their
+answers, all 64 are compacted in one step.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.speed.compaction_counter import CompactionCounter
+from benchmarks.speed.engines import abort_all, add_requests, scheduler_of
+
+NUM_REQUESTS, NUM_PROMPT_TOKENS, BUDGET = 64, 128, 1024
+NUM_STEPS = 3200
+STEPS_OF_A_BURST = 3
+"""A step is waited for while the next one is under way, so its time may show one or two steps later."""
+
+
+def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
+    """One row; none for stock vLLM."""
+    if about["engine"] == "stock" or (only and "bursts" not in only):
+        return
+    with CompactionCounter(llm) as counter:
+        steps, compactions = time_steps(llm, counter)
+    bursts = [i for i, num in enumerate(compactions) if num]
+    slowest = [max(steps[i : i + STEPS_OF_A_BURST]) for i in bursts]
+    near = {i + offset for i in bursts for offset in range(STEPS_OF_A_BURST)}
+    others = [step for i, step in enumerate(steps) if i not in near]
+    yield {
+        "num_requests": NUM_REQUESTS,
+        "budget": BUDGET,
+        "num_steps": len(steps),
+        "bursts": [compactions[i] for i in bursts],
+        "median_step_ms": round(statistics.median(others), 3),
+        "p99_step_ms": round(statistics.quantiles(others, n=100)[-1], 3),
+        "burst_steps_ms": [round(step, 3) for step in slowest],
+        "compaction_ms": [round(seconds * 1000, 3) for _, seconds in counter.seconds],
+    }
+
+
+def time_steps(llm: Any, counter: CompactionCounter) -> tuple[list[float], list[int]]:
+    """Milliseconds of the steps after the prefill, and the compactions that each of them planned."""
+    engine, scheduler = llm.llm_engine, scheduler_of(llm)
+    req_ids = add_requests(llm, NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_STEPS + 400, None, 77, BUDGET)
+    while not (len(scheduler.running) == NUM_REQUESTS and all(r.num_output_tokens > 4 for r in scheduler.running)):
+        engine.step()
+    steps, compactions = [], []
+    for _ in range(NUM_STEPS):
+        before, begin = counter.num_compactions, time.perf_counter()
+        engine.step()
+        steps.append((time.perf_counter() - begin) * 1000)
+        compactions.append(counter.num_compactions - before)
+    abort_all(llm, req_ids)
+    return steps, compactions
