@@ -242,7 +242,7 @@ class StatefulRunner(HostRunner):
         slots = self.block_tables.compute_slot_mappings(idx_mapping, starts, positions, len(positions))
         of_request = dict(zip(req_ids, slots.split(lengths, dim=1), strict=True))
         seq_lens = torch.from_numpy(begins + np.array(lengths)).to(torch.int32)
-        return Seen(of_request, tables, self.build(seq_lens), req_ids)
+        return Seen(of_request, tables, self.build(seq_lens, states=states), req_ids)
 
 
 # --- the worker

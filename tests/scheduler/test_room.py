@@ -70,4 +70,17 @@ def test_many_requests_whose_full_caches_would_need_ten_pools(make_harness, dept
     assert {len(tokens) for tokens in harness.outputs.values()} == {120}
     assert len(harness.outputs) == 64
     assert harness.usage["0"] == usage(150, 120, evicted=192, compactions=7)
+
+
+def test_blocks_that_a_compaction_has_freed_are_needed_again(make_harness):
+    """Three requests hold 64 to 128 rows each, in 24 of 25 blocks at most: one more would have to go again."""
+    harness = make_harness(25, full_layers=())
+    set_intervals(harness, 64, 64)
+    for req_id in "abc":
+        harness.add(req_id, 64, 320, kv_max_tokens=64, kv_protect_last=16)
+    harness.run_until(lambda: len(harness.compressed.num_evicted) == 3)
+    harness.add("late", 64, 320, kv_max_tokens=64, kv_protect_last=16)
+    harness.run(3000)
+    assert {req_id: len(tokens) for req_id, tokens in harness.outputs.items()} == dict.fromkeys([*"abc", "late"], 320)
+    assert harness.preempted() == []
     check_nothing_left(harness.scheduler)

@@ -197,16 +197,15 @@ class L2KVScheduler(AsyncScheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Same contract as upstream, asked for each chunk of tokens: it ends at the request's next compaction."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        coming = self._next.get(request.request_id)
+        coming, is_running = self._next.get(request.request_id), request.status == RequestStatus.RUNNING
+        if not is_running and self._would_lack_room(request, coming, num_computed_tokens):
+            return 0
         if coming is None:
             return num_new_tokens
         limit = coming.position - num_computed_tokens
-        if request.status != RequestStatus.RUNNING:
-            if self._would_lack_room(request, coming, num_computed_tokens):
-                return 0
-            if request.num_tokens - num_computed_tokens <= limit:
-                # With n-gram drafts vLLM pads a last token with rows that it rejects after the step; so they may stay.
-                return num_new_tokens
+        if not is_running and request.num_tokens - num_computed_tokens <= limit:
+            # With n-gram drafts vLLM pads a last token with rows that it rejects after the step; so they may stay.
+            return num_new_tokens
         return min(num_new_tokens, limit)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -275,17 +274,35 @@ class L2KVScheduler(AsyncScheduler):
                 return False
         return True
 
-    def _would_lack_room(self, request: Request, coming: Compaction, num_computed_tokens: int) -> bool:
-        """Whether a request that is about to begin on shared blocks would find no free ones for its compaction.
+    def _would_lack_room(self, request: Request, coming: Compaction | None, num_computed_tokens: int) -> bool:
+        """Whether a request that is about to begin would soon cause a preemption, while others run.
 
-        Its own blocks would do otherwise; and so they do as soon as it runs alone.
+        It would take blocks that a compacted request has just freed and will need again. Or it begins on shared blocks
+        and finds no free ones for its compaction; its own would do, and they do as soon as it runs alone.
         """
-        if not self.running or num_computed_tokens == 0:
+        if not self.running:
+            return False
+        reserved = self._num_blocks_to_regrow()
+        if coming is not None and num_computed_tokens > 0:
+            reserved += self._num_destination_blocks(coming)
+        if reserved == 0:
             return False
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        num_coming = coming.position - num_computed_tokens
-        num_blocks = sum(num_blocks_for(num_coming, manager.block_size) for manager in managers)
-        return not self._has_free_blocks(coming, beside=num_blocks)
+        num_tokens = request.num_tokens if coming is None else min(coming.position, request.num_tokens)
+        num_coming = num_tokens - num_computed_tokens
+        needed = sum(num_blocks_for(num_coming, manager.block_size) for manager in managers)
+        return needed + reserved > self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def _num_blocks_to_regrow(self) -> int:
+        """Blocks that compacted requests take until they are compacted again, or end."""
+        num_blocks = 0
+        for req_id, coming in self._next.items():
+            request = self.requests.get(req_id)  # None: finished since the last step
+            if request is not None and coming.num_rows < coming.position:
+                end = min(coming.position, request.num_prompt_tokens + request.max_tokens)
+                num_rows = end - request.num_computed_tokens
+                num_blocks += sum(num_blocks_for(num_rows, manager.block_size) for manager in self._compressed)
+        return num_blocks
 
     def _next_to_preempt(self) -> Request:
         """The running request that vLLM would preempt."""
@@ -296,9 +313,9 @@ class L2KVScheduler(AsyncScheduler):
     def _num_destination_blocks(self, coming: Compaction) -> int:
         return sum(manager.num_destination_blocks(coming.num_keep) for manager in self._compressed)
 
-    def _has_free_blocks(self, coming: Compaction, beside: int = 0) -> bool:
+    def _has_free_blocks(self, coming: Compaction) -> bool:
         num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return beside + self._num_destination_blocks(coming) <= num_free
+        return self._num_destination_blocks(coming) <= num_free
 
     def _fits_in_place(self, request: Request, coming: Compaction) -> bool:
         return all(manager.fits_in_place(request.request_id, coming.num_keep) for manager in self._compressed)
