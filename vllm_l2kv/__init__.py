@@ -35,7 +35,8 @@ def compression(keep_ratio: float | None = None, **others: FieldValue | None) ->
     """
     given = _fields("compression", {"keep_ratio": keep_ratio, **others}, {field.attribute: field for field in FIELDS})
     fields = {field.name: value for field, value in given.items() if value is not None}
-    CompressionParams().override(fields)
+    # Whether a budget covers the protected tokens is known by the engine alone, which may protect none by default.
+    CompressionParams(protect_first=0, protect_last=0).override(fields)
     return fields
 
 

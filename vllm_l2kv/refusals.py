@@ -4,7 +4,9 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_cache_spec import check_full_layers
+from vllm_l2kv.policy import CompactionPoints
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.supported_vllm import check_vllm
 
@@ -54,6 +56,28 @@ def check_supported(config: VllmConfig) -> None:
     check_kv_heads(model.get_total_num_kv_heads(), parallel.tensor_parallel_size)
     # Layers without a cache of their own are seen by the worker alone.
     check_full_layers(Settings.from_config(config.additional_config), range(model.get_total_num_hidden_layers()))
+
+
+def check_seed(seed: int | None, points: CompactionPoints) -> None:
+    """Refuses a seed for a prompt that its budget cuts into chunks, on a CPU.
+
+    vLLM's runner for CPUs cannot take back a seeded draw at the end of a chunk, and ends its engine.
+
+    Args:
+        seed: The request's; `None` for one without, or one that samples greedily.
+        points: Its compactions.
+
+    Raises:
+        ParamError: Names the length from which on that is so.
+    """
+    first = points.after(None)
+    if seed is None or first is None or first.position >= points.num_prompt_tokens or not current_platform.is_cpu():
+        return
+    raise ParamError(
+        "seed",
+        f"seed does not work on CPUs with a prompt of more than {first.position} tokens (kv_max_tokens and "
+        f"--kv-prompt-interval), got {points.num_prompt_tokens}; leave seed out, or raise kv_max_tokens.",
+    )
 
 
 def check_kv_heads(num_kv_heads: int, num_ranks: int) -> None:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 RULES = {
     **{f"keep {ratio}": {"ratio": ratio} for ratio in ("1.0", "0.9", "0.7", "0.5", "0.3", "0.1")},
-    "budget 60": {"ratio": "1", "budget": 60},
+    "budget 96": {"ratio": "1", "budget": 96, "first": 4, "last": 32},
     "budget 200": {"ratio": "1", "budget": 200, "first": 4, "last": 64},
     "keep 0.5, budget 400": {"ratio": "0.5", "budget": 400, "first": 4, "last": 64},
 }
@@ -86,17 +86,18 @@ def test_compactions_are_those_of_the_rule(outputs, text_ids, intervals):
 
 
 def test_a_mixed_batch_equals_the_same_requests_one_by_one(on_gpu, mixed, reach, text_ids):
-    num_equal = 0
+    num_equal, parted_badly = 0, []
     moved = {name: [] for name in RULES}
     for (prompt, name), together in zip(cases_of(text_ids), mixed, strict=True):
         (output,) = on_gpu.generate([prompt], [asks(name)])
         found = agreement(steps_of(output), together)
-        part_well = found.steps <= 2 or found.gap <= max(map(abs, reach[name]))
-        assert part_well, f"{len(prompt)} tokens, {name}, part after {found.num_equal} at {found.gap}"
+        if found.steps > 2 and found.gap > max(map(abs, reach[name])):
+            parted_badly.append(f"{len(prompt)} tokens, {name}: after {found.num_equal} at {found.gap}")
         moved[name] += found.differences
         num_equal += found.num_equal == NUM_TOKENS
         print(f"{len(prompt)} tokens, {name}: {found.num_equal} equal, then {found.steps} steps of bf16")
     print(f"{num_equal} of {len(mixed)} answers equal")
+    assert not parted_badly
     for name in RULES:
         by_bf16 = f"{rms(reach[name]):.3f}, at most {max(map(abs, reach[name])):.3f}"
         print(f"{name}: logits differ by {rms(moved[name]):.3f}, bf16 moves them by {by_bf16}")
@@ -119,7 +120,7 @@ def test_answers_equal_the_reference(exact, mixed, reach, text_ids, intervals):
 def test_the_reach_of_bf16_is_no_blank_cheque(exact, reach, text_ids, intervals):
     """Another rule's logits are out of reach, so a request that was not compacted, or twice, would be noticed."""
     prompt = text_ids[28 : 28 + 1000]
-    for name, others in (("keep 0.5", ("keep 1.0", "keep 0.3")), ("budget 200", ("keep 1.0", "budget 60"))):
+    for name, others in (("keep 0.5", ("keep 1.0", "keep 0.3")), ("budget 200", ("keep 1.0", "budget 96"))):
         tokens = exact.generate(prompt, NUM_TOKENS, intervals=intervals, **RULES[name])
         right = exact.logits(prompt, tokens, intervals=intervals, **RULES[name])
         likely = right.topk(20).indices
@@ -134,8 +135,8 @@ def test_200_requests_of_mixed_rules_with_aborts_hold_what_the_scheduler_says(on
     load.run(on_gpu)
     print(load.looks)
     assert load.looks["times"] > 20, load.looks
-    assert load.looks["held"] > 40, load.looks
-    assert load.looks["compacted"] > 30, load.looks
+    assert load.looks["held"] > 25, load.looks
+    assert load.looks["compacted"] > 20, load.looks
     assert load.looks["aborted"] > 10, load.looks
     assert len(load.answers.keys() - set(load.aborted)) == load.num_requests - load.num_aborted
     assert all(len(answer) == 48 for name, answer in load.answers.items() if name not in load.aborted)

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_l2kv import refusals
+from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_cache_spec import (
     FLASH_ATTENTION,
     CompressedLayerSpec,
@@ -28,7 +29,9 @@ from vllm_l2kv.kv_cache_spec import (
     key_dtype,
     pack,
 )
-from vllm_l2kv.refusals import check_supported
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import CompactionPoints, Intervals
+from vllm_l2kv.refusals import check_seed, check_supported
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.worker import check_attention
 
@@ -257,3 +260,23 @@ def test_strides_spread_blocks_over_the_memory(heads, head_size, num_larger):
     assert math.gcd(sizes.stride // 2**15, 5 * 47) == 1
     assert used <= sizes.stride < used + 3 * 2**15
     assert sizes.smaller * spec.page_size_bytes // 16 <= sizes.stride
+
+
+@pytest.mark.parametrize(
+    ("seed", "on_cpu", "num_prompt_tokens", "refused"),
+    [
+        (1, True, 301, True),
+        (1, True, 300, False),
+        (1, False, 301, False),
+        (None, True, 301, False),
+    ],
+)
+def test_a_seed_on_a_cpu_for_a_prompt_in_chunks(monkeypatch, seed, on_cpu, num_prompt_tokens, refused):
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: on_cpu))
+    points = CompactionPoints(num_prompt_tokens, CompressionParams(max_tokens=100), Intervals(200, 10))
+    if not refused:
+        check_seed(seed, points)
+        return
+    with pytest.raises(ParamError, match=r"more than 300 tokens .* got 301; leave seed out") as error:
+        check_seed(seed, points)
+    assert error.value.param == "seed"

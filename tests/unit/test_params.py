@@ -115,3 +115,9 @@ def test_compression_refuses_bad_values():
         vllm_l2kv.compression(protect_last=-1)
     with pytest.raises(ValueError, match="kv_granularity"):
         vllm_l2kv.compression(granularity="page")
+
+
+def test_a_budget_of_an_offline_request_is_held_against_the_engines_own_protection():
+    assert vllm_l2kv.compression(max_tokens=8) == {"kv_max_tokens": 8}
+    with pytest.raises(ParamError, match="at least kv_protect_first"):
+        vllm_l2kv.compression(max_tokens=8, protect_last=9)

@@ -25,7 +25,7 @@ from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, attach_usage, why_whole
 from vllm_l2kv.params import Asked, check_session
 from vllm_l2kv.policy import Compaction, CompactionPoints
-from vllm_l2kv.refusals import check_supported
+from vllm_l2kv.refusals import check_seed, check_supported
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
     announce_hit,
@@ -356,10 +356,14 @@ class L2KVScheduler(AsyncScheduler):
         """What is remembered of a request; `None` for one that reports nothing. Bounds its answer by what fits.
 
         Raises:
+            ParamError: A seed that the runner cannot keep.
             DoesNotFitError: The cache cannot hold the request.
         """
         num_prompt_tokens, params = request.num_prompt_tokens, asked.params
         points = CompactionPoints(num_prompt_tokens, params, self.settings.intervals) if params.compresses else None
+        if points is not None:
+            sampling = request.sampling_params
+            check_seed(sampling.seed if sampling and sampling.temperature > 0 else None, points)
         max_tokens = self._capacity.max_tokens(num_prompt_tokens, request.max_tokens, points)
         is_bounded = max_tokens < request.max_tokens
         request.max_tokens = max_tokens
