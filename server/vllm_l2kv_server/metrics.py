@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from itertools import product
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -66,12 +67,15 @@ class EngineMetrics(AggregateStatLoggerBase):
         self._logical = self._gauge("logical_tokens", "Tokens of running requests, as their positions count.")
         self._physical = self._gauge("physical_tokens", "Rows of running requests in compressed layers.")
         self._ratio = self._gauge("logical_physical_ratio", "Logical tokens a physical one; 1 if nothing runs.")
+        of_kinds: list[Any] = [self._compactions, self._kept, self._evicted, self._kept_of_compaction]
+        metrics = [metric for metric in vars(self).values() if isinstance(metric, Counter | Gauge | Histogram)]
         for index in engine_indexes:
-            for metric in vars(self).values():
-                if isinstance(metric, Counter | Gauge | Histogram):
-                    # Exports 0 before the first event.
-                    for kind in Kind if "kind" in metric._labelnames else (None,):
-                        metric.labels(*filter(None, (self._model, str(index), kind)))
+            # Exports 0 before the first event.
+            for metric in metrics:
+                if metric not in of_kinds:
+                    metric.labels(self._model, index)
+            for metric, kind in product(of_kinds, Kind):
+                metric.labels(self._model, index, kind)
             self._ratio.labels(self._model, index).set(1)
 
     def record(

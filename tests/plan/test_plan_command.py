@@ -54,18 +54,20 @@ def test_measured_rows(plan, llama_8b, measured):
     assert engine["num_blocks"] == measured["cache_bytes"] // measured["block_bytes"]
     assert [[group["layers"], group["block_size"]] for group in engine["groups"]] == measured["groups"]
     planned = row_of(result, name, measured["keep_ratio"])
-    # At 0.1 the 20 measured seconds hold fewer whole lives of requests, and the average lies above the steady state.
-    allowed = 0.1 if measured["keep_ratio"] == 0.1 else 0.03
-    assert planned["on_average"] == pytest.approx(measured["mean_running"], rel=allowed)
+    assert planned["on_average"] == pytest.approx(measured["mean_running"], rel=0.03)
     assert planned["at_once"] <= measured["peak_running"]
 
 
 def test_blocks_of_a_whole_h100(plan, llama_8b):
-    """The estimate of what else lies in a GPU's memory: nothing but the cache is measured of it."""
+    """The estimate of what else is in a GPU's memory: nothing but the cache is measured of it.
+
+    The rows are of a context of 131,072 tokens, for which the kernels of vllm-l2kv need 1 % of the memory. That is not
+    planned.
+    """
     result = plan(llama_8b, gpu_gib=80)
     for measured in MEASURED[:2]:
         engine = engine_of(result, "stock" if measured["engine"] == "stock" else "vllm-l2kv")
-        assert engine["num_blocks"] == pytest.approx(measured["num_blocks"], rel=0.01)
+        assert engine["num_blocks"] == pytest.approx(measured["num_blocks"], rel=0.015)
 
 
 def test_no_device_is_needed(monkeypatch, plan, llama_8b):
