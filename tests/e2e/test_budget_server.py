@@ -11,6 +11,8 @@ from http_server import Server, expected_usage
 
 from vllm_l2kv.policy import Intervals
 
+pytestmark = pytest.mark.slow
+
 MODEL = "SmolLM2-135M-Instruct"
 BUDGET = 200
 INTERVALS = Intervals(prompt=100, answer=50)

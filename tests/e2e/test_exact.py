@@ -185,7 +185,10 @@ def expected(llama, text_ids):
     return expected
 
 
-@pytest.fixture(scope="module", params=[((0,), 64), ((0,), 2048), ((0, 1), 512), ((), 192)], ids=str)
+SLOW_ONES = [pytest.param(param, marks=pytest.mark.slow) for param in (((0,), 2048), ((0, 1), 512))]
+
+
+@pytest.fixture(scope="module", params=[((0,), 64), *SLOW_ONES, ((), 192)], ids=str)
 def tiny(request, llama, expected) -> Tiny:
     """Different full layers, and tokens in a step."""
     full_layers, num_batched = request.param

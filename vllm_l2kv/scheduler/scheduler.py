@@ -196,8 +196,11 @@ class L2KVScheduler(AsyncScheduler):
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Same contract as upstream, asked for each chunk of tokens: it ends at the request's next compaction."""
+        coming, is_running = self._next.get(request.request_id), request.status is RequestStatus.RUNNING
+        if coming is None and is_running and num_new_tokens > 0:
+            # Asked for every request at every step. Upstream's answer differs for drafts by a model, which are refused.
+            return num_new_tokens
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        coming, is_running = self._next.get(request.request_id), request.status == RequestStatus.RUNNING
         if not is_running and self._would_lack_room(request, coming, num_computed_tokens):
             return 0
         if coming is None:
@@ -282,7 +285,7 @@ class L2KVScheduler(AsyncScheduler):
         """
         if not self.running:
             return False
-        reserved = self._num_blocks_to_regrow()
+        reserved = self._num_blocks_to_regrow(request)
         if coming is not None and num_computed_tokens > 0:
             reserved += self._num_destination_blocks(coming)
         if reserved == 0:
@@ -293,21 +296,28 @@ class L2KVScheduler(AsyncScheduler):
         needed = sum(num_blocks_for(num_coming, manager.block_size) for manager in managers)
         return needed + reserved > self.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def _num_blocks_to_regrow(self) -> int:
-        """Blocks that compacted requests take until they are compacted again, or end."""
+    def _num_blocks_to_regrow(self, newcomer: Request) -> int:
+        """Blocks that compacted requests take until they are compacted again, or end.
+
+        Without requests that are less urgent than the newcomer: they are preempted before it.
+        """
         num_blocks = 0
         for req_id, coming in self._next.items():
             request = self.requests.get(req_id)  # None: finished since the last step
-            if request is not None and coming.num_rows < coming.position:
+            if request is not None and coming.num_rows < coming.position and not self._gives_way(request, newcomer):
                 end = min(coming.position, request.num_prompt_tokens + request.max_tokens)
                 num_rows = end - request.num_computed_tokens
                 num_blocks += sum(num_blocks_for(num_rows, manager.block_size) for manager in self._compressed)
         return num_blocks
 
+    def _gives_way(self, request: Request, newcomer: Request) -> bool:
+        """Whether vLLM would preempt a running request before one that begins now."""
+        return self.policy == SchedulingPolicy.PRIORITY and urgency(request) > urgency(newcomer)
+
     def _next_to_preempt(self) -> Request:
         """The running request that vLLM would preempt."""
         if self.policy == SchedulingPolicy.PRIORITY:
-            return max(self.running, key=lambda request: (request.priority, request.arrival_time))
+            return max(self.running, key=urgency)
         return self.running[-1]
 
     def _num_destination_blocks(self, coming: Compaction) -> int:
@@ -399,3 +409,8 @@ class L2KVScheduler(AsyncScheduler):
                 self._next.pop(req_id, None)
                 for manager in self._compressed:
                     manager.max_rows.pop(req_id, None)
+
+
+def urgency(request: Request) -> tuple[int, float]:
+    """By which vLLM orders requests under the priority policy; the lower, the more urgent."""
+    return request.priority, request.arrival_time
