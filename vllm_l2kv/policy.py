@@ -73,6 +73,11 @@ class CompactionPoints:
     params: CompressionParams
     intervals: Intervals
 
+    @classmethod
+    def of(cls, num_prompt_tokens: int, params: CompressionParams, intervals: Intervals) -> "CompactionPoints | None":
+        """Those of a request; `None` if it is kept whole."""
+        return cls(num_prompt_tokens, params, intervals) if params.compresses else None
+
     def after(self, last: Compaction | None) -> Compaction | None:
         """The compaction that follows one, or the first one for `None`; `None` if there is none."""
         due = [compaction for compaction in (self._by_ratio(last), self._by_budget(last)) if compaction is not None]

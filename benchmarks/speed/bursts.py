@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.speed.compaction_counter import CompactionCounter
-from benchmarks.speed.engines import abort_all, add_requests, scheduler_of
+from benchmarks.speed.engines import abort_all, add_requests, step_until_all_decode
 
 NUM_REQUESTS, NUM_PROMPT_TOKENS, BUDGET = 64, 128, 1024
 NUM_STEPS = 3200
@@ -43,14 +43,12 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 def time_steps(llm: Any, counter: CompactionCounter, budget: int | None) -> tuple[list[float], list[int]]:
     """Milliseconds of the steps after the prefill, and the compactions that each of them planned."""
-    engine, scheduler = llm.llm_engine, scheduler_of(llm)
     req_ids = add_requests(llm, NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_STEPS + 400, None, 77, budget)
-    while not (len(scheduler.running) == NUM_REQUESTS and all(r.num_output_tokens > 4 for r in scheduler.running)):
-        engine.step()
+    step_until_all_decode(llm, NUM_REQUESTS)
     steps, compactions = [], []
     for _ in range(NUM_STEPS):
         before, begin = counter.num_compactions, time.perf_counter()
-        engine.step()
+        llm.llm_engine.step()
         steps.append((time.perf_counter() - begin) * 1000)
         compactions.append(counter.num_compactions - before)
     abort_all(llm, req_ids)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.speed.engines import abort_all, add_requests, is_measured, scheduler_of
+from benchmarks.speed.engines import abort_all, add_requests, is_measured, scheduler_of, step_until_all_decode
 
 # (requests, prompt tokens, keep ratio or None)
 CASES = {
@@ -52,10 +52,7 @@ def time_steps(llm: Any, num_requests: int, num_prompt_tokens: int, ratio: float
     """
     engine, scheduler = llm.llm_engine, scheduler_of(llm)
     req_ids = add_requests(llm, num_requests, num_prompt_tokens, NUM_STEPS + num_requests * 4 + 60, ratio, seed)
-    while not (len(scheduler.running) == num_requests and all(r.num_output_tokens > 4 for r in scheduler.running)):
-        if not engine.has_unfinished_requests():
-            raise RuntimeError(f"{num_requests} x {num_prompt_tokens} tokens do not fit the KV cache at once.")
-        engine.step()
+    step_until_all_decode(llm, num_requests)
     steps = []
     for _ in range(NUM_STEPS):
         begin = time.perf_counter()

@@ -122,6 +122,19 @@ def add_requests(
     return req_ids
 
 
+def step_until_all_decode(llm: Any, num_requests: int) -> None:
+    """Steps until every request has some tokens of its answer.
+
+    Raises:
+        RuntimeError: The KV cache does not hold all of them at once.
+    """
+    engine, scheduler = llm.llm_engine, scheduler_of(llm)
+    while not (len(scheduler.running) == num_requests and all(r.num_output_tokens > 4 for r in scheduler.running)):
+        if not engine.has_unfinished_requests():
+            raise RuntimeError(f"{num_requests} requests do not fit the KV cache at once.")
+        engine.step()
+
+
 def abort_all(llm: Any, req_ids: list[str]) -> None:
     """Ends requests and lets the engine come to rest."""
     llm.llm_engine.abort_request(req_ids)

@@ -42,7 +42,7 @@ class FitCheck:
         if not isinstance(prompt, dict) or "type" not in prompt:
             return
         num_tokens = extract_prompt_len(self._model_config, prompt)
-        points = CompactionPoints(num_tokens, params, self._intervals) if params.compresses else None
+        points = CompactionPoints.of(num_tokens, params, self._intervals)
         rest = self._capacity.max_model_len - num_tokens
         try:
             self._capacity.max_tokens(num_tokens, rest if max_tokens is None else max_tokens, points)

@@ -370,7 +370,7 @@ class L2KVScheduler(AsyncScheduler):
             DoesNotFitError: The cache cannot hold the request.
         """
         num_prompt_tokens, params = request.num_prompt_tokens, asked.params
-        points = CompactionPoints(num_prompt_tokens, params, self.settings.intervals) if params.compresses else None
+        points = CompactionPoints.of(num_prompt_tokens, params, self.settings.intervals)
         if points is not None:
             sampling = request.sampling_params
             check_seed(sampling.seed if sampling and sampling.temperature > 0 else None, points)
