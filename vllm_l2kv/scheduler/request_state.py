@@ -28,13 +28,18 @@ class RequestState:
     _last: Compaction | None = None  # of those that the answer has passed
     _num_passed: int = 0
 
+    def __post_init__(self) -> None:
+        # Kept, since every output of the request asks for it.
+        self._coming = self.points.after(None) if self.points else None
+
     def usage(self) -> RequestUsage:
         """The numbers at this length of its answer. They do not depend on when the engine carries compactions out."""
         num_prompt_tokens = self.request.num_prompt_tokens
         num_computed = max(self.request.num_tokens - 1, num_prompt_tokens)  # a token is computed to get the next one
         # A request is compacted before it computes its next token, and not at all if there is none.
-        while (coming := self._coming()) is not None and coming.position < num_computed:
-            self._last, self._num_passed = coming, self._num_passed + 1
+        while self.points is not None and self._coming is not None and self._coming.position < num_computed:
+            self._last, self._num_passed = self._coming, self._num_passed + 1
+            self._coming = self.points.after(self._last)
         num_evicted = self._last.num_evicted if self._last else 0
         usage = RequestUsage(
             prompt_tokens=num_prompt_tokens,
@@ -47,6 +52,3 @@ class RequestState:
         if self._last is None and self.reason is not None:
             usage["reason"] = str(self.reason)
         return usage
-
-    def _coming(self) -> Compaction | None:
-        return self.points.after(self._last) if self.points else None
