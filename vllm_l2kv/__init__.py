@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.params import FIELDS, CompressionParams, Field, FieldValue
+from vllm_l2kv.params import FIELDS, FIELDS_WITH_DEFAULTS, CompressionParams, Field, FieldValue
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 
 try:
@@ -71,7 +71,7 @@ def engine_args(
     # vLLM finds the device when it is imported, so wait until that is needed.
     from vllm_l2kv.plugin import device_engine_args
 
-    given = _fields("engine_args", defaults, {field.argument: field for field in FIELDS})
+    given = _fields("engine_args", defaults, {field.argument: field for field in FIELDS_WITH_DEFAULTS})
     params = CompressionParams(**{field.attribute: value for field, value in given.items()})
     settings = Settings(tuple(full_layers), params, metrics, prompt_interval, answer_interval)
     return {

@@ -32,14 +32,14 @@ TOKENS_PER_BLOCK = 16
 """Tokens in a group of granularity `block`: the page of PagedEviction, arXiv 2509.04377."""
 
 
-def _field(default: FieldValue | None, kind: Kind, description: str, option: str, kw_only: bool = False) -> Any:
+def _field(default: FieldValue | None, kind: Kind, description: str, option: str = "", kw_only: bool = False) -> Any:
     """Declares a request field, with all that the API, the command line and the docs derive from it.
 
     Args:
         default: Its value in an engine whose operator sets no other; `None` if it then has no effect.
         kind: The kind of its values.
         description: One sentence for API docs and help texts.
-        option: The server's option for the default of requests that do not give the field.
+        option: The server's option for the default of requests that do not give the field; empty if it has none.
         kw_only: Whether the constructor takes it by name only.
     """
     return dataclasses.field(
@@ -61,6 +61,7 @@ class CompressionParams:
         protect_last: Tokens at the end of what is held that every compaction keeps.
         scorer: What decides which of the others are kept, one of `SCORERS`.
         granularity: What is kept or evicted as one, one of `GRANULARITIES`.
+        prefix_tokens: Tokens at the start of the prompt that are a document, compressed by itself; `None` for none.
 
     Raises:
         ParamError: A value is of the wrong type or out of bounds, or two values exclude each other.
@@ -95,6 +96,12 @@ class CompressionParams:
         f"What is kept or evicted as one: a token of a head, or {TOKENS_PER_BLOCK} tokens in a row of all heads of a "
         "layer.",
         "--kv-granularity",
+    )
+    prefix_tokens: int | None = _field(
+        None,
+        Count(1),
+        "Tokens at the start of the prompt that are a document: compressed by itself, found again by later requests.",
+        kw_only=True,
     )
 
     def __post_init__(self) -> None:
@@ -173,7 +180,7 @@ class Field:
         default: Its value in an engine whose operator sets no other; `None` if it then has no effect.
         kind: The kind of its values.
         description: One sentence for API docs and help texts.
-        option: The server's option for its default.
+        option: The server's option for its default; empty if only requests give it.
     """
 
     name: str
@@ -195,7 +202,7 @@ class Field:
 
     @property
     def argument(self) -> str:
-        """The argument of `engine_args` for its default."""
+        """The argument of `engine_args` for its default; empty if only requests give it."""
         return self.option.removeprefix("--kv-").replace("-", "_")
 
 
@@ -206,6 +213,8 @@ FIELDS = tuple(
     for field in dataclasses.fields(CompressionParams)
 )
 FIELD_NAMES = tuple(field.name for field in FIELDS)
+FIELDS_WITH_DEFAULTS = tuple(field for field in FIELDS if field.option)
+"""Those for which the operator of a server sets a default."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +258,12 @@ def check_session(asked: Asked) -> None:
             "kv_max_tokens",
             f"kv_max_tokens does not work with streaming input (a prompt that comes in chunks), got "
             f"{params.max_tokens}; leave all kv_ fields out, or give the whole prompt at once.",
+        )
+    if asked.by_client and params.prefix_tokens is not None:
+        raise ParamError(
+            "kv_prefix_tokens",
+            f"kv_prefix_tokens does not work with streaming input (a prompt that comes in chunks), got "
+            f"{params.prefix_tokens}; leave all kv_ fields out, or give the whole prompt at once.",
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import CompressionParams
 
 
@@ -27,9 +28,14 @@ class Intervals(NamedTuple):
 
 
 class Kind(StrEnum):
-    """Why a request is compacted: its ratio at the end of the prompt, or its budget, before that or from there on."""
+    """Why a request is compacted.
+
+    Its ratio at the end of the prompt, the end of its document, or its budget, before the end of the prompt or from
+    there on.
+    """
 
     RATIO = "ratio"
+    DOCUMENT = "document"
     PROMPT_BUDGET = "prompt_budget"
     ANSWER_BUDGET = "answer_budget"
 
@@ -61,7 +67,8 @@ class CompactionPoints:
 
     At the end of its prompt a request with a ratio is compacted to `num_keep` rows. A request with a budget is
     compacted to it at the first position where it holds the budget and an interval more. Where both are due, whichever
-    leaves fewer rows happens.
+    leaves fewer rows happens. A document takes the place of the prompt for the ratio, and at its end the budget is due
+    too, so that what follows a document begins with its compressed rows.
 
     Attributes:
         num_prompt_tokens: Length n of the prompt, n >= 1.
@@ -75,7 +82,18 @@ class CompactionPoints:
 
     @classmethod
     def of(cls, num_prompt_tokens: int, params: CompressionParams, intervals: Intervals) -> "CompactionPoints | None":
-        """Those of a request; `None` if it is kept whole."""
+        """Those of a request; `None` if it is kept whole.
+
+        Raises:
+            ParamError: Nothing follows its document.
+        """
+        document = params.prefix_tokens
+        if document is not None and document >= num_prompt_tokens:
+            raise ParamError(
+                "kv_prefix_tokens",
+                f"kv_prefix_tokens must be less than the prompt's {num_prompt_tokens} tokens, got {document}; at least "
+                "one token must follow the document.",
+            )
         return cls(num_prompt_tokens, params, intervals) if params.compresses else None
 
     def after(self, last: Compaction | None) -> Compaction | None:
@@ -90,26 +108,51 @@ class CompactionPoints:
             yield compaction
             compaction = self.after(compaction)
 
-    def max_rows(self, num_tokens: int) -> int:
+    def in_prompt(self) -> list[Compaction]:
+        """The compactions before the end of the prompt.
+
+        They depend on the prompt's tokens up to their position, not on its length. So their rows serve every request
+        whose prompt begins with the same tokens.
+        """
+        return list(self.until(self.num_prompt_tokens - 1))
+
+    def to_publish(self) -> list[Compaction]:
+        """Of those before the end of the prompt, the ones that later requests will ask for.
+
+        The last one, for the next turn of a conversation, and the last one in the document, for other questions.
+        """
+        found = self.in_prompt()
+        in_document = [compaction for compaction in found if compaction.position <= (self.params.prefix_tokens or 0)]
+        return list(dict.fromkeys([*in_document[-1:], *found[-1:]]))
+
+    def max_rows(self, num_tokens: int, last: Compaction | None = None) -> int:
         """A bound on the rows that a head of a compressed layer holds at a time, while `num_tokens` are computed.
 
         An answer that is long enough reaches it.
+
+        Args:
+            num_tokens: All that are computed.
+            last: The compaction with whose rows the request begins; `None` for one that computes all itself.
         """
         budget, prompt = self.params.max_tokens, self.num_prompt_tokens
+        num_evicted = last.num_evicted if last else 0
         if budget is not None:
             most = max(min(prompt, budget + self.intervals.prompt), budget + self.intervals.answer)
-            return min(num_tokens, most)
-        first = self.after(None)
-        if first is None or num_tokens <= first.position:
-            return num_tokens
-        return max(first.num_rows, num_tokens - first.num_evicted)
+            return min(num_tokens - num_evicted, most)
+        coming = self.after(last)
+        if coming is None or num_tokens <= coming.position:
+            return num_tokens - num_evicted
+        return max(coming.num_rows, num_tokens - coming.num_evicted)
 
     def _by_ratio(self, last: Compaction | None) -> Compaction | None:
-        end, num_evicted = self.num_prompt_tokens, last.num_evicted if last else 0
+        budget, document = self.params.max_tokens, self.params.prefix_tokens
+        end, num_evicted = document or self.num_prompt_tokens, last.num_evicted if last else 0
         num_rows, keep = end - num_evicted, num_keep(end, self.params)
+        if document and budget is not None:
+            keep = min(keep, budget)
         if (last is not None and last.position >= end) or keep >= num_rows:
             return None
-        return Compaction(end, num_rows, keep, Kind.RATIO)
+        return Compaction(end, num_rows, keep, Kind.DOCUMENT if document else Kind.RATIO)
 
     def _by_budget(self, last: Compaction | None) -> Compaction | None:
         budget, num_evicted = self.params.max_tokens, last.num_evicted if last else 0
@@ -123,13 +166,13 @@ class CompactionPoints:
 
 
 def num_keep(num_prompt_tokens: int, params: CompressionParams) -> int:
-    """Tokens of the prompt that each KV head of a compressed layer keeps by the ratio.
+    """Tokens of the prompt, or of a document, that each KV head of a compressed layer keeps by the ratio.
 
     The ceiling is that of the authors' code (Devoto et al., arXiv 2406.11430); 1e-9 forgives products such as
     `0.1 * 30 == 3.0000000000000004`, which would otherwise keep one token too many.
 
     Args:
-        num_prompt_tokens: Length n of the prompt, n >= 1.
+        num_prompt_tokens: Length n of the prompt or the document, n >= 1.
         params: The request's ratio and protection.
 
     Returns:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vllm_l2kv.field_kinds import Count
-from vllm_l2kv.params import FIELD_NAMES, CompressionParams
+from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, CompressionParams
 from vllm_l2kv.policy import Intervals
 
 CONFIG_KEY = "l2kv"
@@ -54,7 +54,8 @@ class Settings:
 
     def as_config(self) -> dict[str, Any]:
         """A JSON-able form for `additional_config["l2kv"]`: attributes, and the defaults by their fields' names."""
-        config = {**{name: getattr(self, name) for name in _own_keys()}, **self.defaults.as_fields()}
+        config = {name: getattr(self, name) for name in _own_keys()}
+        config |= {field.name: getattr(self.defaults, field.attribute) for field in FIELDS_WITH_DEFAULTS}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
 
     @classmethod
@@ -66,7 +67,7 @@ class Settings:
         """
         section = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         section = dict(section or {})
-        known = [*_own_keys(), *FIELD_NAMES]
+        known = [*_own_keys(), *(field.name for field in FIELDS_WITH_DEFAULTS)]
         for key in section:
             if key not in known:
                 nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]

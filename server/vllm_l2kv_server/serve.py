@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 from vllm_l2kv import engine_args
-from vllm_l2kv.params import FIELDS
+from vllm_l2kv.params import FIELDS_WITH_DEFAULTS
 from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, is_demo_model, model_folder
 from vllm_l2kv_server.config_file import ConfigFileError, nearest, option_names, read_config_file
@@ -203,7 +203,7 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
             prompt_interval=args.kv_prompt_interval,
             answer_interval=args.kv_answer_interval,
             additional_config=args.additional_config,
-            **{field.argument: getattr(args, f"kv_{field.argument}") for field in FIELDS},
+            **{field.argument: getattr(args, f"kv_{field.argument}") for field in FIELDS_WITH_DEFAULTS},
         )
     except ValueError as error:
         parser.error(str(error))

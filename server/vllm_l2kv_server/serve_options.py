@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_l2kv.cli_types import DEFAULT_LAYERS, layers, positive, taken_by
 from vllm_l2kv.field_kinds import Count
-from vllm_l2kv.params import FIELDS, Field
+from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, Field
 from vllm_l2kv.settings import Settings
 
 PROG = "vllm-l2kv serve"
@@ -34,7 +34,7 @@ def own_options() -> argparse.ArgumentParser:
         metavar="I,J,...",
         help=f"layers that never compact; an empty string means none (default: {DEFAULT_LAYERS}, the paper's)",
     )
-    for field in FIELDS:
+    for field in FIELDS_WITH_DEFAULTS:
         what = field.description[0].lower() + field.description[1:].rstrip(".")
         group.add_argument(
             field.option,
@@ -79,7 +79,7 @@ def config_schema() -> str:
             "default": list(Settings.full_layers),
         }
     }
-    for field in FIELDS:
+    for field in FIELDS_WITH_DEFAULTS:
         keys[field.option.removeprefix("--")] = {
             "description": field.description,
             **field.kind.schema(),

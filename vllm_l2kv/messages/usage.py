@@ -18,10 +18,15 @@ REASON = "reason"
 class KeptWhole(StrEnum):
     """Why nothing of a request was evicted although it asks for that: the cause, then the remedy."""
 
-    PROTECTED = "kv_protect_first and kv_protect_last cover the whole prompt; lower them to evict some of it."
-    ROUNDED = "kv_keep_ratio rounds up to the whole prompt; lower it to evict some of it."
+    PROTECTED = (
+        "kv_protect_first and kv_protect_last cover the whole prompt or document; lower them to evict some of it."
+    )
+    ROUNDED = "kv_keep_ratio rounds up to the whole prompt or document; lower it to evict some of it."
     FIRST_TOKEN = "A prompt is compressed after the first token of its answer; raise max_tokens if that cut it off."
     BUDGET = "kv_max_tokens and the server's interval were not reached together; lower it to evict sooner."
+    WHOLE_DOCUMENT = (
+        "kv_keep_ratio is 1, which keeps the document of kv_prefix_tokens whole; lower it to evict some of it."
+    )
     SESSION = "Streaming input is not compressed; give the whole prompt at once."
 
 
@@ -34,6 +39,8 @@ class RequestUsage(TypedDict):
             was never computed on, less the evicted ones.
         evicted_tokens: Tokens that each head has evicted, those of the answer included.
         compactions: How often the request was compacted.
+        found_tokens: Tokens of the prompt whose compressed rows an earlier request had left in the cache; their
+            compactions count above. Absent for a request without a document, if there are none.
         max_tokens: The bound of the answer's length, if the request named none and the cache cannot hold the rest of
             the context.
         reason: Why nothing was evicted although the request asks for that.
@@ -43,6 +50,7 @@ class RequestUsage(TypedDict):
     kept_tokens: int
     evicted_tokens: int
     compactions: int
+    found_tokens: NotRequired[int]
     max_tokens: NotRequired[int]
     reason: NotRequired[str]
 
@@ -52,13 +60,14 @@ def why_whole(num_prompt_tokens: int, params: CompressionParams) -> KeptWhole | 
 
     A prompt that is still to be compacted at its end has `FIRST_TOKEN`, which is right if the answer ends here.
     """
-    if params.keep_ratio < 1 and num_keep(num_prompt_tokens, params) < num_prompt_tokens:
+    end = params.prefix_tokens or num_prompt_tokens
+    if params.keep_ratio < 1 and num_keep(end, params) < end:
         return KeptWhole.FIRST_TOKEN
     if params.max_tokens is not None:
         return KeptWhole.BUDGET
     if params.keep_ratio == 1:
-        return None
-    is_protected = params.protect_first + params.protect_last >= num_prompt_tokens
+        return None if params.prefix_tokens is None else KeptWhole.WHOLE_DOCUMENT
+    is_protected = params.protect_first + params.protect_last >= end
     return KeptWhole.PROTECTED if is_protected else KeptWhole.ROUNDED
 
 
