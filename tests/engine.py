@@ -29,10 +29,16 @@ def keep(
     num_tokens: int = 12,
     budget: int | None = None,
     scorer: str | None = None,
+    document: int | None = None,
     **arguments: Any,
 ) -> SamplingParams:
     fields = vllm_l2kv.compression(
-        float(ratio), max_tokens=budget, protect_first=first, protect_last=last, scorer=scorer
+        float(ratio),
+        max_tokens=budget,
+        protect_first=first,
+        protect_last=last,
+        scorer=scorer,
+        prefix_tokens=document,
     )
     return greedy(num_tokens, fields, **arguments)
 

@@ -28,46 +28,56 @@ def expected_compactions(
     last: int = 0,
     budget: int | None = None,
     intervals: tuple[int, int] = (2048, 256),
+    document: int | None = None,
 ) -> dict[int, int]:
     """Numbers of computed tokens at which rows are evicted, to the rows that are left, one token after the other.
+
+    What follows a document is kept whole, unless a budget evicts of it.
 
     Args:
         n: Length of the prompt.
         num_computed: Tokens that are computed, those of the prompt included.
-        ratio: Share of the prompt that is kept at its end.
+        ratio: Share of the prompt, or of the document, that is kept at its end.
         first: Protected rows at the beginning.
         last: The same at the end.
         budget: Rows that are left whenever there is an interval more; `None` for no bound.
         intervals: Before the end of the prompt, and from there on.
+        document: Tokens that the prompt begins with and that are compressed by themselves, at most to the budget;
+            `None` for none.
     """
     left, rows = {}, 0
+    end = n if document is None else document
     for position in range(1, num_computed + 1):
         rows += 1
         keep = rows
         if budget is not None and rows >= budget + intervals[position >= n]:
             keep = budget
-        if position == n:
-            keep = min(keep, expected_keep(n, ratio, first, last))
+        if position == end:
+            keep = min(keep, expected_keep(end, ratio, first, last))
+        if position == document and budget is not None:
+            keep = min(keep, budget)
         if keep < rows:
             left[position] = rows = keep
     return left
 
 
-def expected_numbers(n: int, num_tokens: int, *args: Any, **kwargs: Any) -> dict[str, int]:
+def expected_numbers(n: int, num_tokens: int, *args: Any, found: int = 0, **kwargs: Any) -> dict[str, int]:
     """What `usage.kv_cache` says of an answer of `num_tokens`; other arguments as those of `expected_compactions`.
 
-    The last token is not computed on, and a compaction happens when a token after it is computed.
+    The last token is not computed on, and a compaction happens when a token after it is computed. Compactions whose rows
+    were `found`, those up to this position, count as its own.
     """
     num_computed = n + num_tokens - 1
     left = expected_compactions(n, num_computed - 1, *args, **kwargs)
     last = max(left, default=0)
     kept = left.get(last, 0) + num_computed - last
-    return {
+    numbers = {
         "prompt_tokens": n,
         "kept_tokens": kept,
         "evicted_tokens": num_computed - kept,
         "compactions": len(left),
     }
+    return {**numbers, "found_tokens": found} if found or kwargs.get("document") else numbers
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **others):
@@ -129,6 +139,7 @@ class Reference:
         last: int = 0,
         budget: int | None = None,
         intervals: tuple[int, int] = (2048, 256),
+        document: int | None = None,
     ) -> torch.Tensor:
         """`[len(tokens), vocabulary]` logits of each next token, fp32.
 
@@ -137,7 +148,7 @@ class Reference:
         """
         known, rows, n = list(prompt), [], len(prompt)
         answered = range(n, n + len(tokens))
-        left = expected_compactions(n, answered[-1], ratio, first, last, budget, intervals)
+        left = expected_compactions(n, answered[-1], ratio, first, last, budget, intervals, document)
         cache, position = self.new_cache(), 0
         for end in sorted({*left, *answered}):
             cache, logits = self._computed(cache, known[:end], position)

@@ -101,7 +101,7 @@ class Server:
 
 
 def expected_usage(
-    num_prompt_tokens: int, num_output_tokens: int, intervals: Intervals = INTERVALS, **params: Any
+    num_prompt_tokens: int, num_output_tokens: int, intervals: Intervals = INTERVALS, found: int = 0, **params: Any
 ) -> dict[str, int | str]:
     """What `usage.kv_cache` of an answer must say, by a walk over its tokens.
 
@@ -109,15 +109,20 @@ def expected_usage(
         num_prompt_tokens: The prompt's length.
         num_output_tokens: The answer's length; its last token is never computed on.
         intervals: The server's.
+        found: Tokens whose compressed rows were found.
         params: As those of `CompressionParams`; nothing is protected by default, as in `Server`.
     """
     asked = CompressionParams(**{"protect_first": 0, "protect_last": 0, **params})
     num_computed = num_prompt_tokens + num_output_tokens - 1
     held = compactions = 0
+    document = asked.prefix_tokens
+    end = document or num_prompt_tokens
     for position in range(num_computed):
         kept = held
-        if position == num_prompt_tokens:
-            kept = min(kept, num_keep(num_prompt_tokens, asked))
+        if position == end:
+            kept = min(kept, num_keep(end, asked))
+        if position == document:
+            kept = min(kept, asked.max_tokens or kept)
         interval = intervals.prompt if position < num_prompt_tokens else intervals.answer
         if asked.max_tokens is not None and held >= asked.max_tokens + interval:
             kept = min(kept, asked.max_tokens)
@@ -129,6 +134,8 @@ def expected_usage(
         "evicted_tokens": num_computed - held,
         "compactions": compactions,
     }
+    if document or found:
+        numbers["found_tokens"] = found
     reason = why_whole(num_prompt_tokens, asked)
     return numbers if compactions or reason is None else {**numbers, "reason": str(reason)}
 
