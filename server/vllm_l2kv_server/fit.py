@@ -1,4 +1,4 @@
-"""Refuses a prompt that the KV cache can never hold, with the numbers, before the status of its answer is sent.
+"""Refuses a prompt before the status of its answer is sent: one that never fits the KV cache, or is all document.
 
 The scheduler refuses it too, for offline use. Its answer comes after a stream has begun.
 """
@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.inputs.preprocess import extract_prompt_len
 
 from vllm_l2kv.capacity import Capacity, DoesNotFitError
+from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import CompactionPoints, Intervals
 
@@ -28,7 +29,7 @@ class FitCheck:
         self._capacity = capacity
 
     def check(self, prompt: Any, max_tokens: int | None, params: CompressionParams) -> None:
-        """Refuses a prompt that does not fit.
+        """Refuses a prompt that does not fit, or is not longer than its document.
 
         Args:
             prompt: As vLLM's endpoints give it to the engine client: rendered, so that it has token ids or embeddings.
@@ -42,9 +43,9 @@ class FitCheck:
         if not isinstance(prompt, dict) or "type" not in prompt:
             return
         num_tokens = extract_prompt_len(self._model_config, prompt)
-        points = CompactionPoints.of(num_tokens, params, self._intervals)
         rest = self._capacity.max_model_len - num_tokens
         try:
+            points = CompactionPoints.of(num_tokens, params, self._intervals)
             self._capacity.max_tokens(num_tokens, rest if max_tokens is None else max_tokens, points)
-        except DoesNotFitError as error:
+        except (DoesNotFitError, ParamError) as error:
             raise VLLMValidationError(str(error), parameter=error.param) from error

@@ -15,7 +15,7 @@ from vllm_l2kv_server.serve import make_parser, parse
 from vllm_l2kv_server.serve_options import INTERVALS, own_options
 
 from vllm_l2kv.cli import main
-from vllm_l2kv.params import FIELDS, SCORERS
+from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, SCORERS
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -51,7 +51,7 @@ class TestEach:
         args = parse(parser, ["--config", str(path)])
         ours = args.additional_config["l2kv"]
         assert ours.pop("full_layers") == [int(layer) for layer in options.pop("kv-full-layers").split(",")]
-        keys = {field.option.removeprefix("--"): field.name for field in FIELDS}
+        keys = {field.option.removeprefix("--"): field.name for field in FIELDS_WITH_DEFAULTS}
         keys |= {option: attribute for option, (attribute, _) in INTERVALS.items()}
         given = {keys[option]: value for option, value in options.items() if option in keys}
         assert {"kv_protect_first", "kv_protect_last", "kv_scorer"} <= given.keys()

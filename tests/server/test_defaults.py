@@ -12,7 +12,7 @@ from vllm_l2kv_server.routes import _describe
 from vllm_l2kv_server.serve import make_parser, parse
 
 import vllm_l2kv
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, CompressionParams
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 from vllm_l2kv.tools.bench.client import body_of
 from vllm_l2kv.tools.evaluation.cli import _eval_parser
@@ -32,11 +32,15 @@ EXPECTED = {
     "kv_scorer": "l2",
     "kv_granularity": "token",
 }
+OF_REQUESTS = {"kv_prefix_tokens": None}
+"""Fields for which no operator sets a default."""
 
 
 def of(settings: Settings) -> dict[str, Any]:
     own = {name: getattr(settings, name) for name in ("full_layers", "prompt_interval", "answer_interval")}
-    return {**own, **settings.defaults.as_fields()}
+    fields = settings.defaults.as_fields()
+    assert {name: fields.pop(name) for name in fields.keys() & OF_REQUESTS} == OF_REQUESTS
+    return {**own, **fields}
 
 
 def served(*words: str) -> dict[str, Any]:
@@ -71,6 +75,22 @@ def test_additional_config_with_one_word(name):
     }
     value = other.get(name, 7)
     assert of(Settings.from_config({CONFIG_KEY: {name: value}})) == {**EXPECTED, name: value}
+
+
+@pytest.mark.parametrize("name", OF_REQUESTS)
+def test_a_document_has_no_default(name):
+    """Each request has a prompt of its own, so an operator cannot say where its document ends."""
+    assert name not in Settings().as_config()
+    with pytest.raises(ValueError, match=f"Unknown key '{name}'"):
+        Settings.from_config({CONFIG_KEY: {name: 7}})
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        vllm_l2kv.engine_args(**{name.removeprefix("kv_"): 7})
+    with pytest.raises(SystemExit):
+        served(f"--{name.replace('_', '-')}", "7")
+
+
+def test_the_expected_are_all():
+    assert {name for name in EXPECTED if name.startswith("kv_")} == {field.name for field in FIELDS_WITH_DEFAULTS}
 
 
 def test_engine_args():
@@ -127,7 +147,7 @@ def test_the_server_describes_what_it_does():
     described = _describe(["m"], Settings.from_config({CONFIG_KEY: {}}), [])
     fields = {field.name: field.default for field in described.fields}
     intervals = {"prompt_interval": described.prompt_interval, "answer_interval": described.answer_interval}
-    assert {"full_layers": tuple(described.full_layers), **intervals, **fields} == EXPECTED
+    assert {"full_layers": tuple(described.full_layers), **intervals, **fields} == {**EXPECTED, **OF_REQUESTS}
 
 
 @pytest.mark.parametrize("task", ["perplexity", "passkey", "needle", "ruler"])

@@ -183,6 +183,18 @@ class TestFit:
         assert caught.value.parameter == param
         assert not hasattr(fake, "generated")
 
+    @pytest.mark.parametrize(("num_tokens", "document"), [(10, 10), (10, 11), (1, 1)])
+    @pytest.mark.parametrize("others", [{}, {"kv_keep_ratio": 0.5}, {"kv_max_tokens": 100}])
+    def test_nothing_follows_the_document(self, fake, num_tokens, document, others):
+        """Also of a request that keeps all: its client would believe that the document is shared."""
+        client = EngineCalls(fake, CompressionParams(), FIT)
+        words = f"less than the prompt's {num_tokens} tokens, got {document}; at least one token must follow"
+        with pytest.raises(VLLMValidationError, match=words) as caught:
+            generate(client, rendered(num_tokens), 8, {"kv_prefix_tokens": document, **others})
+        assert caught.value.parameter == "kv_prefix_tokens"
+        assert not hasattr(fake, "generated")
+        assert generate(client, rendered(document + 1), 8, {"kv_prefix_tokens": document, **others})
+
     def test_a_default_budget_counts(self, fake):
         assert generate(EngineCalls(fake, CompressionParams(max_tokens=500), FIT), rendered(1900), 100)
 
@@ -210,6 +222,13 @@ class TestFit:
         prompt = {"request_id": "id", "engine_input": rendered(641), "sampling_params": SamplingParams(), "context": 0}
         with pytest.raises(VLLMValidationError, match="not even one token"):
             responses._generate_with_builtin_tools(**prompt)
+
+        def with_document():
+            current.set(Compression({"kv_prefix_tokens": 9}))
+            responses._generate_with_builtin_tools(**{**prompt, "engine_input": rendered(9)})
+
+        with pytest.raises(VLLMValidationError, match="must follow the document"):
+            copy_context().run(with_document)
 
 
 class DevelopmentClient(AsyncLLM):

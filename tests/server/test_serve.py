@@ -14,7 +14,7 @@ from vllm_l2kv_server.start_signals import Stopped
 import vllm_l2kv
 from vllm_l2kv import cli
 from vllm_l2kv.cli import main
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import FIELDS_WITH_DEFAULTS
 from vllm_l2kv.settings import CONFIG_KEY
 
 
@@ -40,7 +40,7 @@ def test_own_options(parser):
     words += ["--kv-scorer", "keydiff", "--kv-default-max-tokens", "500", "--kv-prompt-interval", "64"]
     words += ["--kv-answer-interval", "32"]
     assert parse(parser, words).additional_config["l2kv"] == {
-        **CompressionParams().as_fields(),
+        **{field.name: field.default for field in FIELDS_WITH_DEFAULTS},
         "full_layers": [1, 3],
         "metrics": True,
         "kv_keep_ratio": 0.5,

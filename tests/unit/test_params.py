@@ -5,7 +5,7 @@ import pytest
 
 import vllm_l2kv
 from vllm_l2kv.field_kinds import MAX_TOKENS, ParamError
-from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams, check_names
+from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams, check_names, check_session
 
 BAD_RATIOS = [
     0, -0.5, 1.0001, 2, float("nan"), float("inf"), -float("inf"), 10**400, -(10**400),
@@ -21,12 +21,19 @@ def test_bad_ratio_is_refused_by_name_and_bound(value):
     assert error.value.param == "kv_keep_ratio"
 
 
-@pytest.mark.parametrize("name", ["kv_protect_first", "kv_protect_last"])
+@pytest.mark.parametrize("name", ["kv_protect_first", "kv_protect_last", "kv_prefix_tokens"])
 @pytest.mark.parametrize("value", BAD_COUNTS, ids=lambda value: repr(value)[:20] if value != 10**400 else "huge")
 def test_bad_count_is_refused_by_name(name, value):
     with pytest.raises(ParamError, match=name) as error:
         CompressionParams().override({name: value})
     assert error.value.param == name
+
+
+def test_a_document_has_a_token():
+    with pytest.raises(ParamError, match="1 <= kv_prefix_tokens <= 2147483647, got 0") as error:
+        CompressionParams(prefix_tokens=0)
+    assert error.value.param == "kv_prefix_tokens"
+    assert CompressionParams().override({"kv_prefix_tokens": 1}).prefix_tokens == 1
 
 
 @pytest.mark.parametrize("value", ["", "L2", "l2 ", "knorm", 0, True, [], ["l2"], {}, "x" * 1000])
@@ -78,6 +85,30 @@ def test_numbers_are_reported_where_a_field_is_given_or_the_defaults_compress(de
     assert CompressionParams(default).read(values).reports == reports
 
 
+@pytest.mark.parametrize("alone", [{}, {"kv_keep_ratio": 0.5}])
+def test_a_document_alone_is_not_compressed_and_reported(alone):
+    """At a ratio of 1 nothing is evicted, and the numbers say why."""
+    asked = CompressionParams().read({"kv_prefix_tokens": 10, **alone})
+    assert asked.params.compresses == bool(alone)
+    assert asked.reports
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"kv_keep_ratio": 0.5}, "kv_keep_ratio"),
+        ({"kv_max_tokens": 100}, "kv_max_tokens"),
+        ({"kv_prefix_tokens": 10}, "kv_prefix_tokens"),
+    ],
+)
+def test_streaming_input_is_refused_by_the_field_that_compresses_it(given, param):
+    with pytest.raises(ParamError, match="or give the whole prompt at once") as error:
+        check_session(CompressionParams().read(given))
+    assert error.value.param == param
+    check_session(CompressionParams().read({"kv_keep_ratio": 1}))
+    check_session(CompressionParams(0.5, max_tokens=100).read({}))
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
@@ -85,6 +116,7 @@ def test_numbers_are_reported_where_a_field_is_given_or_the_defaults_compress(de
         ("kv_ratio", "kv_keep_ratio"),
         ("kv_protect_frist", "kv_protect_first"),
         ("kv_protectlast", "kv_protect_last"),
+        ("kv_prefix_token", "kv_prefix_tokens"),
     ],
 )
 def test_unknown_name_gets_the_nearest_known_one(name, nearest):
@@ -106,6 +138,7 @@ def test_compression_names_only_what_is_given():
     assert vllm_l2kv.compression() == {}
     assert vllm_l2kv.compression(0.5, protect_last=0) == {"kv_keep_ratio": 0.5, "kv_protect_last": 0}
     assert vllm_l2kv.compression(granularity="block") == {"kv_granularity": "block"}
+    assert vllm_l2kv.compression(0.25, prefix_tokens=900) == {"kv_keep_ratio": 0.25, "kv_prefix_tokens": 900}
 
 
 def test_compression_refuses_bad_values():
@@ -115,6 +148,8 @@ def test_compression_refuses_bad_values():
         vllm_l2kv.compression(protect_last=-1)
     with pytest.raises(ValueError, match="kv_granularity"):
         vllm_l2kv.compression(granularity="page")
+    with pytest.raises(ValueError, match="kv_prefix_tokens"):
+        vllm_l2kv.compression(prefix_tokens=0)
 
 
 def test_a_budget_of_an_offline_request_is_held_against_the_engines_own_protection():

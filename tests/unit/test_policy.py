@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import Compaction, CompactionPoints, Intervals, Kind, num_keep
 
@@ -61,22 +62,27 @@ class Life(NamedTuple):
     def points(self) -> CompactionPoints:
         return CompactionPoints(self.num_prompt_tokens, self.params, self.intervals)
 
-    def walk(self) -> tuple[list[tuple[int, int, int]], int]:
+    def walk(self, last: Compaction | None = None) -> tuple[list[tuple[int, int, int]], int]:
         """Adds row after row and looks at each position whether a compaction is due there.
+
+        Args:
+            last: A compaction with whose rows the walk begins.
 
         Returns:
             Position, rows before and rows after each compaction, and the most rows that were ever held.
         """
-        found, rows, most = [], 0, 0
-        for position in range(1, self.num_tokens + 1):
+        begin, rows = (last.position, last.num_keep) if last else (0, 0)
+        found, most = [], rows
+        document, budget = self.params.prefix_tokens, self.params.max_tokens
+        for position in range(begin + 1, self.num_tokens + 1):
             rows += 1
             most = max(most, rows)
             due = [rows]
-            if position == self.num_prompt_tokens and self.params.keep_ratio < 1:
-                due.append(num_keep(self.num_prompt_tokens, self.params))
-            is_in_prompt, budget = position < self.num_prompt_tokens, self.params.max_tokens
+            if position == (self.num_prompt_tokens if document is None else document):
+                due.append(num_keep(position, self.params))
+            is_in_prompt = position < self.num_prompt_tokens
             interval = self.intervals.prompt if is_in_prompt else self.intervals.answer
-            if budget is not None and rows >= budget + interval:
+            if budget is not None and (rows >= budget + interval or position == document):
                 due.append(budget)
             if min(due) < rows:
                 found.append((position, rows, min(due)))
@@ -94,9 +100,10 @@ def lives(draw) -> Life:
         max_tokens=draw(st.none() | st.just(least) | st.integers(least, 30)),
         protect_first=first,
         protect_last=last,
+        prefix_tokens=draw(st.none() | st.integers(1, 79)),
     )
     intervals = Intervals(draw(st.integers(1, 25)), draw(st.integers(1, 25)))
-    n = draw(st.integers(1, 80))
+    n = draw(st.integers((params.prefix_tokens or 0) + 1, 80))
     return Life(n, params, intervals, draw(st.integers(1, 120)))
 
 
@@ -136,9 +143,46 @@ def test_the_kind_says_where_and_why(life):
             assert compaction.position >= life.num_prompt_tokens
         if compaction.kind is Kind.RATIO:
             assert compaction.position == life.num_prompt_tokens
+            assert life.params.prefix_tokens is None
             assert compaction.num_keep == num_keep(life.num_prompt_tokens, life.params)
+        elif compaction.kind is Kind.DOCUMENT:
+            assert compaction.position < life.num_prompt_tokens
+            assert compaction.num_keep <= num_keep(compaction.position, life.params)
         else:
             assert compaction.num_keep == life.params.max_tokens
+        assert (compaction.kind is Kind.DOCUMENT) == (compaction.position == life.params.prefix_tokens)
+
+
+@given(life=lives())
+def test_a_document_ends_with_no_more_rows_than_its_ratio_and_its_budget_leave(life):
+    """Whatever happens inside it, so the rows that follow a document begin at a known slot."""
+    end, params = life.params.prefix_tokens, life.params
+    if end is None or not params.compresses:
+        return
+    last = max(life.points.until(end), default=None)
+    rows = last.num_keep + end - last.position if last else end
+    assert rows == min(end, num_keep(end, params), params.max_tokens or end)
+
+
+@given(life=lives())
+def test_those_in_the_prompt_come_before_its_end(life):
+    long = life._replace(num_tokens=life.num_prompt_tokens - 1)
+    assert [(c.position, c.num_rows, c.num_keep) for c in life.points.in_prompt()] == long.walk()[0]
+
+
+@given(life=lives(), more=st.integers(0, 60))
+def test_those_in_the_prompt_are_the_same_in_every_longer_one(life, more):
+    """Or their rows would not serve other questions, and the next turn of a conversation."""
+    longer = life._replace(num_prompt_tokens=life.num_prompt_tokens + more).points.in_prompt()
+    assert [c for c in longer if c.position < life.num_prompt_tokens] == life.points.in_prompt()
+
+
+@given(life=lives())
+def test_the_last_of_the_document_and_the_last_of_the_prompt_are_published(life):
+    expected = set()
+    for bound in (life.params.prefix_tokens or 0, life.num_prompt_tokens - 1):
+        expected.update([c for c in life.points.in_prompt() if c.position <= bound][-1:])
+    assert life.points.to_publish() == sorted(expected)
 
 
 @given(life=lives(), more=st.integers(0, 50))
@@ -157,15 +201,66 @@ def test_max_rows_is_a_bound(life):
     assert most <= bound <= life.num_tokens
     if life.params.max_tokens is None:
         assert bound == most
-    else:
+    elif life.params.prefix_tokens is None:
         long = life._replace(num_tokens=life.num_prompt_tokens + life.params.max_tokens + life.intervals.answer)
         assert long.points.max_rows(long.num_tokens) == long.walk()[1] <= life.params.max_tokens + max(life.intervals)
+
+
+@given(life=lives(), data=st.data())
+def test_max_rows_is_a_bound_for_a_life_that_begins_with_found_rows(life, data):
+    """Exact where no budget applies, and never above that of a life from the start."""
+    for last in life.points.in_prompt():
+        end = data.draw(st.integers(last.position + 1, last.position + 60))
+        bound = life.points.max_rows(end, last)
+        _, most = life._replace(num_tokens=end).walk(last)
+        assert most <= bound <= life.points.max_rows(end)
+        if life.params.max_tokens is None:
+            assert bound == most
 
 
 @given(life=lives(), more=st.integers(0, 50))
 def test_more_tokens_never_need_fewer_rows(life, more):
     """Whether a request fits is searched by halving."""
-    assert life.points.max_rows(life.num_tokens) <= life.points.max_rows(life.num_tokens + more)
+    for last in [None, *life.points.in_prompt()]:
+        shorter = max(life.num_tokens, last.position if last else 0)
+        assert life.points.max_rows(shorter, last) <= life.points.max_rows(shorter + more, last)
+
+
+def published(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[int]:
+    points = CompactionPoints(n, CompressionParams(**{**BARE, **params}), Intervals(*intervals))
+    return [compaction.position for compaction in points.to_publish()]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (published(3000, keep_ratio=0.5), []),  # its one compaction is at the end of the prompt, and private
+        (published(3000, prefix_tokens=2000), []),  # nothing is evicted
+        (published(3000, keep_ratio=0.5, prefix_tokens=2000), [2000]),
+        (published(6000, max_tokens=1000), [5096]),  # 3,048 was the last one of an earlier turn
+        (published(3048, max_tokens=1000), []),
+        # 3,048 in the document, its end, and 2,048 + 1,000 rows after it
+        (published(9000, max_tokens=1000, prefix_tokens=4000), [4000, 8096]),
+        (published(6000, max_tokens=1000, prefix_tokens=4000), [4000]),
+        # at the end of the document the budget is due anyway
+        (published(6000, (20, 20), max_tokens=10, prefix_tokens=30), [30, 5990]),
+    ],
+)
+def test_examples_of_what_is_published(found, expected):
+    assert found == expected
+
+
+@pytest.mark.parametrize(("n", "document"), [(10, 10), (10, 11), (1, 1)])
+@pytest.mark.parametrize("keep_ratio", [1, 0.5])
+def test_a_document_is_shorter_than_its_prompt(n, document, keep_ratio):
+    params = CompressionParams(keep_ratio, prefix_tokens=document)
+    words = (
+        f"kv_prefix_tokens must be less than the prompt's {n} tokens, got {document}; at least one token must follow"
+    )
+    with pytest.raises(ParamError, match=words) as error:
+        CompactionPoints.of(n, params, Intervals())
+    assert error.value.param == "kv_prefix_tokens"
+    assert (CompactionPoints.of(document + 1, params, Intervals()) is None) == (keep_ratio == 1)
 
 
 def points(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[tuple]:
@@ -212,6 +307,38 @@ def points(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[t
                 (90, 40, 10, "answer_budget"),
             ],
         ),
+        # a document: its ratio counts at its end, and all that follows is kept
+        (points(3000, keep_ratio=0.5, prefix_tokens=1000), [(1000, 1000, 500, "document")]),
+        (points(3000, prefix_tokens=1000), []),
+        (
+            points(3000, keep_ratio=0.01, prefix_tokens=1000, protect_first=4, protect_last=64)[0],
+            (1000, 1000, 68, "document"),
+        ),
+        (points(3000, keep_ratio=0.5, prefix_tokens=68, protect_first=4, protect_last=64), []),
+        # a document and a budget: at its end both count, and then the budget alone
+        (
+            points(6000, keep_ratio=0.5, prefix_tokens=3000, max_tokens=1000),
+            [
+                (3000, 3000, 1000, "document"),
+                (5048, 3048, 1000, "prompt_budget"),
+                (6000, 1952, 1000, "answer_budget"),
+                (6256, 1256, 1000, "answer_budget"),
+            ],
+        ),
+        (points(2000, keep_ratio=0.2, prefix_tokens=1500, max_tokens=1000)[0], (1500, 1500, 300, "document")),
+        (points(2000, prefix_tokens=1500, max_tokens=1000)[0], (1500, 1500, 1000, "document")),
+        # a document longer than the budget and the interval: half of it is more than what is left of it
+        (
+            points(9000, keep_ratio=0.5, prefix_tokens=8000, max_tokens=1000)[:4],
+            [
+                (3048, 3048, 1000, "prompt_budget"),
+                (5096, 3048, 1000, "prompt_budget"),
+                (7144, 3048, 1000, "prompt_budget"),
+                (8000, 1856, 1000, "document"),
+            ],
+        ),
+        # the budget is due at the end of the document anyway
+        (points(4000, prefix_tokens=3048, max_tokens=1000)[0], (3048, 3048, 1000, "document")),
         # a budget that protection fills
         (
             points(12, (3, 2), max_tokens=8, protect_first=4, protect_last=4)[:2],

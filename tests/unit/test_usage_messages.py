@@ -23,6 +23,11 @@ DOCS = Path(__file__).parents[2] / "docs" / "request_fields.md"
         (10_000, CompressionParams(max_tokens=68), KeptWhole.BUDGET),
         (69, CompressionParams(0.5, max_tokens=68), KeptWhole.FIRST_TOKEN),
         (68, CompressionParams(0.5, max_tokens=68), KeptWhole.BUDGET),
+        (100, CompressionParams(0.5, prefix_tokens=69), KeptWhole.FIRST_TOKEN),
+        (100, CompressionParams(0.5, prefix_tokens=68), KeptWhole.PROTECTED),
+        (100, CompressionParams(0.9, prefix_tokens=5, protect_first=0, protect_last=0), KeptWhole.ROUNDED),
+        (100, CompressionParams(prefix_tokens=69), KeptWhole.WHOLE_DOCUMENT),
+        (100, CompressionParams(prefix_tokens=69, max_tokens=200), KeptWhole.BUDGET),
     ],
 )
 def test_the_reason(num_prompt_tokens, params, reason):
