@@ -22,7 +22,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_l2kv.kernels.slots import PAD_SLOT
-from vllm_l2kv.messages.orders import CompactionOrder, GroupMove, attach_orders
+from vllm_l2kv.messages.orders import CompactionOrder, GroupMove, attach_compacted_hits, attach_orders
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.worker import runner_v2
 from vllm_l2kv.worker.clock import HostClock
@@ -272,6 +272,7 @@ class Device(WorkerBase):
             for req_id in (*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())):
                 states.pop(req_id, None)
             states.update(scheduler_output.new)
+            self.model_runner.block_tables.apply_staged_writes()
         on_device = self._runner.counts.on_device
         self.in_flight.append((on_device, on_device.clone()))
 
@@ -303,11 +304,13 @@ class FakeGPUWorker(CompactionWorker, Device):
 # --- steps
 
 
-def step_output(finished=(), preempted=(), orders=(), new=()) -> SimpleNamespace:
+def step_output(finished=(), preempted=(), orders=(), new=(), hits=()) -> SimpleNamespace:
     """A step as the scheduler describes it, as far as our worker reads it; `new` pairs ids with states."""
     output = SimpleNamespace(finished_req_ids=set(finished), preempted_req_ids=set(preempted) or None, new=new)
     if orders:
         attach_orders(output, tuple(orders))
+    if hits:
+        attach_compacted_hits(output, hits)
     return output
 
 

@@ -63,7 +63,7 @@ class Later(AsyncModelRunnerOutput):
 def test_a_step_compacts_and_updates_the_runner_before_vllm_prepares_it(worker, monkeypatch):
     done = []
     worker._compactors = [SimpleNamespace(compact=lambda orders: done.append(("compact", len(orders))))]
-    worker._runner = SimpleNamespace(begin_step=lambda gone, orders: done.append((sorted(gone), len(orders))))
+    worker._runner = SimpleNamespace(begin_step=lambda gone, orders, hits: done.append((sorted(gone), len(orders))))
     worker._clock = FakeClock()
     monkeypatch.setattr(Worker, "execute_model", lambda _, output: done.append("vLLM"))
     assert worker.execute_model(step_output(["b"], ["a"], [order("r", 4)])) is None

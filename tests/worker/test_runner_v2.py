@@ -33,12 +33,16 @@ def busy_steps(seed: int, num_steps: int):
         compacted.update({req_id: compacted.get(req_id, 0) + rng.randint(1, 1000) for req_id in chosen})
         free = [state for state in range(8) if state not in states.values()]
         new = {f"{i}-{state}": state for state in rng.sample(free, rng.randint(0, len(free)))}
+        hits = {req_id: rng.randint(1, 1000) for req_id in new if rng.random() < 0.3}
         orders = [order(req_id, compacted[req_id]) for req_id in chosen]
         expected = torch.zeros(8, dtype=torch.int32)
         for req_id, num_evicted in compacted.items():
             expected[states[req_id]] = num_evicted
         states.update(new)
-        yield step_output(gone[:split], gone[split:], orders, new), expected
+        compacted.update(hits)
+        for req_id, num_evicted in hits.items():
+            expected[states[req_id]] = num_evicted
+        yield step_output(gone[:split], gone[split:], orders, new, hits), expected
 
 
 @pytest.mark.parametrize("num_in_flight", [2, 3, 5])
@@ -68,13 +72,19 @@ def test_counts_are_published_at_most_once_a_step(monkeypatch):
         assert max(published.values(), default=0) <= 1
     published.clear()
     worker.execute_model(step_output())
-    assert not published, "nothing changed"
+    assert not published[id(worker._runner.counts._counts)], "nothing changed"
 
 
 # --- lengths and slots
 
 LENGTHS = [20, 30, 40]
 STATES = [5, 2, 7]
+
+
+def begin_step(vllm_runner: HostRunner, runner: RunnerV2, gone, orders, hits=()) -> None:
+    """Our half of a step's beginning, and vLLM's, which gives new requests their states between the two."""
+    runner.begin_step(gone, orders, dict(hits))
+    vllm_runner.block_tables.apply_staged_writes()
 
 
 def compacted_runner() -> tuple[HostRunner, RunnerV2]:
@@ -84,8 +94,7 @@ def compacted_runner() -> tuple[HostRunner, RunnerV2]:
     for state in STATES:
         vllm_runner.block_tables.append_block_ids(state, ([*range(10, 26)], [*range(30, 38)]), overwrite=True)
     runner = RunnerV2(vllm_runner, [0])
-    runner.begin_step([], [order("b", 16, destination=(3, 9, 4, 8))])
-    vllm_runner.block_tables.apply_staged_writes()
+    begin_step(vllm_runner, runner, [], [order("b", 16, destination=(3, 9, 4, 8))])
     return vllm_runner, runner
 
 
@@ -110,12 +119,12 @@ def test_attention_of_compressed_groups_alone_sees_physical_lengths():
 
 def test_the_longest_length_on_the_host_is_physical():
     vllm_runner, runner = compacted_runner()
-    runner.begin_step([], [order("c", 30, destination=(3,))])
+    begin_step(vllm_runner, runner, [], [order("c", 30, destination=(3,))])
     compressed, full = real_metadata(vllm_runner)
     assert (compressed.max_seq_len, full.max_seq_len) == (20, 40)
-    runner.begin_step([], [order("c", 35, destination=(3,)), order("a", 10, destination=(5,))])
+    begin_step(vllm_runner, runner, [], [order("c", 35, destination=(3,)), order("a", 10, destination=(5,))])
     assert real_metadata(vllm_runner)[0].max_seq_len == 14
-    runner.begin_step(["a", "b", "c"], [])
+    begin_step(vllm_runner, runner, ["a", "b", "c"], [])
     assert real_metadata(vllm_runner)[0].max_seq_len == 40
 
 
@@ -127,7 +136,7 @@ def test_lengths_never_move():
         for capture in (True, False):
             places.add(vllm_runner.dummy_metadata(num_reqs, 64, capture)[0].seq_lens.data_ptr())
     places.add(real_lengths(vllm_runner)[0].data_ptr())
-    runner.begin_step(["b"], [])
+    begin_step(vllm_runner, runner, ["b"], [])
     places.add(real_lengths(vllm_runner)[0].data_ptr())
     assert len(places) == 1
 
@@ -165,7 +174,7 @@ def test_slots_go_where_the_caller_says():
 
 def test_as_long_as_nothing_is_compacted_vllm_answers(monkeypatch):
     vllm_runner, runner = compacted_runner()
-    runner.begin_step(["b"], [])
+    begin_step(vllm_runner, runner, ["b"], [])
     monkeypatch.setattr(runner_v2, "slot_mappings", None)
     monkeypatch.setattr(runner_v2, "physical_lengths", None)
     assert [lengths.tolist() for lengths in real_lengths(vllm_runner)] == [LENGTHS] * 2
@@ -187,13 +196,23 @@ def test_each_compaction_rewrites_what_the_row_has_become():
     vllm_runner.block_tables.append_block_ids(2, ([20, 21, 22], []), overwrite=False)
     vllm_runner.block_tables.apply_staged_writes()
     assert vllm_runner.block_tables.block_tables[0].gpu[2, :7].tolist() == [3, 9, 4, 8, 20, 21, 22]
-    runner.begin_step([], [order("b", 22, destination=(3, 6))])
-    vllm_runner.block_tables.apply_staged_writes()
+    begin_step(vllm_runner, runner, [], [order("b", 22, destination=(3, 6))])
     compressed, full = (table.gpu for table in vllm_runner.block_tables.block_tables)
     assert compressed[2, :2].tolist() == [3, 6]
     assert full[2].tolist() == [*range(30, 38)]
     assert vllm_runner.block_tables.num_blocks.np[:, STATES].tolist() == [[16, 2, 16], [8, 8, 8]]
     assert real_lengths(vllm_runner)[0].tolist() == [20, 8, 40]
+
+
+def test_a_request_that_begins_on_compacted_rows_has_their_count():
+    """Its state is known only when vLLM has added it; one that was preempted in the same step keeps nothing."""
+    vllm_runner, runner = compacted_runner()
+    runner.begin_step(["b"], [order("c", 30, destination=(3,))], {"new": 9, "b": 12})
+    del vllm_runner.req_states.req_id_to_index["b"]
+    vllm_runner.req_states.req_id_to_index.update(new=2, b=6)
+    vllm_runner.block_tables.apply_staged_writes()
+    assert runner.counts.by_request() == {"c": 30, "new": 9, "b": 12}
+    assert real_lengths(vllm_runner)[0].tolist() == [20, 30 - 9, 40 - 30]
 
 
 def test_warming_up_leaves_everything_as_it_was():

@@ -1,9 +1,11 @@
 """Orders from the scheduler to the worker: compact this request, from these blocks into those.
 
 An order holds block ids and counts only. Which tokens are kept is decided on the device and never leaves it. The worker
-reports back how long compactions took.
+reports back how long compactions took. A request that begins on rows which another one has compacted needs no order,
+only its count.
 """
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from vllm_l2kv.params import CompressionParams
 
 _ATTRIBUTE = "compactions"
+_HITS = "compacted_hits"
 _SECONDS = "compaction_seconds"
 
 
@@ -65,6 +68,17 @@ def orders_of(scheduler_output: Any) -> tuple[CompactionOrder, ...]:
     """The orders of a step; none for a step of a scheduler that compacts nothing."""
     orders: tuple[CompactionOrder, ...] = getattr(scheduler_output, _ATTRIBUTE, ())
     return orders
+
+
+def attach_compacted_hits(scheduler_output: Any, hits: Mapping[str, int]) -> None:
+    """Puts on a step's `SchedulerOutput` which requests begin on compacted rows: their ids, to evicted slots."""
+    setattr(scheduler_output, _HITS, hits)
+
+
+def compacted_hits_of(scheduler_output: Any) -> Mapping[str, int]:
+    """The requests of a step that begin on compacted rows, to evicted slots; mostly none."""
+    hits: Mapping[str, int] = getattr(scheduler_output, _HITS, {})
+    return hits
 
 
 def with_seconds(model_runner_output: Any, seconds: list[float]) -> Any:

@@ -35,6 +35,8 @@ class CompactionStats:
         num_compressed: Requests that were compacted for the first time, each once.
         num_freed_blocks: Blocks that compactions gave back to the pool; those that other requests hold stay.
         num_taken_blocks: Blocks that compactions took for kept rows.
+        num_found_tokens: Tokens of prompts whose compacted rows were found in the cache.
+        num_published: Compacted beginnings of prompts that became findable.
         num_preempted: Requests that were preempted so that a compaction finds blocks for its kept rows.
         seconds: Time on the device of each step's compactions.
         logical_tokens: Tokens of running requests, as their positions count.
@@ -45,6 +47,8 @@ class CompactionStats:
     num_compressed: int = 0
     num_freed_blocks: int = 0
     num_taken_blocks: int = 0
+    num_found_tokens: int = 0
+    num_published: int = 0
     num_preempted: int = 0
     seconds: list[float] = field(default_factory=list)
     logical_tokens: int = 0

@@ -1,9 +1,11 @@
 """Block accounting of compacted requests.
 
 vLLM's managers size a request by its positions. Once a request is compacted its slots are `position - num_evicted`,
-and a manager of compressed layers counts slots.
+and a manager of compressed layers counts slots. So it does for a request that begins on rows which another one has
+compacted, from its admission on.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
@@ -75,19 +77,60 @@ class LayerManager(FullAttentionManager):
     Attributes:
         num_tokens_allocated: Requests to the number of tokens for which they have slots, evicted tokens included.
         next_cacheable: Requests to the number of tokens at which there is more to put into the prefix cache.
+        compacted_hits: Waiting requests that are to begin on compacted rows, to the tokens evicted from these.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_tokens_allocated: dict[str, int] = {}
         self.next_cacheable: dict[str, int] = {}
+        self.compacted_hits: dict[str, int] = {}
 
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        """Same contract as upstream, but counts slots."""
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        *args: Any,
+        apply_admission_cap: bool = False,
+        **kwargs: Any,
+    ) -> int:
+        """Same contract as upstream, but counts slots; asked for a whole request, the most that it holds at a time."""
         if num_tokens <= self.num_tokens_allocated.get(request_id, 0):
             return 0
-        num_slots = num_tokens - self._num_evicted(request_id)
-        return super().get_num_blocks_to_allocate(request_id, num_slots, *args, **kwargs)
+        num_evicted = self._num_evicted(request_id)
+        num_slots = num_tokens - num_evicted
+        if apply_admission_cap:
+            num_slots = min(num_slots, self._max_slots(request_id))
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_slots,
+            new_computed_blocks,
+            total_computed_tokens - num_evicted,
+            num_local_computed_tokens - num_evicted,
+            *args,
+            apply_admission_cap=apply_admission_cap,
+            **kwargs,
+        )
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Same contract as upstream, but counts slots. What follows compacted rows is not for the prefix cache."""
+        num_slots = num_local_computed_tokens - self._num_evicted(request_id)
+        super().add_local_computed_blocks(request_id, new_computed_blocks, num_slots, *args, **kwargs)
+        num_evicted = self.compacted_hits.pop(request_id, None)
+        if num_evicted is not None:
+            self._begin_compacted(request_id, num_evicted)
+            # Not before: vLLM would take the request for one that runs already, and drop what was found.
+            stop_prefix_caching(self, request_id)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
         """Same contract as upstream, but counts slots."""
@@ -118,11 +161,19 @@ class LayerManager(FullAttentionManager):
         """Same contract as upstream; called when a request finishes, is aborted or is preempted."""
         self.num_tokens_allocated.pop(request_id, None)
         self.next_cacheable.pop(request_id, None)
+        self.compacted_hits.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _num_evicted(self, request_id: str) -> int:
         """Evicted tokens of a request: its slots are `position - num_evicted`."""
         return 0
+
+    def _max_slots(self, request_id: str) -> int:
+        """A bound on the slots that a request holds at a time."""
+        return UNREACHABLE
+
+    def _begin_compacted(self, request_id: str, num_evicted: int) -> None:
+        """Called when a request is admitted on compacted rows."""
 
     def _note_allocated(self, request_id: str) -> None:
         num_slots = len(self.req_to_blocks[request_id]) * self.block_size
@@ -184,23 +235,14 @@ class CompressedLayerManager(LayerManager):
 
     Attributes:
         num_evicted: Compacted requests to their evicted tokens; their slots are `position - num_evicted`.
-        max_rows: Requests that are to be compacted, to the rows that they hold at most at a time.
+        max_rows: Requests that are to be compacted, to the rows that they hold at most at a time. Where they begin on
+            compacted rows, from there on.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_evicted: dict[str, int] = {}
         self.max_rows: dict[str, int] = {}
-
-    def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
-    ) -> int:
-        """Same contract as upstream, but counts slots; asked for a whole request, the most that it holds at a time."""
-        if apply_admission_cap:
-            num_tokens = min(num_tokens, self.max_rows.get(request_id, num_tokens))
-        return super().get_num_blocks_to_allocate(
-            request_id, num_tokens, *args, apply_admission_cap=apply_admission_cap, **kwargs
-        )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Same contract as upstream; a request that finishes, is aborted or is preempted is no longer compacted."""
@@ -250,4 +292,10 @@ class CompressedLayerManager(LayerManager):
         return move, released
 
     def _num_evicted(self, request_id: str) -> int:
-        return self.num_evicted.get(request_id, 0)
+        return self.num_evicted.get(request_id) or self.compacted_hits.get(request_id, 0)
+
+    def _max_slots(self, request_id: str) -> int:
+        return self.max_rows.get(request_id, UNREACHABLE)
+
+    def _begin_compacted(self, request_id: str, num_evicted: int) -> None:
+        self.num_evicted[request_id] = num_evicted

@@ -1,11 +1,12 @@
 """What the scheduler remembers of a request."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm.v1.request import Request
 
 from vllm_l2kv.messages.usage import KeptWhole, RequestUsage
 from vllm_l2kv.policy import Compaction, CompactionPoints
+from vllm_l2kv.scheduler.shared_prefixes import Prefixes
 
 
 @dataclass
@@ -15,8 +16,11 @@ class RequestState:
     Attributes:
         request: vLLM's own state of it.
         points: Its compactions; `None` if it is kept whole, at a ratio of 1 without a budget or as streaming input.
+        prefixes: The compacted beginnings of its prompt that it shares with others.
         reason: Why nothing was evicted, as long as that is so; `None` if it asks for nothing.
         max_tokens: The bound that its answer got because the cache cannot hold a longer one, if it named none.
+        begins_with: The compaction whose rows it found when it began, last of all if it was preempted; `None` if none.
+        num_found: Tokens before that, from when it first began; `None` until then.
         is_counted: Whether the statistics have it among compressed requests.
     """
 
@@ -24,6 +28,9 @@ class RequestState:
     points: CompactionPoints | None
     reason: KeptWhole | None
     max_tokens: int | None = None
+    prefixes: Prefixes = field(default_factory=Prefixes)
+    begins_with: Compaction | None = None
+    num_found: int | None = None
     is_counted: bool = False
     _last: Compaction | None = None  # of those that the answer has passed
     _num_passed: int = 0
@@ -49,6 +56,8 @@ class RequestState:
         )
         if self.max_tokens is not None:
             usage["max_tokens"] = self.max_tokens
+        if self.num_found or (self.num_found is not None and self.points and self.points.params.prefix_tokens):
+            usage["found_tokens"] = self.num_found
         if self._last is None and self.reason is not None:
             usage["reason"] = str(self.reason)
         return usage

@@ -20,7 +20,7 @@ from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.capacity import DoesNotFitError
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_cache_spec import capacity_of
-from vllm_l2kv.messages.orders import CompactionOrder, attach_orders, seconds_of
+from vllm_l2kv.messages.orders import CompactionOrder, attach_compacted_hits, attach_orders, seconds_of
 from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, attach_usage, why_whole
 from vllm_l2kv.params import Asked, check_session
@@ -28,6 +28,7 @@ from vllm_l2kv.policy import Compaction, CompactionPoints
 from vllm_l2kv.refusals import check_seed, check_supported
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
+    LayerManager,
     announce_hit,
     find_prefixes_inside_blocks,
     stop_prefix_caching,
@@ -35,7 +36,9 @@ from vllm_l2kv.scheduler.cache_manager import (
 from vllm_l2kv.scheduler.decode_fast_path import with_decode_fast_path
 from vllm_l2kv.scheduler.failed_requests import Refusals
 from vllm_l2kv.scheduler.request_state import RequestState
+from vllm_l2kv.scheduler.shared_prefixes import SharedPrefixes
 from vllm_l2kv.scheduler.stats_counter import StatsCounter
+from vllm_l2kv.scheduler.superseded_blocks import SupersededBlocks
 from vllm_l2kv.settings import Settings
 
 # vLLM configures logging below its own name only.
@@ -58,6 +61,7 @@ class L2KVScheduler(AsyncScheduler):
         self.settings = Settings.from_config(self.vllm_config.additional_config)
         find_prefixes_inside_blocks(self.kv_cache_manager.coordinator)
         managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._layers = [manager for manager in managers if isinstance(manager, LayerManager)]
         self.kv_cache_manager: Any = with_decode_fast_path(self.kv_cache_manager)
         self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
         if not self._compressed:
@@ -65,6 +69,8 @@ class L2KVScheduler(AsyncScheduler):
                 "No KV-cache group is managed by vllm-l2kv: pass its worker class together with its scheduler class, "
                 "and if VLLM_PLUGINS is set, add l2kv to it."
             )
+        self._shared = SharedPrefixes(self.kv_cache_manager, self.cache_config.prefix_caching_hash_algo)
+        self._superseded = SupersededBlocks(self.kv_cache_manager.block_pool)
         self._capacity = capacity_of(self.kv_cache_config, self.vllm_config)
         self._states: dict[str, RequestState] = {}
         self._next: dict[str, Compaction] = {}  # of requests that have begun, oldest first
@@ -98,7 +104,6 @@ class L2KVScheduler(AsyncScheduler):
         else:
             if state is not None:
                 self._states[request.request_id] = state
-                self._note_max_rows(state)
         super().add_request(request)
 
     def _add_chunk(self, request: Request) -> None:
@@ -141,6 +146,10 @@ class L2KVScheduler(AsyncScheduler):
         # Without those of requests that vLLM preempted in this step, see `_preempt_request`.
         if self._orders:
             attach_orders(output, tuple(self._orders.values()))
+            for order in self._orders.values():
+                self._publish(order)
+        if self._states:
+            self._note_hits(output)
         self._forget(output.finished_req_ids)
         return output
 
@@ -175,10 +184,44 @@ class L2KVScheduler(AsyncScheduler):
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Same contract as upstream, asked whenever a request begins, for the first time or after a preemption.
 
+        A compacted beginning of the prompt is a hit of all its tokens. It reaches further than any other: those end
+        before the first compaction.
+        """
+        state, hit = self._states.get(request.request_id), None
+        if state is not None and state.points is not None:
+            self._begin(state, state.points, None)
+            hit = self._find_compacted(state, state.points)
+        blocks, num_tokens, *others = hit or self._find_whole(request, *args, **kwargs)
+        num_coming = request.num_tokens - num_tokens
+        self._superseded.reuse_first(self._capacity.num_held(num_coming, num_coming))
+        return blocks, num_tokens, *others
+
+    def _find_compacted(self, state: RequestState, points: CompactionPoints) -> Any:
+        """A request's hit on compacted rows, in vLLM's form; `None` if there is none."""
+        request, manager = state.request, self.kv_cache_manager
+        found = self._shared.find(state.prefixes) if manager.prefix_cache_lookup_enabled(request) else None
+        if found is None:
+            return None
+        prefix, blocks = found
+        num_rows = points.max_rows(self._max_num_computed(request), prefix.compaction)
+        num_held = self._capacity.num_held(request.num_tokens, num_rows) + self._shared.num_partial_blocks(prefix)
+        if num_held > self._capacity.num_blocks:
+            return None  # it could never be admitted, since blocks that its rows do not fill are copied
+        self._begin(state, points, prefix.compaction)
+        if self._reports_hits(request):
+            self._shared.announce(request, prefix)
+        return manager.create_kv_cache_blocks(blocks), prefix.compaction.position, 0, False
+
+    def _reports_hits(self, request: Request) -> bool:
+        """Whether a request wants KV events of its hits."""
+        return request.kv_cache_report_mode == "full" and self.kv_cache_manager.enable_kv_cache_events
+
+    def _find_whole(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """A request's hit on rows of which nothing was evicted, in vLLM's form.
+
         KV events of a hit, if the request wants them, come from `announce_hit`.
         """
-        mode = request.kv_cache_report_mode
-        is_reported = mode == "full" and self.kv_cache_manager.enable_kv_cache_events
+        mode, is_reported = request.kv_cache_report_mode, self._reports_hits(request)
         request.kv_cache_report_mode = "incremental"
         try:
             blocks, num_tokens, *others = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
@@ -217,9 +260,42 @@ class L2KVScheduler(AsyncScheduler):
         self._orders.pop(request.request_id, None)
         self._next.pop(request.request_id, None)
 
+    def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
+        """Same contract as upstream, asked whenever a request begins: whether to pass over it in this step.
+
+        Also while another request computes what it could begin with. Others behind it do not wait.
+        """
+        if self._is_computed_by_another(request):
+            return True
+        return super()._ec_transfer_pending(request, num_computed_tokens)
+
+    def _is_computed_by_another(self, request: Request) -> bool:
+        """Whether a running request is about to publish a longer compacted beginning of the prompt than was found.
+
+        If not, the request itself is noted as the one that computes it.
+        """
+        state = self._states.get(request.request_id)
+        if state is None or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return False
+        begin = 0 if state.begins_with is None else state.begins_with.position
+        for prefix in state.prefixes.to_publish:
+            if prefix.compaction.position > begin:
+                other = self._shared.computed_by(prefix)
+                if other is not None and other != request.request_id and self._will_publish(other, prefix.compaction):
+                    return True
+                self._shared.computes(request.request_id, prefix)
+        return False
+
+    def _will_publish(self, req_id: str, compaction: Compaction) -> bool:
+        """Whether a request is running and comes to this compaction, or has come to it in this step."""
+        request, coming = self.requests.get(req_id), self._next.get(req_id)
+        if request is None or request.status != RequestStatus.RUNNING:
+            return False
+        return req_id in self._orders or (coming is not None and coming.position <= compaction.position)
+
     def _usable_hit(self, request: Request, num_tokens: int) -> int:
-        """Tokens of a prefix-cache hit with which a request may begin."""
-        first = self._begin(request)
+        """Tokens of a prefix-cache hit with which a request may begin, if nothing of it was evicted."""
+        first = self._next.get(request.request_id)
         if first is not None:
             num_tokens = min(num_tokens, first.position - 1)  # so that a step lies between
         num_rows = self._compressed[0].max_rows.get(request.request_id, request.num_tokens)
@@ -227,27 +303,79 @@ class L2KVScheduler(AsyncScheduler):
             num_tokens -= num_tokens % self.block_size  # a hit inside a block would need one more, for its copy
         return num_tokens
 
-    def _begin(self, request: Request) -> Compaction | None:
-        """Notes the first compaction of a request that is about to begin, if it has one."""
-        state = self._states.get(request.request_id)
-        if state is None or state.points is None:
-            return None
-        first = state.points.after(None)
-        if first is not None:
-            self._next[request.request_id] = first
-        return first
+    def _begin(self, state: RequestState, points: CompactionPoints, last: Compaction | None) -> None:
+        """Notes where a request begins if it is admitted: after the compaction whose rows it found, or at its start."""
+        req_id, coming = state.request.request_id, points.after(last)
+        state.begins_with = last
+        self._next.pop(req_id, None)
+        if coming is not None:
+            self._next[req_id] = coming
+        max_rows = points.max_rows(self._max_num_computed(state.request), last)
+        for manager in self._compressed:
+            manager.max_rows[req_id] = max_rows
+        for layer in self._layers:
+            layer.compacted_hits.pop(req_id, None)
+            if last is not None:
+                layer.compacted_hits[req_id] = last.num_evicted
+
+    def _max_num_computed(self, request: Request) -> int:
+        """Tokens that a request computes if its answer gets as long as it may: all but the last one."""
+        return request.num_prompt_tokens + request.max_tokens - 1
+
+    def _note_hits(self, output: SchedulerOutput) -> None:
+        """Lets the worker know which requests begin on compacted rows in this step."""
+        hits = {}
+        for req_id in (
+            *(new.req_id for new in output.scheduled_new_reqs),
+            *output.scheduled_cached_reqs.resumed_req_ids,
+        ):
+            state = self._states.get(req_id)
+            if state is None or state.points is None:
+                continue
+            found = state.begins_with
+            if found is not None:
+                hits[req_id] = found.num_evicted
+                self._note_compressed(state)
+            if state.num_found is None:
+                state.num_found = 0 if found is None else found.position
+                self._stats_counter.found(state.num_found)
+        if hits:
+            attach_compacted_hits(output, hits)
+
+    def _note_compressed(self, state: RequestState) -> None:
+        if not state.is_counted:
+            self._stats_counter.compressed()
+            state.is_counted = True
+
+    def _publish(self, order: CompactionOrder) -> None:
+        """Makes what a compaction leaves findable, if later requests will ask for it.
+
+        Called once it is certain that the worker will carry out the order.
+        """
+        state = self._states[order.req_id]
+        for prefix in state.prefixes.to_publish:
+            if prefix.compaction.num_evicted == order.num_evicted and self._shared.publish(state.request, prefix):
+                self._stats_counter.published()
 
     def _compact_due(self) -> None:
         """Compacts every request that has reached its next compaction."""
         released: list[KVCacheBlock] = []
+        superseded: list[KVCacheBlock] = []
         for req_id, coming in list(self._next.items()):
             request = self.requests.get(req_id)  # None: finished since the last step
-            if request is not None and self._is_due(request, coming) and self._find_room(request, coming, released):
-                self._compact(request, coming, released)
+            if request is None or not self._is_due(request, coming):
+                continue
+            # Blocks come free with the next step, if copies of blocks are under way or others were compacted.
+            room_is_coming = bool(released or superseded or self.deferred_frees)
+            if self._find_room(request, coming, room_is_coming):
+                blocks = self._compact(request, coming)
+                (superseded if self._is_published(coming, req_id) else released).extend(blocks)
         pool = self.kv_cache_manager.block_pool
         num_free = pool.get_num_free_blocks()
         # Tails first: the pool evicts in this order, so the beginnings of prompts stay cached longest.
         pool.free_blocks(reversed(released))
+        # A published beginning serves those who ask the same again, with a part of the blocks.
+        self._superseded.free(reversed(superseded))
         self._stats_counter.freed(pool.get_num_free_blocks() - num_free)
 
     def _is_due(self, request: Request, coming: Compaction) -> bool:
@@ -259,15 +387,23 @@ class L2KVScheduler(AsyncScheduler):
             and scheduled_output < request.max_tokens
         )
 
-    def _find_room(self, request: Request, coming: Compaction, released: list[KVCacheBlock]) -> bool:
+    def _is_published(self, compaction: Compaction, req_id: str) -> bool:
+        return any(prefix.compaction == compaction for prefix in self._states[req_id].prefixes.to_publish)
+
+    def _find_room(self, request: Request, coming: Compaction, room_is_coming: bool) -> bool:
         """Preempts others, at last the request itself, until there are blocks for its kept rows.
 
+        Args:
+            request: The request.
+            coming: Its compaction.
+            room_is_coming: Whether blocks become free for the next step anyway.
+
         Returns:
-            Whether it can be compacted now. If not, it was preempted, or blocks of this step's other compactions become
-            free for the next step; it computes nothing until then.
+            Whether it can be compacted now. If not, it was preempted, or waits for those blocks; it computes nothing
+            until then.
         """
         while not self._has_free_blocks(coming) and not self._fits_in_place(request, coming):
-            if released:
+            if room_is_coming:
                 return False
             victim = self._next_to_preempt()
             self.running.remove(victim)
@@ -330,14 +466,18 @@ class L2KVScheduler(AsyncScheduler):
     def _fits_in_place(self, request: Request, coming: Compaction) -> bool:
         return all(manager.fits_in_place(request.request_id, coming.num_keep) for manager in self._compressed)
 
-    def _compact(self, request: Request, coming: Compaction, released: list[KVCacheBlock]) -> None:
-        """Compacts one request for which there is room, into free blocks if possible."""
+    def _compact(self, request: Request, coming: Compaction) -> list[KVCacheBlock]:
+        """Compacts one request for which there is room, into free blocks if possible.
+
+        Returns:
+            Blocks to be freed once every order of this step has its blocks.
+        """
         req_id, in_place = request.request_id, not self._has_free_blocks(coming)
         state = self._states[req_id]
         assert state.points is not None
         # Before the first compaction, what is computed comes from the full cache: the last time to make it findable.
         self.kv_cache_manager.cache_blocks(request, coming.position)
-        moves = []
+        moves, released = [], []
         for manager in self._compressed:
             move, blocks = manager.compact(req_id, coming.num_evicted, coming.num_keep, in_place)
             moves.append(move)
@@ -358,9 +498,8 @@ class L2KVScheduler(AsyncScheduler):
         else:
             self._next[req_id] = following
         self._stats_counter.compacted(coming, 0 if in_place else self._num_destination_blocks(coming))
-        if not state.is_counted:
-            self._stats_counter.compressed()
-            state.is_counted = True
+        self._note_compressed(state)
+        return released
 
     def _state_of(self, request: Request, asked: Asked) -> RequestState | None:
         """What is remembered of a request; `None` for one that reports nothing. Bounds its answer by what fits.
@@ -379,14 +518,10 @@ class L2KVScheduler(AsyncScheduler):
         request.max_tokens = max_tokens
         if not asked.reports and not is_bounded:
             return None
-        return RequestState(request, points, why_whole(num_prompt_tokens, params), max_tokens if is_bounded else None)
-
-    def _note_max_rows(self, state: RequestState) -> None:
-        """Lets vLLM admit a request that holds fewer rows at a time than it has tokens."""
-        if state.points is not None:
-            rows = state.points.max_rows(state.request.num_prompt_tokens + state.request.max_tokens - 1)
-            for manager in self._compressed:
-                manager.max_rows[state.request.request_id] = rows
+        state = RequestState(request, points, why_whole(num_prompt_tokens, params), max_tokens if is_bounded else None)
+        if points is not None:
+            state.prefixes = self._shared.of(request, points)
+        return state
 
     def _read_fields(self, request: Request) -> Asked:
         """What a request asks. Checked here too: one of an offline engine passes no front end.
@@ -405,7 +540,9 @@ class L2KVScheduler(AsyncScheduler):
         for req_id in req_ids:
             if req_id not in self.requests:
                 self._refusals.forget((req_id,))
-                self._states.pop(req_id, None)
+                state = self._states.pop(req_id, None)
+                if state is not None:
+                    self._shared.forget(req_id, state.prefixes.to_publish)
                 self._next.pop(req_id, None)
                 for manager in self._compressed:
                     manager.max_rows.pop(req_id, None)

@@ -22,6 +22,14 @@ class StatsCounter:
         self._stats.compactions.append(CompactionEvent(str(compaction.kind), compaction.num_keep, evicted))
         self._stats.num_taken_blocks += num_taken_blocks
 
+    def found(self, num_tokens: int) -> None:
+        """Counts tokens of a prompt whose compacted rows were found."""
+        self._stats.num_found_tokens += num_tokens
+
+    def published(self) -> None:
+        """Counts a compacted beginning of a prompt that others can find now."""
+        self._stats.num_published += 1
+
     def freed(self, num_blocks: int) -> None:
         """Counts blocks that went back to the pool."""
         self._stats.num_freed_blocks += num_blocks

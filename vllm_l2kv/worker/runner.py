@@ -1,6 +1,6 @@
 """What the worker asks of a runner, whichever of vLLM's two it adapts: `runner_v1` or `runner_v2`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from vllm_l2kv.messages.orders import CompactionOrder
@@ -20,10 +20,12 @@ class Runner(Protocol):
     def counts(self) -> Counts:
         """What kernels read, or a copy of it."""
 
-    def begin_step(self, gone: Iterable[str], orders: Sequence[CompactionOrder]) -> None:
+    def begin_step(self, gone: Iterable[str], orders: Sequence[CompactionOrder], hits: Mapping[str, int]) -> None:
         """Updates what the step's kernels will read; called once a step, before vLLM prepares it.
 
         Args:
             gone: Requests that finished, were aborted or preempted; those never compacted may be among them.
             orders: The step's compactions, of other requests; their slots are `position - num_evicted` from now on.
+            hits: Requests that begin in this step on rows which another one has compacted, to evicted slots. They may
+                be among `gone`, preempted just before.
         """

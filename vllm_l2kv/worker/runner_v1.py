@@ -1,6 +1,6 @@
 """Runner V1 (`gpu_model_runner.GPUModelRunner`), which vLLM uses on CPUs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ class RunnerV1:
             tables[group_id] = CompressedBlockTable(tables[group_id], self._of_batch)
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
-    def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder]) -> None:
-        """Drops requests and gives compacted ones the blocks of their kept rows.
+    def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder], hits: Mapping[str, int]) -> None:
+        """Drops requests, gives compacted ones the blocks of their kept rows, and notes all counts.
 
         Changes the request's state and, if it is in the batch, its row: a request that skips a step leaves the batch
         and is added again from its state.
@@ -44,6 +44,8 @@ class RunnerV1:
                 if row is not None:
                     batch.block_table[move.group_id].add_row(list(move.destination), row)
             self.counts.set(order.req_id, order.num_evicted)
+        for req_id, num_evicted in hits.items():
+            self.counts.set(req_id, num_evicted)
 
     def _of_batch(self) -> torch.Tensor | None:
         return self.counts.of_batch(self._runner.input_batch.req_ids)

@@ -4,7 +4,7 @@ Its tables live on the device and its metadata in CUDA graphs, so kernels comput
 fixed addresses. Nothing here waits for the device or loops over the requests of a batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,16 @@ class RunnerV2:
     def __init__(self, runner: Any, group_ids: Sequence[int]) -> None:
         self._runner = runner
         self.counts = EvictedCountsV2(runner.max_num_reqs)
-        self._tables = CompressedBlockTables(runner.block_tables, group_ids, self.counts)
+        self._tables = CompressedBlockTables(runner.block_tables, group_ids, self.counts, runner.req_states)
         self._seq_lens = torch.zeros(runner.max_num_reqs, dtype=torch.int32, device=runner.device)
         runner.block_tables = self._tables
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
-    def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder]) -> None:
-        """Drops requests and stages the block tables of compacted ones, which vLLM sends together with its own."""
+    def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder], hits: Mapping[str, int]) -> None:
+        """Drops requests and stages the block tables of compacted ones, which vLLM sends together with its own.
+
+        vLLM gives a request that begins its state later in the step, so the tables note its count then.
+        """
         self.counts.forget(gone)
         for order in orders:
             state = self._runner.req_states.req_id_to_index[order.req_id]
@@ -43,7 +46,7 @@ class RunnerV2:
                 self._tables.block_tables[move.group_id].stage_write(state, 0, list(move.destination))
                 self._tables.num_blocks.np[move.group_id, state] = len(move.destination)
             self.counts.set(order.req_id, state, order.num_evicted)
-        self.counts.publish()
+        self._tables.hits = hits
 
     def warm_up(self) -> None:
         """Compiles the kernels for the types that the runner gives them, on an empty batch."""
@@ -126,17 +129,28 @@ class CompressedBlockTables:
 
     Attributes:
         idx_mapping: `[num_reqs]` int64, request states of the current batch; `None` for a dummy batch.
+        hits: Requests that begin in this step on compacted rows, to evicted slots.
     """
 
-    def __init__(self, tables: BlockTables, group_ids: Iterable[int], counts: EvictedCountsV2) -> None:
+    def __init__(self, tables: BlockTables, group_ids: Iterable[int], counts: EvictedCountsV2, req_states: Any) -> None:
         self._tables = tables
         self._counts = counts
+        self._req_states = req_states
+        self.hits: Mapping[str, int] = {}
         self.idx_mapping: torch.Tensor | None = None
         is_compressed = [int(group_id in set(group_ids)) for group_id in range(tables.num_kv_cache_groups)]
         self._is_compressed = torch.tensor(is_compressed, dtype=torch.int32, device=tables.device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tables, name)
+
+    def apply_staged_writes(self) -> None:
+        """Same contract as upstream, called once a step when every request has its state; publishes the counts."""
+        for req_id, num_evicted in self.hits.items():
+            self._counts.set(req_id, self._req_states.req_id_to_index[req_id], num_evicted)
+        self.hits = {}
+        self._counts.publish()
+        self._tables.apply_staged_writes()
 
     def compute_slot_mappings(
         self,

@@ -19,7 +19,7 @@ from vllm_l2kv.kv_cache_spec import (
     group_window,
     is_packed,
 )
-from vllm_l2kv.messages.orders import orders_of, with_seconds
+from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, with_seconds
 from vllm_l2kv.refusals import check_supported
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
@@ -84,7 +84,7 @@ class CompactionWorker(WorkerBase):
                 for compactor in self._compactors:
                     compactor.compact(orders)
         gone = chain(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
-        self._runner.begin_step(gone, orders)
+        self._runner.begin_step(gone, orders, compacted_hits_of(scheduler_output))
         return self._with_seconds(super().execute_model(scheduler_output))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:

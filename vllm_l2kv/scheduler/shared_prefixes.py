@@ -1,0 +1,221 @@
+"""Compacted beginnings of prompts, which later requests find and begin with.
+
+The rows that a compaction before the end of a prompt leaves depend on the tokens up to it, on how rows are chosen and
+on the compactions so far, and on nothing else. All of that is their name. Their blocks are findable under it as any
+cached block is under the hash of its tokens: vLLM's pool holds, shares and evicts them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    generate_block_hash_extra_keys,
+    get_block_hash,
+    hash_block_tokens,
+    make_block_hash_with_group_id,
+    maybe_convert_block_hash,
+)
+from vllm.v1.request import Request
+
+from vllm_l2kv import seams
+from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.policy import Compaction, CompactionPoints
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, LayerManager
+
+GroupBlocks = tuple[list[KVCacheBlock], ...]
+
+
+@dataclass(eq=False)
+class Prefix:
+    """One compacted beginning of a prompt.
+
+    Attributes:
+        compaction: That which leaves it.
+        name: Hash of all that its rows depend on.
+    """
+
+    compaction: Compaction
+    name: BlockHash
+    keys: tuple[list[BlockHashWithGroupId], ...] | None = None  # by group; made when a copy seems to be there
+
+
+@dataclass
+class Prefixes:
+    """The compacted beginnings of one request's prompt.
+
+    Attributes:
+        findable: All of them, shortest first.
+        to_publish: Those that the request makes findable if it computes them.
+    """
+
+    findable: Sequence[Prefix] = ()
+    to_publish: Sequence[Prefix] = ()
+    missed_at: int = field(default=-1, repr=False)  # number of publications when nothing was found
+
+
+class SharedPrefixes:
+    """Names, publishes and finds compacted beginnings.
+
+    Args:
+        kv_cache_manager: vLLM's.
+        hash_algorithm: vLLM's name of the function that hashes its blocks.
+    """
+
+    def __init__(self, kv_cache_manager: Any, hash_algorithm: str) -> None:
+        self._managers = kv_cache_manager.coordinator.single_type_managers
+        self._pool = kv_cache_manager.block_pool
+        self._hash = get_hash_fn_by_name(hash_algorithm)
+        # A manager of sliding windows would have to hold the window before the end of a beginning too.
+        self._is_possible = kv_cache_manager.enable_caching and all(
+            isinstance(manager, LayerManager) for manager in self._managers
+        )
+        self._first_group = next(
+            group for group, manager in enumerate(self._managers) if isinstance(manager, CompressedLayerManager)
+        )
+        self._num_published = 0
+        self._computed_by: dict[BlockHash, str] = {}
+
+    def of(self, request: Request, points: CompactionPoints) -> Prefixes:
+        """The beginnings of a request's prompt that it may find or publish. To be asked once, since it hashes."""
+        if not self._is_possible:
+            return Prefixes()
+        params = points.params
+        how = (params.protect_first, params.protect_last, params.scorer, params.granularity)
+        history = self._hash(("l2kv", how))
+        findable = []
+        for compaction in points.in_prompt():
+            history = self._hash((history, compaction.position, compaction.num_keep))
+            findable.append(Prefix(compaction, self._name(request, compaction.position, history)))
+        published = points.to_publish()
+        return Prefixes(findable, [prefix for prefix in findable if prefix.compaction in published])
+
+    def find(self, prefixes: Prefixes) -> tuple[Prefix, GroupBlocks] | None:
+        """The longest beginning of which all blocks are there, and these.
+
+        A waiting request asks at each step. It is told at once that nothing has come since it asked last.
+        """
+        if prefixes.missed_at == self._num_published:
+            return None
+        for prefix in reversed(prefixes.findable):
+            blocks = self._blocks_of(prefix)
+            if blocks is not None:
+                return prefix, blocks
+        prefixes.missed_at = self._num_published
+        return None
+
+    def publish(self, request: Request, prefix: Prefix) -> bool:
+        """Makes a beginning findable in the request's own blocks, once it is certain that the worker will compact it.
+
+        There is one copy of a name. A complete one stays; what is left of an incomplete one is forgotten first. Rows of
+        two copies may differ where rounding decided, so blocks of both together could double a row or lose one.
+
+        Returns:
+            Whether it is new.
+        """
+        if self._blocks_of(prefix) is not None:
+            return False
+        for group, keys in enumerate(self._keys(prefix)):
+            manager = self._managers[group]
+            for key in keys if isinstance(manager, CompressedLayerManager) else ():
+                while (left := self._find(key)) is not None:
+                    self._pool.evict_blocks({left.block_id})
+            for key, block in zip(keys, manager.req_to_blocks[request.request_id], strict=False):
+                self._pool._insert_block_hash(key, block, num_tokens=prefix.compaction.position)
+        self._num_published += 1
+        self.announce(request, prefix)
+        return True
+
+    def announce(self, request: Request, prefix: Prefix) -> None:
+        """Publishes the KV events of a beginning that is there. vLLM publishes those of its removal."""
+        if not self._pool.enable_kv_cache_events:
+            return
+        for group, keys in enumerate(self._keys(prefix)):
+            event = seams.stored_event(
+                self._pool,
+                request,
+                block_hashes=[maybe_convert_block_hash(get_block_hash(key)) for key in keys],
+                parent_block_hash=None,
+                start_token_idx=0,
+                end_token_idx=prefix.compaction.position,
+                block_size=self._managers[group].block_size,
+                kv_cache_group_id=group,
+                extra_keys_list=[None] * len(keys),
+            )
+            self._pool.kv_event_queue.append(event)
+
+    def computes(self, req_id: str, prefix: Prefix) -> None:
+        """Notes which request is about to compute a beginning that it will publish."""
+        self._computed_by[prefix.name] = req_id
+
+    def computed_by(self, prefix: Prefix) -> str | None:
+        """The request that was last noted; it may have ended or passed it since."""
+        return self._computed_by.get(prefix.name)
+
+    def forget(self, req_id: str, prefixes: Iterable[Prefix]) -> None:
+        """Forgets a request that has ended."""
+        for prefix in prefixes:
+            if self._computed_by.get(prefix.name) == req_id:
+                del self._computed_by[prefix.name]
+
+    def num_partial_blocks(self, prefix: Prefix) -> int:
+        """Blocks at the end of a beginning that its rows do not fill: a request that begins with it gets copies."""
+        return sum(
+            self._num_rows(group, prefix) % manager.block_size != 0 for group, manager in enumerate(self._managers)
+        )
+
+    def _name(self, request: Request, position: int, history: bytes) -> BlockHash:
+        """Hash of the tokens up to `position`, of what vLLM's hashes know beside them, and of what we know.
+
+        vLLM's chain of block hashes ends before the last tokens, which may fill no block. It knows adapters, salts and
+        images.
+        """
+        unit = self._pool.hash_block_size
+        begin = position // unit * unit
+        before = request.block_hashes[begin // unit - 1] if begin else None
+        extra_keys, _ = generate_block_hash_extra_keys(request, begin, position, 0)
+        return hash_block_tokens(
+            self._hash, before, request.all_token_ids[begin:position], (extra_keys, "l2kv", history)
+        )
+
+    def _num_rows(self, group: int, prefix: Prefix) -> int:
+        is_compressed = isinstance(self._managers[group], CompressedLayerManager)
+        return prefix.compaction.num_keep if is_compressed else prefix.compaction.position
+
+    def _keys(self, prefix: Prefix) -> tuple[list[BlockHashWithGroupId], ...]:
+        if prefix.keys is None:
+            prefix.keys = tuple(
+                [
+                    self._key(prefix, group, i)
+                    for i in range(num_blocks_for(self._num_rows(group, prefix), manager.block_size))
+                ]
+                for group, manager in enumerate(self._managers)
+            )
+        return prefix.keys
+
+    def _key(self, prefix: Prefix, group: int, index: int) -> BlockHashWithGroupId:
+        """The name, counted on: KV events may have room for the last 64 bits only, in which all keys differ."""
+        length = len(prefix.name)
+        number = (int.from_bytes(prefix.name, "big") + index) % (1 << 8 * length)
+        return make_block_hash_with_group_id(BlockHash(number.to_bytes(length, "big")), group)
+
+    def _find(self, key: BlockHashWithGroupId) -> KVCacheBlock | None:
+        block: KVCacheBlock | None = self._pool.cached_block_hash_to_block.get_one_block(key)
+        return block
+
+    def _blocks_of(self, prefix: Prefix) -> GroupBlocks | None:
+        """The blocks of a beginning, if all are there."""
+        if prefix.keys is None and self._find(self._key(prefix, self._first_group, 0)) is None:
+            return None
+        groups = []
+        for keys in self._keys(prefix):
+            blocks = [self._find(key) for key in keys]
+            found = [block for block in blocks if block is not None]
+            if len(found) < len(blocks):
+                return None
+            groups.append(found)
+        return tuple(groups)

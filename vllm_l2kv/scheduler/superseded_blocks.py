@@ -1,0 +1,51 @@
+"""Full blocks of prompts whose compacted beginning is findable: reused before anything else that is findable."""
+
+from collections.abc import Iterable
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+
+
+class SupersededBlocks:
+    """Blocks that serve only requests which keep the same prompt in another way.
+
+    vLLM reuses blocks that nobody can find first, and then the others, in the order in which they were freed. The full
+    blocks of a document are many times its compacted ones, and as young, so they would drive other documents out.
+
+    Args:
+        pool: vLLM's.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._blocks: list[tuple[KVCacheBlock, BlockHashWithGroupId]] = []  # the first is reused first
+
+    def free(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Returns blocks to the pool. As long as it has enough blocks that nobody can find, they are like any others.
+
+        Args:
+            blocks: The first is reused first.
+        """
+        blocks = list(blocks)
+        self._pool.free_blocks(blocks)
+        self._blocks += [(block, block.block_hash) for block in blocks if block.block_hash is not None]
+
+    def reuse_first(self, num_blocks: int) -> None:
+        """Puts them before all other findable blocks, if one of the next `num_blocks` that are reused is findable."""
+        if not self._blocks or not self._is_findable_among(num_blocks):
+            return
+        # Meanwhile some may have been reused, or found and held.
+        free = [block for block, key in self._blocks if block.ref_cnt == 0 and block.block_hash == key]
+        queue = self._pool.free_block_queue
+        for block in free:
+            queue.remove(block)
+        queue.prepend_n(free)
+        self._blocks = []
+
+    def _is_findable_among(self, num_blocks: int) -> bool:
+        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
+        for _ in range(num_blocks):
+            if block is None or block.block_hash is not None:
+                return True
+            block = block.next_free_block
+        return False
