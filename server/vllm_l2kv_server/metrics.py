@@ -44,7 +44,9 @@ class EngineMetrics(AggregateStatLoggerBase):
         self._compressed = Counter(f"{PREFIX}requests_compressed", "Requests that were compacted, each once.", LABELS)
         by_kind = (*LABELS, "kind")
         self._compactions = Counter(
-            f"{PREFIX}compactions", "Compactions: by ratio, or by budget in the prompt or in the answer.", by_kind
+            f"{PREFIX}compactions",
+            "Compactions: by ratio, at the end of a document, or by budget in the prompt or in the answer.",
+            by_kind,
         )
         self._kept = Counter(f"{PREFIX}rows_kept", "Rows that each head of a compressed layer kept.", by_kind)
         self._evicted = Counter(f"{PREFIX}rows_evicted", "Rows that each head of a compressed layer evicted.", by_kind)
@@ -55,6 +57,12 @@ class EngineMetrics(AggregateStatLoggerBase):
         self._preempted = Counter(
             f"{PREFIX}compaction_preemptions", "Requests preempted so that a compaction finds blocks.", LABELS
         )
+        self._published = Counter(
+            f"{PREFIX}compactions_published",
+            "Compactions whose rows were put into the prefix cache, for later requests.",
+            LABELS,
+        )
+        self._found = Counter(f"{PREFIX}found_tokens", "Prompt tokens whose compressed rows were found.", LABELS)
         self._kept_of_compaction = Histogram(
             f"{PREFIX}compaction_kept_rows", "Rows that each head kept, of each compaction.", by_kind, buckets=ROWS
         )
@@ -99,6 +107,8 @@ class EngineMetrics(AggregateStatLoggerBase):
             (self._freed, stats.num_freed_blocks),
             (self._taken, stats.num_taken_blocks),
             (self._preempted, stats.num_preempted),
+            (self._published, stats.num_published),
+            (self._found, stats.num_found_tokens),
         ):
             if number:
                 counter.labels(*labels).inc(number)

@@ -11,7 +11,7 @@ from starlette.types import Message, Send
 from vllm_l2kv.messages.usage import REASON, USAGE_KEY, take_usage
 
 Numbers = Mapping[str, Any]
-SUMS = ("prompt_tokens", "kept_tokens", "evicted_tokens", "compactions")
+SUMS = ("prompt_tokens", "kept_tokens", "evicted_tokens", "compactions", "found_tokens")
 BOUND = "max_tokens"
 DATA = b"data: "
 EVENT_END = b"\n\n"
@@ -37,7 +37,11 @@ class UsageBox:
         prompts = [max(prompt.values(), key=_evicted_and_kept) for prompt in self._prompts if prompt]
         if not prompts:
             return None
-        total: dict[str, Any] = {key: sum(numbers[key] for numbers in prompts) for key in SUMS}
+        total: dict[str, Any] = {
+            key: sum(numbers.get(key, 0) for numbers in prompts)
+            for key in SUMS
+            if any(key in numbers for numbers in prompts)
+        }
         if bounds := [numbers[BOUND] for numbers in prompts if BOUND in numbers]:
             total[BOUND] = min(bounds)
         if reasons := dict.fromkeys(numbers[REASON] for numbers in prompts if REASON in numbers):

@@ -43,7 +43,8 @@ def test_all_metrics_are_there_before_anything_happens():
     EngineMetrics(CONFIG, [0, 1])
     for engine in ("0", "1"):
         assert value("requests_compressed_total", engine=engine) == 0
-        for kind in ("ratio", "prompt_budget", "answer_budget"):
+        assert value("found_tokens_total", engine=engine) == value("compactions_published_total", engine=engine) == 0
+        for kind in ("ratio", "document", "prompt_budget", "answer_budget"):
             assert value("compactions_total", engine=engine, kind=kind) == 0
             assert value("compaction_kept_rows_count", engine=engine, kind=kind) == 0
         assert value("compaction_device_seconds_count", engine=engine) == 0
@@ -67,11 +68,17 @@ def test_stats_of_engines_add_up_and_gauges_follow():
     ratio, budget = CompactionEvent("ratio", 50, 30), CompactionEvent("answer_budget", 25, 75)
     told = {"compactions": [ratio, budget], "num_compressed": 2, "num_freed_blocks": 8, "num_taken_blocks": 5}
     metrics.record(scheduler_stats(**told, seconds=[0.5], logical_tokens=210, physical_tokens=84), None)
-    metrics.record(scheduler_stats(compactions=[budget], num_preempted=1), None)
+    metrics.record(scheduler_stats(compactions=[budget], num_preempted=1, num_found_tokens=700), None)
+    metrics.record(scheduler_stats(num_published=2, num_found_tokens=300), None)
     metrics.record(scheduler_stats(compactions=[ratio], num_compressed=1), None, engine_idx=1)
     assert value("requests_compressed_total", engine="0") == 2
     assert value("requests_compressed_total", engine="1") == 1
-    for kind, count, kept, evicted in (("ratio", 1, 50, 30), ("prompt_budget", 0, 0, 0), ("answer_budget", 2, 50, 150)):
+    for kind, count, kept, evicted in (
+        ("ratio", 1, 50, 30),
+        ("document", 0, 0, 0),
+        ("prompt_budget", 0, 0, 0),
+        ("answer_budget", 2, 50, 150),
+    ):
         labels = {"engine": "0", "kind": kind}
         assert value("compactions_total", **labels) == value("compaction_kept_rows_count", **labels) == count
         assert value("rows_kept_total", **labels) == value("compaction_kept_rows_sum", **labels) == kept
@@ -80,6 +87,9 @@ def test_stats_of_engines_add_up_and_gauges_follow():
     assert value("blocks_freed_total", engine="0") == 8
     assert value("blocks_taken_total", engine="0") == 5
     assert value("compaction_preemptions_total", engine="0") == 1
+    assert value("compactions_published_total", engine="0") == 2
+    assert value("found_tokens_total", engine="0") == 1000
+    assert value("found_tokens_total", engine="1") == 0
     assert value("compaction_device_seconds_sum", engine="0") == 0.5
     assert value("logical_tokens", engine="0") == value("physical_tokens", engine="0") == 0
     assert value("logical_physical_ratio", engine="0") == 1

@@ -51,6 +51,15 @@ class TestBox:
     def test_sum_over_prompts(self):
         assert filled_box((10, 5), (4, 3)).total() == {**numbers(14, 8), "compactions": 2}
 
+    def test_found_tokens_are_summed_where_they_are_told(self):
+        box = UsageBox()
+        for found in (None, 70, 0, 50):
+            box.new_prompt()[0] = numbers(10, 5) if found is None else {**numbers(10, 5), "found_tokens": found}
+        assert box.total() == {**numbers(40, 20), "compactions": 4, "found_tokens": 120}
+        box = UsageBox()
+        box.new_prompt()[0] = {**numbers(10, 5), "found_tokens": 0}
+        assert box.total() == {**numbers(10, 5), "found_tokens": 0}, "a document that was not found"
+
     def test_reasons_follow_each_other_once(self):
         box = UsageBox()
         for reason in ("One.", None, "Two.", "One."):

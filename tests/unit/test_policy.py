@@ -193,6 +193,7 @@ def test_the_list_up_to_a_position_begins_every_longer_one(life, more):
     assert all(compaction.position > life.num_tokens for compaction in longer[len(shorter) :])
 
 
+@settings(max_examples=500, deadline=None)
 @given(life=lives())
 def test_max_rows_is_a_bound(life):
     """True at every length; exact where no budget applies, or where the answer is long enough."""
@@ -206,6 +207,7 @@ def test_max_rows_is_a_bound(life):
         assert long.points.max_rows(long.num_tokens) == long.walk()[1] <= life.params.max_tokens + max(life.intervals)
 
 
+@settings(max_examples=500, deadline=None)
 @given(life=lives(), data=st.data())
 def test_max_rows_is_a_bound_for_a_life_that_begins_with_found_rows(life, data):
     """Exact where no budget applies, and never above that of a life from the start."""
@@ -216,6 +218,12 @@ def test_max_rows_is_a_bound_for_a_life_that_begins_with_found_rows(life, data):
         assert most <= bound <= life.points.max_rows(end)
         if life.params.max_tokens is None:
             assert bound == most
+
+
+def test_found_rows_are_not_counted_twice():
+    """A short question after 3,048 tokens, of which 1,000 rows were found."""
+    points = CompactionPoints(3100, CompressionParams(max_tokens=1000, **BARE), Intervals())
+    assert points.max_rows(3110, points.after(None)) == 1062
 
 
 @given(life=lives(), more=st.integers(0, 50))
