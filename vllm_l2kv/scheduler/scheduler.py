@@ -369,7 +369,7 @@ class L2KVScheduler(AsyncScheduler):
             room_is_coming = bool(released or superseded or self.deferred_frees)
             if self._find_room(request, coming, room_is_coming):
                 blocks = self._compact(request, coming)
-                (superseded if self._is_published(coming, req_id) else released).extend(blocks)
+                (superseded if self._leads_to_publication(coming, req_id) else released).extend(blocks)
         pool = self.kv_cache_manager.block_pool
         num_free = pool.get_num_free_blocks()
         # Tails first: the pool evicts in this order, so the beginnings of prompts stay cached longest.
@@ -387,8 +387,10 @@ class L2KVScheduler(AsyncScheduler):
             and scheduled_output < request.max_tokens
         )
 
-    def _is_published(self, compaction: Compaction, req_id: str) -> bool:
-        return any(prefix.compaction == compaction for prefix in self._states[req_id].prefixes.to_publish)
+    def _leads_to_publication(self, compaction: Compaction, req_id: str) -> bool:
+        """Whether others will find what it leaves, or what a later compaction of the same prompt leaves."""
+        to_publish = self._states[req_id].prefixes.to_publish
+        return any(prefix.compaction.position >= compaction.position for prefix in to_publish)
 
     def _find_room(self, request: Request, coming: Compaction, room_is_coming: bool) -> bool:
         """Preempts others, at last the request itself, until there are blocks for its kept rows.
@@ -469,10 +471,16 @@ class L2KVScheduler(AsyncScheduler):
     def _compact(self, request: Request, coming: Compaction) -> list[KVCacheBlock]:
         """Compacts one request for which there is room, into free blocks if possible.
 
+        In place also where free blocks would cost others what they could find, and others can find this instead.
+
         Returns:
             Blocks to be freed once every order of this step has its blocks.
         """
         req_id, in_place = request.request_id, not self._has_free_blocks(coming)
+        if self._leads_to_publication(coming, req_id) and self._superseded.would_evict(
+            self._num_destination_blocks(coming)
+        ):
+            in_place = self._fits_in_place(request, coming)
         state = self._states[req_id]
         assert state.points is not None
         # Before the first compaction, what is computed comes from the full cache: the last time to make it findable.

@@ -32,7 +32,7 @@ class SupersededBlocks:
 
     def reuse_first(self, num_blocks: int) -> None:
         """Puts them before all other findable blocks, if one of the next `num_blocks` that are reused is findable."""
-        if not self._blocks or not self._is_findable_among(num_blocks):
+        if not self._blocks or not self.would_evict(num_blocks):
             return
         # Meanwhile some may have been reused, or found and held.
         free = [block for block, key in self._blocks if block.ref_cnt == 0 and block.block_hash == key]
@@ -42,7 +42,8 @@ class SupersededBlocks:
         queue.prepend_n(free)
         self._blocks = []
 
-    def _is_findable_among(self, num_blocks: int) -> bool:
+    def would_evict(self, num_blocks: int) -> bool:
+        """Whether one of the next `num_blocks` that are reused is findable."""
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
         for _ in range(num_blocks):
             if block is None or block.block_hash is not None:

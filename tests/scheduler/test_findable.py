@@ -1,0 +1,52 @@
+"""How many compressed documents a cache keeps findable, by what is reused first."""
+
+import random
+
+import pytest
+
+DOCUMENT, QUESTION, BLOCK = 240, 5, 4
+KEEP = DOCUMENT // 4
+POOL = 300
+"""Blocks. A document takes 60 of them until it is compacted, and 15 from then on."""
+
+
+def ask(harness, name: str, document: list[int], question: int, **fields) -> int:
+    """Asks about a document and returns how many tokens the first step did not compute."""
+    prompt = document + [question] * QUESTION
+    fields = {"kv_keep_ratio": 0.25, "kv_prefix_tokens": DOCUMENT, **fields}
+    harness.submit(name, prompt, fields, 2)
+    num_before = len(harness.steps)
+    harness.run()
+    (new,) = [new for output in harness.steps[num_before:] for new in output.scheduled_new_reqs]
+    return new.num_computed_tokens
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("budget", [None, KEEP])
+def test_as_many_documents_stay_findable_as_there_is_room_for(make_harness, depth, budget):
+    """The rest of the pool holds others' compacted rows while one is computed whole, and its own take its place.
+
+    Under a budget of the same rows it is never held whole, so there is room for more.
+    """
+    harness = make_harness(
+        POOL, (), depth, block_size=BLOCK, max_num_batched_tokens=64, prompt_interval=20, num_layers=3
+    )
+    rng = random.Random(0)
+    documents = [[rng.randrange(1000) for _ in range(DOCUMENT)] for _ in range(30)]
+    fields = {} if budget is None else {"kv_max_tokens": budget}
+    for i, document in enumerate(documents):
+        assert ask(harness, f"first {i}", document, 1, **fields) == 0
+    found = [ask(harness, f"again {i}", document, 2, **fields) for i, document in enumerate(reversed(documents))]
+    num_found = sum(tokens == DOCUMENT for tokens in found)
+    most_held = DOCUMENT if budget is None else KEEP + 20
+    question = 4  # blocks of a question, its answer, and a copy
+    others = (POOL - most_held // BLOCK - question) // (KEEP // BLOCK)
+    assert num_found == others + 1
+
+
+def test_full_blocks_are_findable_as_long_as_nobody_needs_them(make_harness):
+    harness = make_harness(POOL, (), block_size=BLOCK, max_num_batched_tokens=64, num_layers=3)
+    document = [*range(DOCUMENT)]
+    assert ask(harness, "first", document, 1) == 0
+    assert ask(harness, "other ratio", document, 2, kv_keep_ratio=0.5) == DOCUMENT - BLOCK
+    assert ask(harness, "again", document, 3) == DOCUMENT
