@@ -18,7 +18,8 @@ class SupersededBlocks:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._blocks: list[tuple[KVCacheBlock, BlockHashWithGroupId]] = []  # the first is reused first
+        # To the hash under which it was findable; the first is reused first. Several requests may free the same.
+        self._hashes: dict[int, BlockHashWithGroupId] = {}
 
     def free(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Returns blocks to the pool. As long as it has enough blocks that nobody can find, they are like any others.
@@ -28,19 +29,20 @@ class SupersededBlocks:
         """
         blocks = list(blocks)
         self._pool.free_blocks(blocks)
-        self._blocks += [(block, block.block_hash) for block in blocks if block.block_hash is not None]
+        self._hashes |= {block.block_id: block.block_hash for block in blocks if block.block_hash is not None}
 
     def reuse_first(self, num_blocks: int) -> None:
         """Puts them before all other findable blocks, if one of the next `num_blocks` that are reused is findable."""
-        if not self._blocks or not self.would_evict(num_blocks):
+        if not self._hashes or not self.would_evict(num_blocks):
             return
         # Meanwhile some may have been reused, or found and held.
-        free = [block for block, key in self._blocks if block.ref_cnt == 0 and block.block_hash == key]
+        blocks = ((self._pool.blocks[block_id], block_hash) for block_id, block_hash in self._hashes.items())
+        free = [block for block, block_hash in blocks if block.ref_cnt == 0 and block.block_hash == block_hash]
         queue = self._pool.free_block_queue
         for block in free:
             queue.remove(block)
         queue.prepend_n(free)
-        self._blocks = []
+        self._hashes = {}
 
     def would_evict(self, num_blocks: int) -> bool:
         """Whether one of the next `num_blocks` that are reused is findable."""
