@@ -1,7 +1,7 @@
 """The two engines that benchmarks compare, and what they are asked."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,9 @@ RATIOS = (None, 0.5, 0.25, 0.1)
 """Keep ratios to compare; `None` asks for nothing."""
 
 
-def start(engine: str, model: str, in_process: bool, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+def start(
+    engine: str, model: str, in_process: bool, full_layers: tuple[int, ...] = (0, 1), **arguments: Any
+) -> tuple[Any, dict[str, Any]]:
     """Starts vLLM with made-up weights.
 
     Args:
@@ -20,6 +22,7 @@ def start(engine: str, model: str, in_process: bool, **arguments: Any) -> tuple[
         model: Folder with a `config.json`.
         in_process: Run the engine core in this process, its scheduler open to us, instead of in one of its own, as
             users run it.
+        full_layers: Layers that vllm-l2kv never compacts.
         arguments: More of vLLM's engine arguments.
 
     Returns:
@@ -31,7 +34,7 @@ def start(engine: str, model: str, in_process: bool, **arguments: Any) -> tuple[
     import vllm_l2kv
 
     # Unprotected: rows are compared by what their ratio says.
-    unprotected = vllm_l2kv.engine_args(full_layers=(0, 1), protect_first=0, protect_last=0)
+    unprotected = vllm_l2kv.engine_args(full_layers=full_layers, protect_first=0, protect_last=0)
     ours = unprotected if engine == "l2kv" else {}
     llm = vllm.LLM(
         model,
@@ -100,7 +103,23 @@ def add_requests(
         seed: Another seed makes other prompts, which share no prefix.
         budget: `kv_max_tokens`, or `None` for none.
     """
+    tokens = random_tokens(seed, num_requests * num_prompt_tokens)
+    req_ids = [f"{seed}-{i}" for i in range(num_requests)]
+    for i, req_id in enumerate(req_ids):
+        prompt = tokens[i * num_prompt_tokens : (i + 1) * num_prompt_tokens]
+        add_request(llm, req_id, prompt, num_output_tokens, keep_ratio=ratio, max_tokens=budget)
+    return req_ids
+
+
+def random_tokens(seed: int | Sequence[int], num_tokens: int) -> list[int]:
+    """Token ids that every model has; another seed makes others."""
     import numpy as np
+
+    return np.random.default_rng(seed).integers(1000, 40_000, num_tokens).tolist()
+
+
+def add_request(llm: Any, req_id: str, prompt: list[int], num_output_tokens: int, **asked: Any) -> None:
+    """Adds a greedy request, which asks for what `vllm_l2kv.compression` takes."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -112,14 +131,9 @@ def add_requests(
         max_tokens=num_output_tokens,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args=vllm_l2kv.compression(ratio, max_tokens=budget) or None,
+        extra_args=vllm_l2kv.compression(**asked) or None,
     )
-    random = np.random.default_rng(seed)
-    req_ids = [f"{seed}-{i}" for i in range(num_requests)]
-    for req_id in req_ids:
-        prompt = random.integers(1000, 40_000, num_prompt_tokens).tolist()
-        llm.llm_engine.add_request(req_id, {"prompt_token_ids": prompt}, params)
-    return req_ids
+    llm.llm_engine.add_request(req_id, {"prompt_token_ids": prompt}, params)
 
 
 def step_until_all_decode(llm: Any, num_requests: int) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from benchmarks.speed.engines import start
 from benchmarks.speed.rows import append
 
-IN_PROCESS = ["decode_step", "first_token", "memory_bound", "long_answers", "bursts"]
+DOCUMENTS = ["document", "findable", "popular", "conversation"]
+IN_PROCESS = ["decode_step", "first_token", "memory_bound", "long_answers", "bursts", *DOCUMENTS]
 SCENARIOS = [*IN_PROCESS, "ample_memory"]
 
 
@@ -30,6 +31,9 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=["stock", "l2kv"], default=["stock", "l2kv"])
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=SCENARIOS)
     parser.add_argument("--only", nargs="+", default=[], help="cases, ratios or lengths, by their names in the rows")
+    parser.add_argument(
+        "--full-layers", nargs="*", type=int, default=[0, 1], help="layers that vllm-l2kv never compacts"
+    )
     parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's, a JSON object")
     parser.add_argument("--inside", choices=["stock", "l2kv"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -42,7 +46,8 @@ def main() -> None:
                 subprocess.run(command, check=True)
         return
     in_process = args.scenarios[0] in IN_PROCESS
-    llm, about = start(args.inside, args.model, in_process, **{"max_model_len": 131072, **args.engine_args})
+    arguments = {"max_model_len": 131072, **args.engine_args}
+    llm, about = start(args.inside, args.model, in_process, tuple(args.full_layers), **arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     for scenario in args.scenarios:
         for row in importlib.import_module(f"benchmarks.speed.{scenario}").rows(llm, about, args.only):

@@ -3,32 +3,21 @@
 python -m benchmarks.speed.tables
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import matplotlib
+from benchmarks.speed.document_tables import documents_section, plot_conversation
+from benchmarks.speed.page_parts import GIB, PLOTS, ROOT, Row, plot, read, table
+from benchmarks.speed.serving import DOCUMENTS, SCENARIOS
 
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same file
-import matplotlib.pyplot as plt  # noqa: E402
-
-from benchmarks.speed.serving import SCENARIOS  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results"
-PLOTS = ROOT / "docs" / "img"
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
 HEADLINE_BEGIN, HEADLINE_END = "<!-- headline: benchmarks/speed/tables.py -->", "<!-- end of headline -->"
 TWO_GPU_FILES = ("decode_step", "memory_bound", "ample_memory", "70b_decode_step", "checks")
 ENGINES = ("stock", "l2kv")
 FIRST_TOKEN = "median_first_token_ms"
-Row = dict[str, Any]
-GIB = 2**30
 
 TEMPLATE = """# Benchmarks
 
@@ -113,7 +102,7 @@ a budget of 1,024 and an answer interval of 256, all 64 are compacted in one ste
 time of compactions is that on the device, and the step of a burst includes it.
 
 {bursts}
-
+{documents}
 ## Compaction alone
 
     python -m benchmarks.speed.compaction --out h100_compaction.jsonl
@@ -199,6 +188,8 @@ def main() -> None:
     plot_steps([row for row in steps if row["kv_cache_dtype"] == "auto"])
     plot_attention({"H100": attention, "H200": attention_h200})
     plot_first_token(read("h100_first_token"))
+    if conversation := read("h100_conversation", must_exist=False):
+        plot_conversation(conversation)
     PAGE.write_text(page())
     before, begin, rest = README.read_text().partition(HEADLINE_BEGIN)
     end = rest[rest.index(HEADLINE_END) :]
@@ -207,9 +198,10 @@ def main() -> None:
 
 def page() -> str:
     """The page, from the rows."""
-    rows = {name: read(f"h100_{name}") for name in SCENARIOS}
+    rows = {name: read(f"h100_{name}", name not in DOCUMENTS) for name in SCENARIOS}
     steps, first, ample, memory = (rows[n] for n in ("decode_step", "first_token", "ample_memory", "memory_bound"))
     compaction, attention, attention_h200 = read("h100_compaction"), read("h100_attention"), read("h200_attention")
+    decoding, waiting = split_scheduler(read("scheduler"))
     bf16 = [row for row in steps if row["kv_cache_dtype"] == "auto"]
     return TEMPLATE.format(
         gpu=steps[0]["gpu"],
@@ -222,10 +214,11 @@ def page() -> str:
         budget_first_token=budget_first_token_table(first),
         ample_requests=ample[0]["num_requests"],
         ample=ample_table(ample),
-        scheduler=scheduler_table(read("scheduler")),
+        scheduler=scheduler_table(decoding),
         memory=memory_table(memory),
         long_answers=long_answers_table(rows["long_answers"]),
         bursts=bursts_table(rows["bursts"]),
+        documents=documents_section({name: rows[name] for name in DOCUMENTS}, waiting),
         compaction=compaction_table(compaction, first),
         compaction_kernels=kernel_table(compaction),
         attention=attention_table([*attention, *attention_h200]),
@@ -238,7 +231,7 @@ def page() -> str:
 
 def headline_of_rows() -> str:
     """The headline, from the rows."""
-    rows = {name: read(f"h100_{name}") for name in SCENARIOS}
+    rows = {name: read(f"h100_{name}") for name in SCENARIOS if name not in DOCUMENTS}
     return headline(
         rows["decode_step"],
         rows["ample_memory"],
@@ -293,19 +286,6 @@ def values(numbers: Iterable[float], form: str) -> str:
 def pick(numbers: dict[Any, float], keys: Iterable[Any], form: str) -> str:
     """Some of them, in one cell of a table."""
     return values((numbers[key] for key in keys), form)
-
-
-def read(name: str, must_exist: bool = True) -> list[Row]:
-    """The rows of one result file; none if it need not exist and does not."""
-    file = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if must_exist or file.exists() else []
-
-
-def table(head: str, lines: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; words of the head are columns, commas in them spaces."""
-    columns = [word.replace(",", " ") for word in head.split()]
-    rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
 
 
 def by_engine(rows: list[Row], engine: str, key: str, value: str) -> dict[Any, Any]:
@@ -413,6 +393,11 @@ def ample_shares(rows: list[Row]) -> list[float]:
     medians = [statistics.median(row["output_tokens_per_s"]) for row in rows]
     (stock,) = (speed for row, speed in zip(rows, medians, strict=True) if row["engine"] == "stock")
     return [speed / stock for speed in medians]
+
+
+def split_scheduler(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of requests that all decode, and of one that waits."""
+    return [row for row in rows if "waiting" not in row], [row for row in rows if "waiting" in row]
 
 
 def scheduler_table(rows: list[Row]) -> str:
@@ -569,46 +554,43 @@ def plot_steps(rows: list[Row]) -> None:
     stock = by_engine(rows, "stock", "case", "median_step_ms")
     ours = by_engine(rows, "l2kv", "case", "median_step_ms")
     ratios = [1.0, 0.5, 0.25, 0.1]
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    axes.axhline(stock["8x15000"], color="0.5", linestyle=":", label="stock vLLM")
-    axes.plot(ratios, [floor_of(stock, "8x15000", ratio, 32) for ratio in ratios], color="0.5", label="floor")
-    axes.plot(ratios, [ours["8x15000" + ("" if r == 1 else f"@{r}")] for r in ratios], "o-", label="vllm-l2kv")
-    axes.set(xlabel="keep ratio", ylabel="decode step, ms", ylim=(0, None), title="8 requests x 15,000 tokens")
-    axes.legend()
-    figure.savefig(PLOTS / "decode_step.svg", metadata={"Date": None})
-    plt.close(figure)
+    with plot(
+        "decode_step", xlabel="keep ratio", ylabel="decode step, ms", ylim=(0, None), title="8 requests x 15,000 tokens"
+    ) as axes:
+        axes.axhline(stock["8x15000"], color="0.5", linestyle=":", label="stock vLLM")
+        axes.plot(ratios, [floor_of(stock, "8x15000", ratio, 32) for ratio in ratios], color="0.5", label="floor")
+        axes.plot(ratios, [ours["8x15000" + ("" if r == 1 else f"@{r}")] for r in ratios], "o-", label="vllm-l2kv")
 
 
 def plot_first_token(rows: list[Row]) -> None:
     """Time to first token by length: stock vLLM, and with a budget."""
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    budget = max(row.get("budget") or 0 for row in rows)
-    lengths = {row["num_prompt_tokens"] for row in rows if row.get("budget")}
-    for name, engine, asked in (("stock vLLM", "stock", None), (f"budget of {budget:,}", "l2kv", budget)):
-        of_case = [r for r in rows if r["engine"] == engine and r.get("budget") == asked and r["keep_ratio"] == 1]
-        seconds = {row["num_prompt_tokens"]: row[FIRST_TOKEN] / 1000 for row in of_case}
-        axes.plot(sorted(lengths), [seconds[length] for length in sorted(lengths)], ".-", label=name)
-    axes.set(xlabel="prompt tokens", ylabel="time to first token, s", ylim=(0, None), title="long prompts")
-    axes.legend()
-    figure.savefig(PLOTS / "first_token.svg", metadata={"Date": None})
-    plt.close(figure)
+    with plot(
+        "first_token", xlabel="prompt tokens", ylabel="time to first token, s", ylim=(0, None), title="long prompts"
+    ) as axes:
+        budget = max(row.get("budget") or 0 for row in rows)
+        lengths = {row["num_prompt_tokens"] for row in rows if row.get("budget")}
+        for name, engine, asked in (("stock vLLM", "stock", None), (f"budget of {budget:,}", "l2kv", budget)):
+            of_case = [r for r in rows if r["engine"] == engine and r.get("budget") == asked and r["keep_ratio"] == 1]
+            seconds = {row["num_prompt_tokens"]: row[FIRST_TOKEN] / 1000 for row in of_case}
+            axes.plot(sorted(lengths), [seconds[length] for length in sorted(lengths)], ".-", label=name)
 
 
 def plot_attention(rows_of: dict[str, list[Row]]) -> None:
     """Attention of the 8B shape by stride."""
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for name, rows in rows_of.items():
-        scan = {
-            row["stride"] // 1024: row["ratio"]
-            for row in rows
-            if row["shape"] == "8b" and row["what"] == "scan" and row["block_size"] == 16 and not row["padding"]
-            if row["layout"] == "BLHNC" and row["stride"] % (64 * 1024) == 0 and row["num_layers"] > 2
-        }
-        axes.plot(sorted(scan), [scan[stride] for stride in sorted(scan)], ".-", label=name)
-    axes.set(xlabel="stride between blocks, KiB", ylabel="time, of stock vLLM's", title="decode attention, one layer")
-    axes.legend()
-    figure.savefig(PLOTS / "attention.svg", metadata={"Date": None})
-    plt.close(figure)
+    with plot(
+        "attention",
+        xlabel="stride between blocks, KiB",
+        ylabel="time, of stock vLLM's",
+        title="decode attention, one layer",
+    ) as axes:
+        for name, rows in rows_of.items():
+            scan = {
+                row["stride"] // 1024: row["ratio"]
+                for row in rows
+                if row["shape"] == "8b" and row["what"] == "scan" and row["block_size"] == 16 and not row["padding"]
+                if row["layout"] == "BLHNC" and row["stride"] % (64 * 1024) == 0 and row["num_layers"] > 2
+            }
+            axes.plot(sorted(scan), [scan[stride] for stride in sorted(scan)], ".-", label=name)
 
 
 if __name__ == "__main__":

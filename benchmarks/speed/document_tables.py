@@ -1,0 +1,186 @@
+"""The section of docs/benchmarks.md about documents and conversations, which later requests find compressed."""
+
+import statistics
+from typing import Any
+
+from benchmarks.speed.page_parts import GIB, Row, plot, table
+
+TURNS = (1, 2, 5, 10, 15, 20, 25, 30)
+HEAD = """
+## Documents and conversations
+
+What a request compresses before the end of its prompt is found by later requests that begin with the same tokens. Stock
+vLLM has its prefix cache, in the same run. {about}
+
+    python -m benchmarks.speed.serving --model FOLDER --out FOLDER --engine-args '{{"max_model_len": 32768}}' \\
+        --scenarios document findable popular conversation
+
+"""
+TEXTS = {
+    "first_token": """### The first and the second question
+
+`--scenarios document`. A document of {num_document_tokens:,} tokens (`kv_prefix_tokens`) and questions of
+{num_question_tokens} on an idle engine: time to first token, median, milliseconds.""",
+    "memory": """What askers of one document hold who decode together, beside one copy of the document, compressed where
+it is, and the tokens that they have of their own, not a byte padded:""",
+    "findable": """### Documents that stay findable
+
+`--scenarios findable`. Documents of {num_document_tokens:,} tokens in a cache of {cache_gib:.0f} GiB: how many are
+found if all are asked about in turn, and then again, the latest first. The others must fit beside the document that is
+being computed. It takes its whole size, but with a budget, by which it is compressed on the way, little more than its
+copy.""",
+    "popular": """### Popular documents
+
+`--scenarios popular`. {num_documents} such documents, popularity by Zipf's law, {num_clients} clients who wait for an
+answer before they ask again, {cache_gib:.0f} GiB, {seconds:.0f} seconds after a warm-up. Hit rate: prompt tokens that
+were found, of all.""",
+    "conversation": """### Conversations
+
+`--scenarios conversation`. {num_conversations} conversations at once in a cache of {cache_gib:.1f} GiB, which holds
+60,000 tokens. A turn adds {turn_tokens:,} tokens, and every request repeats all turns before: median time to first
+token by turn, milliseconds. Where stock vLLM has no number it was stopped before that turn.""",
+    "waiting": """### Requests that wait
+
+The scheduler's processor time while one request decodes and another one waits for blocks, without an engine
+(`benchmarks/speed/scheduler.py`, see above), milliseconds a step. Both have prompts of that length. `found`: they
+begin with the same tokens, all but {num_question_tokens:,}, so that the one that waits has them in the cache.""",
+}
+
+
+def documents_section(rows: dict[str, list[Row]], waiting: list[Row]) -> str:
+    """All of it; empty before anything was measured.
+
+    Args:
+        rows: By scenario.
+        waiting: Those of `scheduler.py` about a request that waits.
+    """
+    of_document = rows["document"]
+    parts = {
+        "first_token": ([row for row in of_document if "num_askers" not in row], first_token_table),
+        "memory": ([row for row in of_document if "num_askers" in row], memory_table),
+        "findable": (rows["findable"], findable_table),
+        "popular": (rows["popular"], popular_table),
+        "conversation": (rows["conversation"], conversation_table),
+        "waiting": (waiting, waiting_table),
+    }
+    texts = [
+        f"{TEXTS[name].format(**numbers_of(of_part))}\n\n{make(of_part)}"
+        + ("\n\n![time to first token by turn](img/conversation.svg)" if name == "conversation" else "")
+        for name, (of_part, make) in parts.items()
+        if of_part
+    ]
+    measured = [row for of_scenario in rows.values() for row in of_scenario]
+    if not measured:
+        return ""
+    places = dict.fromkeys(f"{row['gpu']}, commit {row['commit']}" for row in measured)
+    return HEAD.format(about=f"{'; '.join(places)}.") + "\n\n".join(texts) + "\n"
+
+
+def numbers_of(rows: list[Row]) -> dict[str, Any]:
+    """For the text above a table: what was asked, the same in all its rows."""
+    row = rows[0]
+    return {**row, "cache_gib": row.get("cache_bytes", 0) / GIB}
+
+
+def first_token_table(rows: list[Row]) -> str:
+    """One line a ratio."""
+    (stock,) = (row["median_second_question_ms"] for row in rows if row["engine"] == "stock")
+    lines = []
+    for row in rows:
+        first, second = statistics.median(row["first_question_ms"]), row["median_second_question_ms"]
+        found = f"{row['cached_tokens']:,}"
+        lines.append(
+            [row["engine"], row["keep_ratio"], f"{first:,.1f}", f"{second:.1f}", f"{second / stock:.2f}", found]
+        )
+    return table("engine keep,ratio first,question second,question of,stock found,tokens", lines)
+
+
+def memory_table(rows: list[Row]) -> str:
+    """One line a number of askers."""
+    lines = []
+    for row in rows:
+        held, needed = row["held_bytes"] / GIB, row["needed_bytes"] / GIB
+        lines.append(
+            [
+                row["engine"],
+                row["keep_ratio"],
+                row["num_askers"],
+                f"{held:.3f}",
+                f"{needed:.3f}",
+                f"{held / needed:.3f}",
+            ]
+        )
+    return table("engine keep,ratio askers GiB,held one,copy,and,questions ratio", lines)
+
+
+def findable_table(rows: list[Row]) -> str:
+    """One line a case."""
+    lines = [
+        [
+            row["engine"],
+            full_layers(row),
+            row["keep_ratio"],
+            row["budget"] or "none",
+            row["num_documents"],
+            row["num_found"],
+        ]
+        for row in rows
+    ]
+    return table("engine full,layers keep,ratio budget documents found", lines)
+
+
+def full_layers(row: Row) -> str:
+    """How many layers of an engine keep all; nothing for stock vLLM."""
+    if row["engine"] == "stock":
+        return ""
+    *full, _ = sorted(row["groups"], key=lambda group: -group[1])
+    return str(sum(num_layers for num_layers, _ in full) or "none")
+
+
+def popular_table(rows: list[Row]) -> str:
+    """One line a case."""
+    (stock,) = (row["median_first_token_ms"] for row in rows if row["engine"] == "stock")
+    lines = []
+    for row in rows:
+        median, p99 = row["median_first_token_ms"], row["p99_first_token_ms"]
+        what = row["engine"], row["keep_ratio"], row["budget"] or "none"
+        speed = f"{row['output_tokens_per_s']:,.0f}"
+        lines.append([*what, f"{median:,.0f}", f"{p99:,.0f}", f"{median / stock:.3f}", speed, f"{row['hit_rate']:.1%}"])
+    return table("engine keep,ratio budget first,token,p50,(ms) p99 p50,of,stock output,tok/s hit,rate", lines)
+
+
+def conversation_table(rows: list[Row]) -> str:
+    """One line for some of the turns."""
+    by_turn = [row["median_first_token_ms"] for row in rows]
+    lines = [
+        [turn, *(f"{times[turn - 1]:,.0f}" if turn <= len(times) else "" for times in by_turn)]
+        for turn in TURNS
+        if turn <= max(len(times) for times in by_turn)
+    ]
+    return table(f"turn {' '.join(name_of(row).replace(' ', ',') for row in rows)}", lines)
+
+
+def name_of(row: Row) -> str:
+    """An engine and its budget."""
+    return f"vllm-l2kv, budget {row['budget']}" if row["budget"] else "stock vLLM"
+
+
+def waiting_table(rows: list[Row]) -> str:
+    """One line for what is asked, one column for each length, found or not."""
+    columns = list(dict.fromkeys((row["num_prompt_tokens"], row["is_found"]) for row in rows))
+    found: dict[tuple[str, str], dict[Any, float]] = {}
+    for row in rows:
+        of_case = found.setdefault((row["engine"], row["waiting"]), {})
+        of_case[row["num_prompt_tokens"], row["is_found"]] = row["ms_per_step"]
+    heads = [f"{num_tokens:,}".replace(",", "") + (",found" if is_found else "") for num_tokens, is_found in columns]
+    lines = [[*case, *(f"{times[column]:.3f}" for column in columns)] for case, times in found.items()]
+    return table(f"engine asks,for {' '.join(heads)}", lines)
+
+
+def plot_conversation(rows: list[Row]) -> None:
+    """Time to first token by turn."""
+    labels = {"xlabel": "turn", "ylabel": "time to first token, s", "title": "16 conversations, 1,000 tokens a turn"}
+    with plot("conversation", yscale="log", **labels) as axes:
+        for row in rows:
+            seconds = [milliseconds / 1000 for milliseconds in row["median_first_token_ms"]]
+            axes.plot(range(1, len(seconds) + 1), seconds, ".-", label=name_of(row))

@@ -1,0 +1,44 @@
+"""What pages are made of: tables, plots and the rows behind them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same file
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+PLOTS = ROOT / "docs" / "img"
+GIB = 2**30
+Row = dict[str, Any]
+
+
+def read(name: str, must_exist: bool = True) -> list[Row]:
+    """The rows of one result file; none if it need not exist and does not."""
+    file = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if must_exist or file.exists() else []
+
+
+def table(head: str, lines: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; words of the head are columns, commas in them spaces."""
+    columns = [word.replace(",", " ") for word in head.split()]
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
+
+
+@contextmanager
+def plot(name: str, **labels: Any) -> Iterator[Axes]:
+    """Axes to draw on, saved in the end; labels are those of `Axes.set`."""
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    yield axes
+    axes.set(**labels)
+    axes.legend()
+    figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
