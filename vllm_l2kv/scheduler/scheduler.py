@@ -4,7 +4,6 @@ Plans compactions and leaves the rest to vLLM's scheduler. Knows nothing of keys
 """
 
 from collections.abc import Iterable
-from time import monotonic
 from typing import Any
 
 from vllm import envs
@@ -12,11 +11,9 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.capacity import DoesNotFitError
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_cache_spec import capacity_of
@@ -36,6 +33,7 @@ from vllm_l2kv.scheduler.cache_manager import (
 from vllm_l2kv.scheduler.decode_fast_path import with_decode_fast_path
 from vllm_l2kv.scheduler.failed_requests import Refusals
 from vllm_l2kv.scheduler.request_state import RequestState
+from vllm_l2kv.scheduler.room import Room
 from vllm_l2kv.scheduler.shared_prefixes import SharedPrefixes
 from vllm_l2kv.scheduler.stats_counter import StatsCounter
 from vllm_l2kv.scheduler.superseded_blocks import SupersededBlocks
@@ -77,6 +75,7 @@ class L2KVScheduler(AsyncScheduler):
         self._orders: dict[str, CompactionOrder] = {}  # of the step under way
         self._refusals = Refusals(self)
         self._stats_counter = StatsCounter()
+        self._room = Room(self, self._next, self._stats_counter)
         self._reports_stats = self.settings.metrics and self.log_stats
         if self._reports_stats and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(
@@ -244,7 +243,7 @@ class L2KVScheduler(AsyncScheduler):
             # Asked for every request at every step. Upstream's answer differs for drafts by a model, which are refused.
             return num_new_tokens
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if not is_running and self._would_lack_room(request, coming, num_computed_tokens):
+        if not is_running and self._room.would_lack(request, coming, num_computed_tokens):
             return 0
         if coming is None:
             return num_new_tokens
@@ -367,7 +366,7 @@ class L2KVScheduler(AsyncScheduler):
                 continue
             # Blocks come free with the next step, if copies of blocks are under way or others were compacted.
             room_is_coming = bool(released or superseded or self.deferred_frees)
-            if self._find_room(request, coming, room_is_coming):
+            if self._room.find(request, coming, room_is_coming):
                 blocks = self._compact(request, coming)
                 (superseded if self._leads_to_publication(coming, req_id) else released).extend(blocks)
         pool = self.kv_cache_manager.block_pool
@@ -392,82 +391,6 @@ class L2KVScheduler(AsyncScheduler):
         to_publish = self._states[req_id].prefixes.to_publish
         return any(prefix.compaction.position >= compaction.position for prefix in to_publish)
 
-    def _find_room(self, request: Request, coming: Compaction, room_is_coming: bool) -> bool:
-        """Preempts others, at last the request itself, until there are blocks for its kept rows.
-
-        Args:
-            request: The request.
-            coming: Its compaction.
-            room_is_coming: Whether blocks become free for the next step anyway.
-
-        Returns:
-            Whether it can be compacted now. If not, it was preempted, or waits for those blocks; it computes nothing
-            until then.
-        """
-        while not self._has_free_blocks(coming) and not self._fits_in_place(request, coming):
-            if room_is_coming:
-                return False
-            victim = self._next_to_preempt()
-            self.running.remove(victim)
-            self._preempt_request(victim, monotonic())
-            self._stats_counter.preempted()
-            if victim is request:
-                return False
-        return True
-
-    def _would_lack_room(self, request: Request, coming: Compaction | None, num_computed_tokens: int) -> bool:
-        """Whether a request that is about to begin would soon cause a preemption, while others run.
-
-        It would take blocks that a compacted request has just freed and will need again. Or it begins on shared blocks
-        and finds no free ones for its compaction; its own would do, and they do as soon as it runs alone.
-        """
-        if not self.running:
-            return False
-        reserved = self._num_blocks_to_regrow(request)
-        if coming is not None and num_computed_tokens > 0:
-            reserved += self._num_destination_blocks(coming)
-        if reserved == 0:
-            return False
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        num_tokens = request.num_tokens if coming is None else min(coming.position, request.num_tokens)
-        num_coming = num_tokens - num_computed_tokens
-        needed = sum(num_blocks_for(num_coming, manager.block_size) for manager in managers)
-        return needed + reserved > self.kv_cache_manager.block_pool.get_num_free_blocks()
-
-    def _num_blocks_to_regrow(self, newcomer: Request) -> int:
-        """Blocks that compacted requests take until they are compacted again, or end.
-
-        Without requests that are less urgent than the newcomer: they are preempted before it.
-        """
-        num_blocks = 0
-        for req_id, coming in self._next.items():
-            request = self.requests.get(req_id)  # None: finished since the last step
-            if request is not None and coming.num_rows < coming.position and not self._gives_way(request, newcomer):
-                end = min(coming.position, request.num_prompt_tokens + request.max_tokens)
-                num_rows = end - request.num_computed_tokens
-                num_blocks += sum(num_blocks_for(num_rows, manager.block_size) for manager in self._compressed)
-        return num_blocks
-
-    def _gives_way(self, request: Request, newcomer: Request) -> bool:
-        """Whether vLLM would preempt a running request before one that begins now."""
-        return self.policy == SchedulingPolicy.PRIORITY and urgency(request) > urgency(newcomer)
-
-    def _next_to_preempt(self) -> Request:
-        """The running request that vLLM would preempt."""
-        if self.policy == SchedulingPolicy.PRIORITY:
-            return max(self.running, key=urgency)
-        return self.running[-1]
-
-    def _num_destination_blocks(self, coming: Compaction) -> int:
-        return sum(manager.num_destination_blocks(coming.num_keep) for manager in self._compressed)
-
-    def _has_free_blocks(self, coming: Compaction) -> bool:
-        num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return self._num_destination_blocks(coming) <= num_free
-
-    def _fits_in_place(self, request: Request, coming: Compaction) -> bool:
-        return all(manager.fits_in_place(request.request_id, coming.num_keep) for manager in self._compressed)
-
     def _compact(self, request: Request, coming: Compaction) -> list[KVCacheBlock]:
         """Compacts one request for which there is room, into free blocks if possible.
 
@@ -476,11 +399,11 @@ class L2KVScheduler(AsyncScheduler):
         Returns:
             Blocks to be freed once every order of this step has its blocks.
         """
-        req_id, in_place = request.request_id, not self._has_free_blocks(coming)
+        req_id, in_place = request.request_id, not self._room.has_free_blocks(coming)
         if self._leads_to_publication(coming, req_id) and self._superseded.would_evict(
-            self._num_destination_blocks(coming)
+            self._room.num_destination_blocks(coming)
         ):
-            in_place = self._fits_in_place(request, coming)
+            in_place = self._room.fits_in_place(request, coming)
         state = self._states[req_id]
         assert state.points is not None
         # Before the first compaction, what is computed comes from the full cache: the last time to make it findable.
@@ -505,7 +428,7 @@ class L2KVScheduler(AsyncScheduler):
             del self._next[req_id]
         else:
             self._next[req_id] = following
-        self._stats_counter.compacted(coming, 0 if in_place else self._num_destination_blocks(coming))
+        self._stats_counter.compacted(coming, 0 if in_place else self._room.num_destination_blocks(coming))
         self._note_compressed(state)
         return released
 
@@ -554,8 +477,3 @@ class L2KVScheduler(AsyncScheduler):
                 self._next.pop(req_id, None)
                 for manager in self._compressed:
                     manager.max_rows.pop(req_id, None)
-
-
-def urgency(request: Request) -> tuple[int, float]:
-    """By which vLLM orders requests under the priority policy; the lower, the more urgent."""
-    return request.priority, request.arrival_time

@@ -1,0 +1,116 @@
+"""Blocks for compactions: whether there are enough, and who is preempted if not."""
+
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any
+
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.policy import Compaction
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
+from vllm_l2kv.scheduler.stats_counter import StatsCounter
+
+
+class Room:
+    """Finds blocks for the compactions of a scheduler, and keeps new requests from taking those that it needs soon.
+
+    Args:
+        scheduler: vLLM's, which preempts.
+        coming: Requests that have begun or were looked at last, to their next compactions; the scheduler changes it.
+        stats_counter: Counts preemptions.
+    """
+
+    def __init__(self, scheduler: Any, coming: Mapping[str, Compaction], stats_counter: StatsCounter) -> None:
+        self._scheduler = scheduler
+        self._next = coming
+        self._stats_counter = stats_counter
+        self._pool = scheduler.kv_cache_manager.block_pool
+        self._managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        self._compressed = [manager for manager in self._managers if isinstance(manager, CompressedLayerManager)]
+
+    def find(self, request: Request, coming: Compaction, room_is_coming: bool) -> bool:
+        """Preempts others, at last the request itself, until there are blocks for its kept rows.
+
+        Args:
+            request: The request.
+            coming: Its compaction.
+            room_is_coming: Whether blocks become free for the next step anyway.
+
+        Returns:
+            Whether it can be compacted now. If not, it was preempted, or waits for those blocks; it computes nothing
+            until then.
+        """
+        while not self.has_free_blocks(coming) and not self.fits_in_place(request, coming):
+            if room_is_coming:
+                return False
+            victim = self._next_to_preempt()
+            self._scheduler.running.remove(victim)
+            self._scheduler._preempt_request(victim, monotonic())
+            self._stats_counter.preempted()
+            if victim is request:
+                return False
+        return True
+
+    def would_lack(self, request: Request, coming: Compaction | None, num_computed_tokens: int) -> bool:
+        """Whether a request that is about to begin would soon cause a preemption, while others run.
+
+        It would take blocks that a compacted request has just freed and will need again. Or it begins on shared blocks
+        and finds no free ones for its compaction; its own would do, and they do as soon as it runs alone.
+        """
+        if not self._scheduler.running:
+            return False
+        reserved = self._num_blocks_to_regrow(request)
+        if coming is not None and num_computed_tokens > 0:
+            reserved += self.num_destination_blocks(coming)
+        if reserved == 0:
+            return False
+        num_tokens = request.num_tokens if coming is None else min(coming.position, request.num_tokens)
+        num_coming = num_tokens - num_computed_tokens
+        needed = sum(num_blocks_for(num_coming, manager.block_size) for manager in self._managers)
+        return needed + reserved > self._pool.get_num_free_blocks()
+
+    def num_destination_blocks(self, coming: Compaction) -> int:
+        """Blocks of its kept rows."""
+        return sum(manager.num_destination_blocks(coming.num_keep) for manager in self._compressed)
+
+    def has_free_blocks(self, coming: Compaction) -> bool:
+        """Whether the pool has so many."""
+        num_free: int = self._pool.get_num_free_blocks()
+        return self.num_destination_blocks(coming) <= num_free
+
+    def fits_in_place(self, request: Request, coming: Compaction) -> bool:
+        """Whether the request's own first blocks could take them."""
+        return all(manager.fits_in_place(request.request_id, coming.num_keep) for manager in self._compressed)
+
+    def _num_blocks_to_regrow(self, newcomer: Request) -> int:
+        """Blocks that compacted requests take until they are compacted again, or end.
+
+        Without requests that are less urgent than the newcomer: they are preempted before it.
+        """
+        num_blocks = 0
+        for req_id, coming in self._next.items():
+            request = self._scheduler.requests.get(req_id)  # None: finished since the last step
+            if request is None or request.status != RequestStatus.RUNNING or self._gives_way(request, newcomer):
+                continue
+            if coming.num_rows < coming.position:
+                end = min(coming.position, request.num_prompt_tokens + request.max_tokens)
+                num_rows = end - request.num_computed_tokens
+                num_blocks += sum(num_blocks_for(num_rows, manager.block_size) for manager in self._compressed)
+        return num_blocks
+
+    def _gives_way(self, request: Request, newcomer: Request) -> bool:
+        """Whether vLLM would preempt a running request before one that begins now."""
+        return self._scheduler.policy == SchedulingPolicy.PRIORITY and urgency(request) > urgency(newcomer)
+
+    def _next_to_preempt(self) -> Request:
+        """The running request that vLLM would preempt."""
+        if self._scheduler.policy == SchedulingPolicy.PRIORITY:
+            return max(self._scheduler.running, key=urgency)
+        return self._scheduler.running[-1]
+
+
+def urgency(request: Request) -> tuple[int, float]:
+    """By which vLLM orders requests under the priority policy; the lower, the more urgent."""
+    return request.priority, request.arrival_time
