@@ -17,7 +17,7 @@ from benchmarks.speed.engines import cache_of, is_measured, random_tokens
 CACHE_BYTES = 16 << 30
 NUM_DOCUMENTS, NUM_DOCUMENT_TOKENS, NUM_QUESTION_TOKENS, NUM_ANSWER_TOKENS = 12, 30_000, 200, 64
 NUM_CLIENTS = 32
-CASES = ((None, None), (0.25, 7500))
+CASES = ((None, None), (0.25, None), (0.25, 7500))
 """Keep ratio and budget; stock vLLM has none."""
 SETTLE_SECONDS, MEASURED_SECONDS = 20.0, 60.0
 
