@@ -149,6 +149,12 @@ class CompressionParams:
             ParamError: A bad value, or an unknown name that starts with `kv_`.
         """
         check_names(values)
+        if values.get(PREFIX_MESSAGES.name) is not None:
+            raise ParamError(
+                PREFIX_MESSAGES.name,
+                f"{PREFIX_MESSAGES.name} counts the messages of a chat, which only a server of vllm-l2kv sees; give "
+                f"{PREFIX_TOKENS.name} instead.",
+            )
         given = {f.attribute: values[f.name] for f in FIELDS if values.get(f.name) is not None}
         return replace(self, **given) if given else self
 
@@ -176,11 +182,12 @@ class Field:
 
     Attributes:
         name: Name in a request.
-        attribute: Its attribute of `CompressionParams`.
+        attribute: Its attribute of `CompressionParams`; empty for one that the server turns into another field.
         default: Its value in an engine whose operator sets no other; `None` if it then has no effect.
         kind: The kind of its values.
         description: One sentence for API docs and help texts.
         option: The server's option for its default; empty if only requests give it.
+        chats_only: Whether it works at endpoints of chats only.
     """
 
     name: str
@@ -189,6 +196,7 @@ class Field:
     kind: Kind
     description: str
     option: str
+    chats_only: bool = False
 
     @property
     def type(self) -> str:
@@ -212,7 +220,20 @@ FIELDS = tuple(
     )
     for field in dataclasses.fields(CompressionParams)
 )
-FIELD_NAMES = tuple(field.name for field in FIELDS)
+"""What `CompressionParams` holds."""
+(PREFIX_TOKENS,) = (field for field in FIELDS if field.attribute == "prefix_tokens")
+PREFIX_MESSAGES = Field(
+    name="kv_prefix_messages",
+    attribute="",
+    default=None,
+    kind=Count(1),
+    description="Messages at the start of a chat that are a document; the server finds kv_prefix_tokens by them.",
+    option="",
+    chats_only=True,
+)
+REQUEST_FIELDS = (*FIELDS, PREFIX_MESSAGES)
+"""What a request may give."""
+FIELD_NAMES = tuple(field.name for field in REQUEST_FIELDS)
 FIELDS_WITH_DEFAULTS = tuple(field for field in FIELDS if field.option)
 """Those for which the operator of a server sets a default."""
 

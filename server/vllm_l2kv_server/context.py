@@ -8,15 +8,30 @@ from vllm_l2kv_server.usage import UsageBox
 
 
 @dataclass(frozen=True)
+class ChatDocument:
+    """The document of a chat, as its client names it.
+
+    Attributes:
+        num_messages: The document ends with this message; the first one is 1.
+        num_given: Messages of the request, where vLLM makes others of them before it renders them; `None` elsewhere.
+    """
+
+    num_messages: int
+    num_given: int | None = None
+
+
+@dataclass(frozen=True)
 class Compression:
     """What one HTTP request asks of the KV cache, and the numbers that the engine reports for it.
 
     Attributes:
         fields: Checked `kv_` fields of the body, from the top level or from `vllm_xargs`.
+        document: The document of its chat or chats, if it names one by messages.
         box: Collects the numbers of every prompt that the request sends to the engine.
     """
 
     fields: dict[str, FieldValue]
+    document: ChatDocument | None = None
     box: UsageBox = field(default_factory=UsageBox)
 
 

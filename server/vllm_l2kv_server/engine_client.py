@@ -6,11 +6,13 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_l2kv.params import Asked, CompressionParams
-from vllm_l2kv_server.context import current
+from vllm_l2kv.field_kinds import ParamError
+from vllm_l2kv.params import PREFIX_MESSAGES, PREFIX_TOKENS, Asked, CompressionParams
+from vllm_l2kv_server.chat_document import end_of_document
+from vllm_l2kv_server.context import Compression, current
 from vllm_l2kv_server.fit import FitCheck
 from vllm_l2kv_server.metrics import RequestMetrics
-from vllm_l2kv_server.request_fields import read_fields, refuse_elsewhere
+from vllm_l2kv_server.request_fields import bad_request, read_fields, refuse_elsewhere
 from vllm_l2kv_server.usage import record
 
 
@@ -70,13 +72,13 @@ class EngineCalls:
         """Adds the fields of the HTTP request to a prompt's `SamplingParams`, and returns what the prompt asks.
 
         Raises:
-            VLLMValidationError: A bad value in `extra_args`, a field at an endpoint that reports no numbers, or a
-                prompt that the KV cache can never hold.
+            VLLMValidationError: A bad value in `extra_args`, a field at an endpoint that reports no numbers, a
+                prompt that the KV cache can never hold, or a document that ends nowhere in it.
         """
         compression = current.get()
         extra_args = sampling_params.extra_args or {}
-        if compression is not None and compression.fields:
-            sampling_params.extra_args = extra_args = {**extra_args, **compression.fields}
+        if compression is not None and (compression.fields or compression.document):
+            sampling_params.extra_args = extra_args = _with_fields(extra_args, prompt, compression)
         asked = read_fields(extra_args, self._defaults)
         if compression is None:
             refuse_elsewhere(extra_args)
@@ -96,6 +98,22 @@ class EngineCalls:
         if handler is not None and not handler.get_loop().is_closed():
             end_requests = self._client.output_processor.propagate_error
             handler.get_loop().call_soon_threadsafe(end_requests, self._client.dead_error)
+
+
+def _with_fields(extra_args: dict[str, Any], prompt: Any, compression: Compression) -> dict[str, Any]:
+    """Returns a prompt's `extra_args` with the fields of its HTTP request.
+
+    Raises:
+        VLLMValidationError: A document that ends nowhere in the prompt.
+    """
+    fields = {**extra_args, **compression.fields}
+    if compression.document is not None:
+        fields.pop(PREFIX_MESSAGES.name, None)  # from vllm_xargs, which vLLM has copied
+        try:
+            fields[PREFIX_TOKENS.name] = end_of_document(prompt)
+        except ParamError as error:
+            raise bad_request(error) from error
+    return fields
 
 
 async def report_grammar_error(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:

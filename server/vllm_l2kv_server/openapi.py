@@ -5,8 +5,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from vllm_l2kv.params import FIELDS
-from vllm_l2kv_server.request_fields import GENERATING_PATHS
+from vllm_l2kv.params import REQUEST_FIELDS
+from vllm_l2kv_server.request_fields import GENERATING_PATHS, paths_of
 
 
 def show_fields(app: FastAPI) -> None:
@@ -19,20 +19,21 @@ def _with_fields(generate: Callable[[], dict[str, Any]]) -> Callable[[], dict[st
         schema = generate()
         for path in GENERATING_PATHS:
             if (body := _body_of(schema, path)) is not None:
-                body.setdefault("properties", {}).update(_properties())
+                body.setdefault("properties", {}).update(_properties(path))
         return schema
 
     return openapi
 
 
-def _properties() -> dict[str, Any]:
+def _properties(path: str) -> dict[str, Any]:
     return {
         field.name: {
             "title": field.name,
             "description": field.description,
             "anyOf": [field.kind.schema(), {"type": "null"}],
         }
-        for field in FIELDS
+        for field in REQUEST_FIELDS
+        if path in paths_of(field)
     }
 
 

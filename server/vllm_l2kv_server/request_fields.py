@@ -13,9 +13,20 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.params import FIELD_NAMES, Asked, CompressionParams, FieldValue, check_names, meant_field
+from vllm_l2kv.params import (
+    FIELD_NAMES,
+    PREFIX_MESSAGES,
+    PREFIX_TOKENS,
+    REQUEST_FIELDS,
+    Asked,
+    CompressionParams,
+    Field,
+    FieldValue,
+    check_names,
+    meant_field,
+)
 from vllm_l2kv_server.body import NotJSONError, is_utf8, may_be_unwieldy, parse_body
-from vllm_l2kv_server.context import Compression
+from vllm_l2kv_server.context import ChatDocument, Compression
 
 XARGS = "vllm_xargs"
 TRANSFER = "kv_transfer_params"
@@ -32,6 +43,10 @@ GENERATING_PATHS = (
     TOKENS_PATH,
 )
 """Endpoints that generate text and report token usage. Each takes the fields at the top level of its body."""
+CHAT_PATHS = tuple(path for path in GENERATING_PATHS if path not in ("/v1/completions", TOKENS_PATH))
+"""Those that take messages; `/invocations` takes them too."""
+MESSAGES_OF = {"/v1/messages": ("system", "messages"), "/v1/responses": ("instructions", "input")}
+"""Endpoints whose messages vLLM turns into those of a chat, with the fields that hold the first one and the others."""
 
 FREE_FORM = frozenset({"metadata"})
 """Objects of a body whose keys the client chooses."""
@@ -77,19 +92,26 @@ def read_compression(body: Any, path: str, defaults: CompressionParams) -> Compr
         VLLMValidationError: A bad value, or a field that would be ignored; answered with 400.
     """
     body = body if isinstance(body, dict) else {}
-    fields = _fields_of(body, path)
-    if path not in GENERATING_PATHS or not read_fields(fields, defaults).reports:
+    given = _fields_of(body, path)
+    fields = {name: value for name, value in given.items() if name != PREFIX_MESSAGES.name}
+    asked, document = read_fields(fields, defaults), _document_of(given, body, path)
+    if path not in GENERATING_PATHS or not (asked.reports or document):
         return None
     if not body.get(BEAM_SEARCH):
-        return Compression(fields)
+        return Compression(fields, document)
     # vLLM's beam search makes a new engine request for every token, so no request lives long enough to be compacted.
-    for param in fields:
+    for param in given:
         raise VLLMValidationError(
             "Beam search generates one token per engine request, so nothing would ever be compressed; "
             f"drop {BEAM_SEARCH} or {param}.",
             parameter=param,
         )
     return None
+
+
+def paths_of(field: Field) -> tuple[str, ...]:
+    """Returns the endpoints that take a field."""
+    return CHAT_PATHS if field.chats_only else GENERATING_PATHS
 
 
 def may_give_fields(body: bytes) -> bool:
@@ -119,9 +141,10 @@ def refuse_elsewhere(values: Mapping[str, Any]) -> None:
     Raises:
         VLLMValidationError: Answered with 400; names the field and the endpoints that take it.
     """
-    for name in FIELD_NAMES:
-        if values.get(name) is not None:
-            raise VLLMValidationError(f"{name} works on POST {_listed(GENERATING_PATHS)} only.", parameter=name)
+    for field in REQUEST_FIELDS:
+        if values.get(field.name) is not None:
+            paths = _listed(paths_of(field))
+            raise VLLMValidationError(f"{field.name} works on POST {paths} only.", parameter=field.name)
 
 
 def bad_request(error: ParamError) -> VLLMValidationError:
@@ -147,6 +170,31 @@ def _fields_of(body: dict[str, Any], path: str) -> dict[str, FieldValue]:
         return {}
     given = {name: _only_value(name, body.get(name), nested.get(name), place) for name in FIELD_NAMES}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _document_of(given: Mapping[str, Any], body: Mapping[str, Any], path: str) -> ChatDocument | None:
+    """Returns the document of a chat, if the client names it by messages.
+
+    Raises:
+        VLLMValidationError: A bad value, an endpoint without messages, or `kv_prefix_tokens` beside it.
+    """
+    name = PREFIX_MESSAGES.name
+    if name not in given:
+        return None
+    try:
+        num_messages = int(PREFIX_MESSAGES.kind.check(name, given[name]))
+    except ParamError as error:
+        raise bad_request(error) from error
+    if path not in CHAT_PATHS:
+        text = f"{name} works on POST {_listed(CHAT_PATHS)} only; give {PREFIX_TOKENS.name} instead."
+        raise VLLMValidationError(text, parameter=name)
+    if PREFIX_TOKENS.name in given:
+        text = f"{name} and {PREFIX_TOKENS.name} both say where the document ends; give one of them."
+        raise VLLMValidationError(text, parameter=name)
+    if path not in MESSAGES_OF:
+        return ChatDocument(num_messages)
+    first, others = (body.get(part) for part in MESSAGES_OF[path])
+    return ChatDocument(num_messages, bool(first) + (len(others) if isinstance(others, list) else 1))
 
 
 def _check_names(values: Mapping[str, Any]) -> None:

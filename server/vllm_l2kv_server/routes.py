@@ -15,10 +15,11 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.capacity import Capacity
-from vllm_l2kv.params import FIELDS
+from vllm_l2kv.params import REQUEST_FIELDS
 from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.body import CheckedBodyRoute
 from vllm_l2kv_server.body_bound import BodyBoundMiddleware
+from vllm_l2kv_server.chat_document import find_documents
 from vllm_l2kv_server.engine_client import check_before_status, wrap_engine_client
 from vllm_l2kv_server.fit import FitCheck
 from vllm_l2kv_server.last_line import Outcome
@@ -96,6 +97,7 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
     fit = FitCheck(config.model_config, settings.intervals, Capacity.from_plain(capacity))
     calls = wrap_engine_client(engine_client, settings.defaults, fit, add_metrics(engine_client, settings))
     state.kv_engine_calls = calls
+    find_documents(engine_client.renderer)
     if responses is not None:
         check_before_status(responses, calls)
     # `vllm serve` makes no outcome.
@@ -138,11 +140,11 @@ def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]
             FieldInfo(
                 name=field.name,
                 type=field.type,
-                default=defaults[field.name],
+                default=defaults.get(field.name),
                 bounds=field.bounds,
                 description=field.description,
             )
-            for field in FIELDS
+            for field in REQUEST_FIELDS
         ],
         full_layers=list(settings.full_layers),
         prompt_interval=settings.prompt_interval,

@@ -212,6 +212,25 @@ def test_what_the_check_of_a_prompt_relies_on():
     assert "= self._generate_with_builtin_tools(" in inspect.getsource(OpenAIServingResponses._create_responses)
 
 
+def test_what_the_document_of_a_chat_relies_on():
+    """All endpoints render chats by one method of one object, which returns a conversation and a prompt for each."""
+    from vllm.renderers import BaseRenderer, ChatParams
+    from vllm.renderers.chat_utils import has_non_text_content
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    assert parameters(BaseRenderer.render_chat_async)[:4] == ["self", "conversations", "chat_params", "tok_params"]
+    assert inspect.iscoroutinefunction(BaseRenderer.render_chat_async)
+    assert "return out_conversations, eng_prompts" in inspect.getsource(BaseRenderer.render_chat_async)
+    assert "await renderer.render_chat_async(" in inspect.getsource(OnlineRenderer.preprocess_chat)
+    for render in (OnlineRenderer.render_chat, OnlineRenderer.render_responses):
+        assert "await self.preprocess_chat(" in inspect.getsource(render)
+    assert "chat_template_kwargs" in {field.name for field in fields(ChatParams)}
+    assert {"renderer"} <= names_assigned_in(AsyncLLM.__init__)
+    text = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}
+    assert [has_non_text_content(messages) for messages in ([text], [text, image])] == [False, True]
+
+
 def test_loggers_see_one_object_and_others_than_vllms_come_first():
     """`vllm_l2kv_server.metrics` takes our stats out of it before vLLM's loggers look."""
     assert parameters(StatLoggerManager.record)[:5] == [

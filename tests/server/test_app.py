@@ -21,7 +21,7 @@ from vllm.envs import disable_envs_cache
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm_l2kv_server.app import KVCompressionEndpoints
 from vllm_l2kv_server.last_line import Outcome
-from vllm_l2kv_server.request_fields import GENERATING_PATHS
+from vllm_l2kv_server.request_fields import CHAT_PATHS, GENERATING_PATHS
 
 from vllm_l2kv.capacity import Capacity, GroupCapacity
 from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams
@@ -43,6 +43,7 @@ class FakeClient:
             model_config=SimpleNamespace(is_encoder_decoder=False),
         )
         self.groups = groups
+        self.renderer = SimpleNamespace(render_chat_async=None)
         self.logger_manager = None  # as with --disable-log-stats
 
     async def collective_rpc(self, method):
@@ -144,12 +145,14 @@ def test_openapi_shows_the_fields_at_every_endpoint(app):
         content = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         name = content["schema"]["$ref"].rsplit("/", 1)[-1]
         properties = spec["components"]["schemas"][name]["properties"]
-        assert tuple(field for field in properties if field in FIELD_NAMES) == FIELD_NAMES
+        expected = tuple(name for name in FIELD_NAMES if name != "kv_prefix_messages" or path in CHAT_PATHS)
+        assert tuple(field for field in properties if field in FIELD_NAMES) == expected
         assert properties["kv_keep_ratio"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
         assert properties["kv_protect_last"]["anyOf"][0]["type"] == "integer"
         assert properties["kv_granularity"]["anyOf"][0]["enum"] == ["token", "block"]
         assert "every compaction keeps" in properties["kv_protect_first"]["description"]
         assert properties["kv_max_tokens"]["anyOf"][0]["minimum"] == 1
+        assert properties["kv_prefix_tokens"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}
     assert "kv_keep_ratio" not in json.dumps(spec["components"]["schemas"]["TokenizeCompletionRequest"])
 
 
@@ -275,7 +278,7 @@ def test_info(app):
     intervals = {"prompt_interval": 2048, "answer_interval": 256}
     assert info == {"models": ["m"], "full_layers": [0, 1], **intervals, "kv_cache_groups": GROUPS}
     assert [field["name"] for field in fields] == list(FIELD_NAMES)
-    shown = ("kv_keep_ratio", "kv_max_tokens", "kv_protect_last", "kv_scorer")
+    shown = ("kv_keep_ratio", "kv_max_tokens", "kv_protect_last", "kv_scorer", "kv_prefix_messages")
     of_each_type = [field for field in fields if field["name"] in shown]
     assert of_each_type == [
         {
@@ -306,6 +309,14 @@ def test_info(app):
             "default": "l2",
             "bounds": f"one of {', '.join(SCORERS)}",
             "description": "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
+        },
+        {
+            "name": "kv_prefix_messages",
+            "type": "integer",
+            "default": None,
+            "bounds": "1 <= kv_prefix_messages <= 2147483647",
+            "description": "Messages at the start of a chat that are a document; the server finds kv_prefix_tokens by "
+            "them.",
         },
     ]
 

@@ -16,11 +16,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm_l2kv_server.context import Compression, current
+from vllm_l2kv_server.context import ChatDocument, Compression, current
 from vllm_l2kv_server.engine_client import EngineCalls, check_before_status, wrap_engine_client
 from vllm_l2kv_server.fit import FitCheck
 
 from vllm_l2kv.capacity import Capacity, GroupCapacity
+from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import Intervals
 
@@ -78,6 +79,28 @@ def test_fields_go_to_the_engine_and_numbers_to_the_request(fake, fields, extra_
     assert fake.calls == [("text", "id", {"priority": 3})]
 
 
+def test_the_end_of_a_chats_document_is_found_in_its_prompt(fake):
+    """Each prompt of a request has its own; where there is none, or an error, the request is refused."""
+    client = EngineCalls(fake, CompressionParams(), FIT)
+
+    def ask(prompt):
+        current.set(Compression({"kv_keep_ratio": 0.5}, ChatDocument(1)))
+        params = SamplingParams(max_tokens=8, extra_args={"kv_prefix_messages": 1, "other": 2})
+        client.generate(prompt, params, "id")
+        return params.extra_args
+
+    for end in (3, 9):
+        asked = copy_context().run(ask, {**rendered(10), "kv_prefix_tokens": end})
+        assert asked == {"kv_keep_ratio": 0.5, "kv_prefix_tokens": end, "other": 2}
+    for prompt, words in [
+        (rendered(10), "needs a chat"),
+        ({**rendered(10), "kv_prefix_tokens": ParamError("kv_prefix_messages", "Such is life.")}, "Such is life"),
+    ]:
+        with pytest.raises(VLLMValidationError, match=words) as caught:
+            copy_context().run(ask, prompt)
+        assert caught.value.parameter == "kv_prefix_messages"
+
+
 def test_a_field_where_no_numbers_are_reported(fake):
     """Such as in a form, which the middleware does not read."""
     with pytest.raises(VLLMValidationError, match=r"works on POST .*/v1/messages") as caught:
@@ -107,6 +130,7 @@ def test_who_asks_nothing_gets_vllms_generator(fake):
     [
         ({"kv_keep_ratio": 5}, "kv_keep_ratio"),
         ({"kv_keep": 0.5}, "kv_keep"),
+        ({"kv_prefix_messages": 1}, "kv_prefix_messages"),
         ({"kv_transfer_params": "x"}, "kv_transfer_params"),
     ],
 )

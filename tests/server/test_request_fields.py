@@ -5,7 +5,8 @@ import math
 
 import pytest
 from vllm.exceptions import VLLMValidationError
-from vllm_l2kv_server.request_fields import GENERATING_PATHS, look_into, read_compression, read_fields
+from vllm_l2kv_server.context import ChatDocument
+from vllm_l2kv_server.request_fields import CHAT_PATHS, GENERATING_PATHS, look_into, read_compression, read_fields
 
 from vllm_l2kv.params import FIELD_NAMES, CompressionParams
 
@@ -13,7 +14,9 @@ CHAT = "/v1/chat/completions"
 BAD_RATIOS = [0, -1, -0.5, 1.0001, 2, math.nan, math.inf, -math.inf, 10**400, "0.5", "", True, False, [], [0.5], {}]
 BAD_COUNTS = [-1, 0.5, 1.0, math.nan, math.inf, 2**31, 10**400, "1", True, [], [1], {"a": 1}]
 BAD_VALUES = [("kv_keep_ratio", value) for value in BAD_RATIOS] + [
-    (name, value) for name in ("kv_protect_first", "kv_protect_last") for value in BAD_COUNTS
+    (name, value)
+    for name in ("kv_protect_first", "kv_protect_last", "kv_prefix_tokens", "kv_prefix_messages")
+    for value in BAD_COUNTS
 ]
 BAD_VALUES += [(name, value) for name in ("kv_scorer", "kv_granularity") for value in ("", "L2", 1, True, ["l2"], {})]
 ELSEWHERE = ["/tokenize", "/generative_scoring", "/v1/chat/completions/render", "/v1/messages/count_tokens", "/pause"]
@@ -27,6 +30,7 @@ NEAR_SPELLINGS = {
     "kv_keep_ration": "kv_keep_ratio",
     "kvprotectfist": "kv_protect_first",
     "Kv-Scorer": "kv_scorer",
+    "kv_prefix_message": "kv_prefix_messages",
 }
 
 
@@ -55,7 +59,7 @@ def nested_at(path: str, given: dict) -> dict:
 class TestGeneratingEndpoints:
     def test_all_fields(self, path):
         given = {"kv_keep_ratio": 0.25, "kv_protect_first": 4, "kv_protect_last": 32}
-        given |= {"kv_scorer": "keydiff", "kv_granularity": "block"}
+        given |= {"kv_scorer": "keydiff", "kv_granularity": "block", "kv_prefix_tokens": 9}
         assert fields({"model": "m", **given}, path) == given
 
     def test_nested(self, path):
@@ -88,7 +92,7 @@ class TestEndpointsThatGenerateNothing:
         value = {"kv_scorer": "l2", "kv_granularity": "token"}.get(name, 1)
         error = refused(placed(nested, {name: value}), path)
         assert error.parameter == name
-        assert all(path in str(error) for path in GENERATING_PATHS)
+        assert all(path in str(error) for path in (CHAT_PATHS if name == "kv_prefix_messages" else GENERATING_PATHS))
 
     @pytest.mark.parametrize("by_default", [False, True])
     def test_nothing_asked(self, path, by_default):
@@ -172,6 +176,41 @@ class TestValues:
 
     def test_transfer_params(self, nested):
         assert refused(placed(nested, {"kv_transfer_params": "x"})).parameter == "kv_transfer_params"
+
+
+class TestDocumentOfAChat:
+    """It stays out of the fields for the engine, which knows `kv_prefix_tokens` alone."""
+
+    def document(self, path: str, body: dict) -> ChatDocument | None:
+        compression = read_compression(look_into(json.dumps(body).encode()), path, CompressionParams())
+        assert compression.fields == {}
+        return compression.document
+
+    @pytest.mark.parametrize("path", CHAT_PATHS)
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_read(self, path, nested):
+        """A request that gives nothing else reports its numbers, as for every field."""
+        assert self.document(path, placed(nested, {"kv_prefix_messages": 2})).num_messages == 2
+
+    @pytest.mark.parametrize(
+        ("path", "body", "num_given"),
+        [
+            (CHAT, {"messages": [1, 2]}, None),
+            ("/v1/chat/completions/batch", {"messages": [[1, 2], [3]]}, None),
+            ("/v1/messages", {"messages": [1, 2]}, 2),
+            ("/v1/messages", {"messages": [1, 2], "system": "a"}, 3),
+            ("/v1/messages", {"messages": [1, 2], "system": [{"type": "text", "text": "a"}]}, 3),
+            ("/v1/responses", {"input": "a"}, 1),
+            ("/v1/responses", {"input": [1, 2, 3], "instructions": "a"}, 4),
+            ("/v1/responses", {"input": [1, 2, 3], "instructions": None}, 3),
+        ],
+    )
+    def test_number_of_messages_where_vllm_makes_others(self, path, body, num_given):
+        assert self.document(path, {**body, "kv_prefix_messages": 1}) == ChatDocument(1, num_given)
+
+    def test_not_given(self):
+        compression = read_compression({"kv_keep_ratio": 0.5, "kv_prefix_messages": None}, CHAT, CompressionParams())
+        assert compression.document is None
 
 
 def test_error_that_cannot_be_sent_as_it_is():

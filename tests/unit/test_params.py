@@ -36,6 +36,15 @@ def test_a_document_has_a_token():
     assert CompressionParams().override({"kv_prefix_tokens": 1}).prefix_tokens == 1
 
 
+def test_messages_are_counted_by_a_server_alone():
+    """Offline, and in the engine of a server without our routes."""
+    with pytest.raises(ParamError, match="only a server of vllm-l2kv sees; give kv_prefix_tokens instead") as error:
+        CompressionParams().read({"kv_prefix_messages": 1})
+    assert error.value.param == "kv_prefix_messages"
+    with pytest.raises(TypeError, match=r"it takes .*, prefix_tokens"):
+        vllm_l2kv.compression(prefix_messages=1)
+
+
 @pytest.mark.parametrize("value", ["", "L2", "l2 ", "knorm", 0, True, [], ["l2"], {}, "x" * 1000])
 def test_bad_scorer_is_refused_by_name_and_with_the_good_ones(value):
     with pytest.raises(ParamError, match=f"kv_scorer must be one of {', '.join(SCORERS)}, got ") as error:
