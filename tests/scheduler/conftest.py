@@ -25,13 +25,24 @@ class Harness:
         return self.submit(req_id, prompt, {**({} if ratio is None else {"kv_keep_ratio": ratio}), **extra}, max_tokens)
 
     def submit(
-        self, req_id: str, prompt: list[int], extra_args: dict | None, max_tokens: int, stop_token: int = -1, **about
+        self,
+        req_id: str,
+        prompt: list[int],
+        extra_args: dict | None,
+        max_tokens: int,
+        stop_token: int = -1,
+        skip_reading_prefix_cache: bool = False,
+        **about,
     ):
         from bare_scheduler import add_request
         from vllm import SamplingParams
 
         params = SamplingParams(
-            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[stop_token], extra_args=extra_args
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            stop_token_ids=[stop_token],
+            extra_args=extra_args,
+            skip_reading_prefix_cache=skip_reading_prefix_cache,
         )
         return add_request(self.scheduler, req_id, prompt, params, **about)
 

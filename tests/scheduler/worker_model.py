@@ -2,21 +2,37 @@
 
 It obeys a step's output as both of our runners do: forget, compact, copy blocks, write the rows of scheduled tokens,
 read everything that attention would read. A row is named by all that its numbers depend on, so a row of another request
-is right exactly if stock vLLM could share it. Every row read is compared with what the request should find there.
+is right exactly if it could be shared: the same tokens and salt, and either a whole context or the same compactions by
+the same rule. Every row read is compared with what the request should find there.
 """
 
 import itertools
 import math
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
 
 from vllm_l2kv.block_math import num_blocks_for
-from vllm_l2kv.messages.orders import CompactionOrder, GroupMove, orders_of
+from vllm_l2kv.messages.orders import CompactionOrder, GroupMove, compacted_hits_of, orders_of
 
 STOP = 999
+
+
+class History(NamedTuple):
+    """How a request was compacted so far.
+
+    Attributes:
+        first: Protected rows at the start.
+        last: The same at the end.
+        kept: Positions, and rows kept there.
+    """
+
+    first: int
+    last: int
+    kept: tuple[tuple[int, int], ...]
 
 
 class Row(NamedTuple):
@@ -24,15 +40,18 @@ class Row(NamedTuple):
 
     Attributes:
         group: KV-cache group, since a block's bytes mean something else in another one.
-        prefix: The tokens up to this one.
+        prefix: The salt, and the tokens up to this one.
         position: Of this token.
-        compaction: That under which it was computed; `None` if it saw its whole context.
+        history: What was compacted before it was computed; `None` if it saw its whole context.
+        copy: The compaction that put it here; `None` if it was written here. Two compactions of one name may keep other
+            rows where rounding decides, so rows of both do not go together.
     """
 
     group: int
     prefix: int
     position: int
-    compaction: int | None
+    history: History | None
+    copy: int | None = None
 
 
 class Tokens:
@@ -42,9 +61,10 @@ class Tokens:
     tempting.
     """
 
-    def __init__(self, prompt: list[int], stop_after: int | None) -> None:
+    def __init__(self, prompt: list[int], stop_after: int | None, salt: str | None = None) -> None:
         self.prompt = prompt
         self._stop = None if stop_after is None else len(prompt) + stop_after
+        self._nothing = zlib.crc32((salt or "").encode())
         self._prefixes: list[int] = []
 
     def __getitem__(self, position: int) -> int:
@@ -56,11 +76,11 @@ class Tokens:
         tokens = [self[position] for position in range(len(self.prompt), len(self.prompt) + max_tokens)]
         return tokens[: tokens.index(STOP) + 1] if STOP in tokens else tokens
 
-    def row(self, group: int, position: int, compaction: int | None) -> Row:
+    def row(self, group: int, position: int, history: History | None) -> Row:
         while position >= len(self._prefixes):
-            before = self._prefixes[-1] if self._prefixes else 0
+            before = self._prefixes[-1] if self._prefixes else self._nothing
             self._prefixes.append(zlib.crc32(b"%d" % self[len(self._prefixes)], before))
-        return Row(group, self._prefixes[position], position, compaction)
+        return Row(group, self._prefixes[position], position, history)
 
 
 class Due(NamedTuple):
@@ -80,16 +100,18 @@ class Rule(NamedTuple):
     budget: int | None = None
     prompt_interval: int = 1
     answer_interval: int = 1
+    document: int | None = None
 
     def compactions(self, num_prompt_tokens: int) -> Iterator[Due]:
         """Adds row after row and looks at each position what is to be kept; never ends with a budget."""
-        rows = 0
+        rows, end = 0, self.document or num_prompt_tokens
         for position in itertools.count(1):
             rows += 1
             num_keep = rows
-            if position == num_prompt_tokens:
-                share = math.ceil(Fraction(self.ratio) * num_prompt_tokens)
-                num_keep = min(rows, max(share, self.first + self.last, 1))
+            if position == end:
+                num_keep = min(rows, max(math.ceil(Fraction(self.ratio) * end), self.first + self.last, 1))
+            if position == self.document and self.budget is not None:
+                num_keep = min(num_keep, self.budget)
             interval = self.prompt_interval if position < num_prompt_tokens else self.answer_interval
             if self.budget is not None and rows >= self.budget + interval:
                 num_keep = min(num_keep, self.budget)
@@ -100,13 +122,14 @@ class Rule(NamedTuple):
                 return
 
     def most_rows(self, num_prompt_tokens: int, num_tokens: int) -> int:
-        """The most that a request may hold, where every answer under a budget is taken to reach its interval."""
+        """The most that a request may hold, where a budget's interval is taken to be reached."""
         rows, num_evicted = [0], 0
         for due in itertools.takewhile(lambda due: due.position <= num_tokens, self.compactions(num_prompt_tokens)):
             rows.append(due.num_rows)
             num_evicted = due.position - due.num_keep
         if self.budget is not None:
             rows.append(min(num_tokens, self.budget + self.answer_interval))
+            rows.append(min(num_prompt_tokens, self.budget + self.prompt_interval))
         return max(*rows, num_tokens - num_evicted)
 
 
@@ -125,7 +148,23 @@ class RequestState:
     num_known: int
     rows: list[list[Row]] = field(default_factory=list)
     num_evicted: int = 0
-    compaction: int | None = None
+    history: History | None = None
+
+    def compute(self, position: int) -> None:
+        """Adds the rows up to a position."""
+        for group, rows in enumerate(self.rows):
+            rows += [self.tokens.row(group, i, self.history) for i in range(self.num_computed, position)]
+        self.num_computed = position
+
+    def compact(self, rule: Rule) -> list[int]:
+        """Notes that the due compaction happens, and returns the slots that it keeps."""
+        assert self.due is not None
+        position, num_rows, num_keep = self.due
+        kept = () if self.history is None else self.history.kept
+        self.history = History(rule.first, rule.last, (*kept, (position, num_keep)))
+        self.num_evicted = position - num_keep
+        self.due = next(self.coming, None)
+        return kept_slots(num_rows, num_keep, rule.first, rule.last)
 
 
 class WorkerModel:
@@ -144,6 +183,7 @@ class WorkerModel:
         self._memory: dict[tuple[int, int], Row | None] = {}
         self._states: dict[str, RequestState] = {}
         self._compactions = itertools.count()
+        self._hits: Mapping[str, int] = {}  # of the step, requests that begin on compacted rows, to evicted slots
 
     def execute(self, output) -> list[list[int]]:
         """Runs a step and returns what it sampled, in the order of `num_scheduled_tokens`."""
@@ -151,39 +191,60 @@ class WorkerModel:
             self._states.pop(req_id, None)
         self._compact(orders_of(output))
         self._copy(output.kv_cache_block_copies or [])
+        self._hits = compacted_hits_of(output)
         self._update(output)
+        written: dict[int, set[int]] = {}
         for req_id, num_tokens in output.num_scheduled_tokens.items():
-            self._write(req_id, num_tokens)
+            for block, offset in self._write(req_id, num_tokens):
+                written.setdefault(block, set()).add(offset)
+        self._check_written(written)
         return [self._attend(req_id) for req_id in output.num_scheduled_tokens]
+
+    def _check_private(self, blocks: Iterable[int]) -> None:
+        """A block that is filled with other rows has one holder."""
+        holders = Counter(block for state in self._states.values() for table in state.tables for block in table)
+        for block in blocks:
+            assert holders[block] <= 1, f"block {block} is overwritten and has {holders[block]} holders"
+
+    def _check_written(self, written: dict[int, set[int]]) -> None:
+        """A request writes no block of another one, but for rows that the other has found in this same step.
+
+        Not even after the other's rows: a hit in a block that they do not fill is a copy of it.
+        """
+        for req_id, state in self._states.items():
+            for group, table in enumerate(state.tables):
+                for i, block in enumerate(table):
+                    for offset in written.get(block, ()):
+                        slot = i * self._block_sizes[group] + offset
+                        assert slot < len(state.rows[group]), f"block {block} of {req_id} is written by another"
+                        assert state.rows[group][slot] == self._memory[block, offset], f"{req_id}: row of another"
 
     def _compact(self, orders: tuple[CompactionOrder, ...]) -> None:
         check_disjoint(orders)
         for order in orders:
-            state = self._states[order.req_id]
+            state, rule = self._states[order.req_id], self.rules[order.req_id]
             assert state.due is not None, f"{order.req_id} has had all its compactions"
             assert (state.num_computed, order.num_rows, order.num_keep) == state.due, f"{order} is not {state.due}"
             # Counts are set, never added up: they are those of all compactions so far.
             assert order.num_evicted == state.num_evicted + order.num_rows - order.num_keep
-            rule = self.rules[order.req_id]
             assert (order.params.protect_first, order.params.protect_last) == (rule.first, rule.last)
-            state.due = next(state.coming, None)
             assert {move.group_id for move in order.moves} == self._compressed
-            state.compaction, state.num_evicted = next(self._compactions), order.num_evicted
-            slots = kept_slots(order)
+            kept, copy = state.compact(rule), next(self._compactions)
             for move in order.moves:
-                self._move(order.req_id, move, slots)
+                self._move(order.req_id, move, kept, copy)
+        self._check_private(block for order in orders for move in order.moves for block in move.destination)
 
-    def _move(self, req_id: str, move: GroupMove, kept_slots: list[int]) -> None:
+    def _move(self, req_id: str, move: GroupMove, kept: list[int], copy: int) -> None:
         state, size = self._states[req_id], self._block_sizes[move.group_id]
         assert list(move.source) == state.tables[move.group_id], f"{req_id}: sources are not its table"
-        assert len(move.destination) == num_blocks_for(len(kept_slots), size)
+        assert len(move.destination) == num_blocks_for(len(kept), size)
         self._check_rows(req_id, move.group_id)
-        assert len(state.rows[move.group_id]) > max(kept_slots)
-        kept = [state.rows[move.group_id][slot] for slot in kept_slots]
+        assert len(state.rows[move.group_id]) > max(kept)
+        rows = [state.rows[move.group_id][slot]._replace(copy=copy) for slot in kept]
         slots = [(block, offset) for block in move.destination for offset in range(size)]
-        self._memory.update(itertools.zip_longest(slots, kept))
+        self._memory.update(itertools.zip_longest(slots, rows))
         state.tables[move.group_id] = list(move.destination)
-        state.rows[move.group_id] = kept
+        state.rows[move.group_id] = rows
 
     def _copy(self, copies) -> None:
         offsets = range(max(self._block_sizes))
@@ -208,29 +269,49 @@ class WorkerModel:
                 table.extend(blocks)
 
     def _begin(self, req_id: str, block_ids: tuple[list[int], ...], num_computed: int, num_known: int) -> None:
-        """A first or a renewed prefill; what it found in the prefix cache must have seen its whole context."""
+        """A first or a renewed prefill, on rows that saw their whole context or on those of a compaction of its own."""
         assert req_id not in self._states
-        tokens = self.tokens[req_id]
-        coming = self.rules[req_id].compactions(len(tokens.prompt))
-        due = next(coming, None)
-        assert due is None or num_computed < due.position, f"{req_id} begins after its first compaction"
-        state = RequestState(tokens, coming, due, [list(blocks) for blocks in block_ids], num_computed, num_known)
-        for group in range(len(block_ids)):
-            state.rows.append([tokens.row(group, position, None) for position in range(num_computed)])
+        tokens, rule = self.tokens[req_id], self.rules[req_id]
+        coming = rule.compactions(len(tokens.prompt))
+        tables = [list(blocks) for blocks in block_ids]
+        state = RequestState(tokens, coming, next(coming, None), tables, 0, num_known, [[] for _ in tables])
         self._states[req_id] = state
+        while req_id in self._hits and state.num_computed < num_computed:
+            assert state.due is not None, f"{req_id} finds rows of no compaction"
+            assert state.due.position <= num_computed, f"{req_id} finds rows of no compaction"
+            state.compute(state.due.position)
+            slots = state.compact(rule)
+            for group in self._compressed:
+                state.rows[group] = [state.rows[group][slot] for slot in slots]
+        assert state.num_evicted == self._hits.get(req_id, 0)
+        state.compute(num_computed)
+        assert state.due is None or num_computed < state.due.position, f"{req_id} begins after its next compaction"
+        if req_id in self._hits:
+            self._take_copy(req_id)
 
-    def _write(self, req_id: str, num_tokens: int) -> None:
+    def _take_copy(self, req_id: str) -> None:
+        """What a request finds is there before the step writes anything, and all of it is of one compaction."""
+        state = self._states[req_id]
+        (copy,) = {getattr(self._memory.get(self._where(req_id, group, 0)), "copy", None) for group in self._compressed}
+        for group in range(len(state.tables)):
+            if group in self._compressed:
+                state.rows[group] = [row._replace(copy=copy) for row in state.rows[group]]
+            self._check_rows(req_id, group)
+
+    def _write(self, req_id: str, num_tokens: int) -> list[tuple[int, int]]:
+        """Computes tokens, and returns where it writes them."""
         state = self._states[req_id]
         if state.due is not None:
             assert state.num_computed < state.due.position, f"{req_id} runs without its compaction"
             assert state.num_computed + num_tokens <= state.due.position, f"{req_id} runs past its compaction"
-        for position in range(state.num_computed, state.num_computed + num_tokens):
-            for group in range(len(state.tables)):
-                slot = position - (state.num_evicted if group in self._compressed else 0)
-                row = state.tokens.row(group, position, state.compaction)
-                self._memory[self._where(req_id, group, slot)] = row
-                state.rows[group].append(row)
-        state.num_computed += num_tokens
+        num_rows = [len(rows) for rows in state.rows]
+        state.compute(state.num_computed + num_tokens)
+        written = []
+        for group, rows in enumerate(state.rows):
+            for slot in range(num_rows[group], len(rows)):
+                written.append(self._where(req_id, group, slot))
+                self._memory[written[-1]] = rows[slot]
+        return written
 
     def _attend(self, req_id: str) -> list[int]:
         """Reads all rows of a request; samples once all known tokens are computed."""
@@ -250,15 +331,14 @@ class WorkerModel:
         return table[slot // size], slot % size
 
 
-def kept_slots(order: CompactionOrder) -> list[int]:
+def kept_slots(num_rows: int, num_keep: int, first: int, last: int) -> list[int]:
     """The protected ones, and others as good as random."""
-    n = order.num_rows
 
     def rank(slot: int) -> tuple[bool, int]:
-        protected = slot < order.params.protect_first or slot >= n - order.params.protect_last
-        return not protected, zlib.crc32(b"%d %d" % (slot, n))
+        protected = slot < first or slot >= num_rows - last
+        return not protected, zlib.crc32(b"%d %d" % (slot, num_rows))
 
-    return sorted(sorted(range(n), key=rank)[: order.num_keep])
+    return sorted(sorted(range(num_rows), key=rank)[:num_keep])
 
 
 def check_disjoint(orders: tuple[CompactionOrder, ...]) -> None:
