@@ -162,7 +162,7 @@ def conversation_table(rows: list[Row]) -> str:
 
 def name_of(row: Row) -> str:
     """An engine and its budget."""
-    return f"vllm-l2kv, budget {row['budget']}" if row["budget"] else "stock vLLM"
+    return f"vllm-l2kv with a budget of {row['budget']}" if row["budget"] else "stock vLLM"
 
 
 def waiting_table(rows: list[Row]) -> str:
@@ -172,7 +172,7 @@ def waiting_table(rows: list[Row]) -> str:
     for row in rows:
         of_case = found.setdefault((row["engine"], row["waiting"]), {})
         of_case[row["num_prompt_tokens"], row["is_found"]] = row["ms_per_step"]
-    heads = [f"{num_tokens:,}".replace(",", "") + (",found" if is_found else "") for num_tokens, is_found in columns]
+    heads = [f"{num_tokens},tokens{',found' if is_found else ''}" for num_tokens, is_found in columns]
     lines = [[*case, *(f"{times[column]:.3f}" for column in columns)] for case, times in found.items()]
     return table(f"engine asks,for {' '.join(heads)}", lines)
 

@@ -113,3 +113,103 @@ def test_a_shape_is_written(tables, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "32\n"
     config = json.loads((tmp_path / "8b" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"], config["num_key_value_heads"]) == (32, 4096, 8)
+
+
+ONE_GPU_STOCK = {**STOCK, "num_gpus": 1, "groups": [[32, 16]]}
+ONE_GPU_OURS = {**OURS, "num_gpus": 1, "groups": [[2, 240], [30, 16]]}
+SIZES = {"cache_bytes": 16 << 30, "num_document_tokens": 30_000, "budget": None, "keep_ratio": 1.0}
+
+
+@pytest.fixture
+def documents():
+    """The section of documents from some files' rows, the others being absent."""
+    from benchmarks.speed import document_tables
+    from benchmarks.speed.serving import DOCUMENTS
+
+    return lambda waiting=(), **rows: document_tables.documents_section(
+        {name: rows.get(name, []) for name in DOCUMENTS}, list(waiting)
+    )
+
+
+def test_no_section_before_documents_were_asked_about(documents):
+    assert documents() == ""
+
+
+def test_questions_and_what_askers_hold(documents):
+    question = {"num_document_tokens": 30_000, "num_question_tokens": 200}
+    times = {
+        **question,
+        "first_question_ms": [1100.0, 1090.0, 1200.0],
+        "median_second_question_ms": 20.0,
+        "cached_tokens": 30_000,
+    }
+    held = {"num_askers": 32, "held_bytes": 3 << 29, "needed_bytes": 1 << 30}
+    page = documents(
+        document=[
+            {**ONE_GPU_STOCK, "keep_ratio": 1.0, **times},
+            {**ONE_GPU_OURS, "keep_ratio": 0.25, **times, "median_second_question_ms": 25.0},
+            {**ONE_GPU_OURS, "keep_ratio": 0.25, **held},
+        ]
+    )
+    assert "NVIDIA H100 80GB HBM3, commit abc1234." in page
+    assert "A document of 30,000 tokens (`kv_prefix_tokens`) and questions of\n200" in page
+    assert "| l2kv | 0.25 | 1,100.0 | 25.0 | 1.25 | 30,000 |" in page
+    assert "| l2kv | 0.25 | 32 | 1.500 | 1.000 | 1.500 |" in page
+    assert "### Documents that stay findable" not in page, "nothing was measured"
+
+
+def test_findable_documents_by_full_layers(documents):
+    rows = [
+        {**ONE_GPU_STOCK, **SIZES, "num_documents": 7, "num_found": 4},
+        {**ONE_GPU_OURS, **SIZES, "keep_ratio": 0.25, "budget": 7500, "num_documents": 20, "num_found": 14},
+        {**ONE_GPU_OURS, **SIZES, "groups": [[32, 16]], "keep_ratio": 0.25, "num_documents": 20, "num_found": 13},
+    ]
+    page = documents(findable=rows)
+    assert "| stock |  | 1.0 | none | 7 | 4 |" in page
+    assert "| l2kv | 2 | 0.25 | 7500 | 20 | 14 |" in page
+    assert "| l2kv | none | 0.25 | none | 20 | 13 |" in page
+
+
+def test_popular_documents_beside_stock(documents):
+    load = {**SIZES, "num_documents": 12, "num_clients": 32, "seconds": 60.0}
+    stock = {"median_first_token_ms": 20_000.0, "p99_first_token_ms": 30_000.0, "output_tokens_per_s": 80.0}
+    ours = {"median_first_token_ms": 100.0, "p99_first_token_ms": 200.0, "output_tokens_per_s": 1600.0}
+    page = documents(
+        popular=[
+            {**ONE_GPU_STOCK, **load, **stock, "hit_rate": 0.4},
+            {**ONE_GPU_OURS, **load, **ours, "keep_ratio": 0.25, "budget": 7500, "hit_rate": 0.9934},
+        ]
+    )
+    assert "12 such documents, popularity by Zipf's law, 32 clients" in page
+    assert "| l2kv | 0.25 | 7500 | 100 | 200 | 0.005 | 1,600 | 99.3% |" in page
+
+
+def test_turns_that_stock_vllm_never_came_to_are_empty(documents):
+    talk = {**SIZES, "cache_bytes": 7_864_320_000, "num_conversations": 16, "turn_tokens": 1000}
+    page = documents(
+        conversation=[
+            {**ONE_GPU_STOCK, **talk, "median_first_token_ms": [100.0 * turn for turn in range(1, 8)]},
+            {**ONE_GPU_OURS, **talk, "budget": 2048, "median_first_token_ms": [50.0 + turn for turn in range(1, 31)]},
+        ]
+    )
+    assert "in a cache of 7.3 GiB" in page
+    assert "| turn | stock vLLM | vllm-l2kv with a budget of 2048 |" in page
+    assert "| 5 | 500 | 55 |" in page
+    assert "| 30 |  | 80 |" in page
+
+
+def test_requests_that_wait_by_length(documents):
+    rows = [
+        {"engine": engine, "waiting": what, "num_prompt_tokens": length, "is_found": False, "num_question_tokens": 2000}
+        | {"ms_per_step": ms}
+        for engine, what, length, ms in (
+            ("stock", "nothing", 10_000, 0.04),
+            ("stock", "nothing", 100_000, 0.05),
+            ("l2kv", "document", 10_000, 0.09),
+            ("l2kv", "document", 100_000, 0.11),
+        )
+    ]
+    page = documents(rows, findable=[{**ONE_GPU_STOCK, **SIZES, "num_documents": 7, "num_found": 4}])
+    assert "| engine | asks for | 10000 tokens | 100000 tokens |" in page
+    assert "| l2kv | document | 0.090 | 0.110 |" in page
+    assert "all but 2,000" in page
