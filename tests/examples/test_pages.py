@@ -16,7 +16,7 @@ from vllm_l2kv_server.serve_options import INTERVALS
 
 from vllm_l2kv.capacity import Capacity, DoesNotFitError, GroupCapacity
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.params import FIELDS, SCORERS, CompressionParams, FieldValue
+from vllm_l2kv.params import FIELDS, REQUEST_FIELDS, SCORERS, CompressionParams, FieldValue
 from vllm_l2kv.policy import CompactionPoints, Intervals
 from vllm_l2kv.settings import Settings
 
@@ -43,7 +43,8 @@ class TestRequestFields:
     def test_every_field_with_type_bounds_and_default(self):
         said = rows("request_fields.md", "field")
         assert said == [
-            [field.name, field.type, field.bounds, shown(DEFAULTS[field.name]), field.option or "-"] for field in FIELDS
+            [field.name, field.type, field.bounds, shown(DEFAULTS.get(field.name)), field.option or "-"]
+            for field in REQUEST_FIELDS
         ]
 
     def test_the_options_exist(self):
@@ -54,7 +55,7 @@ class TestRequestFields:
 
     def test_every_field_has_a_section(self):
         headings = re.findall(r"^### (.*)$", (DOCS / "request_fields.md").read_text(), re.MULTILINE)
-        assert re.findall(r"`(\w+)`", " ".join(headings)) == [field.name for field in FIELDS]
+        assert re.findall(r"`(\w+)`", " ".join(headings)) == [field.name for field in REQUEST_FIELDS]
 
     def test_every_scorer_is_explained(self):
         text = " ".join(row[0] for row in rows("request_fields.md", "`kv_scorer`"))
@@ -81,6 +82,11 @@ class TestRequestFields:
         capacity = Capacity(800, (GroupCapacity(448, False), GroupCapacity(32, True)), 131_072)
         with pytest.raises(DoesNotFitError) as refused:
             capacity.max_tokens(30_000, 500, None)
+        assert f"`{refused.value}`" in " ".join((DOCS / "request_fields.md").read_text().split())
+
+    def test_what_is_all_document(self):
+        with pytest.raises(ParamError) as refused:
+            CompactionPoints.of(10, CompressionParams(prefix_tokens=10), Intervals())
         assert f"`{refused.value}`" in " ".join((DOCS / "request_fields.md").read_text().split())
 
     def test_every_field_is_refused_once(self):
