@@ -33,7 +33,8 @@ copy.""",
 
 `--scenarios popular`. {num_documents} such documents, popularity by Zipf's law, {num_clients} clients who wait for an
 answer before they ask again, {cache_gib:.0f} GiB, {seconds:.0f} seconds after a warm-up. Hit rate: prompt tokens that
-were found, of all.""",
+were found, of all. The budget is larger than a compressed document with a question and its answer. If it were not, each
+answer would be compacted, into a copy of its own.""",
     "conversation": """### Conversations
 
 `--scenarios conversation`. {num_conversations} conversations at once in a cache of {cache_gib:.1f} GiB, which holds
