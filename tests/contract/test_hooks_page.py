@@ -163,6 +163,7 @@ def names_of_others() -> frozenset[str]:
 
     others = (
         dict,
+        bytes,
         int,
         list,
         str,

@@ -17,6 +17,7 @@ class Consumer:
         self.stored: Counter[tuple[int, object]] = Counter()
         self.prefixes: dict[object, tuple[int, ...]] = {None: ()}
         self.num_events: Counter[str] = Counter()
+        self.compressed: set[object] = set()  # hashes of blocks of compressed beginnings
         harness.scheduler.kv_event_publisher.publish = self.take
 
     def take(self, batch) -> None:
@@ -34,11 +35,20 @@ class Consumer:
                 self._follow(event)
 
     def _follow(self, event) -> None:
-        """Every stored block continues one that the consumer has heard of."""
+        """Every stored block continues one that the consumer has heard of.
+
+        Consumers match prompts by tokens and extra keys, and no prompt has the extra key of compressed rows.
+        """
         assert event.kv_cache_spec_kind
         assert len(event.token_ids) == len(event.block_hashes) * event.block_size
         assert len(event.extra_keys) == len(event.block_hashes)
         prefix = self.prefixes[event.parent_block_hash]
+        if event.block_size == 1:
+            (name,) = {keys[-1] for keys in event.extra_keys}
+            assert len(name) == 64
+            self.compressed.update(event.block_hashes)
+            return
+        assert set(event.extra_keys) == {None}
         for i, block_hash in enumerate(event.block_hashes):
             prefix += tuple(event.token_ids[i * event.block_size : (i + 1) * event.block_size])
             assert self.prefixes.setdefault(block_hash, prefix) == prefix
@@ -74,6 +84,8 @@ def test_a_consumer_knows_what_is_cached(make_harness, full_layers, depth, seed)
         if rng.random() < 0.5:
             prompt = [rng.randint(1, 2)] * rng.randint(1, 60) + [3 + rng.randint(0, 1)] * rng.randint(1, 10)
             fields = {"kv_keep_ratio": rng.choice([1.0, 0.5, 0.1])} if rng.random() < 0.7 else {}
+            if rng.random() < 0.4 and len(prompt) > 25:
+                fields |= {"kv_prefix_tokens": 25, "kv_protect_last": 0, "kv_keep_ratio": 0.5}
             harness.submit(f"r{i}", prompt, fields, rng.randint(1, 30))
         if rng.random() < 0.1 and harness.scheduler.requests:
             gone = rng.choice(sorted(harness.scheduler.requests))
@@ -87,6 +99,7 @@ def test_a_consumer_knows_what_is_cached(make_harness, full_layers, depth, seed)
     assert harness.scheduler.reset_prefix_cache()
     consumer.check()
     assert not +consumer.stored
+    assert len(consumer.compressed) >= 8
     assert consumer.num_events["BlockStored"] > 100
     assert consumer.num_events["BlockRemoved"] > 50
 
@@ -117,3 +130,21 @@ def test_a_report_of_what_a_request_found(make_harness, num_shared):
     assert reported <= set(in_pool(harness.pool))
     harness.finish_one()
     assert harness.outputs["second"] == [7]
+
+
+def test_a_report_of_a_compressed_document(make_harness):
+    """A request that finds one reports the blocks in which it lies, in each group."""
+    sizes = {"num_layers": 5, "block_size": 4, "max_num_batched_tokens": 256, "max_model_len": 128, "kv_events": True}
+    harness = make_harness(60, (0,), **sizes)
+    fields = {"kv_prefix_tokens": 30, "kv_keep_ratio": 0.5, "kv_protect_first": 0, "kv_protect_last": 0}
+    harness.submit("first", [1] * 31, fields, 4)
+    harness.run()
+    harness.scheduler.kv_cache_manager.take_events()
+    harness.submit("second", [1] * 30 + [2], {"kv_cache_report_mode": "full", **fields}, 1)
+    (new,) = harness.schedule().scheduled_new_reqs
+    assert new.num_computed_tokens == 30
+    reported = [event for event in harness.scheduler.kv_cache_manager.take_events() if event.block_size == 1]
+    # Fifteen rows in blocks of 4 tokens, and 30 tokens in blocks of 16.
+    assert [(event.group_idx, len(event.block_hashes)) for event in reported] == [(0, 2), (1, 4)]
+    assert {(event.group_idx, name) for event in reported for name in event.block_hashes} <= set(in_pool(harness.pool))
+    harness.finish_one()

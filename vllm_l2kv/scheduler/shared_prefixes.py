@@ -124,29 +124,41 @@ class SharedPrefixes:
             for key in keys if isinstance(manager, CompressedLayerManager) else ():
                 while (left := self._find(key)) is not None:
                     self._pool.evict_blocks({left.block_id})
+            added = []
             for key, block in zip(keys, manager.req_to_blocks[request.request_id], strict=False):
-                self._pool._insert_block_hash(key, block, num_tokens=prefix.compaction.position)
+                # Blocks of full layers may be those of an incomplete copy, found in the ordinary prefix cache.
+                if not self._pool.cached_block_hash_to_block.contain(key, block.block_id):
+                    self._pool._insert_block_hash(key, block, num_tokens=prefix.compaction.position)
+                    added.append(key)
+            self._announce(request, prefix, group, added)
         self._num_published += 1
-        self.announce(request, prefix)
         return True
 
     def announce(self, request: Request, prefix: Prefix) -> None:
         """Publishes the KV events of a beginning that is there. vLLM publishes those of its removal."""
-        if not self._pool.enable_kv_cache_events:
-            return
         for group, keys in enumerate(self._keys(prefix)):
-            event = seams.stored_event(
-                self._pool,
-                request,
-                block_hashes=[maybe_convert_block_hash(get_block_hash(key)) for key in keys],
-                parent_block_hash=None,
-                start_token_idx=0,
-                end_token_idx=prefix.compaction.position,
-                block_size=self._managers[group].block_size,
-                kv_cache_group_id=group,
-                extra_keys_list=[None] * len(keys),
-            )
-            self._pool.kv_event_queue.append(event)
+            self._announce(request, prefix, group, keys)
+
+    def _announce(self, request: Request, prefix: Prefix, group: int, keys: Sequence[BlockHashWithGroupId]) -> None:
+        """Publishes the KV event of blocks of a beginning.
+
+        They hold no run of tokens. Routers match prompts by tokens and extra keys, so each block counts as one token
+        with an extra key that no prompt has: they see it come and go, and prefer this engine for no prompt.
+        """
+        if not self._pool.enable_kv_cache_events or not keys:
+            return
+        event = seams.stored_event(
+            self._pool,
+            request,
+            block_hashes=[maybe_convert_block_hash(get_block_hash(key)) for key in keys],
+            parent_block_hash=None,
+            start_token_idx=0,
+            end_token_idx=len(keys),
+            block_size=1,
+            kv_cache_group_id=group,
+            extra_keys_list=[(("l2kv", prefix.name.hex()),)] * len(keys),
+        )
+        self._pool.kv_event_queue.append(event)
 
     def computes(self, req_id: str, prefix: Prefix) -> None:
         """Notes which request is about to compute a beginning that it will publish."""
