@@ -10,7 +10,7 @@ from engine import Engine, bare_rule, greedy, running
 from vllm_l2kv import compression
 from vllm_l2kv.tools.plan import cli
 
-NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 600, 100
+NUM_DOCUMENT_TOKENS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 560, 600, 100
 INTERVALS = {"prompt_interval": 128, "answer_interval": 40}
 CACHE_BYTES = 9 << 20
 CASES = {
@@ -43,6 +43,7 @@ def plan(capsys, model: str, full_layers: tuple[int, ...] | None) -> dict[str, A
     """What the command says of the engine at hand."""
     words = [f"--context={NUM_PROMPT_TOKENS}", f"--output={NUM_OUTPUT_TOKENS}", "--ratio=0.25", "--protect=0:0"]
     words += [f"--kv-cache-gib={CACHE_BYTES / 2**30}", f"--max-num-batched-tokens={BATCH_TOKENS}"]
+    words += [f"--document-tokens={NUM_DOCUMENT_TOKENS}"]
     words += [f"--full-layers={','.join(map(str, full_layers or ()))}", "--device=cpu", "--dtype=float32", "--json"]
     # The answer holds at most 217 + 40 rows, one more than eight blocks of 32.
     words += ["--budgets=217,500", *(f"--{name.replace('_', '-')}={rows}" for name, rows in INTERVALS.items())]
@@ -115,6 +116,28 @@ def test_so_many_run_at_once_without_preemption(capsys, case):
             most = max(most, len(engine.scheduler.running))
         assert most == row["at_once"] > 3
         assert [request.num_preemptions for request in requests] == [0] * most
+
+
+def test_so_many_documents_stay_findable(capsys, case):
+    """The last ones of many, each warmed up by a request of one token; in stock vLLM they are ordinary prefixes."""
+    engine, model, full_layers = case
+    planned = plan(capsys, model, full_layers)
+    for row in planned["rows"]:
+        if any(group["kind"] == "sliding" for group in planned["groups"]):
+            assert row["documents"] is None
+            continue
+        assert engine.kv_cache_manager.reset_prefix_cache()
+        params = params_of(row, full_layers).clone()
+        params.max_tokens = 1
+        if full_layers is not None:
+            params.extra_args["kv_prefix_tokens"] = NUM_DOCUMENT_TOKENS
+        prompts = [[*prompt(seed)[:NUM_DOCUMENT_TOKENS], 1] for seed in range(2 * row["documents"])]
+        for order in (prompts, prompts[::-1]):
+            found = [engine.generate([each], [params])[0].num_cached_tokens for each in order]
+        whole = max(found)
+        assert NUM_DOCUMENT_TOKENS - planned["groups"][0]["block_size"] < whole <= NUM_DOCUMENT_TOKENS
+        assert found == sorted(found, reverse=True)
+        assert found.count(whole) == row["documents"], (row, found)
 
 
 def test_the_longest_request_of_a_default_budget(capsys, tiny_model):

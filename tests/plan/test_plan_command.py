@@ -14,6 +14,8 @@ from vllm.platforms.interface import UnspecifiedPlatform
 from vllm_l2kv.tools.plan import cli
 from vllm_l2kv.tools.plan.table import COLUMNS
 
+DOCUMENTS = "--kv-cache-gib 16 --context 30200 --output 200 --document-tokens 30000 --budgets 7500"
+"""Of the example in docs/sizing.md."""
 MEASURED = [
     json.loads(line)
     for line in (Path(__file__).parents[2] / "benchmarks/speed/results/h100_memory_bound.jsonl")
@@ -149,6 +151,41 @@ def test_protected_tokens_are_kept(plan, llama_8b):
     assert row["kept_rows"] == 68
 
 
+def documents_of(result: dict[str, Any]) -> list[tuple[int, int, int | None]]:
+    """Rows, blocks and number of documents, for each row of vllm-l2kv."""
+    names = ("document_rows", "document_blocks", "documents")
+    return [tuple(row[name] for name in names) for row in engine_of(result, "vllm-l2kv")["rows"]]
+
+
+def test_documents_are_held_compressed_and_computed_whole(plan, llama_8b):
+    """16 and 240 tokens are in a block. Computing one takes 2,000 of 8,593 blocks, and what follows it two."""
+    result = plan(llama_8b, kv_cache_gib=16, ratio="0.5,0.25", document_tokens=30_000)
+    assert engine_of(result, "vllm-l2kv")["num_blocks"] == 8594
+    room = 8593 - 2000 - 2
+    assert documents_of(result) == [
+        (30_000, 2000, 1 + room // 2000),
+        (15_000, 938 + 125, 1 + room // (938 + 125)),
+        (7_500, 469 + 125, 1 + room // (469 + 125)),
+    ]
+    stock = row_of(result, "stock", 1)
+    assert (stock["document_blocks"], stock["documents"]) == (1875, 4)
+
+
+def test_with_a_budget_a_document_is_never_whole(plan, llama_8b):
+    result = plan(llama_8b, kv_cache_gib=2, ratio="1", budgets="4000", prompt_interval=1000, document_tokens=100_000)
+    (_, _, whole), (rows, blocks, documents) = documents_of(result)
+    usable = engine_of(result, "vllm-l2kv")["num_blocks"] - 1
+    assert whole == 0
+    assert (rows, blocks) == (4000, 250 + 417)
+    assert documents == 1 + (usable - (313 + 417) - 2) // (250 + 417)  # at its end it holds 5,000 rows
+
+
+def test_without_documents_nothing_is_said_of_them(capsys, plan, llama_8b):
+    assert "documents" not in row_of(plan(llama_8b, kv_cache_gib=16), "vllm-l2kv", 0.25)
+    cli.plan([llama_8b, "--context=8000", "--output=1000", "--kv-cache-gib=16"])
+    assert "ocument" not in capsys.readouterr().out.replace("docs/sizing.md", "")
+
+
 def test_the_table(capsys, llama_8b):
     cli.plan([llama_8b, "--gpu-gib", "80", "--context", "8000", "--output", "1000", "--budgets", "1024"])
     out = capsys.readouterr().out
@@ -184,6 +221,7 @@ def test_the_table(capsys, llama_8b):
             "must be at least kv_protect_first + kv_protect_last = 68",
         ),
         (["--gpu-gib", "80", "--answer-interval", "0"], "argument --answer-interval: N must satisfy 1 <= N"),
+        (["--gpu-gib", "80", "--document-tokens", "0"], "argument --document-tokens: N must satisfy 1 <= N"),
         (["--gpu-gib", "16"], "-3.24 GiB are left for the KV cache"),
         (["--gpu-gib", "80", "--kv-cache-dtype", "int8"], "--kv-cache-dtype: invalid choice: 'int8'"),
         (["--gpu-gib", "80", "--tensor-parallel-size", "3"], "--tensor-parallel-size must divide"),
@@ -234,6 +272,12 @@ class TestDocumentation:
     def test_the_example(self, capsys, llama_8b):
         cli.plan([llama_8b, "--gpu-gib", "80", "--context", "8000", "--output", "1000", "--budgets", "1024,4096"])
         assert capsys.readouterr().out.replace(llama_8b, "Llama-3.1-8B") in self.text
+
+    def test_the_example_of_documents(self, capsys, llama_8b):
+        cli.plan([llama_8b, *DOCUMENTS.split()])
+        out = capsys.readouterr().out.replace(llama_8b, "Llama-3.1-8B")
+        table = out[out.index("Documents of") : out.index("\n\nstock: ")]
+        assert f"plan Llama-3.1-8B {DOCUMENTS}\n...\n{table}\n..." in self.text
 
     def test_blocks_of_a_whole_h100(self, plan, llama_8b):
         planned = engine_of(plan(llama_8b, gpu_gib=80), "stock")["num_blocks"]

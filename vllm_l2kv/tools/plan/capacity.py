@@ -3,7 +3,7 @@
 import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from typing import NamedTuple
@@ -86,6 +86,33 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Document:
+    """The first tokens of many prompts, in the cache once for all of them.
+
+    Attributes:
+        num_tokens: Its tokens.
+        params: What its requests ask of their KV cache.
+        intervals: Those of the engine.
+    """
+
+    num_tokens: int
+    params: CompressionParams
+    intervals: Intervals
+
+    @property
+    def compactions(self) -> list[Compaction]:
+        """Those of a request that asks one token about it, up to its end."""
+        params = replace(self.params, prefix_tokens=self.num_tokens)
+        return CompactionPoints(self.num_tokens + 1, params, self.intervals).in_prompt()
+
+    @property
+    def num_keep(self) -> int:
+        """Rows that are left of it."""
+        compactions = self.compactions
+        return compactions[-1].num_keep if compactions else self.num_tokens
+
+
+@dataclass(frozen=True)
 class Cache:
     """The KV cache of one GPU, as vLLM lays it out.
 
@@ -134,6 +161,30 @@ class Cache:
         if not self.num_at_once(request):
             return 0.0
         return self.num_usable / statistics.fmean(self.answer_blocks(request))
+
+    def document_blocks(self, document: Document) -> int:
+        """Blocks of a document while nothing is asked about it."""
+        return self._answering.num_held(document.num_tokens, document.num_keep)
+
+    def num_documents(self, document: Document) -> int | None:
+        """Such documents that stay findable if they are warmed up one after the other, and nothing else runs.
+
+        The last one is computed beside the others: it is whole until a compaction, which then happens in place.
+
+        Returns:
+            Their number; `None` for models with sliding windows, which do not share compressed documents, and of which
+            ordinary prefixes are found by what is left of the windows.
+        """
+        if any(group.kind == "sliding" for group in self.groups):
+            return None
+        num_tokens = document.num_tokens
+        whole = [(compaction.position, compaction.num_rows) for compaction in document.compactions]
+        computed = max(self._computing.num_held(*held) for held in whole or [(num_tokens, num_tokens)])
+        if computed > self.num_usable:
+            return 0
+        # What follows the document goes into one more block of each group.
+        room = self.num_usable - computed - len(self.groups)
+        return 1 + max(0, room) // self.document_blocks(document)
 
     def longest(self, params: CompressionParams, intervals: Intervals) -> int | None:
         """Tokens of the longest request, prompt and answer, with which an engine of these defaults starts.

@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=positive, required=True, metavar="N", help="generated tokens of a request")
     add("--ratio", type=list_of(ratio), default="0.5,0.25", metavar="R,R", help="keep ratios; 1 comes by itself")
     add_budgets(parser)
+    add("--document-tokens", type=positive, metavar="N", help="also says how many documents of N tokens stay findable")
     add("--gpu-gib", type=gib, metavar="G", help="memory of one GPU")
     add("--kv-cache-gib", type=gib, metavar="G", help="memory for the KV cache of one GPU, if you set it yourself")
     add("--gpu-memory-utilization", type=ratio, default=UTILIZATION, metavar="R", help="as vLLM's")

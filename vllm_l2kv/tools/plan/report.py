@@ -14,7 +14,7 @@ from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.plugin import CPU_BLOCK_SIZE
 from vllm_l2kv.policy import Intervals
 from vllm_l2kv.settings import Settings
-from vllm_l2kv.tools.plan.capacity import Cache, Request, cache_of
+from vllm_l2kv.tools.plan.capacity import Cache, Document, Request, cache_of
 from vllm_l2kv.tools.plan.model import model_of, read_config, weight_bytes
 
 GIB = 2**30
@@ -67,6 +67,7 @@ def report(options: Namespace) -> dict[str, Any]:
         "model": options.model,
         "num_prompt_tokens": options.context,
         "num_output_tokens": options.output,
+        "num_document_tokens": options.document_tokens,
         "num_gpus": options.tensor_parallel_size,
         "memory_of_a_gpu": memory,
         "bytes_per_token": _bytes_per_token(specs(1)),
@@ -145,4 +146,13 @@ def _row(cache: Cache, params: CompressionParams, options: Namespace) -> dict[st
         "at_once": cache.num_at_once(request),
         "on_average": round(cache.num_on_average(request), 1),
         "longest_request": cache.longest(params, intervals),
+        **(_documents(cache, Document(options.document_tokens, params, intervals)) if options.document_tokens else {}),
+    }
+
+
+def _documents(cache: Cache, document: Document) -> dict[str, Any]:
+    return {
+        "document_rows": document.num_keep,
+        "document_blocks": cache.document_blocks(document),
+        "documents": cache.num_documents(document),
     }

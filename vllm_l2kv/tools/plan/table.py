@@ -17,6 +17,11 @@ on average: so many run in a steady state, spread evenly over their answers. Pro
 Neither is above --max-num-seqs of vLLM. longest: tokens of a request, the largest --max-model-len that an engine with
 this default starts with. docs/sizing.md has the formula, and how far measurements are from it."""
 
+DOCUMENT_COLUMNS = ("engine", "kept", "rows", "document GiB", "documents")
+DOCUMENT_REMARK = """\
+documents: so many stay findable if they are warmed up one after the other and nothing else runs; document GiB: of one.
+none: with sliding windows compressed documents are not shared, and others are not planned."""
+
 
 def as_table(plan: Mapping[str, Any]) -> str:
     """Lines to print.
@@ -24,7 +29,9 @@ def as_table(plan: Mapping[str, Any]) -> str:
     Args:
         plan: As from `report.report`.
     """
-    return "\n".join([*_heading(plan), "", *_table(plan), "", *_layouts(plan), REMARKS]) + "\n"
+    documents = [*_documents(plan), ""] if plan["num_document_tokens"] else []
+    remarks = [REMARKS, *([DOCUMENT_REMARK] if documents else [])]
+    return "\n".join([*_heading(plan), "", *_table(plan), "", *documents, *_layouts(plan), *remarks]) + "\n"
 
 
 def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -55,6 +62,16 @@ def _table(plan: Mapping[str, Any]) -> list[str]:
             counts = (f"{row['at_once']:,}", f"{row['on_average']:,.1f}", longest)
             lines.append((engine["engine"], _kept(row), *rows, *memory, *counts))
     return aligned(lines)
+
+
+def _documents(plan: Mapping[str, Any]) -> list[str]:
+    lines: list[tuple[str, ...]] = [DOCUMENT_COLUMNS]
+    for engine in plan["engines"]:
+        for row in engine["rows"]:
+            memory = f"{row['document_blocks'] * engine['block_bytes'] / GIB:.3f}"
+            documents = "none" if row["documents"] is None else f"{row['documents']:,}"
+            lines.append((engine["engine"], _kept(row), f"{row['document_rows']:,}", memory, documents))
+    return [f"Documents of {plan['num_document_tokens']:,} tokens", *aligned(lines)]
 
 
 def _kept(row: Mapping[str, Any]) -> str:
