@@ -1,4 +1,4 @@
-"""The playground: a page that asks one question at two keep ratios and shows both answers.
+"""The playground: a page that compares two keep ratios, or two questions about one document, side by side.
 
 The static files need no API key. The page's requests to `/v1` carry the key that the user types in.
 """

@@ -1,6 +1,7 @@
 """The playground in a real browser, against the real server, as behind a proxy that gives it a path of its own."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,7 +29,8 @@ def server(demo_model, tmp_path_factory):
     words = ["--max-model-len", "4096", "--enforce-eager", "--dtype", "float32", "--root-path", PREFIX]
     # What a server protects without options; `Server` has others.
     words += [f"--kv-{name.replace('_', '-')}={value}" for name, value in PROTECTED.items()]
-    with Server(tmp_path_factory.mktemp("playground") / "server.log", *words, "--api-key", KEY) as server:
+    words += ["--enable-prompt-tokens-details", "--api-key", KEY]
+    with Server(tmp_path_factory.mktemp("playground") / "server.log", *words) as server:
         yield server
 
 
@@ -109,6 +111,63 @@ def test_two_answers_and_their_numbers(server, page, order):
         assert float(page.evaluate(f"{bar}.ariaValueNow")) == pytest.approx(100 * share, abs=0.06)
         drawn = f"[...{bar}.children].map(part => part.getBoundingClientRect().width).reduce((a, b) => a + b)"
         assert page.evaluate(f"{drawn} / {bar}.clientWidth") == pytest.approx(share, abs=0.01)
+
+
+def choose(page: Page, mode: str) -> None:
+    """What the page compares."""
+    page.evaluate(f"void (document.querySelector('#mode').value = '{mode}')")
+    page.evaluate("void document.querySelector('#mode').dispatchEvent(new Event('change'))")
+
+
+def ask_twice(page: Page, **values: str) -> None:
+    """Two questions about one document."""
+    choose(page, "document")
+    typed = {"text": TEXT, "question": QUESTION, "second": "And on day 5?", "kv_keep_ratio-document": "0.3"}
+    for field, value in {**typed, **values}.items():
+        page.fill(f"#{field}", value)
+    page.click("#compare")
+
+
+def test_the_second_question_finds_the_document(page, tokenizer):
+    document = tokenizer.apply_chat_template([{"role": "system", "content": TEXT}], return_dict=False)
+    for _ in range(2):  # by its salt the first question finds nothing the second time either
+        ask_twice(page)
+        page.wait_for("document.querySelector('#how').textContent.startsWith('The first answer began after')", 120)
+        first, second = (figures(page, column) for column in COLUMNS)
+        assert (first["found"], first["cached"]) == ("0", "0")
+        assert second["found"] == second["cached"] == str(len(document))
+        assert first["evicted"] == second["evicted"] == str(len(document) - math.ceil(0.3 * len(document)))
+        for shown in (first, second):
+            assert shown["first"] in page.text("#how")
+        assert of_column(page, 0, ".text") != of_column(page, 1, ".text")
+
+
+def test_each_mode_shows_its_own_fields(page):
+    own = {"ratios": {"kv_keep_ratio-A", "kv_keep_ratio-B", "order", "salted"}}
+    own["document"] = {"second", "kv_keep_ratio-document"}
+    for mode in ("document", "ratios"):
+        choose(page, mode)
+        page.evaluate("void document.querySelector('#more').setAttribute('open', '')")
+        for name in own["ratios"] | own["document"]:
+            seen = page.evaluate(f"document.getElementById('{name}').getClientRects().length > 0")
+            assert seen is (name in own[mode]), (mode, name)
+    assert not page.evaluate("document.querySelectorAll('[id^=kv_prefix_]').length")
+
+
+def test_two_questions_need_a_document_and_both_questions(page):
+    for field, message in {"text": "Paste a document.", "second": "Ask something else."}.items():
+        ask_twice(page, **{field: " "})
+        assert page.text(f"#{field}-error") == message
+        assert page.evaluate("document.activeElement.id") == field
+    assert not [url for url in page.urls if url.endswith("/chat/completions")]
+
+
+def test_a_bad_ratio_of_a_document_is_told_at_its_field(page):
+    ask_twice(page, **{"kv_keep_ratio-document": "7"})
+    page.wait_for(ENDED, 120)
+    assert page.text("#kv_keep_ratio-document-error").startswith("kv_keep_ratio must satisfy 0 < kv_keep_ratio <= 1")
+    assert not page.text("#how").startswith("The first answer began")
+    take_refusals(page, 400)
 
 
 def module(page: Page, name: str, call: str):

@@ -17,15 +17,15 @@ import { Answer } from "./answer.js";
 const parts = {};
 const part = (name) => (parts[name] ??= { textContent: "", style: {}, append(text) { this.textContent += text; },
                                           setAttribute() {} });
-const figures = ["prompt", "kept", "evicted", "compactions", "generated", "first", "speed"].map((figure) =>
-  Object.assign(part(figure), { dataset: { figure } }));
+const names = ["prompt", "kept", "evicted", "compactions", "found", "cached", "generated", "first", "speed"];
+const figures = names.map((figure) => Object.assign(part(figure), { dataset: { figure } }));
 const root = { querySelectorAll: () => figures, querySelector: part, setAttribute() {} };
 const chunks = JSON.parse(process.argv[2]);
 const stream = chunks.map((chunk) => `data: ${JSON.stringify(chunk)}\\n\\n`).join("") + "data: [DONE]\\n\\n";
 globalThis.fetch = async () => new Response(stream);
 const answer = new Answer(root);
 answer.reset("Answer A");
-await answer.run({}, "", { aborted: false }, [{ layers: ["a"], compressed: true }]);
+parts.returned = { textContent: await answer.run({}, "", { aborted: false }, [{ layers: ["a"], compressed: true }]) };
 const texts = Object.entries(parts).map(([name, { textContent }]) => [name, textContent]);
 console.log(JSON.stringify(Object.fromEntries(texts)));
 """
@@ -33,8 +33,12 @@ console.log(JSON.stringify(Object.fromEntries(texts)));
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 
 
-def shown(tmp_path: Path, *numbers: dict[str, Any]) -> dict[str, str]:
-    """Texts of the column's parts, after a stream with one chunk for each `usage.kv_cache`."""
+def shown(tmp_path: Path, *numbers: dict[str, Any], cached: int | None = None) -> dict[str, Any]:
+    """Texts of the column's parts, after a stream with one chunk for each `usage.kv_cache`; and what `run` returned.
+
+    Args:
+        cached: `cached_tokens` of a chunk at the end; `None` for a server that does not tell them.
+    """
     for script in STATIC.glob("*.js"):
         shutil.copy(script, tmp_path)
     (tmp_path / "package.json").write_text('{"type": "module"}')
@@ -46,6 +50,8 @@ def shown(tmp_path: Path, *numbers: dict[str, Any]) -> dict[str, str]:
         }
         for place, kv_cache in enumerate(numbers, start=1)
     ]
+    details = None if cached is None else {"cached_tokens": cached}
+    chunks.append({"choices": [], "usage": {**chunks[-1]["usage"], "prompt_tokens_details": details}})
     command = [shutil.which("node"), "page.js", json.dumps(chunks)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -78,6 +84,27 @@ def test_rows_of_prompt_and_answer_are_counted(tmp_path):
     parts = shown(tmp_path, BUDGET)
     assert (parts["kept"], parts["evicted"], parts["compactions"]) == ("30", "90", "3")
     assert parts[".caption"] == "KV memory: 25.0% of uncompressed"
+
+
+def test_what_was_found_and_cached(tmp_path):
+    """A document of 1,200 tokens was found, and an adopter counts its compaction too."""
+    parts = shown(tmp_path, {**HALF, "found_tokens": 1200}, cached=1216)
+    assert (parts["found"], parts["cached"]) == ("1,200", "1,216")
+
+
+NOTHING = "\N{EN DASH}"
+
+
+def test_nothing_found_is_a_number_and_not_told_is_none(tmp_path):
+    parts = shown(tmp_path, {**HALF, "found_tokens": 0})
+    assert (parts["found"], parts["cached"]) == ("0", NOTHING)
+    parts = shown(tmp_path, HALF, cached=0)
+    assert (parts["found"], parts["cached"]) == (NOTHING, "0")
+
+
+def test_the_time_to_the_first_token_is_shown_and_returned(tmp_path):
+    parts = shown(tmp_path, HALF)
+    assert parts["first"] == f"{parts['returned']:.2f} s"
 
 
 def test_the_page_has_a_place_for_it():

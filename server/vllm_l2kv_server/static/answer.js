@@ -8,6 +8,11 @@ const FRACTION = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximum
 const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 const ENDS = { stop: "Done.", length: "Done: max_tokens reached." };
 
+/** A time as the page shows it. */
+export function secondsOf(seconds) {
+  return `${FRACTION.format(seconds)} s`;
+}
+
 export class Answer {
   /** root: a `section` made from the page's template. */
   constructor(root) {
@@ -25,7 +30,10 @@ export class Answer {
     this.#hideMemory(true);
   }
 
-  /** Streams one answer to its end. Throws what the server or the network throws, after the column says that it ended. */
+  /**
+   * Streams one answer to its end. Returns the seconds to its first token, or null if none came. Throws what the server
+   * or the network throws, after the column says that it ended.
+   */
   async run(body, key, signal, groups) {
     const watch = new Stopwatch();
     let end = "Done.";
@@ -43,6 +51,7 @@ export class Answer {
         this.#showFigures(chunk.usage, watch, groups);
       }
       this.setState(end);
+      return watch.seconds;
     } catch (error) {
       this.setState(signal.aborted ? "Stopped." : "Failed.");
       throw error;
@@ -65,8 +74,11 @@ export class Answer {
     this.figures.generated.textContent = NUMBER.format(usage.completion_tokens);
     if (watch.first !== null) {
       this.setState("Streaming …");
-      this.figures.first.textContent = `${FRACTION.format((watch.first - watch.sent) / 1000)} s`;
+      this.figures.first.textContent = secondsOf(watch.seconds);
     }
+    // Of the chunks of a stream only the last one has it, if the server tells it at all.
+    const cached = usage.prompt_tokens_details?.cached_tokens;
+    if (cached != null) this.figures.cached.textContent = NUMBER.format(cached);
     if (watch.speed !== null) this.figures.speed.textContent = FRACTION.format(watch.speed);
     if (usage.kv_cache) this.#showMemory(usage.kv_cache, groups);
   }
@@ -79,6 +91,7 @@ export class Answer {
     this.figures.kept.textContent = NUMBER.format(numbers.kept_tokens);
     this.figures.evicted.textContent = NUMBER.format(numbers.evicted_tokens);
     this.figures.compactions.textContent = NUMBER.format(numbers.compactions);
+    if (numbers.found_tokens !== undefined) this.figures.found.textContent = NUMBER.format(numbers.found_tokens);
     this.#part(".caption").textContent = caption;
     this.#part(".reason").textContent = numbers.reason ? `Kept whole: ${numbers.reason}` : "";
     this.#part(".bar .uncompressed").style.width = `${100 * uncompressed}%`;
@@ -102,6 +115,11 @@ class Stopwatch {
   sent = performance.now();
   first = null;
   speed = null; // tokens per second
+
+  /** From sending the request to its first tokens, null before they came. */
+  get seconds() {
+    return this.first === null ? null : (this.first - this.sent) / 1000;
+  }
 
   /** numTokens: generated so far. */
   note(numTokens) {

@@ -1,12 +1,16 @@
 // The page: what its reader typed becomes two requests, whose errors go back to the fields that they name.
 
-import { Answer } from "./answer.js";
+import { Answer, secondsOf } from "./answer.js";
 import { getInfo, getSample, ServerError } from "./api.js";
+import { aboutOneDocument, atTwoRatios } from "./bodies.js";
 import { Field } from "./fields.js";
 import { countLayers } from "./memory.js";
 
 const RATIO = "kv_keep_ratio";
 const RATIOS = { A: 1, B: 0.5 };
+const DOCUMENT_RATIO = 0.25;
+const DOCUMENT = "document"; // the mode of two questions; the page itself says what the document is
+const DOCUMENT_FIELDS = "kv_prefix_";
 const MAX_TOKENS = {
   name: "max_tokens",
   type: "integer",
@@ -14,10 +18,17 @@ const MAX_TOKENS = {
   bounds: "",
   description: "Length of an answer at most; empty for as long as the context allows.",
 };
-const SAMPLE_QUESTION = "Who was the first keeper of the lighthouse?";
+const SAMPLE_QUESTIONS = {
+  question: "Who was the first keeper of the lighthouse?",
+  second: "What was the lid of the coal bunker used for?",
+};
+const MISSING = { text: "Paste a document.", question: "Ask something.", second: "Ask something else." };
+const HOW_ASKED =
+  "The second question was sent when the first was answered. Both have a cache salt that no other request has: the " +
+  "first finds nothing, the second the compressed document. Temperature 0: the likeliest token is taken each time.";
 const byId = (id) => document.getElementById(id);
 
-const page = { info: null, columns: [], options: [], controller: null };
+const page = { info: null, columns: [], documentRatio: null, options: [], controller: null };
 
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -30,6 +41,7 @@ byId("ask").addEventListener("submit", (event) => {
 byId("stop").addEventListener("click", () => page.controller?.abort());
 byId("sample").addEventListener("click", useSample);
 byId("text").addEventListener("input", showLength);
+byId("mode").addEventListener("change", showMode);
 connect();
 
 /** Asks the server what it takes, and makes the fields for it. */
@@ -54,84 +66,106 @@ function makeFields() {
   const ratio = fields.find((field) => field.name === RATIO);
   byId("ratios-hint").textContent = ratio.description;
   page.columns = Object.entries(RATIOS).map(([name, value]) => {
-    const field = new Field({ ...ratio, description: "" }, { id: `${RATIO}-${name}`, label: `${RATIO} ${name}`, value });
+    const field = addRatio(ratio, "ratios", { id: `${RATIO}-${name}`, label: `${RATIO} ${name}`, value });
     const root = byId("answer").content.firstElementChild.cloneNode(true);
     const answer = new Answer(root);
-    byId("ratios").append(field.root);
     byId("answers").append(root);
     answer.reset(`Answer ${name}`);
     return { name, field, answer };
   });
+  page.documentRatio = addRatio(ratio, DOCUMENT, { id: `${RATIO}-document`, label: RATIO, value: DOCUMENT_RATIO });
   page.options = [
     new Field(MAX_TOKENS, { value: 128 }),
-    ...fields.filter((field) => field.name !== RATIO).map((field) => new Field(field)),
+    ...fields
+      .filter(({ name }) => name !== RATIO && !name.startsWith(DOCUMENT_FIELDS))
+      .map((field) => new Field(field)),
   ];
   byId("options").append(...page.options.map((field) => field.root));
+  showMode();
+}
+
+function addRatio(spec, ofMode, shown) {
+  const field = new Field({ ...spec, description: "" }, shown);
+  field.root.dataset.mode = ofMode;
+  byId("ratios").append(field.root);
+  return field;
+}
+
+/** Hides what belongs to the other mode. */
+function showMode() {
+  for (const part of document.querySelectorAll("[data-mode]")) part.hidden = part.dataset.mode !== mode();
 }
 
 /** Sends both requests and waits until both have ended, well or not. */
 async function compare() {
   clearErrors();
-  const bodies = readBodies();
+  const isDocument = mode() === DOCUMENT;
+  const bodies = readBodies(isDocument);
   if (!bodies) return;
   page.controller = new AbortController();
   byId("compare").disabled = true;
   byId("stop").disabled = false;
-  const atOnce = byId("order").value === "at-once";
-  byId("how").textContent = howSent(atOnce);
+  const atOnce = !isDocument && byId("order").value === "at-once";
+  byId("how").textContent = isDocument ? HOW_ASKED : howSent(atOnce);
   const runs = page.columns.map((column, index) => () => run(column, bodies[index]));
-  if (atOnce) await Promise.all(runs.map((start) => start()));
-  else for (const start of runs) await start();
+  const seconds = atOnce ? await Promise.all(runs.map((start) => start())) : await inTurn(runs);
+  if (isDocument) showWait(seconds);
   page.controller = null;
   byId("compare").disabled = false;
   byId("stop").disabled = true;
 }
 
-async function run({ field, answer }, body) {
+async function inTurn(runs) {
+  const results = [];
+  for (const start of runs) results.push(await start());
+  return results;
+}
+
+/** Returns the seconds to the first token, nothing after an error. */
+async function run(column, body) {
   const { signal } = page.controller;
   try {
-    await answer.run(body, key(), signal, page.info.kv_cache_groups);
+    return await column.answer.run(body, key(), signal, page.info.kv_cache_groups);
   } catch (error) {
-    if (!signal.aborted) showError(error, field, answer);
+    if (!signal.aborted) showError(error, column);
   }
 }
 
 /** The bodies of both requests, or nothing if a field holds what cannot be sent; that field then says so. */
-function readBodies() {
-  const question = byId("question").value.trim();
-  if (!question) {
-    showQuestionError("Ask something.");
+function readBodies(isDocument) {
+  const asked = isDocument ? ["text", "question", "second"] : ["question"];
+  const missing = asked.find((id) => !typed(id));
+  if (missing) {
+    showInputError(missing, MISSING[missing]);
     return null;
   }
-  const content = [byId("text").value, question].filter(Boolean).join("\n\n");
-  const shared = { model: page.info.models[0], messages: [{ role: "user", content }], temperature: 0 };
-  for (const field of page.options) {
-    if (!readInto(shared, field)) return null;
-  }
-  const bodies = page.columns.map(({ field }) => {
-    const body = { ...shared, ...(byId("salted").checked && { cache_salt: newSalt() }) };
-    return readInto(body, field) && body;
-  });
-  if (!bodies.every(Boolean)) return null;
+  const ratios = readFields(isDocument ? [page.documentRatio] : page.columns.map(({ field }) => field));
+  const values = ratios && readFields(page.options);
+  if (!values) return null;
+  const options = { model: page.info.models[0], temperature: 0 };
+  page.options.forEach(({ name }, index) => (options[name] = values[index]));
+  const text = byId("text").value;
+  const bodies = isDocument
+    ? aboutOneDocument({ text, questions: [typed("question"), typed("second")], ratio: ratios[0], options })
+    : atTwoRatios({ text, question: typed("question"), ratios, options, salted: byId("salted").checked });
   page.columns.forEach(({ name, answer }, index) =>
     answer.reset(`Answer ${name}: keep ${bodies[index][RATIO] ?? "the server's default"}`),
   );
   return bodies;
 }
 
-function readInto(body, field) {
-  try {
-    body[field.name] = field.read();
-    return true;
-  } catch (error) {
-    field.showError(error.message);
-    return false;
+/** What the fields hold, or nothing if one holds what cannot be sent. */
+function readFields(fields) {
+  const values = [];
+  for (const field of fields) {
+    try {
+      values.push(field.read());
+    } catch (error) {
+      field.showError(error.message);
+      return null;
+    }
   }
-}
-
-/** Random, so that no other request has it. Not `randomUUID`, which pages without TLS do not have. */
-function newSalt() {
-  return Array.from(crypto.getRandomValues(new Uint32Array(4)), (word) => word.toString(16)).join("-");
+  return values;
 }
 
 function howSent(atOnce) {
@@ -145,17 +179,26 @@ function howSent(atOnce) {
   return `${order} ${cache} Temperature 0: the likeliest token is taken each time.`;
 }
 
-function showError(error, ratio, answer) {
-  const field = [ratio, ...page.options].find(({ name }) => name === error.param);
+/** After two questions: how long each waited. */
+function showWait([first, second]) {
+  if (first == null || second == null) return;
+  const waited = `The first answer began after ${secondsOf(first)}, the second after ${secondsOf(second)}.`;
+  byId("how").textContent = `${waited} ${HOW_ASKED}`;
+}
+
+function showError(error, { field: ratio, answer }) {
+  const shown = ratio.root.hidden ? page.documentRatio : ratio;
+  const field = [shown, ...page.options].find(({ name }) => name === error.param);
   if (field) field.showError(error.message);
   else if (isUnauthorized(error)) showKeyError(error);
   else answer.showError(error.message);
 }
 
 function clearErrors() {
-  for (const field of [...page.options, ...page.columns.map((column) => column.field)]) field.showError("");
+  const ratios = [page.documentRatio, ...page.columns.map(({ field }) => field)];
+  for (const field of [...page.options, ...ratios]) field.showError("");
   showKeyError("");
-  showQuestionError("");
+  for (const id of Object.keys(MISSING)) showInputError(id, "");
 }
 
 function isUnauthorized(error) {
@@ -169,10 +212,6 @@ function showKeyError(error) {
   showInputError("key", error && `${asked} (${error.message}).`);
 }
 
-function showQuestionError(message) {
-  showInputError("question", message);
-}
-
 function showInputError(id, message) {
   byId(`${id}-error`).textContent = message;
   byId(id).setAttribute("aria-invalid", message ? "true" : "false");
@@ -180,12 +219,20 @@ function showInputError(id, message) {
 }
 
 function key() {
-  return byId("key").value.trim();
+  return typed("key");
+}
+
+function mode() {
+  return byId("mode").value;
+}
+
+function typed(id) {
+  return byId(id).value.trim();
 }
 
 async function useSample() {
   byId("text").value = await getSample();
-  byId("question").value = SAMPLE_QUESTION;
+  for (const [id, question] of Object.entries(SAMPLE_QUESTIONS)) byId(id).value = question;
   showLength();
 }
 
