@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# One document, compressed once, and two questions about it. With a server running (`make serve`):
+# examples/documents.sh [URL]
+set -euo pipefail
+url=${1:-http://localhost:8000}
+document=$(printf 'The keeper wrote the direction of the wind in her book every evening. %.0s' $(seq 60))
+
+# The first message is the document. The same document and the same kv_ fields find its compressed rows again.
+ask() {
+  curl --fail-with-body --silent --show-error "$url/v1/chat/completions" -H 'Content-Type: application/json' -d '{
+    "messages": [{"role": "system", "content": "'"$document"'"}, {"role": "user", "content": "'"$1"'"}],
+    "max_tokens": '"$2"',
+    "temperature": 0,
+    "kv_keep_ratio": 0.25,
+    "kv_prefix_messages": 1
+  }'
+}
+
+echo "The document is warmed up by an ordinary request of one token:"
+ask "Read this." 1
+echo -e "\n\nfound_tokens in usage.kv_cache says how much of it each question finds:"
+ask "What did the keeper write?" 16
+echo
+ask "When did she write?" 16
+echo
