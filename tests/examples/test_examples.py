@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from http_server import expected_usage
+from http_server import INTERVALS, expected_usage
 
 from vllm_l2kv.params import FIELD_NAMES, CompressionParams
 from vllm_l2kv.policy import num_keep
@@ -31,7 +31,13 @@ ASKED = {
     "tools.py": (0.5,),
 }
 """The keep ratios whose numbers an example prints."""
-MODULES = {"langchain_chat.py": "langchain_openai", "llama_index_chat.py": "llama_index.llms.openai_like"}
+DOCUMENTS = {"document_questions.py": 4, "langchain_documents.py": 3}
+"""How often an example asks about its document."""
+MODULES = {
+    "langchain_chat.py": "langchain_openai",
+    "langchain_documents.py": "langchain_openai",
+    "llama_index_chat.py": "llama_index.llms.openai_like",
+}
 """What an example needs beyond the lock."""
 
 
@@ -65,7 +71,7 @@ def printed_usage(text: str) -> list[dict[str, int]]:
     return [ast.literal_eval(found) for found in USAGE.findall(text)]
 
 
-def expected(found: dict[str, int], **params: float) -> dict[str, int | str]:
+def expected(found: dict[str, int], /, **params: float) -> dict[str, int | str]:
     """What an example must print; how long its answer was follows from what it printed."""
     num_computed = found["kept_tokens"] + found["evicted_tokens"]
     return expected_usage(found["prompt_tokens"], num_computed + 1 - found["prompt_tokens"], **params)
@@ -87,6 +93,55 @@ def test_a_client(server, text_file, example):
     for ratio, found in zip(ASKED[example], numbers, strict=True):
         assert found == expected(found, keep_ratio=ratio)
         assert (found["evicted_tokens"] > 0) == (ratio < 1)
+
+
+def num_document_tokens(tokenizer, text: str) -> int:
+    """Tokens of a document that is the first message of a chat."""
+    return len(tokenizer.apply_chat_template([{"role": "system", "content": text}], return_dict=False))
+
+
+def check_one_computed_the_document(numbers: list[dict[str, int]], num_tokens: int) -> None:
+    """And all others found it. The examples keep a quarter."""
+    assert sorted(found["found_tokens"] for found in numbers) == [0] + [num_tokens] * (len(numbers) - 1)
+    for found in numbers:
+        params = {"keep_ratio": 0.25, "prefix_tokens": num_tokens, "found": found["found_tokens"]}
+        assert found == expected(found, **params)
+        assert found["evicted_tokens"] > num_tokens // 2
+
+
+@pytest.mark.parametrize("example", DOCUMENTS)
+def test_a_document_is_compressed_once(server, text_file, tokenizer, tmp_path, example):
+    file = tmp_path / "document.txt"
+    file.write_text(f"{example}: {text_file.read_text()}")  # no other test asks about it
+    command = [interpreter(example), str(EXAMPLES / example), str(file)]
+    numbers = printed_usage(run(command, OPENAI_BASE_URL=f"{server.url}/v1"))
+    assert len(numbers) == DOCUMENTS[example]
+    check_one_computed_the_document(numbers, num_document_tokens(tokenizer, file.read_text()))
+
+
+def test_a_document_by_curl(server, tokenizer):
+    numbers = printed_usage(run(["bash", str(EXAMPLES / "documents.sh"), server.url]))
+    assert len(numbers) == 3
+    document = "The keeper wrote the direction of the wind in her book every evening. " * 60
+    check_one_computed_the_document(numbers, num_document_tokens(tokenizer, document))
+
+
+def test_an_agent_begins_a_turn_at_the_last_compaction(server, tmp_path):
+    """Pages that are long enough for the server's interval; the last prompt is the second one beyond it."""
+    file = tmp_path / "book.txt"
+    text = (EXAMPLES / "lighthouse.txt").read_text() + (EXAMPLES.parent / "LICENSE").read_text()
+    file.write_text(" ".join(text.split()[:2800]))
+    command = [sys.executable, str(EXAMPLES / "agent_loop.py"), str(file), "8"]
+    numbers = printed_usage(run(command, OPENAI_BASE_URL=f"{server.url}/v1"))
+    assert len(numbers) == 8
+    budget = 512
+    for found in numbers:
+        asked = expected(found, max_tokens=budget, found=found["found_tokens"])
+        asked.pop("reason", None)
+        assert found == {"found_tokens": 0, **asked}
+    *earlier, last = (found["found_tokens"] for found in numbers)
+    assert earlier == [0] * 7
+    assert last == budget + INTERVALS.prompt
 
 
 def test_curl(server):
@@ -115,6 +170,14 @@ def test_offline(demo_model):
     assert text.count("---") == 2
 
 
+@pytest.mark.slow  # an engine of its own
+def test_offline_documents(demo_model, tokenizer):
+    numbers = printed_usage(run([sys.executable, str(EXAMPLES / "offline_documents.py"), str(demo_model)]))
+    assert len(numbers) == 3
+    check_one_computed_the_document(numbers, num_document_tokens(tokenizer, (EXAMPLES / "lighthouse.txt").read_text()))
+
+
 def test_no_example_is_left_out():
     scripts = {file.name for file in EXAMPLES.iterdir() if file.suffix != ".txt"}
-    assert scripts == {*ASKED, "curl.sh", "offline.py"}
+    others = {"agent_loop.py", "curl.sh", "documents.sh", "offline.py", "offline_documents.py"}
+    assert scripts == {*ASKED, *DOCUMENTS, *others}
