@@ -3,7 +3,7 @@
 # examples/documents.sh [URL]
 set -euo pipefail
 url=${1:-http://localhost:8000}
-document=$(printf 'The keeper wrote the direction of the wind in her book every evening. %.0s' $(seq 60))
+document=$(printf 'The keeper climbed the one hundred and sixty-eight steps at sunset. %.0s' $(seq 60))
 
 # The first message is the document. The same document and the same kv_ fields find its compressed rows again.
 ask() {
@@ -19,7 +19,7 @@ ask() {
 echo "The document is warmed up by an ordinary request of one token:"
 ask "Read this." 1
 echo -e "\n\nfound_tokens in usage.kv_cache says how much of it each question finds:"
-ask "What did the keeper write?" 16
+ask "What did the keeper climb?" 16
 echo
-ask "When did she write?" 16
+ask "When did she climb?" 16
 echo

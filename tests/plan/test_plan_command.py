@@ -1,6 +1,7 @@
 """`vllm-l2kv plan`, and how far it is from what was measured on an H100."""
 
 import json
+import math
 import subprocess
 import sys
 from itertools import chain
@@ -16,6 +17,9 @@ from vllm_l2kv.tools.plan.table import COLUMNS
 
 DOCUMENTS = "--kv-cache-gib 16 --context 30200 --output 200 --document-tokens 30000 --budgets 7500"
 """Of the example in docs/sizing.md."""
+CHOOSING = Path(__file__).parents[2] / "docs/choosing.md"
+DOCUMENT, QUESTION, ANSWER = 30_000, 200, 200
+"""Tokens in its table of memory."""
 MEASURED = [
     json.loads(line)
     for line in (Path(__file__).parents[2] / "benchmarks/speed/results/h100_memory_bound.jsonl")
@@ -278,6 +282,26 @@ class TestDocumentation:
         out = capsys.readouterr().out.replace(llama_8b, "Llama-3.1-8B")
         table = out[out.index("Documents of") : out.index("\n\nstock: ")]
         assert f"plan Llama-3.1-8B {DOCUMENTS}\n...\n{table}\n..." in self.text
+
+    def test_memory_of_requests_about_one_document(self, plan, llama_8b):
+        """The table of docs/choosing.md, from the blocks of the plan."""
+        result = plan(llama_8b, kv_cache_gib=16, protect="4:64", document_tokens=DOCUMENT)
+        stock, ours = (engine_of(result, name) for name in ("stock", "vllm-l2kv"))
+        ((s,), (full, compressed)) = ([group["block_size"] for group in engine["groups"]] for engine in (stock, ours))
+        document = row_of(result, "vllm-l2kv", 0.25)
+        rows, q = document["document_rows"], QUESTION + ANSWER
+        private_rows = math.ceil((DOCUMENT + QUESTION) / 4) + ANSWER
+        private = -(-private_rows // compressed) - (-(DOCUMENT + q) // full)
+        # Whole blocks of the document are shared; the question begins in a copy of what is left.
+        question = sum(-(-(held + q) // size) - held // size for held, size in ((rows, compressed), (DOCUMENT, full)))
+        for k in (1, 8, 32):
+            blocks = {
+                "stock": (-(-DOCUMENT // s) + k * -(-q // s)) * stock["block_bytes"],
+                "private": k * private * ours["block_bytes"],
+                "document": (document["document_blocks"] + k * question) * ours["block_bytes"],
+            }
+            cells = " | ".join(f"{num_bytes / 2**30:.2f}" for num_bytes in blocks.values())
+            assert f"| {k} | {cells} |" in CHOOSING.read_text()
 
     def test_blocks_of_a_whole_h100(self, plan, llama_8b):
         planned = engine_of(plan(llama_8b, gpu_gib=80), "stock")["num_blocks"]
