@@ -64,8 +64,8 @@ def expected_compactions(
 def expected_numbers(n: int, num_tokens: int, *args: Any, found: int = 0, **kwargs: Any) -> dict[str, int]:
     """What `usage.kv_cache` says of an answer of `num_tokens`; other arguments as those of `expected_compactions`.
 
-    The last token is not computed on, and a compaction happens when a token after it is computed. Compactions whose
-    rows were `found`, those up to this position, count as its own.
+    The last token is not computed on, and a compaction happens when a token after it is computed. Those whose rows were
+    `found`, up to this position, count as its own.
     """
     num_computed = n + num_tokens - 1
     left = expected_compactions(n, num_computed - 1, *args, **kwargs)

@@ -11,13 +11,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cached_rows import CachedRows
 from engine import bare_rule, keep, running
 from reference import Reference, expected_compactions
-from vllm.model_executor.models.utils import extract_layer_index
-
-from vllm_l2kv.block_math import num_blocks_for
-from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
-from vllm_l2kv.worker.rows import cpu_rows
 
 NUM_REQUESTS = 300
 NUM_CANARIES = 12
@@ -60,44 +56,6 @@ def prompts(text_ids) -> list[list[int]]:
     return prompts
 
 
-class Rows:
-    """What lies in the cache, as the worker's tables lead to it: `[num_kv_heads, num_rows, key and value]`."""
-
-    def __init__(self, engine) -> None:
-        self.runner = engine.worker.model_runner
-        self.groups = [
-            (
-                group.kv_cache_spec.block_size,
-                {extract_layer_index(name): self._rows(engine, name) for name in group.layer_names},
-            )
-            for group in self.runner.kv_cache_config.kv_cache_groups
-        ]
-
-    @staticmethod
-    def _rows(engine, name: str):
-        layer = engine.layers[name]
-        return cpu_rows(layer.kv_cache, layer.head_size)
-
-    def blocks(self, req_id: str, group_id: int, num_rows: int) -> list[int]:
-        """Of the request's state and, if it was in the last step, of the batch that attention sees."""
-        blocks = self.runner.requests[req_id].block_ids[group_id][: num_blocks_for(num_rows, self.groups[group_id][0])]
-        row = self.runner.input_batch.req_id_to_index.get(req_id)
-        if row is not None:
-            table = self.runner.input_batch.block_table[group_id].get_numpy_array()
-            assert table[row, : len(blocks)].tolist() == blocks
-        return blocks
-
-    def of(self, req_id: str, num_rows: list[int]) -> dict[int, torch.Tensor]:
-        """By layer; `num_rows` by group."""
-        found = {}
-        for group_id, (_, layers) in enumerate(self.groups):
-            blocks = self.blocks(req_id, group_id, num_rows[group_id])
-            for layer, rows in layers.items():
-                both = torch.cat([rows.keys[blocks], rows.values[blocks]], dim=-1)
-                found[layer] = both.transpose(0, 1).flatten(1, 2)[:, : num_rows[group_id]]
-        return found
-
-
 class OwnRows:
     """What each layer computes for a request's tokens and nothing else; at each look only for those that are new."""
 
@@ -107,7 +65,7 @@ class OwnRows:
 
     @torch.inference_mode()
     def of(self, req_id: str, tokens: list[int]) -> list[torch.Tensor]:
-        """As `Rows.of`; a request that was preempted may have fewer tokens than before, but no others."""
+        """As `CachedRows.of`; a request that was preempted may have fewer tokens than before, but no others."""
         cache = self.caches[req_id]
         new = tokens[cache.get_seq_length() :]
         if new:
@@ -133,13 +91,12 @@ def check_kept(found: torch.Tensor, own: torch.Tensor) -> None:
     assert all(before < after for head in nearest.indices.tolist() for before, after in pairwise(head))
 
 
-def check_rows(engine, rows: Rows, own_rows: OwnRows, request, rule) -> None:
+def check_rows(engine, rows: CachedRows, own_rows: OwnRows, request, rule) -> None:
     """Everything that attention reads for this request, apart from what it cannot know."""
     req_id, num_tokens = request.request_id, request.num_computed_tokens
     num_evicted = engine.num_evicted(req_id)
     assert engine.worker.num_evicted().get(req_id, 0) == num_evicted
-    is_compressed = [isinstance(manager, CompressedLayerManager) for manager in engine.managers]
-    found = rows.of(req_id, [num_tokens - num_evicted * compressed for compressed in is_compressed])
+    found = rows.of(req_id, num_tokens, num_evicted)
     own = own_rows.of(req_id, list(request.all_token_ids[:num_tokens]))
     left = expected_compactions(request.num_prompt_tokens, num_tokens, **rule, intervals=INTERVALS)
     num_kept = {position - kept: kept for position, kept in left.items()}.get(num_evicted, 0)
@@ -167,7 +124,7 @@ def test_every_row_is_the_requests_own(engine, reference, prompts):
     numbers, preempted, compacted_before, answers, looks = {}, set(), set(), {}, Counter()
     for number, (prompt, rule) in enumerate(zip(prompts, rules, strict=True)):
         numbers[engine.add(str(number), prompt, keep(**rule, num_tokens=chance.randint(2, 90)))] = number
-    rows, own_rows = Rows(engine), OwnRows(reference)
+    rows, own_rows = CachedRows(engine), OwnRows(reference)
     step = 0
     while engine.llm.llm_engine.has_unfinished_requests():
         answers.update({int(output.request_id): output for output in engine.step()})
