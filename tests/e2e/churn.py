@@ -12,15 +12,20 @@ from typing import Any
 import httpx
 from http_server import Server, expected_usage
 
-from vllm_l2kv.policy import Intervals
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import CompactionPoints, Intervals
 
 RATIOS = (None, 1.0, 0.9, 0.5, 0.3, 0.1)
 BUDGETS = (72, 100, 150)
 """Of one request in four; at least what others protect."""
+DOCUMENTS = (40, 97, 200)
+"""Lengths of one request in four, where its prompt is longer; all of them keep the same part."""
 INTERVALS = Intervals(prompt=64, answer=16)
 """Of the server."""
 NUM_SHARED_OFFSETS = 6
-"""Half of all prompts begin at one of so many places of the text, so they share prefixes; the others begin anywhere."""
+"""Half of all prompts begin at one of so many places of the text, so they share prefixes, documents and what budgets
+leave of them; the others begin anywhere.
+"""
 QUIET_SECONDS = 60
 
 
@@ -95,7 +100,15 @@ class Answer:
 
     @property
     def num_compactions(self) -> int:
-        return self.usages[-1].get("kv_cache", {}).get("compactions", 0)
+        return self._number("compactions")
+
+    @property
+    def num_found(self) -> int:
+        """Tokens of its prompt whose compressed rows were found."""
+        return self._number("found_tokens")
+
+    def _number(self, name: str) -> int:
+        return self.usages[-1].get("kv_cache", {}).get(name, 0) if self.usages else 0
 
 
 # --- what is asked
@@ -129,6 +142,9 @@ def _body(random: Random, mix: Mix, request_id: str, prompt: list[int]) -> dict[
         body["kv_keep_ratio"] = ratio
     if random.random() < 0.25:
         body["kv_max_tokens"] = random.choice(BUDGETS)
+    if random.random() < 0.25 and len(prompt) > DOCUMENTS[0]:
+        length = random.choice([length for length in DOCUMENTS if length < len(prompt)])
+        body |= {"kv_prefix_tokens": length, "kv_keep_ratio": 0.5}
     if random.random() < 0.2:
         body |= {"kv_protect_first": random.randint(0, 8), "kv_protect_last": random.randint(0, 64)}
     if random.random() < 0.5:
@@ -225,15 +241,19 @@ def _check_complete(answer: Answer) -> None:
     (usage,) = answer.usages
     assert usage["prompt_tokens"] == len(body["prompt"]), answer
     assert usage["completion_tokens"] == body["max_tokens"], answer
-    assert usage.get("kv_cache") == _kv_cache(body), answer
+    assert usage.get("kv_cache") == _kv_cache(body, answer.num_found), answer
 
 
-def _kv_cache(body: dict[str, Any]) -> dict[str, int | str] | None:
-    """What the answer must say, preempted or not."""
+def _kv_cache(body: dict[str, Any], found: int) -> dict[str, int | str] | None:
+    """What the answer must say, preempted or not, if it began at a compaction of others."""
     params = {name.removeprefix("kv_"): value for name, value in body.items() if name.startswith("kv_")}
     if not params:
         return None
-    return expected_usage(len(body["prompt"]), body["max_tokens"], INTERVALS, **params)
+    num_prompt_tokens = len(body["prompt"])
+    asked = CompressionParams(**{"protect_first": 0, "protect_last": 0, **params})
+    points = CompactionPoints.of(num_prompt_tokens, asked, INTERVALS)
+    assert found in {0, *(compaction.position for compaction in (points.in_prompt() if points else ()))}, body
+    return expected_usage(num_prompt_tokens, body["max_tokens"], INTERVALS, found, **params)
 
 
 def check_again(url: str, answers: Sequence[Answer]) -> None:

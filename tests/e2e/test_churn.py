@@ -3,12 +3,14 @@ another one's, and afterwards the server is as empty as before. `make soak` asks
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import churn
 import httpx
 import pytest
 from churn import Mix
 from http_server import Server
+from load import kill
 
 # One prompt and answer of --max-model-len would fit, or vLLM refuses to start: 11 + 32 blocks and the null block.
 NUM_BLOCKS = 49
@@ -30,6 +32,8 @@ PHASES = {
     "priorities": Mix(prompt_lengths=(100, 600), priorities=range(-2, 3), cut_off=0.1, seed=5),
 }
 NUM_AGAIN = 40
+REMEMBERED = Mix(prompt_lengths=(250, 600), seed=8)
+"""Prompts so long that most of those with a document or a budget leave something to find."""
 LEAK_MIB = 40
 """Measured: 19 by 200 requests behind a warm-up of 200 alone, as kernels still meet new numbers of tokens. Behind the
 tests above, 0.3 by 200 and 1.6 by 1,000.
@@ -76,6 +80,10 @@ def test_undisturbed_answers_are_those_to_each_request_alone(server, ask, num_re
     churn.check_answers(answers)
     assert sum(answer.is_compressed for answer in answers) > len(answers) / 3
     assert any(answer.num_compactions > 1 for answer in answers)
+    for has_document in (True, False):
+        assert any(
+            answer.num_found for answer in answers if ("kv_prefix_tokens" in answer.request.body) is has_document
+        )
     churn.check_again(server.url, answers)
 
 
@@ -101,3 +109,28 @@ def test_memory_does_not_grow(server, ask, num_requests):
     ask(Mix(cut_off=0.2, seed=7), num_requests)
     after = churn.resident_mib(server)
     assert after.total() < before.total() + LEAK_MIB, (before, after)
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_mid_load_finds_nothing_when_it_is_back_and_answers_the_same(llama, text_ids, tmp_path):
+    """What was compressed is gone with the process, and is compressed again. On a server of its own."""
+    requests = churn.make_requests(REMEMBERED, 60, text_ids)
+    words = [str(llama), *OPTIONS.split()]
+    with Server(tmp_path / "before.log", *words) as server, ThreadPoolExecutor(1) as pool:
+        before = churn.ask_all(server.url, requests, REMEMBERED.concurrency)
+        churn.check_answers(before)
+        assert any(answer.num_found for answer in before)
+        load = pool.submit(churn.ask_all, server.url, requests * 20, REMEMBERED.concurrency)
+        while server.metrics()["vllm:num_requests_running"] < 3:
+            assert not load.done(), load.result()
+        kill(server)
+        with pytest.raises(httpx.TransportError):
+            load.result()
+    with Server(tmp_path / "after.log", *words) as server:
+        # Each prompt begins elsewhere, so none can find what another one of these leaves.
+        firsts = list({tuple(request.body["prompt"][:40]): request for request in requests}.values())
+        assert not any(answer.num_found for answer in churn.ask_all(server.url, firsts, 1))
+        after = churn.ask_all(server.url, requests, REMEMBERED.concurrency)
+        churn.check_answers(after)
+        assert any(answer.num_found for answer in after)
+        assert [answer.token_ids for answer in after] == [answer.token_ids for answer in before]

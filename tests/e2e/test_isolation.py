@@ -1,13 +1,15 @@
 """Nobody reads what belongs to somebody else: what the tables of running requests lead to, row by row.
 
-Hundreds of requests of mixed ratios and budgets go through a cache that holds a few of them. Many begin alike; then
-each has canaries, tokens that no other request has. The rows that it should find come from Hugging Face
-`transformers`: with full layer 0, those of layers 0 and 1 depend on its tokens alone, also after a compaction.
+Hundreds of requests of mixed ratios, budgets and documents go through a cache that holds a few of them. Many begin
+alike, and find what others left, whole or compressed; then each has canaries, tokens that no other request has. The
+rows that it should find come from Hugging Face `transformers`: with full layer 0, those of layers 0 and 1 depend on its
+tokens alone, also after a compaction.
 """
 
 import random
 from collections import Counter, defaultdict
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,10 @@ VOCAB_SIZE = 49152
 RATIOS = ("1.0", "0.9", "0.5", "0.3", "0.1")
 INTERVALS = (64, 16)
 RULES = [{"ratio": ratio} for ratio in RATIOS] + [{"ratio": "1", "budget": 24}, {"ratio": "0.5", "budget": 40}]
+DOCUMENTS = [{"ratio": "0.4", "document": 60}, {"ratio": "0.6", "document": 99}]
+DOCUMENTS += [{"ratio": "0.5", "document": 95, "budget": 40}]
+BEGINNINGS = (0, 31, 64, 100)
+"""Tokens with which a prompt may begin like others. The last is longer than all documents."""
 TOLERANCE = 1e-3
 """Of a row's length. Measured: from its own 0.00001 at most, from another one of the same request 0.09 at least."""
 STEPS_BETWEEN_LOOKS = 4
@@ -48,11 +54,11 @@ def prompts(text_ids) -> list[list[int]]:
     canaries = iter(chance.sample(unused, NUM_REQUESTS * NUM_CANARIES))
     prompts = []
     for number in range(NUM_REQUESTS):
-        begin = 200 * (number % 5)
+        begin = 200 * (number % 3)
         words = text_ids[begin + 100 : begin + 100 + chance.randint(0, 80)]
         own = words + [next(canaries) for _ in range(NUM_CANARIES)]
         chance.shuffle(own)
-        prompts.append(text_ids[begin : begin + chance.choice((0, 31, 64, 100))] + own)
+        prompts.append(text_ids[begin : begin + chance.choice(BEGINNINGS)] + own)
     return prompts
 
 
@@ -118,9 +124,18 @@ def check_answer(reference, prompt, answer, rule) -> None:
     assert answer == reference.generate(prompt, len(answer), full_layers=(0,), **rule, intervals=INTERVALS)
 
 
+def holds_shared_block(engine, req_id: str) -> bool:
+    return any(block.ref_cnt > 1 for block in engine.managers[-1].req_to_blocks[req_id])
+
+
+def rule_for(prompt, chance) -> dict[str, Any]:
+    rules = DOCUMENTS if chance.random() < 0.5 else RULES
+    return chance.choice([rule for rule in rules if rule.get("document", 0) < len(prompt)] or RULES)
+
+
 def test_every_row_is_the_requests_own(engine, reference, prompts):
     chance = random.Random(1)
-    rules = [chance.choice(RULES) for _ in prompts]
+    rules = [rule_for(prompt, chance) for prompt in prompts]
     numbers, preempted, compacted_before, answers, looks = {}, set(), set(), {}, Counter()
     for number, (prompt, rule) in enumerate(zip(prompts, rules, strict=True)):
         numbers[engine.add(str(number), prompt, keep(**rule, num_tokens=chance.randint(2, 90)))] = number
@@ -144,16 +159,25 @@ def test_every_row_is_the_requests_own(engine, reference, prompts):
             compacted = engine.num_evicted(request.request_id) > 0
             looks["just compacted"] += request.request_id in just_compacted
             looks["compacted"] += compacted
+            looks["compacted and shared"] += compacted and holds_shared_block(engine, request.request_id)
             looks["compacted anew"] += compacted and request.num_preemptions > 0
             looks["rows of an answer evicted"] += engine.num_evicted(request.request_id) > request.num_prompt_tokens
             looks["in prefill"] += request.num_computed_tokens < request.num_prompt_tokens
             looks["whole"] += not compacted
     engine.check_whole()
     print(f"{step} steps, {len(preempted)} preempted, looks {dict(looks)}")
-    moments = ("just compacted", "compacted", "compacted anew", "rows of an answer evicted", "in prefill", "whole")
+    moments = ["just compacted", "compacted", "compacted anew", "compacted and shared"]
+    moments += ["rows of an answer evicted", "in prefill", "whole"]
     assert all(looks[moment] for moment in moments)
     assert len(answers) == len(prompts)
-    assert any(output.num_cached_tokens for output in answers.values()), "some begin alike"
+    found = Counter(output.kv_transfer_params["kv_cache"].get("found_tokens", 0) for output in answers.values())
+    print(f"tokens whose compressed rows were found, and how often: {dict(found)}")
+    assert all(found[rule["document"]] for rule in DOCUMENTS)
+    assert found[24 + INTERVALS[0]], "a budget is compacted inside what some begin with"
+    ordinary = [
+        output for output in answers.values() if output.kv_transfer_params["kv_cache"].get("found_tokens", 0) == 0
+    ]
+    assert any(output.num_cached_tokens for output in ordinary), "some begin alike"
     for number, output in answers.items():
         answer = list(output.outputs[0].token_ids)
         check_answer(reference, prompts[number], answer, rules[number])
@@ -166,12 +190,13 @@ def test_users_with_other_salts_share_no_block(engine, text_ids):
         salt = ("mine", "yours")[number % 2]
         prompt = {"prompt_token_ids": text_ids[: (200, 130)[number // 2 % 2]], "cache_salt": salt}
         before = set(engine.scheduler.requests)
-        engine.llm.llm_engine.add_request(f"salt {number}", prompt, keep(RATIOS[number % 5], num_tokens=20))
+        rule = [*({"ratio": ratio} for ratio in RATIOS), *DOCUMENTS][number % 8]
+        engine.llm.llm_engine.add_request(f"salt {number}", prompt, keep(**rule, num_tokens=20))
         (req_id,) = set(engine.scheduler.requests) - before
         users[req_id] = salt
-    shared = 0
+    shared, outputs = 0, {}
     while engine.llm.llm_engine.has_unfinished_requests():
-        engine.step()
+        outputs |= {output.request_id: output for output in engine.step()}
         holders: dict[int, list[str]] = {}
         for manager in engine.managers:
             for req_id, blocks in manager.req_to_blocks.items():
@@ -180,4 +205,5 @@ def test_users_with_other_salts_share_no_block(engine, text_ids):
         assert all(len(set(salts)) == 1 for salts in holders.values())
         shared += sum(len(salts) > 1 for salts in holders.values())
     assert shared
+    assert any(output.kv_transfer_params["kv_cache"].get("found_tokens") for output in outputs.values())
     engine.check_whole()
