@@ -80,6 +80,28 @@ def expected_numbers(n: int, num_tokens: int, *args: Any, found: int = 0, **kwar
     return {**numbers, "found_tokens": found} if found or kwargs.get("document") else numbers
 
 
+def check_numbers(output: Any, **rule: Any) -> dict[str, int]:
+    """Checks what vLLM's `output` says of its cache, wherever it found rows that an earlier request was compacted to.
+
+    Args:
+        output: Of one request, finished.
+        rule: Arguments of `expected_compactions`.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        AssertionError: They are wrong, or the request began where none of its compactions is.
+    """
+    n, num_tokens = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
+    numbers = {name: value for name, value in output.kv_transfer_params["kv_cache"].items() if name != "reason"}
+    found = numbers.get("found_tokens", 0)
+    assert found in {0, *expected_compactions(n, n - 1, **rule)}, f"{n} tokens, {rule}: {found} found"
+    expected = expected_numbers(n, num_tokens, found=found, **rule)
+    assert numbers == expected, f"{n} tokens, {rule}: {numbers}, not {expected}"
+    return numbers
+
+
 def attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **others):
     """Causal attention where layers hold different numbers of rows; `transformers` makes one mask for all of them."""
     shape = query.shape[2], key.shape[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine import keep
-from reference import Reference
+from reference import Reference, check_numbers, expected_compactions
 from rules import INTERVALS, RULES
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
@@ -50,16 +50,20 @@ def test_adapted_and_plain_requests_in_one_batch(llama, llama_reference, adapter
     with run(llama, enable_lora=True, max_lora_rank=8, max_loras=2) as engine:
         # One prompt for all: the prefix cache must keep apart what the adapter changes.
         prompt = text_ids[:300]
-        outputs = engine.llm.generate(
-            [{"prompt_token_ids": prompt}] * len(cases),
-            [keep(**rule) for rule, _ in cases],
-            lora_request=[lora for _, lora in cases],
-            use_tqdm=False,
-        )
+        asked = [{"prompt_token_ids": prompt}] * len(cases), [keep(**rule) for rule, _ in cases]
+        adapters = [lora for _, lora in cases]
+        outputs, again = (engine.llm.generate(*asked, lora_request=adapters, use_tqdm=False) for _ in range(2))
         engine.check_whole()
     references = {request: adapted_reference, None: llama_reference}
     for (rule, lora), output in zip(cases, outputs, strict=True):
         expected = references[lora].generate(prompt, 12, full_layers=(0,), intervals=INTERVALS, **rule)
         assert list(output.outputs[0].token_ids) == expected, rule
-        assert (output.kv_transfer_params["kv_cache"]["compactions"] > 2) is ("budget" in rule)
+        numbers = check_numbers(output, intervals=INTERVALS, **rule)
+        assert (numbers["compactions"] > 2) is ("budget" in rule)
+        assert numbers.get("found_tokens", 0) == 0
+    # Each finds what its own adapter left.
+    for (rule, _), before, output in zip(cases, outputs, again, strict=True):
+        found = max(expected_compactions(300, 299, intervals=INTERVALS, **rule), default=0)
+        assert check_numbers(output, intervals=INTERVALS, **rule).get("found_tokens", 0) == found
+        assert output.outputs[0].token_ids == before.outputs[0].token_ids
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == len(cases)

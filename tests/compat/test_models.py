@@ -1,7 +1,8 @@
 """Architectures: what differs in keys, heads and layers. Greedy token ids equal those of the reference."""
 
 import pytest
-from reference import Reference
+from engine import keep
+from reference import Reference, check_numbers
 from tiny import SLIDING_WINDOW, HybridReference
 
 
@@ -60,8 +61,6 @@ class TestSlidingWindow:
 
     def test_a_full_layer_that_slides_gives_back_as_much_as_none(self, tiny_model, run, text_ids):
         """The window is all that such a layer holds, so naming it changes nothing."""
-        from engine import keep
-
         held = []
         for full_layers in ((), (0, 1)):
             with run(tiny_model("gemma3", num_blocks=2), full_layers) as engine:
@@ -72,6 +71,19 @@ class TestSlidingWindow:
                 engine.drain()
                 engine.check_whole()
         assert held[0] == held[1]
+
+    def test_documents_are_compressed_and_not_shared(self, tiny_model, run, text_ids):
+        """A window's rows lie at the end of what was computed, so nobody could go on from a document without them."""
+        model = tiny_model("gemma3", num_blocks=2)
+        document, rule = text_ids[:200], {"ratio": "0.3", "document": 200}
+        reference = HybridReference(model)
+        with run(model, (2,)) as engine:
+            for begin in (300, 340):
+                prompt = document + text_ids[begin : begin + 40]
+                (output,) = engine.generate([prompt], [keep(**rule)])
+                assert list(output.outputs[0].token_ids) == reference.generate(prompt, 12, full_layers=(2,), **rule)
+                assert list(output.outputs[0].token_ids) != reference.generate(prompt, 12, full_layers=(2,))
+                assert check_numbers(output, **rule)["found_tokens"] == 0
 
     def test_nothing_left_to_compress_is_refused(self, tiny_model, run):
         model = tiny_model("gemma3", num_blocks=2)

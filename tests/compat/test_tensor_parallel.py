@@ -4,7 +4,7 @@ import pytest
 import torch
 from engine import keep
 from ranks import MixedLoad, start_profile, stop_profile
-from reference import Reference, expected_numbers
+from reference import Reference, check_numbers, expected_compactions
 from rules import INTERVALS
 from vllm import envs
 from widened import widened
@@ -13,6 +13,7 @@ RULES = [
     *({"ratio": ratio} for ratio in ("1.0", "0.5", "0.25")),
     {"ratio": "1", "budget": 60},
     {"ratio": "0.25", "budget": 80, "first": 4, "last": 16},
+    {"ratio": "0.4", "document": 200},
 ]
 
 
@@ -45,8 +46,7 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_id
             outputs = engine.generate(prompts, params)
             answers[num_ranks] = [list(output.outputs[0].token_ids) for output in outputs]
             for rule, output in zip(RULES, outputs, strict=True):
-                numbers = output.kv_transfer_params["kv_cache"]
-                assert numbers == expected_numbers(300, 12, intervals=INTERVALS, **rule)
+                numbers = check_numbers(output, intervals=INTERVALS, **rule)
                 assert (numbers["compactions"] > 2) is ("budget" in rule)
             held = blocks[num_ranks] = []
             for i, prompt in enumerate(prompts):
@@ -54,7 +54,11 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_id
                 while engine.scheduler.requests[req_id].num_output_tokens < 3:
                     engine.step()
                 held.append(engine.num_blocks(req_id))
-                engine.drain()
+                again = engine.drain()[str(i)]
+                # Begun after the document, or at the last compaction in the prompt.
+                assert list(again.outputs[0].token_ids) == answers[num_ranks][i]
+                found = max(expected_compactions(300, 299, intervals=INTERVALS, **RULES[i]), default=0)
+                assert check_numbers(again, intervals=INTERVALS, **RULES[i]).get("found_tokens", 0) == found
             engine.check_whole()
             if num_ranks > 1:
                 engine.core.shutdown()  # ends the ranks' processes
@@ -64,7 +68,7 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_id
     assert answers == {1: expected, 2: expected}
     assert blocks[1] == blocks[2]
     compressed = [of_request[-1] for of_request in blocks[1]]
-    assert compressed == [10, 5, 3, 2, 3]  # of 32 tokens, for 300, 150, 75, 60 and 75 and two more
+    assert compressed == [10, 5, 3, 2, 3, 6]  # of 32 tokens, for 300, 150, 75, 60, 75 and 180, and two more
 
 
 @pytest.mark.slow
