@@ -78,7 +78,7 @@ def test_the_engine_runs_as_users_run_it(on_gpu):
 
 def test_compactions_are_those_of_the_rule(outputs, text_ids, intervals):
     most = 0
-    for (prompt, name), output in zip(cases_of(text_ids), outputs, strict=True):
+    for (_, name), output in zip(cases_of(text_ids), outputs, strict=True):
         most = max(most, check_numbers(output, intervals=intervals, **RULES[name])["compactions"])
     assert most >= 10, "in the prompt and in the answer"
 
