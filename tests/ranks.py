@@ -15,6 +15,8 @@ from engine import Engine, keep
 COLLECTIVE = re.compile(r"c10d|gloo|nccl|shm_|vllm::(all|reduce|gather)|custom_ar|cross_device_reduce")
 """Names of communication in a profile: operators and kernels of torch, NCCL and vLLM."""
 
+NUM_SHARED_STARTS = 3
+
 # What runs on the ranks goes there whole: they cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -78,6 +80,8 @@ def stop_profile(worker: Any) -> dict[str, int]:
 class MixedLoad:
     """Many requests of mixed lengths and rules at once, some of them aborted.
 
+    Half of the prompts begin at one of a few places of the text, so they find prefixes, whole and compacted.
+
     Attributes:
         text: Tokens to cut prompts from.
         rules: What they ask of the cache, in the words of `engine.keep`.
@@ -86,7 +90,8 @@ class MixedLoad:
         max_prompt: Tokens of the longest prompt.
         num_tokens: Tokens of each answer.
         answers: Tokens of those that finished.
-        looks: How many times the ranks were compared, and the most that was seen on them.
+        looks: How many times the ranks were compared, the most that was seen on them, and how many requests found
+            a compacted document or conversation.
     """
 
     text: list[int]
@@ -100,9 +105,13 @@ class MixedLoad:
 
     def __post_init__(self) -> None:
         chance = random.Random(1)
-        starts = [chance.randrange(2000) for _ in range(self.num_requests)]
+        shared = [chance.randrange(2000) for _ in range(NUM_SHARED_STARTS)]
+        starts = [chance.choice((chance.choice(shared), chance.randrange(2000))) for _ in range(self.num_requests)]
         self.prompts = [self.text[start : start + chance.randint(1, self.max_prompt)] for start in starts]
-        self.chosen = [chance.choice(self.rules) for _ in self.prompts]
+        self.chosen = [
+            chance.choice([rule for rule in self.rules if rule.get("document", 0) < len(prompt)])
+            for prompt in self.prompts
+        ]
         self.aborted = [str(number) for number in chance.sample(range(self.num_requests), self.num_aborted)]
 
     def run(self, engine: Engine) -> None:
@@ -117,9 +126,16 @@ class MixedLoad:
                 engine.llm.llm_engine.abort_request(self.aborted)
             finished = [output for output in engine.step() if output.finished]
             self.answers |= {output.request_id: list(output.outputs[0].token_ids) for output in finished}
+            self._count_found(finished)
             if step % 3 == 0:
                 self._compare_ranks(engine)
         engine.check_whole()
+
+    def _count_found(self, finished: Sequence[Any]) -> None:
+        for output in finished:
+            if output.kv_transfer_params["kv_cache"].get("found_tokens"):
+                has_document = self.chosen[int(output.request_id)].get("document") is not None
+                self.looks["found documents" if has_document else "found conversations"] += 1
 
     def _compare_ranks(self, engine: Engine) -> None:
         first, *others = engine.llm.collective_rpc(state_of_rank)

@@ -82,6 +82,8 @@ def test_many_requests_on_two_ranks_which_hold_the_same(tiny_model, run, text_id
     assert load.looks["requests"] > 100, load.looks
     assert load.looks["compacted"] > 50, load.looks
     assert load.looks["aborted"] > 10, load.looks
+    assert load.looks["found documents"] > 2, load.looks
+    assert load.looks["found conversations"] > 2, load.looks
     reference = Reference(model)
     for number, (prompt, rule) in enumerate(zip(load.prompts, load.chosen, strict=True)):
         if str(number) not in load.aborted:

@@ -134,7 +134,7 @@ def expected_usage(
         "evicted_tokens": num_computed - held,
         "compactions": compactions,
     }
-    if document or found:
+    if (document and asked.compresses) or found:
         numbers["found_tokens"] = found
     reason = why_whole(num_prompt_tokens, asked)
     return numbers if compactions or reason is None else {**numbers, "reason": str(reason)}
