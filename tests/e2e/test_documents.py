@@ -341,6 +341,18 @@ def test_an_evicted_document_is_compressed_again(documents):
     documents.ask(documents.after(document, 3, **RULE), DOCUMENT, **RULE)
 
 
+def test_a_document_that_two_rules_compress_in_a_pool_that_is_used_up(documents):
+    """Its full blocks are found and freed again. Strangers reuse each of them once."""
+    engine, document = documents.engine, draw(random.Random(29), DOCUMENT)
+    with engine.pool_of(36):
+        for number, rule in enumerate((RULE, {**RULE, "ratio": "0.5"})):
+            engine.add("asks", documents.after(document, number, **rule), documents.asks(**rule))
+            documents.check(engine.drain()["asks"], 0, ordinary_hit(DOCUMENT) * number, **rule)
+        for seed in range(4):
+            engine.add("stranger", draw(random.Random(30 + seed), 600), greedy(2))
+            engine.drain()
+
+
 # --- budgets
 
 
