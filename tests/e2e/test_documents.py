@@ -483,7 +483,7 @@ def test_questions_in_a_tight_pool(documents):
 def test_a_crowd_with_documents_conversations_and_strangers(documents, seed):
     """In a pool of a few of them, preempted at random."""
     engine, chance = documents.engine, random.Random(seed)
-    begins = [draw(chance, 600) for _ in range(3)]
+    begins = [draw(chance, 600) for _ in range(2)]
     rules = [
         {"ratio": "0.4", "document": 97},
         {"ratio": "0.25", "document": 320, "last": 8},
@@ -501,7 +501,7 @@ def test_a_crowd_with_documents_conversations_and_strangers(documents, seed):
         )
     num_found = num_preempted = 0
     outputs: dict[str, Any] = {}
-    with engine.pool_of(60):
+    with engine.pool_of(100):
         for number, (_, num_tokens, rule) in enumerate(asked):
             engine.add(str(number), asked[number][0], documents.asks(num_tokens, **rule))
         while engine.llm.llm_engine.has_unfinished_requests():
@@ -519,5 +519,5 @@ def test_a_crowd_with_documents_conversations_and_strangers(documents, seed):
         numbers = {key: value for key, value in numbers_of(output).items() if key != "reason"}
         assert numbers == expected_numbers(len(prompt), num_tokens, found=found, intervals=INTERVALS, **rule)
         num_found += found > 0
-    assert num_found > 20
+    assert num_found > 5
     assert num_preempted > 3
