@@ -54,8 +54,8 @@ def test_many_requests_of_mixed_rules_with_aborts(engine, expected, text_ids):
     assert load.looks["held"] > 10, load.looks
     assert load.looks["compacted"] > 10, load.looks
     assert load.looks["aborted"] > 10, load.looks
-    assert load.looks["found documents"] > 2, load.looks
-    assert load.looks["found conversations"] > 2, load.looks
+    assert load.looks["found documents"], load.looks
+    assert load.looks["found conversations"], load.looks
     for number, (prompt, rule) in enumerate(zip(load.prompts, load.chosen, strict=True)):
         if str(number) not in load.aborted:
             assert load.answers[str(number)] == expected(prompt, rule), f"{len(prompt)} tokens, {rule}"

@@ -13,6 +13,8 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm_l2kv.block_math import num_blocks_for
 
 EOS = 2  # of the demo model's tokenizer
+OF_ONE_CHUNK = [rule for rule in RULES if "document" not in rule.values[0]]
+"""Where a prompt of 150 tokens is computed in one step."""
 
 
 def check_compactions(output, rule: dict) -> None:
@@ -21,10 +23,10 @@ def check_compactions(output, rule: dict) -> None:
     assert (numbers["compactions"] > 2) is ("budget" in rule)
 
 
-@pytest.mark.parametrize("rule", RULES)
 class TestSeveralAnswers:
     """Those with seeds have prompts of one chunk: vLLM's runner for CPUs fails on a seed and a prompt of several."""
 
+    @pytest.mark.parametrize("rule", OF_ONE_CHUNK)
     def test_each_is_compressed_and_follows_its_seed(self, rule, engine, text_ids):
         prompt = text_ids[:150]
         params = keep(**rule, num_tokens=10, n=4, temperature=1.0, seed=7)
@@ -34,6 +36,7 @@ class TestSeveralAnswers:
         assert len({tuple(answer) for answer in answers}) == 4
         assert {len(answer) for answer in answers} == {10}
 
+    @pytest.mark.parametrize("rule", OF_ONE_CHUNK)
     def test_a_child_equals_the_same_request_alone(self, rule, engine, text_ids):
         """vLLM seeds child number i with seed + i."""
         prompt = text_ids[:150]
@@ -45,6 +48,14 @@ class TestSeveralAnswers:
         # Or the comparison would say nothing of compression.
         assert alone[0] != engine.fresh_tokens(prompt, keep("1.0", num_tokens=10, temperature=1.0, seed=7))
 
+    def test_a_document_with_a_seed_is_refused_here(self, engine, text_ids):
+        """It would cut the prompt into two chunks."""
+        rule = RULES[-1].values[0]
+        (output,) = engine.generate([text_ids[:150]], [keep(**rule, temperature=1.0, seed=7)])
+        assert output.outputs[0].finish_reason == "error"
+        assert "seed" in output.outputs[0].stop_reason
+
+    @pytest.mark.parametrize("rule", RULES)
     def test_the_likeliest_tokens_are_those_of_the_reference_in_every_answer(self, rule, engine, expected, text_ids):
         """vLLM refuses `n > 1` at a temperature of 0; one of the likeliest one token is as greedy."""
         prompt = text_ids[:300]
@@ -52,6 +63,7 @@ class TestSeveralAnswers:
         assert [list(answer.token_ids) for answer in output.outputs] == [expected(prompt, rule)] * 2
         check_compactions(output, rule)
 
+    @pytest.mark.parametrize("rule", RULES)
     def test_children_free_their_own_blocks(self, rule, engine, text_ids):
         engine.add("r", text_ids[:300], keep(**rule, num_tokens=10, n=1))
         engine.drain()
