@@ -214,7 +214,7 @@ def test_what_the_check_of_a_prompt_relies_on():
 
 def test_what_the_document_of_a_chat_relies_on():
     """All endpoints render chats by one method of one object, which returns a conversation and a prompt for each."""
-    from vllm.renderers import BaseRenderer, ChatParams
+    from vllm.renderers import BaseRenderer, ChatParams, TokenizeParams
     from vllm.renderers.chat_utils import has_non_text_content
     from vllm.renderers.online_renderer import OnlineRenderer
 
@@ -225,6 +225,7 @@ def test_what_the_document_of_a_chat_relies_on():
     for render in (OnlineRenderer.render_chat, OnlineRenderer.render_responses):
         assert "await self.preprocess_chat(" in inspect.getsource(render)
     assert "chat_template_kwargs" in {field.name for field in fields(ChatParams)}
+    assert "max_output_tokens" in {field.name for field in fields(TokenizeParams)}
     assert {"renderer"} <= names_assigned_in(AsyncLLM.__init__)
     text = {"role": "user", "content": [{"type": "text", "text": "a"}]}
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}

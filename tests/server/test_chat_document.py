@@ -7,7 +7,9 @@ from typing import Any
 import httpx
 import pytest
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm_l2kv_server.chat_document import DocumentFinder, end_of_document
+from vllm.renderers import ChatParams, TokenizeParams
+from vllm_l2kv_server import chat_document
+from vllm_l2kv_server.chat_document import DocumentFinder, TokenizedDocument, end_of_document
 from vllm_l2kv_server.context import ChatDocument, Compression, current
 from vllm_l2kv_server.last_line import Outcome
 
@@ -338,13 +340,13 @@ class TestTemplates:
 
 
 class FakeRenderer:
-    """One token for each message and one for the answer's beginning; tells how often it renders."""
+    """One token for each message and one for the answer's beginning; counts what it renders."""
 
-    def __init__(self, **tokens: list[int] | None) -> None:
+    def __init__(self) -> None:
         self.num_renders = 0
-        self.tokens = tokens
+        self.finder = DocumentFinder(self.render_chat_async)
 
-    async def render(self, conversations, chat_params, tok_params, *, skip_mm_cache):
+    async def render_chat_async(self, conversations, chat_params, tok_params, *, prompt_extras):
         self.num_renders += 1
         prompts = [{"type": "token", "prompt_token_ids": [len(m["content"]) for m in c]} for c in conversations]
         if chat_params.chat_template_kwargs["add_generation_prompt"]:
@@ -352,18 +354,17 @@ class FakeRenderer:
                 prompt["prompt_token_ids"].append(7)
         return conversations, prompts
 
-
-def found(messages: list[dict], num_messages: int) -> tuple[dict, int]:
-    """A prompt that vLLM's renderer has made for a request with this document, and how often it rendered."""
-    from vllm.renderers import ChatParams
-
-    async def run():
-        current.set(Compression({}, ChatDocument(num_messages)))
+    def prompt(self, *messages: dict, num_messages: int = 1, max_tokens: int = 8, salt: str | None = None) -> dict:
+        """That of a request with this document."""
         params = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
-        return (await DocumentFinder(renderer.render).render([messages], params, None, skip_mm_cache=True))[1][0]
 
-    renderer = FakeRenderer()
-    return asyncio.run(run()), renderer.num_renders
+        async def run():
+            current.set(Compression({}, ChatDocument(num_messages)))
+            limits = TokenizeParams(max_total_tokens=100, max_output_tokens=max_tokens)
+            extras = {} if salt is None else {"cache_salt": salt}
+            return (await self.finder.render([list(messages)], params, limits, prompt_extras=extras))[1][0]
+
+        return asyncio.run(run())
 
 
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]}
@@ -371,15 +372,47 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
 
 def test_images_in_the_document():
     """Their tokens are placeholders, and a second rendering would load them again."""
-    prompt, num_renders = found([USERS[0], IMAGE, USERS[1]], 2)
-    assert num_renders == 1
+    renderer = FakeRenderer()
+    prompt = renderer.prompt(USERS[0], IMAGE, USERS[1], num_messages=2)
+    assert renderer.num_renders == 1
     with pytest.raises(ParamError, match="counts text only, and the first 2 messages hold more; give kv_prefix_tokens"):
         end_of_document(prompt)
 
 
 def test_images_after_the_document():
-    prompt, num_renders = found([USERS[0], IMAGE], 1)
-    assert (end_of_document(prompt), num_renders) == (1, 2)
+    assert end_of_document(FakeRenderer().prompt(USERS[0], IMAGE)) == 1
+
+
+def test_a_known_document_is_not_rendered_again():
+    """With another salt, or as other messages, it is."""
+    renderer = FakeRenderer()
+    asked = [(USERS[1], None, 2), (USERS[0], None, 3), (USERS[1], "a", 5), (USERS[0], "a", 6)]
+    for question, salt, num_renders in asked:
+        prompt = renderer.prompt(USERS[0], question, max_tokens=num_renders, salt=salt)
+        assert (end_of_document(prompt), renderer.num_renders) == (1, num_renders)
+    assert end_of_document(renderer.prompt(USERS[1], USERS[0])) == 1
+    assert renderer.num_renders == 8
+
+
+def test_a_known_document_that_has_other_tokens_now():
+    """Such as those of another date."""
+    renderer = FakeRenderer()
+    for num_renders in (2, 4):
+        renderer.finder._known = dict.fromkeys(renderer.finder._known, TokenizedDocument.of([5]))
+        assert end_of_document(renderer.prompt(*USERS)) == 1
+        assert renderer.num_renders == num_renders
+
+
+def test_the_document_that_was_asked_for_longest_ago_is_forgotten(monkeypatch):
+    monkeypatch.setattr(chat_document, "MAX_KNOWN", 2)
+    renderer = FakeRenderer()
+    documents = [{"role": "user", "content": "a" * length} for length in (1, 2, 3)]
+    asked = []
+    for which in (0, 1, 0, 2, 0, 1):
+        before = renderer.num_renders
+        renderer.prompt(documents[which], USERS[1])
+        asked.append(renderer.num_renders - before - 1)
+    assert asked == [1, 1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("prompt", ["text", {"type": "token", "prompt_token_ids": [1]}, SimpleNamespace()])
