@@ -4,8 +4,8 @@ For requests that all decode, and for one that decodes while another waits becau
 
 PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 python -m benchmarks.speed.scheduler --model FOLDER --out scheduler.jsonl
 
-No device is needed; the model needs a `config.json`. Each of those that decode has 256 prompt tokens and
-generates 256.
+No device is needed; the model needs a `config.json` with a context of 131,072 tokens, as `shapes.py` writes it. Each of
+those that decode has 256 prompt tokens and generates 256.
 """
 
 import argparse
