@@ -25,10 +25,10 @@ TEXTS = {
 it is, and the tokens that they have of their own, not a byte padded:""",
     "findable": """### Documents that stay findable
 
-`--scenarios findable`, for no full layers with `--full-layers`. Documents of {num_document_tokens:,} tokens in a cache of
-{cache_gib:.0f} GiB: how many are found if all are asked about in turn, and then again, the latest first. The others must
-fit beside the document that is being computed. It takes its whole size, but with a budget, by which it is compressed on
-the way, little more than its copy.""",
+`--scenarios findable`, for no full layers with `--full-layers`. Documents of {num_document_tokens:,} tokens in a cache
+of {cache_gib:.0f} GiB: how many are found if all are asked about in turn, and then again, the latest first. The others
+must fit beside the document that is being computed. It takes its whole size, but with a budget, by which it is
+compressed on the way, little more than its copy.""",
     "popular": """### Popular documents
 
 `--scenarios popular`. {num_documents} such documents, popularity by Zipf's law, {num_clients} clients who wait for an
