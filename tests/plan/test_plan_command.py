@@ -162,12 +162,12 @@ def documents_of(result: dict[str, Any]) -> list[tuple[int, int, int | None]]:
 
 
 def test_documents_are_held_compressed_and_computed_whole(plan, llama_8b):
-    """16 and 240 tokens are in a block. Computing one takes 2,000 of 8,593 blocks, and what follows it two."""
+    """16 and 240 tokens are in a block. Computing one takes 2,000 of 8,593 blocks; its last ones of 240 are full."""
     result = plan(llama_8b, kv_cache_gib=16, ratio="0.5,0.25", document_tokens=30_000)
     assert engine_of(result, "vllm-l2kv")["num_blocks"] == 8594
-    room = 8593 - 2000 - 2
+    room = 8593 - 2000 - 1
     assert documents_of(result) == [
-        (30_000, 2000, 1 + room // 2000),
+        (30_000, 2000, 1 + (room - 1) // 2000),
         (15_000, 938 + 125, 1 + room // (938 + 125)),
         (7_500, 469 + 125, 1 + room // (469 + 125)),
     ]
@@ -181,7 +181,8 @@ def test_with_a_budget_a_document_is_never_whole(plan, llama_8b):
     usable = engine_of(result, "vllm-l2kv")["num_blocks"] - 1
     assert whole == 0
     assert (rows, blocks) == (4000, 250 + 417)
-    assert documents == 1 + (usable - (313 + 417) - 2) // (250 + 417)  # at its end it holds 5,000 rows
+    # At its end it holds 5,000 rows, and the kept ones fill their blocks.
+    assert documents == 1 + (usable - (313 + 417) - 1) // (250 + 417)
 
 
 def test_without_documents_nothing_is_said_of_them(capsys, plan, llama_8b):

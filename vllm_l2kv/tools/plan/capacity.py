@@ -182,9 +182,10 @@ class Cache:
         computed = max(self._computing.num_held(*held) for held in whole or [(num_tokens, num_tokens)])
         if computed > self.num_usable:
             return 0
-        # What follows the document goes into one more block of each group.
-        room = self.num_usable - computed - len(self.groups)
-        return 1 + max(0, room) // self.document_blocks(document)
+        kept = self.document_blocks(document)
+        # A token must follow the document, in its last blocks if they have room.
+        asked = self._answering.num_held(num_tokens + 1, document.num_keep + 1) - kept
+        return 1 + max(0, self.num_usable - computed - asked) // kept
 
     def longest(self, params: CompressionParams, intervals: Intervals) -> int | None:
         """Tokens of the longest request, prompt and answer, with which an engine of these defaults starts.
