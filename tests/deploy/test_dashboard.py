@@ -23,6 +23,7 @@ SCRAPE_SECONDS = 1
 ASKED = [
     *({"kv_keep_ratio": ratio} for ratio in (1.0, 0.5, 0.3, None)),
     {"kv_max_tokens": 40},  # with the answer's interval less than the prompt
+    {"kv_keep_ratio": 0.5, "kv_prefix_tokens": 200},
 ]
 MODEL = "SmolLM2-135M-Instruct"
 
@@ -117,6 +118,14 @@ def test_panels_tell_apart(prometheus, label, title, told_apart):
     answer = prometheus.get("/query", params={"query": query}).json()
     # Others may have asked this server for more.
     assert {series["metric"][label] for series in answer["data"]["result"]} >= told_apart
+
+
+def test_a_document_is_found(prometheus):
+    prompt, found = (
+        values(prometheus, filled_in(target["expr"]))
+        for target in PANELS["Prompt tokens, and those found compressed"]["targets"]
+    )
+    assert 0 < sum(found) < sum(prompt)
 
 
 def test_variables_offer_what_there_is(prometheus, server):
