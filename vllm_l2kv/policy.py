@@ -134,10 +134,10 @@ class CompactionPoints:
             num_tokens: All that are computed.
             last: The compaction with whose rows the request begins; `None` for one that computes all itself.
         """
-        budget, prompt = self.params.max_tokens, self.num_prompt_tokens
-        num_evicted = last.num_evicted if last else 0
+        budget, num_evicted = self.params.max_tokens, last.num_evicted if last else 0
         if budget is not None:
-            most = max(min(prompt, budget + self.intervals.prompt), budget + self.intervals.answer)
+            in_prompt = min(self.num_prompt_tokens - num_evicted, budget + self.intervals.prompt)
+            most = max(in_prompt, budget + self.intervals.answer)
             return min(num_tokens - num_evicted, most)
         coming = self.after(last)
         if coming is None or num_tokens <= coming.position:

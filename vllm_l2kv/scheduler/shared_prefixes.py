@@ -42,6 +42,7 @@ class Prefix:
     compaction: Compaction
     name: BlockHash
     keys: tuple[list[BlockHashWithGroupId], ...] | None = None  # by group; made when a copy seems to be there
+    key_set: frozenset[BlockHashWithGroupId] = frozenset()
 
 
 @dataclass
@@ -55,7 +56,9 @@ class Prefixes:
 
     findable: Sequence[Prefix] = ()
     to_publish: Sequence[Prefix] = ()
-    missed_at: int = field(default=-1, repr=False)  # number of publications when nothing was found
+    # The last answer, and how many publications there had been.
+    found: tuple[Prefix, GroupBlocks] | None = field(default=None, repr=False)
+    found_at: int = field(default=-1, repr=False)
 
 
 class SharedPrefixes:
@@ -97,16 +100,18 @@ class SharedPrefixes:
     def find(self, prefixes: Prefixes) -> tuple[Prefix, GroupBlocks] | None:
         """The longest beginning of which all blocks are there, and these.
 
-        A waiting request asks at each step. It is told at once that nothing has come since it asked last.
+        A waiting request asks at each step. As long as nothing is published only its last answer is looked at.
         """
-        if prefixes.missed_at == self._num_published:
-            return None
+        last = prefixes.found
+        if prefixes.found_at == self._num_published and (last is None or self._is_complete(last[0])):
+            return last
+        prefixes.found_at, prefixes.found = self._num_published, None
         for prefix in reversed(prefixes.findable):
             blocks = self._blocks_of(prefix)
             if blocks is not None:
-                return prefix, blocks
-        prefixes.missed_at = self._num_published
-        return None
+                prefixes.found = prefix, blocks
+                break
+        return prefixes.found
 
     def publish(self, request: Request, prefix: Prefix) -> bool:
         """Makes a beginning findable in the request's own blocks, once it is certain that the worker will compact it.
@@ -117,7 +122,7 @@ class SharedPrefixes:
         Returns:
             Whether it is new.
         """
-        if self._blocks_of(prefix) is not None:
+        if self._is_complete(prefix):
             return False
         for group, keys in enumerate(self._keys(prefix)):
             manager = self._managers[group]
@@ -207,6 +212,7 @@ class SharedPrefixes:
                 ]
                 for group, manager in enumerate(self._managers)
             )
+            prefix.key_set = frozenset().union(*prefix.keys)
         return prefix.keys
 
     def _key(self, prefix: Prefix, group: int, index: int) -> BlockHashWithGroupId:
@@ -219,15 +225,17 @@ class SharedPrefixes:
         block: KVCacheBlock | None = self._pool.cached_block_hash_to_block.get_one_block(key)
         return block
 
+    def _is_complete(self, prefix: Prefix) -> bool:
+        """Whether all blocks of a beginning are there."""
+        if prefix.keys is None and self._find(self._key(prefix, self._first_group, 0)) is None:
+            return False
+        self._keys(prefix)
+        # One operation on sets: a waiting request comes here at each step, and a document has thousands of blocks.
+        return prefix.key_set <= self._pool.cached_block_hash_to_block._cache.keys()
+
     def _blocks_of(self, prefix: Prefix) -> GroupBlocks | None:
         """The blocks of a beginning, if all are there."""
-        if prefix.keys is None and self._find(self._key(prefix, self._first_group, 0)) is None:
+        if not self._is_complete(prefix):
             return None
-        groups = []
-        for keys in self._keys(prefix):
-            blocks = [self._find(key) for key in keys]
-            found = [block for block in blocks if block is not None]
-            if len(found) < len(blocks):
-                return None
-            groups.append(found)
-        return tuple(groups)
+        blocks = ([self._find(key) for key in keys] for keys in self._keys(prefix))
+        return tuple([block for block in group if block is not None] for group in blocks)
