@@ -131,8 +131,8 @@ class SharedPrefixes:
                     self._pool.evict_blocks({left.block_id})
             added = []
             for key, block in zip(keys, manager.req_to_blocks[request.request_id], strict=False):
-                # Blocks of full layers may be those of an incomplete copy, found in the ordinary prefix cache.
-                if not self._pool.cached_block_hash_to_block.contain(key, block.block_id):
+                # A key has one block. What is left of full layers is as good: they hold every token.
+                if self._find(key) is None:
                     self._pool._insert_block_hash(key, block, num_tokens=prefix.compaction.position)
                     added.append(key)
             self._announce(request, prefix, group, added)
@@ -231,6 +231,7 @@ class SharedPrefixes:
             return False
         self._keys(prefix)
         # One operation on sets: a waiting request comes here at each step, and a document has thousands of blocks.
+        # As a key has one block, and gets another only when something is published, the blocks are the same as well.
         return prefix.key_set <= self._pool.cached_block_hash_to_block._cache.keys()
 
     def _blocks_of(self, prefix: Prefix) -> GroupBlocks | None:
