@@ -121,7 +121,7 @@ def test_every_request_sets_its_temperature(request_, says):
 def test_requests_are_found_in_every_kind_of_source():
     names = {param.id.rsplit("-", 1)[0].split(":")[0] for param in FOUND}
     asking = {path.name for path in EXAMPLES}
-    assert names >= {"README.md", "quick_start.md", "request_fields.md", "main.js", *asking}
+    assert names >= {"README.md", "quick_start.md", "request_fields.md", "bodies.js", *asking}
     assert names >= {"printed curl", "printed Python"}
 
 

@@ -9,7 +9,7 @@ import pytest
 from vllm_l2kv_server.playground import INDEX, STATIC
 
 TEXT, FIRST, SECOND = "A long text.", "Who?", "When?"
-OPTIONS = {"model": "m", "temperature": 0, "max_tokens": 7}
+OPTIONS = {"model": "m", "max_tokens": 7}
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 
@@ -31,7 +31,7 @@ def test_two_questions_have_the_same_document_and_parameters(tmp_path):
     assert second.pop("messages") == [document, {"role": "user", "content": SECOND}]
     assert (document["content"], question["content"]) == (TEXT, FIRST)
     assert len(first.pop("cache_salt")) > 20
-    assert first == {**OPTIONS, "kv_keep_ratio": 0.25, "kv_prefix_messages": 1}
+    assert first == {**OPTIONS, "temperature": 0, "kv_keep_ratio": 0.25, "kv_prefix_messages": 1}
     assert {name: second[name] for name in first} == first
 
 
@@ -48,7 +48,8 @@ def test_two_ratios_share_a_prompt_and_no_salt(tmp_path, salted):
     salts = {body.pop("cache_salt") for body in sent if salted}
     assert len(salts) == (2 if salted else 0)
     messages = [{"role": "user", "content": f"{TEXT}\n\n{FIRST}"}]
-    assert sent == [{**OPTIONS, "messages": messages, "kv_keep_ratio": ratio} for ratio in (1, 0.5)]
+    shared = {**OPTIONS, "temperature": 0, "messages": messages}
+    assert sent == [{**shared, "kv_keep_ratio": ratio} for ratio in (1, 0.5)]
 
 
 def test_a_field_that_was_left_empty_is_not_sent(tmp_path):

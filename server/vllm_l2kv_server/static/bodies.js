@@ -6,6 +6,7 @@ export function atTwoRatios({ text, question, ratios, options, salted }) {
   return ratios.map((ratio) => ({
     ...options,
     messages: [{ role: "user", content }],
+    temperature: 0,
     kv_keep_ratio: ratio,
     ...(salted && { cache_salt: newSalt() }),
   }));
@@ -20,6 +21,7 @@ export function aboutOneDocument({ text, questions, ratio, options }) {
   return questions.map((question) => ({
     ...options,
     messages: [{ role: "system", content: text }, { role: "user", content: question }],
+    temperature: 0,
     kv_keep_ratio: ratio,
     kv_prefix_messages: 1,
     cache_salt: salt,

@@ -142,7 +142,7 @@ function readBodies(isDocument) {
   const ratios = readFields(isDocument ? [page.documentRatio] : page.columns.map(({ field }) => field));
   const values = ratios && readFields(page.options);
   if (!values) return null;
-  const options = { model: page.info.models[0], temperature: 0 };
+  const options = { model: page.info.models[0] };
   page.options.forEach(({ name }, index) => (options[name] = values[index]));
   const text = byId("text").value;
   const bodies = isDocument
