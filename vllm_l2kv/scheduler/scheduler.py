@@ -191,8 +191,9 @@ class L2KVScheduler(AsyncScheduler):
             self._begin(state, state.points, None)
             hit = self._find_compacted(state, state.points)
         blocks, num_tokens, *others = hit or self._find_whole(request, *args, **kwargs)
-        num_coming = request.num_tokens - num_tokens
-        self._superseded.reuse_first(self._capacity.num_held(num_coming, num_coming))
+        if self._superseded:
+            num_coming = request.num_tokens - num_tokens
+            self._superseded.reuse_first(self._capacity.num_held(num_coming, num_coming))
         return blocks, num_tokens, *others
 
     def _find_compacted(self, state: RequestState, points: CompactionPoints) -> Any:
@@ -227,7 +228,7 @@ class L2KVScheduler(AsyncScheduler):
         finally:
             request.kv_cache_report_mode = mode
         coordinator = self.kv_cache_manager.coordinator
-        usable = self._usable_hit(request, num_tokens)
+        usable = self._usable_hit(request, num_tokens) if num_tokens else 0
         if usable < num_tokens:
             found, num_tokens, *_ = coordinator.find_longest_cache_hit(request.block_hashes, usable)
             blocks = self.kv_cache_manager.create_kv_cache_blocks(found)

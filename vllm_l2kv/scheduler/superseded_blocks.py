@@ -21,6 +21,10 @@ class SupersededBlocks:
         # To the hash under which it was findable; the first is reused first. Several requests may free the same.
         self._hashes: dict[int, BlockHashWithGroupId] = {}
 
+    def __bool__(self) -> bool:
+        """Whether there may be some."""
+        return bool(self._hashes)
+
     def free(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Returns blocks to the pool. As long as it has enough blocks that nobody can find, they are like any others.
 
@@ -33,7 +37,7 @@ class SupersededBlocks:
 
     def reuse_first(self, num_blocks: int) -> None:
         """Puts them before all other findable blocks, if one of the next `num_blocks` that are reused is findable."""
-        if not self._hashes or not self.would_evict(num_blocks):
+        if not self or not self.would_evict(num_blocks):
             return
         # Meanwhile some may have been reused, or found and held.
         blocks = ((self._pool.blocks[block_id], block_hash) for block_id, block_hash in self._hashes.items())
