@@ -7,11 +7,13 @@ make them. How far it carries logits away is not guessed but measured, on the Hu
 itself in fp32.
 """
 
+import random
+
 import pytest
 from agreement import agreement, likely_differences, rms, steps_of, tokens_of
 from engine import greedy, keep
 from ranks import MixedLoad
-from reference import check_numbers
+from reference import check_numbers, expected_compactions
 from vllm.config import CUDAGraphMode
 
 pytestmark = pytest.mark.gpu
@@ -22,6 +24,12 @@ RULES = {
     "budget 200": {"ratio": "1", "budget": 200, "first": 4, "last": 64},
     "keep 0.5, budget 400": {"ratio": "0.5", "budget": 400, "first": 4, "last": 64},
 }
+SHARED = {
+    "document": {"ratio": "0.25", "document": 700},
+    "document, budget 300": {"ratio": "0.5", "document": 1501, "budget": 300, "first": 4, "last": 64},
+    "conversation": {"ratio": "1", "budget": 200, "first": 4, "last": 64},
+}
+"""What leaves rows for others, with prompts that begin with the same 1,501 tokens."""
 LENGTHS = (1, 33, 200, 449, 1000, 2500)
 NUM_TOKENS = 16
 
@@ -32,8 +40,8 @@ def cases_of(text_ids):
     return [(prompt, name) for prompt in prompts for name in RULES]
 
 
-def asks(name, **arguments):
-    return keep(**RULES[name], num_tokens=NUM_TOKENS, logprobs=20, **arguments)
+def asks(name):
+    return keep(**{**RULES, **SHARED}[name], num_tokens=NUM_TOKENS, logprobs=20)
 
 
 def moved_by_bf16(exact, rounded, prompt, tokens, **rule):
@@ -128,14 +136,16 @@ def test_the_reach_of_bf16_is_no_blank_cheque(exact, reach, text_ids, intervals)
 
 
 def test_200_requests_of_mixed_rules_with_aborts_hold_what_the_scheduler_says(on_gpu, text_ids):
-    """Counts and block tables on the device, after every third step."""
-    load = MixedLoad(text_ids, list(RULES.values()), max_prompt=1800, num_tokens=48)
+    """Counts and block tables on the device, after every third step; documents and conversations are found."""
+    load = MixedLoad(text_ids, [*RULES.values(), *SHARED.values(), *SHARED.values()], max_prompt=1800, num_tokens=48)
     load.run(on_gpu)
     print(load.looks)
     assert load.looks["times"] > 20, load.looks
     assert load.looks["held"] > 25, load.looks
     assert load.looks["compacted"] > 20, load.looks
     assert load.looks["aborted"] > 10, load.looks
+    assert load.looks["found documents"], load.looks
+    assert load.looks["found conversations"], load.looks
     assert len(load.answers.keys() - set(load.aborted)) == load.num_requests - load.num_aborted
     assert all(len(answer) == 48 for name, answer in load.answers.items() if name not in load.aborted)
 
@@ -192,12 +202,50 @@ def test_prefix_cache_hits_inside_a_large_block(on_gpu, reach, text_ids):
 
 
 def test_a_small_cache_preempts_and_stays_whole(on_gpu, text_ids):
-    prompts, rules = [text_ids[30 * i : 30 * i + 700] for i in range(24)], list(RULES.values())
+    """Beside others, questions to one document."""
+    rules = list(RULES.values())
+    asked = [(text_ids[30 * i : 30 * i + 700], rules[i % len(rules)]) for i in range(24)]
+    asked += [(text_ids[: 710 + i], SHARED["document"]) for i in range(12)]
+    random.Random(0).shuffle(asked)
     with on_gpu.pool_of(60):
         outputs = on_gpu.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            [keep(**rules[i % len(rules)], num_tokens=120) for i in range(24)],
+            [{"prompt_token_ids": prompt} for prompt, _ in asked],
+            [keep(**rule, num_tokens=120) for _, rule in asked],
             use_tqdm=False,
         )
     assert all(len(output.outputs[0].token_ids) == 120 for output in outputs)
     on_gpu.check_whole()
+    found = [output.kv_transfer_params["kv_cache"].get("found_tokens") for output in outputs]
+    assert found.count(700) > 3
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_found_rows_answer_as_freshly_compacted_ones(name, on_gpu, exact, rounded, text_ids, intervals):
+    """Four go on differently: each alone on an empty cache, then all at once, where one leaves rows for the others."""
+    rule = {**SHARED[name], "intervals": intervals}
+    begin = text_ids[100 : 100 + (rule.get("document") or 1501)]
+    prompts = [begin + text_ids[3000 + 40 * i : 3040 + 40 * i] for i in range(4)]
+    alone = []
+    for prompt in prompts:
+        assert on_gpu.kv_cache_manager.reset_prefix_cache()
+        alone += on_gpu.generate([prompt], [asks(name)])
+    assert on_gpu.kv_cache_manager.reset_prefix_cache()
+    together = on_gpu.generate(prompts, [asks(name)] * len(prompts))
+    found = max(expected_compactions(len(prompts[0]), len(prompts[0]) - 1, **rule))
+    assert [check_numbers(output, **rule).get("found_tokens", 0) for output in alone] == [0] * 4
+    assert sorted(check_numbers(output, **rule).get("found_tokens", 0) for output in together) == [0, *[found] * 3]
+    assert sorted(output.num_cached_tokens for output in together) == [0, *[found] * 3]
+    reach, of_alone, of_exact, of_whole = [], [], [], []
+    for prompt, fresh, shared in zip(prompts, map(steps_of, alone), map(steps_of, together), strict=True):
+        tokens = tokens_of(shared)
+        reach += moved_by_bf16(exact, rounded, prompt, tokens, **rule)
+        right, whole = exact.logits(prompt, tokens, **rule), exact.logits(prompt, tokens)
+        of_exact += likely_differences(shared, right)
+        of_whole += (right - whole).gather(1, right.topk(20).indices).flatten().tolist()
+        parts = agreement(fresh, shared)
+        of_alone += parts.differences
+        assert parts.steps <= 2 or parts.gap <= max(map(abs, reach)), f"they part after {parts.num_equal} tokens"
+    print(f"{name}: from alone {rms(of_alone):.3f}, from fp32 {rms(of_exact):.3f}, bf16 {rms(reach):.3f}")
+    assert rms(of_alone) <= 2 * rms(reach)
+    assert rms(of_exact) <= 2 * rms(reach)
+    assert rms(of_whole) > 2 * rms(reach), "the whole cache must be out of reach"

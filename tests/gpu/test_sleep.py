@@ -15,7 +15,12 @@ def answer(engine, prompt, rule):
 
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize(
-    "rule", [pytest.param({"ratio": "0.5"}, id="ratio"), pytest.param({"ratio": "1", "budget": 200}, id="budget")]
+    "rule",
+    [
+        pytest.param({"ratio": "0.5"}, id="ratio"),
+        pytest.param({"ratio": "1", "budget": 200}, id="budget"),
+        pytest.param({"ratio": "0.25", "document": 900}, id="document"),
+    ],
 )
 def test_answers_after_waking_up(sleepy, text_ids, level, rule):
     prompt = text_ids[100:1100]
@@ -35,6 +40,6 @@ def test_answers_after_waking_up(sleepy, text_ids, level, rule):
         sleepy.llm.collective_rpc("reload_weights")
     sleepy.drain()
     sleepy.check_whole()
-    after = answer(sleepy, prompt, rule)
+    after = answer(sleepy, prompt, rule)  # nothing is found of what an earlier request computed
     assert after.num_cached_tokens == 0
     assert tokens_of(steps_of(after)) == tokens_of(steps_of(before))

@@ -24,6 +24,7 @@ pytestmark = [
 
 RATIOS = ("1.0", "0.5", "0.25")
 LOAD = [*({"ratio": ratio} for ratio in RATIOS), {"ratio": "1", "budget": 60}, {"ratio": "0.5", "budget": 100}]
+LOAD += [{"ratio": "0.4", "document": 100}]
 LENGTHS = (33, 449, 1000, 2500)
 NUM_TOKENS = 16
 WIDENED, REPLICATED = "demo model, a fourth KV head", "one KV head on both ranks"
@@ -108,15 +109,19 @@ def test_200_mixed_requests_with_aborts_on_ranks_that_hold_the_same(shape, text_
     load = MixedLoad(text_ids, LOAD)
     load.run(shape.two_gpus)
     looks = load.looks
+    num_found = looks["found documents"] + looks["found conversations"]
     note(
-        check=f"{load.num_requests} concurrent requests of mixed ratios, budgets and lengths ({shape.name})",
+        check=f"{load.num_requests} concurrent requests of mixed ratios, budgets, documents and lengths ({shape.name})",
         found=f"{looks['aborted']} aborted; evicted counts and block tables of both ranks compared {looks['times']} "
         f"times, with up to {looks['requests']} requests on them, {looks['compacted']} of them compacted, and always "
-        "equal, as to the scheduler's; every block was in one place after each step, and all were free in the end",
+        f"equal, as to the scheduler's; {num_found} began on rows that another one had compacted; every block was "
+        "in one place after each step, and all were free in the end",
     )
     assert looks["requests"] > 100, looks
     assert looks["compacted"] > 50, looks
     assert looks["aborted"] > 10, looks
+    assert looks["found documents"], looks
+    assert looks["found conversations"], looks
     assert len(load.answers.keys() - set(load.aborted)) == load.num_requests - load.num_aborted
 
 
