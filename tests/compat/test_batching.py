@@ -9,14 +9,14 @@ from reference import check_numbers, expected_compactions
 from rules import INTERVALS, RULES
 
 
-@pytest.mark.parametrize("max_num_batched_tokens", [37, 64, 2048])
+@pytest.mark.parametrize("max_num_batched_tokens", [37, pytest.param(64, marks=pytest.mark.slow), 2048])
 def test_chunked_prefill(max_num_batched_tokens, llama, run, llama_reference, check_exact):
     """37 is no multiple of any block: chunks end inside blocks, and prompts beside decodes get what is left."""
     with run(llama, max_num_batched_tokens=max_num_batched_tokens) as engine:
         check_exact(engine, llama_reference)
 
 
-@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("asked", [*(pytest.param(asked, marks=pytest.mark.slow) for asked in (None, False)), True])
 def test_async_scheduling_is_off_on_cpus_whatever_is_asked(asked, llama, run, llama_reference, check_exact):
     """vLLM's CPU platform switches it off; `tests/gpu` has it on."""
     with run(llama, async_scheduling=asked) as engine:

@@ -40,8 +40,9 @@ class TestSlidingWindow:
             pytest.param(2, (), {32}, id="nothing full"),
             pytest.param(2, (0, 1), {32}, id="full layers that slide"),
             pytest.param(2, (2,), {32}, id="one full, one compressed"),
-            pytest.param(3, (2,), {64, 32}, id="one full, two compressed"),
-            pytest.param(3, (5, 8), {64, 32}, id="two full, one compressed"),
+            # The last one has all of these: groups of three kinds, and large blocks.
+            pytest.param(3, (2,), {64, 32}, id="one full, two compressed", marks=pytest.mark.slow),
+            pytest.param(3, (5, 8), {64, 32}, id="two full, one compressed", marks=pytest.mark.slow),
             pytest.param(4, (0, 5), {96, 32}, id="one slides, one full, three compressed"),
         ],
     )

@@ -65,8 +65,8 @@ def fields_of(number: int) -> dict[str, float]:
     return {f"kv_{name}": value for name, value in RULES[number % 4].items()}
 
 
-def usage_of(number: int) -> dict[str, int | str]:
-    numbers = expected_usage(200 + number, 8, Intervals(*INTERVALS), **RULES[number % 4])
+def usage_of(number: int, found: int = 0) -> dict[str, int | str]:
+    numbers = expected_usage(200 + number, 8, Intervals(*INTERVALS), found, **RULES[number % 4])
     assert (numbers["compactions"] > 1) is ("max_tokens" in RULES[number % 4])
     return numbers
 
@@ -111,13 +111,14 @@ def test_nothing_asked_nothing_told(server, text_ids):
 
 
 def test_streams(server, text_ids):
+    """Some engine has met each prompt already, and with a budget it may find what was left."""
     options = {"stream": True, "stream_options": {"include_usage": True}}
     answers = at_once(lambda number: ask(server, text_ids, number, **options, **fields_of(number)))
     for number, answer in enumerate(answers):
         events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
         assert events[-1] == "[DONE]"
-        last = json.loads(events[-2])
-        assert last["usage"]["kv_cache"] == usage_of(number)
+        numbers = json.loads(events[-2])["usage"]["kv_cache"]
+        assert numbers == usage_of(number, numbers.get("found_tokens", 0))
 
 
 def test_errors(server, text_ids):

@@ -12,19 +12,18 @@ from typing import Any
 import httpx
 from http_server import Server, expected_usage
 
-from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.policy import CompactionPoints, Intervals
+from vllm_l2kv.policy import Intervals
 
 RATIOS = (None, 1.0, 0.9, 0.5, 0.3, 0.1)
 BUDGETS = (72, 100, 150)
-"""Of one request in four; at least what others protect."""
+"""At least what others protect."""
 DOCUMENTS = (40, 97, 200)
-"""Lengths of one request in four, where its prompt is longer; all of them keep the same part."""
+"""Their lengths; of all of them the same part is kept."""
 INTERVALS = Intervals(prompt=64, answer=16)
 """Of the server."""
-NUM_SHARED_OFFSETS = 6
-"""Half of all prompts begin at one of so many places of the text, so they share prefixes, documents and what budgets
-leave of them; the others begin anywhere.
+NUM_SHARED_OFFSETS = 4
+"""Prompts that begin alike begin at one of so many places of the text. They share prefixes, documents, and what budgets
+leave of them.
 """
 QUIET_SECONDS = 60
 
@@ -38,6 +37,9 @@ class Mix:
         prompt_lengths: Fewest and most tokens of a prompt.
         answer_lengths: The same of an answer.
         priorities: As vLLM's: lower ones go first.
+        alike: Share of prompts that begin at one of few places of the text; the others begin anywhere.
+        documents: Share of requests with a document, where the prompt is longer.
+        budgets: Share of requests with a budget.
         cut_off: Share of requests whose client leaves before the answer is complete, if it is quick enough.
     """
 
@@ -45,6 +47,9 @@ class Mix:
     prompt_lengths: tuple[int, int] = (1, 600)
     answer_lengths: tuple[int, int] = (1, 40)
     priorities: Sequence[int] = (0,)
+    alike: float = 0.5
+    documents: float = 0.25
+    budgets: float = 0.25
     cut_off: float = 0.0
     seed: int = 0
 
@@ -120,7 +125,7 @@ def make_requests(mix: Mix, num_requests: int, text_ids: Sequence[int]) -> list[
     offsets = [random.randrange(last_offset) for _ in range(NUM_SHARED_OFFSETS)]
     requests = []
     for number in range(num_requests):
-        offset = random.choice(offsets) if random.random() < 0.5 else random.randrange(last_offset)
+        offset = random.choice(offsets) if random.random() < mix.alike else random.randrange(last_offset)
         prompt = list(text_ids[offset : offset + random.randint(*mix.prompt_lengths)])
         body = _body(random, mix, f"{mix.seed}-{number}", prompt)
         requests.append(Request(body, **(_leaving(random, body) if random.random() < mix.cut_off else {})))
@@ -140,9 +145,9 @@ def _body(random: Random, mix: Mix, request_id: str, prompt: list[int]) -> dict[
     ratio = random.choice(RATIOS)
     if ratio is not None:
         body["kv_keep_ratio"] = ratio
-    if random.random() < 0.25:
+    if random.random() < mix.budgets:
         body["kv_max_tokens"] = random.choice(BUDGETS)
-    if random.random() < 0.25 and len(prompt) > DOCUMENTS[0]:
+    if random.random() < mix.documents and len(prompt) > DOCUMENTS[0]:
         length = random.choice([length for length in DOCUMENTS if length < len(prompt)])
         body |= {"kv_prefix_tokens": length, "kv_keep_ratio": 0.5}
     if random.random() < 0.2:
@@ -249,11 +254,7 @@ def _kv_cache(body: dict[str, Any], found: int) -> dict[str, int | str] | None:
     params = {name.removeprefix("kv_"): value for name, value in body.items() if name.startswith("kv_")}
     if not params:
         return None
-    num_prompt_tokens = len(body["prompt"])
-    asked = CompressionParams(**{"protect_first": 0, "protect_last": 0, **params})
-    points = CompactionPoints.of(num_prompt_tokens, asked, INTERVALS)
-    assert found in {0, *(compaction.position for compaction in (points.in_prompt() if points else ()))}, body
-    return expected_usage(num_prompt_tokens, body["max_tokens"], INTERVALS, found, **params)
+    return expected_usage(len(body["prompt"]), body["max_tokens"], INTERVALS, found, **params)
 
 
 def check_again(url: str, answers: Sequence[Answer]) -> None:

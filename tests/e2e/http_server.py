@@ -109,12 +109,12 @@ def expected_usage(
         num_prompt_tokens: The prompt's length.
         num_output_tokens: The answer's length; its last token is never computed on.
         intervals: The server's.
-        found: Tokens whose compressed rows were found.
+        found: Tokens whose compressed rows were found; there must be a compaction.
         params: As those of `CompressionParams`; nothing is protected by default, as in `Server`.
     """
     asked = CompressionParams(**{"protect_first": 0, "protect_last": 0, **params})
     num_computed = num_prompt_tokens + num_output_tokens - 1
-    held = compactions = 0
+    held, points = 0, []
     document = asked.prefix_tokens
     end = document or num_prompt_tokens
     for position in range(num_computed):
@@ -126,18 +126,20 @@ def expected_usage(
         interval = intervals.prompt if position < num_prompt_tokens else intervals.answer
         if asked.max_tokens is not None and held >= asked.max_tokens + interval:
             kept = min(kept, asked.max_tokens)
-        compactions += kept < held
+        if kept < held:
+            points.append(position)
         held = kept + 1
+    assert found in {0, *(position for position in points if position < num_prompt_tokens)}, (found, points)
     numbers: dict[str, int | str] = {
         "prompt_tokens": num_prompt_tokens,
         "kept_tokens": held,
         "evicted_tokens": num_computed - held,
-        "compactions": compactions,
+        "compactions": len(points),
     }
     if (document and asked.compresses) or found:
         numbers["found_tokens"] = found
     reason = why_whole(num_prompt_tokens, asked)
-    return numbers if compactions or reason is None else {**numbers, "reason": str(reason)}
+    return numbers if points or reason is None else {**numbers, "reason": str(reason)}
 
 
 def free_port() -> int:

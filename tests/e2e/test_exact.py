@@ -12,7 +12,7 @@ from scored import ScoredReference
 from vllm_l2kv.params import ONE_COMPACTION_SCORERS, SCORERS
 
 RATIOS = ("1.0", "0.9", "0.7", "0.5", "0.3", "0.1")
-LENGTHS = (1, 2, 31, 33, 200, 449, 1000, 3000)
+LENGTHS = (1, 2, 31, 33, 200, 449, 1000)
 NUM_TOKENS = 8
 INTERVALS = (256, 32)
 """Of the tiny engines; those of the demo model have the defaults."""
@@ -73,6 +73,12 @@ def answers_of(reference, cases: Sequence[Case], full_layers: Sequence[int]) -> 
 
 def test_full_layers_0_and_1_all_ratios_in_one_batch(compressing, reference, text_ids):
     cases = [Case(prompt, ratio=ratio) for prompt in prompts_of(text_ids).values() for ratio in RATIOS]
+    check(compressing, cases, answers_of(reference, cases, (0, 1)))
+
+
+@pytest.mark.slow
+def test_a_prompt_of_3000_tokens_at_all_ratios(compressing, reference, text_ids):
+    cases = [Case(text_ids[49:3049], ratio=ratio) for ratio in RATIOS]
     check(compressing, cases, answers_of(reference, cases, (0, 1)))
 
 
