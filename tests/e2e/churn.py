@@ -21,7 +21,7 @@ DOCUMENTS = (40, 97, 200)
 """Their lengths; of all of them the same part is kept."""
 INTERVALS = Intervals(prompt=64, answer=16)
 """Of the server."""
-NUM_SHARED_OFFSETS = 4
+NUM_SHARED_OFFSETS = 3
 """Prompts that begin alike begin at one of so many places of the text. They share prefixes, documents, and what budgets
 leave of them.
 """

@@ -194,6 +194,8 @@ def test_what_others_ask_finds_nothing_compressed_but_the_ordinary_prefix(docume
         documents.ask(documents.after(document, number, **rule), 0, cached, **rule)
         documents.ask(documents.after(document, -number, **rule), rule["document"], **rule)
     documents.ask(documents.after(document, 0, **RULE), DOCUMENT, **RULE)
+    last = [*document[:-1], *draw(random.Random(0), 1)]
+    documents.ask(documents.after(last, 0, **RULE), 0, ordinary_hit(DOCUMENT), **RULE)
 
 
 def test_parameters_that_lead_to_the_same_rows_share(documents):
