@@ -117,13 +117,13 @@ def test_memory_does_not_grow(server, ask, num_requests):
 @pytest.mark.slow
 def test_a_server_killed_in_mid_load_finds_nothing_when_it_is_back_and_answers_the_same(llama, text_ids, tmp_path):
     """What was compressed is gone with the process, and is compressed again. On a server of its own."""
-    requests = churn.make_requests(REMEMBERED, 60, text_ids)
+    requests = churn.make_requests(REMEMBERED, 140, text_ids)
     words = [str(llama), *OPTIONS.split()]
     with Server(tmp_path / "before.log", *words) as server, ThreadPoolExecutor(1) as pool:
         before = churn.ask_all(server.url, requests, REMEMBERED.concurrency)
         churn.check_answers(before)
         assert any(answer.num_found for answer in before)
-        load = pool.submit(churn.ask_all, server.url, requests * 20, REMEMBERED.concurrency)
+        load = pool.submit(churn.ask_all, server.url, requests * 10, REMEMBERED.concurrency)
         while server.metrics()["vllm:num_requests_running"] < 3:
             assert not load.done(), load.result()
         kill(server)
