@@ -37,9 +37,11 @@ were found, of all. The budget is larger than a compressed document with a quest
 answer would be compacted, into a copy of its own.""",
     "conversation": """### Conversations
 
-`--scenarios conversation`. {num_conversations} conversations at once in a cache of {cache_gib:.1f} GiB, which holds
-60,000 tokens. A turn adds {turn_tokens:,} tokens, and every request repeats all turns before: median time to first
-token by turn, milliseconds. Where stock vLLM has no number it was stopped before that turn.""",
+`--scenarios conversation --prompt-interval 512`. {num_conversations} conversations at once in a cache of {cache_gib:.1f}
+GiB, which holds 60,000 tokens. A turn adds {turn_tokens:,} tokens, and every request repeats all turns before: median
+time to first token by turn, milliseconds. Where there is no number the engine was stopped before that turn. With a
+budget and an interval of 2,048 rows each the conversations need more than the cache together, and each loses its rows
+while it waits: give budget and interval so that all fit.""",
     "waiting": """### Requests that wait
 
 The scheduler's processor time while one request decodes and another one waits for blocks, without an engine
@@ -162,8 +164,10 @@ def conversation_table(rows: list[Row]) -> str:
 
 
 def name_of(row: Row) -> str:
-    """An engine and its budget."""
-    return f"vllm-l2kv with a budget of {row['budget']}" if row["budget"] else "stock vLLM"
+    """An engine, its budget and its prompt interval."""
+    if not row["budget"]:
+        return "stock vLLM"
+    return f"budget {row['budget']} and prompt interval {row['prompt_interval']}"
 
 
 def waiting_table(rows: list[Row]) -> str:

@@ -13,7 +13,7 @@ RATIOS = (None, 0.5, 0.25, 0.1)
 
 
 def start(
-    engine: str, model: str, in_process: bool, full_layers: tuple[int, ...] = (0, 1), **arguments: Any
+    engine: str, model: str, in_process: bool, settings: dict[str, Any] | None = None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Starts vLLM with made-up weights.
 
@@ -22,7 +22,7 @@ def start(
         model: Folder with a `config.json`.
         in_process: Run the engine core in this process, its scheduler open to us, instead of in one of its own, as
             users run it.
-        full_layers: Layers that vllm-l2kv never compacts.
+        settings: What `vllm_l2kv.engine_args` takes, for `l2kv`.
         arguments: More of vLLM's engine arguments.
 
     Returns:
@@ -34,7 +34,7 @@ def start(
     import vllm_l2kv
 
     # Unprotected: rows are compared by what their ratio says.
-    unprotected = vllm_l2kv.engine_args(full_layers=full_layers, protect_first=0, protect_last=0)
+    unprotected = vllm_l2kv.engine_args(**(settings or {}), protect_first=0, protect_last=0)
     ours = unprotected if engine == "l2kv" else {}
     llm = vllm.LLM(
         model,

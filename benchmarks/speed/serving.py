@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument(
         "--full-layers", nargs="*", type=int, default=[0, 1], help="layers that vllm-l2kv never compacts"
     )
+    parser.add_argument("--prompt-interval", type=int, default=2048, help="that of vllm-l2kv")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's, a JSON object")
     parser.add_argument("--inside", choices=["stock", "l2kv"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -47,7 +48,8 @@ def main() -> None:
         return
     in_process = args.scenarios[0] in IN_PROCESS
     arguments = {"max_model_len": 131072, **args.engine_args}
-    llm, about = start(args.inside, args.model, in_process, tuple(args.full_layers), **arguments)
+    ours = {"full_layers": tuple(args.full_layers), "prompt_interval": args.prompt_interval}
+    llm, about = start(args.inside, args.model, in_process, ours, **arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     for scenario in args.scenarios:
         for row in importlib.import_module(f"benchmarks.speed.{scenario}").rows(llm, about, args.only):

@@ -189,11 +189,17 @@ def test_turns_that_stock_vllm_never_came_to_are_empty(documents):
     page = documents(
         conversation=[
             {**ONE_GPU_STOCK, **talk, "median_first_token_ms": [100.0 * turn for turn in range(1, 8)]},
-            {**ONE_GPU_OURS, **talk, "budget": 2048, "median_first_token_ms": [50.0 + turn for turn in range(1, 31)]},
+            {
+                **ONE_GPU_OURS,
+                **talk,
+                "budget": 2048,
+                "prompt_interval": 512,
+                "median_first_token_ms": [50.0 + turn for turn in range(1, 31)],
+            },
         ]
     )
     assert "in a cache of 7.3 GiB" in page
-    assert "| turn | stock vLLM | vllm-l2kv with a budget of 2048 |" in page
+    assert "| turn | stock vLLM | budget 2048 and prompt interval 512 |" in page
     assert "| 5 | 500 | 55 |" in page
     assert "| 30 |  | 80 |" in page
 
