@@ -111,6 +111,14 @@ class TestFinding:
         assert cached(harness, "whole", [*DOCUMENT, 1]) == 0
         assert found(harness, "second") == 100
 
+    def test_what_is_computed_on_found_rows_is_not_for_the_prefix_cache(self, harness):
+        found(harness, "first")
+        prompt = [*DOCUMENT, *range(4000, 4100)]
+        harness.submit("second", prompt, fields(), 4)
+        harness.run()
+        assert harness.usage["second"]["found_tokens"] == 100
+        assert cached(harness, "whole", [*prompt, 1]) == 96
+
     def test_a_conversation_begins_at_its_last_compaction_in_the_earlier_prompt(self, make_harness):
         harness = make_harness(200, (0,), prompt_interval=32, answer_interval=16)
         budget = {"kv_max_tokens": 64, "kv_protect_first": 0, "kv_protect_last": 0}
