@@ -33,15 +33,15 @@ compressed on the way, little more than its copy.""",
 
 `--scenarios popular`. {num_documents} such documents, popularity by Zipf's law, {num_clients} clients who wait for an
 answer before they ask again, {cache_gib:.0f} GiB, {seconds:.0f} seconds after a warm-up. Hit rate: prompt tokens that
-were found, of all. The budget is larger than a compressed document with a question and its answer. If it were not, each
-answer would be compacted, into a copy of its own.""",
+were found, of all. With a budget of just the rows of a compressed document each answer is compacted again, into a copy
+of its own. Give a budget that has room for question and answer, or none.""",
     "conversation": """### Conversations
 
-`--scenarios conversation --prompt-interval 512`. {num_conversations} conversations at once in a cache of {cache_gib:.1f}
-GiB, which holds 60,000 tokens. A turn adds {turn_tokens:,} tokens, and every request repeats all turns before: median
-time to first token by turn, milliseconds. Where there is no number the engine was stopped before that turn. With a
-budget and an interval of 2,048 rows each the conversations need more than the cache together, and each loses its rows
-while it waits: give budget and interval so that all fit.""",
+`--scenarios conversation --prompt-interval 512`. {num_conversations} conversations at once
+in a cache of {cache_gib:.1f} GiB, which holds 60,000 tokens. A turn adds {turn_tokens:,} tokens, and every request
+repeats all turns before: median time to first token by turn, milliseconds. Where there is no number the engine was
+stopped before that turn. With a budget and an interval of 2,048 rows each the conversations need more than the cache
+together, and each loses its rows while it waits: give budget and interval so that all fit.""",
     "waiting": """### Requests that wait
 
 The scheduler's processor time while one request decodes and another one waits for blocks, without an engine
