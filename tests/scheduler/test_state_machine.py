@@ -284,6 +284,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _free_id(self, reuse: bool) -> str:
         """An id never used, or one that vLLM allows again: of a finished request with no step under way."""
         in_flight = {req_id for output in self.harness.in_flight for req_id in output.num_scheduled_tokens}
+        in_flight |= {order.req_id for output in self.harness.in_flight for order in orders_of(output)}
         again = [req_id for req_id in self.gone if req_id not in in_flight and req_id not in self.scheduler.requests]
         return again[-1] if reuse and again else f"r{len(self.worker.tokens)}"
 

@@ -31,6 +31,10 @@ class Refusals:
         seams.fail_request(self._scheduler, req_id, sentence)
         self._sentences[req_id] = sentence
 
+    def is_about_to_fail(self, req_id: str) -> bool:
+        """Whether a request was refused and has not failed yet."""
+        return req_id in self._sentences
+
     def of_failed_session(self, req_id: str) -> str | None:
         """Why the session of this id failed, as long as it has not been ended."""
         return self._failed_sessions.get(req_id)
