@@ -348,7 +348,10 @@ class TestOwnRoute:
         info = http.get("/v1/kv_compression").json()
         assert info["models"] == [MODEL]
         bare_rule = CompressionParams(protect_first=0, protect_last=0)
-        assert {field["name"]: field["default"] for field in info["fields"]} == bare_rule.as_fields()
+        assert {field["name"]: field["default"] for field in info["fields"]} == {
+            **bare_rule.as_fields(),
+            "kv_prefix_messages": None,
+        }
         assert all(field["bounds"] and field["description"] and field["type"] for field in info["fields"])
         assert info["full_layers"] == [0, 1]
         full, compressed = sorted(info["kv_cache_groups"], key=lambda group: group["compressed"])
