@@ -47,7 +47,7 @@ ENOUGH = Counter(
         "turns": 17,
     }
 )
-"""How often all histories of the quick profile must see what shared rows bring: half as often as in the thinnest run."""
+"""What all histories of the quick profile must see of shared rows at least: half as often as in the thinnest run."""
 
 REFUSED = 7  # a keep ratio
 DOCUMENTS = (13, 16, 30)
