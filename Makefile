@@ -12,9 +12,8 @@ PIP_ARGS ?=
 
 # Folders whose tests start no engine; those that do are marked, and left out.
 FAST := $(addprefix tests/,unit install kernels scheduler worker contract server bench)
-E2E := tests/e2e
 # The others, and the marked ones.
-ENGINES := $(filter-out $(FAST) $(E2E),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))) \
+ENGINES := $(filter-out $(FAST),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))) \
   tests/server/test_configs.py::TestEach::test_it_serves
 
 # What runs on Python files of vLLM alone; the one left out asks for a CPU kernel.
@@ -29,7 +28,7 @@ PIP = $(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation
 
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow"
 
-.PHONY: help setup serve test test-fast test-e2e test-engines test-next test-gpu soak check fmt docs lock dist clean
+.PHONY: help setup serve test test-fast test-engines test-next test-gpu soak check fmt docs lock dist clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -64,8 +63,8 @@ serve: setup ## Serve the demo model on port 8000; another one with ARGS=MODEL
 test: setup ## Run all tests, or those that ARGS names; those that need a GPU are skipped without one
 	$(BIN)/vllm-l2kv demo-model
 ifeq ($(ARGS),)
-	@# Two at a time, the longest first. Engines of both would spin for each other's cores with more than a thread.
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 --output-sync=line test-e2e test-fast test-engines
+	@# Side by side: tests with engines leave most of a second core idle.
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-engines test-fast
 else
 	$(PYTEST) $(ARGS)
 endif
@@ -74,11 +73,7 @@ test-fast: setup ## Run the tests that start no engine; before each commit
 	$(BIN)/vllm-l2kv demo-model
 	$(PYTEST) --no-engines $(FAST) $(ARGS)
 
-test-e2e: setup ## Run the tests of whole engines and servers
-	$(BIN)/vllm-l2kv demo-model
-	$(PYTEST) $(E2E) $(ARGS)
-
-test-engines: setup ## Run the other tests that start engines
+test-engines: setup ## Run the tests that start engines
 	$(BIN)/vllm-l2kv demo-model
 	$(PYTEST) $(ENGINES) $(ARGS)
 

@@ -5,6 +5,8 @@ import pytest
 from benchmarks.speed import conversation, document, findable, popular
 from benchmarks.speed.engines import blocks_of
 
+pytestmark = pytest.mark.slow
+
 BLOCK_OF_TOKENS = 32 * 28 * 3 * 64 * 2 * 4
 """Bytes of 32 tokens in the 28 compressed layers: a block of the pool."""
 

@@ -81,7 +81,7 @@ class Documents:
         return output
 
 
-@pytest.fixture(scope="module", params=[(0,), ()], ids=str)
+@pytest.fixture(scope="module", params=[(0,), pytest.param((), marks=pytest.mark.slow)], ids=str)
 def module_documents(request, llama):
     full_layers = request.param
     rule = bare_rule(full_layers=full_layers, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
