@@ -1,5 +1,6 @@
 """A real vLLM engine in this process, with its inside open to tests."""
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,9 @@ from vllm import LLM, SamplingParams
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 import vllm_l2kv
-from vllm_l2kv.scheduler.integrity import check_block_conservation, num_evicted
+from vllm_l2kv.scheduler.integrity import check_block_conservation, check_nothing_left, num_evicted
+
+VOCABULARY = range(3, 49152)
 
 
 def bare_rule(**arguments: Any) -> dict[str, Any]:
@@ -41,6 +44,19 @@ def keep(
         prefix_tokens=document,
     )
     return greedy(num_tokens, fields, **arguments)
+
+
+def draw(chance: random.Random, length: int) -> list[int]:
+    """Tokens, none of them twice."""
+    return chance.sample(VOCABULARY, length)
+
+
+def tokens_of(output: Any) -> list[int]:
+    return list(output.outputs[0].token_ids)
+
+
+def numbers_of(output: Any) -> dict[str, Any]:
+    return output.kv_transfer_params["kv_cache"]
 
 
 class Engine:
@@ -125,6 +141,16 @@ class Engine:
     def check_whole(self) -> None:
         check_block_conservation(self.kv_cache_manager)
         assert self.pool.get_num_free_blocks() == self.num_usable_blocks
+
+    @contextmanager
+    def emptied(self) -> Iterator[None]:
+        """The engine with nothing in its cache; afterwards no request may have left anything."""
+        assert self.kv_cache_manager.reset_prefix_cache()
+        yield
+        self.step()  # tells the worker what has finished
+        check_nothing_left(self.scheduler)
+        self.check_whole()
+        assert self.worker.num_evicted() == {}
 
     @contextmanager
     def pool_of(self, num_free: int) -> Iterator[None]:

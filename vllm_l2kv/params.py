@@ -274,18 +274,13 @@ def check_session(asked: Asked) -> None:
             f"kv_keep_ratio must be 1 for streaming input (a prompt that comes in chunks), got {params.keep_ratio:g}; "
             "set it to 1, leave all kv_ fields out, or give the whole prompt at once.",
         )
-    if asked.by_client and params.max_tokens is not None:
-        raise ParamError(
-            "kv_max_tokens",
-            f"kv_max_tokens does not work with streaming input (a prompt that comes in chunks), got "
-            f"{params.max_tokens}; leave all kv_ fields out, or give the whole prompt at once.",
-        )
-    if asked.by_client and params.prefix_tokens is not None:
-        raise ParamError(
-            "kv_prefix_tokens",
-            f"kv_prefix_tokens does not work with streaming input (a prompt that comes in chunks), got "
-            f"{params.prefix_tokens}; leave all kv_ fields out, or give the whole prompt at once.",
-        )
+    for name, value in (("kv_max_tokens", params.max_tokens), (PREFIX_TOKENS.name, params.prefix_tokens)):
+        if asked.by_client and value is not None:
+            raise ParamError(
+                name,
+                f"{name} does not work with streaming input (a prompt that comes in chunks), got {value}; leave all "
+                "kv_ fields out, or give the whole prompt at once.",
+            )
 
 
 def check_names(names: Iterable[Any]) -> None:

@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import pytest
-from engine import Engine, bare_rule, greedy, keep, running
+from engine import Engine, bare_rule, draw, greedy, keep, numbers_of, running, tokens_of
 from reference import check_numbers
 from scored import ScoredReference
 
 from vllm_l2kv import ParamError, compression
 from vllm_l2kv.params import ONE_COMPACTION_SCORERS
-from vllm_l2kv.scheduler.integrity import check_nothing_left, check_requests
+from vllm_l2kv.scheduler.integrity import check_requests
 
 BUDGET, INTERVALS = 128, (128, 32)
 MAX_MODEL_LEN = 4096
@@ -21,7 +21,6 @@ NUM_BLOCKS = {(): 20, (0,): 56}
 """Usable ones, by full layers: about as few as the longest request may need."""
 TOKENS_OF_A_BLOCK = {(): 32, (0,): 24}
 """Of a request that nothing is evicted of: with one full layer, 96 tokens need one block more than their three."""
-VOCABULARY = range(3, 49152)
 
 
 class Bounded(NamedTuple):
@@ -64,26 +63,8 @@ def module_bounded(request, llama):
 
 @pytest.fixture
 def bounded(module_bounded):
-    engine = module_bounded.engine
-    assert engine.kv_cache_manager.reset_prefix_cache()
-    yield module_bounded
-    engine.step()  # tells the worker what has finished
-    check_nothing_left(engine.scheduler)
-    engine.check_whole()
-    assert engine.worker.num_evicted() == {}
-
-
-def draw(chance: random.Random, length: int) -> list[int]:
-    """Tokens, none of them twice."""
-    return chance.sample(VOCABULARY, length)
-
-
-def tokens_of(output) -> list[int]:
-    return list(output.outputs[0].token_ids)
-
-
-def numbers_of(output) -> dict[str, Any]:
-    return output.kv_transfer_params["kv_cache"]
+    with module_bounded.engine.emptied():
+        yield module_bounded
 
 
 def test_prompts_of_several_pools(bounded):

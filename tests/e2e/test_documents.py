@@ -11,18 +11,17 @@ from typing import Any
 import pytest
 import torch
 from cached_rows import CachedRows
-from engine import Engine, bare_rule, greedy, keep, running
+from engine import Engine, bare_rule, draw, greedy, keep, numbers_of, running, tokens_of
 from reference import expected_compactions, expected_numbers
 from scored import ScoredReference
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.usage import KeptWhole
 from vllm_l2kv.params import SCORERS
-from vllm_l2kv.scheduler.integrity import check_nothing_left, check_requests
+from vllm_l2kv.scheduler.integrity import check_requests
 
 INTERVALS = (256, 32)
 NUM_BATCHED = 256
-VOCABULARY = range(3, 49152)
 BLOCK = 32
 """Tokens of a block of compressed layers. Prefix-cache hits end at multiples of it."""
 DOCUMENT, RULE = 397, {"ratio": "0.4", "document": 397}
@@ -93,26 +92,8 @@ def module_documents(request, llama):
 
 @pytest.fixture
 def documents(module_documents):
-    engine = module_documents.engine
-    assert engine.kv_cache_manager.reset_prefix_cache()
-    yield module_documents
-    engine.step()  # tells the worker what has finished
-    check_nothing_left(engine.scheduler)
-    engine.check_whole()
-    assert engine.worker.num_evicted() == {}
-
-
-def draw(chance: random.Random, length: int) -> list[int]:
-    """Tokens, none of them twice."""
-    return chance.sample(VOCABULARY, length)
-
-
-def tokens_of(output) -> list[int]:
-    return list(output.outputs[0].token_ids)
-
-
-def numbers_of(output) -> dict[str, Any]:
-    return output.kv_transfer_params["kv_cache"]
+    with module_documents.engine.emptied():
+        yield module_documents
 
 
 def ordinary_hit(first_compaction: int) -> int:
