@@ -70,7 +70,7 @@ def hold(
     step_until_all_decode(llm, num_askers)
     scheduler = scheduler_of(llm)
     pool = scheduler.kv_cache_manager.block_pool
-    num_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # the null block is nobody's
+    num_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
     num_own = sum(request.num_computed_tokens - len(document) for request in scheduler.running)
     client.abort()
     return {

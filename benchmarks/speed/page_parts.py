@@ -1,4 +1,4 @@
-"""What pages are made of: tables, plots and the rows behind them."""
+"""Parts of pages: tables, plots, and the rows that they show."""
 
 import json
 from collections.abc import Iterable, Iterator
