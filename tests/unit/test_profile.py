@@ -1,0 +1,265 @@
+"""Files of profiles: written, read, refused; fingerprints; the ratio for a memory."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_l2kv.profile import (
+    METADATA_KEY,
+    Profile,
+    Rope,
+    Shape,
+    Target,
+    check_model,
+    fingerprint,
+    local_folder,
+    ratio_for,
+)
+
+TYPES = ("sliding_attention", "full_attention") * 5
+TARGETS = (Target(0.5, (1, 3), 0.166667, "l2"), Target(0.25, (3,), 0.0625, "learned"))
+MADE = Profile(
+    model="some/model",
+    fingerprint="0123456789abcdef" * 6,
+    shape=Shape(10, 2, 64, TYPES),
+    rope=Rope(64, interleaved=False),
+    layer_order=(3, 1, 9, 5, 7),
+    memory=TARGETS,
+    about={"texts": ["prose"], "seconds": 1.5},
+)
+TENSORS = {
+    "retrieval": torch.rand(10, 2),
+    "learned.w1": torch.rand(10, 2, 6, 64).bfloat16(),
+    "learned.b": torch.rand(10, 2),
+}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    path = tmp_path / "profile.safetensors"
+    MADE.write(path, TENSORS)
+    return path
+
+
+def test_what_was_written_is_read(path):
+    read = Profile.read(path)
+    assert read == replace(
+        MADE, path=path, tensors={"retrieval": (10, 2), "learned.w1": (10, 2, 6, 64), "learned.b": (10, 2)}
+    )
+    assert [target.memory for target in read.memory] == [0.25, 0.5]
+    assert set(read.weights()) == {"w1", "b"}
+    assert torch.equal(read.weights()["w1"], TENSORS["learned.w1"])
+    assert torch.equal(read.measures()["retrieval"], TENSORS["retrieval"])
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_metadata_is_read_without_torch(path):
+    code = (
+        "import sys; from vllm_l2kv.profile import Profile; Profile.read(sys.argv[1]).setting(0.5); "
+        "print([m for m in ('torch', 'safetensors', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_without_weights_there_is_no_learned_scorer(tmp_path):
+    written = MADE.write(tmp_path / "p", {"retrieval": TENSORS["retrieval"]})
+    with pytest.raises(ValueError, match="no weights of the scorer learned"):
+        written.weights()
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("memory", "full_layers", "scorer"),
+        [
+            (1, (1, 3), "l2"),
+            (0.5, (1, 3), "l2"),
+            (0.49, (3,), "learned"),
+            (0.25, (3,), "learned"),
+            (0.22, (3,), "learned"),
+        ],
+    )
+    def test_the_next_memory_below_gives_layers_and_the_whole_cache_costs_what_was_asked(
+        self, memory, full_layers, scorer
+    ):
+        setting = MADE.setting(memory)
+        assert (setting.full_layers, setting.scorer) == (full_layers, scorer)
+        num_full = len(full_layers)
+        assert (num_full + (5 - num_full) * setting.keep_ratio) / 5 == pytest.approx(memory, abs=1e-6)
+
+    def test_a_rounded_memory_counts_as_listed(self):
+        assert MADE.setting(0.1 + 0.4 - 1e-12).full_layers == (1, 3)
+
+    @pytest.mark.parametrize("memory", [0, -1, 1.01, float("nan")])
+    def test_a_memory_out_of_bounds(self, memory):
+        with pytest.raises(ValueError, match=r"memory must be in \(0, 1\], got"):
+            MADE.setting(memory)
+
+    @pytest.mark.parametrize("memory", [0.2, 0.1])
+    def test_full_layers_that_cost_more(self, memory):
+        with pytest.raises(ValueError, match=r"memory must be more than 0\.200, which the 1 full layers"):
+            MADE.setting(memory)
+
+    def test_none_listed(self):
+        with pytest.raises(ValueError, match="names no settings"):
+            replace(MADE, memory=()).setting(0.5)
+
+    def test_the_demo_model_at_half(self):
+        """14 of 30 layers and 0.0625 of the rest, half of the cache."""
+        assert ratio_for(0.5, 30, 14) == 0.0625
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_order": (3, 1, 9, 5)}, "layer_order must name each compressible layer once"),
+        ({"layer_order": (3, 1, 9, 5, 0)}, "layer_order must name each compressible layer once"),
+        ({"fingerprint": "0123"}, "fingerprint has the wrong length"),
+        ({"shape": Shape(9, 2, 64, TYPES)}, "layer_types must have one of each layer"),
+        ({"shape": Shape(2, 2, 64, ("sliding_attention",) * 2)}, "no layer has full attention"),
+        ({"rope": Rope(65, interleaved=False)}, "rotary_dim must be in"),
+        ({"memory": (Target(0.5, (0,), 0.5, "l2"),)}, "full_layers of memory 0.5 must be some"),
+        ({"memory": (Target(0.5, (1, 3, 5, 7, 9), 0.5, "l2"),)}, "full_layers of memory 0.5 must be some"),
+        ({"memory": (Target(0.5, (), 0.0, "l2"),)}, "keep_ratio must be in"),
+        ({"memory": (Target(1.5, (), 0.5, "l2"),)}, "memory must be in"),
+    ],
+)
+def test_contradictions_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(MADE, **changes)
+
+
+class TestRefusedFiles:
+    def refused(self, path: Path) -> str:
+        with pytest.raises(ValueError, match=r"\.$") as refusal:
+            Profile.read(path)
+        return str(refusal.value).replace(str(path), "FILE")
+
+    def rewritten(self, path: Path, metadata: object) -> str:
+        save_file({"x": torch.zeros(1)}, path, {METADATA_KEY: json.dumps(metadata)})
+        return self.refused(path)
+
+    @pytest.mark.parametrize("content", [b"", b"not a profile at all", b"\xff" * 32, b"\x02\0\0\0\0\0\0\0[]"])
+    def test_something_else(self, tmp_path, content):
+        (tmp_path / "x").write_bytes(content)
+        assert self.refused(tmp_path / "x") == "FILE is no file of safetensors."
+
+    def test_weights_of_a_model(self, tmp_path):
+        save_file({"x": torch.zeros(1)}, tmp_path / "x")
+        assert self.refused(tmp_path / "x").startswith("FILE is no profile of vllm-l2kv: make one with")
+
+    def test_another_version(self, path):
+        assert self.rewritten(path, {"version": 2}).startswith("FILE is a profile of version 2, and this vllm-l2kv")
+
+    @pytest.mark.parametrize("size", [1, 1000])
+    def test_a_file_whose_end_is_missing(self, path, size):
+        path.write_bytes(path.read_bytes()[:-size])
+        assert self.refused(path) == "FILE is damaged: its end is missing."
+
+    def test_a_missing_field(self, path):
+        assert self.rewritten(path, {"version": 1}) == "FILE is damaged: it has no model."
+
+    def test_bad_fields(self, path):
+        assert self.rewritten(path, []) == "FILE is damaged: expected an object, got list."
+        metadata = {"version": 1, "model": "m", "fingerprint": "", "shape": {"num_layers": 1, "layer_types": ["x"]}}
+        assert "missing 2 required" in self.rewritten(path, metadata)
+
+    def test_there_is_none(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            Profile.read(tmp_path / "nowhere")
+
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "rope_theta": 1e4, "torch_dtype": "float32"}
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.rand(40, 40, generator=generator) for name in "abc"}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def shards(model: Path) -> None:
+    """The same weights in two files, and a third that the index does not name."""
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    save_file({"c": weights["c"], "a": weights["a"]}, model / "1.safetensors")
+    save_file({"b": weights["b"]}, model / "2.safetensors")
+    save_file({"b": weights["b"] + 1}, model / "consolidated.safetensors")
+    places = {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def configure(model: Path, **changes: object) -> None:
+    (model / "config.json").write_text(json.dumps(CONFIG | changes))
+
+
+def change_weight(at: int):
+    def change(model: Path) -> None:
+        weights = load_file(model / "model.safetensors")
+        weights["b"].view(-1)[at] += 1
+        save_file(weights, model / "model.safetensors")
+
+    return change
+
+
+def rename(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    save_file({"a": weights["a"], "b": weights["b"], "d": weights["c"]}, model / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        shards,
+        lambda model: configure(model, torch_dtype="bfloat16"),
+        lambda model: (model / "config.json").write_text(json.dumps({"text_config": CONFIG})),
+    ],
+    ids=["shards", "dtype", "nested"],
+)
+def test_the_same_model_in_another_form(model, change):
+    before = fingerprint(model)
+    change(model)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda model: configure(model, num_hidden_layers=3), "shape of"),
+        (lambda model: configure(model, rope_theta=5e5), "RoPE of"),
+        (change_weight(0), "weights of"),
+        (change_weight(800), "weights of"),
+        (change_weight(-1), "weights of"),
+        (rename, "weights of"),
+        (lambda model: (change_weight(0)(model), configure(model, head_dim=3)), "shape and weights of"),
+    ],
+)
+def test_another_model_is_refused_and_the_difference_named(model, tmp_path, change, part):
+    profile = replace(MADE, fingerprint=fingerprint(model), path=tmp_path / "p")
+    check_model(profile, model)
+    change(model)
+    with pytest.raises(ValueError, match=f"is a profile of another model, some/model: {part} {model} differ"):
+        check_model(profile, model)
+
+
+def test_a_model_without_safetensors(model):
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no weights in safetensors"):
+        fingerprint(model)
+
+
+def test_where_a_model_is(model):
+    assert local_folder(str(model)) == model
+    with pytest.raises(ValueError, match="The files of no/such-model are not on this machine"):
+        local_folder("no/such-model")
