@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from reference import Reference
 
-from vllm_l2kv.scorers import Prompt, scorer_of
+from vllm_l2kv.scorers import Heads, Rows, bind
 
 TELLING_SCORES, TELLING_LOGITS = 5e-6, 1e-4
 """What rows kept and rows evicted, and the two likeliest tokens, must lie apart, in parts of a score and in logits.
@@ -22,7 +22,7 @@ class ScoredReference(Reference):
 
     Attributes:
         scorer: A value of `kv_scorer`.
-        num_full_layers: Layers before the first compressed one, for scorers that number those.
+        num_full_layers: Layers before the first compressed one.
     """
 
     scorer = "l2"
@@ -31,6 +31,9 @@ class ScoredReference(Reference):
         super().__init__(model)
         self.num_full_layers = num_full_layers
         self._closest_scores = math.inf
+        config = self.model.config
+        layers, num_heads = range(config.num_hidden_layers), config.num_key_value_heads
+        self._scorers = bind(Heads.of_rank(layers, num_heads, 0, 1, torch.device(self.device)))
 
     def telling_answer(
         self, prompt: Sequence[int], num_tokens: int, scorer: str = "l2", **rule: Any
@@ -43,9 +46,8 @@ class ScoredReference(Reference):
         return logits.argmax(-1).tolist() if is_telling else None
 
     def _kept(self, index, keys, values, num_keep, first, last):
-        num_kv_heads, num_rows = keys.shape[:2]
-        row_ids = torch.arange(num_kv_heads) + (index - self.num_full_layers) * num_kv_heads
-        scores = scorer_of(self.scorer)(Prompt(keys, values, row_ids)).clone()
+        num_rows = keys.shape[1]
+        scores = self._scorers[self.scorer].score(Rows(keys, values, index)).clone()
         scores[:, :first] = scores[:, num_rows - last :] = torch.inf
         ordered, rows = scores.sort(descending=True, stable=True)
         last_kept, first_evicted = ordered[:, num_keep - 1], ordered[:, num_keep]

@@ -26,6 +26,8 @@ SCORERS = ("l2", "l1", "linf", "keydiff", "lagkv", "value_key_ratio", "l2_pagera
 """Values of `kv_scorer`: the modules of `vllm_l2kv.scorers`."""
 ONE_COMPACTION_SCORERS = ("lagkv", "random")
 """Scorers that read a row's place in the prompt, which rows no longer show once some were evicted."""
+PROFILE_SCORERS: tuple[str, ...] = ()
+"""Scorers whose weights are in a profile."""
 GRANULARITIES = ("token", "block")
 """Values of `kv_granularity`, see `vllm_l2kv.token_groups`."""
 TOKENS_PER_BLOCK = 16

@@ -16,6 +16,7 @@ from vllm_l2kv.kernels.group_cache import GroupCache
 from vllm_l2kv.kernels.triton_compactor import TritonCompactor
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.scorers import Heads, bind
 
 NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE = 30, 8, 16, 128
 STRIDE_BYTES = 1952 * 1024  # what `kv_cache_spec.pack` makes of it
@@ -36,7 +37,8 @@ def main() -> None:
         pool[:, layer * page : (layer + 1) * page].view(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, content)
         for layer in range(NUM_LAYERS)
     ]
-    compactor = TritonCompactor(GroupCache.of(views, HEAD_SIZE), 0, 8 * 15_000)
+    scorers = bind(Heads.of_rank(range(NUM_LAYERS), NUM_KV_HEADS, 0, 1, pool.device))
+    compactor = TritonCompactor(GroupCache.of(views, HEAD_SIZE), scorers, 0, 8 * 15_000)
     for num_prompts in (1, 8):
         for n in LENGTHS:
             for ratio in (0.5, 0.25, 0.1):

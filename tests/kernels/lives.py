@@ -8,7 +8,7 @@ import torch
 from vllm_l2kv.kernels.reference import read
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.scorers import Prompt, scorer_of
+from vllm_l2kv.scorers import Rows, Scorers
 
 
 @dataclass
@@ -19,6 +19,7 @@ class Life:
         cache: `[num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]`, keys before values.
         contents: Rows of each position in the cache's type, `[num_layers, num_kv_heads, num_positions, 2 * head_size]`.
         params: With a budget.
+        scorers: Bound to the cache's layers and heads.
         interval: Rows beyond the budget at which it is compacted.
         free: Blocks of the cache that no request holds.
         table: Blocks of the request.
@@ -29,6 +30,7 @@ class Life:
     cache: torch.Tensor
     contents: torch.Tensor
     params: CompressionParams
+    scorers: Scorers
     interval: int
     free: list[int]
     table: list[int] = field(default_factory=list)
@@ -86,9 +88,8 @@ class Life:
         num_kv_heads, num_rows = held.shape
         keys, values = self.cache[index].chunk(2, dim=-1)
         table = torch.tensor(self.table, device=self.cache.device)
-        row_ids = index * num_kv_heads + torch.arange(num_kv_heads, device=self.cache.device)
-        prompt = Prompt(read(keys, table, num_rows), read(values, table, num_rows), row_ids)
-        scores = scorer_of(self.params.scorer)(prompt).tolist()
+        rows = Rows(read(keys, table, num_rows), read(values, table, num_rows), index)
+        scores = self.scorers[self.params.scorer].score(rows).tolist()
         first, last = self.params.protect_first, num_rows - self.params.protect_last
         kept = []
         for head in range(num_kv_heads):

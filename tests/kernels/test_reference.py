@@ -7,10 +7,11 @@ from lives import Life, check_lives
 from vllm_l2kv.kernels.reference import LayerRows, ReferenceCompactor, compact_layer, select
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import ONE_COMPACTION_SCORERS, SCORERS, CompressionParams
-from vllm_l2kv.scorers import norms
+from vllm_l2kv.scorers import Heads, bind, norms
 from vllm_l2kv.token_groups import pool_scores
 
 HEADS, HEAD_SIZE = 3, 8
+SCORERS_OF_TWO_LAYERS = bind(Heads.of_rank((1, 2), HEADS, 0, 1, torch.device("cpu")))
 
 
 def random_rows(num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32, head_size_v: int = HEAD_SIZE):
@@ -40,7 +41,8 @@ def check_compaction(rows, source, destination, n, num_keep, first=0, last=0, gr
     move = GroupMove(0, tuple(source), tuple(destination))
     params = CompressionParams(protect_first=first, protect_last=last, granularity=granularity)
     counts = {"num_rows": n, "num_keep": num_keep, "num_evicted": n - num_keep}
-    compact_layer(rows, CompactionOrder(req_id="r", params=params, moves=(move,), **counts), move)
+    order = CompactionOrder(req_id="r", params=params, moves=(move,), **counts)
+    compact_layer(rows, 1, SCORERS_OF_TWO_LAYERS["l2"], order, move)
     norms = [[row(before.keys, source, head, slot).float().norm().item() for slot in range(n)] for head in range(HEADS)]
     protected = [slot < first or slot >= n - last for slot in range(n)]
     if granularity == "block":
@@ -100,13 +102,14 @@ def test_compaction_after_compaction(scorer, ways, first, last):
             cache,
             torch.randn(2, HEADS, 200, 2 * HEAD_SIZE, generator=generator),
             CompressionParams(max_tokens=budget, protect_first=first, protect_last=last, scorer=scorer),
+            SCORERS_OF_TWO_LAYERS,
             interval,
             blocks,
         )
         for budget, interval in ((44, 30), (64, 7))
     ]
-    layers = [LayerRows(*rows.chunk(2, dim=-1), first_row=i * HEADS) for i, rows in enumerate(cache)]
-    check_lives(lives, ReferenceCompactor(0, layers).compact, ways)
+    layers = [LayerRows(*rows.chunk(2, dim=-1)) for rows in cache]
+    check_lives(lives, ReferenceCompactor(0, layers, SCORERS_OF_TWO_LAYERS).compact, ways)
 
 
 def test_values_may_be_wider_than_keys():

@@ -11,16 +11,20 @@ import torch
 
 from vllm_l2kv.kernels.reference import select
 from vllm_l2kv.params import SCORERS
-from vllm_l2kv.scorers import Prompt, scorer_of
+from vllm_l2kv.scorers import Heads, Rows, Scorers, bind
 
-NUM_ROWS, HEAD_SIZE = 3, 8
+NUM_HEADS, HEAD_SIZE = 3, 8
 
 
-def prompt_of(num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Prompt:
+def bound(layers=(0,), num_heads: int = NUM_HEADS, rank: int = 0, degree: int = 1) -> Scorers:
+    return bind(Heads.of_rank(layers, num_heads, rank, degree, torch.device("cpu")))
+
+
+def rows_of(num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32, num_heads: int = NUM_HEADS) -> Rows:
     """Keys around a common direction, as real ones lie."""
     generator = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(NUM_ROWS, num_tokens, HEAD_SIZE, generator=generator) for _ in range(2))
-    return Prompt((keys + 1).to(dtype), values.to(dtype), torch.arange(NUM_ROWS))
+    keys, values = (torch.randn(num_heads, num_tokens, HEAD_SIZE, generator=generator) for _ in range(2))
+    return Rows((keys + 1).to(dtype), values.to(dtype))
 
 
 def norm(vector) -> float:
@@ -85,18 +89,19 @@ def test_every_scorer_but_chance_is_checked():
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_against_loops(name):
-    prompt = prompt_of(4 + 3 * 128 + 20)
-    scores = scorer_of(name)(prompt)
+    rows = rows_of(4 + 3 * 128 + 20)
+    scores = bound()[name].score(rows)
     assert scores.dtype == torch.float32
-    for row in range(NUM_ROWS):
-        expected = LOOPS[name](prompt.keys[row].tolist(), prompt.values[row].tolist())
-        assert torch.allclose(scores[row], torch.tensor(expected, dtype=torch.float32), rtol=1e-4, atol=1e-6)
+    for head in range(NUM_HEADS):
+        expected = LOOPS[name](rows.keys[head].tolist(), rows.values[head].tolist())
+        assert torch.allclose(scores[head], torch.tensor(expected, dtype=torch.float32), rtol=1e-4, atol=1e-6)
 
 
 def test_chance_is_even_and_independent():
-    prompt = Prompt(torch.zeros(4, 20_000, 1), torch.zeros(4, 20_000, 1), torch.tensor([0, 1, 7, 300]))
-    scores = scorer_of("random")(prompt)
-    assert torch.equal(scores, scorer_of("random")(prompt))
+    """Between heads, between layers, and between rows of a head."""
+    chance, rows = bound((0, 31))["random"], torch.zeros(2, 20_000, 1)
+    scores = torch.cat([chance.score(Rows(rows, rows, layer)) for layer in range(2)])
+    assert torch.equal(scores[2:], bound((31,))["random"].score(Rows(rows, rows)))
     assert ((scores >= 0) & (scores < 1)).all()
     assert torch.histc(scores, 10, 0, 1).sub(8000).abs().max() < 400
     assert (torch.corrcoef(scores) - torch.eye(4)).abs().max() < 0.03
@@ -106,8 +111,8 @@ def test_chance_is_even_and_independent():
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 131, 132, 259, 260, 261])
 def test_any_length_keeps_as_many_as_asked(name, num_tokens):
-    scores = scorer_of(name)(prompt_of(num_tokens))
-    assert scores.shape == (NUM_ROWS, num_tokens)
+    scores = bound()[name].score(rows_of(num_tokens))
+    assert scores.shape == (NUM_HEADS, num_tokens)
     assert not scores.isnan().any()
     num_keep = max(num_tokens // 2, 1)
     kept = select(scores, num_keep, protect_last=1)
@@ -118,28 +123,42 @@ def test_any_length_keeps_as_many_as_asked(name, num_tokens):
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_small_types_are_scored_in_fp32(name, dtype):
-    small = prompt_of(300, dtype=dtype)
-    exact = Prompt(small.keys.float(), small.values.float(), small.row_ids)
-    assert torch.equal(scorer_of(name)(small), scorer_of(name)(exact))
+    small = rows_of(300, dtype=dtype)
+    exact = Rows(small.keys.float(), small.values.float())
+    assert torch.equal(bound()[name].score(small), bound()[name].score(exact))
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_rows_are_scored_by_themselves(name):
-    prompt = prompt_of(300)
-    together = scorer_of(name)(prompt)
-    for row in range(NUM_ROWS):
-        alone = Prompt(*(part[row : row + 1] for part in prompt))
-        assert torch.allclose(scorer_of(name)(alone)[0], together[row], rtol=1e-6, atol=1e-9)
+def test_heads_are_scored_by_themselves(name):
+    scorer, rows = bound((3, 8))[name], rows_of(300)._replace(layer=1)
+    together = scorer.score(rows)
+    for head in range(NUM_HEADS):
+        own = slice(head, head + 1)
+        alone = scorer.score(Rows(rows.keys[own], rows.values[own], 1, head))
+        assert torch.allclose(alone, together[own], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("degree", [2, 3, 6, 12])
+def test_ranks_keep_what_one_rank_keeps(name, degree):
+    """Six heads in parts, or each of them on two ranks; in the second layer of a group that begins elsewhere."""
+    heads = rows_of(300, num_heads=6)
+    whole = select(bound((4, 7), 6)[name].score(heads._replace(layer=1)), 100)
+    for rank in range(degree):
+        own = slice(rank * 6 // degree, rank * 6 // degree + max(6 // degree, 1))
+        scorer = bound((7, 9), 6, rank, degree)[name]
+        assert scorer.heads.num_heads == own.stop - own.start
+        assert torch.equal(select(scorer.score(Rows(heads.keys[own], heads.values[own])), 100), whole[own])
 
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_broken_numbers_break_nothing(name):
     """Keys and values that are zero, huge or not numbers: any choice will do, as long as it is one."""
-    prompt = prompt_of(300)
+    rows = rows_of(300)
     for i, value in enumerate((0.0, 1e30, float("inf"), float("nan"))):
-        prompt.keys[:, 20 * i : 20 * i + 20] = value
-        prompt.values[:, 20 * i + 10 : 20 * i + 30] = value
-    kept = select(scorer_of(name)(prompt), 100, 3, 5)
+        rows.keys[:, 20 * i : 20 * i + 20] = value
+        rows.values[:, 20 * i + 10 : 20 * i + 30] = value
+    kept = select(bound()[name].score(rows), 100, 3, 5)
     assert all(len(set(row)) == 100 and {0, 1, 2, *range(295, 300)} <= set(row) for row in kept.tolist())
 
 
@@ -165,9 +184,9 @@ def press():
 )
 @pytest.mark.parametrize("num_tokens", [100, 260, 700])
 def test_kept_sets_equal_those_of_kvpress(press, name, module, cls, num_tokens):
-    prompt = prompt_of(num_tokens, seed=num_tokens)
-    theirs = press(module, cls).score(None, None, prompt.keys[None], prompt.values[None], None, {})[0]
-    ours = scorer_of(name)(prompt)
+    rows = rows_of(num_tokens, seed=num_tokens)
+    theirs = press(module, cls).score(None, None, rows.keys[None], rows.values[None], None, {})[0]
+    ours = bound()[name].score(rows)
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     # Ranks of partitions tie, and kvpress leaves ties to chance: both choose by our rule.
     for num_keep in (num_tokens // 10, num_tokens // 2, num_tokens - 7):
@@ -178,6 +197,6 @@ def test_kept_sets_equal_those_of_kvpress(press, name, module, cls, num_tokens):
 def test_the_control_of_first_and_last_equals_kvpress(press, num_tokens):
     streaming = press("streaming_llm_press", "StreamingLLMPress")
     streaming.compression_ratio = 0.5
-    prompt = prompt_of(num_tokens)
-    theirs = streaming.score(None, None, prompt.keys[None], prompt.values[None], None, {})[0]
-    assert torch.equal(select(scorer_of("first_last")(prompt), num_tokens // 2), select(theirs, num_tokens // 2))
+    rows = rows_of(num_tokens)
+    theirs = streaming.score(None, None, rows.keys[None], rows.values[None], None, {})[0]
+    assert torch.equal(select(bound()["first_last"].score(rows), num_tokens // 2), select(theirs, num_tokens // 2))

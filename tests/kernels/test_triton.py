@@ -10,7 +10,7 @@ from lives import Life, check_lives
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import GRANULARITIES, ONE_COMPACTION_SCORERS, SCORERS, CompressionParams
-from vllm_l2kv.scorers import norms
+from vllm_l2kv.scorers import Heads, bind, norms
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -56,9 +56,11 @@ class Pool:
         pool = padded[:, : pool.shape[1]].view([sizes[axis] for axis in layout])
         self.views = pool.permute([layout.index(axis) for axis in "LBHNC"])
         self.head_size = head_size
+        layers = range(3, 3 + num_layers)
+        self.scorers = bind(Heads.of_rank(layers, 2 * NUM_KV_HEADS, 1, 2, self.views.device))
 
-    def rows(self, layer: torch.Tensor, first_row: int) -> LayerRows:
-        return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype, first_row)
+    def rows(self, layer: torch.Tensor) -> LayerRows:
+        return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype)
 
     def lives(self, *intervals: int, budget: int, num_positions: int, **params) -> list[Life]:
         """Requests with a budget and one of the intervals; what they write is random."""
@@ -70,11 +72,12 @@ class Pool:
         for interval in intervals:
             contents = torch.randn(num_layers, NUM_KV_HEADS, num_positions, content, generator=generator)
             contents = contents.to(self.key_dtype).view(self.views.dtype)
-            lives.append(Life(self.views, contents.to(DEVICE), asked, interval, free))
+            lives.append(Life(self.views, contents.to(DEVICE), asked, self.scorers, interval, free))
         return lives
 
     def compactor(self, max_num_tokens: int = 512) -> TritonCompactor:
-        return TritonCompactor(GroupCache.of(list(self.views), self.head_size, self.key_dtype), 0, max_num_tokens)
+        cache = GroupCache.of(list(self.views), self.head_size, self.key_dtype)
+        return TritonCompactor(cache, self.scorers, 0, max_num_tokens)
 
 
 def order(source, destination, n, num_keep, first=0, last=0, scorer="l2", granularity="token"):
@@ -94,9 +97,8 @@ def tables(num_blocks: int, *counts: int) -> list[list[int]]:
 def check(pool: Pool, orders: list[CompactionOrder], max_num_tokens: int = 512) -> None:
     expected = pool.views.clone()
     for i in range(pool.views.shape[0]):
-        rows = pool.rows(expected[i], i * NUM_KV_HEADS)
         for o in orders:
-            compact_layer(rows, o, o.move_of(0))
+            compact_layer(pool.rows(expected[i]), i, pool.scorers[o.params.scorer], o, o.move_of(0))
     pool.compactor(max_num_tokens).compact(orders)
     assert torch.equal(pool.views, expected)
 

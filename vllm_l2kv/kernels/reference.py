@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
-from vllm_l2kv.scorers import Prompt, scorer_of
+from vllm_l2kv.scorers import Rows, Scorer, Scorers
 from vllm_l2kv.token_groups import pool_scores
 
 
@@ -21,18 +21,15 @@ class LayerRows(NamedTuple):
         keys: `[num_blocks, num_kv_heads, block_size, head_size]`.
         values: `[num_blocks, num_kv_heads, block_size, head_size_v]`.
         dtype: What the elements are where the cache is bytes (fp8); `None` if they are what they say.
-        first_row: Number of the first head's row, counted over the layers of a group.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     dtype: torch.dtype | None = None
-    first_row: int = 0
 
-    def prompt(self, keys: torch.Tensor, values: torch.Tensor) -> Prompt:
-        """What a scorer sees of this layer's rows `[num_kv_heads, num_tokens, head_size]`."""
-        row_ids = self.first_row + torch.arange(keys.shape[0], device=keys.device)
-        return Prompt(keys.view(self.dtype or keys.dtype), values.view(self.dtype or values.dtype), row_ids)
+    def seen(self, keys: torch.Tensor, values: torch.Tensor, layer: int, first_head: int = 0) -> Rows:
+        """What a scorer sees of rows that were read of this layer; shapes and places as those of `Rows`."""
+        return Rows(keys.view(self.dtype or keys.dtype), values.view(self.dtype or values.dtype), layer, first_head)
 
 
 def ranked(scores: torch.Tensor, protect_first: int = 0, protect_last: int = 0) -> torch.Tensor:
@@ -76,21 +73,24 @@ class ReferenceCompactor:
     Args:
         group_id: Its id in `GroupMove`.
         layers: The caches of its layers.
+        scorers: Bound to these layers, in their order.
     """
 
-    def __init__(self, group_id: int, layers: Sequence[LayerRows]) -> None:
+    def __init__(self, group_id: int, layers: Sequence[LayerRows], scorers: Scorers) -> None:
         self._group_id = group_id
         self._layers = layers
+        self._scorers = scorers
 
     @torch.inference_mode()
     def compact(self, orders: Sequence[CompactionOrder]) -> None:
         """Carries the orders out in turn."""
         for order in orders:
-            for rows in self._layers:
-                compact_layer(rows, order, order.move_of(self._group_id))
+            scorer = self._scorers[order.params.scorer]
+            for layer, rows in enumerate(self._layers):
+                compact_layer(rows, layer, scorer, order, order.move_of(self._group_id))
 
 
-def compact_layer(rows: LayerRows, order: CompactionOrder, move: GroupMove) -> None:
+def compact_layer(rows: LayerRows, layer: int, scorer: Scorer, order: CompactionOrder, move: GroupMove) -> None:
     """Gathers one layer's kept rows of one request into the destination blocks.
 
     Kept rows stay in the order of their positions. Slots after them in the last block are zeroed. All rows are read
@@ -98,14 +98,15 @@ def compact_layer(rows: LayerRows, order: CompactionOrder, move: GroupMove) -> N
 
     Args:
         rows: The layer's cache.
+        layer: Its place among the layers of `scorer`.
+        scorer: What the order's params name.
         order: What is asked.
         move: The blocks of the layer's group; `destination` holds `num_keep` rows.
     """
     source, destination = (torch.tensor(blocks, device=rows.keys.device) for blocks in (move.source, move.destination))
     params = order.params
     keys, values = read(rows.keys, source, order.num_rows), read(rows.values, source, order.num_rows)
-    scores = scorer_of(params.scorer)(rows.prompt(keys, values))
-    scores = pool_scores(scores, params.granularity)
+    scores = pool_scores(scorer.score(rows.seen(keys, values, layer)), params.granularity)
     kept = select(scores, order.num_keep, params.protect_first, params.protect_last)
     _write(rows.keys, destination, _take(keys, kept))
     _write(rows.values, destination, _take(values, kept))

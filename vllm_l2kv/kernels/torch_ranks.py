@@ -5,7 +5,7 @@ import torch
 from vllm_l2kv.kernels.group_cache import GroupCache
 from vllm_l2kv.kernels.reference import LayerRows, ranked, read
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.scorers import scorer_of
+from vllm_l2kv.scorers import Scorer
 from vllm_l2kv.token_groups import pool_scores
 
 TORCH_BYTES = 128 << 20
@@ -19,7 +19,9 @@ def torch_bytes_of_a_head(head_size: int, num_tokens: int) -> int:
     return TORCH_COPIES * 4 * head_size * num_tokens
 
 
-def write_ranks(out: torch.Tensor, cache: GroupCache, blocks: torch.Tensor, params: CompressionParams) -> None:
+def write_ranks(
+    out: torch.Tensor, cache: GroupCache, blocks: torch.Tensor, params: CompressionParams, scorer: Scorer
+) -> None:
     """Ranks a prompt's tokens, as many heads at once as memory allows.
 
     The tokens of the lowest ranks are those that the reference selects by the highest scores.
@@ -29,9 +31,9 @@ def write_ranks(out: torch.Tensor, cache: GroupCache, blocks: torch.Tensor, para
         cache: The group's caches.
         blocks: `[num_blocks]` integers, the prompt's block table.
         params: What the request asks.
+        scorer: What they name, bound to the group.
     """
     num_kv_heads, n = out.shape[1:]
-    score = scorer_of(params.scorer)
     order = torch.arange(1, n + 1, dtype=torch.int32, device=out.device)
     at_once = max(1, TORCH_BYTES // torch_bytes_of_a_head(cache.head_size, n))
     parts = [slice(head, head + at_once) for head in range(0, num_kv_heads, at_once)]
@@ -41,8 +43,9 @@ def write_ranks(out: torch.Tensor, cache: GroupCache, blocks: torch.Tensor, para
         scores = ranks.view(torch.float32)
         for heads in parts:
             keys, values = layer[:, heads, :, : cache.head_size], layer[:, heads, :, cache.head_size :]
-            rows = LayerRows(keys, values, cache.key_dtype, first_row=i_layer * num_kv_heads + heads.start)
-            scores[heads] = score(rows.prompt(read(keys, blocks, n), read(values, blocks, n)))
+            rows = LayerRows(keys, values, cache.key_dtype)
+            seen = rows.seen(read(keys, blocks, n), read(values, blocks, n), i_layer, heads.start)
+            scores[heads] = scorer.score(seen)
         scores = pool_scores(scores, params.granularity)
         for heads in parts:
             kept = ranked(scores[heads], params.protect_first, params.protect_last)

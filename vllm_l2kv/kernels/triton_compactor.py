@@ -17,6 +17,7 @@ from vllm_l2kv.kernels.torch_ranks import write_ranks
 from vllm_l2kv.kernels.triton import SELECT_TILES, move_rows, order_table, score_norms, select_positions
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.scorers import Scorers
 
 NOTHING_PROTECTED = CompressionParams(protect_first=0, protect_last=0)
 """To warm up with: a single row may be kept."""
@@ -32,12 +33,14 @@ class TritonCompactor:
 
     Args:
         cache: The group's caches.
+        scorers: Bound to their layers and heads.
         group_id: Its id in `GroupMove`.
         max_num_tokens: Rows of the longest request; it always fits the scratch memory.
     """
 
-    def __init__(self, cache: GroupCache, group_id: int, max_num_tokens: int) -> None:
+    def __init__(self, cache: GroupCache, scorers: Scorers, group_id: int, max_num_tokens: int) -> None:
         self.cache = cache
+        self._scorers = scorers
         self.group_id = group_id
         # Norms as sortable integers, then the kept positions in the same place.
         num_bytes = scratch_bytes(cache.num_rows_per_token, max_num_tokens)
@@ -77,6 +80,12 @@ class TritonCompactor:
                 n, num_selections = order.num_rows, cache.num_rows_per_token
                 scores = scratch[row.first_score * num_selections :][: num_selections * n]
                 blocks = table[row.source : row.destination].long()
-                write_ranks(scores.view(len(cache.layers), -1, n), cache, blocks, order.params)
+                write_ranks(
+                    scores.view(len(cache.layers), -1, n),
+                    cache,
+                    blocks,
+                    order.params,
+                    self._scorers[order.params.scorer],
+                )
         select_positions(cache, table, scratch, len(orders), longest)
         move_rows(cache, table, scratch, len(orders))

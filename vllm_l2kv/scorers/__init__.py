@@ -1,39 +1,149 @@
-"""Scores of cached tokens, one scorer a file: the higher a score, the sooner a token is kept.
+"""Scores of cached rows, one scorer a file: the higher a score, the sooner a row is kept.
 
-A scorer sees what lies in the cache (keys after RoPE, QK-norm and bias) and nothing else. It works in fp32 whatever the
-cache's type: in bf16 three quarters of the norms tie. Every row, a KV head of a layer, is scored by itself, so how many
-are scored at once changes nothing. A factor common to a layer (the scale of an fp8 cache) is left out.
+A scorer sees what lies in the cache (keys after RoPE, QK-norm and bias), and knows of which layer and head it is. It
+works in fp32 whatever the cache's type: in bf16 three quarters of the norms tie. Every KV head of a layer is scored by
+itself, so neither how many are scored at once nor the tensor-parallel degree changes what is kept. A factor common to a
+layer (the scale of an fp8 cache) is left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import NamedTuple
 
 import torch
 
+from vllm_l2kv.params import PROFILE_SCORERS, SCORERS
 
-class Prompt(NamedTuple):
-    """The rows of one prompt.
+
+@dataclass(frozen=True)
+class Heads:
+    """The KV heads that one compactor holds: those of some layers, on one tensor-parallel rank.
 
     Attributes:
-        keys: `[num_rows, num_tokens, head_size]`, any floating type.
-        values: `[num_rows, num_tokens, head_size_v]`, the same.
-        row_ids: `[num_rows]` int64, a number for each layer and head, the same in every run.
+        layers: Indices in the model, in the order of the compactor's caches.
+        first_head: Number in the model of this rank's first KV head.
+        num_heads: KV heads of each layer on this rank.
+        num_heads_of_model: KV heads of each layer in the model.
+        device: Of the caches.
+    """
+
+    layers: tuple[int, ...]
+    first_head: int
+    num_heads: int
+    num_heads_of_model: int
+    device: torch.device
+
+    @classmethod
+    def of_rank(
+        cls, layers: Iterable[int], num_heads_of_model: int, rank: int, degree: int, device: torch.device
+    ) -> "Heads":
+        """Those of a tensor-parallel rank, as vLLM deals them out: its part of them, or one that several ranks have.
+
+        Args:
+            layers: As the attribute.
+            num_heads_of_model: As the attribute; a divisor or a multiple of `degree`.
+            rank: The rank.
+            degree: The number of ranks.
+            device: As the attribute.
+        """
+        num_heads = max(num_heads_of_model // degree, 1)
+        return cls(tuple(layers), rank * num_heads_of_model // degree, num_heads, num_heads_of_model, device)
+
+    def number(self, layer: int, head: int = 0) -> int:
+        """A head's number in the model, the same on any rank and in any group.
+
+        Args:
+            layer: A layer's place in `layers`.
+            head: Counted from the rank's first.
+        """
+        return self.layers[layer] * self.num_heads_of_model + self.first_head + head
+
+
+class Rope(NamedTuple):
+    """Which elements of a key are rotated.
+
+    Attributes:
+        rotary_dim: Elements at the front that are.
+        interleaved: Whether pairs are (0, 1), (2, 3) and so on; else the first half goes with the second.
+    """
+
+    rotary_dim: int
+    interleaved: bool
+
+
+class Weights(NamedTuple):
+    """What a profile holds for scorers.
+
+    Attributes:
+        tensors: By their names in the profile, of all layers and KV heads of the model, on the host.
+        rope: The model's.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    rope: Rope
+
+
+class Rows(NamedTuple):
+    """Rows of one layer that one request holds.
+
+    Attributes:
+        keys: `[num_heads, num_rows, head_size]`, any floating type.
+        values: `[num_heads, num_rows, head_size_v]`, the same.
+        layer: The layer's place in `Heads.layers`.
+        first_head: The first of these heads, counted from the rank's first.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    row_ids: torch.Tensor
+    layer: int = 0
+    first_head: int = 0
 
 
-Scorer = Callable[[Prompt], torch.Tensor]
-"""Takes a prompt, returns `[num_rows, num_tokens]` fp32."""
+class Scorer:
+    """A scorer, bound once to what it will score. Each module has one, its class `Bound`.
+
+    Args:
+        heads: What it will score.
+        weights: Of the engine's profile; `None` without one.
+    """
+
+    def __init__(self, heads: Heads, weights: Weights | None = None) -> None:
+        self.heads = heads
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        """The scores of `rows`: `[num_heads, num_rows]` fp32."""
+        raise NotImplementedError
+
+    @staticmethod
+    def bytes_of_a_head(weights: Weights) -> int:
+        """Device memory that it holds for each layer and head to which it is bound."""
+        return 0
 
 
-def scorer_of(name: str) -> Scorer:
-    """The scorer that a request's `kv_scorer` names, one of `vllm_l2kv.params.SCORERS`."""
-    scorer: Scorer = import_module(f"vllm_l2kv.scorers.{name}").score
-    return scorer
+Scorers = Mapping[str, Scorer]
+"""Bound scorers by the values of `kv_scorer` that name them."""
+
+
+def bind(heads: Heads, weights: Weights | None = None) -> Scorers:
+    """The scorers of `vllm_l2kv.params.SCORERS`, bound to the same heads.
+
+    Args:
+        heads: As of `Scorer`.
+        weights: As of `Scorer`. Scorers that need a profile are left out without one.
+    """
+    names = (name for name in SCORERS if weights or name not in PROFILE_SCORERS)
+    return {name: _class_of(name)(heads, weights) for name in names}
+
+
+def bytes_of_a_head(weights: Weights) -> int:
+    """Device memory that all scorers hold for each layer and head to which they are bound."""
+    return sum(_class_of(name).bytes_of_a_head(weights) for name in SCORERS)
+
+
+def _class_of(name: str) -> type[Scorer]:
+    bound: type[Scorer] = import_module(f"vllm_l2kv.scorers.{name}").Bound
+    return bound
 
 
 def norms(rows: torch.Tensor, order: float = 2) -> torch.Tensor:

@@ -6,14 +6,16 @@ without its moving of positions.
 
 import torch
 
-from vllm_l2kv.scorers import Prompt
+from vllm_l2kv.scorers import Rows, Scorer
 
 NUM_SINKS = 4
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """The position, and more than any position for the sinks."""
-    num_rows, num_tokens = prompt.keys.shape[:2]
-    scores = torch.arange(num_tokens, dtype=torch.float32, device=prompt.keys.device)
-    scores[:NUM_SINKS] = num_tokens
-    return scores.expand(num_rows, -1)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        num_rows, num_tokens = rows.keys.shape[:2]
+        scores = torch.arange(num_tokens, dtype=torch.float32, device=rows.keys.device)
+        scores[:NUM_SINKS] = num_tokens
+        return scores.expand(num_rows, -1)

@@ -7,11 +7,13 @@ Resource-Constrained Environments", arXiv 2504.15364, section 3, over the whole 
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from vllm_l2kv.scorers import Prompt
+from vllm_l2kv.scorers import Rows, Scorer
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """`-cos(k, mean of k / ||k||)`."""
-    keys = prompt.keys.float()
-    anchor = normalize(keys, dim=-1).mean(dim=-2, keepdim=True)
-    return -cosine_similarity(keys, anchor, dim=-1)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        keys = rows.keys.float()
+        anchor = normalize(keys, dim=-1).mean(dim=-2, keepdim=True)
+        return -cosine_similarity(keys, anchor, dim=-1)

@@ -5,9 +5,11 @@ Source: the L1 norm in place of the L2 norm of Devoto et al., arXiv 2406.11430, 
 
 import torch
 
-from vllm_l2kv.scorers import Prompt, norms
+from vllm_l2kv.scorers import Rows, Scorer, norms
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """`-||k||_1`."""
-    return -norms(prompt.keys, 1)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        return -norms(rows.keys, 1)

@@ -6,9 +6,11 @@ section 2.
 
 import torch
 
-from vllm_l2kv.scorers import Prompt, norms
+from vllm_l2kv.scorers import Rows, Scorer, norms
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """`-||k||`."""
-    return -norms(prompt.keys)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        return -norms(rows.keys)

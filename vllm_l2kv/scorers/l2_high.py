@@ -5,9 +5,11 @@ Source: "keep high norm" in Devoto et al., arXiv 2406.11430, section 3.
 
 import torch
 
-from vllm_l2kv.scorers import Prompt, norms
+from vllm_l2kv.scorers import Rows, Scorer, norms
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """`||k||`."""
-    return norms(prompt.keys)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        return norms(rows.keys)

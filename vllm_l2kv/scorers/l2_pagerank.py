@@ -7,17 +7,19 @@ with `kv_protect_first` and `kv_protect_last` (4 and 8 there).
 import torch
 from torch.nn.functional import normalize
 
-from vllm_l2kv.scorers import Prompt, norms
+from vllm_l2kv.scorers import Rows, Scorer, norms
 
 DAMPING, NUM_ITERATIONS = 0.15, 3
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """The share of walkers at each token; edges weigh `(1 + cos) / 2`, never written out."""
-    directions = normalize(prompt.keys.float(), dim=-1)
-    teleport = (-norms(prompt.keys)).softmax(dim=-1).unsqueeze(-1)
-    walkers = teleport
-    for _ in range(NUM_ITERATIONS):
-        arrived = (walkers.sum(dim=-2, keepdim=True) + directions @ (directions.mT @ walkers)) / 2
-        walkers = DAMPING * arrived / arrived.sum(dim=-2, keepdim=True) + (1 - DAMPING) * teleport
-    return walkers.squeeze(-1)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        directions = normalize(rows.keys.float(), dim=-1)
+        teleport = (-norms(rows.keys)).softmax(dim=-1).unsqueeze(-1)
+        walkers = teleport
+        for _ in range(NUM_ITERATIONS):
+            arrived = (walkers.sum(dim=-2, keepdim=True) + directions @ (directions.mT @ walkers)) / 2
+            walkers = DAMPING * arrived / arrived.sum(dim=-2, keepdim=True) + (1 - DAMPING) * teleport
+        return walkers.squeeze(-1)

@@ -10,24 +10,26 @@ arXiv 2504.04704, section 3, with ranks that are comparable between partitions.
 
 import torch
 
-from vllm_l2kv.scorers import Prompt
+from vllm_l2kv.scorers import Rows, Scorer
 
 NUM_SINKS, LAG = 4, 128
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """Rank in the partition, in [0, 1); 1 for what is always kept. Short prompts: the latest tokens."""
-    num_rows, num_tokens = prompt.keys.shape[:2]
-    num_partitions = (num_tokens - NUM_SINKS) // LAG
-    scores = torch.ones(num_rows, num_tokens, device=prompt.keys.device)
-    if num_partitions < 2:
-        rest = max(num_tokens - NUM_SINKS, 0)
-        scores[:, NUM_SINKS:] = torch.arange(rest, device=scores.device) / max(rest, 1)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        num_rows, num_tokens = rows.keys.shape[:2]
+        num_partitions = (num_tokens - NUM_SINKS) // LAG
+        scores = torch.ones(num_rows, num_tokens, device=rows.keys.device)
+        if num_partitions < 2:
+            rest = max(num_tokens - NUM_SINKS, 0)
+            scores[:, NUM_SINKS:] = torch.arange(rest, device=scores.device) / max(rest, 1)
+            return scores
+        spread = (_spread(rows.keys, num_partitions) + _spread(rows.values, num_partitions)) / 2
+        ranks = spread.sort(dim=-1, stable=True).indices.argsort(dim=-1) / LAG
+        scores[:, NUM_SINKS : NUM_SINKS + ranks[0].numel()] = ranks.flatten(1)
         return scores
-    spread = (_spread(prompt.keys, num_partitions) + _spread(prompt.values, num_partitions)) / 2
-    ranks = spread.sort(dim=-1, stable=True).indices.argsort(dim=-1) / LAG
-    scores[:, NUM_SINKS : NUM_SINKS + ranks[0].numel()] = ranks.flatten(1)
-    return scores
 
 
 def _spread(rows: torch.Tensor, num_partitions: int) -> torch.Tensor:

@@ -7,9 +7,11 @@ import math
 
 import torch
 
-from vllm_l2kv.scorers import Prompt, norms
+from vllm_l2kv.scorers import Rows, Scorer, norms
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """`-||k||_inf`."""
-    return -norms(prompt.keys, math.inf)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        return -norms(rows.keys, math.inf)

@@ -6,16 +6,20 @@ Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), which nee
 
 import torch
 
-from vllm_l2kv.scorers import Prompt
+from vllm_l2kv.scorers import Rows, Scorer
 
 SEED = 0
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """Uniform in [0, 1), 24 bits."""
-    positions = torch.arange(prompt.keys.shape[1], device=prompt.keys.device)
-    bits = _mixed((prompt.row_ids[:, None] << 32) + positions + SEED)
-    return (bits & 0xFFFFFF).float() / 2**24
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        num_heads, num_rows = rows.keys.shape[:2]
+        first = self.heads.number(rows.layer, rows.first_head)
+        numbers = torch.arange(first, first + num_heads, device=rows.keys.device)
+        bits = _mixed((numbers[:, None] << 32) + torch.arange(num_rows, device=rows.keys.device) + SEED)
+        return (bits & 0xFFFFFF).float() / 2**24
 
 
 def _mixed(counters: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,11 @@ Inference", arXiv 2509.04377, section 3, for each head instead of the mean over 
 
 import torch
 
-from vllm_l2kv.scorers import Prompt, norms
+from vllm_l2kv.scorers import Rows, Scorer, norms
 
 
-def score(prompt: Prompt) -> torch.Tensor:
+class Bound(Scorer):
     """`||v|| / ||k||`."""
-    return norms(prompt.values) / norms(prompt.keys)
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        return norms(rows.values) / norms(rows.keys)

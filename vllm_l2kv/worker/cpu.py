@@ -28,15 +28,12 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
 
     def _make_compactors(self, layers: GroupLayers) -> Sequence[Compactor]:
         for group in layers.values():
-            for layer, spec in group[:1]:
-                check_cpu_layout(layer.isa, spec)
+            check_cpu_layout(group[0].attention.isa, group[0].spec)
         return [
             ReferenceCompactor(
                 group_id,
-                [
-                    cpu_rows(layer.kv_cache, spec.head_size, i * spec.num_kv_heads)
-                    for i, (layer, spec) in enumerate(group)
-                ],
+                [cpu_rows(layer.attention.kv_cache, layer.spec.head_size) for layer in group],
+                self._bind(group, torch.device("cpu")),
             )
             for group_id, group in layers.items()
         ]

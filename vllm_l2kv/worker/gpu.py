@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
@@ -17,7 +16,7 @@ from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geomet
 from vllm_l2kv.worker.clock import Clock, CUDAClock
 from vllm_l2kv.worker.runner import Runner
 from vllm_l2kv.worker.runner_v2 import RunnerV2
-from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers
+from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers, Layer
 
 
 class L2KVGPUWorker(CompactionWorker, Worker):
@@ -51,7 +50,11 @@ class L2KVGPUWorker(CompactionWorker, Worker):
 
     def _make_compactors(self, layers: GroupLayers) -> Sequence[Compactor]:
         longest = self.vllm_config.model_config.max_model_len
-        compactors = [TritonCompactor(cache, group_id, longest) for group_id, cache in alike(layers)]
+        compactors = []
+        for group_id, group in alike(layers):
+            cache = cache_of(group)
+            scorers = self._bind(group, cache.pointers.device)
+            compactors.append(TritonCompactor(cache, scorers, group_id, longest))
         for compactor in compactors:
             compactor.warm_up()
         return compactors
@@ -65,15 +68,18 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         return runner
 
 
-def alike(layers: GroupLayers) -> list[tuple[int, GroupCache]]:
-    """Caches that one compactor can take, each with the id of its group: all layers of a group, unless they differ."""
-    found: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+def alike(layers: GroupLayers) -> list[tuple[int, list[Layer]]]:
+    """Layers that one compactor can take, each with the id of their group: all of a group, unless they differ."""
+    found: dict[tuple[Any, ...], list[Layer]] = {}
     for group_id, group in layers.items():
-        for layer, spec in group:
-            cache = layer.kv_cache
-            like = (group_id, spec.head_size, key_dtype(spec), cache.dtype, cache.shape, cache.stride())
-            found.setdefault(like, []).append(cache)
-    return [
-        (group_id, GroupCache.of(caches, head_size, dtype))
-        for (group_id, head_size, dtype, *_), caches in found.items()
-    ]
+        for layer in group:
+            cache = layer.attention.kv_cache
+            like = (group_id, layer.spec.head_size, key_dtype(layer.spec), cache.dtype, cache.shape, cache.stride())
+            found.setdefault(like, []).append(layer)
+    return [(group_id, group) for (group_id, *_), group in found.items()]
+
+
+def cache_of(layers: Sequence[Layer]) -> GroupCache:
+    """The caches of alike layers."""
+    spec = layers[0].spec
+    return GroupCache.of([layer.attention.kv_cache for layer in layers], spec.head_size, key_dtype(spec))

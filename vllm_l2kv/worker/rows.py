@@ -5,7 +5,7 @@ import torch
 from vllm_l2kv.kernels.reference import LayerRows
 
 
-def cpu_rows(kv_cache: torch.Tensor, head_size: int, first_row: int = 0) -> LayerRows:
+def cpu_rows(kv_cache: torch.Tensor, head_size: int) -> LayerRows:
     """Rows of a cache that vLLM's CPU kernels of the `vec` and `vec16` kind write.
 
     In each (block, head) the first half holds the keys transposed, `[head_size, block_size]`, the second half the
@@ -14,7 +14,6 @@ def cpu_rows(kv_cache: torch.Tensor, head_size: int, first_row: int = 0) -> Laye
     Args:
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; the last two dimensions contiguous.
         head_size: Elements of a key; a value has as many.
-        first_row: As that of `LayerRows`.
 
     Returns:
         Views into `kv_cache`.
@@ -25,5 +24,4 @@ def cpu_rows(kv_cache: torch.Tensor, head_size: int, first_row: int = 0) -> Laye
     return LayerRows(
         keys.view(num_blocks, num_kv_heads, head_size, block_size).transpose(2, 3),
         values.view(num_blocks, num_kv_heads, block_size, head_size),
-        first_row=first_row,
     )

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -21,12 +24,28 @@ from vllm_l2kv.kv_cache_spec import (
 )
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, with_seconds
 from vllm_l2kv.refusals import check_supported
+from vllm_l2kv.scorers import Heads, Scorers, bind
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
 from vllm_l2kv.worker.runner import Runner
 
-GroupLayers = Mapping[int, Sequence[tuple[Any, CompressedLayerSpec]]]
-"""Compressed KV-cache groups to their attention layers and specs."""
+
+class Layer(NamedTuple):
+    """A compressed layer of this rank.
+
+    Attributes:
+        number: Its index in the model.
+        attention: vLLM's attention layer.
+        spec: Of its cache.
+    """
+
+    number: int
+    attention: Any
+    spec: CompressedLayerSpec
+
+
+GroupLayers = Mapping[int, Sequence[Layer]]
+"""Compressed KV-cache groups to their layers."""
 
 
 class CompactionWorker(WorkerBase):
@@ -62,11 +81,11 @@ class CompactionWorker(WorkerBase):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Same contract as upstream; then makes the compactors and adapts the runner."""
         super().initialize_from_config(kv_cache_config)
-        layers: dict[int, list[tuple[Any, CompressedLayerSpec]]] = {}
+        layers: dict[int, list[Layer]] = {}
         for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
             for name, spec in group_layer_specs(group).items():
                 if isinstance(spec, CompressedLayerSpec):
-                    layers.setdefault(group_id, []).append((self._layers[name], spec))
+                    layers.setdefault(group_id, []).append(Layer(extract_layer_index(name), self._layers[name], spec))
         self._compressed_group_ids = tuple(layers)
         self._compactors = self._make_compactors(layers)
         self._clock = self._make_clock()
@@ -121,6 +140,13 @@ class CompactionWorker(WorkerBase):
             if isinstance(output, AsyncModelRunnerOutput)
             else with_seconds(output, seconds)
         )
+
+    def _bind(self, layers: Sequence[Layer], device: torch.device) -> Scorers:
+        """Scorers of alike layers, the part of them that this rank holds."""
+        rank, degree = get_tensor_model_parallel_rank(), self.vllm_config.parallel_config.tensor_parallel_size
+        num_heads_of_model = self.vllm_config.model_config.get_total_num_kv_heads()
+        heads = Heads.of_rank([layer.number for layer in layers], num_heads_of_model, rank, degree, device)
+        return bind(heads)
 
     @property
     def _layers(self) -> dict[str, Any]:
