@@ -28,6 +28,7 @@ TOOLS = {
     "html_report": set(),
     "options": set(),
     "user_cache": set(),
+    "profile": {"tools.demo_model", "tools.evaluation", "tools.html_report", "tools.options"},
     "plan": {"tools.demo_model", "tools.options", "kv_cache_spec", "plugin", "refusals", "seams"},
 }
 """They use the plain modules, as a user would, and these beside them."""
