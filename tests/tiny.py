@@ -10,8 +10,13 @@ from reference import Reference
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -56,6 +61,33 @@ def qwen3_moe(**changes: Any) -> PretrainedConfig:
     """Every layer with experts, two of four for each token."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     return Qwen3MoeConfig(**{**SHAPE, **experts, **changes})
+
+
+def mistral(**changes: Any) -> PretrainedConfig:
+    """Without a window, as all but the first one."""
+    return MistralConfig(**{**SHAPE, "sliding_window": None, **changes})
+
+
+def phi3(**changes: Any) -> PretrainedConfig:
+    """One projection of queries, keys and values; three quarters of each head are rotated."""
+    partial = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}
+    return Phi3Config(**{**SHAPE, **partial, **changes})
+
+
+def glm(**changes: Any) -> PretrainedConfig:
+    """Half of each head is rotated, in pairs of neighbours."""
+    return GlmConfig(**{**SHAPE, **changes})
+
+
+def glm4(**changes: Any) -> PretrainedConfig:
+    """The same, with more norms."""
+    return Glm4Config(**{**SHAPE, **changes})
+
+
+def gemma2(**changes: Any) -> PretrainedConfig:
+    """Every other layer has a sliding window; scores are capped."""
+    hybrid = {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 32, "tie_word_embeddings": False}
+    return Gemma2Config(**{**SHAPE, **hybrid, **changes})
 
 
 def gemma3(num_blocks: int = 2, **changes: Any) -> PretrainedConfig:

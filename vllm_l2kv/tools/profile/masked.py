@@ -6,19 +6,16 @@ of rows are tried beside each other, as a batch that shares the rows of the cont
 Shapes: L layers, H KV heads of them, T tokens of a context, C choices of rows.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 
-NAME = "l2kv_masked"
-"""Of the attention, where `transformers` looks it up."""
-UNKNOWN = "{} has an attention of an unknown layout: its rows cannot be hidden from answers."
-MAX_SCORES = 1 << 26
-"""Attention scores or logits that are held at once: some hundred MB in fp32."""
+from vllm_l2kv.tools.profile.observe import MAX_SCORES, UNKNOWN, attending
+
+Watch = Callable[[int, torch.Tensor], None]
 
 
 class Context(NamedTuple):
@@ -54,12 +51,14 @@ class _Masked:
     Attributes:
         context: What was read before.
         keep: `[C, L, H, T]` bool.
+        watch: Shown what each layer looks at, if there is one.
         layers: Layers that have looked at it.
     """
 
     context: Context
     keep: torch.Tensor
-    layers: set[int]
+    watch: Watch | None
+    layers: set[int] = field(default_factory=set)
 
 
 @torch.inference_mode()
@@ -76,7 +75,12 @@ def read(model: Any, token_ids: Sequence[int]) -> Context:
 
 @torch.inference_mode()
 def answer_losses(
-    model: Any, context: Context, token_ids: Sequence[int], num_predicted: int, keep: torch.Tensor
+    model: Any,
+    context: Context,
+    token_ids: Sequence[int],
+    num_predicted: int,
+    keep: torch.Tensor,
+    watch: Watch | None = None,
 ) -> Losses:
     """Goes on reading after a context of which each choice keeps other rows, and says what the last tokens lose.
 
@@ -87,6 +91,8 @@ def answer_losses(
         num_predicted: Tokens at its end that are the answer. The first token after a context is predicted by the
             context's last one, which has seen everything, so it cannot be one of them.
         keep: `[C, L, H, T]` bool, rows of the context that are seen. Layers with a sliding window see all of theirs.
+        watch: Shown for each layer of full attention its index and `[c, H, G, n, T + n]` fp32, the attention of the n
+            new tokens under some of the choices, G query heads for each KV head.
 
     Raises:
         ValueError: Nothing or too much is predicted, or the model has a layout that rows cannot be hidden from.
@@ -101,10 +107,10 @@ def answer_losses(
     positions = torch.arange(context.num_tokens, last, device=device)[None]
     targets = torch.tensor(token_ids[-num_predicted:], device=device)
     losses, exact = [], []
-    with _attention(model):
+    with attending(model, _attend):
         for first in range(0, len(keep), at_once):
             some = keep[first : first + at_once]
-            masked = _Masked(context, some.to(device), set())
+            masked = _Masked(context, some.to(device), watch)
             logits = model(
                 ids.expand(len(some), -1),
                 position_ids=positions.expand(len(some), -1),
@@ -118,20 +124,6 @@ def answer_losses(
             losses.append(cross_entropy(logits.transpose(1, 2), every, reduction="none").mean(-1).cpu())
             exact.append((logits.argmax(-1) == every).all(-1).cpu())
     return Losses(torch.cat(losses), torch.cat(exact))
-
-
-@contextmanager
-def _attention(model: Any) -> Iterator[None]:
-    """While it is open the model attends as `_attend` does."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, _attend)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _attend(
@@ -166,9 +158,12 @@ def _attend(
         seen &= distance < sliding_window
     scores.masked_fill_(~seen, -torch.inf)
     if sliding_window is None:
-        kept = masked.keep[:, module.layer_idx, :, None, None]
+        kept = masked.keep[:, module.layer_idx, :, None, None].to(scores.device)
         scores[..., :num_past].masked_fill_(~kept, -torch.inf)
-    weights = scores.softmax(-1).to(value.dtype)
+    weights = scores.softmax(-1)
+    if masked.watch is not None and sliding_window is None:
+        masked.watch(module.layer_idx, weights)
+    weights = weights.to(value.dtype)
     attended = torch.einsum("chgnt,htd->chgnd", weights[..., :num_past], past_values)
     attended += torch.einsum("chgnm,chmd->chgnd", weights[..., num_past:], value)
     return attended.flatten(1, 2).transpose(1, 2).contiguous(), None

@@ -1,0 +1,125 @@
+"""A model of `transformers` watched while it reads: queries, keys and values of each layer, as its attention gets them.
+
+Shapes: H KV heads, G query heads for each of them, T tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "l2kv_attention"
+"""Of an attention of this package, where `transformers` looks it up."""
+UNKNOWN = "{} has an attention of an unknown layout, so nothing can be measured in it."
+MAX_SCORES = 1 << 26
+"""Attention scores that are held at once: some hundred MB in fp32."""
+
+Watch = Callable[["Seen"], None]
+
+
+class Seen(NamedTuple):
+    """What the attention of one layer got, in the model's type.
+
+    Attributes:
+        layer: Its index.
+        queries: `[H * G, T, head_size]` after RoPE.
+        keys: `[H, T, head_size]` as they are cached.
+        values: `[H, T, head_size]`.
+        scale: Factor of dot products.
+        softcap: Bound of scaled dot products, as in Gemma 2; `None` without.
+        window: Tokens that a query sees; `None` for all before it and itself.
+    """
+
+    layer: int
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    scale: float
+    softcap: float | None
+    window: int | None
+
+    def until(self, num_tokens: int) -> "Seen":
+        """Of the first tokens alone."""
+        return self._replace(
+            queries=self.queries[:, :num_tokens], keys=self.keys[:, :num_tokens], values=self.values[:, :num_tokens]
+        )
+
+    def attention(self, first: int) -> Iterator[torch.Tensor]:
+        """Attention of the tokens from `first` on, some of them at a time, in order.
+
+        Yields:
+            `[H, G, n, T]` fp32 of n tokens; rows sum to 1.
+        """
+        num_heads, num_tokens, head_size = self.keys.shape
+        keys = self.keys.float().transpose(1, 2)
+        at_once = max(1, MAX_SCORES // (len(self.queries) * num_tokens))
+        places = torch.arange(num_tokens, device=keys.device)
+        for begin in range(first, num_tokens, at_once):
+            some = self.queries[:, begin : begin + at_once].float().reshape(num_heads, -1, head_size)
+            scores = (some @ keys * self.scale).view(num_heads, len(self.queries) // num_heads, -1, num_tokens)
+            if self.softcap is not None:
+                scores = self.softcap * torch.tanh(scores / self.softcap)
+            distance = places[begin : begin + at_once, None] - places
+            hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+            yield scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+
+
+@torch.inference_mode()
+def read(model: Any, token_ids: Sequence[int], watch: Watch) -> None:
+    """Reads tokens from the first one on, and shows what each layer got, one after the other.
+
+    Raises:
+        ValueError: A model of another layout.
+    """
+    layers: set[int] = set()
+    ids = torch.tensor([token_ids], device=model.device)
+    with attending(model, _attend):
+        # The decoder alone: logits are not used.
+        model.get_decoder()(ids, use_cache=False, watch=watch, layers=layers)
+    if len(layers) != model.config.get_text_config().num_hidden_layers:
+        raise ValueError(UNKNOWN.format(type(model).__name__))
+
+
+@contextmanager
+def attending(model: Any, attend: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
+    """While it is open the model attends by a function of the form of `transformers`' own."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    watch: Watch | None = None,
+    layers: set[int] | None = None,
+    **_others: Any,
+) -> tuple[torch.Tensor, None]:
+    # Queries [1, H * G, T, head_size]; the whole text at once, so causality is all that hides anything.
+    if watch is None or layers is None or s_aux is not None or len(query) != 1:
+        raise ValueError(UNKNOWN.format(type(module).__name__))
+    layers.add(module.layer_idx)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    seen = Seen(module.layer_idx, query[0], key[0], value[0], scale, softcap, sliding_window)
+    watch(seen)
+    if softcap is None and sliding_window is None:
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    else:
+        some = [weights.to(value.dtype) @ value[0, :, None] for weights in seen.attention(0)]
+        attended = torch.cat(some, 2).flatten(0, 1)[None]
+    return attended.transpose(1, 2).contiguous(), None
