@@ -28,7 +28,8 @@ it is, and the tokens that they have of their own, not a byte padded:""",
 `--scenarios findable`, for no full layers with `--full-layers`. Documents of {num_document_tokens:,} tokens in a cache
 of {cache_gib:.0f} GiB: how many are found if all are asked about in turn, and then again, the latest first. The others
 must fit beside the document that is being computed. It takes its whole size, but with a budget, by which it is
-compressed on the way, little more than its copy.""",
+compressed on the way, little more than its copy. With 2 full layers of 32 a ratio of 0.2 leaves a quarter of the whole
+cache.""",
     "popular": """### Popular documents
 
 `--scenarios popular`. {num_documents} such documents, popularity by Zipf's law, {num_clients} clients who wait for an

@@ -2,6 +2,8 @@
 
 import pytest
 from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.request import RequestStatus
 
@@ -27,6 +29,11 @@ def ask(harness, req_id: str, document=DOCUMENT, asked=None, **about):
     """A question of ten tokens, unlike any other, to a document."""
     question = [1000 + 10 * len(harness.scheduler.requests) + 500 * len(harness.usage) + i for i in range(10)]
     return harness.submit(req_id, [*document, *question], asked or fields(), 4, **about)
+
+
+def image(name: str, offset: int, length: int) -> MultiModalFeatureSpec:
+    """An image of so many tokens of the prompt; its pixels are known by their hash."""
+    return MultiModalFeatureSpec(None, "image", identifier=name, mm_position=PlaceholderRange(offset, length))
 
 
 def found(harness, req_id: str, **about) -> int:
@@ -96,6 +103,17 @@ class TestFinding:
         assert found(harness, "another", **about) == 0
         assert found(harness, "another again", **about) == about.get("asked", fields())["kv_prefix_tokens"]
         assert found(harness, "as the first") == 100
+
+    @pytest.mark.parametrize("span", [(10, 20), (90, 10)], ids=["inside", "at the end"])
+    def test_documents_with_other_images_share_nothing(self, harness, span):
+        scheduler = harness.scheduler
+        scheduler.max_num_encoder_input_tokens = 1000
+        scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=1000)
+        found(harness, "a cat", mm_features=[image("cat", *span)])
+        assert found(harness, "a dog", mm_features=[image("dog", *span)]) == 0
+        assert found(harness, "the cat again", mm_features=[image("cat", *span)]) == 100
+        assert found(harness, "no image") == 0
+        assert found(harness, "a cat elsewhere", mm_features=[image("cat", 40, 20)]) == 0
 
     def test_a_request_that_is_kept_whole_finds_whole_rows_only(self, harness):
         found(harness, "first")
