@@ -55,10 +55,6 @@ def tokens_of(output: Any) -> list[int]:
     return list(output.outputs[0].token_ids)
 
 
-def numbers_of(output: Any) -> dict[str, Any]:
-    return output.kv_transfer_params["kv_cache"]
-
-
 class Engine:
     def __init__(self, model: Path, **arguments: Any) -> None:
         self.llm = LLM(str(model), disable_log_stats=True, **arguments)

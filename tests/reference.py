@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from usages import numbers_of
 
 
 def expected_keep(n: int, ratio: str, first: int = 0, last: int = 0) -> int:
@@ -62,7 +63,7 @@ def expected_compactions(
 
 
 def expected_numbers(n: int, num_tokens: int, *args: Any, found: int = 0, **kwargs: Any) -> dict[str, int]:
-    """What `usage.kv_cache` says of an answer of `num_tokens`; other arguments as those of `expected_compactions`.
+    """Counts in `usage.kv_cache` of an answer of `num_tokens`; other arguments as those of `expected_compactions`.
 
     The last token is not computed on, and a compaction happens when a token after it is computed. Those whose rows were
     `found`, up to this position, count as its own.
@@ -94,7 +95,7 @@ def check_numbers(output: Any, **rule: Any) -> dict[str, int]:
         AssertionError: They are wrong, or the request began where none of its compactions is.
     """
     n, num_tokens = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
-    numbers = {name: value for name, value in output.kv_transfer_params["kv_cache"].items() if name != "reason"}
+    numbers = {name: value for name, value in numbers_of(output).items() if name != "reason"}
     found = numbers.get("found_tokens", 0)
     assert found in {0, *expected_compactions(n, n - 1, **rule)}, f"{n} tokens, {rule}: {found} found"
     expected = expected_numbers(n, num_tokens, found=found, **rule)

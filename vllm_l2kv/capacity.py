@@ -1,4 +1,4 @@
-"""Whether a request can ever fit the KV cache.
+"""Whether a request can ever fit the KV cache, and how much less of it a compressed request holds.
 
 vLLM lets a request that cannot wait for ever, and those behind it too. It never meets one, since it refuses a context
 longer than its cache; with a default budget we take such a context. Plain integers: no vLLM.
@@ -32,11 +32,13 @@ class GroupCapacity:
         block_size: Tokens in a block.
         compressed: Whether its layers are compacted.
         max_blocks: Blocks that a request holds at most, for a sliding window; `None` for every other layer.
+        token_bytes: Bytes of a token in all layers of the group, on one tensor-parallel rank.
     """
 
     block_size: int
     compressed: bool
     max_blocks: int | None = None
+    token_bytes: int = 1
 
     def num_blocks(self, num_tokens: int, num_rows: int) -> int:
         """Blocks for computed tokens of which compressed layers hold `num_rows`."""
@@ -74,6 +76,22 @@ class Capacity:
         num_tokens = min(num_tokens + self.num_drafts, self.max_model_len)
         num_rows = min(num_rows + self.num_drafts, num_tokens)
         return sum(group.num_blocks(num_tokens, num_rows) for group in self.groups)
+
+    def memory_ratio(self, num_tokens: int, num_rows: int) -> float:
+        """Memory of the whole cache that a request holds, over what it would hold if nothing were evicted.
+
+        Counts rows, not blocks. Layers with a sliding window are left out, since they hold a window either way.
+
+        Args:
+            num_tokens: Tokens in full layers, at least 1.
+            num_rows: Rows of them that compressed layers hold.
+        """
+        held = whole = 0
+        for group in self.groups:
+            if group.max_blocks is None:
+                held += group.token_bytes * (num_rows if group.compressed else num_tokens)
+                whole += group.token_bytes * num_tokens
+        return held / whole
 
     def max_tokens(self, num_prompt_tokens: int, max_tokens: int, points: CompactionPoints | None) -> int:
         """The bound that the answer of a request gets: its own, if the cache can hold so many tokens.

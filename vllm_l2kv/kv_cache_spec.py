@@ -263,22 +263,23 @@ def capacity_of(kv_cache_config: Any, vllm_config: Any) -> Capacity:
     """
     max_model_len = vllm_config.model_config.max_model_len
     groups = tuple(
-        group_capacity(next(iter(group_layer_specs(group).values())), vllm_config.max_in_flight_tokens, max_model_len)
+        group_capacity(tuple(group_layer_specs(group).values()), vllm_config.max_in_flight_tokens, max_model_len)
         for group in kv_cache_config.kv_cache_groups
     )
     num_blocks = kv_cache_config.num_blocks - 1  # one is vLLM's null block
     return Capacity(num_blocks, groups, max_model_len, vllm_config.num_speculative_tokens)
 
 
-def group_capacity(spec: KVCacheSpec, max_in_flight_tokens: int, max_model_len: int) -> GroupCapacity:
+def group_capacity(specs: Sequence[KVCacheSpec], max_in_flight_tokens: int, max_model_len: int) -> GroupCapacity:
     """What a KV-cache group needs of a request.
 
     Args:
-        spec: Of its layers.
+        specs: Of its layers, which are of one class.
         max_in_flight_tokens: Tokens of a request that may be under way at once.
         max_model_len: Tokens of the longest request.
     """
-    max_blocks = None
+    spec, max_blocks = specs[0], None
     if isinstance(spec, SlidingWindowSpec):
         max_blocks = spec.max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
-    return GroupCapacity(spec.block_size, isinstance(spec, CompressedLayerSpec), max_blocks)
+    token_bytes = sum(layer.page_size_bytes // layer.block_size for layer in specs)
+    return GroupCapacity(spec.block_size, isinstance(spec, CompressedLayerSpec), max_blocks, token_bytes)

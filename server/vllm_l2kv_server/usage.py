@@ -8,10 +8,12 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
-from vllm_l2kv.messages.usage import REASON, USAGE_KEY, take_usage
+from vllm_l2kv.messages.usage import REASON, USAGE_KEY, memory_of_all, take_usage
 
 Numbers = Mapping[str, Any]
-SUMS = ("prompt_tokens", "kept_tokens", "evicted_tokens", "compactions", "found_tokens")
+SUMS = ("prompt_tokens", "kept_tokens", "evicted_tokens", "compactions")
+MEMORY = "memory_ratio"
+FOUND = "found_tokens"
 BOUND = "max_tokens"
 DATA = b"data: "
 EVENT_END = b"\n\n"
@@ -32,16 +34,16 @@ class UsageBox:
         """Returns the sum over prompts, or `None` if the engine reported nothing.
 
         Of the choices of a prompt (`n > 1`), which share it, the one that evicted most counts, and of several the
-        longest. The bound of the answers' length is the smallest of the prompts'. Each distinct reason is listed once.
+        longest. The memory ratio is that of all of them together. The bound of the answers' length is the smallest of
+        the prompts'. Each distinct reason is listed once.
         """
         prompts = [max(prompt.values(), key=_evicted_and_kept) for prompt in self._prompts if prompt]
         if not prompts:
             return None
-        total: dict[str, Any] = {
-            key: sum(numbers.get(key, 0) for numbers in prompts)
-            for key in SUMS
-            if any(key in numbers for numbers in prompts)
-        }
+        total: dict[str, Any] = {key: sum(numbers[key] for numbers in prompts) for key in SUMS}
+        total[MEMORY] = memory_of_all(prompts)
+        if found := [numbers[FOUND] for numbers in prompts if FOUND in numbers]:
+            total[FOUND] = sum(found)
         if bounds := [numbers[BOUND] for numbers in prompts if BOUND in numbers]:
             total[BOUND] = min(bounds)
         if reasons := dict.fromkeys(numbers[REASON] for numbers in prompts if REASON in numbers):

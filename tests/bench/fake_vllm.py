@@ -7,6 +7,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from usages import usage
+
 Broken = str | tuple[int, str] | None
 """What becomes of a request: a status and a message instead of an answer, or a way to break it off."""
 METRICS = """\
@@ -100,12 +102,11 @@ class Fake:
         return [1] * special + [ord(word[0]) * 256 + ord(word[-1]) + self.token for word in text.split()[:5000]]
 
     def usage(self, body: dict[str, Any]) -> dict[str, Any]:
-        prompt, held = len(body["prompt"]), len(body["prompt"]) + body["max_tokens"] - 1
+        prompt = len(body["prompt"])
         kept = min(round(body.get("kv_keep_ratio", 1) * prompt), body.get("kv_max_tokens", prompt))
-        evicted = {"evicted_tokens": prompt - kept, "compactions": int(kept < prompt)}
-        told = {"kv_cache": {"prompt_tokens": prompt, "kept_tokens": held - evicted["evicted_tokens"], **evicted}}
-        usage = {"prompt_tokens": prompt, "completion_tokens": body["max_tokens"]}
-        return usage | (told if self.compresses and "kv_keep_ratio" in body else {})
+        told = {"kv_cache": usage(prompt, body["max_tokens"], prompt - kept)}
+        counts = {"prompt_tokens": prompt, "completion_tokens": body["max_tokens"]}
+        return counts | (told if self.compresses and "kv_keep_ratio" in body else {})
 
     def metrics_text(self) -> str:
         with self._lock:

@@ -125,6 +125,8 @@ class TestRuns:
         assert "keep 1  keep 0.5" in said.out
         assert "prefix cache" not in said.err
         assert f"{rows[1]['evicted_tokens']:,}" in (out / "report.html").read_text()
+        assert rows[0]["memory_ratio"] == 1
+        assert re.search(rf"memory of the whole KV cache \(%\) +100 +{100 * rows[1]['memory_ratio']:.1f}\n", said.out)
 
     def test_budgets_come_after_ratios(self, capsys, ours, start, tmp_path):
         words = ["--url", ours.url, "--compare", start(compresses=False).url, "--ratios", "1,0.5", "--budgets", "30,25"]

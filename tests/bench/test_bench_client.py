@@ -45,6 +45,7 @@ class TestAnswers:
             "kept_tokens": 8,
             "evicted_tokens": 5,
             "compactions": 1,
+            "memory_ratio": 0.6923,  # (13 + 4 * 8) / (5 * 13)
         }
 
     def test_stock_tells_nothing_of_what_is_kept(self, start):

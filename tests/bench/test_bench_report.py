@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from usages import usage
 
 from vllm_l2kv.tools.bench.client import Answer
 from vllm_l2kv.tools.bench.drive import Outcome
@@ -27,7 +28,7 @@ def failed(number: int, error: str) -> Outcome:
 
 
 def kv_cache(kept: int) -> dict[str, Any]:
-    return {"kv_cache": {"prompt_tokens": 10, "kept_tokens": kept, "evicted_tokens": 14 - kept, "compactions": 2}}
+    return {"kv_cache": usage(10, 5, evicted=14 - kept, compactions=2)}
 
 
 class TestSummary:
@@ -46,6 +47,7 @@ class TestSummary:
         assert row["per_output_token_s"]["p50"] == pytest.approx(0.15)
         assert row["end_to_end_s"]["mean"] == pytest.approx((0.9 + 2.3) / 2)
         assert (row["kept_tokens"], row["evicted_tokens"], row["compactions"]) == (9, 19, 4)
+        assert row["memory_ratio"] == pytest.approx((28 + 4 * 9) / (5 * 28), abs=1e-4)
         assert row["tokens_per_event"] == 1
         assert row["max_late_s"] == 0.25
 

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from http_server import Server, expected_usage
 from rules import INTERVALS
+from usages import TINY_SHARE
 
 from vllm_l2kv.policy import Intervals
 
@@ -66,7 +67,7 @@ def fields_of(number: int) -> dict[str, float]:
 
 
 def usage_of(number: int, found: int = 0) -> dict[str, int | str]:
-    numbers = expected_usage(200 + number, 8, Intervals(*INTERVALS), found, **RULES[number % 4])
+    numbers = expected_usage(200 + number, 8, Intervals(*INTERVALS), found, TINY_SHARE, **RULES[number % 4])
     assert (numbers["compactions"] > 1) is ("max_tokens" in RULES[number % 4])
     return numbers
 

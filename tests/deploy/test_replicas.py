@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from http_server import Server, expected_usage, free_port
+from usages import TINY_SHARE
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +90,9 @@ def test_numbers_come_back_from_both(client, replicas):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda ratio: (ratio, ask(client, kv_keep_ratio=ratio)), [0.5, 0.25, 1.0] * 4))
     for ratio, answer in answers:
-        assert answer.json()["usage"]["kv_cache"] == expected_usage(NUM_TOKENS, 4, keep_ratio=ratio)
+        assert answer.json()["usage"]["kv_cache"] == expected_usage(
+            NUM_TOKENS, 4, full_share=TINY_SHARE, keep_ratio=ratio
+        )
     assert all(after > there for after, there in zip(asked(replicas), before, strict=True))
 
 
@@ -97,7 +100,8 @@ def test_chat(client):
     messages = [{"role": "user", "content": "The keeper of the lighthouse saw eleven ships. " * 8}]
     body = {"model": MODEL, "messages": messages, "max_tokens": 4, "kv_keep_ratio": 0.5}
     usage = client.post("/v1/chat/completions", json=body).json()["usage"]
-    assert usage["kv_cache"] == expected_usage(usage["prompt_tokens"], usage["completion_tokens"], keep_ratio=0.5)
+    lengths = usage["prompt_tokens"], usage["completion_tokens"]
+    assert usage["kv_cache"] == expected_usage(*lengths, full_share=TINY_SHARE, keep_ratio=0.5)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,8 @@ def test_stream(client):
     events = [line.removeprefix("data: ") for line in ask(client, **body).text.splitlines() if line]
     assert events[-1] == "[DONE]"
     assert len(events) == 4 + 2
-    assert json.loads(events[-2])["usage"]["kv_cache"] == expected_usage(NUM_TOKENS, 4, keep_ratio=0.5)
+    expected = expected_usage(NUM_TOKENS, 4, full_share=TINY_SHARE, keep_ratio=0.5)
+    assert json.loads(events[-2])["usage"]["kv_cache"] == expected
 
 
 def test_the_page_about_compression(client, replicas):

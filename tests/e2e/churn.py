@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 from http_server import Server, expected_usage
+from usages import TINY_SHARE
 
 from vllm_l2kv.policy import Intervals
 
@@ -254,7 +255,7 @@ def _kv_cache(body: dict[str, Any], found: int) -> dict[str, int | str] | None:
     params = {name.removeprefix("kv_"): value for name, value in body.items() if name.startswith("kv_")}
     if not params:
         return None
-    return expected_usage(len(body["prompt"]), body["max_tokens"], INTERVALS, found, **params)
+    return expected_usage(len(body["prompt"]), body["max_tokens"], INTERVALS, found, TINY_SHARE, **params)
 
 
 def check_again(url: str, answers: Sequence[Answer]) -> None:

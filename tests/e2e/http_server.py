@@ -8,11 +8,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 import psutil
+from usages import DEMO_SHARE, memory_ratio
 
 from vllm_l2kv.messages.usage import why_whole
 from vllm_l2kv.params import CompressionParams
@@ -101,8 +103,13 @@ class Server:
 
 
 def expected_usage(
-    num_prompt_tokens: int, num_output_tokens: int, intervals: Intervals = INTERVALS, found: int = 0, **params: Any
-) -> dict[str, int | str]:
+    num_prompt_tokens: int,
+    num_output_tokens: int,
+    intervals: Intervals = INTERVALS,
+    found: int = 0,
+    full_share: Fraction = DEMO_SHARE,
+    **params: Any,
+) -> dict[str, Any]:
     """What `usage.kv_cache` of an answer must say, by a walk over its tokens.
 
     Args:
@@ -110,6 +117,7 @@ def expected_usage(
         num_output_tokens: The answer's length; its last token is never computed on.
         intervals: The server's.
         found: Tokens whose compressed rows were found; there must be a compaction.
+        full_share: Full layers of all layers.
         params: As those of `CompressionParams`; nothing is protected by default, as in `Server`.
     """
     asked = CompressionParams(**{"protect_first": 0, "protect_last": 0, **params})
@@ -130,11 +138,12 @@ def expected_usage(
             points.append(position)
         held = kept + 1
     assert found in {0, *(position for position in points if position < num_prompt_tokens)}, (found, points)
-    numbers: dict[str, int | str] = {
+    numbers: dict[str, Any] = {
         "prompt_tokens": num_prompt_tokens,
         "kept_tokens": held,
         "evicted_tokens": num_computed - held,
         "compactions": len(points),
+        "memory_ratio": memory_ratio(held, num_computed, full_share),
     }
     if (document and asked.compresses) or found:
         numbers["found_tokens"] = found

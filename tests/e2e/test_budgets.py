@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import pytest
-from engine import Engine, bare_rule, draw, greedy, keep, numbers_of, running, tokens_of
+from engine import Engine, bare_rule, draw, greedy, keep, running, tokens_of
 from reference import check_numbers
 from scored import ScoredReference
+from usages import numbers_of
 
 from vllm_l2kv import ParamError, compression
 from vllm_l2kv.params import ONE_COMPACTION_SCORERS

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from cached_rows import CachedRows
-from engine import Engine, bare_rule, draw, greedy, keep, numbers_of, running, tokens_of
+from engine import Engine, bare_rule, draw, greedy, keep, running, tokens_of
 from reference import expected_compactions, expected_numbers
 from scored import ScoredReference
+from usages import numbers_of
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.usage import KeptWhole

@@ -1,12 +1,14 @@
 """The fields, their numbers and their errors at every endpoint of the real server that generates text."""
 
 import json
+from typing import Any
 
 import anthropic
 import httpx
 import openai
 import pytest
 from http_server import KEY, expected_usage
+from usages import together
 
 MODEL = "SmolLM2-135M-Instruct"
 TEXT = " ".join(f"On day {day} the keeper of the lighthouse saw {day * 7 % 11} ships." for day in range(12))
@@ -42,12 +44,12 @@ def http(server):
         yield http
 
 
-def numbers_of(usage: dict, num_prompts: int = 1) -> dict[str, int]:
+def numbers_of(usage: dict, num_prompts: int = 1) -> dict[str, Any]:
     """What `usage.kv_cache` must be at keep ratio 0.5, of equal prompts with equal answers."""
     num_tokens = usage.get("prompt_tokens") or usage.get("input_tokens")
     num_generated = usage.get("completion_tokens") or usage.get("output_tokens")
     one = expected_usage(num_tokens // num_prompts, num_generated // num_prompts, keep_ratio=0.5)
-    return {key: num_prompts * value for key, value in one.items()}
+    return together([one] * num_prompts)
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)

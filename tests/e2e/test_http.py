@@ -7,6 +7,7 @@ import openai
 import pytest
 from http_bodies import BAD_FIELDS, malformed
 from http_server import KEY, expected_usage
+from usages import together
 
 from vllm_l2kv.params import CompressionParams
 
@@ -110,7 +111,7 @@ class TestUsage:
         )
         each = [expected_usage(length, 8, keep_ratio=0.3) for length in lengths]
         assert len(answer.choices) == 6
-        assert kv_cache(answer.usage) == {key: sum(numbers[key] for numbers in each) for key in each[0]}
+        assert kv_cache(answer.usage) == together(each)
 
     def test_xargs(self, client):
         fields = {"vllm_xargs": {"kv_keep_ratio": 0.25, "kv_protect_last": None}}
@@ -150,7 +151,7 @@ class TestStream:
         )
         usage = chunks[-1].usage
         one = expected_usage(usage.prompt_tokens // 2, 8, keep_ratio=0.5)
-        assert kv_cache(usage) == {key: 2 * value for key, value in one.items()}
+        assert kv_cache(usage) == together([one] * 2)
 
     def test_same_text_as_without_streaming(self, client):
         fields = {**GREEDY, "prompt": TEXT, "extra_body": {"kv_keep_ratio": 0.5}}

@@ -57,10 +57,22 @@ def test_the_numbers_that_a_client_is_told(compressing, text_ids):
     asked, everything, one_token, protected, nothing = compressing.generate([prompt] * 5, params)
     assert asked.kv_transfer_params == {
         # The last of 12 tokens is not computed on.
-        "kv_cache": {"prompt_tokens": 333, "kept_tokens": 167 + 11, "evicted_tokens": 166, "compactions": 1}
+        "kv_cache": {
+            "prompt_tokens": 333,
+            "kept_tokens": 167 + 11,
+            "evicted_tokens": 166,
+            "compactions": 1,
+            "memory_ratio": 0.5496,  # (2 * 344 + 28 * 178) / (30 * 344)
+        }
     }
     assert everything.kv_transfer_params == {
-        "kv_cache": {"prompt_tokens": 333, "kept_tokens": 344, "evicted_tokens": 0, "compactions": 0}
+        "kv_cache": {
+            "prompt_tokens": 333,
+            "kept_tokens": 344,
+            "evicted_tokens": 0,
+            "compactions": 0,
+            "memory_ratio": 1.0,
+        }
     }
     # The only token comes from the full cache, so nothing is ever evicted.
     assert one_token.kv_transfer_params["kv_cache"] == {
@@ -68,6 +80,7 @@ def test_the_numbers_that_a_client_is_told(compressing, text_ids):
         "kept_tokens": 333,
         "evicted_tokens": 0,
         "compactions": 0,
+        "memory_ratio": 1.0,
         "reason": KeptWhole.FIRST_TOKEN,
     }
     assert protected.kv_transfer_params["kv_cache"]["kept_tokens"] == 300 + 11

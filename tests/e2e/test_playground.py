@@ -104,9 +104,7 @@ def test_two_answers_and_their_numbers(server, page, order):
         assert of_column(page, column, ".text") == answer["choices"][0]["message"]["content"]
         assert float(shown["first"].removesuffix(" s")) > 0
         assert float(shown["speed"].replace(",", "")) > 0
-        # 2 of 30 layers are full.
-        kept, evicted = expected["kept_tokens"], expected["evicted_tokens"]
-        share = (2 + 28 * kept / (kept + evicted)) / 30
+        share = expected["memory_ratio"]
         bar = f"document.querySelectorAll('.bar')[{column}]"
         assert float(page.evaluate(f"{bar}.ariaValueNow")) == pytest.approx(100 * share, abs=0.06)
         drawn = f"[...{bar}.children].map(part => part.getBoundingClientRect().width).reduce((a, b) => a + b)"
@@ -182,10 +180,9 @@ def test_memory_of_layers_that_slide(page):
         {"layers": ["b"], "compressed": False, "sliding_window": None},
         {"layers": ["c"] * 2, "compressed": True, "sliding_window": None},
     ]
-    for prompt, kept, uncompressed, compressed in [(1000, 250, 1600 / 3600, 500 / 3600), (40, 10, 280 / 360, 20 / 360)]:
-        numbers = {"kept_tokens": kept, "evicted_tokens": prompt - kept}
-        shares = module(page, "memory.js", f"sharesOf({json.dumps(groups)}, {json.dumps(numbers)})")
-        assert shares == pytest.approx({"uncompressed": uncompressed, "compressed": compressed})
+    numbers = {"memory_ratio": 0.5}
+    shares = module(page, "memory.js", f"sharesOf({json.dumps(groups)}, {json.dumps(numbers)})")
+    assert shares == pytest.approx({"uncompressed": 1 / 3, "compressed": 1 / 6})
 
 
 def test_bounds_are_read_as_the_server_writes_them(page):

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from engine import bare_rule
 from reference import expected_numbers
+from usages import numbers_of
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import StreamingInput
@@ -54,7 +55,7 @@ def test_sessions_beside_compressed_requests(llama):
         try:
             for waits in (0, 1):
                 whole = await outputs_of(engine, chunks(waits), compression(1), f"whole{waits}")
-                assert whole[-1].kv_transfer_params["kv_cache"] == expected_numbers(40 + 3 + 30 + 3 + 20, MAX_TOKENS)
+                assert numbers_of(whole[-1]) == expected_numbers(40 + 3 + 30 + 3 + 20, MAX_TOKENS)
                 first = TokensPrompt(prompt_token_ids=list(CHUNKS[0]))
                 alone, refused, compressed = await asyncio.gather(
                     outputs_of(engine, first, None, f"alone{waits}"),
@@ -66,7 +67,7 @@ def test_sessions_beside_compressed_requests(llama):
                 reasons = [output.outputs[0].stop_reason for output in refused if output.outputs[0].finish_reason]
                 assert reasons  # one for each chunk, but vLLM joins outputs that its caller has not taken yet
                 assert all("streaming input" in reason for reason in reasons)
-                assert compressed[-1].kv_transfer_params["kv_cache"] == expected_numbers(40, MAX_TOKENS, "0.5")
+                assert numbers_of(compressed[-1]) == expected_numbers(40, MAX_TOKENS, "0.5")
         finally:
             engine.shutdown()
 

@@ -3,6 +3,7 @@
 import pytest
 from engine import greedy, keep
 from reference import expected_numbers
+from usages import numbers_of
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.usage import KeptWhole
@@ -55,7 +56,7 @@ def test_a_request_without_room_for_its_compaction_is_preempted(engine, referenc
     assert list(answers["neighbour"].outputs[0].token_ids) == reference.generate(prompt, 8)
     expected = reference.generate(prompt, 14, "0.9", full_layers_of(engine))
     assert list(answers["r"].outputs[0].token_ids) == expected
-    assert answers["r"].kv_transfer_params["kv_cache"] == expected_numbers(465, 14, "0.9")
+    assert numbers_of(answers["r"]) == expected_numbers(465, 14, "0.9")
 
 
 def test_preempted_requests_come_back_and_answer_as_if_undisturbed(engine, text_ids):
@@ -121,10 +122,7 @@ def test_a_ratio_that_keeps_one_token(engine, reference, text_ids):
 
 def test_a_prompt_shorter_than_its_protection_keeps_everything(engine, text_ids):
     (output,) = engine.generate([text_ids[:20]], [keep("0.1", 16, 16)])
-    assert output.kv_transfer_params["kv_cache"] == {
-        **expected_numbers(20, 12),
-        "reason": KeptWhole.PROTECTED,
-    }
+    assert numbers_of(output) == {**expected_numbers(20, 12), "reason": KeptWhole.PROTECTED}
 
 
 @pytest.mark.parametrize("extra_args", [{"kv_keep_ratio": 7}, {"kv_keep_ratio": "0.5"}, {"kv_kep_ratio": 0.5}])

@@ -181,6 +181,7 @@ def test_two_engines_with_expert_parallelism(tiny_model, text_ids, tmp_path, not
 
     import httpx
     from http_server import Server, expected_usage
+    from usages import TINY_SHARE
 
     words = "--served-model-name tiny --max-model-len 2048 --kv-full-layers 0 --data-parallel-size 2"
     words += " --enable-expert-parallel --gpu-memory-utilization 0.1 --kv-cache-memory-bytes 2147483648 --enforce-eager"
@@ -200,7 +201,8 @@ def test_two_engines_with_expert_parallelism(tiny_model, text_ids, tmp_path, not
         assert server.is_healthy()
     right = [
         answer.status_code == 200
-        and answer.json()["usage"]["kv_cache"] == expected_usage(200 + number, 8 + number, keep_ratio=ratios[number])
+        and answer.json()["usage"]["kv_cache"]
+        == expected_usage(200 + number, 8 + number, full_share=TINY_SHARE, keep_ratio=ratios[number])
         for number, answer in enumerate(answers)
     ]
     note(

@@ -6,12 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from usages import usage
 
+from vllm_l2kv.capacity import Capacity, GroupCapacity
 from vllm_l2kv.messages.usage import KeptWhole, why_whole
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import CompactionPoints, Intervals
 from vllm_l2kv.scheduler.request_state import RequestState
 
 INTERVALS = Intervals(20, 10)
+LAYERS = GroupCapacity(448, False, token_bytes=1), GroupCapacity(32, True, token_bytes=4)
+CACHE = Capacity(1000, LAYERS, max_model_len=1000)
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Lengths:
 def state_of(n: int, bound: int | None = None, **asked) -> RequestState:
     params = CompressionParams(**{"protect_first": 0, "protect_last": 0, **asked})
     points = CompactionPoints(n, params, INTERVALS) if params.compresses else None
-    return RequestState(Lengths(n, n), points, why_whole(n, params), bound)
+    return RequestState(Lengths(n, n), CACHE, points, why_whole(n, params), bound)
 
 
 def after(state: RequestState, answer: int) -> dict:

@@ -1,5 +1,7 @@
 """Decisions on paper, with one step in flight (as on CPUs) and with two (async scheduling)."""
 
+from fractions import Fraction
+
 import pytest
 from usages import usage
 
@@ -42,7 +44,13 @@ def test_one_order_right_after_the_last_chunk(make_harness, depth):
     assert len(move.destination) == 5
     assert not set(move.source) & set(move.destination)
     assert harness.outputs["r"] == [7] * 8
-    assert harness.usage["r"] == {"prompt_tokens": 150, "kept_tokens": 82, "evicted_tokens": 75, "compactions": 1}
+    assert harness.usage["r"] == {
+        "prompt_tokens": 150,
+        "kept_tokens": 82,
+        "evicted_tokens": 75,
+        "compactions": 1,
+        "memory_ratio": 0.6178,  # (157 + 4 * 82) / (5 * 157)
+    }
     check_whole(harness, 100)
 
 
@@ -153,7 +161,7 @@ def test_without_room_for_a_compaction_the_newest_request_is_preempted(make_harn
     harness.run()
     (order,) = orders(harness)
     assert (order.num_rows, order.num_keep, order.num_evicted) == (161, 145, 16)
-    assert harness.usage["r"] == usage(161, 24, evicted=16)
+    assert harness.usage["r"] == usage(161, 24, evicted=16, full_share=Fraction(0))
     assert len(harness.outputs["r"]) == 24
     assert len(harness.outputs["first"]) == 30
     check_whole(harness, 40)

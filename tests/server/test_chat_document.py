@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from usages import usage
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import ChatParams, TokenizeParams
 from vllm_l2kv_server import chat_document
@@ -57,8 +58,8 @@ class FakeEngine:
         tokens = prompt["prompt_token_ids"]
         self.asked.append((tokens, sampling_params.extra_args))
         answer = CompletionOutput(0, "a", [1], None, None, finish_reason="stop")
-        numbers = {"prompt_tokens": len(tokens), "kept_tokens": 1, "evicted_tokens": 0, "compactions": 0}
-        yield RequestOutput(request_id, None, tokens, None, [answer], True, kv_transfer_params={"kv_cache": numbers})
+        numbers = {"kv_cache": usage(len(tokens), 1)}
+        yield RequestOutput(request_id, None, tokens, None, [answer], True, kv_transfer_params=numbers)
 
     def shutdown(self, timeout=None) -> None:
         """Nothing runs."""

@@ -25,7 +25,7 @@ from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import Intervals
 
-NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compactions": 1}
+NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compactions": 1, "memory_ratio": 0.6}
 MODEL = SimpleNamespace(is_encoder_decoder=False)
 INTERVALS = Intervals(64, 16)
 CAPACITY = Capacity(num_blocks=20, groups=(GroupCapacity(32, True),), max_model_len=2000)

@@ -15,7 +15,7 @@ from vllm_l2kv.params import CompressionParams
 
 JSON = {"content-type": "application/json"}
 DEEP = b'{"a":' * 600 + b"1" + b"}" * 600
-NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compactions": 1}
+NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compactions": 1, "memory_ratio": 0.6}
 
 
 async def echo(scope, receive, send):

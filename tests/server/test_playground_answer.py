@@ -3,10 +3,12 @@
 import json
 import shutil
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+from usages import usage
 from vllm_l2kv_server.playground import INDEX, STATIC
 
 from vllm_l2kv.messages.usage import KeptWhole
@@ -58,9 +60,10 @@ def shown(tmp_path: Path, *numbers: dict[str, Any], cached: int | None = None) -
     return json.loads(done.stdout)
 
 
-WHOLE = {"prompt_tokens": 40, "kept_tokens": 40, "evicted_tokens": 0, "compactions": 0}
-HALF = {"prompt_tokens": 40, "kept_tokens": 20, "evicted_tokens": 20, "compactions": 1}
-BUDGET = {"prompt_tokens": 40, "kept_tokens": 30, "evicted_tokens": 90, "compactions": 3}
+NO_LAYER = Fraction(0)
+WHOLE = usage(40, 1, full_share=NO_LAYER)
+HALF = usage(40, 1, evicted=20, full_share=NO_LAYER)
+BUDGET = usage(40, 81, evicted=90, compactions=3, full_share=NO_LAYER)
 
 
 def test_a_prompt_that_is_kept_whole_says_why(tmp_path):

@@ -3,15 +3,17 @@
 import asyncio
 import itertools
 import json
+from fractions import Fraction
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from usages import usage
 from vllm_l2kv_server.usage import UsageBox, UsageWriter, record
 
 
-def numbers(prompt: int, kept: int) -> dict[str, int]:
-    evicted = prompt - kept
-    return {"prompt_tokens": prompt, "kept_tokens": kept, "evicted_tokens": evicted, "compactions": int(evicted > 0)}
+def numbers(prompt: int, kept: int) -> dict[str, Any]:
+    return usage(prompt, 1, prompt - kept, full_share=Fraction(1, 4))
 
 
 def output(said: dict | None, *choices: int):
@@ -50,6 +52,11 @@ class TestBox:
 
     def test_sum_over_prompts(self):
         assert filled_box((10, 5), (4, 3)).total() == {**numbers(14, 8), "compactions": 2}
+
+    def test_memory_is_that_of_all_prompts_together(self):
+        """A long one that holds half, and a short one that is whole: 312.5 of 500 tokens, and 10 of 10."""
+        total = filled_box((500, 250), (10, 10)).total()
+        assert total["memory_ratio"] == 0.6324 == round((125 + 0.75 * 250 + 10) / 510, 4)
 
     def test_found_tokens_are_summed_where_they_are_told(self):
         box = UsageBox()

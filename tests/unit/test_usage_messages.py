@@ -37,7 +37,7 @@ def test_the_reason(num_prompt_tokens, params, reason):
 def test_usage_travels_on_an_output_and_is_taken_off():
     output = SimpleNamespace(kv_transfer_params=None)
     assert take_usage(output) is None
-    usage = RequestUsage(prompt_tokens=10, kept_tokens=4, evicted_tokens=6, compactions=1)
+    usage = RequestUsage(prompt_tokens=10, kept_tokens=4, evicted_tokens=6, compactions=1, memory_ratio=0.5)
     attach_usage(output, usage)
     assert take_usage(output) == usage
     assert output.kv_transfer_params is None

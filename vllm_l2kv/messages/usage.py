@@ -4,12 +4,15 @@ Rides on the `kv_transfer_params` of every output of the request: a free dict, i
 hands on from `EngineCoreOutput` to `RequestOutput`.
 """
 
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any, NotRequired, TypedDict
 
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
 
+MEMORY_RATIO_DIGITS = 4
+"""To which shares of memory are rounded."""
 USAGE_KEY = "kv_cache"
 """Its name in an answer's `usage`, and in `kv_transfer_params`."""
 REASON = "reason"
@@ -39,6 +42,8 @@ class RequestUsage(TypedDict):
             was never computed on, less the evicted ones.
         evicted_tokens: Tokens that each head has evicted, those of the answer included.
         compactions: How often the request was compacted.
+        memory_ratio: Memory of the whole cache that the rows take, over what all tokens would take; full layers
+            count, layers with a sliding window do not.
         found_tokens: Tokens of the prompt whose compressed rows an earlier request had left in the cache; their
             compactions count above. Absent for a request without a document, if there are none.
         max_tokens: The bound of the answer's length, if the request named none and the cache cannot hold the rest of
@@ -50,6 +55,7 @@ class RequestUsage(TypedDict):
     kept_tokens: int
     evicted_tokens: int
     compactions: int
+    memory_ratio: float
     found_tokens: NotRequired[int]
     max_tokens: NotRequired[int]
     reason: NotRequired[str]
@@ -69,6 +75,16 @@ def why_whole(num_prompt_tokens: int, params: CompressionParams) -> KeptWhole | 
         return None if params.prefix_tokens is None else KeptWhole.WHOLE_DOCUMENT
     is_protected = params.protect_first + params.protect_last >= end
     return KeptWhole.PROTECTED if is_protected else KeptWhole.ROUNDED
+
+
+def memory_of_all(usages: Iterable[Mapping[str, Any]]) -> float:
+    """The memory ratio of several requests together, of one or more `RequestUsage`."""
+    held = whole = 0.0
+    for usage in usages:
+        num_tokens = usage["kept_tokens"] + usage["evicted_tokens"]
+        held += usage["memory_ratio"] * num_tokens
+        whole += num_tokens
+    return round(held / whole, MEMORY_RATIO_DIGITS)
 
 
 def attach_usage(output: Any, usage: RequestUsage) -> None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from vllm.v1.request import Request
 
-from vllm_l2kv.messages.usage import KeptWhole, RequestUsage
+from vllm_l2kv.capacity import Capacity
+from vllm_l2kv.messages.usage import MEMORY_RATIO_DIGITS, KeptWhole, RequestUsage
 from vllm_l2kv.policy import Compaction, CompactionPoints
 from vllm_l2kv.scheduler.shared_prefixes import Prefixes
 
@@ -15,6 +16,7 @@ class RequestState:
 
     Attributes:
         request: vLLM's own state of it.
+        capacity: The engine's KV cache.
         points: Its compactions; `None` if it is kept whole, at a ratio of 1 without a budget or as streaming input.
         prefixes: The compacted beginnings of its prompt that it shares with others.
         reason: Why nothing was evicted, as long as that is so; `None` if it asks for nothing.
@@ -25,6 +27,7 @@ class RequestState:
     """
 
     request: Request
+    capacity: Capacity
     points: CompactionPoints | None
     reason: KeptWhole | None
     max_tokens: int | None = None
@@ -48,11 +51,13 @@ class RequestState:
             self._last, self._num_passed = self._coming, self._num_passed + 1
             self._coming = self.points.after(self._last)
         num_evicted = self._last.num_evicted if self._last else 0
+        num_rows = num_computed - num_evicted
         usage = RequestUsage(
             prompt_tokens=num_prompt_tokens,
-            kept_tokens=num_computed - num_evicted,
+            kept_tokens=num_rows,
             evicted_tokens=num_evicted,
             compactions=self._num_passed,
+            memory_ratio=round(self.capacity.memory_ratio(num_computed, num_rows), MEMORY_RATIO_DIGITS),
         )
         if self.max_tokens is not None:
             usage["max_tokens"] = self.max_tokens

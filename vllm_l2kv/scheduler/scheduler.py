@@ -127,7 +127,7 @@ class L2KVScheduler(AsyncScheduler):
                     self._refuse(req_id, failed)
                 elif asked.reports:
                     reason = KeptWhole.SESSION if asked.params.compresses else None
-                    self._states[req_id] = RequestState(self.requests.get(req_id, request), None, reason)
+                    self._states[req_id] = RequestState(session or request, self._capacity, None, reason)
         super().add_request(request)
 
     def finish_requests(self, request_ids: Any, *args: Any, **kwargs: Any) -> list[Request]:
@@ -451,7 +451,8 @@ class L2KVScheduler(AsyncScheduler):
         request.max_tokens = max_tokens
         if not asked.reports and not is_bounded:
             return None
-        state = RequestState(request, points, why_whole(num_prompt_tokens, params), max_tokens if is_bounded else None)
+        reason = why_whole(num_prompt_tokens, params)
+        state = RequestState(request, self._capacity, points, reason, max_tokens if is_bounded else None)
         if points is not None:
             state.prefixes = self._shared.of(request, points)
         return state

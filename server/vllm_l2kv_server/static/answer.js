@@ -85,8 +85,7 @@ export class Answer {
 
   #showMemory(numbers, groups) {
     const { uncompressed, compressed } = sharesOf(groups, numbers);
-    const total = PERCENT.format(uncompressed + compressed);
-    const caption = `KV memory: ${total} of uncompressed`;
+    const caption = `KV memory: ${PERCENT.format(numbers.memory_ratio)} of uncompressed`;
     const bar = this.#part(".bar");
     this.figures.kept.textContent = NUMBER.format(numbers.kept_tokens);
     this.figures.evicted.textContent = NUMBER.format(numbers.evicted_tokens);
@@ -97,7 +96,7 @@ export class Answer {
     this.#part(".bar .uncompressed").style.width = `${100 * uncompressed}%`;
     this.#part(".bar .compressed").style.width = `${100 * compressed}%`;
     bar.setAttribute("aria-label", caption);
-    bar.setAttribute("aria-valuenow", (100 * (uncompressed + compressed)).toFixed(1));
+    bar.setAttribute("aria-valuenow", (100 * numbers.memory_ratio).toFixed(1));
     this.#hideMemory(false);
   }
 

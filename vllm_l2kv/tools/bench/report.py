@@ -42,6 +42,7 @@ def metrics(rows: Iterable[Row]) -> dict[str, Callable[[Row], float | None]]:
         "rows kept": _of("kept_tokens"),
         "rows evicted": _of("evicted_tokens"),
         "compactions": _of("compactions"),
+        "memory of the whole KV cache (%)": _of("memory_ratio", scale=100),
         "requests answered": lambda row: row["num_requests"] - row["num_failed"],
         "requests failed": _of("num_failed"),
         "tokens an event": _of("tokens_per_event"),

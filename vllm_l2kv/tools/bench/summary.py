@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from vllm_l2kv.messages.usage import memory_of_all
 from vllm_l2kv.tools.bench.drive import Outcome
 from vllm_l2kv.tools.bench.servers import OURS
 from vllm_l2kv.tools.bench.watch import OWN_PREFIX, Watch
@@ -113,10 +114,11 @@ def request_row(outcome: Outcome, begin_s: float) -> Row:
 
 
 def _kv_cache(answered: Sequence[Outcome]) -> Row:
-    """Sums over the requests that were told what the engine kept."""
+    """Of the requests that were told what the engine kept."""
     told = [kv_cache for outcome in answered if (kv_cache := outcome.answer.usage.get("kv_cache"))]
     names = ("kept_tokens", "evicted_tokens", "compactions")
-    return {name: sum(kv_cache[name] for kv_cache in told) if told else None for name in names}
+    sums = {name: sum(kv_cache[name] for kv_cache in told) if told else None for name in names}
+    return {**sums, "memory_ratio": memory_of_all(told) if told else None}
 
 
 def _watched(watch: Watch) -> Row:

@@ -212,7 +212,9 @@ class Cache:
         return self._capacity(max_in_flight_tokens=1)
 
     def _capacity(self, max_in_flight_tokens: int) -> Capacity:
-        groups = tuple(group_capacity(group.spec, max_in_flight_tokens, MAX_TOKENS) for group in self.groups)
+        groups = tuple(
+            group_capacity([group.spec] * group.num_layers, max_in_flight_tokens, MAX_TOKENS) for group in self.groups
+        )
         return Capacity(self.num_usable, groups, MAX_TOKENS)
 
 
