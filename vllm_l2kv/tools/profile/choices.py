@@ -1,0 +1,131 @@
+"""Choices of what each layer keeps, and what they cost in answers to calibration questions.
+
+A question is asked in two ways. Seen: it is part of the prompt, which is compressed after it, so that the first token
+of the answer comes from the whole cache. Hidden: the text is compressed alone, and the question comes after it.
+
+Shapes: L layers of the model, H KV heads, T tokens of a context, N cases, C choices.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_l2kv.kernels.reference import ranked
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import num_keep
+from vllm_l2kv.profile import Shape
+from vllm_l2kv.scorers import Rows, Scorers
+from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.profile.calibration import Sample
+from vllm_l2kv.tools.profile.masked import Context, Losses, answer_losses, read
+
+
+class Choice(NamedTuple):
+    """What is kept.
+
+    Attributes:
+        scorer: Name of a scorer.
+        keep_ratios: Of each layer; a ratio of 1 keeps it full.
+    """
+
+    scorer: str
+    keep_ratios: tuple[float, ...]
+
+
+class Case(NamedTuple):
+    """A question, asked in one of the two ways.
+
+    Attributes:
+        hidden: Whether the text is compressed before the question is seen.
+        context: Token ids of what is compressed.
+        after: Token ids of what follows it.
+        num_predicted: Tokens at the end of `after` that are the answer.
+    """
+
+    hidden: bool
+    context: list[int]
+    after: list[int]
+    num_predicted: int
+
+
+class Ranked(NamedTuple):
+    """A context that was read.
+
+    Attributes:
+        context: Its rows.
+        places: By scorer, `[L, H, T]` int32 on the model's device: 0 for the row that a head keeps soonest.
+    """
+
+    context: Context
+    places: Mapping[str, torch.Tensor]
+
+
+def answerable(model: Any, shape: Shape, samples: Iterable[Sample], num: int, progress: Progress) -> list[list[Case]]:
+    """Up to `num` questions that the model answers from its whole cache, each as its two cases: hidden, then seen.
+
+    What it cannot answer says nothing of what was evicted. Where it answers too few, those of the lowest loss fill up.
+    """
+    progress.part("asking questions", num, "that are answered")
+    found: list[tuple[bool, float, list[Case]]] = []
+    for sample in samples:
+        context = read(model, sample.token_ids)
+        keep = torch.ones(1, shape.num_layers, shape.num_kv_heads, context.num_tokens, dtype=torch.bool)
+        for question, answer, _ in sample.questions:
+            hidden = Case(True, sample.token_ids, question + answer, len(answer))
+            seen = Case(False, sample.token_ids + question, answer, len(answer) - 1)
+            losses = answer_losses(model, context, hidden.after, len(answer), keep)
+            found.append((not losses.exact.item(), losses.loss.item(), [hidden, seen]))
+            progress.advance(int(losses.exact.item()))
+        if sum(not wrong for wrong, _, _ in found) >= num:
+            break
+    right = [cases for wrong, _, cases in found if not wrong]
+    wrong = [cases for wrong, _, cases in sorted(found, key=lambda each: each[:2]) if wrong]
+    return [*right, *wrong][:num]
+
+
+def rank(model: Any, shape: Shape, scorers: Scorers, names: Iterable[str], case: Case) -> Ranked:
+    """Reads the context of a case and ranks its rows.
+
+    Args:
+        model: Of `transformers`.
+        shape: Of it.
+        scorers: Bound to its compressible layers and all of its heads.
+        names: Of those that are asked.
+        case: Whose context it is.
+    """
+    context = read(model, case.context)
+    protect = CompressionParams.protect_first, CompressionParams.protect_last
+    places = {}
+    for name in names:
+        size = shape.num_layers, shape.num_kv_heads, context.num_tokens
+        of_scorer = torch.zeros(size, dtype=torch.int32, device=model.device)
+        for i, layer in enumerate(shape.compressible):
+            rows = Rows(context.keys[layer].to(model.device), context.values[layer].to(model.device), i)
+            scores = scorers[name].score(rows)
+            of_scorer[layer] = ranked(scores, *protect).argsort(-1).int()
+        places[name] = of_scorer
+    return Ranked(context, places)
+
+
+def losses(model: Any, case: Case, rows: Ranked, choices: Sequence[Choice]) -> Losses:
+    """Of the answer of a case under each choice: `[C]`."""
+    num_tokens = rows.context.num_tokens
+    kept = []
+    for choice in choices:
+        counts = [num_keep(num_tokens, CompressionParams(ratio)) for ratio in choice.keep_ratios]
+        of_layers = torch.tensor(counts, dtype=torch.int32, device=model.device)
+        kept.append(rows.places[choice.scorer] < of_layers[:, None, None])
+    return answer_losses(model, rows.context, case.after, case.num_predicted, torch.stack(kept))
+
+
+def losses_of_cases(
+    model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], choices: Sequence[Choice], progress: Progress
+) -> Losses:
+    """Of every case under every choice: `[N, C]`; counts cases."""
+    names = sorted({choice.scorer for choice in choices})
+    found = []
+    for case in cases:
+        found.append(losses(model, case, rank(model, shape, scorers, names, case), choices))
+        progress.advance(1)
+    return Losses(torch.stack([each.loss for each in found]), torch.stack([each.exact for each in found]))
