@@ -10,13 +10,14 @@ from vllm_l2kv.supported_vllm import UnsupportedVLLMError, check_vllm
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
 
 VLLM = {"vllm": "[cpu], or with [cuda] on a machine with an NVIDIA GPU"}
-REPORTS = dict.fromkeys(("jinja2", "matplotlib", "scipy"), "[eval]")
+PLOTS = dict.fromkeys(("jinja2", "matplotlib"), "[eval]")
+REPORTS = PLOTS | {"scipy": "[eval]"}
 NEEDS: Mapping[str, Mapping[str, str]] = {
     "serve": VLLM,
     "eval": VLLM | REPORTS,
     "eval report": REPORTS,
     "eval ruler": VLLM | REPORTS | dict.fromkeys(("lm_eval", "wonderwords"), "[eval]"),
-    "diagnose": VLLM | REPORTS,
+    "profile": VLLM | PLOTS,
     "bench": dict.fromkeys(("httpx", "jinja2", "matplotlib"), "[bench]"),
     "plan": VLLM,
 }
@@ -41,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             from vllm_l2kv.tools.evaluation.cli import evaluate
 
             evaluate(rest)
-        case ["diagnose", *rest]:
-            from vllm_l2kv.tools.evaluation.cli import diagnose
+        case ["profile", *rest]:
+            from vllm_l2kv.tools.profile.cli import profile
 
-            diagnose(rest)
+            profile(rest)
         case ["bench", *rest]:
             from vllm_l2kv.tools.bench.cli import bench
 
@@ -85,9 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="start the OpenAI-compatible server; see vllm-l2kv serve --help")
     commands.add_parser("eval", help="measure what a keep ratio or a budget costs; see vllm-l2kv eval --help")
-    commands.add_parser(
-        "diagnose", help="measure a model's norms and recommend settings; see vllm-l2kv diagnose --help"
-    )
+    commands.add_parser("profile", help="measure what a model's layers do for answers; see vllm-l2kv profile --help")
     commands.add_parser("bench", help="put a server under load at several keep ratios; see vllm-l2kv bench --help")
     commands.add_parser("plan", help="say how many requests fit a GPU; see vllm-l2kv plan --help")
     commands.add_parser("demo-model", help="make the demo model available and print its folder")

@@ -3,7 +3,6 @@
 import base64
 import html
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from vllm_l2kv.tools.evaluation.report import (
     matrix,
     summary,
     table,
-    write_diagnosis,
     write_report,
 )
 from vllm_l2kv.tools.evaluation.statistics import average, moments, pooled, share
@@ -164,19 +162,6 @@ class TestReport:
         rows = made_up("copy", ratios=(), budgets=(96,), lengths=[100], num_samples=1)
         assert "budget 96+16" in write_report(rows, tmp_path).read_text()
         assert matrix(aggregates(rows), "copy", "score")[1].split() == ["budget", "96+16"]
-
-    def test_diagnosis(self, tmp_path):
-        plot = Path(tmp_path, "alr.png")
-        plot.write_bytes(b"pixels")
-        lines = [["layer", "keep 0.5"], ["0", "0.25"]]
-        text = write_diagnosis(
-            "4 chunks.", "kv-scorer: l2  # <b>\n", {plot: "Blue is good."}, lines, tmp_path
-        ).read_text()
-        assert f'<img alt="alr" src="data:image/png;base64,{base64.b64encode(b"pixels").decode()}">' in text
-        assert "<pre>kv-scorer: l2  # &lt;b&gt;\n</pre>" in text
-        assert "<figcaption>Blue is good.</figcaption>" in text
-        assert "<p>4 chunks.</p>" in text
-        assert "<td>0.25</td>" in text
 
     @pytest.mark.parametrize("task", NUM_PLOTS)
     def test_a_sentence_under_each_figure(self, tmp_path, task):

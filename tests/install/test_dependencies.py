@@ -18,7 +18,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOOLS = ROOT / "vllm_l2kv" / "tools"
 EXTRAS = {
     "bench": [*(TOOLS / "bench").rglob("*.py"), TOOLS / "html_report.py"],
-    "eval": [*(TOOLS / "evaluation").rglob("*.py"), TOOLS / "html_report.py"],
+    "eval": [
+        *(TOOLS / "evaluation").rglob("*.py"),
+        *(TOOLS / "profile").rglob("*.py"),
+        TOOLS / "html_report.py",
+    ],
 }
 """Modules that only an extra makes work."""
 WITH_VLLM = {"tokenizers", "torch", "transformers", "triton", "vllm"}

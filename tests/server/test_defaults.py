@@ -16,7 +16,6 @@ from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, CompressionParams
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 from vllm_l2kv.tools.bench.client import body_of
 from vllm_l2kv.tools.evaluation.cli import _eval_parser
-from vllm_l2kv.tools.evaluation.recommend import Recommendation, config_text
 from vllm_l2kv.tools.evaluation.variants import variants
 from vllm_l2kv.tools.plan.cli import _parser as plan_parser
 
@@ -165,13 +164,6 @@ def test_eval(task):
 
 def test_variants_named_by_nothing_but_scorers_and_ratios():
     assert Settings().defaults.override({"kv_keep_ratio": 0.5}) in variants(["l2"], [0.5])
-
-
-def test_diagnose(tmp_path):
-    """It names the default of `kv_protect_first` and leaves `kv_protect_last` to the server."""
-    recommended = config_text(Recommendation((2,), 0.5, "l2", ()), "m")
-    found = served("--config", file_of(tmp_path, recommended))
-    assert found == {**EXPECTED, "full_layers": (2,), "kv_keep_ratio": 0.5}
 
 
 def test_plan():

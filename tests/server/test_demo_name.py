@@ -8,13 +8,14 @@ from vllm_l2kv_server.start_checks import StartError
 
 from vllm_l2kv.cli import main
 from vllm_l2kv.tools import demo_model
-from vllm_l2kv.tools.evaluation import diagnose, run
+from vllm_l2kv.tools.evaluation import run
 from vllm_l2kv.tools.plan import report
+from vllm_l2kv.tools.profile import make
 
 COMMANDS = {
     "serve": (["serve"], ["--port", "0"]),
     "eval": (["eval", "passkey"], []),
-    "diagnose": (["diagnose"], []),
+    "profile": (["profile"], []),
     "plan": (["plan"], ["--kv-cache-gib", "1", "--context", "100", "--output", "10"]),
 }
 
@@ -31,7 +32,7 @@ def stopped_at_the_model(monkeypatch, tmp_path):
     monkeypatch.setattr(demo_model, "ensure_demo_model", lambda: Path("/cache/demo"))
     monkeypatch.setattr(serve, "check_parsed", stop)
     monkeypatch.setattr(run, "Engine", stop)
-    monkeypatch.setattr(diagnose, "measure", stop)
+    monkeypatch.setattr(make, "make", stop)
     monkeypatch.setattr(report, "report", stop)
 
 

@@ -26,9 +26,9 @@ TOOLS = {
     "demo_model": {"tools.user_cache"},
     "evaluation": {"tools.demo_model", "tools.html_report", "tools.options", "engine_args"},
     "html_report": set(),
-    "options": set(),
+    "options": {"tools.demo_model"},
     "user_cache": set(),
-    "profile": {"tools.demo_model", "tools.evaluation", "tools.html_report", "tools.options"},
+    "profile": {"__version__", "tools.demo_model", "tools.evaluation", "tools.html_report", "tools.options"},
     "plan": {"tools.demo_model", "tools.options", "kv_cache_spec", "plugin", "refusals", "seams"},
 }
 """They use the plain modules, as a user would, and these beside them."""

@@ -107,7 +107,7 @@ def test_asking_for_our_classes_is_refused(python_with_newer_vllm):
     assert REFUSAL in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["serve", "eval", "diagnose", "plan"])
+@pytest.mark.parametrize("command", ["serve", "eval", "profile", "plan"])
 def test_commands_that_need_vllm_end_with_one_line(python_with_newer_vllm, command):
     done = python_with_newer_vllm("-m", "vllm_l2kv.cli", command)
     assert done.returncode == 2

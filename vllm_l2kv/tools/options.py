@@ -1,9 +1,33 @@
-"""Options that several commands have."""
+"""Options that several commands have, and what they refuse."""
 
 from argparse import ArgumentParser
 
 from vllm_l2kv.cli_types import list_of, positive
 from vllm_l2kv.policy import Intervals
+from vllm_l2kv.tools.demo_model import DemoModelError, model_folder
+
+
+class RefusedError(Exception):
+    """What the user asked for cannot be done; the message says why, in one line."""
+
+
+def folder_of(name: str) -> str:
+    """The folder or name that MODEL means; the demo model is fetched, with a line on the terminal.
+
+    Raises:
+        RefusedError: It cannot be had.
+    """
+    try:
+        return model_folder(name)
+    except DemoModelError as error:
+        raise RefusedError(str(error)) from error
+
+
+def add_verbose(parser: ArgumentParser) -> None:
+    """Adds `--verbose`, of commands that send what others print to a log."""
+    parser.add_argument(
+        "--verbose", action="store_true", help="print the log of the engine; otherwise it goes to a file in DIR"
+    )
 
 
 def add_budgets(parser: ArgumentParser) -> None:

@@ -1,10 +1,8 @@
-"""`vllm-l2kv eval` and `vllm-l2kv diagnose`."""
+"""`vllm-l2kv eval`."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ from vllm_l2kv.cli_types import (
     DEFAULT_LAYERS,
     DEFAULT_PROTECTION,
     OneLineParser,
-    aligned,
     count,
     layers,
     list_of,
@@ -26,22 +23,18 @@ from vllm_l2kv.cli_types import (
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
 from vllm_l2kv.policy import Intervals
-from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
+from vllm_l2kv.tools.demo_model import DEMO_NAME
 from vllm_l2kv.tools.evaluation.cases import Case
-from vllm_l2kv.tools.evaluation.engine_log import last_lines, output_to
+from vllm_l2kv.tools.evaluation.engine_log import progress_beside_log
 from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.evaluation.texts import SAMPLES, read_text
-from vllm_l2kv.tools.options import add_budgets
+from vllm_l2kv.tools.options import RefusedError, add_budgets, add_verbose, folder_of
 
-ROWS, CONFIG = "rows.jsonl", "config.yaml"
+ROWS = "rows.jsonl"
 NUM_ANSWER_TOKENS = 256
 """Room for answers after the prompts; a task that needs more says so."""
 TASKS = ("perplexity", "passkey", "needle", "ruler", "copy")
 ESSAYS = "state_of_the_union"
-
-
-class _RefusedError(Exception):
-    """What the user asked for cannot be done; the message says why, in one line."""
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -64,9 +57,9 @@ def evaluate(argv: Sequence[str]) -> None:
         return
     status = 0
     try:
-        options.model = _model_folder(options.model)
+        options.model = folder_of(options.model)
         _measure(options)
-    except _RefusedError as refused:
+    except RefusedError as refused:
         parser.error(str(refused))
     except KeyboardInterrupt:
         status = 130
@@ -97,43 +90,6 @@ def report(paths: Sequence[Path], out: Path) -> None:
     sys.stdout.write(f"{summary(rows)}\n{path}\n")
 
 
-def diagnose(argv: Sequence[str]) -> None:
-    """Measures a model's norms and attention, and recommends settings.
-
-    Args:
-        argv: The words after `diagnose`.
-
-    Raises:
-        SystemExit: With 2 after a bad option; one line on standard error.
-    """
-    parser = _diagnose_parser()
-    options = parser.parse_args(argv)
-    options.text = options.text or list(SAMPLES)
-    try:
-        options.model = _model_folder(options.model)
-        diagnosis = _observe(options)
-    except _RefusedError as refused:
-        parser.error(str(refused))
-
-    from vllm_l2kv.tools.evaluation.diagnose import heat_maps, table
-    from vllm_l2kv.tools.evaluation.recommend import config_text, recommend
-    from vllm_l2kv.tools.evaluation.report import write_diagnosis
-
-    recommendation = recommend(diagnosis)
-    rows = [json.dumps(row) for row in diagnosis.rows()]
-    (options.out / ROWS).write_text("\n".join(rows) + "\n", encoding="utf-8")
-    config = config_text(recommendation, Path(options.model).name)
-    (options.out / CONFIG).write_text(config, encoding="utf-8")
-    about = (
-        f"{Path(options.model).name}: share of the attention to the prompt that evicting by norm loses, by layer. "
-        f"{diagnosis.num_chunks} chunks of {options.tokens} tokens of {listed(options.text)}; nothing protected; fp32."
-    )
-    lines = table(diagnosis, recommendation.full_layers)
-    path = write_diagnosis(about, config, heat_maps(diagnosis, options.out), lines, options.out)
-    shown = [line.rstrip() for line in aligned(lines)]
-    sys.stdout.write("\n".join(["", about, "", *shown, "", config, str(options.out / CONFIG), str(path), ""]))
-
-
 def write_rows(
     engine: Any,
     options: argparse.Namespace,
@@ -158,14 +114,6 @@ def write_rows(
     append_rows(path, (row | run for row in engine.rows(options.task, cases, compared, progress)))
 
 
-def _model_folder(name: str) -> str:
-    """The folder or name that MODEL means; the demo model is fetched, with a line on the terminal."""
-    try:
-        return model_folder(name)
-    except DemoModelError as error:
-        raise _RefusedError(str(error)) from error
-
-
 def _measure(options: argparse.Namespace) -> None:
     """Starts an engine and adds the rows of a task to its file."""
     from vllm_l2kv.tools.evaluation.aggregates import with_excess_loss
@@ -175,7 +123,7 @@ def _measure(options: argparse.Namespace) -> None:
     try:
         compared = variants(options.scorers, options.ratios, options.protect, options.granularities, options.budgets)
     except ParamError as error:
-        raise _RefusedError(f"argument --budgets: {error}") from error
+        raise RefusedError(f"argument --budgets: {error}") from error
     intervals = Intervals(options.prompt_interval, options.answer_interval)
     longest = max(options.lengths) + NUM_ANSWER_TOKENS + vars(options).get("continued", 0)
     path = options.out / ROWS
@@ -185,8 +133,8 @@ def _measure(options: argparse.Namespace) -> None:
             # Rows that no report can be made of would be noticed after the run.
             with_excess_loss(prepare_for_more(path))
     except (OSError, ValueError) as error:
-        raise _RefusedError(f"argument --out: {error}") from error
-    with _progress(options, "vllm.log") as progress:
+        raise RefusedError(f"argument --out: {error}") from error
+    with progress_beside_log(options.out / "vllm.log", options.verbose) as progress:
         progress.begin(f"starting the engine with {options.model}")
         from vllm_l2kv.tools.evaluation.run import Engine
 
@@ -197,50 +145,13 @@ def _measure(options: argparse.Namespace) -> None:
             progress.begin(f"making prompts for {options.task}")
             cases = list(cases_of(options, engine.tokenizer))
         except (OSError, ValueError) as error:
-            raise _RefusedError(str(error)) from error
+            raise RefusedError(str(error)) from error
         longer = [len(case.prompt) for case in cases if len(case.prompt) + case.num_tokens > engine.max_tokens]
         if longer:
-            raise _RefusedError(
+            raise RefusedError(
                 f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens."
             )
         write_rows(engine, options, cases, compared, path, progress)
-
-
-def _observe(options: argparse.Namespace) -> Any:
-    """A `Diagnosis` of the model."""
-    try:
-        texts = [read_text(name) for name in options.text]
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise _RefusedError(str(error)) from error
-    with _progress(options, "transformers.log") as progress:
-        progress.begin(f"loading {options.model}")
-        from vllm_l2kv.tools.evaluation.diagnose import measure
-
-        try:
-            return measure(options.model, texts, options.tokens, options.chunks, progress)
-        except (OSError, ValueError) as error:
-            raise _RefusedError(str(error)) from error
-
-
-@contextmanager
-def _progress(options: argparse.Namespace, log: str) -> Iterator[Progress]:
-    """Progress on standard error; all else that is printed meanwhile goes to a log, unless `--verbose` is given."""
-    if options.verbose:
-        # Among the lines of a log, one that changes in place is lost.
-        with Progress(sys.stderr, in_place=False) as progress:
-            yield progress
-        return
-    path = options.out / log
-    sys.stderr.write(f"Log: {path} (--verbose prints it here instead)\n")
-    try:
-        with output_to(path) as terminal, Progress(terminal) as progress:
-            yield progress
-    except _RefusedError:
-        raise
-    except Exception:
-        sys.stderr.write(last_lines(path))
-        raise
 
 
 def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
@@ -257,41 +168,6 @@ def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
     if options.task == "needle":
         return needle.cases(tokenizer, read_text(options.text), options.lengths, options.depths, num_samples, seed)
     return ruler.cases(tokenizer, read_text(options.text), options.lengths, options.subtasks, num_samples, seed)
-
-
-def _diagnose_parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="vllm-l2kv diagnose",
-        description="Measures whether low key norms go with high attention, layer by layer, and recommends full "
-        "layers, a keep ratio and a scorer. Runs the model in transformers, in fp32.",
-    )
-    add = parser.add_argument
-    add(
-        "model",
-        nargs="?",
-        default=DEMO_NAME,
-        metavar="MODEL",
-        help="folder or name of a model (default: the demo model, %(default)s)",
-    )
-    add(
-        "--text",
-        action="append",
-        metavar="FILE",
-        help=f"text to read, or {listed(SAMPLES)} (default: both); may be given several times",
-    )
-    add("--tokens", type=positive, default=1024, metavar="N", help="tokens of a chunk (default: 1024)")
-    add("--chunks", type=positive, default=4, metavar="N", help="chunks to read of each text (default: 4)")
-    add("--out", type=Path, default=Path("diagnosis"), metavar="DIR", help="folder of results (default: diagnosis)")
-    _add_verbose(parser)
-    return parser
-
-
-def _add_verbose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--verbose",
-        action="store_true",
-        help="print the log of the engine; otherwise it goes to a file in DIR",
-    )
 
 
 def _eval_parser() -> argparse.ArgumentParser:
@@ -354,7 +230,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         )
         add("--samples", type=positive, default=10, metavar="N", help="samples for each length and depth or subtask")
         add("--seed", type=count, default=0, metavar="N", help="seed of the prompts; change it for different ones")
-        _add_verbose(options)
+        add_verbose(options)
         add(
             "--max-model-len",
             type=positive,

@@ -7,7 +7,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.options import RefusedError
+
 NUM_LAST_LINES = 20
+
+
+@contextmanager
+def progress_beside_log(path: Path, verbose: bool) -> Iterator[Progress]:
+    """Progress on standard error; all else that is printed meanwhile goes to a log.
+
+    Args:
+        path: The log. If the work fails, its end is printed.
+        verbose: Whether it is printed instead.
+    """
+    if verbose:
+        # Among the lines of a log, one that changes in place is lost.
+        with Progress(sys.stderr, in_place=False) as progress:
+            yield progress
+        return
+    sys.stderr.write(f"Log: {path} (--verbose prints it here instead)\n")
+    try:
+        with output_to(path) as terminal, Progress(terminal) as progress:
+            yield progress
+    except RefusedError:
+        raise
+    except Exception:
+        sys.stderr.write(last_lines(path))
+        raise
 
 
 @contextmanager

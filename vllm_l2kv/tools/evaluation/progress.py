@@ -92,10 +92,10 @@ class Progress:
         words = [self._what]
         if self._total:
             words.append(f"{self._done:,} of {self._total:,} {self._unit}")
-        words.append(_duration(now - self._begun))
+        words.append(duration(now - self._begun))
         if 0 < self._share < 1:
             left = (self._reached - self._begun) * (1 / self._share - 1) - (now - self._reached)
-            words.append(f"about {_duration(max(left, 0))} left")
+            words.append(f"about {duration(max(left, 0))} left")
         return ", ".join(words)
 
     def _repeat(self) -> None:
@@ -112,6 +112,7 @@ class Progress:
             self._stream.flush()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, as lines show them."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

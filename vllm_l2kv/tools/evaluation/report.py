@@ -5,7 +5,7 @@ need the rows of answers.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -178,28 +178,6 @@ def budget_of(row: Row) -> int | None:
     """Its budget; `None` for a ratio and for the whole cache."""
     budget: int | None = row.get("max_tokens")
     return budget
-
-
-def write_diagnosis(
-    about: str, config: str, plots: Mapping[Path, str], lines: Sequence[Sequence[str]], folder: Path
-) -> Path:
-    """The HTML file of a diagnosis.
-
-    Args:
-        about: What was measured, as a sentence.
-        config: The recommended config file.
-        plots: Files, and how to read each of them.
-        lines: A table, its first line a heading.
-        folder: Where it goes.
-    """
-    section = {
-        "title": "Norms and attention",
-        "note": about,
-        "plots": [embedded(plot, caption) for plot, caption in plots.items()],
-        "text": config,
-        "table": lines,
-    }
-    return write_html("Diagnosis", [section], folder)
 
 
 def label(entry: Row) -> str:

@@ -1,0 +1,69 @@
+"""The command on tiny models: file, report, terminal, refusals."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_l2kv.cli import main
+from vllm_l2kv.profile import Profile, check_model
+
+FEW = ("--samples", "4", "--tokens", "160", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def run(llama, tmp_path_factory):
+    """What the terminal shows, and the file."""
+    path = tmp_path_factory.mktemp("profile") / "new" / "tiny.safetensors"
+
+    def run(capsys) -> tuple[str, Profile]:
+        main(["profile", str(llama), "-o", str(path), *FEW])
+        return capsys.readouterr().out, Profile.read(path)
+
+    return run
+
+
+def test_a_profile_is_made(run, llama, capsys):
+    shown, profile = run(capsys)
+    check_model(profile, llama)
+    assert profile.shape.layer_types == ("full_attention",) * 4
+    assert (profile.rope.rotary_dim, profile.rope.interleaved) == (32, False)
+    assert sorted(profile.layer_order) == [0, 1, 2, 3]
+    for memory in (0.75, 0.5):
+        full_layers, keep_ratio, _ = profile.setting(memory)
+        assert (len(full_layers) + (4 - len(full_layers)) * keep_ratio) / 4 == pytest.approx(memory)
+    measures = profile.measures()
+    assert measures["retrieval"].shape == measures["repetition"].shape == measures["head_loss"].shape == (4, 2)
+    assert measures["loss"].shape == (4,)
+    assert not any(tensor.isnan().any() for tensor in measures.values())
+    assert shown.rstrip().splitlines()[-3] == f"  vllm-l2kv serve {llama} --kv-profile {profile.path} --kv-memory 0.5"
+    report = Path(re.search(r"Report: (.*)", shown)[1])
+    assert report == profile.path.parent / "tiny-report" / "report.html"
+    assert report.read_text().count("<img ") == 10
+    assert str(llama) not in str(profile.about)
+
+
+def test_it_is_the_same_again(run, capsys):
+    _, first = run(capsys)
+    once = first.measures()
+    _, second = run(capsys)
+    assert second.layer_order == first.layer_order
+    assert second.memory == first.memory
+    assert all(torch.equal(tensor, once[name]) for name, tensor in second.measures().items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tokens", "100"), "num_tokens must be at least 128, got 100."),
+        (("--samples", "0"), "argument --samples"),
+        (("--text", "nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
+        (("--device", "abacus"), "abacus"),
+    ],
+)
+def test_what_is_refused(llama, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as caught:
+        main(["profile", str(llama), "-o", str(tmp_path / "p"), *FEW, *words])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,114 @@
+"""`vllm-l2kv profile`: measures a model and writes its profile and a report."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_l2kv.cli_types import OneLineParser, positive
+from vllm_l2kv.tools.demo_model import DEMO_NAME
+from vllm_l2kv.tools.evaluation.engine_log import progress_beside_log
+from vllm_l2kv.tools.evaluation.texts import read_text
+from vllm_l2kv.tools.options import RefusedError, add_verbose, folder_of
+
+DEFAULTS = {"cpu": (12, 512), "cuda": (112, 1536)}
+"""Texts and their tokens. A CPU has minutes for a small model with so many."""
+
+
+def profile(argv: Sequence[str]) -> None:
+    """Measures a model, and writes its profile and a report.
+
+    Args:
+        argv: The words after `profile`.
+
+    Raises:
+        SystemExit: With 2 after a bad option or a model that cannot be profiled; one line on standard error.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    named = options.model
+    try:
+        options.model = folder_of(named)
+        made = _make(options)
+    except RefusedError as refused:
+        parser.error(str(refused))
+
+    from vllm_l2kv.tools.profile.report import summary, write_report
+
+    path = write_report(made, options.report)
+    sys.stdout.write(f"\n{summary(made, named)}\n\nReport: {path}\n")
+
+
+def _make(options: Namespace) -> Any:
+    """A `Made`."""
+    options.report = options.report or options.output.with_name(f"{options.output.stem}-report")
+    try:
+        texts = [read_text(name) for name in options.text]
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.report.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise RefusedError(str(error)) from error
+    with progress_beside_log(options.report / "transformers.log", options.verbose) as progress:
+        progress.begin(f"loading {options.model}")
+        import torch
+
+        from vllm_l2kv.tools.profile.make import make
+
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        num_texts, num_tokens = DEFAULTS["cpu" if device == "cpu" else "cuda"]
+        try:
+            return make(
+                options.model,
+                options.output,
+                texts,
+                options.samples or num_texts,
+                options.tokens or num_tokens,
+                device,
+                progress,
+            )
+        except (OSError, ValueError) as error:
+            raise RefusedError(" ".join(str(error).split())) from error
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="vllm-l2kv profile",
+        description="Measures what each layer and KV head of a model does for its answers, and writes a profile for "
+        "--kv-profile of serve, eval, plan and bench. Runs the model in transformers. See docs/profiles.md.",
+    )
+    add = parser.add_argument
+    add(
+        "model",
+        nargs="?",
+        default=DEMO_NAME,
+        metavar="MODEL",
+        help="folder or name of a model (default: the demo model, %(default)s)",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("profile.safetensors"),
+        metavar="FILE",
+        help="the profile (default: %(default)s)",
+    )
+    add("--report", type=Path, metavar="DIR", help="folder of the report (default: FILE's name with -report)")
+    add(
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text like those that the model will read; may be given several times, and half of the prose is then "
+        "drawn from them",
+    )
+    (cpu_texts, cpu_tokens), (texts, tokens) = DEFAULTS.values()
+    add("--samples", type=positive, metavar="N", help=f"texts to read (default: {texts}, on a CPU {cpu_texts})")
+    add("--tokens", type=positive, metavar="N", help=f"tokens of a text (default: {tokens}, on a CPU {cpu_tokens})")
+    add(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, or auto for a model that needs several GPUs (default: a GPU if there is one)",
+    )
+    add_verbose(parser)
+    return parser

@@ -1,0 +1,91 @@
+"""A model of `transformers`, and what its own keys say of its layout."""
+
+from typing import Any
+
+import torch
+
+from vllm_l2kv.profile import FULL_ATTENTION, Rope, Shape
+from vllm_l2kv.tools.profile.observe import Seen, read
+
+SLIDING_ATTENTION = "sliding_attention"
+NUM_TOKENS = 16
+"""Read again and again to see how keys are rotated."""
+SAME = 0.02
+"""Relative difference up to which magnitudes count as equal; those of bf16 keys differ by less than 0.01."""
+
+
+def load(folder: str, device: str) -> Any:
+    """A model in bf16, on a CPU in fp32.
+
+    Args:
+        folder: That of the model.
+        device: As torch names it, or `auto` to spread it over all GPUs.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no causal language model that `transformers` knows.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", device_map=device)
+    return model.eval()
+
+
+def layout(model: Any) -> tuple[Shape, Rope]:
+    """The shape of a model's KV cache and how its keys are rotated, seen from its own keys.
+
+    Raises:
+        ValueError: A layout that a profile cannot describe, or a model of which no layer would compress.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{name} has MLA, whose cache holds no keys, so nothing of it would compress.")
+    types = getattr(config, "layer_types", None)
+    if strange := set(types or ()) - {FULL_ATTENTION, SLIDING_ATTENTION}:
+        raise ValueError(f"{name} has layers of type {min(strange)}, which cannot be compressed.")
+    seen: list[Seen] = []
+    # The same tokens at several positions: keys of the first layer differ by their rotation alone.
+    read(model, list(range(10, 10 + NUM_TOKENS)) * 4, seen.append)
+    found = tuple(FULL_ATTENTION if each.window is None else SLIDING_ATTENTION for each in seen)
+    if types is not None and tuple(types) != found:
+        raise ValueError(f"{name} has layers whose windows its attention does not name, so it cannot be profiled.")
+    if FULL_ATTENTION not in found:
+        raise ValueError(f"{name} has a sliding window in every layer, so nothing of it would compress.")
+    sizes = {each.keys.shape for each in seen}
+    if len(sizes) > 1:
+        raise ValueError(f"{name} has layers with caches of several shapes, which cannot be compressed.")
+    (num_kv_heads, _, head_size) = sizes.pop()
+    return Shape(len(found), num_kv_heads, head_size, found), _rope(model, seen[0].keys.float())
+
+
+def pair_magnitudes(keys: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Magnitudes of the pairs of elements that RoPE rotates: `[..., head_size]` to `[..., rotary_dim / 2]`."""
+    rotated = keys[..., : rope.rotary_dim]
+    pairs = rotated.reshape(*keys.shape[:-1], *((-1, 2) if rope.interleaved else (2, rope.rotary_dim // 2)))
+    magnitudes: torch.Tensor = torch.linalg.vector_norm(pairs, dim=-1 if rope.interleaved else -2)
+    return magnitudes
+
+
+def _rope(model: Any, keys: torch.Tensor) -> Rope:
+    """How the keys `[H, T, head_size]` of the first layer, which repeat every `NUM_TOKENS`, are rotated."""
+    embedding = getattr(model.get_decoder(), "rotary_emb", None)
+    if embedding is not None:
+        angles: list[torch.Tensor] = []
+        hook = embedding.register_forward_hook(lambda _module, _inputs, output: angles.append(output[0]))
+        try:
+            read(model, [10, 11], lambda _seen: None)
+        finally:
+            hook.remove()
+        first, later = keys[:, :NUM_TOKENS], keys[:, -NUM_TOKENS:]
+        for interleaved in (False, True):
+            rope = Rope(angles[0].shape[-1], interleaved)
+            rotated = [pair_magnitudes(each, rope) for each in (first, later)]
+            others = [each[..., rope.rotary_dim :] for each in (first, later)]
+            if all(_same(*pair) for pair in (rotated, others)):
+                return rope
+    raise ValueError(f"{type(model).__name__} rotates its keys in an unknown way, which a profile cannot describe.")
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return bool(torch.linalg.vector_norm(x - y) <= SAME * torch.linalg.vector_norm(x))
