@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from reference import Reference
 
-from vllm_l2kv.scorers import Heads, Rows, bind
+from vllm_l2kv.params import OFFERED_SCORERS
+from vllm_l2kv.scorers import Heads, Rows, Weights, bind
 
 TELLING_SCORES, TELLING_LOGITS = 5e-6, 1e-4
 """What rows kept and rows evicted, and the two likeliest tokens, must lie apart, in parts of a score and in logits.
@@ -17,23 +18,28 @@ Engine and reference add up in other orders; beyond thousands of tokens that mak
 """
 
 
+TELLING_SCORERS = tuple(name for name in OFFERED_SCORERS if name not in ("keydiff_value", "learned"))
+"""Those of any engine by whose scores one can see that rounding decides nothing: ranks show no distances."""
+
+
 class ScoredReference(Reference):
     """Keeps what `scorer` says; scorers themselves are checked in `tests/kernels/test_scorers.py`.
 
     Attributes:
         scorer: A value of `kv_scorer`.
         num_full_layers: Layers before the first compressed one.
+        weights: Of the scorer `learned`; `None` without it.
     """
 
     scorer = "l2"
 
-    def __init__(self, model: Path, num_full_layers: int) -> None:
+    def __init__(self, model: Path, num_full_layers: int, weights: Weights | None = None) -> None:
         super().__init__(model)
         self.num_full_layers = num_full_layers
         self._closest_scores = math.inf
         config = self.model.config
         layers, num_heads = range(config.num_hidden_layers), config.num_key_value_heads
-        self._scorers = bind(Heads.of_rank(layers, num_heads, 0, 1, torch.device(self.device)))
+        self._scorers = bind(Heads.of_rank(layers, num_heads, 0, 1, torch.device(self.device)), weights)
 
     def telling_answer(
         self, prompt: Sequence[int], num_tokens: int, scorer: str = "l2", **rule: Any

@@ -45,6 +45,7 @@ def engine_args(
     metrics: bool = Settings.metrics,
     prompt_interval: int = Settings.prompt_interval,
     answer_interval: int = Settings.answer_interval,
+    evaluation_scorers: bool = Settings.evaluation_scorers,
     additional_config: dict[str, Any] | None = None,
     **defaults: FieldValue | None,
 ) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def engine_args(
             not know what to do with it.
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt.
         answer_interval: The same from the end of the prompt on.
+        evaluation_scorers: Take scorers that are too slow to serve, to compare the others with.
         additional_config: Other entries for vLLM's option of this name.
         defaults: What applies to a request that does not give a field: `default_keep_ratio`, and the other attributes
             of `CompressionParams`.
@@ -73,7 +75,9 @@ def engine_args(
 
     given = _fields("engine_args", defaults, {field.argument: field for field in FIELDS_WITH_DEFAULTS})
     params = CompressionParams(**{field.attribute: value for field, value in given.items()})
-    settings = Settings(tuple(full_layers), params, metrics, prompt_interval, answer_interval)
+    settings = Settings(
+        tuple(full_layers), params, metrics, prompt_interval, answer_interval, evaluation_scorers=evaluation_scorers
+    )
     return {
         **device_engine_args(),
         "additional_config": {**(additional_config or {}), CONFIG_KEY: settings.as_config()},

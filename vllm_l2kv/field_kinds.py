@@ -81,9 +81,15 @@ class Count:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few names."""
+    """One of a few names.
+
+    Attributes:
+        names: Those that are offered.
+        unlisted: Others, which only some engines take; each says why where it does not.
+    """
 
     names: tuple[str, ...]
+    unlisted: tuple[str, ...] = ()
     type: ClassVar[str] = "string"
 
     def bounds(self, name: str) -> str:
@@ -100,7 +106,7 @@ class Choice:
         Raises:
             ParamError: Not one of the names.
         """
-        if not isinstance(value, str) or value not in self.names:
+        if not isinstance(value, str) or value not in (*self.names, *self.unlisted):
             raise ParamError(name, f"{name} must be {self.bounds(name)}, got {_show(value)}.")
         return value
 

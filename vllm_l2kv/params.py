@@ -22,11 +22,15 @@ NEAR_SPELLING = 0.8
 """Similarity, by `difflib`, from which a name in another spelling counts as a misspelt field."""
 CONTROLS = ("random", "l2_high", "first_last")
 """Scorers to compare the others with: chance, the opposite of `l2`, StreamingLLM."""
-SCORERS = ("l2", "l1", "linf", "keydiff", "lagkv", "value_key_ratio", "l2_pagerank", *CONTROLS)
+OFFERED_SCORERS = ("l2", "l1", "linf", "keydiff", "keydiff_value", "value_key_ratio", "learned", *CONTROLS)
+"""Scorers that every server takes, those with weights if it has a profile."""
+EVALUATION_SCORERS = ("lagkv", "l2_pagerank")
+"""Scorers without a kernel on GPUs, which only `vllm-l2kv eval` takes: slow, and a request would hold up all others."""
+SCORERS = (*OFFERED_SCORERS, *EVALUATION_SCORERS)
 """Values of `kv_scorer`: the modules of `vllm_l2kv.scorers`."""
 ONE_COMPACTION_SCORERS = ("lagkv", "random")
 """Scorers that read a row's place in the prompt, which rows no longer show once some were evicted."""
-PROFILE_SCORERS: tuple[str, ...] = ()
+PROFILE_SCORERS = ("learned",)
 """Scorers whose weights are in a profile."""
 GRANULARITIES = ("token", "block")
 """Values of `kv_granularity`, see `vllm_l2kv.token_groups`."""
@@ -88,7 +92,7 @@ class CompressionParams:
     )
     scorer: str = _field(
         "l2",
-        Choice(SCORERS),
+        Choice(OFFERED_SCORERS, unlisted=EVALUATION_SCORERS),
         "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
         "--kv-scorer",
     )
@@ -123,7 +127,7 @@ class CompressionParams:
                 "raise it or protect fewer tokens.",
             )
         if self.scorer in ONE_COMPACTION_SCORERS:
-            known = [scorer for scorer in SCORERS if scorer not in ONE_COMPACTION_SCORERS]
+            known = [scorer for scorer in OFFERED_SCORERS if scorer not in ONE_COMPACTION_SCORERS]
             raise ParamError(
                 "kv_scorer",
                 f"kv_scorer {self.scorer!r} is defined for one compaction only, and kv_max_tokens compacts again and "

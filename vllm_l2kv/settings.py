@@ -8,8 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vllm_l2kv.field_kinds import Count
-from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, CompressionParams
+from vllm_l2kv.field_kinds import Count, ParamError
+from vllm_l2kv.params import (
+    EVALUATION_SCORERS,
+    FIELDS_WITH_DEFAULTS,
+    OFFERED_SCORERS,
+    PROFILE_SCORERS,
+    Asked,
+    CompressionParams,
+)
 from vllm_l2kv.policy import Intervals
 
 CONFIG_KEY = "l2kv"
@@ -25,9 +32,12 @@ class Settings:
         metrics: Whether the engine reports statistics to its front end, which must then be that of vllm-l2kv.
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt, at least 1.
         answer_interval: The same from the end of the prompt on.
+        profile: Path of the model's profile; `None` without one.
+        evaluation_scorers: Whether requests may name `params.EVALUATION_SCORERS`.
 
     Raises:
-        ValueError: An index that is not a non-negative integer, or an interval out of bounds.
+        ValueError: An index that is not a non-negative integer, an interval out of bounds, or a default scorer that
+            these settings do not allow.
     """
 
     full_layers: tuple[int, ...] = (0, 1)
@@ -35,22 +45,39 @@ class Settings:
     metrics: bool = False
     prompt_interval: int = Intervals().prompt
     answer_interval: int = Intervals().answer
+    profile: str | None = None
+    evaluation_scorers: bool = False
 
     def __post_init__(self) -> None:
         layers = tuple(self.full_layers)
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ValueError(f"full_layers must hold layer indices >= 0, got {layer!r}.")
-        if not isinstance(self.metrics, bool):
-            raise ValueError(f"metrics must be true or false, got {self.metrics!r}.")
+        for name in ("metrics", "evaluation_scorers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if self.profile is not None and not (isinstance(self.profile, str) and self.profile):
+            raise ValueError(f"profile must be the path of a file, got {self.profile!r}.")
         for name in ("prompt_interval", "answer_interval"):
             Count(1).check(name, getattr(self, name))
         object.__setattr__(self, "full_layers", tuple(sorted(set(layers))))
+        self._check_scorer(self.defaults.scorer)
 
     @property
     def intervals(self) -> Intervals:
         """The two intervals."""
         return Intervals(self.prompt_interval, self.answer_interval)
+
+    def read(self, values: Mapping[str, Any] | None) -> Asked:
+        """What a request asks of this engine: `CompressionParams.read`, and a scorer that the engine has.
+
+        Raises:
+            ParamError: A bad value, an unknown name that starts with `kv_`, or a scorer that these settings do not
+                allow.
+        """
+        asked = self.defaults.read(values)
+        self._check_scorer(asked.params.scorer)
+        return asked
 
     def as_config(self) -> dict[str, Any]:
         """A JSON-able form for `additional_config["l2kv"]`: attributes, and the defaults by their fields' names."""
@@ -74,6 +101,20 @@ class Settings:
                 raise ValueError(f"Unknown key {key!r} in additional_config[{CONFIG_KEY!r}]; did you mean {nearest!r}?")
         own = {name: section.pop(name) for name in _own_keys() if name in section}
         return cls(**own, defaults=CompressionParams().override(section))
+
+    def _check_scorer(self, scorer: str) -> None:
+        if scorer in PROFILE_SCORERS and self.profile is None:
+            raise ParamError(
+                "kv_scorer",
+                f"kv_scorer {scorer!r} needs the weights of a profile, and this engine was started without one; choose "
+                "another scorer, or start it with --kv-profile FILE (`vllm-l2kv profile MODEL -o FILE` writes one).",
+            )
+        if scorer in EVALUATION_SCORERS and not self.evaluation_scorers:
+            raise ParamError(
+                "kv_scorer",
+                f"kv_scorer {scorer!r} is slow and would hold up other requests, so only `vllm-l2kv eval` takes it; "
+                f"choose one of {', '.join(OFFERED_SCORERS)}.",
+            )
 
 
 def _own_keys() -> list[str]:

@@ -8,6 +8,7 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import PREFIX_MESSAGES, PREFIX_TOKENS, Asked, CompressionParams
+from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.chat_document import end_of_document
 from vllm_l2kv_server.context import Compression, current
 from vllm_l2kv_server.fit import FitCheck
@@ -24,7 +25,7 @@ class EngineCalls:
 
     Args:
         client: vLLM's engine client.
-        defaults: The server's, for requests that give no field.
+        settings: The engine's.
         fit: Refuses what the KV cache cannot hold.
         metrics: Measures requests, if there are metrics.
 
@@ -35,14 +36,14 @@ class EngineCalls:
     def __init__(
         self,
         client: Any,
-        defaults: CompressionParams,
+        settings: Settings,
         fit: FitCheck,
         metrics: RequestMetrics | None = None,
     ) -> None:
         self._client = client
         self._generate = client.generate
         self._shutdown = client.shutdown
-        self._defaults = defaults
+        self._settings = settings
         self._fit = fit
         self._metrics = metrics
         self.was_shut_down = False
@@ -79,7 +80,7 @@ class EngineCalls:
         extra_args = sampling_params.extra_args or {}
         if compression is not None and (compression.fields or compression.document):
             sampling_params.extra_args = extra_args = _with_fields(extra_args, prompt, compression)
-        asked = read_fields(extra_args, self._defaults)
+        asked = read_fields(extra_args, self._settings)
         if compression is None:
             refuse_elsewhere(extra_args)
         self._fit.check(prompt, sampling_params.max_tokens, asked.params)
@@ -136,14 +137,14 @@ async def report_grammar_error(outputs: AsyncIterator[Any]) -> AsyncIterator[Any
 
 
 def wrap_engine_client(
-    client: Any, defaults: CompressionParams, fit: FitCheck, metrics: RequestMetrics | None = None
+    client: Any, settings: Settings, fit: FitCheck, metrics: RequestMetrics | None = None
 ) -> EngineCalls:
     """Sets `generate` and `shutdown` of this client to those of `EngineCalls`.
 
     The methods are set on the one instance that the app and all its serving objects share. A wrapper in its place would
     have to be found by each of them, and would not be the `AsyncLLM` that `POST /abort_requests` asks for.
     """
-    calls = EngineCalls(client, defaults, fit, metrics)
+    calls = EngineCalls(client, settings, fit, metrics)
     client.generate, client.shutdown = calls.generate, calls.shutdown
     return calls
 

@@ -8,7 +8,7 @@ from any of them.
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.exceptions import VLLMValidationError
 
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.body import PARSED
 from vllm_l2kv_server.body_bound import has_body, read_body, replay
 from vllm_l2kv_server.context import current
@@ -22,7 +22,7 @@ RESPONSES_PATH = "/v1/responses"
 class CompressionMiddleware:
     """Pure ASGI: reads the fields of a request, and adds the numbers to its answer.
 
-    The app's state has the defaults of requests that give no field (`kv_defaults`), and keeps the numbers of stored
+    The app's state has the settings of the engine (`kv_settings`), and keeps the numbers of stored
     responses (`kv_stored_numbers`), if vLLM stores responses.
     """
 
@@ -42,8 +42,7 @@ class CompressionMiddleware:
             body = b"".join(message.get("body", b"") for message in messages)
             try:
                 value = look_into(body)
-                defaults = getattr(state, "kv_defaults", None) or CompressionParams()
-                compression = read_compression(value, path, defaults)
+                compression = read_compression(value, path, getattr(state, "kv_settings", None) or Settings())
             except VLLMValidationError as error:
                 await refusal(error, scope)(scope, receive, send)
                 return

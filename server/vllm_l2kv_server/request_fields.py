@@ -19,12 +19,12 @@ from vllm_l2kv.params import (
     PREFIX_TOKENS,
     REQUEST_FIELDS,
     Asked,
-    CompressionParams,
     Field,
     FieldValue,
     check_names,
     meant_field,
 )
+from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.body import NotJSONError, is_utf8, may_be_unwieldy, parse_body
 from vllm_l2kv_server.context import ChatDocument, Compression
 
@@ -77,13 +77,13 @@ def look_into(body: bytes) -> Any:
         return None
 
 
-def read_compression(body: Any, path: str, defaults: CompressionParams) -> Compression | None:
+def read_compression(body: Any, path: str, settings: Settings) -> Compression | None:
     """Returns what a request asks of the KV cache.
 
     Args:
         body: Its JSON value, from `look_into`.
         path: Of the endpoint, without the server's root path and without a slash at the end.
-        defaults: The server's, for requests that give no field.
+        settings: The engine's.
 
     Returns:
         `None` if the request has no field and is not compressed by default, so that there are no numbers to report.
@@ -94,7 +94,7 @@ def read_compression(body: Any, path: str, defaults: CompressionParams) -> Compr
     body = body if isinstance(body, dict) else {}
     given = _fields_of(body, path)
     fields = {name: value for name, value in given.items() if name != PREFIX_MESSAGES.name}
-    asked, document = read_fields(fields, defaults), _document_of(given, body, path)
+    asked, document = read_fields(fields, settings), _document_of(given, body, path)
     if path not in GENERATING_PATHS or not (asked.reports or document):
         return None
     if not body.get(BEAM_SEARCH):
@@ -122,15 +122,16 @@ def may_give_fields(body: bytes) -> bool:
     return bool(MENTIONS_A_FIELD.search(body) or ESCAPED_ASCII.search(body) or not is_utf8(body))
 
 
-def read_fields(values: Mapping[str, Any], defaults: CompressionParams) -> Asked:
-    """`CompressionParams.read`, for an endpoint.
+def read_fields(values: Mapping[str, Any], settings: Settings) -> Asked:
+    """`Settings.read`, for an endpoint.
 
     Raises:
-        VLLMValidationError: A bad value, or a wrong name for a field; answered with 400.
+        VLLMValidationError: A bad value, a wrong name for a field, or a scorer that the engine does not take; answered
+            with 400.
     """
     _check_names(values)
     try:
-        return defaults.read(values)
+        return settings.read(values)
     except ParamError as error:
         raise bad_request(error) from error
 

@@ -90,12 +90,12 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
         ) from error
     models = [path.name for path in state.openai_serving_models.base_model_paths]
     state.kv_compression = _describe(models, settings, groups)
-    state.kv_defaults = settings.defaults
+    state.kv_settings = settings
     # One for each response that vLLM stores; vLLM deletes none.
     responses = getattr(state, "openai_serving_responses", None)
     state.kv_stored_numbers = {} if getattr(responses, "enable_store", False) else None
     fit = FitCheck(config.model_config, settings.intervals, Capacity.from_plain(capacity))
-    calls = wrap_engine_client(engine_client, settings.defaults, fit, add_metrics(engine_client, settings))
+    calls = wrap_engine_client(engine_client, settings, fit, add_metrics(engine_client, settings))
     state.kv_engine_calls = calls
     find_documents(engine_client.renderer)
     if responses is not None:

@@ -1,14 +1,19 @@
 """What a request names as its scorer and granularity decides, through the whole engine."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from engine import keep
+from engine import bare_rule, keep
 from reference import Reference, check_numbers
 from rules import INTERVALS
 from scored import ScoredReference
+from weights import made_up_weights, write_profile
 
 from vllm_l2kv import ParamError, compression
-from vllm_l2kv.params import ONE_COMPACTION_SCORERS, SCORERS
+from vllm_l2kv.params import EVALUATION_SCORERS, ONE_COMPACTION_SCORERS, PROFILE_SCORERS, SCORERS
+from vllm_l2kv.profile import fingerprint
+from vllm_l2kv.settings import CONFIG_KEY
 
 NUM_TOKENS = 12
 FULL_LAYERS = (0,)
@@ -30,8 +35,33 @@ class BlockReference(Reference):
 
 
 @pytest.fixture(scope="module")
-def scored(llama):
-    return ScoredReference(llama, len(FULL_LAYERS))
+def weights(llama_reference):
+    config = llama_reference.model.config
+    return made_up_weights(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+
+
+@pytest.fixture(scope="module")
+def engine(llama, weights, run, tmp_path_factory):
+    """With every scorer that there is."""
+    profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    write_profile(profile, weights, fingerprint(llama))
+    intervals = dict(zip(("prompt_interval", "answer_interval"), INTERVALS, strict=True))
+    rule = bare_rule(full_layers=FULL_LAYERS, evaluation_scorers=True, **intervals)
+    rule["additional_config"][CONFIG_KEY]["profile"] = str(profile)
+    with run(llama, FULL_LAYERS, **rule) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def scored(llama, weights):
+    return ScoredReference(llama, len(FULL_LAYERS), weights)
+
+
+@pytest.fixture
+def plain_settings(engine, monkeypatch):
+    """Those of an engine that serves, without a profile."""
+    settings = replace(engine.scheduler.settings, profile=None, evaluation_scorers=False)
+    monkeypatch.setattr(engine.scheduler, "settings", settings)
 
 
 def ask(scorer=None, last=0, granularity=None):
@@ -80,6 +110,16 @@ def test_what_one_compaction_alone_defines_is_refused_with_a_budget(engine, text
     assert good.outputs[0].finish_reason == "length"
     assert bad.outputs[0].finish_reason == "error"
     assert sentence in bad.outputs[0].stop_reason
+
+
+def test_scorers_that_an_engine_does_not_have_are_refused(plain_settings, engine, text_ids):
+    """By name and that request alone, also where no front end looked."""
+    names = [*EVALUATION_SCORERS, *PROFILE_SCORERS]
+    outputs = engine.generate([text_ids[:200]] * (len(names) + 1), [keep("0.5"), *(ask(name) for name in names)])
+    assert outputs[0].outputs[0].finish_reason == "length"
+    for name, output in zip(names, outputs[1:], strict=True):
+        assert output.outputs[0].finish_reason == "error"
+        assert f"kv_scorer '{name}'" in output.outputs[0].stop_reason
 
 
 @pytest.mark.parametrize("last", [0, 8])

@@ -13,12 +13,11 @@ import torch
 from cached_rows import CachedRows
 from engine import Engine, bare_rule, draw, greedy, keep, running, tokens_of
 from reference import expected_compactions, expected_numbers
-from scored import ScoredReference
+from scored import TELLING_SCORERS, ScoredReference
 from usages import numbers_of
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.usage import KeptWhole
-from vllm_l2kv.params import SCORERS
 from vllm_l2kv.scheduler.integrity import check_requests
 
 INTERVALS = (256, 32)
@@ -168,7 +167,9 @@ def test_what_others_ask_finds_nothing_compressed_but_the_ordinary_prefix(docume
     documents.ask(documents.after(document, 0, **RULE), 0, **RULE)
     others = [{"ratio": "0.5"}, {"first": 4}, {"last": 8}, {"document": DOCUMENT - 1}, {"budget": 100}]
     # Without a full layer, other scorers tie in layer 0.
-    scorers = [{"scorer": name} for name in SCORERS if name != documents.scorer] if documents.full_layers else []
+    scorers = (
+        [{"scorer": name} for name in TELLING_SCORERS if name != documents.scorer] if documents.full_layers else []
+    )
     for number, other in enumerate([*others, *scorers], 1):
         rule = {**RULE, **other}
         # With the budget, the first compaction is inside the document.

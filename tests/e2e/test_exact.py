@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 from engine import bare_rule, greedy, keep, running
 from reference import check_numbers, expected_compactions
-from scored import ScoredReference
+from scored import TELLING_SCORERS, ScoredReference
 
-from vllm_l2kv.params import ONE_COMPACTION_SCORERS, SCORERS
+from vllm_l2kv.params import ONE_COMPACTION_SCORERS
 
 RATIOS = ("1.0", "0.9", "0.7", "0.5", "0.3", "0.1")
 LENGTHS = (1, 2, 31, 33, 200, 449, 1000)
@@ -138,7 +138,7 @@ def tiny_cases(text_ids: list[int], full_layers: tuple[int, ...]) -> list[Case]:
     """
     if not full_layers:
         text_ids = no_token_twice(text_ids)
-    again = [scorer for scorer in SCORERS if scorer not in ONE_COMPACTION_SCORERS]
+    again = [scorer for scorer in TELLING_SCORERS if scorer not in ONE_COMPACTION_SCORERS]
     scorers = [
         Case(text_ids[120 + i : 620 + i], 40, first=4, last=8, budget=80, scorer=name) for i, name in enumerate(again)
     ]

@@ -65,7 +65,7 @@ class TestRequestFields:
     def test_what_is_refused(self, row):
         asked, message = row
         with pytest.raises(ParamError) as refused:
-            CompressionParams().override(json.loads(asked))
+            Settings().read(json.loads(asked))
         assert str(refused.value) == message
         assert refused.value.param == next(iter(json.loads(asked)))
 

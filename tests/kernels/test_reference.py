@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lives import Life, check_lives
+from weights import made_up_weights
 
 from vllm_l2kv.kernels.reference import LayerRows, ReferenceCompactor, compact_layer, select
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
@@ -11,7 +12,9 @@ from vllm_l2kv.scorers import Heads, bind, norms
 from vllm_l2kv.token_groups import pool_scores
 
 HEADS, HEAD_SIZE = 3, 8
-SCORERS_OF_TWO_LAYERS = bind(Heads.of_rank((1, 2), HEADS, 0, 1, torch.device("cpu")))
+SCORERS_OF_TWO_LAYERS = bind(
+    Heads.of_rank((1, 2), HEADS, 0, 1, torch.device("cpu")), made_up_weights(3, HEADS, HEAD_SIZE)
+)
 
 
 def random_rows(num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32, head_size_v: int = HEAD_SIZE):

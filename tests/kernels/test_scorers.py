@@ -8,16 +8,20 @@ from types import ModuleType
 
 import pytest
 import torch
+from weights import made_up_weights
 
 from vllm_l2kv.kernels.reference import select
 from vllm_l2kv.params import SCORERS
-from vllm_l2kv.scorers import Heads, Rows, Scorers, bind
+from vllm_l2kv.profile import Rope
+from vllm_l2kv.scorers import Heads, Rows, Scorers, bind, bytes_of_a_head
+from vllm_l2kv.scorers.learned import features
 
-NUM_HEADS, HEAD_SIZE = 3, 8
+NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 32, 3, 8
 
 
 def bound(layers=(0,), num_heads: int = NUM_HEADS, rank: int = 0, degree: int = 1) -> Scorers:
-    return bind(Heads.of_rank(layers, num_heads, rank, degree, torch.device("cpu")))
+    heads = Heads.of_rank(layers, num_heads, rank, degree, torch.device("cpu"))
+    return bind(heads, made_up_weights(NUM_LAYERS, num_heads, HEAD_SIZE))
 
 
 def rows_of(num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32, num_heads: int = NUM_HEADS) -> Rows:
@@ -38,6 +42,15 @@ def cosine(a, b) -> float:
 def keydiff(keys, values):
     mean = [sum(k[c] / norm(k) for k in keys) / len(keys) for c in range(len(keys[0]))]
     return [-cosine(key, mean) for key in keys]
+
+
+def keydiff_value(keys, values):
+    def ranks(measures):
+        order = sorted(range(len(measures)), key=lambda i: (measures[i], -i))
+        return {i: rank for rank, i in enumerate(order)}
+
+    unlike, large = ranks(keydiff(keys, values)), ranks([norm(value) for value in values])
+    return [unlike[i] + large[i] for i in range(len(keys))]
 
 
 def l2_pagerank(keys, values):
@@ -78,13 +91,15 @@ LOOPS = {
     "value_key_ratio": lambda keys, values: [norm(v) / norm(k) for k, v in zip(keys, values, strict=True)],
     "first_last": lambda keys, values: [len(keys)] * 4 + list(range(4, len(keys))),
     "keydiff": keydiff,
+    "keydiff_value": keydiff_value,
     "l2_pagerank": l2_pagerank,
     "lagkv": lagkv,
 }
 
 
-def test_every_scorer_but_chance_is_checked():
-    assert {*LOOPS, "random"} == {*SCORERS}
+def test_every_scorer_is_checked():
+    """Chance and what is learned have tests of their own."""
+    assert {*LOOPS, "random", "learned"} == {*SCORERS}
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -106,6 +121,61 @@ def test_chance_is_even_and_independent():
     assert torch.histc(scores, 10, 0, 1).sub(8000).abs().max() < 400
     assert (torch.corrcoef(scores) - torch.eye(4)).abs().max() < 0.03
     assert abs(torch.corrcoef(torch.stack([scores[0, 1:], scores[0, :-1]]))[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [0, 4, 8])
+def test_what_is_learned_against_loops(rotary_dim, interleaved):
+    """In layer 8 of the model and its heads 2 and 3, which are those of the second rank of three."""
+    weights = made_up_weights(10, 6, HEAD_SIZE, Rope(rotary_dim, interleaved))
+    scorer = bind(Heads.of_rank((3, 8), 6, 1, 3, torch.device("cpu")), weights)["learned"]
+    rows = rows_of(40, dtype=torch.bfloat16, num_heads=2)._replace(layer=1)
+    scores = scorer.score(rows)
+    assert scores.dtype == torch.float32
+    for head in range(2):
+        w1, b1, w2, wl, b = (weights.tensors[name][8, 2 + head].tolist() for name in ("w1", "b1", "w2", "wl", "b"))
+        for row in range(40):
+            key, value = rows.keys[head, row].tolist(), rows.values[head, row].tolist()
+            half = rotary_dim // 2
+            pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
+            x = [*(math.hypot(key[i], key[j]) for i, j in pairs), *key[rotary_dim:], *value]
+            x = torch.tensor([*x, math.log(norm(key)), math.log(norm(value))]).bfloat16().tolist()
+            expected = b + sum(w * x_i for w, x_i in zip(wl, x, strict=True))
+            for unit in range(64):
+                z = b1[unit] + sum(x_i * w[unit] for x_i, w in zip(x, w1, strict=True))
+                gelu = z / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+                expected += w2[unit] * gelu
+            assert scores[head, row] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_what_is_learned_sees_no_position():
+    """A key that a rotation turns to another position has the same features."""
+    angles = torch.linspace(0.1, 3, HEAD_SIZE // 2)
+    keys, values = rows_of(50)[:2]
+    first, second = keys.chunk(2, dim=-1)
+    turned = [first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()]
+    rope = Rope(HEAD_SIZE, interleaved=False)
+    assert torch.allclose(features(keys, values, rope), features(torch.cat(turned, -1), values, rope), atol=1e-5)
+
+
+def test_what_is_learned_takes_the_memory_that_it_says():
+    weights = made_up_weights(NUM_LAYERS, 6, HEAD_SIZE)
+    scorer = bind(Heads.of_rank(range(2, 9), 6, 1, 2, torch.device("cpu")), weights)["learned"]
+    held = sum(
+        tensor.untyped_storage().nbytes() for tensor in vars(scorer).values() if isinstance(tensor, torch.Tensor)
+    )
+    assert held == 7 * 3 * bytes_of_a_head(weights)
+
+
+def test_without_a_profile_nothing_is_learned():
+    assert set(SCORERS) - bind(Heads.of_rank((0,), 1, 0, 1, torch.device("cpu"))).keys() == {"learned"}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 40])
+def test_equal_rows_rank_by_their_place(num_tokens):
+    """Two ranks of n - 1 for the first row, and two of 0 for the last."""
+    rows = Rows(torch.ones(1, num_tokens, HEAD_SIZE), torch.ones(1, num_tokens, HEAD_SIZE))
+    assert bound()["keydiff_value"].score(rows)[0].tolist() == [2 * i for i in reversed(range(num_tokens))]
 
 
 @pytest.mark.parametrize("name", SCORERS)

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from lives import Life, check_lives
+from weights import made_up_weights
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, select
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
@@ -57,7 +58,8 @@ class Pool:
         self.views = pool.permute([layout.index(axis) for axis in "LBHNC"])
         self.head_size = head_size
         layers = range(3, 3 + num_layers)
-        self.scorers = bind(Heads.of_rank(layers, 2 * NUM_KV_HEADS, 1, 2, self.views.device))
+        heads = Heads.of_rank(layers, 2 * NUM_KV_HEADS, 1, 2, self.views.device)
+        self.scorers = bind(heads, made_up_weights(layers.stop, 2 * NUM_KV_HEADS, head_size))
 
     def rows(self, layer: torch.Tensor) -> LayerRows:
         return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype)

@@ -25,7 +25,7 @@ from vllm_l2kv_server.last_line import Outcome
 from vllm_l2kv_server.request_fields import CHAT_PATHS, GENERATING_PATHS
 
 from vllm_l2kv.capacity import Capacity, GroupCapacity
-from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams
+from vllm_l2kv.params import FIELD_NAMES, OFFERED_SCORERS, CompressionParams
 from vllm_l2kv.settings import Settings
 
 GROUPS = [{"layers": ["a", "b"], "block_size": 32, "compressed": True, "sliding_window": None}]
@@ -308,7 +308,7 @@ def test_info(app):
             "name": "kv_scorer",
             "type": "string",
             "default": "l2",
-            "bounds": f"one of {', '.join(SCORERS)}",
+            "bounds": f"one of {', '.join(OFFERED_SCORERS)}",
             "description": "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
         },
         {

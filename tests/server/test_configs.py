@@ -15,7 +15,7 @@ from vllm_l2kv_server.serve import make_parser, parse
 from vllm_l2kv_server.serve_options import INTERVALS, own_options
 
 from vllm_l2kv.cli import main
-from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, SCORERS
+from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, OFFERED_SCORERS
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -87,7 +87,7 @@ class TestEach:
         ("kv-default-keep-ratio: 1.5", "1.5 is greater than the maximum of 1"),
         ("kv-default-max-tokens: 0", "0 is less than the minimum of 1"),
         ("kv-prompt-interval: 2.5", "2.5 is not of type 'integer'"),
-        ("kv-scorer: l3", f"'l3' is not one of {list(SCORERS)}"),
+        ("kv-scorer: l3", f"'l3' is not one of {list(OFFERED_SCORERS)}"),
         ("max-body-mib: high", "'high' is not of type 'integer'"),
         ("playground: 3", "3 is not of type 'boolean'"),
     ],

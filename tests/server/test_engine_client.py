@@ -24,6 +24,7 @@ from vllm_l2kv.capacity import Capacity, GroupCapacity
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import Intervals
+from vllm_l2kv.settings import Settings
 
 NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compactions": 1, "memory_ratio": 0.6}
 MODEL = SimpleNamespace(is_encoder_decoder=False)
@@ -72,7 +73,7 @@ def run(client, extra_args, compression=None):
 )
 def test_fields_go_to_the_engine_and_numbers_to_the_request(fake, fields, extra_args):
     compression = Compression(fields)
-    (output,) = run(EngineCalls(fake, CompressionParams(), FIT), extra_args, compression)
+    (output,) = run(EngineCalls(fake, Settings(), FIT), extra_args, compression)
     assert fake.extra_args == {**(extra_args or {}), **fields}
     assert compression.box.total() == NUMBERS
     assert output.kv_transfer_params is None
@@ -81,7 +82,7 @@ def test_fields_go_to_the_engine_and_numbers_to_the_request(fake, fields, extra_
 
 def test_the_end_of_a_chats_document_is_found_in_its_prompt(fake):
     """Each prompt of a request has its own; where there is none, or an error, the request is refused."""
-    client = EngineCalls(fake, CompressionParams(), FIT)
+    client = EngineCalls(fake, Settings(), FIT)
 
     def ask(prompt):
         current.set(Compression({"kv_keep_ratio": 0.5}, ChatDocument(1)))
@@ -104,24 +105,24 @@ def test_the_end_of_a_chats_document_is_found_in_its_prompt(fake):
 def test_a_field_where_no_numbers_are_reported(fake):
     """Such as in a form, which the middleware does not read."""
     with pytest.raises(VLLMValidationError, match=r"works on POST .*/v1/messages") as caught:
-        run(EngineCalls(fake, CompressionParams(), FIT), {"kv_keep_ratio": 0.5})
+        run(EngineCalls(fake, Settings(), FIT), {"kv_keep_ratio": 0.5})
     assert caught.value.parameter == "kv_keep_ratio"
     assert fake.calls == []
 
 
 def test_server_default_counts_as_asking(fake):
     compression = Compression({})
-    run(EngineCalls(fake, CompressionParams(keep_ratio=0.5), FIT), None, compression)
+    run(EngineCalls(fake, Settings(defaults=CompressionParams(keep_ratio=0.5)), FIT), None, compression)
     assert compression.box.total() == NUMBERS
 
 
 def test_numbers_are_hidden_where_none_are_reported(fake):
-    (output,) = run(EngineCalls(fake, CompressionParams(keep_ratio=0.5), FIT), None)
+    (output,) = run(EngineCalls(fake, Settings(defaults=CompressionParams(keep_ratio=0.5)), FIT), None)
     assert output.kv_transfer_params is None
 
 
 def test_who_asks_nothing_gets_vllms_generator(fake):
-    client = EngineCalls(fake, CompressionParams(), FIT)
+    client = EngineCalls(fake, Settings(), FIT)
     assert client.generate("text", SamplingParams(), "id") is fake.generated
 
 
@@ -135,7 +136,7 @@ def test_who_asks_nothing_gets_vllms_generator(fake):
     ],
 )
 def test_bad_extra_args_never_reach_the_engine(fake, extra_args, param):
-    client = EngineCalls(fake, CompressionParams(), FIT)
+    client = EngineCalls(fake, Settings(), FIT)
     with pytest.raises(VLLMValidationError) as caught:
         client.generate("text", SamplingParams(extra_args=extra_args), "id")
     assert caught.value.parameter == param
@@ -150,7 +151,7 @@ async def chunks():
 def test_latencies_of_streaming_input_are_those_of_a_whole_cache(fake, prompt, keep_ratio):
     observed = []
     metrics = SimpleNamespace(observe=lambda outputs, params: observed.append(params) or outputs)
-    client = EngineCalls(fake, CompressionParams(keep_ratio=0.5), FIT, metrics)
+    client = EngineCalls(fake, Settings(defaults=CompressionParams(keep_ratio=0.5)), FIT, metrics)
     client.generate(prompt, SamplingParams(), "id")
     assert observed == [CompressionParams(keep_ratio)]
 
@@ -187,7 +188,7 @@ class TestFit:
         ],
     )
     def test_a_prompt_that_fits_or_is_left_to_the_engine(self, fake, prompt, max_tokens, fields):
-        assert generate(EngineCalls(fake, CompressionParams(), FIT), prompt, max_tokens, fields)
+        assert generate(EngineCalls(fake, Settings(), FIT), prompt, max_tokens, fields)
 
     @pytest.mark.parametrize(
         ("num_tokens", "max_tokens", "fields", "param", "words"),
@@ -201,7 +202,7 @@ class TestFit:
     )
     def test_a_prompt_that_never_fits(self, fake, num_tokens, max_tokens, fields, param, words):
         """A plain call raises, so that no status was sent; nothing reaches the engine."""
-        client = EngineCalls(fake, CompressionParams(), FIT)
+        client = EngineCalls(fake, Settings(), FIT)
         with pytest.raises(VLLMValidationError, match=re.escape(words)) as caught:
             generate(client, rendered(num_tokens), max_tokens, fields)
         assert caught.value.parameter == param
@@ -211,7 +212,7 @@ class TestFit:
     @pytest.mark.parametrize("others", [{}, {"kv_keep_ratio": 0.5}, {"kv_max_tokens": 100}])
     def test_nothing_follows_the_document(self, fake, num_tokens, document, others):
         """Also of a request that keeps all: its client would believe that the document is shared."""
-        client = EngineCalls(fake, CompressionParams(), FIT)
+        client = EngineCalls(fake, Settings(), FIT)
         words = f"less than the prompt's {num_tokens} tokens, got {document}; at least one token must follow"
         with pytest.raises(VLLMValidationError, match=words) as caught:
             generate(client, rendered(num_tokens), 8, {"kv_prefix_tokens": document, **others})
@@ -220,7 +221,9 @@ class TestFit:
         assert generate(client, rendered(document + 1), 8, {"kv_prefix_tokens": document, **others})
 
     def test_a_default_budget_counts(self, fake):
-        assert generate(EngineCalls(fake, CompressionParams(max_tokens=500), FIT), rendered(1900), 100)
+        assert generate(
+            EngineCalls(fake, Settings(defaults=CompressionParams(max_tokens=500)), FIT), rendered(1900), 100
+        )
 
     def test_capacity_travels_as_plain_data(self):
         capacity = Capacity(7, (GroupCapacity(32, True), GroupCapacity(448, False, 3)), 1000, 2)
@@ -233,7 +236,7 @@ class TestFit:
             yield request_id, context
 
         responses = SimpleNamespace(_generate_with_builtin_tools=generate)
-        check_before_status(responses, EngineCalls(fake, CompressionParams(), FIT))
+        check_before_status(responses, EngineCalls(fake, Settings(), FIT))
 
         async def ask(num_tokens):
             prompt, params = rendered(num_tokens), SamplingParams(max_tokens=8)
@@ -273,7 +276,7 @@ class DevelopmentClient(AsyncLLM):
 def test_the_client_stays_vllms_with_two_methods_changed():
     """`POST /abort_requests`, of vLLM's development mode, asks whether the app's client is an `AsyncLLM`."""
     client = DevelopmentClient()
-    calls = wrap_engine_client(client, CompressionParams(), FIT)
+    calls = wrap_engine_client(client, Settings(), FIT)
     assert (client.generate, client.shutdown) == (calls.generate, calls.shutdown)
     app = FastAPI()
     app.include_router(rl.router)
@@ -297,7 +300,7 @@ class StoppedClient(FakeClient):
 def test_requests_in_flight_hear_of_a_shutdown():
     async def run():
         stopped.output_handler = asyncio.create_task(asyncio.sleep(0))
-        client = EngineCalls(stopped, CompressionParams(), FIT)
+        client = EngineCalls(stopped, Settings(), FIT)
         assert not client.was_shut_down
         await asyncio.to_thread(client.shutdown, timeout=3)
         await asyncio.sleep(0)
@@ -310,7 +313,7 @@ def test_requests_in_flight_hear_of_a_shutdown():
 
 def test_shutdown_before_the_first_request():
     stopped = StoppedClient()
-    EngineCalls(stopped, CompressionParams(), FIT).shutdown()
+    EngineCalls(stopped, Settings(), FIT).shutdown()
     assert stopped.calls == [None]
 
 
@@ -325,7 +328,7 @@ class FailingClient(FakeClient):
 def test_an_error_of_a_structured_request_is_the_fault_of_its_grammar(extra_args):
     async def consume(params):
         current.set(Compression({}))
-        client = EngineCalls(FailingClient(), CompressionParams(), FIT)
+        client = EngineCalls(FailingClient(), Settings(), FIT)
         return [output async for output in client.generate("text", params, "id")]
 
     structured = SamplingParams(extra_args=extra_args, structured_outputs=StructuredOutputsParams(regex="a"))

@@ -12,6 +12,7 @@ from vllm_l2kv_server.middleware import CompressionMiddleware
 from vllm_l2kv_server.usage import UsageBox
 
 from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.settings import Settings
 
 JSON = {"content-type": "application/json"}
 DEEP = b'{"a":' * 600 + b"1" + b"}" * 600
@@ -135,8 +136,8 @@ class TestNumbers:
 
     @pytest.mark.parametrize("by_default", [False, True])
     def test_not_asked(self, by_default):
-        defaults = CompressionParams(keep_ratio=0.5 if by_default else 1)
-        response = ask("/v1/responses", b"{}", generate, kv_defaults=defaults)
+        settings = Settings(defaults=CompressionParams(keep_ratio=0.5 if by_default else 1))
+        response = ask("/v1/responses", b"{}", generate, kv_settings=settings)
         assert ("kv_cache" in response.json()["usage"]) == by_default
 
     def test_of_a_stored_response(self):

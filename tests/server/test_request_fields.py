@@ -8,7 +8,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm_l2kv_server.context import ChatDocument
 from vllm_l2kv_server.request_fields import CHAT_PATHS, GENERATING_PATHS, look_into, read_compression, read_fields
 
-from vllm_l2kv.params import FIELD_NAMES, CompressionParams
+from vllm_l2kv.params import EVALUATION_SCORERS, FIELD_NAMES, CompressionParams
+from vllm_l2kv.settings import Settings
 
 CHAT = "/v1/chat/completions"
 BAD_RATIOS = [0, -1, -0.5, 1.0001, 2, math.nan, math.inf, -math.inf, 10**400, "0.5", "", True, False, [], [0.5], {}]
@@ -36,8 +37,8 @@ NEAR_SPELLINGS = {
 
 def fields(body, path: str = CHAT, by_default: bool = False) -> dict | None:
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    defaults = CompressionParams(keep_ratio=0.5 if by_default else 1)
-    compression = read_compression(look_into(body), path, defaults)
+    settings = Settings(defaults=CompressionParams(keep_ratio=0.5 if by_default else 1))
+    compression = read_compression(look_into(body), path, settings)
     return None if compression is None else compression.fields
 
 
@@ -68,6 +69,12 @@ class TestGeneratingEndpoints:
         assert fields(body, path) == {"kv_keep_ratio": 0.5, "kv_protect_last": 1}
         assert refused(nested_at(path, {"kv_keep": 0.5}), path).parameter == "kv_keep"
         assert refused(nested_at(path, {"kv_keep_ratio": 5}), path).parameter == "kv_keep_ratio"
+
+    @pytest.mark.parametrize("scorer", [*EVALUATION_SCORERS, "learned"])
+    def test_scorers_that_this_engine_does_not_have(self, path, scorer):
+        error = refused({"kv_keep_ratio": 0.5, "kv_scorer": scorer}, path)
+        assert error.parameter == "kv_scorer"
+        assert f"kv_scorer '{scorer}'" in str(error)
 
     def test_nothing_asked(self, path):
         assert fields({"model": "m", "kv_keep_ratio": None}, path) is None
@@ -182,7 +189,7 @@ class TestDocumentOfAChat:
     """It stays out of the fields for the engine, which knows `kv_prefix_tokens` alone."""
 
     def document(self, path: str, body: dict) -> ChatDocument | None:
-        compression = read_compression(look_into(json.dumps(body).encode()), path, CompressionParams())
+        compression = read_compression(look_into(json.dumps(body).encode()), path, Settings())
         assert compression.fields == {}
         return compression.document
 
@@ -209,14 +216,14 @@ class TestDocumentOfAChat:
         assert self.document(path, {**body, "kv_prefix_messages": 1}) == ChatDocument(1, num_given)
 
     def test_not_given(self):
-        compression = read_compression({"kv_keep_ratio": 0.5, "kv_prefix_messages": None}, CHAT, CompressionParams())
+        compression = read_compression({"kv_keep_ratio": 0.5, "kv_prefix_messages": None}, CHAT, Settings())
         assert compression.document is None
 
 
 def test_error_that_cannot_be_sent_as_it_is():
     """Names come here from forms too, whose JSON the middleware does not read."""
     with pytest.raises(VLLMValidationError) as caught:
-        read_fields({"kv_\ud800": 1}, CompressionParams())
+        read_fields({"kv_\ud800": 1}, Settings())
     assert caught.value.parameter.encode() == rb"kv_\ud800"
     assert str(caught.value).encode()
 

@@ -50,6 +50,8 @@ def test_own_options(parser):
         "kv_max_tokens": 500,
         "prompt_interval": 64,
         "answer_interval": 32,
+        "profile": None,
+        "evaluation_scorers": False,
     }
 
 
@@ -134,7 +136,10 @@ def test_model_option(parser):
         (["--kv-default-max-tokens", "0"], "--kv-default-max-tokens: N must satisfy 1 <= N <= 2147483647, got 0"),
         (["--kv-default-max-tokens", "many"], "--kv-default-max-tokens: N must be an integer >= 1, got 'many'"),
         (["--kv-default-max-tokens", "10"], "at least kv_protect_first + kv_protect_last = 68, got 10"),
-        (["--kv-default-max-tokens", "500", "--kv-scorer", "lagkv"], "kv_scorer 'lagkv' is defined for one compaction"),
+        (
+            ["--kv-default-max-tokens", "500", "--kv-scorer", "random"],
+            "kv_scorer 'random' is defined for one compaction",
+        ),
         (["--kv-default-max-tokens=500", "--kv-granularity=block"], "set kv_granularity to 'token'"),
         (["--kv-prompt-interval", "0"], "--kv-prompt-interval: N must satisfy 1 <= N <= 2147483647, got 0"),
         (["--kv-answer-interval", "0"], "--kv-answer-interval: N must satisfy 1 <= N <= 2147483647, got 0"),

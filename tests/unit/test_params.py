@@ -5,7 +5,7 @@ import pytest
 
 import vllm_l2kv
 from vllm_l2kv.field_kinds import MAX_TOKENS, ParamError
-from vllm_l2kv.params import FIELD_NAMES, SCORERS, CompressionParams, check_names, check_session
+from vllm_l2kv.params import FIELD_NAMES, OFFERED_SCORERS, SCORERS, CompressionParams, check_names, check_session
 
 BAD_RATIOS = [
     0, -0.5, 1.0001, 2, float("nan"), float("inf"), -float("inf"), 10**400, -(10**400),
@@ -47,7 +47,7 @@ def test_messages_are_counted_by_a_server_alone():
 
 @pytest.mark.parametrize("value", ["", "L2", "l2 ", "knorm", 0, True, [], ["l2"], {}, "x" * 1000])
 def test_bad_scorer_is_refused_by_name_and_with_the_good_ones(value):
-    with pytest.raises(ParamError, match=f"kv_scorer must be one of {', '.join(SCORERS)}, got ") as error:
+    with pytest.raises(ParamError, match=f"kv_scorer must be one of {', '.join(OFFERED_SCORERS)}, got ") as error:
         CompressionParams().override({"kv_scorer": value})
     assert error.value.param == "kv_scorer"
     assert len(str(error.value)) < 250

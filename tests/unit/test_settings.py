@@ -2,15 +2,38 @@ import json
 
 import pytest
 
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.field_kinds import ParamError
+from vllm_l2kv.params import EVALUATION_SCORERS, SCORERS, CompressionParams
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 
 
 def test_settings_survive_the_trip_through_additional_config():
-    settings = Settings((3, 0, 3), CompressionParams(0.25, 4, 64, "keydiff", "block"))
+    params = CompressionParams(0.25, 4, 64, "learned", "block")
+    settings = Settings((3, 0, 3), params, profile="a/model.safetensors", evaluation_scorers=True)
     config = json.loads(json.dumps({CONFIG_KEY: settings.as_config(), "other": 1}))
     assert Settings.from_config(config) == settings
     assert settings.full_layers == (0, 3)
+
+
+def refusal_of(settings: Settings, scorer: str) -> str | None:
+    try:
+        settings.read({"kv_scorer": scorer})
+    except ParamError as error:
+        return f"{error.param}: {error}"
+    return None
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_scorers_that_an_engine_has(scorer):
+    """What serves takes those that are offered, what evaluates takes all, and what is learned comes from a profile."""
+    plain, profiled = refusal_of(Settings(), scorer), refusal_of(Settings(profile="model.safetensors"), scorer)
+    assert (plain is not None) == (scorer in (*EVALUATION_SCORERS, "learned"))
+    assert (profiled is not None) == (scorer in EVALUATION_SCORERS)
+    assert refusal_of(Settings(profile="model.safetensors", evaluation_scorers=True), scorer) is None
+    if plain is not None:
+        advice = "--kv-profile FILE" if scorer == "learned" else "choose one of l2, l1, "
+        assert plain.startswith("kv_scorer: ")
+        assert advice in plain
 
 
 @pytest.mark.parametrize(
@@ -23,6 +46,11 @@ def test_settings_survive_the_trip_through_additional_config():
         ({"full_layers": [-1]}, "layer indices >= 0"),
         ({"full_layers": [True]}, "layer indices >= 0"),
         ({"full_layers": ["0"]}, "layer indices >= 0"),
+        ({"profile": 3}, "profile must be the path of a file, got 3"),
+        ({"profile": ""}, "profile must be the path of a file"),
+        ({"evaluation_scorers": 1}, "evaluation_scorers must be true or false"),
+        ({"kv_scorer": "lagkv"}, "only `vllm-l2kv eval` takes it"),
+        ({"kv_scorer": "learned"}, "needs the weights of a profile"),
     ],
 )
 def test_bad_settings_are_refused(section, message):

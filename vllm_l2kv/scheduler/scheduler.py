@@ -464,7 +464,7 @@ class L2KVScheduler(AsyncScheduler):
             ParamError: A bad value.
         """
         extra_args = request.sampling_params.extra_args if request.sampling_params else None
-        return self.settings.defaults.read(extra_args)
+        return self.settings.read(extra_args)
 
     def _refuse(self, req_id: str, sentence: str) -> None:
         logger.error("Request %s is refused: %s", req_id, sentence)

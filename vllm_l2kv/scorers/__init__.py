@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_l2kv.params import PROFILE_SCORERS, SCORERS
+from vllm_l2kv.profile import Rope
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,12 @@ class Heads:
         return self.layers[layer] * self.num_heads_of_model + self.first_head + head
 
 
-class Rope(NamedTuple):
-    """Which elements of a key are rotated.
-
-    Attributes:
-        rotary_dim: Elements at the front that are.
-        interleaved: Whether pairs are (0, 1), (2, 3) and so on; else the first half goes with the second.
-    """
-
-    rotary_dim: int
-    interleaved: bool
-
-
 class Weights(NamedTuple):
     """What a profile holds for scorers.
 
     Attributes:
-        tensors: By their names in the profile, of all layers and KV heads of the model, on the host.
-        rope: The model's.
+        tensors: Those of `Profile.weights`, of all layers and KV heads of the model.
+        rope: That of the profile.
     """
 
     tensors: Mapping[str, torch.Tensor]

@@ -14,6 +14,11 @@ class Bound(Scorer):
     """`-cos(k, mean of k / ||k||)`."""
 
     def score(self, rows: Rows) -> torch.Tensor:
-        keys = rows.keys.float()
-        anchor = normalize(keys, dim=-1).mean(dim=-2, keepdim=True)
-        return -cosine_similarity(keys, anchor, dim=-1)
+        return unlikeness(rows.keys)
+
+
+def unlikeness(keys: torch.Tensor) -> torch.Tensor:
+    """Minus each key's cosine to the mean direction: `[num_heads, num_rows, head_size]` to `[num_heads, num_rows]`."""
+    keys = keys.float()
+    anchor = normalize(keys, dim=-1).mean(dim=-2, keepdim=True)
+    return -cosine_similarity(keys, anchor, dim=-1)

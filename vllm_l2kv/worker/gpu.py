@@ -13,6 +13,7 @@ from vllm_l2kv.kernels.group_cache import GroupCache
 from vllm_l2kv.kernels.torch_ranks import TORCH_BYTES, torch_bytes_of_a_head
 from vllm_l2kv.kernels.triton_compactor import TritonCompactor, scratch_bytes
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, key_dtype
+from vllm_l2kv.scorers import bytes_of_a_head
 from vllm_l2kv.worker.clock import Clock, CUDAClock
 from vllm_l2kv.worker.runner import Runner
 from vllm_l2kv.worker.runner_v2 import RunnerV2
@@ -29,7 +30,10 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         specs = super().get_kv_cache_spec()
         compressed = [spec for spec in specs.values() if isinstance(spec, CompressedLayerSpec)]
         longest = self.vllm_config.model_config.max_model_len
-        self._scratch_bytes = scratch_bytes(sum(spec.num_kv_heads for spec in compressed), longest)
+        num_heads = sum(spec.num_kv_heads for spec in compressed)
+        self._scratch_bytes = scratch_bytes(num_heads, longest)
+        if self._weights is not None:
+            self._scratch_bytes += num_heads * bytes_of_a_head(self._weights)
         self._scratch_bytes += max(
             TORCH_BYTES, *(torch_bytes_of_a_head(spec.head_size, longest) for spec in compressed)
         )

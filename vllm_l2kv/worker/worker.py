@@ -23,8 +23,9 @@ from vllm_l2kv.kv_cache_spec import (
     is_packed,
 )
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, with_seconds
+from vllm_l2kv.profile import Profile
 from vllm_l2kv.refusals import check_supported
-from vllm_l2kv.scorers import Heads, Scorers, bind
+from vllm_l2kv.scorers import Heads, Scorers, Weights, bind
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
 from vllm_l2kv.worker.runner import Runner
@@ -63,6 +64,7 @@ class CompactionWorker(WorkerBase):
         super().__init__(*args, **kwargs)
         check_supported(self.vllm_config)
         self.settings = Settings.from_config(self.vllm_config.additional_config)
+        self._weights = weights_of(self.settings)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, as full and compressed layers."""
@@ -146,7 +148,7 @@ class CompactionWorker(WorkerBase):
         rank, degree = get_tensor_model_parallel_rank(), self.vllm_config.parallel_config.tensor_parallel_size
         num_heads_of_model = self.vllm_config.model_config.get_total_num_kv_heads()
         heads = Heads.of_rank([layer.number for layer in layers], num_heads_of_model, rank, degree, device)
-        return bind(heads)
+        return bind(heads, self._weights)
 
     @property
     def _layers(self) -> dict[str, Any]:
@@ -188,6 +190,19 @@ class TimedOutput(AsyncModelRunnerOutput):
     def get_kv_connector_output(self) -> Any:
         """Same contract as upstream, new in 0.33: what a failed step leaves to the KV connector."""
         return self._output.get_kv_connector_output()
+
+
+def weights_of(settings: Settings) -> Weights | None:
+    """The weights of scorers in the engine's profile; `None` without one.
+
+    Raises:
+        OSError: The profile cannot be read.
+        ValueError: It is none, is damaged, or has no such weights.
+    """
+    if settings.profile is None:
+        return None
+    profile = Profile.read(settings.profile)
+    return Weights(profile.weights(), profile.rope)
 
 
 def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:

@@ -44,7 +44,12 @@ class Engine:
                 device["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         processor = "ForcedTokens" if current_platform.is_cpu() else "ForcedTokensV2"
         self._intervals = intervals
-        ours = vllm_l2kv.engine_args(full_layers, prompt_interval=intervals.prompt, answer_interval=intervals.answer)
+        ours = vllm_l2kv.engine_args(
+            full_layers,
+            prompt_interval=intervals.prompt,
+            answer_interval=intervals.answer,
+            evaluation_scorers=True,
+        )
         self._llm = vllm.LLM(
             model,
             logits_processors=[f"vllm_l2kv.tools.evaluation.teacher_forcing:{processor}"],

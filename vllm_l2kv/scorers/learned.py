@@ -1,0 +1,94 @@
+"""What a small network of each head makes of its own key and value; `vllm-l2kv profile` trains it.
+
+A network of 64 hidden units has learned how much a repetition of the text attends to a row. It sees no position: rotary
+embeddings leave the magnitude of each pair that they rotate unchanged, so a row has the same features wherever it was,
+and after any number of compactions.
+
+Source: the target is that of KVzip, Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context
+Reconstruction", arXiv 2505.23416; a gate that learns it is that of Fast KVzip, arXiv 2601.17668, which sees hidden
+states. Features and the gate's shape are of this project.
+"""
+
+import torch
+from torch.nn.functional import gelu
+
+from vllm_l2kv.profile import Rope
+from vllm_l2kv.scorers import Heads, Rows, Scorer, Weights, norms
+
+HIDDEN = 64
+"""Units of the hidden layer."""
+LOWEST_NORM = 1e-6
+"""A shorter key or value counts as one of this norm: zero has no logarithm."""
+
+
+class Bound(Scorer):
+    """`w2 . gelu(x w1 + b1) + wl . x + b`, where x are the features, rounded to bf16; products and sums in fp32.
+
+    Attributes:
+        w1: `[num_layers, num_heads, num_features, HIDDEN]` bf16, of the layers and heads that it is bound to.
+        b1: `[num_layers, num_heads, HIDDEN]` fp32.
+        w2: `[num_layers, num_heads, HIDDEN]` fp32.
+        wl: `[num_layers, num_heads, num_features]` bf16.
+        b: `[num_layers, num_heads]` fp32.
+        rope: Which elements of a key are rotated.
+    """
+
+    def __init__(self, heads: Heads, weights: Weights | None = None) -> None:
+        super().__init__(heads, weights)
+        assert weights is not None, "the scorer learned needs a profile"
+        layers, last_head = list(heads.layers), heads.first_head + heads.num_heads
+
+        def own(name: str) -> torch.Tensor:
+            tensor = weights.tensors[name][layers, heads.first_head : last_head]
+            return tensor.to(heads.device, DTYPES[name]).contiguous()
+
+        self.w1, self.b1, self.w2, self.wl, self.b = (own(name) for name in DTYPES)
+        self.rope = weights.rope
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        own = rows.layer, slice(rows.first_head, rows.first_head + rows.keys.shape[0])
+        x = features(rows.keys, rows.values, self.rope).bfloat16().float()
+        hidden = gelu(x @ self.w1[own].float() + self.b1[own].unsqueeze(-2), approximate="tanh")
+        # Sums of products in place of products of matrices, which GPUs may round to fewer bits.
+        of_hidden = (hidden * self.w2[own].unsqueeze(-2)).sum(dim=-1)
+        return of_hidden + (x * self.wl[own].float().unsqueeze(-2)).sum(dim=-1) + self.b[own].unsqueeze(-1)
+
+    @staticmethod
+    def bytes_of_a_head(weights: Weights) -> int:
+        return sum(weights.tensors[name][0, 0].numel() * dtype.itemsize for name, dtype in DTYPES.items())
+
+
+DTYPES = {
+    "w1": torch.bfloat16,
+    "b1": torch.float32,
+    "w2": torch.float32,
+    "wl": torch.bfloat16,
+    "b": torch.float32,
+}
+"""Tensors of the scorer, by their names in `Profile.weights`, to what they are on the device."""
+
+
+def num_features(head_size: int, head_size_v: int, rope: Rope) -> int:
+    """Features of a row: `F` in the shapes of weights."""
+    return head_size - rope.rotary_dim // 2 + head_size_v + 2
+
+
+def features(keys: torch.Tensor, values: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """What the scorer sees of rows, for training and serving alike.
+
+    The magnitudes of a key's rotated pairs, its other elements as they are, the elements of the value, and the
+    logarithms of the norms of key and value. As in every scorer, the scale of an fp8 cache is left out.
+
+    Args:
+        keys: `[..., head_size]` as they lie in the cache, after RoPE; any floating type.
+        values: `[..., head_size_v]`, the same.
+        rope: Which elements of a key are rotated.
+
+    Returns:
+        `[..., num_features]` fp32.
+    """
+    keys, values = keys.float(), values.float()
+    rotated, others = keys[..., : rope.rotary_dim], keys[..., rope.rotary_dim :]
+    first, second = (rotated[..., ::2], rotated[..., 1::2]) if rope.interleaved else rotated.chunk(2, dim=-1)
+    lengths = (norms(part).clamp_min(LOWEST_NORM).log().unsqueeze(-1) for part in (keys, values))
+    return torch.cat([(first.square() + second.square()).sqrt(), others, values, *lengths], dim=-1)
