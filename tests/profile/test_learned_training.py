@@ -1,0 +1,97 @@
+"""Training of the scorer `learned` on made-up rows of which the answer is known."""
+
+import pytest
+import torch
+
+from vllm_l2kv.profile import Rope
+from vllm_l2kv.scorers import Heads, Rows, Weights
+from vllm_l2kv.scorers.learned import Bound
+from vllm_l2kv.tools.profile.learned import Examples, scores_of, train
+
+NUM_LAYERS, NUM_HEADS, HEAD_SIZE, NUM_ROWS, NUM_TEXTS = 4, 2, 8, 400, 9
+ROPE = Rope(6, False)
+LAYERS = [1, 3]
+
+
+def rotated(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Keys `[..., T, HEAD_SIZE]` with their first elements turned."""
+    angles = positions[:, None] * torch.tensor([1.0, 0.3, 0.05])
+    first, second = keys[..., :3], keys[..., 3:6]
+    turned = first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()
+    return torch.cat([*turned, keys[..., 6:]], -1)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Of each text and layer: keys, values, attention that each head pays by rules of its own."""
+    chance = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(NUM_TEXTS):
+        layers = []
+        for layer in LAYERS:
+            keys, values = (torch.randn(NUM_HEADS, NUM_ROWS, HEAD_SIZE, generator=chance) for _ in range(2))
+            # Of layer 1, head 0 looks for one element of values, head 1 for short keys; of layer 3 the other way round.
+            rules = [values[:, :, 2], -keys.norm(dim=-1)]
+            paid = [rules[(head + (layer == 3)) % 2][head] for head in range(NUM_HEADS)]
+            keys = rotated(keys, torch.arange(NUM_ROWS))
+            layers.append((keys, values, torch.stack(paid).exp()))
+        made.append(layers)
+    return made
+
+
+@pytest.fixture(scope="module")
+def examples(texts):
+    examples = Examples(ROPE)
+    for layers in texts:
+        for layer, rows in zip(LAYERS, layers, strict=True):
+            examples.add(layer, *rows)
+    return examples
+
+
+@pytest.fixture(scope="module")
+def trained(examples):
+    return train(examples, NUM_LAYERS)
+
+
+def test_each_head_learns_its_own_rule(trained):
+    for ratio, overlap in trained.overlap.items():
+        assert overlap > 0.5 + ratio / 2, f"{ratio}: {overlap}"
+
+
+def test_the_weights_are_those_that_the_scorer_serves(trained, texts):
+    heads = Heads(tuple(LAYERS), 0, NUM_HEADS, NUM_HEADS, torch.device("cpu"))
+    scorer = Bound(heads, Weights(trained.weights, ROPE))
+    agree = []
+    for i, (keys, values, paid) in enumerate(texts[-1]):
+        # A row is scored alike wherever it is.
+        keys = rotated(keys, torch.full((NUM_ROWS,), 1000.0))
+        scores = scorer.score(Rows(keys, values, i))
+        agree.append(torch.corrcoef(torch.stack([scores[0], paid[0].log()]))[0, 1])
+        agree.append(torch.corrcoef(torch.stack([scores[1], paid[1].log()]))[0, 1])
+    assert min(agree) > 0.9
+
+
+def test_overlap_is_measured_with_what_is_served(trained, examples, texts):
+    heads = Heads(tuple(LAYERS), 0, NUM_HEADS, NUM_HEADS, torch.device("cpu"))
+    served = Bound(heads, Weights(trained.weights, ROPE)).score(Rows(texts[0][0][0], texts[0][0][1], 0))
+    own = {name: tensor[LAYERS[0]] for name, tensor in trained.weights.items()}
+    torch.testing.assert_close(scores_of(examples.features[LAYERS[0]][0], own), served[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+def test_layers_without_rows_have_no_weights(trained):
+    for name, tensor in trained.weights.items():
+        assert tensor.shape[:2] == (NUM_LAYERS, NUM_HEADS), name
+        assert not tensor[[0, 2]].any(), name
+        assert tensor[LAYERS].any(), name
+
+
+def test_training_is_the_same_every_time(examples):
+    once, again = (train(examples, NUM_LAYERS, num_steps=5, batch=8).weights for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_one_text_is_too_few(texts):
+    examples = Examples(ROPE)
+    examples.add(0, *texts[0][0])
+    with pytest.raises(ValueError, match="at least 2 texts to be trained, got 1"):
+        train(examples, NUM_LAYERS)

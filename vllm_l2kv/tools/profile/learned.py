@@ -1,0 +1,220 @@
+"""Trains the scorer `learned`: from a row alone, whether a repetition of its text would look at it.
+
+One small network for each layer and KV head, from the features of `vllm_l2kv.scorers.learned` to the largest attention
+that a row gets from a repetition of the text. Source of this target: Kim et al., "KVzip: Query-Agnostic KV Cache
+Compression with Context Reconstruction", arXiv 2505.23416, section 3.
+
+Shapes: L layers, H KV heads, T rows of a text, F features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import gelu
+
+from vllm_l2kv.profile import Rope
+from vllm_l2kv.scorers.learned import HIDDEN, features
+from vllm_l2kv.tools.evaluation.progress import Progress
+
+PROTECTED = 4
+"""Rows at the beginning of a text that are not learned from: every compaction keeps them."""
+HELD_OUT = 8
+"""One of so many texts is not trained on."""
+KEEP_RATIOS = (0.5, 0.25, 0.1)
+"""At which kept sets are compared."""
+MAX_GROUP_BYTES = 4 << 30
+"""Of features that are on a GPU at once: networks of so many layers are trained together."""
+CPU_LAYERS = 4
+"""The same on a CPU."""
+GPU_STEPS, CPU_STEPS = (800, 4096), (300, 512)
+"""Steps of gradient descent, and rows of each."""
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 1e-3
+
+
+@dataclass
+class Examples:
+    """Rows of texts with what a repetition paid to them, on the host in bf16: for an 8B model and 112 texts 17 GB.
+
+    Attributes:
+        rope: How the model rotates keys.
+        features: Of each layer and text, `[H, T, F]` bf16.
+        targets: Of each layer and text, `[H, T]` fp32: ranks of the attention that rows got, as normal quantiles.
+    """
+
+    rope: Rope
+    features: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    targets: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, layer: int, keys: torch.Tensor, values: torch.Tensor, attention: torch.Tensor) -> None:
+        """Adds the rows of a text in one layer, texts in the same order in every layer.
+
+        Args:
+            layer: One of full attention.
+            keys: `[H, T, head_size]`, as they are cached.
+            values: `[H, T, head_size_v]`.
+            attention: `[H, T]`, the largest that each row got from the repetition.
+        """
+        taken = features(keys, values, self.rope)[:, PROTECTED:].bfloat16().cpu()
+        ranks = attention[:, PROTECTED:].argsort(-1).argsort(-1)
+        # Attention itself spans orders of magnitude, and only its order within a text counts.
+        quantiles = torch.special.ndtri((ranks + 0.5) / ranks.shape[-1])
+        self.features.setdefault(layer, []).append(taken)
+        self.targets.setdefault(layer, []).append(quantiles.cpu())
+
+
+class Trained(NamedTuple):
+    """What a profile stores.
+
+    Attributes:
+        weights: By their names in the profile; layers that do not compress are zeros.
+        overlap: By keep ratio, share of the rows that the repetition looks at most which the scorer keeps too: mean
+            over layers, heads and the texts that were not trained on. A random choice has the ratio itself.
+    """
+
+    weights: dict[str, torch.Tensor]
+    overlap: dict[float, float]
+
+
+def train(
+    examples: Examples,
+    num_layers: int,
+    device: torch.device | str = "cpu",
+    num_steps: int | None = None,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Trains a network for each layer and head of `examples`; always the same on the same device.
+
+    Args:
+        examples: Of two texts or more.
+        num_layers: L of the model, with those that do not compress.
+        device: Where to train.
+        num_steps: Of gradient descent; by default what is worth its time on this device.
+        batch: Rows of each step; the same.
+        progress: Counts steps.
+
+    Raises:
+        ValueError: Too few texts.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    default = GPU_STEPS if on_gpu else CPU_STEPS
+    num_steps, batch = num_steps or default[0], batch or default[1]
+    progress = progress or Progress()
+    layers = sorted(examples.features)
+    num_texts = len(examples.features[layers[0]]) if layers else 0
+    if num_texts < 2:
+        raise ValueError(f"The scorer learned needs at least 2 texts to be trained, got {num_texts}.")
+    # The last ones: they are of all kinds.
+    num_held_out = max(1, num_texts // HELD_OUT)
+    size = sum(text.nbytes for text in examples.features[layers[0]])
+    at_once = max(1, MAX_GROUP_BYTES // size) if on_gpu else CPU_LAYERS
+    groups = [layers[first : first + at_once] for first in range(0, len(layers), at_once)]
+    progress.begin(f"training the scorer learned on {num_texts - num_held_out} texts")
+    weights: dict[str, torch.Tensor] = {}
+    overlaps: list[torch.Tensor] = []
+    for number, group in enumerate(groups, start=1):
+        progress.part(f"training the scorer learned, part {number} of {len(groups)}", num_steps, "steps")
+        networks = _fit(examples, group, num_texts - num_held_out, device, num_steps, batch, progress)
+        overlaps += [_overlap(examples, layer, networks, i, num_held_out) for i, layer in enumerate(group)]
+        for name, tensor in networks.items():
+            whole = weights.setdefault(name, tensor.new_zeros(num_layers, *tensor.shape[1:], device="cpu"))
+            whole[group] = tensor.cpu()
+        progress.reached(number / len(groups))
+    means = torch.stack(overlaps).mean(0).tolist()
+    return Trained(weights, {ratio: round(mean, 3) for ratio, mean in zip(KEEP_RATIOS, means, strict=True)})
+
+
+def _fit(
+    examples: Examples,
+    layers: Sequence[int],
+    num_texts: int,
+    device: torch.device | str,
+    num_steps: int,
+    batch: int,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """Networks of some layers, as a profile stores them: `[len(layers), H, ...]`."""
+    x = torch.cat([torch.cat(examples.features[layer][:num_texts], 1).to(device) for layer in layers])
+    y = torch.cat([torch.cat(examples.targets[layer][:num_texts], 1).to(device) for layer in layers])
+    mean, deviation = _moments(x)
+    num_networks, num_rows, num_features = x.shape
+    chance = torch.Generator(device).manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        weights: torch.Tensor = torch.randn(shape, generator=chance, device=device) * shape[1] ** -0.5
+        return weights
+
+    w1, w2 = drawn(num_networks, num_features, HIDDEN), drawn(num_networks, HIDDEN, 1)
+    shapes = (num_features, 1), (1, HIDDEN), (1, 1)
+    wl, b1, b = (torch.zeros(num_networks, *shape, device=device) for shape in shapes)
+    parameters = [each.requires_grad_() for each in (w1, w2, wl, b1, b)]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=num_steps, pct_start=0.1)
+    for _ in range(num_steps):
+        some = torch.randint(num_rows, (batch,), generator=chance, device=device)
+        inputs = (x[:, some].float() - mean) / deviation
+        hidden = gelu(torch.baddbmm(b1, inputs, w1), approximate="tanh")
+        found = torch.baddbmm(torch.baddbmm(b, inputs, wl), hidden, w2)[..., 0]
+        # A sum, so that each network learns as if it were alone.
+        loss = (found - y[:, some]).square().mean(-1).sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        progress.advance(1)
+    with torch.no_grad():
+        folded = _folded(w1, b1, w2, wl, b, mean, deviation)
+    return {name: tensor.view(len(layers), -1, *tensor.shape[1:]) for name, tensor in folded.items()}
+
+
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of `[N, rows, F]`: `[N, 1, F]` each, fp32."""
+    # One network after the other, so that few rows are in fp32 at once.
+    moments = [torch.std_mean(each.float(), 0, keepdim=True) for each in x]
+    deviations, means = zip(*moments, strict=True)
+    return torch.stack(means), torch.stack(deviations).clamp_min(1e-3)
+
+
+def _folded(
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    wl: torch.Tensor,
+    b: torch.Tensor,
+    mean: torch.Tensor,
+    deviation: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Weights for features as they are. Biases are those of the rounded weights, so that rounding spares the mean."""
+    w1, wl = ((each / deviation.mT).bfloat16() for each in (w1, wl))
+    b1, b = b1 - mean @ w1.float(), b - mean @ wl.float()
+    return {"w1": w1, "b1": b1[:, 0], "w2": w2[..., 0], "wl": wl[..., 0], "b": b[:, 0, 0]}
+
+
+def _overlap(
+    examples: Examples, layer: int, networks: Mapping[str, torch.Tensor], place: int, num_held_out: int
+) -> torch.Tensor:
+    """`[len(KEEP_RATIOS)]`: of one layer, on the last texts, with the weights as they are stored."""
+    of_layer = {name: tensor[place] for name, tensor in networks.items()}
+    texts = zip(examples.features[layer][-num_held_out:], examples.targets[layer][-num_held_out:], strict=True)
+    found = []
+    for text, targets in texts:
+        scores = scores_of(text.to(of_layer["w1"].device), of_layer).cpu()
+        for ratio in KEEP_RATIOS:
+            num_keep = round(ratio * targets.shape[-1])
+            kept, looked_at = (
+                torch.zeros_like(each, dtype=torch.bool).scatter_(-1, each.topk(num_keep, -1).indices, True)
+                for each in (scores, targets)
+            )
+            found.append((kept & looked_at).sum(-1).float().mean() / num_keep)
+    return torch.stack(found).view(num_held_out, -1).mean(0)
+
+
+def scores_of(inputs: torch.Tensor, networks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Of features `[H, T, F]` by the networks of a layer: `[H, T]`; up to rounding those of the scorer `learned`."""
+    x = inputs.float()
+    hidden = gelu(x @ networks["w1"].float() + networks["b1"][:, None], approximate="tanh")
+    scores: torch.Tensor = (hidden @ networks["w2"][..., None] + x @ networks["wl"].float()[..., None])[..., 0]
+    return scores + networks["b"][:, None]
