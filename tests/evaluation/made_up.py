@@ -20,6 +20,7 @@ def made_up(
     """Rows as `Engine.rows` makes them; the excess loss is `1 - ratio`, every other sample is right unless told."""
     rows = []
     places = {"perplexity": [{}], "copy": [{}], "ruler": [{"subtask": "vt"}, {"subtask": "cwe"}]}
+    places["chat"] = [{"turn": 0}, {"turn": 1}]
     for length, place, sample, variant in product(
         lengths,
         places.get(task, [{"depth": depth} for depth in depths]),

@@ -97,9 +97,8 @@ class TestRefused:
 
     @pytest.mark.parametrize("row", [{"layer": 0, "head": 1}, {"task": "bench"}])
     def test_rows_of_something_else(self, capsys, tmp_path, row):
-        said = (
-            f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes perplexity, passkey, needle, ruler, copy."
-        )
+        tasks = "perplexity, passkey, needle, ruler, copy, chat"
+        said = f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes {tasks}."
         assert self.line(capsys, tmp_path, [row]).endswith(f"argument ROWS: {said}")
         # Before an engine is started to add to them.
         with pytest.raises(SystemExit):

@@ -23,17 +23,22 @@ class Mute:
     tokenizer: Any = None
 
     def __init__(self, model: str, full_layers: Sequence[int], intervals: Intervals, max_model_len: int) -> None:
-        self.about = {"model": model, "full_layers": full_layers}
+        self.about = {"model": Path(model).name, "full_layers": full_layers}
         self.intervals = {f"{name}_interval": rows for name, rows in intervals._asdict().items()}
         self.max_tokens = max_model_len
 
     def rows(
-        self, task: str, cases: Iterable[Case], compared: Sequence[CompressionParams], progress: Progress
+        self,
+        task: str,
+        cases: Iterable[Case],
+        compared: Sequence[CompressionParams],
+        progress: Progress,
+        questions: Sequence[str],
     ) -> Iterator[dict[str, Any]]:
         progress.begin(task)
-        for case, variant in product(cases, compared):
+        for case, variant, question in product(cases, compared, questions):
             fields = {name.removeprefix("kv_"): value for name, value in variant.as_fields().items()}
-            fields |= {} if variant.max_tokens is None else self.intervals
+            fields |= {"question": question} | ({} if variant.max_tokens is None else self.intervals)
             answer = Answer("", (1.0,) * case.num_tokens, (True,) * case.num_tokens)
             yield {"task": task, **self.about, **fields, **case.about, **case.score(answer)}
 
@@ -76,6 +81,8 @@ def refused(capsys, *words: str) -> str:
         ("passkey", ["--lengths", ""], "at least one"),
         ("passkey", ["--depths", ""], "at least one"),
         ("passkey", ["--max-model-len", "0"], "1 <= N <= 2147483647, got 0"),
+        ("chat", ["--memory", "0.5,0"], "0 < M <= 1, got 0"),
+        ("chat", ["--questions", "seen,heard"], "'heard' is not one of seen, hidden"),
         ("passkey", ["--protect", "4"], "FIRST:LAST, such as 4:64, got '4'"),
         ("passkey", ["--protect", "4:-1"], "0 <= N"),
         ("passkey", ["--full-layers=-1"], "layer indices >= 0"),
@@ -117,11 +124,13 @@ def test_defaults(task):
     assert (options.budgets, options.prompt_interval, options.answer_interval) == ([], *Intervals())
     assert (options.scorers, options.granularities, options.protect) == (["l2"], ["token"], [(4, 64)])
     assert (options.lengths, options.samples, options.seed, options.max_model_len) == ([1024], 10, 0, None)
+    assert (options.memory, options.questions) == (None, ["seen"])
     own = {
         "perplexity": {"text": "moby_dick", "continued": 128},
         "passkey": {"depths": [0, 0.25, 0.5, 0.75, 1]},
         "needle": {"text": "state_of_the_union", "depths": [0, 0.25, 0.5, 0.75, 1]},
         "ruler": {"text": "state_of_the_union", "subtasks": list(SUBTASKS)},
+        "chat": {"text": "moby_dick"},
     }
     assert vars(options).items() >= own.get(task, {}).items()
 
@@ -143,7 +152,12 @@ def test_help(capsys, task):
 @pytest.mark.usefixtures("mute")
 @pytest.mark.parametrize(
     ("task", "words"),
-    [("perplexity", []), ("copy", []), ("needle", ["--depths", "0"]), ("ruler", ["--subtasks", "niah_single_1"])],
+    [
+        ("perplexity", []),
+        ("copy", []),
+        ("needle", ["--depths", "0"]),
+        ("ruler", ["--subtasks", "niah_single_1"]),
+    ],
 )
 def test_rows_are_added_and_reported(capsys, tmp_path, task, words):
     command = [task, "model", "--lengths", "400", "--samples", "2", "--ratios", "0.5", "--out", str(tmp_path), *words]
@@ -180,6 +194,25 @@ def test_budgets_are_measured_beside_ratios(capsys, tmp_path):
     assert "keep 0.5" in out
     assert out.index("budget 200+16") < out.index("budget 100+16")
     assert "at I more in the answer, at 2048 more in the prompt." in out
+
+
+@pytest.mark.usefixtures("mute")
+def test_memory_of_the_whole_cache_in_place_of_ratios(tmp_path, tiny_model):
+    """Of four layers one is full, so the others keep two thirds for three quarters of the memory."""
+    words = ["--memory", "0.75,0.6", "--full-layers", "1", "--questions", "seen,hidden", "--samples", "1"]
+    cli.evaluate(["chat", str(tiny_model("llama")), *words, "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["keep_ratio"] for row in rows} == {1, 0.666667, 0.466667}
+    assert {row["question"] for row in rows} == {"seen", "hidden"}
+
+
+def test_a_memory_beside_ratios_or_below_that_of_full_layers_is_refused(capsys, tiny_model):
+    line = refused(capsys, "chat", "model", "--ratios", "0.5", "--memory", "0.5")
+    assert line.endswith("argument --memory: not allowed with argument --ratios")
+    line = refused(capsys, "chat", str(tiny_model("llama")), "--full-layers", "0", "--memory", "0.5,0.25")
+    assert line.endswith(
+        "argument --memory: M must be more than 0.250, which the 1 full layers of 4 alone cost, got 0.25."
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import base64
 import html
 import math
+import re
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ from vllm_l2kv.tools.evaluation.report import (
 )
 from vllm_l2kv.tools.evaluation.statistics import average, moments, pooled, share
 
-NUM_PLOTS = {"perplexity": 3, "passkey": 2, "needle": 3, "ruler": 1, "copy": 1}
-NUM_METRICS = {"perplexity": 2, "passkey": 1, "needle": 2, "ruler": 1, "copy": 1}
+NUM_PLOTS = {"perplexity": 3, "passkey": 2, "needle": 3, "ruler": 1, "copy": 1, "chat": 1}
+NUM_METRICS = {"perplexity": 2, "passkey": 1, "needle": 2, "ruler": 1, "copy": 1, "chat": 1}
 
 
 def cells_of(rows: list[dict[str, Any]], task: str, name: str, metric: str) -> list[str]:
@@ -109,6 +110,24 @@ class TestReport:
             cells_of(rows, "needle", "l2", "exact") == cells_of(rows, "needle", "l2 +4/64", "score") == ["", hit, hit]
         )
         assert cells_of(rows, "needle", "no compression", "exact") == [hit, "", ""]
+
+    def test_memory_of_the_whole_cache_is_told_beside_the_ratio(self, tmp_path):
+        rows = [{**row, "memory": 0.1 + 0.9 * row["keep_ratio"]} for row in made_up("passkey")]
+        line = ["memory of the whole cache", "", "1.00", "0.55", "0.33"]
+        assert table(aggregates(rows), "passkey")[1] == line
+        assert "memory of the whole cache  0.55  0.33" in re.sub(" {2,}", "  ", summary(rows))
+        # Older rows do not say it, and one of them is enough not to know.
+        del rows[1]["memory"]
+        assert line[0] not in summary(rows)
+
+    def test_questions_that_were_hidden_are_variants_of_their_own(self):
+        seen = [{**row, "question": "seen"} for row in made_up("passkey", score=1.0)]
+        hidden = [{**row, "question": "hidden", "score": 0.0} for row in seen if row["keep_ratio"] < 1]
+        cells = aggregates([*seen, *hidden])
+        (line,) = [line for line in matrix(cells, "passkey", "score") if line.startswith("l2 +4/64 hidden ")]
+        assert line.count("0.00 (0.00 to 0.19)") == 2
+        (line,) = [line for line in matrix(cells, "passkey", "score") if line.startswith("l2 +4/64  ")]
+        assert line.count("1.00 (0.81 to 1.00)") == 2
 
     def test_excess_loss_is_over_no_compression(self):
         rows = made_up("perplexity") + [

@@ -5,20 +5,21 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import vllm
 from reference import Reference
 
-from vllm_l2kv.messages.usage import take_usage
+from vllm_l2kv.messages.usage import USAGE_KEY
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import CompactionPoints, Intervals
 from vllm_l2kv.tools.evaluation.cases import Case
 from vllm_l2kv.tools.evaluation.run import Engine
 from vllm_l2kv.tools.evaluation.tasks import perplexity
 from vllm_l2kv.tools.evaluation.texts import encode, read_text
-from vllm_l2kv.tools.evaluation.variants import BASELINE
+from vllm_l2kv.tools.evaluation.variants import BASELINE, QUESTIONS, SEEN
 
 FULL_LAYERS = (0, 1)
 INTERVALS = Intervals(prompt=64, answer=16)
@@ -71,13 +72,28 @@ def test_a_variant_changes_nothing_for_another(engine):
     assert alone[0]["losses"] == pytest.approx(many[3 * len(VARIANTS) + 1]["losses"], abs=2e-3)
 
 
+def test_hidden_questions_are_asked_after_the_document_was_compressed(engine):
+    """And the whole cache, which has seen everything, is measured once."""
+    made = perplexity.cases(engine.tokenizer, read_text("moby_dick"), [300], 2, num_continued=24)
+    cases = [replace(case, num_document_tokens=200) for case in made]
+    rows = list(engine.rows("perplexity", cases, VARIANTS, questions=QUESTIONS))
+    assert [row["question"] for row in rows] == ["seen", "seen", "hidden", "seen", "hidden"] * 2
+    assert [row["prefix_tokens"] for row in rows[:5]] == [None, None, 200, None, 200]
+    num_tokens = 300 + 24  # the last one of 25 is not computed on
+    for row, num_evicted in zip(rows[:5], [0, 150, 100, 225, 150], strict=True):
+        # Two of four layers are full.
+        assert row["memory"] == pytest.approx(1 - num_evicted / num_tokens / 2, abs=1e-4)
+    assert rows[2]["losses"] != pytest.approx(rows[1]["losses"], abs=2e-3)
+
+
 def test_budgets_compact_prompt_and_answer_at_the_intervals(engine):
     """What the scheduler reports of each request, beside the list of the rule."""
     usages = []
 
     def keep_usage(step=engine._llm.llm_engine.step):
         outputs = step()
-        usages.extend((output.request_id, take_usage(output)) for output in outputs if output.finished)
+        finished = [output for output in outputs if output.finished]
+        usages.extend((output.request_id, (output.kv_transfer_params or {}).get(USAGE_KEY)) for output in finished)
         return outputs
 
     cases = list(perplexity.cases(engine.tokenizer, read_text("moby_dick"), [300], 1, num_continued=60))
@@ -98,8 +114,9 @@ def test_cases_larger_than_the_cache_come_one_by_one(engine):
     """Prompts, copies and answers of a group fit into the cache."""
     prompt = encode(engine.tokenizer, read_text("moby_dick"))[:900]
     cases = [Case(prompt, 8, lambda answer: {}) for _ in range(6)]
-    assert len(list(engine._groups(cases, [*VARIANTS, *[BUDGET] * 30]))) > len(list(engine._groups(cases, VARIANTS)))
-    groups = list(engine._groups(cases, VARIANTS))
+    asked = [(variant, SEEN) for variant in VARIANTS]
+    groups = list(engine._groups(cases, asked))
+    assert len(list(engine._groups(cases, [*asked, *[(BUDGET, SEEN)] * 30]))) > len(groups)
     assert [case for group in groups for case in group] == cases
     size = len(prompt) + sum(math.ceil(900 * variant.keep_ratio) + 8 for variant in VARIANTS)
     assert all(len(group) == 1 or len(group) * size <= 200 * 32 for group in groups)

@@ -8,11 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
 
 from vllm_l2kv import ParamError
 from vllm_l2kv.tools.evaluation.cases import Answer
-from vllm_l2kv.tools.evaluation.tasks import copying, needle, passkey, perplexity, ruler
-from vllm_l2kv.tools.evaluation.texts import SAMPLES, encode, largest, read_text
+from vllm_l2kv.tools.evaluation.tasks import chat, copying, needle, passkey, perplexity, ruler
+from vllm_l2kv.tools.evaluation.texts import SAMPLES, encode, largest, num_shared, read_text
 from vllm_l2kv.tools.evaluation.variants import BASELINE, CONTROLS, variants
 
 ESSAYS = read_text("state_of_the_union")
@@ -262,8 +263,9 @@ class TestRuler:
         assert len(case.prompt) <= 32_768
 
     @pytest.mark.parametrize(("text", "score"), [("Ab, CD", 1), ("ab\x01", 0.5), ("a b", 0)])
-    def test_scores(self, text, score):
+    def test_scores_are_those_of_the_harness(self, text, score):
         assert ruler.score(["ab", "cd"], said(text)) == {"score": score, "answer": text}
+        assert string_match_all(postprocess_pred([text]), [["ab", "cd"]]) == score
 
 
 class TestCopying:
@@ -326,6 +328,83 @@ class TestCopying:
     def test_a_length_too_short_is_refused(self, tokenizer):
         with pytest.raises(ValueError, match="do not fit into 20 tokens"):
             list(copying.cases(tokenizer, [20], 1))
+
+
+class TestChat:
+    TEXT = read_text("moby_dick")
+
+    def cases(self, tokenizer, seed=0):
+        return list(chat.cases(tokenizer, self.TEXT, [512, LENGTH], 2, seed))
+
+    def test_facts_are_told_and_asked_for(self, tokenizer):
+        cases = self.cases(tokenizer)
+        assert [case.about["turn"] for case in cases] == list(range(chat.NUM_FACTS)) * 4
+        for case in cases:
+            text, (value,) = tokenizer.decode(case.prompt), case.score.args
+            *turns, question, begun = text.split("<|im_start|>")[2:]
+            (fact,) = [fact for fact in chat.FACTS if f"user\n{fact.told.format(value)}<|im_end|>\n" in turns]
+            assert question == f"user\n{fact.question}<|im_end|>\n"
+            assert begun == f"assistant\n{fact.begun}"
+            assert len(turns) % 2 == 0
+
+    def test_earlier_answers_are_right_and_in_the_history(self, tokenizer):
+        first, *_, last = self.cases(tokenizer)[: chat.NUM_FACTS]
+        answered = tokenizer.decode(first.prompt) + f" {first.score.args[0]}.<|im_end|>"
+        assert tokenizer.decode(last.prompt).startswith(answered)
+        assert 0.85 * 512 < len(last.prompt) <= 512
+
+    def test_without_a_template_of_its_own(self, tokenizer, monkeypatch):
+        monkeypatch.setattr(tokenizer, "chat_template", None)
+        *_, case = chat.cases(tokenizer, self.TEXT, [512], 1)
+        turns = tokenizer.decode(case.prompt[1:]).split("\n\n")
+        assert case.prompt[0] == tokenizer.bos_token_id != case.prompt[1]
+        assert turns[0].startswith("User: ")
+        assert turns[1] == f"Assistant: {chat.NOTED}"
+        assert turns[-1].startswith("Assistant: ")
+
+    @pytest.mark.parametrize(
+        ("text", "score"), [(" Oslo.", 1), (" OSLO, I think", 1), (" Os lo", 0), (" Oslover", 0), ("", 0)]
+    )
+    def test_the_value_counts_as_a_word(self, text, score):
+        assert chat.score("Oslo", said(text)) == {"score": score, "answer": text}
+
+    def test_seeds(self, tokenizer):
+        prompts = [case.prompt for case in self.cases(tokenizer)]
+        assert prompts == [case.prompt for case in self.cases(tokenizer)]
+        assert not any(case.prompt in prompts for case in self.cases(tokenizer, seed=1))
+
+    def test_short_texts_and_lengths_are_refused(self, tokenizer):
+        with pytest.raises(ValueError, match="too short for a conversation of 1024 tokens"):
+            list(chat.cases(tokenizer, self.TEXT[:2000], [LENGTH], 1))
+        with pytest.raises(ValueError, match="does not fit into 100 tokens"):
+            list(chat.cases(tokenizer, self.TEXT, [100], 1))
+
+
+def test_documents_end_where_questions_begin(tokenizer):
+    """What follows a document asks about it, and says nothing of the answer."""
+    asked = {
+        "needle": (needle.cases(tokenizer, ESSAYS, [LENGTH], [0.5], 1), needle.BEHIND),
+        "passkey": (passkey.cases(tokenizer, [LENGTH], [0.5], 1), passkey.QUESTION),
+        "copy": (copying.cases(tokenizer, [LENGTH], 1), copying.AFTER + copying.BEGUN),
+    }
+    for cases, question in asked.values():
+        for case in cases:
+            assert tokenizer.decode(case.prompt[case.num_document_tokens :]) == question
+    for case in ruler.cases(tokenizer, ESSAYS, [LENGTH], ruler.TASKS, 1):
+        question = tokenizer.decode(case.prompt[case.num_document_tokens :])
+        document = tokenizer.decode(case.prompt[: case.num_document_tokens])
+        assert re.match(r"\n(What (is|are all) the special magic|Question: )", question)
+        assert all(word in document for word in case.score.args[0][1:])
+    for case in chat.cases(tokenizer, ESSAYS, [LENGTH], 1):
+        turns = tokenizer.decode(case.prompt[case.num_document_tokens :]).split("<|im_start|>")
+        assert [turn.split("\n")[0] for turn in turns] == ["", "user", "assistant"]
+    for case in perplexity.cases(tokenizer, ESSAYS, [LENGTH], 1):
+        assert case.num_document_tokens == LENGTH - 1
+
+
+@pytest.mark.parametrize(("first", "second", "num"), [([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1), ([], [1], 0)])
+def test_tokens_that_two_lists_begin_with(first, second, num):
+    assert num_shared(first, second) == num_shared(second, first) == num
 
 
 class TestVariants:

@@ -8,23 +8,27 @@ counted by prompt, the excess loss, is counted before.
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
+from statistics import mean
 from typing import Any
 
 from vllm_l2kv.tools.evaluation.rows import Row
 from vllm_l2kv.tools.evaluation.statistics import Estimate, Moments, average, moments, pooled, share
 
-VARIANT = ("scorer", "granularity", "protect_first", "protect_last")
+VARIANT = ("scorer", "granularity", "protect_first", "protect_last", "question")
+"""How something is kept; older rows have no `question`, and were asked what was seen."""
 AMOUNT = ("keep_ratio", "max_tokens", "prompt_interval", "answer_interval")
 """How much is kept, by a ratio or by a budget; rows of a ratio have no intervals, and older ones no `max_tokens`."""
 SOURCE = ("model", "full_layers", "text", "seed", "continued", "length")
 """What prompts of one kind share; a task may lack some."""
-PROMPT = (*SOURCE, "subtask", "depth", "sample")
+PROMPT = (*SOURCE, "subtask", "depth", "sample", "turn")
 """What makes an answer comparable with another one."""
 PROVENANCE = ("device", "dtype", "vllm", "commit")
 """Where answers come from; older rows lack it."""
 AGGREGATE = ("task", *SOURCE, *VARIANT, *AMOUNT)
 """What answers of one aggregate have in common."""
 ANSWER = ("task", *PROMPT, *VARIANT, *AMOUNT)
+MEMORY = "memory"
+"""Share of the whole cache that an answer held at its end; an aggregate has the mean, older rows have none."""
 NUM_SAMPLES = "num_samples"
 METRICS: Mapping[str, Mapping[str, Callable[[Moments], Estimate]]] = {
     "perplexity": {"excess loss": average, "accuracy": average},
@@ -32,6 +36,7 @@ METRICS: Mapping[str, Mapping[str, Callable[[Moments], Estimate]]] = {
     "needle": {"score": share, "exact": share},
     "ruler": {"score": share},
     "copy": {"score": share},
+    "chat": {"score": share},
 }
 """Of each task, what is averaged and how."""
 
@@ -98,6 +103,16 @@ def moments_of(cells: Iterable[Row], metric: str) -> Moments:
     return pooled(Moments(cell[NUM_SAMPLES], **cell[metric]) for cell in cells)
 
 
+def memory_of(cells: Iterable[Row]) -> float | None:
+    """Mean share of the whole cache that answers held, over all aggregates; `None` if some do not say."""
+    cells = list(cells)
+    if not all(MEMORY in cell for cell in cells):
+        return None
+    held: float = sum(cell[NUM_SAMPLES] * cell[MEMORY] for cell in cells)
+    num_samples: int = sum(cell[NUM_SAMPLES] for cell in cells)
+    return held / num_samples
+
+
 def num_prompts(cells: Iterable[Row]) -> int:
     """How many prompts there were, of aggregates of one model with one set of full layers."""
     most: dict[str, int] = {}
@@ -127,11 +142,13 @@ def grouped(rows: Iterable[Row], *names: str) -> list[tuple[list[Any], list[Row]
 def _aggregate(answers: Sequence[Row]) -> Row:
     first = answers[0]
     metrics = [*(["loss"] if "loss" in first else []), *METRICS[first["task"]]]
+    memories = [row[MEMORY] for row in answers if MEMORY in row]
     summed = {metric: moments([row[metric] for row in answers]) for metric in metrics}
     return {
         **{name: first[name] for name in AGGREGATE if name in first},
         **{name: _joined(row[name] for row in answers if name in row) for name in PROVENANCE if name in first},
         NUM_SAMPLES: len(answers),
+        **({MEMORY: round(mean(memories), 4)} if len(memories) == len(answers) else {}),
         **{metric: {"mean": found.mean, "deviation": found.deviation} for metric, found in summed.items()},
     }
 

@@ -28,12 +28,13 @@ from vllm_l2kv.tools.evaluation.cases import Case
 from vllm_l2kv.tools.evaluation.engine_log import progress_beside_log
 from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.evaluation.texts import SAMPLES, read_text
+from vllm_l2kv.tools.evaluation.variants import QUESTIONS, SEEN
 from vllm_l2kv.tools.options import RefusedError, add_budgets, add_verbose, folder_of
 
 ROWS = "rows.jsonl"
 NUM_ANSWER_TOKENS = 256
 """Room for answers after the prompts; a task that needs more says so."""
-TASKS = ("perplexity", "passkey", "needle", "ruler", "copy")
+TASKS = ("perplexity", "passkey", "needle", "ruler", "copy", "chat")
 ESSAYS = "state_of_the_union"
 
 
@@ -110,8 +111,9 @@ def write_rows(
     """
     from vllm_l2kv.tools.evaluation.rows import append_rows
 
+    questions = options.questions
     run = {name: value for name, value in vars(options).items() if name in ("text", "seed", "continued")}
-    append_rows(path, (row | run for row in engine.rows(options.task, cases, compared, progress)))
+    append_rows(path, (row | run for row in engine.rows(options.task, cases, compared, progress, questions)))
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -120,8 +122,9 @@ def _measure(options: argparse.Namespace) -> None:
     from vllm_l2kv.tools.evaluation.rows import prepare_for_more
     from vllm_l2kv.tools.evaluation.variants import variants
 
+    ratios = _ratios(options)
     try:
-        compared = variants(options.scorers, options.ratios, options.protect, options.granularities, options.budgets)
+        compared = variants(options.scorers, ratios, options.protect, options.granularities, options.budgets)
     except ParamError as error:
         raise RefusedError(f"argument --budgets: {error}") from error
     intervals = Intervals(options.prompt_interval, options.answer_interval)
@@ -154,9 +157,25 @@ def _measure(options: argparse.Namespace) -> None:
         write_rows(engine, options, cases, compared, path, progress)
 
 
+def _ratios(options: argparse.Namespace) -> list[float]:
+    """The keep ratios that are measured: those of `--ratios`, or those with which the whole cache costs `--memory`."""
+    if options.memory is None:
+        ratios: list[float] = options.ratios
+        return ratios
+    from vllm_l2kv.tools.evaluation.variants import ratio_of_memory
+    from vllm_l2kv.tools.plan.model import model_of, read_config
+
+    try:
+        windows = model_of(read_config(options.model), "auto").windows
+        num_full = sum(window is None for layer, window in enumerate(windows) if layer in options.full_layers)
+        return [ratio_of_memory(memory, windows.count(None), num_full) for memory in options.memory]
+    except ValueError as error:
+        raise RefusedError(f"argument --memory: {error}") from error
+
+
 def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
     """The prompts that the options of a task ask for."""
-    from vllm_l2kv.tools.evaluation.tasks import copying, needle, passkey, perplexity, ruler
+    from vllm_l2kv.tools.evaluation.tasks import chat, copying, needle, passkey, perplexity, ruler
 
     num_samples, seed = options.samples, options.seed
     if options.task == "perplexity":
@@ -165,6 +184,8 @@ def cases_of(options: argparse.Namespace, tokenizer: Any) -> Iterator[Case]:
         return passkey.cases(tokenizer, options.lengths, options.depths, num_samples, seed)
     if options.task == "copy":
         return copying.cases(tokenizer, options.lengths, num_samples, seed)
+    if options.task == "chat":
+        return chat.cases(tokenizer, read_text(options.text), options.lengths, num_samples, seed)
     if options.task == "needle":
         return needle.cases(tokenizer, read_text(options.text), options.lengths, options.depths, num_samples, seed)
     return ruler.cases(tokenizer, read_text(options.text), options.lengths, options.subtasks, num_samples, seed)
@@ -185,6 +206,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         "needle": "a sentence hidden in essays",
         "ruler": "RULER's task families that need no download",
         "copy": "a list that is written again, item by item: long answers",
+        "chat": "facts told early in a conversation and asked for at its end",
     }
     for task in TASKS:
         options = tasks.add_parser(task, help=helps[task], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -198,7 +220,16 @@ def _eval_parser() -> argparse.ArgumentParser:
             metavar="I,J",
             help="layers that never compact",
         )
-        add("--ratios", type=list_of(ratio), default="0.75,0.5,0.25,0.1", metavar="R,R", help="keep ratios")
+        amounts = options.add_mutually_exclusive_group()
+        amounts.add_argument(
+            "--ratios", type=list_of(ratio), default="0.75,0.5,0.25,0.1", metavar="R,R", help="keep ratios"
+        )
+        amounts.add_argument(
+            "--memory",
+            type=list_of(_share),
+            metavar="M,M",
+            help="shares of the whole cache, full layers included, in place of keep ratios",
+        )
         add_budgets(options)
         add(
             "--scorers",
@@ -222,6 +253,13 @@ def _eval_parser() -> argparse.ArgumentParser:
             help="protected tokens at the beginning and the end of prompts; pairs with commas between them",
         )
         add(
+            "--questions",
+            type=list_of(one_of(QUESTIONS)),
+            default=SEEN,
+            metavar="Q,Q",
+            help=f"of {listed(QUESTIONS)}: the question is compressed with the rest, or the document before it alone",
+        )
+        add(
             "--lengths",
             type=list_of(positive),
             default="1024",
@@ -240,7 +278,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         if task not in ("passkey", "copy"):
             add(
                 "--text",
-                default=ESSAYS if task != "perplexity" else "moby_dick",
+                default="moby_dick" if task in ("perplexity", "chat") else ESSAYS,
                 metavar="FILE",
                 help=f"file, or {listed(SAMPLES)}",
             )
@@ -269,3 +307,4 @@ def _eval_parser() -> argparse.ArgumentParser:
 
 
 _depth = real("D", "0 <= D <= 1", lambda depth: 0 <= depth <= 1)
+_share = real("M", "0 < M <= 1", lambda memory: 0 < memory <= 1)

@@ -19,6 +19,7 @@ from vllm_l2kv.tools.evaluation.aggregates import (
     estimates,
     grouped,
     is_whole,
+    memory_of,
     moments_of,
     num_prompts,
     prompt_of,
@@ -26,6 +27,7 @@ from vllm_l2kv.tools.evaluation.aggregates import (
 )
 from vllm_l2kv.tools.evaluation.rows import Row
 from vllm_l2kv.tools.evaluation.statistics import Estimate, average
+from vllm_l2kv.tools.evaluation.variants import HIDDEN
 from vllm_l2kv.tools.html_report import embedded, figure, save, write_html
 
 NOTE = "Means with 95 % confidence intervals; n is the number of samples."
@@ -140,11 +142,11 @@ def matrix(cells: Sequence[Row], task: str, metric: str) -> list[str]:
     whole = [cell for cell in cells if is_whole(cell)]
     name, how = ("loss", average) if metric == "excess loss" else (metric, METRICS[task][metric])
     baseline = [f"{name} without compression: {_brief(how(moments_of(whole, name)))}"] if whole else []
-    amounts, lines = by_amount(compressed, metric, _brief)
-    return [
-        *baseline,
-        *(aligned([["", *amounts], *([name, *words] for name, words in lines.items())]) if lines else []),
-    ]
+    columns, lines = by_amount(compressed, metric, _brief)
+    if not lines:
+        return baseline
+    heads = [["", *columns], *_memories(cells, columns)]
+    return [*baseline, *aligned([*heads, *([name, *words] for name, words in lines.items())])]
 
 
 def by_amount(
@@ -189,6 +191,8 @@ def label(entry: Row) -> str:
         words.append(f"by {entry['granularity']}")
     if entry["protect_first"] or entry["protect_last"]:
         words.append(f"+{entry['protect_first']}/{entry['protect_last']}")
+    if entry.get("question") == HIDDEN:
+        words.append(HIDDEN)
     return " ".join(words)
 
 
@@ -197,10 +201,19 @@ def table(cells: Sequence[Row], task: str) -> list[list[str]]:
     entries = estimates(cells, task)
     lines = {metric: by_amount(entries, metric, _shown)[1] for metric in METRICS[task]}
     names = dict.fromkeys(label(entry) for entry in entries)
+    columns = amounts(entries)
     return [
-        ["", "metric", *amounts(entries)],
+        ["", "metric", *columns],
+        *([name, "", *shares] for name, *shares in _memories(cells, columns)),
         *([name, metric, *lines[metric][name]] for name in names for metric in METRICS[task]),
     ]
+
+
+def _memories(cells: Sequence[Row], columns: Sequence[str]) -> Iterator[list[str]]:
+    """A line of a table, if aggregates say it: the memory of the whole cache that each amount costs."""
+    shares = [memory_of(cell for cell in cells if amount(cell) == column) for column in columns]
+    if None not in shares:
+        yield ["memory of the whole cache", *(f"{share:.2f}" for share in shares)]
 
 
 def _shown(estimate: Estimate) -> str:

@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import vllm_l2kv
+from vllm_l2kv.messages.usage import take_usage
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import CompactionPoints, Intervals, num_keep
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
 from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.evaluation.variants import HIDDEN, SEEN
 
 CPU_CACHE_BYTES = 2 * 2**30
 INTERVALS = Intervals()
@@ -24,11 +27,17 @@ class Engine:
         model: Folder or name of a model.
         full_layers: Layers that never compact.
         intervals: Rows beyond a budget.
+        profile: File of the scorers that need one; nothing else is taken from it.
         arguments: More of vLLM's engine arguments.
     """
 
     def __init__(
-        self, model: str, full_layers: Sequence[int], intervals: Intervals = INTERVALS, **arguments: Any
+        self,
+        model: str,
+        full_layers: Sequence[int],
+        intervals: Intervals = INTERVALS,
+        profile: Path | None = None,
+        **arguments: Any,
     ) -> None:
         import torch
         import vllm
@@ -44,11 +53,13 @@ class Engine:
                 device["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         processor = "ForcedTokens" if current_platform.is_cpu() else "ForcedTokensV2"
         self._intervals = intervals
+        weights: dict[str, Any] = {} if profile is None else {"profile": str(profile)}
         ours = vllm_l2kv.engine_args(
             full_layers,
             prompt_interval=intervals.prompt,
             answer_interval=intervals.answer,
             evaluation_scorers=True,
+            **weights,
         )
         self._llm = vllm.LLM(
             model,
@@ -74,46 +85,51 @@ class Engine:
         cases: Sequence[Case],
         variants: Sequence[CompressionParams],
         progress: Progress | None = None,
+        questions: Sequence[str] = (SEEN,),
     ) -> Iterator[dict[str, Any]]:
-        """One row for each case and variant, those of a case one after the other.
+        """One row for each case, variant and way of asking, those of a case one after the other.
 
         Args:
             task: Its name, which goes into the rows.
             cases: The prompts.
             variants: How each of them is compressed.
             progress: Counts every prompt that is read and every token that is generated.
+            questions: Of `QUESTIONS`; the whole cache, which has seen everything, is measured once.
         """
+        asked = [(v, question) for v in variants for question in (questions if v.compresses else (SEEN,))]
         progress = progress or Progress()
         progress.begin(task)
         num_before = 0
-        for group in self._groups(cases, variants):
+        for group in self._groups(cases, asked):
             which = f"{task}: prompts {num_before + 1} to {num_before + len(group)} of {len(cases)}"
             progress.part(which, len(group), "read")
             # Fills the prefix cache, which variants that start together could not share.
             self._generate([(case, None) for case in group], progress)
-            pairs = [(case, variant) for case in group for variant in variants]
+            pairs = [(case, _params(case, variant, question)) for case in group for variant, question in asked]
             num_tokens = sum(case.num_tokens for case, _ in pairs)
             progress.part(f"{which}, {len(pairs)} answers", num_tokens, "tokens")
-            for (case, variant), answer in zip(pairs, self._generate(pairs, progress), strict=True):
+            for (case, params), answer in zip(pairs, self._generate(pairs, progress), strict=True):
                 yield {
                     "task": task,
                     **self.about,
-                    **{name.removeprefix("kv_"): value for name, value in variant.as_fields().items()},
-                    **self._about_budget(variant),
+                    **{name.removeprefix("kv_"): value for name, value in params.as_fields().items()},
+                    "question": SEEN if params.prefix_tokens is None else HIDDEN,
+                    **self._about_budget(params),
                     "num_prompt_tokens": len(case.prompt),
+                    "memory": answer.memory,
                     **case.about,
                     **case.score(answer),
                 }
             num_before += len(group)
             progress.reached(num_before / len(cases))
 
-    def _groups(self, cases: Iterable[Case], variants: Sequence[CompressionParams]) -> Iterator[list[Case]]:
+    def _groups(self, cases: Iterable[Case], asked: Sequence[tuple[CompressionParams, str]]) -> Iterator[list[Case]]:
         """Cases that fit into the cache together, with a compacted copy for each variant; so none is preempted."""
         group: list[Case] = []
         room = self._room
         for case in cases:
-            n = len(case.prompt)
-            size = n + sum(self._num_rows(n, case.num_tokens, variant) for variant in variants)
+            size = len(case.prompt)
+            size += sum(self._num_rows(case, _params(case, variant, question)) for variant, question in asked)
             if group and size > room:
                 yield group
                 group, room = [], self._room
@@ -122,12 +138,14 @@ class Engine:
         if group:
             yield group
 
-    def _num_rows(self, num_prompt_tokens: int, num_tokens: int, variant: CompressionParams) -> int:
-        """Rows that a variant holds at most, beside the prompt that all share until it is compacted."""
-        if variant.max_tokens is None:
-            return num_keep(num_prompt_tokens, variant) + num_tokens
-        points = CompactionPoints(num_prompt_tokens, variant, self._intervals)
-        return points.max_rows(num_prompt_tokens + num_tokens)
+    def _num_rows(self, case: Case, params: CompressionParams) -> int:
+        """Rows that an answer holds at most, beside the prompt that all share until it is compacted."""
+        num_prompt_tokens = len(case.prompt)
+        if params.max_tokens is None:
+            compressed = params.prefix_tokens or num_prompt_tokens
+            return num_keep(compressed, params) + num_prompt_tokens - compressed + case.num_tokens
+        points = CompactionPoints(num_prompt_tokens, params, self._intervals)
+        return points.max_rows(num_prompt_tokens + case.num_tokens)
 
     def _about_budget(self, variant: CompressionParams) -> dict[str, int]:
         """What rows say of a budget beside its own value."""
@@ -147,16 +165,24 @@ class Engine:
         for index, (case, variant) in enumerate(pairs):
             engine.add_request(str(index), tokens_input(case.prompt), _sampling_params(case, variant))
         parts: list[list[Any]] = [[] for _ in pairs]
+        memory = [1.0] * len(pairs)
         left = [_num_tokens(case, variant) for case, variant in pairs]
         while engine.has_unfinished_requests():
             for output in engine.step():
                 index, part = int(output.request_id), output.outputs[0]
                 parts[index].append(part)
+                if usage := take_usage(output):
+                    memory[index] = usage["memory_ratio"]
                 # An answer may end before its time.
                 done = left[index] if output.finished else len(part.token_ids)
                 left[index] -= done
                 progress.advance(done)
-        return [_answer(part) for part in parts]
+        return [_answer(*answer) for answer in zip(parts, memory, strict=True)]
+
+
+def _params(case: Case, variant: CompressionParams, question: str) -> CompressionParams:
+    """A variant as it is asked about one case."""
+    return replace(variant, prefix_tokens=case.num_document_tokens) if question == HIDDEN else variant
 
 
 def _num_tokens(case: Case, variant: CompressionParams | None) -> int:
@@ -182,9 +208,10 @@ def _sampling_params(case: Case, variant: CompressionParams | None) -> Any:
     )
 
 
-def _answer(parts: Sequence[Any]) -> Answer:
+def _answer(parts: Sequence[Any], memory: float) -> Answer:
     chosen = [
         step[token_id] for part in parts for step, token_id in zip(part.logprobs or [], part.token_ids, strict=True)
     ]
     text = "".join(part.text for part in parts)
-    return Answer(text, tuple(-token.logprob for token in chosen), tuple(token.rank == 1 for token in chosen))
+    losses, hits = tuple(-token.logprob for token in chosen), tuple(token.rank == 1 for token in chosen)
+    return Answer(text, losses, hits, memory)

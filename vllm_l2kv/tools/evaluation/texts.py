@@ -1,6 +1,6 @@
 """Texts to read: files, or samples in the public domain that come along."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     token_ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return bos + token_ids
+
+
+def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens at the beginning two lists have in common."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def largest(high: int, fits: Callable[[int], bool]) -> int:

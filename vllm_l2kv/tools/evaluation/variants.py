@@ -4,10 +4,33 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 
 from vllm_l2kv.params import CONTROLS, ONE_COMPACTION_SCORERS, CompressionParams
+from vllm_l2kv.profile import ratio_for
 
 BASELINE = CompressionParams(keep_ratio=1.0, protect_first=0, protect_last=0)
 """No compression. Its protection changes nothing; rows name the baseline by these values."""
 DEFAULTS = CompressionParams()
+SEEN, HIDDEN = QUESTIONS = ("seen", "hidden")
+"""Whether the question is compressed with its document, or the document alone, before the question is read."""
+
+
+def ratio_of_memory(memory: float, num_layers: int, num_full: int) -> float:
+    """The keep ratio with which the whole cache costs a share of its memory.
+
+    Args:
+        memory: The share, in (0, 1].
+        num_layers: Layers without a sliding window.
+        num_full: Those of them that never compress.
+
+    Raises:
+        ValueError: Full layers alone cost as much.
+    """
+    ratio = ratio_for(memory, num_layers, num_full) if num_full < num_layers else 0.0
+    if ratio <= 0:
+        raise ValueError(
+            f"M must be more than {num_full / num_layers:.3f}, which the {num_full} full layers of {num_layers} alone "
+            f"cost, got {memory:g}."
+        )
+    return ratio
 
 
 def variants(

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
 from vllm_l2kv.tools.evaluation.tasks.ruler import words
-from vllm_l2kv.tools.evaluation.texts import encode, largest
+from vllm_l2kv.tools.evaluation.texts import encode, largest, num_shared
 
 BEFORE = "List:\n"
 AFTER = "\n\nThe same list again:\n"
@@ -38,11 +38,13 @@ def cases(tokenizer: Any, lengths: Sequence[int], num_samples: int, seed: int = 
             if num_items == 0:
                 raise ValueError(f"A list and its copy do not fit into {length} tokens.")
             chosen = items[:num_items]
+            token_ids = encode(tokenizer, prompt(chosen))
             yield Case(
-                prompt=encode(tokenizer, prompt(chosen)),
+                prompt=token_ids,
                 num_tokens=_num_answer_tokens(tokenizer, chosen),
                 score=partial(score, chosen),
                 about={"length": length, "items": num_items, "sample": sample},
+                num_document_tokens=num_shared(token_ids, encode(tokenizer, BEFORE + lines(chosen))),
             )
 
 

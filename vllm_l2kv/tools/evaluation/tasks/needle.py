@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
-from vllm_l2kv.tools.evaluation.texts import encode, largest
+from vllm_l2kv.tools.evaluation.texts import encode, largest, num_shared
 
 ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day."
 NEEDLE = f"The best thing to do in San Francisco is {ANSWER}"
@@ -48,15 +48,18 @@ def cases(
                 if num_sentences == 0:
                     raise ValueError(f"A haystack does not fit into {length} tokens.")
                 yield Case(
-                    prompt=token_ids(num_sentences),
+                    prompt=(prompt := token_ids(num_sentences)),
                     num_tokens=NUM_ANSWER_TOKENS,
                     score=score,
                     about={"length": length, "depth": depth, "sample": sample},
+                    num_document_tokens=num_shared(prompt, token_ids(num_sentences, question="")),
                 )
 
 
-def _token_ids(tokenizer: Any, sentences: Sequence[str], depth: float, num_sentences: int) -> list[int]:
-    return encode(tokenizer, BEFORE + hide(NEEDLE, sentences[:num_sentences], depth) + BEHIND)
+def _token_ids(
+    tokenizer: Any, sentences: Sequence[str], depth: float, num_sentences: int, question: str = BEHIND
+) -> list[int]:
+    return encode(tokenizer, BEFORE + hide(NEEDLE, sentences[:num_sentences], depth) + question)
 
 
 def sentences_of(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
-from vllm_l2kv.tools.evaluation.texts import encode, largest
+from vllm_l2kv.tools.evaluation.texts import encode, largest, num_shared
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -38,11 +38,14 @@ def cases(
         for depth in depths:
             for sample in range(num_samples):
                 key = chance.randrange(1, 50_000)
+                text = prompt(key, num_noises, depth)
+                token_ids = encode(tokenizer, text)
                 yield Case(
-                    prompt=encode(tokenizer, prompt(key, num_noises, depth)),
+                    prompt=token_ids,
                     num_tokens=NUM_ANSWER_TOKENS,
                     score=partial(score, key),
                     about={"length": length, "depth": depth, "sample": sample},
+                    num_document_tokens=num_shared(token_ids, encode(tokenizer, text.removesuffix(QUESTION))),
                 )
 
 

@@ -42,6 +42,8 @@ def cases(
                 forced=tuple(piece[length:]),
                 score=score,
                 about={"length": length, "sample": sample},
+                # At least one token must follow a document.
+                num_document_tokens=length - 1,
             )
 
 
