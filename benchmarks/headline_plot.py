@@ -1,8 +1,9 @@
-"""Draws docs/img/memory_and_quality.svg: what a keep ratio gains and costs, from the results folders.
+"""Draws docs/img/memory_and_quality.svg: what compression gains and costs, from the results folders.
 
 python -m benchmarks.headline_plot
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,35 @@ matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from benchmarks.quality.aggregate import AGGREGATES, RESULTS  # noqa: E402
-from vllm_l2kv.params import CompressionParams  # noqa: E402
-from vllm_l2kv.tools.evaluation.aggregates import estimates  # noqa: E402
-from vllm_l2kv.tools.evaluation.rows import read_rows  # noqa: E402
-from vllm_l2kv.tools.evaluation.statistics import Estimate  # noqa: E402
+from benchmarks.quality.pooled import Interval, Scores, pooled, retrieval  # noqa: E402
+from benchmarks.quality.settings import MAIN_LENGTH, WHOLE  # noqa: E402
+from benchmarks.quality.tables import MODELS, read_cells  # noqa: E402
+from vllm_l2kv.tools.evaluation.aggregates import grouped  # noqa: E402
+from vllm_l2kv.tools.evaluation.rows import Row, read_rows  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MEMORY = ROOT / "benchmarks" / "speed" / "results" / "h100_memory_bound.jsonl"
 PLOT = ROOT / "docs" / "img" / "memory_and_quality.svg"
-MODELS = {"smollm2": ("SmolLM2-135M", 4096, "-"), "gemma3": ("Gemma-3-270M", 4096, "--")}
-"""Of each folder the name, the longest prompts that were measured, and a line style."""
-SCORERS = {"l2": "C0", "keydiff": "C2", "random": "0.6"}
-Row = dict[str, Any]
+METHODS = {"equal-l2": "C0", "profile-l2": "C1", "profile-learned": "C3", "profile-random": "0.6"}
+STYLES = {"smollm2": "-", "gemma3": "--"}
+"""Of methods the colours, of models the line styles."""
+QUESTION = "seen"
 
 
 def main() -> None:
     """Writes the plot."""
-    figure, (memory, passkey, text) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    figure, (memory, found, text) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     draw_memory(memory)
-    draw_quality(passkey, "passkey", "score")
-    draw_quality(text, "perplexity", "excess loss")
+    draw_quality(found, retrieval)
+    draw_quality(text, excess_loss)
     memory.set(ylabel="requests running at once", ylim=(0, None), title="8B shape, 8,000 tokens each, 16 GiB")
-    passkey.set(ylabel="pass keys found", ylim=(-0.03, 1.03), title="retrieval")
+    found.set(ylabel="pooled retrieval", ylim=(-0.03, 1.03), title="needles, pass keys, RULER")
     text.set(ylabel="excess loss, nats a token", title="continuing a text")
-    for axes in (memory, passkey, text):
-        axes.set(xlabel="keep ratio", xlim=(1.03, 0.07))  # from nothing to much compressed
+    memory.set(xlabel="keep ratio")
+    for axes in (found, text):
+        axes.set(xlabel="memory of the whole cache")
+    for axes in (memory, found, text):
+        axes.set(xlim=(1.03, 0.07))  # from nothing to much compressed
     memory.legend(fontsize="small")
     text.legend(fontsize="x-small", loc="upper left")
     figure.savefig(PLOT, metadata={"Date": None})
@@ -53,38 +57,36 @@ def draw_memory(axes: Axes) -> None:
     axes.plot(*zip(*ours, strict=True), "o-", label="vllm-l2kv")
 
 
-def draw_quality(axes: Axes, task: str, metric: str) -> None:
-    """Scorers as colours, models as line styles; with the default protection."""
-    for folder, (model, length, style) in MODELS.items():
+def draw_quality(axes: Axes, scores_of: Callable[[Sequence[Row]], Scores | None]) -> None:
+    """Methods as colours, models as line styles; with the question seen, at the main length."""
+    for name, style in STYLES.items():
         cells = [
             cell
-            for cell in read_rows(RESULTS / folder / AGGREGATES)
-            if (cell["task"], cell["full_layers"], cell["length"]) == (task, [0, 1], length)
+            for cell in read_cells(name)
+            if (cell["length"], cell["question"]) == (MAIN_LENGTH, QUESTION) and cell["method"] in (WHOLE, *METHODS)
         ]
-        entries = estimates(cells, task)
-        (whole,) = (entry[metric] for entry in entries if entry["keep_ratio"] == 1)
-        for scorer, color in SCORERS.items():
-            points = {1.0: whole} | {
-                entry["keep_ratio"]: entry[metric]
-                for entry in entries
-                if entry["keep_ratio"] < 1 and is_of(entry, scorer)
-            }
-            draw_estimates(axes, points, color=color, linestyle=style, label=f"{scorer}, {model}, {length:,} tokens")
+        points: dict[str, dict[float, Interval]] = {method: {} for method in METHODS}
+        for (method, memory), group in grouped(cells, "method", "memory"):
+            if scores := scores_of(group):
+                for line in METHODS if method == WHOLE else [method]:
+                    points[line][memory] = pooled(scores)
+        for method, color in METHODS.items():
+            draw_intervals(axes, points[method], color=color, linestyle=style, label=f"{method}, {MODELS[name]}")
 
 
-def is_of(entry: Row, scorer: str) -> bool:
-    """Whether a variant is the scorer as a server applies it unless told otherwise."""
-    protected = all(entry[name] == getattr(CompressionParams, name) for name in ("protect_first", "protect_last"))
-    return protected and (entry["scorer"], entry["granularity"]) == (scorer, "token")
+def excess_loss(cells: Sequence[Row]) -> Scores | None:
+    """Of texts; that of the whole cache is 0."""
+    scores = [cell["scores"] for cell in cells if cell["task"] == "perplexity" and cell["method"] != WHOLE]
+    return {"perplexity": scores[0]} if scores else None
 
 
-def draw_estimates(axes: Axes, points: dict[float, Estimate], **style: Any) -> None:
+def draw_intervals(axes: Axes, points: Mapping[float, Interval], **style: Any) -> None:
     """A line with intervals."""
-    ratios = sorted(points)
-    means = [points[ratio].mean for ratio in ratios]
-    below = [points[ratio].mean - points[ratio].low for ratio in ratios]
-    above = [points[ratio].high - points[ratio].mean for ratio in ratios]
-    axes.errorbar(ratios, means, yerr=(below, above), marker="o", markersize=3, elinewidth=0.6, **style)
+    memories = sorted(points)
+    values = [points[memory].value for memory in memories]
+    below = [points[memory].value - points[memory].low for memory in memories]
+    above = [points[memory].high - points[memory].value for memory in memories]
+    axes.errorbar(memories, values, yerr=(below, above), marker="o", markersize=3, elinewidth=0.6, **style)
 
 
 if __name__ == "__main__":

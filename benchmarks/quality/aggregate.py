@@ -1,4 +1,4 @@
-"""Makes aggregates of the rows that grid.py wrote, in place of earlier ones of the same.
+"""Makes aggregates of the rows that `vllm-l2kv eval` wrote, in place of earlier ones of the same.
 
 python -m benchmarks.quality.aggregate MODEL [MODEL ...]
 

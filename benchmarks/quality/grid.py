@@ -1,82 +1,201 @@
-"""The measurements of docs/quality.md, one engine for each set of full layers.
+"""Measures what is compared on docs/quality.md, with one engine for each set of full layers.
 
-python -m benchmarks.quality.grid MODEL OUT --commit C --full-layers 0,1 none 0 [--lengths 1024 4096]
+python -m benchmarks.quality.grid MODEL OUT --profile FILE --commit C [--at-once 3 --cache-gib 16]
 
-{0, 1} is measured with every scorer, and l2 by block; other sets with l2 and the controls, at the first length. Appends
-to one `rows.jsonl` a task in the folder, so runs side by side need folders of their own.
+Prompts are made first and kept in OUT, since that needs packages which a machine with a GPU may lack (--prompts-only
+does no more). Rows are added to files below OUT/rows as they are measured; the same command goes on where an earlier
+one was cut off.
 """
 
 import argparse
+import json
+import pickle
 import subprocess
 import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_l2kv.params import CONTROLS, SCORERS
-from vllm_l2kv.tools.evaluation.cli import ESSAYS, NUM_ANSWER_TOKENS, ROWS, cases_of, write_rows
-from vllm_l2kv.tools.evaluation.run import Engine
-from vllm_l2kv.tools.evaluation.tasks.ruler import TASKS as SUBTASKS
-from vllm_l2kv.tools.evaluation.variants import variants
+from benchmarks.quality.settings import (
+    COPY_LENGTH,
+    LENGTHS,
+    MAIN_LENGTH,
+    MEMORIES,
+    METHODS,
+    NUM_SAMPLES,
+    OPTIONS,
+    SEED,
+    Setting,
+    settings,
+)
+from vllm_l2kv.profile import Profile
+from vllm_l2kv.tools.evaluation.cases import Case
+from vllm_l2kv.tools.evaluation.cli import cases_of, write_rows
+from vllm_l2kv.tools.evaluation.rows import prepare_for_more
+from vllm_l2kv.tools.evaluation.tasks import chat, needle, passkey
+from vllm_l2kv.tools.evaluation.variants import QUESTIONS, SEEN
 
-RATIOS = {
-    "perplexity": (0.75, 0.5, 0.25),
-    "passkey": (0.75, 0.5, 0.25, 0.1),
-    "needle": (0.75, 0.5, 0.25),
-    "ruler": (0.5, 0.25),
+PROMPTS, SETTINGS, ROWS = "prompts.pickle", "settings.jsonl", "rows"
+ANSWER_TOKENS = {
+    "needle": needle.NUM_ANSWER_TOKENS,
+    "passkey": passkey.NUM_ANSWER_TOKENS,
+    "chat": chat.NUM_ANSWER_TOKENS,
+    "perplexity": OPTIONS["perplexity"]["continued"] + 1,
 }
-MAIN_LAYERS = [0, 1]
-PROTECTIONS = ((0, 0), (4, 64))
-DEPTHS = (0.1, 0.5, 0.9)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "perplexity": {"text": "moby_dick", "continued": 64},
-    "passkey": {"depths": DEPTHS},
-    "needle": {"text": ESSAYS, "depths": DEPTHS},
-    "ruler": {"text": ESSAYS, "subtasks": list(SUBTASKS)},
-}
-SEED = 0
+"""Of tasks whose lengths are those of prompts alone."""
+QUESTIONS_OF = {"perplexity": (SEEN,), "copy": (SEEN,)}
+"""A text has no question, and a list to copy is asked for in a few words."""
+MAX_REQUESTS = 512
+"""Answers at once."""
+Unit = tuple[int, str]
+"""What is measured before the next: a length and a task."""
 
 
 def main() -> None:
-    """Starts a process for each set of full layers, or is one of them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--commit", required=True, help="what is measured, as rows name it")
-    parser.add_argument("--full-layers", nargs="+", default=["0,1"], metavar="I,J", help="sets; none is the empty one")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
-    parser.add_argument("--samples", type=int, default=10, help="of each length, and depth or subtask")
-    parser.add_argument("--tasks", nargs="+", choices=RATIOS, default=list(RATIOS))
-    parser.add_argument("--cache-gib", type=int, help="KV cache of a run that shares its GPU with others")
+    """Makes prompts, then starts a process for each set of full layers, or is one of them."""
+    parser = _parser()
     args = parser.parse_args()
-    if len(args.full_layers) > 1:
-        for layers in args.full_layers:
-            command = [sys.executable, "-m", "benchmarks.quality.grid", *sys.argv[1:], "--full-layers", layers]
-            subprocess.run(command, check=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    prompts = _prompts(args)
+    if args.prompts_only:
         return
-    full_layers = [int(layer) for layer in args.full_layers[0].split(",") if layer != "none"]
-    shared: dict[str, Any] = {}
+    if args.profile is None:
+        parser.error("argument --profile: is needed, full layers and weights come from it")
+    compared = settings(Profile.read(args.profile), args.methods, args.memory)
+    sets = list(dict.fromkeys(setting.full_layers for setting in compared))
+    if args.engine is not None:
+        measure(args, prompts, [setting for setting in compared if setting.full_layers == sets[args.engine]])
+        return
+    rows = [json.dumps(setting.as_row()) + "\n" for setting in compared]
+    (args.out / SETTINGS).write_text("".join(rows), encoding="utf-8")
+    with ThreadPoolExecutor(args.at_once) as pool:
+        statuses = list(pool.map(_run_engine, [args.out] * len(sets), range(len(sets)), sets))
+    sys.exit(max(statuses))
+
+
+def measure(args: argparse.Namespace, prompts: dict[Unit, list[Case]], compared: Sequence[Setting]) -> None:
+    """Measures what is missing, with one engine."""
+    full_layers = compared[0].full_layers
+    variants = list(dict.fromkeys(setting.params for setting in compared))
+    (args.out / ROWS).mkdir(exist_ok=True)
+    path = args.out / ROWS / f"{_name(full_layers)}.jsonl"
+    found = Counter(_prompt(row["task"], row) for row in (prepare_for_more(path) if path.exists() else []))
+    engine = None
+    for (length, task), cases in prompts.items():
+        questions = QUESTIONS_OF.get(task, QUESTIONS)
+        num_rows = sum(len(questions) if variant.compresses else 1 for variant in variants)
+        missing = [case for case in cases if found[_prompt(task, case.about)] < num_rows]
+        if not missing:
+            continue
+        engine = engine or _engine(args, full_layers, max(length for length, _ in prompts))
+        begun = time.monotonic()
+        options = _options(task, length, questions=questions)
+        write_rows(engine, options, missing, variants, path)
+        seconds = time.monotonic() - begun
+        _say(f"{_name(full_layers)}: {length} {task}, {len(missing)} prompts x {num_rows}, {seconds:.0f} s")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--profile", type=Path, help="of the model, by `vllm-l2kv profile`")
+    parser.add_argument("--commit", default="", help="what is measured, as rows name it")
+    parser.add_argument("--prompts-only", action="store_true")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="engines that run side by side")
+    parser.add_argument("--cache-gib", type=int, metavar="N", help="KV cache of each of them, on a GPU")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--memory", nargs="+", type=float, default=MEMORIES)
+    parser.add_argument("--only", nargs="+", metavar="LENGTH/TASK", help="of these alone, such as 2048/needle")
+    parser.add_argument("--few", action="store_true", help="one sample for each depth or subtask, to try it out")
+    parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _units(args: argparse.Namespace) -> Iterable[tuple[Unit, int]]:
+    """Lengths and tasks, and how many samples of them."""
+    if args.only:
+        asked = [word.split("/") for word in args.only]
+        units = [(int(length), task) for length, task in asked]
+    else:
+        tasks = [task for task in OPTIONS if task != "copy"]
+        units = [(MAIN_LENGTH, task) for task in tasks] + [(COPY_LENGTH, "copy")]
+        units += [(length, task) for length in LENGTHS if length != MAIN_LENGTH for task in tasks]
+    for length, task in units:
+        at_main, elsewhere = NUM_SAMPLES[task]
+        yield (length, task), 1 if args.few else at_main if length in (MAIN_LENGTH, COPY_LENGTH) else elsewhere
+
+
+def _prompts(args: argparse.Namespace) -> dict[Unit, list[Case]]:
+    """Those kept in the folder, or new ones."""
+    path = args.out / PROMPTS
+    if path.exists():
+        kept: dict[Unit, list[Case]] = pickle.loads(path.read_bytes())
+        return {unit: kept[unit] for unit, _ in _units(args)}
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    made = {}
+    for (length, task), num_samples in _units(args):
+        options = _options(task, length - ANSWER_TOKENS.get(task, 0), samples=num_samples)
+        # Rows name the length with the answer, for all tasks.
+        made[length, task] = [
+            replace(case, about={**case.about, "length": length}) for case in cases_of(options, tokenizer)
+        ]
+    path.write_bytes(pickle.dumps(made))
+    return made
+
+
+def _options(task: str, length: int, **more: Any) -> argparse.Namespace:
+    """As the command line of `vllm-l2kv eval` would give them."""
+    return argparse.Namespace(task=task, lengths=[length], seed=SEED, **OPTIONS[task], **more)
+
+
+def _engine(args: argparse.Namespace, full_layers: Sequence[int], max_model_len: int) -> Any:
+    from vllm_l2kv.tools.evaluation.run import Engine
+
+    device: dict[str, Any] = {}
     if args.cache_gib:
-        # vLLM wants its share of the memory to be free at the start, although the other number decides.
-        shared = {"kv_cache_memory_bytes": args.cache_gib * 2**30, "gpu_memory_utilization": 0.1}
-    engine = Engine(args.model, full_layers, max_model_len=max(args.lengths) + NUM_ANSWER_TOKENS, **shared)
+        # CUDA graphs take longer to capture than they save here. vLLM wants its share of the memory to be free at the
+        # start, although the other number decides.
+        device = {
+            "enforce_eager": True,
+            "max_num_seqs": MAX_REQUESTS,
+            "kv_cache_memory_bytes": args.cache_gib * 2**30,
+            "gpu_memory_utilization": 0.1,
+        }
+    engine = Engine(args.model, full_layers, profile=args.profile, max_model_len=max_model_len, **device)
     engine.about["commit"] = args.commit
-    main_layers = full_layers == MAIN_LAYERS
-    lengths = args.lengths if main_layers else args.lengths[:1]
-    for task in args.tasks:
-        scorers = [scorer for scorer in SCORERS if scorer not in CONTROLS] if main_layers else ["l2"]
-        compared = variants(scorers, RATIOS[task], PROTECTIONS)
-        if main_layers:
-            compared += variants(["l2"], RATIOS[task], PROTECTIONS, ["block"])
-        run(engine, task, lengths, args.samples, list(dict.fromkeys(compared)), args.out)
+    return engine
 
 
-def run(engine: Engine, task: str, lengths: list[int], num_samples: int, compared: list[Any], out: Path) -> None:
-    """Measures one task."""
-    # RULER's eleven subtasks count as depths do elsewhere.
-    num_samples = max(1, num_samples // 2) if task == "ruler" else num_samples
-    options = argparse.Namespace(task=task, lengths=lengths, samples=num_samples, seed=SEED, **OPTIONS[task])
-    (out / task).mkdir(parents=True, exist_ok=True)
-    write_rows(engine, options, list(cases_of(options, engine.tokenizer)), compared, out / task / ROWS)
+def _run_engine(out: Path, index: int, full_layers: Sequence[int]) -> int:
+    """The exit status of a process that measures one set of full layers; its output goes to a log."""
+    log = out / f"{_name(full_layers)}.log"
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.quality.grid", *sys.argv[1:], "--engine", str(index)]
+    with log.open("a", encoding="utf-8") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    _say(f"{_name(full_layers)}: status {status} after {time.monotonic() - begun:.0f} s, see {log}")
+    return status
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _name(full_layers: Sequence[int]) -> str:
+    return f"full-{'-'.join(map(str, full_layers)) or 'none'}"
+
+
+def _prompt(task: str, about: Any) -> tuple[Any, ...]:
+    """What tells a prompt of one model from the others."""
+    return task, *(about.get(name) for name in ("length", "subtask", "depth", "sample", "turn"))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,33 @@
-"""Writes the tables of docs/quality_tables.md and docs/quality.md from the aggregates in benchmarks/quality/results.
+"""Writes the numbers of docs/quality.md and docs/quality_tables.md, between their marks, from the cells of models.
 
 python -m benchmarks.quality.tables
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.aggregate import AGGREGATES, RESULTS
-from benchmarks.quality.grid import MAIN_LAYERS, RATIOS
-from vllm_l2kv.tools.evaluation.aggregates import estimates, grouped, is_whole, moments_of, num_prompts
+from benchmarks.quality.aggregate import AGGREGATES
+from benchmarks.quality.cells import CELLS, RESULTS
+from benchmarks.quality.pooled import Interval, difference, pooled, retrieval
+from benchmarks.quality.settings import MAIN_LENGTH, OPTIONS, WHOLE
+from vllm_l2kv.tools.evaluation.aggregates import METRICS, estimates, is_whole, moments_of, num_prompts
 from vllm_l2kv.tools.evaluation.report import by_amount, conditions
 from vllm_l2kv.tools.evaluation.rows import read_rows
-from vllm_l2kv.tools.evaluation.statistics import Estimate
+from vllm_l2kv.tools.evaluation.statistics import average, moments
+from vllm_l2kv.tools.evaluation.variants import QUESTIONS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = {name: ROOT / "docs" / f"{name}.md" for name in ("quality_tables", "quality")}
+DOCUMENTS = {name: ROOT / "docs" / f"{name}.md" for name in ("quality", "quality_tables")}
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M"}
+"""Folders of results, and the names of their models."""
 LONG_ANSWERS = "long_answers"
-"""Results of the task `copy`, in the text of docs/quality.md."""
-LAYER_RATIOS = (0.5, 0.25)
-TASKS = {"perplexity": "excess loss", "passkey": "score", "needle": "score", "ruler": "score"}
-SHOWN = {"excess loss": "excess loss in nats a token, less is better", "score": "score from 0 to 1, more is better"}
-Row = dict[str, Any]
+"""Aggregates of the task `copy` under budgets."""
+SHOWN = {"perplexity": "loss above that of the whole cache in nats a token, less is better"}
+SCORE = "score from 0 to 1, more is better"
+NOTHING_YET = "Not measured yet."
+Row = Mapping[str, Any]
 
 
 def main() -> None:
@@ -32,37 +37,113 @@ def main() -> None:
 
 
 def with_tables(page: str, text: str) -> str:
-    """A page, with the text between the marks of each of its results replaced."""
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        is_long = folder.name == LONG_ANSWERS
-        if is_long != (page == "quality"):
-            continue
-        cells = read_rows(folder / AGGREGATES)
-        begin, end = f"<!-- {folder.name}: benchmarks/quality/tables.py -->", f"<!-- end of {folder.name} -->"
-        made = "\n\n".join(long_answers(cells) if is_long else sections(cells))
-        text, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{made}\n{end}", text, flags=re.DOTALL)  # noqa: B023
+    """A page, with the text between each pair of its marks replaced.
+
+    Raises:
+        ValueError: The page lacks a mark, or has it twice.
+    """
+    for name, made in _parts(page):
+        begin, end = f"<!-- {name}: benchmarks/quality/tables.py -->", f"<!-- end of {name} -->"
+        content = "\n\n".join(made) or NOTHING_YET
+        text, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)  # noqa: B023
         if count != 1:
-            raise SystemExit(f"{DOCUMENTS[page]} must hold the marks of {folder.name} once.")
+            raise ValueError(f"{DOCUMENTS[page]} must hold the marks of {name} once.")
     return text
 
 
-def long_answers(cells: Sequence[Row]) -> Iterable[str]:
-    """Where it was measured, then every scorer by ratio and budget."""
-    yield conditions(cells)
-    for length in sorted({cell["length"] for cell in cells}):
-        measured = [cell for cell in cells if cell["length"] == length]
-        yield f"Share of items right; {samples(measured)}:\n\n{by_scorer(measured, 'copy', 'score')}"
+def read_cells(name: str) -> list[Row]:
+    """Those of a model; empty if it was not measured."""
+    path = RESULTS / name / CELLS
+    return list(read_rows(path)) if path.exists() else []
 
 
-def sections(cells: Sequence[Row]) -> Iterable[str]:
-    """Where it was measured, every scorer by task and length, then full layers."""
+def verdict(cells: Sequence[Row]) -> Iterator[str]:
+    """Pooled retrieval at the main length: what each method loses, with the question seen and hidden."""
+    main = [cell for cell in cells if cell["length"] == MAIN_LENGTH]
+    whole = retrieval([cell for cell in main if cell["method"] == WHOLE])
+    if whole is None:
+        return
+    at = pooled(whole)
+    yield (
+        f"{main[0]['model']}, {MAIN_LENGTH:,} tokens: pooled retrieval minus that of the whole cache, which is "
+        f"{_shown(at)}. {num_settings(cells)}"
+    )
+    for question in QUESTIONS:
+
+        def lost(of: Sequence[Row], whole: Any = whole) -> str:
+            scores = retrieval(of)
+            return "" if scores is None else _shown(difference(scores, whole), signed=True)
+
+        yield f"Question {question}:\n\n{by_method([c for c in main if c['question'] == question], lost)}"
+
+
+def num_settings(cells: Sequence[Row]) -> str:
+    """How many settings were compared, as a sentence."""
+    compared = {(cell["method"], cell["memory"]) for cell in cells if cell["method"] != WHOLE}
+    lengths, tasks = {cell["length"] for cell in cells}, {cell["task"] for cell in cells}
+    num_answers = sum(len(cell["scores"]) for cell in cells)
+    return (
+        f"{len(compared)} settings were compared in {len(tasks)} tasks at {len(lengths)} lengths, by {num_answers:,} "
+        "answers; the best of so many is flattered."
+    )
+
+
+def tables(cells: Sequence[Row]) -> Iterator[str]:
+    """Where it was measured, the settings, and every task at every length."""
+    if not cells:
+        return
     yield provenance(cells)
-    for task, metric in TASKS.items():
-        main = [cell for cell in cells if (cell["task"], cell["full_layers"]) == (task, MAIN_LAYERS)]
-        for length in sorted({cell["length"] for cell in main}):
-            measured = [cell for cell in main if cell["length"] == length]
-            yield f"**{task}**, {SHOWN[metric]}; {samples(measured)}:\n\n{by_scorer(measured, task, metric)}"
-    yield from by_layers(cells)
+    yield "Settings, and what requests of the main length held of the whole cache at their end:\n\n" + used(cells)
+    for length in sorted({cell["length"] for cell in cells}):
+        for task in OPTIONS:
+            of_task = [cell for cell in cells if (cell["length"], cell["task"]) == (length, task)]
+            if of_task:
+                yield f"**{task}**, {samples(of_task, length)}:"
+                yield from task_tables(of_task)
+
+
+def task_tables(cells: Sequence[Row]) -> Iterator[str]:
+    """A table for each way of asking."""
+    task = cells[0]["task"]
+    how = next(iter(METRICS[task].values()))
+    for question in QUESTIONS:
+        asked = [cell for cell in cells if cell["question"] == question and cell["method"] != WHOLE]
+        if asked:
+            made = by_method(asked, lambda of: "".join(_shown(Interval(*how(moments(c["scores"]))[:3])) for c in of))
+            yield f"Question {question}:\n\n{made}" if len({c["question"] for c in cells}) > 1 else made
+
+
+def by_method(cells: Sequence[Row], shown: Callable[[Sequence[Row]], str]) -> str:
+    """Lines are methods, columns memories, the largest first; the whole cache is left out."""
+    compared = [cell for cell in cells if cell["method"] != WHOLE]
+    memories = sorted({cell["memory"] for cell in compared}, reverse=True)
+    lines = [
+        [method, *(shown([c for c in compared if (c["method"], c["memory"]) == (method, m)]) for m in memories)]
+        for method in dict.fromkeys(cell["method"] for cell in compared)
+    ]
+    return table(["", *(f"memory {memory:g}" for memory in memories)], lines)
+
+
+def used(cells: Sequence[Row]) -> str:
+    """Full layers, ratio and measured memory of each setting."""
+    main = [cell for cell in cells if cell["length"] == MAIN_LENGTH and cell["method"] != WHOLE]
+
+    def words(of: Sequence[Row]) -> str:
+        layers = ", ".join(map(str, of[0]["full_layers"])) or "none"
+        held = sum(cell["held"] for cell in of) / len(of)
+        return f"full {layers}; ratio {of[0]['keep_ratio']:.3f}; held {held:.2f}"
+
+    return by_method(main, words) if main else NOTHING_YET
+
+
+def samples(cells: Sequence[Row], length: int) -> str:
+    """What is counted, of how many prompts of which length."""
+    (whole,) = [cell for cell in cells if cell["method"] == WHOLE]
+    task, scores = whole["task"], whole["scores"]
+    how = average if task == "perplexity" else next(iter(METRICS[task].values()))
+    word = "loss" if task == "perplexity" else "score"
+    at = _shown(Interval(*how(moments(scores))[:3]))
+    return f"{SHOWN.get(task, SCORE)}; {len(scores)} prompts of {length:,} tokens, {word} of the whole cache {at}"
 
 
 def provenance(cells: Sequence[Row]) -> str:
@@ -73,45 +154,18 @@ def provenance(cells: Sequence[Row]) -> str:
     return f"{devices}, {types}, vLLM {versions}, commit {commits}."
 
 
-def samples(cells: Sequence[Row]) -> str:
-    """How many prompts of which length."""
-    metric = "loss" if "loss" in cells[0] else "score"
-    whole = moments_of((cell for cell in cells if is_whole(cell)), metric)
-    return f"{num_prompts(cells)} prompts of {cells[0]['length']} tokens, {metric} without compression {whole.mean:.2f}"
-
-
-def by_scorer(cells: Sequence[Row], task: str, metric: str) -> str:
-    """Lines are variants, columns keep ratios and budgets."""
-    amounts, lines = by_amount([entry for entry in estimates(cells, task) if not is_whole(entry)], metric, shown)
-    names = sorted(lines, key=lambda name: ("+" in name, name))
-    return table(["", *amounts], [[name, *lines[name]] for name in names])
-
-
-def by_layers(cells: Sequence[Row]) -> Iterable[str]:
-    """`l2` with other full layers, at the length that all of them were measured at; a table for each ratio."""
-    length = min(cell["length"] for cell in cells)
-    kind = (length, "l2", "token")
-    chosen = [cell for cell in cells if (cell["length"], cell["scorer"], cell["granularity"]) == kind]
-    found = {
-        (tuple(layers), entry["protect_first"] > 0, task, entry["keep_ratio"]): shown(entry[TASKS[task]])
-        for (layers, task), group in grouped(chosen, "full_layers", "task")
-        for entry in estimates(group, task)
-    }
-    for ratio in LAYER_RATIOS:
-        lines = [
-            [
-                f"{{{', '.join(map(str, layers))}}}{' +4/64' if protected else ''}",
-                *(found[layers, protected, task, ratio] for task in TASKS),
-            ]
-            for layers, protected in sorted({key[:2] for key in found})
-        ]
-        heads = [f"{task}, {metric}" for task, metric in TASKS.items()]
-        yield f"**Full layers**, `l2` at {ratio}, {length} tokens:\n\n" + table(["full layers", *heads], lines)
-
-
-def shown(estimate: Estimate) -> str:
-    """Mean and interval."""
-    return f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+def long_answers(cells: Sequence[Row]) -> Iterator[str]:
+    """Where it was measured, then every scorer by ratio and budget."""
+    yield conditions(cells)
+    whole = moments_of((cell for cell in cells if is_whole(cell)), "score")
+    length = cells[0]["length"]
+    amounts, lines = by_amount(
+        [entry for entry in estimates(cells, "copy") if not is_whole(entry)],
+        "score",
+        lambda estimate: _shown(Interval(*estimate[:3])),
+    )
+    head = f"{num_prompts(cells)} prompts of {length} tokens, score without compression {whole.mean:.2f}"
+    yield f"Share of items right; {head}:\n\n{table(['', *amounts], ([n, *lines[n]] for n in sorted(lines)))}"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -119,6 +173,20 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
+def _parts(page: str) -> Iterator[tuple[str, list[str]]]:
+    """Names of the marks of a page, and what is between them."""
+    for name in MODELS:
+        yield name, list((verdict if page == "quality" else tables)(read_cells(name)))
+    if page == "quality_tables":
+        yield LONG_ANSWERS, list(long_answers(read_rows(RESULTS / LONG_ANSWERS / AGGREGATES)))
+
+
+def _shown(interval: Interval, signed: bool = False) -> str:
+    # 0 is added for its sign: -0.00 looks like a loss.
+    form = "+.2f" if signed else ".2f"
+    value, low, high = (f"{round(number, 2) + 0.0:{form}}" for number in interval)
+    return f"{value} ({low} to {high})"
+
+
 if __name__ == "__main__":
-    assert set(TASKS) == set(RATIOS)
     main()

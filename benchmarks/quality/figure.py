@@ -1,0 +1,73 @@
+"""Draws docs/img/quality.svg: pooled retrieval over memory of the whole cache, one line a method.
+
+python -m benchmarks.quality.figure
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same cells make the same file
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+from benchmarks.quality.pooled import pooled, retrieval  # noqa: E402
+from benchmarks.quality.settings import EQUAL, MAIN_LENGTH, METHODS, WHOLE  # noqa: E402
+from benchmarks.quality.tables import MODELS, read_cells  # noqa: E402
+from vllm_l2kv.tools.evaluation.variants import QUESTIONS  # noqa: E402
+
+PLOT = Path(__file__).parents[2] / "docs" / "img" / "quality.svg"
+COLOURS = {"l2": "C0", "keydiff_value": "C2", "learned": "C3", "random": "0.55"}
+"""Of scorers; equal counts are dashed."""
+ASKED = {"seen": "question seen", "hidden": "document compressed alone"}
+Row = Mapping[str, Any]
+
+
+def main() -> None:
+    """Writes the plot: a line of panels for each model that was measured."""
+    models = {name: cells for name in MODELS if (cells := at_main_length(read_cells(name)))}
+    size = (9, 0.6 + 3 * len(models))
+    figure, grid = plt.subplots(len(models), 2, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for (name, cells), line in zip(models.items(), grid, strict=True):
+        for question, axes in zip(QUESTIONS, line, strict=True):
+            draw(axes, cells, question)
+            axes.set(title=f"{MODELS[name]}, {ASKED[question]}", ylim=(-0.03, 1.03))
+        line[0].set(ylabel="pooled retrieval")
+    for axes in grid[-1]:
+        axes.set(xlabel="memory of the whole cache", xlim=(1.03, 0.12))  # from nothing to much compressed
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def at_main_length(cells: Sequence[Row]) -> list[Row]:
+    """Cells of the figure."""
+    return [cell for cell in cells if cell["length"] == MAIN_LENGTH]
+
+
+def draw(axes: Axes, cells: Sequence[Row], question: str) -> None:
+    """One panel; bands are 95 % intervals."""
+    whole = retrieval([cell for cell in cells if cell["method"] == WHOLE])
+    if whole is None:
+        return
+    at = pooled(whole)
+    axes.axhline(at.value, color="black", linewidth=0.8, linestyle=":", label=WHOLE)
+    for method, (source, scorer) in METHODS.items():
+        chosen = [cell for cell in cells if (cell["method"], cell["question"]) == (method, question)]
+        points = {1.0: at}
+        for memory in {cell["memory"] for cell in chosen}:
+            if scores := retrieval([cell for cell in chosen if cell["memory"] == memory]):
+                points[memory] = pooled(scores)
+        memories = sorted(points)
+        values, lows, highs = zip(*(points[memory] for memory in memories), strict=True)
+        style = "--" if source == EQUAL else "-"
+        axes.plot(memories, values, style, marker="o", markersize=3, color=COLOURS[scorer], label=method)
+        axes.fill_between(memories, lows, highs, color=COLOURS[scorer], alpha=0.12, linewidth=0)
+    axes.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    assert set(ASKED) == set(QUESTIONS)
+    main()

@@ -1,0 +1,108 @@
+"""What is compared on docs/quality.md: methods, memories, lengths and numbers of prompts."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.profile import Profile, ratio_for
+from vllm_l2kv.tools.evaluation.variants import BASELINE
+
+MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
+"""Shares of the whole cache: of all layers without a sliding window, full layers included."""
+EQUAL, PROFILE = "equal counts", "profile"
+METHODS = {
+    "equal-l2": (EQUAL, "l2"),
+    "equal-keydiff_value": (EQUAL, "keydiff_value"),
+    "profile-l2": (PROFILE, "l2"),
+    "profile-keydiff_value": (PROFILE, "keydiff_value"),
+    "profile-learned": (PROFILE, "learned"),
+    "profile-random": (PROFILE, "random"),
+}
+"""Where full layers come from, and the scorer of the others. `profile-random` is the control."""
+EQUAL_LAYERS = (0, 1)
+"""Full layers of equal counts, as an engine without options has them."""
+WHOLE = "whole cache"
+RETRIEVAL = ("needle", "passkey", "ruler")
+MAIN_LENGTH = 2048
+LENGTHS = (MAIN_LENGTH, 1024, 4096, 8192)
+"""Tokens of prompts and answers together, the most important one first."""
+COPY_LENGTH = 450
+"""Of lists and their copies: small models copy no longer ones."""
+SEED = 19
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "needle": {"text": "state_of_the_union", "depths": DEPTHS},
+    "passkey": {"depths": DEPTHS},
+    "ruler": {
+        "text": "state_of_the_union",
+        # What the two models can do; they find hardly anything in the other subtasks with the whole cache.
+        "subtasks": [
+            "niah_single_1",
+            "niah_single_2",
+            "niah_single_3",
+            "niah_multikey_1",
+            "niah_multivalue",
+            "niah_multiquery",
+        ],
+    },
+    "chat": {"text": "moby_dick"},
+    "perplexity": {"text": "moby_dick", "continued": 128},
+    "copy": {},
+}
+NUM_SAMPLES = {
+    "needle": (8, 3),
+    "passkey": (4, 2),
+    "ruler": (8, 2),
+    "chat": (10, 4),
+    "perplexity": (20, 8),
+    "copy": (12, 0),
+}
+"""For each depth or subtask, at the main length and at others: 40 needles, 20 pass keys, 48 prompts of RULER, 40
+questions of 10 conversations, 20 texts, 12 lists; 15, 10, 12, 16 and 8 elsewhere."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One method at one memory.
+
+    Attributes:
+        method: Of `METHODS`, or `WHOLE`.
+        memory: Of `MEMORIES`; 1 for `WHOLE`.
+        full_layers: Layers that never compact.
+        keep_ratio: Of the others.
+        scorer: Of the others.
+    """
+
+    method: str
+    memory: float
+    full_layers: tuple[int, ...]
+    keep_ratio: float
+    scorer: str
+
+    @property
+    def params(self) -> CompressionParams:
+        """What requests ask for; protection is an engine's default."""
+        if self.method == WHOLE:
+            return BASELINE
+        return CompressionParams(self.keep_ratio, scorer=self.scorer)
+
+    def as_row(self) -> dict[str, Any]:
+        """For a file of rows."""
+        return asdict(self)
+
+
+def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]) -> list[Setting]:
+    """The whole cache, then every method at every memory."""
+    compressible = profile.shape.compressible
+    equal_layers = tuple(layer for layer in EQUAL_LAYERS if layer in compressible)
+    found = [Setting(WHOLE, 1.0, equal_layers, 1.0, CompressionParams.scorer)]
+    for method in methods:
+        source, scorer = METHODS[method]
+        for memory in memories:
+            if source == EQUAL:
+                full_layers, ratio = equal_layers, ratio_for(memory, len(compressible), len(equal_layers))
+            else:
+                full_layers, ratio, _ = profile.setting(memory)
+            found.append(Setting(method, memory, tuple(full_layers), ratio, scorer))
+    return found
