@@ -24,7 +24,7 @@ WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals", "seam
 TOOLS = {
     "bench": {"tools.evaluation", "tools.html_report"},
     "demo_model": {"tools.user_cache"},
-    "evaluation": {"tools.demo_model", "tools.html_report", "tools.options", "engine_args"},
+    "evaluation": {"tools.demo_model", "tools.html_report", "tools.options", "tools.plan", "engine_args"},
     "html_report": set(),
     "options": {"tools.demo_model"},
     "user_cache": set(),
