@@ -110,12 +110,11 @@ def rank(model: Any, shape: Shape, scorers: Scorers, names: Iterable[str], case:
 
 def losses(model: Any, case: Case, rows: Ranked, choices: Sequence[Choice]) -> Losses:
     """Of the answer of a case under each choice: `[C]`."""
-    num_tokens = rows.context.num_tokens
-    kept = []
-    for choice in choices:
-        counts = [num_keep(num_tokens, CompressionParams(ratio)) for ratio in choice.keep_ratios]
-        of_layers = torch.tensor(counts, dtype=torch.int32, device=model.device)
-        kept.append(rows.places[choice.scorer] < of_layers[:, None, None])
+    num_tokens, device = rows.context.num_tokens, model.device
+    ratios = {ratio for choice in choices for ratio in choice.keep_ratios}
+    counts = {ratio: num_keep(num_tokens, CompressionParams(ratio)) for ratio in ratios}
+    bounds = torch.tensor([[counts[ratio] for ratio in choice.keep_ratios] for choice in choices], device=device)
+    kept = [rows.places[choice.scorer] < bounds[i, :, None, None] for i, choice in enumerate(choices)]
     return answer_losses(model, rows.context, case.after, case.num_predicted, torch.stack(kept))
 
 
