@@ -9,7 +9,7 @@ import torch
 from vllm_l2kv.cli import main
 from vllm_l2kv.profile import Profile, check_model
 
-FEW = ("--samples", "4", "--tokens", "160", "--device", "cpu")
+FEW = ("--samples", "4", "--tokens", "160", "--questions", "3", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

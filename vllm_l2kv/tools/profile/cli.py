@@ -12,8 +12,8 @@ from vllm_l2kv.tools.evaluation.engine_log import progress_beside_log
 from vllm_l2kv.tools.evaluation.texts import read_text
 from vllm_l2kv.tools.options import RefusedError, add_verbose, folder_of
 
-DEFAULTS = {"cpu": (12, 512), "cuda": (112, 1536)}
-"""Texts and their tokens. A CPU has minutes for a small model with so many."""
+DEFAULTS = {"cpu": (12, 512, 6), "cuda": (112, 1536, 64)}
+"""Texts, their tokens, and questions to search with. A CPU needs minutes for a small model with so many."""
 
 
 def profile(argv: Sequence[str]) -> None:
@@ -53,20 +53,14 @@ def _make(options: Namespace) -> Any:
         progress.begin(f"loading {options.model}")
         import torch
 
-        from vllm_l2kv.tools.profile.make import make
+        from vllm_l2kv.tools.profile.make import Amounts, make
 
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        num_texts, num_tokens = DEFAULTS["cpu" if device == "cpu" else "cuda"]
+        given = options.samples, options.tokens, options.questions
+        defaults = DEFAULTS["cpu" if device == "cpu" else "cuda"]
+        amounts = Amounts(*(number or default for number, default in zip(given, defaults, strict=True)))
         try:
-            return make(
-                options.model,
-                options.output,
-                texts,
-                options.samples or num_texts,
-                options.tokens or num_tokens,
-                device,
-                progress,
-            )
+            return make(options.model, options.output, texts, amounts, device, progress)
         except (OSError, ValueError) as error:
             raise RefusedError(" ".join(str(error).split())) from error
 
@@ -102,9 +96,9 @@ def _parser() -> OneLineParser:
         help="a text like those that the model will read; may be given several times, and half of the prose is then "
         "drawn from them",
     )
-    (cpu_texts, cpu_tokens), (texts, tokens) = DEFAULTS.values()
-    add("--samples", type=positive, metavar="N", help=f"texts to read (default: {texts}, on a CPU {cpu_texts})")
-    add("--tokens", type=positive, metavar="N", help=f"tokens of a text (default: {tokens}, on a CPU {cpu_tokens})")
+    helps = {"samples": "texts to read", "tokens": "tokens of a text", "questions": "questions to search settings with"}
+    for (name, text), few, many in zip(helps.items(), DEFAULTS["cpu"], DEFAULTS["cuda"], strict=True):
+        add(f"--{name}", type=positive, metavar="N", help=f"{text} (default: {many}, on a CPU {few})")
     add(
         "--device",
         metavar="NAME",

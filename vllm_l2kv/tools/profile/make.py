@@ -11,13 +11,30 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_l2kv import __version__
-from vllm_l2kv.profile import Profile, Shape, Target, fingerprint, local_folder, ratio_for
+from vllm_l2kv.profile import Profile, Shape, fingerprint, local_folder
+from vllm_l2kv.scorers import Heads, Scorers, bind
 from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.calibration import samples
 from vllm_l2kv.tools.profile.measure import Measured, measure
 from vllm_l2kv.tools.profile.model import layout, load
+from vllm_l2kv.tools.profile.recommend import Recommendation, recommend
 
-MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
+MEASURED, SEARCHED = 0, 1
+"""Seeds of the texts that are measured on, and of those that settings are searched with."""
+
+
+class Amounts(NamedTuple):
+    """How much is read.
+
+    Attributes:
+        texts: To measure on, and as many others to search with.
+        tokens: Of each.
+        questions: To search with, at most.
+    """
+
+    texts: int
+    tokens: int
+    questions: int
 
 
 class Made(NamedTuple):
@@ -25,19 +42,17 @@ class Made(NamedTuple):
 
     profile: Profile
     measured: Measured
+    found: Recommendation
 
 
-def make(
-    model: str, path: Path, texts: Sequence[str], num_texts: int, num_tokens: int, device: str, progress: Progress
-) -> Made:
+def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, device: str, progress: Progress) -> Made:
     """Measures a model and writes its profile.
 
     Args:
         model: Folder or name on the Hugging Face hub.
         path: The file; its folder exists.
-        texts: Of the user.
-        num_texts: Texts to read.
-        num_tokens: Of each.
+        own_texts: Of the user.
+        amounts: How much is read.
         device: As of `model.load`.
         progress: Says what is being done.
 
@@ -47,40 +62,76 @@ def make(
     """
     from transformers import AutoTokenizer
 
-    begun = time.monotonic()
+    clock = _Clock()
     progress.begin(f"loading {model}")
     tokenizer, loaded = AutoTokenizer.from_pretrained(model), load(model, device)
     folder = local_folder(model)
     of_model = fingerprint(folder)
     shape, rope = layout(loaded)
+    clock.lap("loading")
+
     progress.begin("making up texts and questions")
-    read = samples(tokenizer, num_tokens, num_texts, own_texts=texts)
-    measured = measure(loaded, tokenizer, shape, read, progress)
-    order = _order(shape, measured)
-    about = {
-        "texts": dict(Counter(sample.kind for sample in read)),
-        "own_texts": len(texts),
-        "tokens": num_tokens,
-        "questions": measured.num_questions,
-        "answered": measured.num_answered,
-        "loss": round(measured.whole_loss, 4),
-        **_machine(loaded),
-        "seconds": round(time.monotonic() - begun, 1),
-    }
+    texts, others = (
+        samples(tokenizer, amounts.tokens, amounts.texts, seed, own_texts) for seed in (MEASURED, SEARCHED)
+    )
+    measured = measure(loaded, tokenizer, shape, texts, progress)
+    clock.lap("measuring")
+
+    ranks = measured.retrieval, measured.repetition, measured.loss
+    found = recommend(loaded, shape, _scorers(loaded, shape), others, *ranks, amounts.questions, progress)
+    clock.lap("searching")
+
     profile = Profile(
         model=folder.name if Path(model).is_dir() else model,
         fingerprint=of_model,
         shape=shape,
         rope=rope,
-        layer_order=order,
-        memory=_targets(shape, order),
-        about=about,
+        layer_order=found.layer_order,
+        memory=found.targets,
+        about={
+            "texts": dict(Counter(text.kind for text in texts)),
+            "own_texts": len(own_texts),
+            **amounts._asdict(),
+            "asked": measured.num_questions,
+            "answered": measured.num_answered,
+            "loss": round(measured.whole_loss, 4),
+            "search": {
+                "tried": found.num_tried,
+                "questions": found.num_questions,
+                "orders": found.orders,
+                "outcomes": [outcome._asdict() for outcome in found.outcomes],
+            },
+            **_machine(loaded),
+            "seconds": clock.laps,
+        },
     )
-    return Made(profile.write(path, measured.tensors()), measured)
+    return Made(profile.write(path, measured.tensors()), measured, found)
+
+
+def _scorers(model: Any, shape: Shape) -> Scorers:
+    """All that can be searched among, bound to every layer that may compress."""
+    return bind(Heads(shape.compressible, 0, shape.num_kv_heads, shape.num_kv_heads, model.device))
+
+
+class _Clock:
+    """How long each part took.
+
+    Attributes:
+        laps: Seconds by part.
+    """
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, part: str) -> None:
+        """Ends a part."""
+        now = time.monotonic()
+        self.laps[part], self._last = round(now - self._last, 1), now
 
 
 def _machine(model: Any) -> dict[str, Any]:
-    """What ran, and the memory that it took."""
+    """What ran, and the GPU memory that it took at most."""
     gpus = range(torch.cuda.device_count()) if model.device.type == "cuda" else ()
     peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     return {
@@ -94,17 +145,3 @@ def _machine(model: Any) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def _order(shape: Shape, measured: Measured) -> tuple[int, ...]:
-    best = measured.repetition.amax(-1).tolist()
-    return tuple(sorted(shape.compressible, key=lambda layer: -best[layer]))
-
-
-def _targets(shape: Shape, order: Sequence[int]) -> tuple[Target, ...]:
-    num_layers, found = len(order), []
-    for memory in MEMORIES:
-        num_full = max(0, int((memory - 0.125) * num_layers / 0.875))
-        full = tuple(sorted(order[:num_full]))
-        found.append(Target(memory, full, ratio_for(memory, num_layers, num_full), "l2"))
-    return tuple(found)

@@ -51,50 +51,63 @@ def summary(made: Made, model: str) -> str:
         made: The profile.
         model: As the user named it.
     """
-    profile, measured = made
-    num_compressible = len(profile.shape.compressible)
-    memory = (
-        USED_MEMORY if any(target.memory == USED_MEMORY for target in profile.memory) else profile.memory[-1].memory
-    )
+    profile, measured, _ = made
+    about, num_compressible = profile.about, len(profile.shape.compressible)
+    memories = [target.memory for target in profile.memory]
+    took = duration(sum(about["seconds"].values()))
     lines = [
         f"{profile.model}: {num_compressible} of {profile.shape.num_layers} layers may compress, "
         f"{profile.shape.num_kv_heads} KV heads each.",
-        f"{measured.num_questions} questions about facts; from its whole cache the model answers "
-        f"{measured.num_answered} of them exactly and loses {measured.whole_loss:.2f} nats a token.",
-        "",
+        f"{measured.num_questions} questions about facts: from its whole cache the model answers "
+        f"{measured.num_answered} exactly.",
         *_needed(profile, measured.loss),
         "",
-        "What each share of the whole cache is best spent on:",
+        *(line.rstrip() for line in aligned(settings(made))),
         "",
-        *(line.rstrip() for line in aligned(targets(profile))),
+        *_how_to_read(made),
         "",
-        f"Profile: {profile.path} ({duration(profile.about['seconds'])}"
-        + (f", {profile.about['peak_gib']} GiB of GPU memory)" if profile.about["peak_gib"] else ")"),
+        f"Profile: {profile.path} ({took}"
+        + (f", {about['peak_gib']} GiB of GPU memory)" if about["peak_gib"] else ")"),
         "Use it with:",
-        f"  vllm-l2kv serve {model} --kv-profile {profile.path} --kv-memory {memory:g}",
+        f"  vllm-l2kv serve {model} --kv-profile {profile.path} "
+        f"--kv-memory {USED_MEMORY if USED_MEMORY in memories else memories[-1]:g}",
     ]
     return "\n".join(lines)
 
 
-def targets(profile: Profile) -> list[list[str]]:
-    """Lines of words, the first one a heading: the settings of each memory."""
-    lines = [["memory", "keep ratio of the others", "scorer", "full layers"]]
-    for target in reversed(profile.memory):
+def settings(made: Made) -> list[list[str]]:
+    """Lines of words, the first one a heading: each memory, what it is spent on, and what answers are left."""
+    outcomes = {(each.name, each.memory): each for each in made.found.outcomes}
+    lines = [["memory", "keep ratio", "scorer", "seen", "hidden", "no profile: seen", "hidden", "full layers"]]
+    for target in reversed(made.profile.memory):
+        exact = []
+        for name in ("recommended", "no profile"):
+            outcome = outcomes.get((name, target.memory))
+            exact += [f"{share:.2f}" for share in reversed(outcome.exact)] if outcome else ["", ""]
         layers = ", ".join(map(str, target.full_layers)) or "none"
-        lines.append([f"{target.memory:g}", f"{target.keep_ratio:.3f}", target.scorer, layers])
+        lines.append([f"{target.memory:g}", f"{target.keep_ratio:.3f}", target.scorer, *exact, layers])
     return lines
+
+
+def _how_to_read(made: Made) -> Iterator[str]:
+    yield (
+        "memory: share of the whole cache. Full layers keep every row, the others the keep ratio, chosen by the scorer."
+    )
+    yield (
+        f"seen, hidden: share of {made.found.num_questions[1]} questions, which the search did not use, that are "
+        "answered exactly; compressed after the question, and before it is known."
+    )
+    yield "no profile: the same memory with the first layers full and l2 in the others."
 
 
 def write_report(made: Made, folder: Path) -> Path:
     """Draws heat maps and writes the HTML file into a folder that exists."""
-    profile, measured = made
+    profile, measured, _ = made
     sections: list[dict[str, Any]] = [
         {
             "title": "Settings",
-            "note": "Full layers keep every row, the others the share in the second column, chosen by the scorer. "
-            "Together they cost the memory in the first column, as a share of the whole cache of all layers that may "
-            "compress.",
-            "table": targets(profile),
+            "note": " ".join(_how_to_read(made)),
+            "table": settings(made),
         },
         {
             "title": "What answers need",
@@ -259,7 +272,7 @@ def _directions(made: Made) -> str:
 
 def _layer_table(made: Made) -> list[list[str]]:
     """Each layer that may compress, those that answers need most first."""
-    profile, measured = made
+    profile, measured, _ = made
     lines = [["layer", "retrieval, best head", "repetition, best head", "loss without it", "full at memory"]]
     for layer in profile.layer_order:
         memories = [f"{target.memory:g}" for target in profile.memory if layer in target.full_layers]
