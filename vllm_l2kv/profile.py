@@ -277,9 +277,10 @@ def ratio_for(memory: float, num_layers: int, num_full: int) -> float:
     Args:
         memory: Share of what `num_layers` layers hold uncompressed.
         num_layers: Layers of full attention.
-        num_full: Those of them that never compress, fewer than all.
+        num_full: Those of them that never compress. If they are all, nothing is left to compress, and it is 0.
     """
-    return round((memory * num_layers - num_full) / (num_layers - num_full), 6)
+    others = num_layers - num_full
+    return round((memory * num_layers - num_full) / others, 6) if others else 0.0
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str:

@@ -114,6 +114,9 @@ class TestSettings:
         """14 of 30 layers and 0.0625 of the rest, half of the cache."""
         assert ratio_for(0.5, 30, 14) == 0.0625
 
+    def test_nothing_left_to_compress(self):
+        assert ratio_for(0.5, 2, 2) == 0
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
