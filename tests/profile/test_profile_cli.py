@@ -1,6 +1,8 @@
 """The command on tiny models: file, report, terminal, refusals."""
 
+import io
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -8,24 +10,26 @@ import torch
 
 from vllm_l2kv.cli import main
 from vllm_l2kv.profile import Profile, check_model
+from vllm_l2kv.scorers.learned import HIDDEN, num_features
 
 FEW = ("--samples", "4", "--tokens", "160", "--questions", "3", "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def run(llama, tmp_path_factory):
+def run(model: Path, path: Path) -> tuple[str, Profile]:
     """What the terminal shows, and the file."""
-    path = tmp_path_factory.mktemp("profile") / "new" / "tiny.safetensors"
-
-    def run(capsys) -> tuple[str, Profile]:
-        main(["profile", str(llama), "-o", str(path), *FEW])
-        return capsys.readouterr().out, Profile.read(path)
-
-    return run
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        main(["profile", str(model), "-o", str(path), *FEW])
+    return shown.getvalue(), Profile.read(path)
 
 
-def test_a_profile_is_made(run, llama, capsys):
-    shown, profile = run(capsys)
+@pytest.fixture(scope="module")
+def made(llama, tmp_path_factory) -> tuple[str, Profile]:
+    return run(llama, tmp_path_factory.mktemp("profile") / "new" / "tiny.safetensors")
+
+
+def test_a_profile_is_made(made, llama):
+    shown, profile = made
     check_model(profile, llama)
     assert profile.shape.layer_types == ("full_attention",) * 4
     assert (profile.rope.rotary_dim, profile.rope.interleaved) == (32, False)
@@ -36,6 +40,8 @@ def test_a_profile_is_made(run, llama, capsys):
     measures = profile.measures()
     assert measures["retrieval"].shape == measures["repetition"].shape == measures["head_loss"].shape == (4, 2)
     assert measures["loss"].shape == (4,)
+    assert profile.weights()["w1"].shape == (4, 2, num_features(32, 32, profile.rope), HIDDEN)
+    assert profile.about["learned"]["overlap"]["0.5"] > 0.5
     assert not any(tensor.isnan().any() for tensor in measures.values())
     assert shown.rstrip().splitlines()[-3] == f"  vllm-l2kv serve {llama} --kv-profile {profile.path} --kv-memory 0.5"
     report = Path(re.search(r"Report: (.*)", shown)[1])
@@ -44,13 +50,12 @@ def test_a_profile_is_made(run, llama, capsys):
     assert str(llama) not in str(profile.about)
 
 
-def test_it_is_the_same_again(run, capsys):
-    _, first = run(capsys)
-    once = first.measures()
-    _, second = run(capsys)
+def test_it_is_the_same_again(made, llama, tmp_path):
+    first, (_, second) = made[1], run(llama, tmp_path / "again")
     assert second.layer_order == first.layer_order
     assert second.memory == first.memory
-    assert all(torch.equal(tensor, once[name]) for name, tensor in second.measures().items())
+    once, again = first.measures(), second.measures()
+    assert [name for name in once if not torch.equal(again[name], once[name])] == []
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,8 @@ def test_it_is_the_same_again(run, capsys):
         (("--tokens", "100"), "num_tokens must be at least 128, got 100."),
         (("--samples", "0"), "argument --samples"),
         (("--text", "nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
-        (("--device", "abacus"), "abacus"),
+        (("--device", "abacus"), "device must be cpu, cuda, cuda:N or auto, got abacus."),
+        (("--device", "cuda:99"), "device must be there, got cuda:99"),
     ],
 )
 def test_what_is_refused(llama, tmp_path, capsys, words, message):

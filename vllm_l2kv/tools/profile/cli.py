@@ -61,7 +61,12 @@ def _make(options: Namespace) -> Any:
         amounts = Amounts(*(number or default for number, default in zip(given, defaults, strict=True)))
         try:
             return make(options.model, options.output, texts, amounts, device, progress)
-        except (OSError, ValueError) as error:
+        except torch.OutOfMemoryError as error:
+            raise RefusedError(
+                f"the GPU's memory is too small for {options.model}: give --device auto with several GPUs, or --tokens "
+                f"less than {amounts.tokens}."
+            ) from error
+        except (ImportError, OSError, ValueError) as error:
             raise RefusedError(" ".join(str(error).split())) from error
 
 

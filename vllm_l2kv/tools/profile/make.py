@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_l2kv import __version__
-from vllm_l2kv.profile import Profile, Shape, fingerprint, local_folder
-from vllm_l2kv.scorers import Heads, Scorers, bind
+from vllm_l2kv.profile import LEARNED, Profile, Shape, fingerprint, local_folder
+from vllm_l2kv.scorers import Heads, Scorers, Weights, bind
 from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.calibration import samples
+from vllm_l2kv.tools.profile.learned import Examples, train
 from vllm_l2kv.tools.profile.measure import Measured, measure
 from vllm_l2kv.tools.profile.model import layout, load
 from vllm_l2kv.tools.profile.recommend import Recommendation, recommend
@@ -74,11 +75,14 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
     texts, others = (
         samples(tokenizer, amounts.tokens, amounts.texts, seed, own_texts) for seed in (MEASURED, SEARCHED)
     )
-    measured = measure(loaded, tokenizer, shape, texts, progress)
+    examples = Examples(rope)
+    measured = measure(loaded, tokenizer, shape, texts, progress, lambda rows: examples.add(*rows))
     clock.lap("measuring")
-
+    trained = train(examples, shape.num_layers, loaded.device, progress=progress)
+    clock.lap("training")
+    scorers = _scorers(loaded, shape, Weights(trained.weights, rope))
     ranks = measured.retrieval, measured.repetition, measured.loss
-    found = recommend(loaded, shape, _scorers(loaded, shape), others, *ranks, amounts.questions, progress)
+    found = recommend(loaded, shape, scorers, others, *ranks, amounts.questions, progress)
     clock.lap("searching")
 
     profile = Profile(
@@ -95,6 +99,7 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
             "asked": measured.num_questions,
             "answered": measured.num_answered,
             "loss": round(measured.whole_loss, 4),
+            "learned": {"overlap": trained.overlap},
             "search": {
                 "tried": found.num_tried,
                 "questions": found.num_questions,
@@ -105,12 +110,14 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
             "seconds": clock.laps,
         },
     )
-    return Made(profile.write(path, measured.tensors()), measured, found)
+    tensors = measured.tensors() | {f"{LEARNED}{name}": tensor for name, tensor in trained.weights.items()}
+    return Made(profile.write(path, tensors), measured, found)
 
 
-def _scorers(model: Any, shape: Shape) -> Scorers:
+def _scorers(model: Any, shape: Shape, weights: Weights) -> Scorers:
     """All that can be searched among, bound to every layer that may compress."""
-    return bind(Heads(shape.compressible, 0, shape.num_kv_heads, shape.num_kv_heads, model.device))
+    heads = Heads(shape.compressible, 0, shape.num_kv_heads, shape.num_kv_heads, model.device)
+    return bind(heads, weights)
 
 
 class _Clock:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from vllm_l2kv.profile import FULL_ATTENTION, Rope, Shape
+from vllm_l2kv.scorers.learned import features
 from vllm_l2kv.tools.profile.observe import Seen, read
 
 SLIDING_ATTENTION = "sliding_attention"
@@ -19,17 +20,29 @@ def load(folder: str, device: str) -> Any:
 
     Args:
         folder: That of the model.
-        device: As torch names it, or `auto` to spread it over all GPUs.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto` to spread it over all GPUs.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is no causal language model that `transformers` knows.
+        ImportError: `auto` without the package accelerate.
+        ValueError: There is no such device, or it is no causal language model that `transformers` knows.
     """
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", device_map=device)
-    return model.eval()
+    _check(device)
+    options = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16, "attn_implementation": "sdpa"}
+    if device == "auto":
+        return AutoModelForCausalLM.from_pretrained(folder, device_map=device, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval().to(device)
+
+
+def _check(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda", "auto") or (number and not number.isdecimal()):
+        raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {device}.")
+    num_gpus = torch.cuda.device_count()
+    if kind != "cpu" and int(number or 0) >= num_gpus:
+        raise ValueError(f"device must be there, got {device}, and this machine has {num_gpus} GPUs.")
 
 
 def layout(model: Any) -> tuple[Shape, Rope]:
@@ -59,16 +72,11 @@ def layout(model: Any) -> tuple[Shape, Rope]:
     return Shape(len(found), num_kv_heads, head_size, found), _rope(model, seen[0].keys.float())
 
 
-def pair_magnitudes(keys: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Magnitudes of the pairs of elements that RoPE rotates: `[..., head_size]` to `[..., rotary_dim / 2]`."""
-    rotated = keys[..., : rope.rotary_dim]
-    pairs = rotated.reshape(*keys.shape[:-1], *((-1, 2) if rope.interleaved else (2, rope.rotary_dim // 2)))
-    magnitudes: torch.Tensor = torch.linalg.vector_norm(pairs, dim=-1 if rope.interleaved else -2)
-    return magnitudes
-
-
 def _rope(model: Any, keys: torch.Tensor) -> Rope:
-    """How the keys `[H, T, head_size]` of the first layer, which repeat every `NUM_TOKENS`, are rotated."""
+    """How the keys `[H, T, head_size]` of the first layer, of tokens that repeat every `NUM_TOKENS`, are rotated.
+
+    So that the scorer learned sees nothing of it.
+    """
     embedding = getattr(model.get_decoder(), "rotary_emb", None)
     if embedding is not None:
         angles: list[torch.Tensor] = []
@@ -80,12 +88,8 @@ def _rope(model: Any, keys: torch.Tensor) -> Rope:
         first, later = keys[:, :NUM_TOKENS], keys[:, -NUM_TOKENS:]
         for interleaved in (False, True):
             rope = Rope(angles[0].shape[-1], interleaved)
-            rotated = [pair_magnitudes(each, rope) for each in (first, later)]
-            others = [each[..., rope.rotary_dim :] for each in (first, later)]
-            if all(_same(*pair) for pair in (rotated, others)):
+            num_of_keys = keys.shape[-1] - rope.rotary_dim // 2
+            seen, again = (features(each, each, rope)[..., :num_of_keys] for each in (first, later))
+            if torch.linalg.vector_norm(seen - again) <= SAME * torch.linalg.vector_norm(seen):
                 return rope
     raise ValueError(f"{type(model).__name__} rotates its keys in an unknown way, which a profile cannot describe.")
-
-
-def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return bool(torch.linalg.vector_norm(x - y) <= SAME * torch.linalg.vector_norm(x))
