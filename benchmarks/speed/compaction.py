@@ -13,12 +13,14 @@ import torch
 
 from benchmarks.speed.rows import append, where
 from vllm_l2kv.kernels.group_cache import GroupCache
+from vllm_l2kv.kernels.scratch import Scratch
 from vllm_l2kv.kernels.triton_compactor import TritonCompactor
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.scorers import Heads, bind
+from vllm_l2kv.scorers import Heads, Weights, bind
 
 NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE = 30, 8, 16, 128
+NUM_BLOCKS = 10_000
 STRIDE_BYTES = 1952 * 1024  # what `kv_cache_spec.pack` makes of it
 LENGTHS = (1000, 8000, 15_000, 30_000)
 REPEATS = 20
@@ -29,22 +31,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    num_blocks = 10_000
-    content = 2 * HEAD_SIZE
-    pool = torch.empty(num_blocks, STRIDE_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
-    page = NUM_KV_HEADS * BLOCK_SIZE * content
-    views = [
-        pool[:, layer * page : (layer + 1) * page].view(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, content)
-        for layer in range(NUM_LAYERS)
-    ]
-    scorers = bind(Heads.of_rank(range(NUM_LAYERS), NUM_KV_HEADS, 0, 1, pool.device))
-    compactor = TritonCompactor(GroupCache.of(views, HEAD_SIZE), scorers, 0, 8 * 15_000)
+    compactor = compactor_of_8b(8 * 15_000)
     for num_prompts in (1, 8):
         for n in LENGTHS:
             for ratio in (0.5, 0.25, 0.1):
                 if num_prompts * n > 120_000:
                     continue
-                orders = make_orders(num_prompts, n, int(n * ratio), num_blocks)
+                orders = make_orders(num_prompts, n, int(n * ratio))
                 launch = partial(compactor.compact, orders)
                 us = median_us(launch)
                 copy_us = median_us(copy_of(moved_bytes(num_prompts, n, int(n * ratio))))
@@ -62,20 +55,41 @@ def main() -> None:
                 append(args.out, row)
 
 
+def compactor_of_8b(max_num_tokens: int, weights: Weights | None = None) -> TritonCompactor:
+    """For the 8B shape with two full layers, random rows in its cache.
+
+    Args:
+        max_num_tokens: Rows of one launch at most.
+        weights: Of scorers that need some.
+    """
+    content = 2 * HEAD_SIZE
+    pool = torch.empty(NUM_BLOCKS, STRIDE_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
+    page = NUM_KV_HEADS * BLOCK_SIZE * content
+    views = [
+        pool[:, layer * page : (layer + 1) * page].view(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, content)
+        for layer in range(NUM_LAYERS)
+    ]
+    cache = GroupCache.of(views, HEAD_SIZE)
+    scorers = bind(Heads.of_rank(range(NUM_LAYERS), NUM_KV_HEADS, 0, 1, pool.device), weights)
+    return TritonCompactor(cache, scorers, 0, Scratch.of(cache.num_selections, HEAD_SIZE, max_num_tokens, pool.device))
+
+
 UNPROTECTED = CompressionParams(protect_first=0, protect_last=0)
 
 
-def make_orders(num_prompts: int, n: int, num_keep: int, num_blocks: int) -> list[CompactionOrder]:
+def make_orders(
+    num_prompts: int, n: int, num_keep: int, params: CompressionParams = UNPROTECTED
+) -> list[CompactionOrder]:
     """Orders over shuffled blocks; prompts may share sources, since only reads of them are timed."""
-    blocks = torch.randperm(num_blocks).tolist()
+    blocks = torch.randperm(NUM_BLOCKS).tolist()
     num_source, num_destination = -(-n // BLOCK_SIZE), -(-num_keep // BLOCK_SIZE)
     orders = []
     for i in range(num_prompts):
-        begin = i * (num_source + num_destination) % (num_blocks - num_source - num_destination)
+        begin = i * (num_source + num_destination) % (NUM_BLOCKS - num_source - num_destination)
         table = blocks[begin : begin + num_source + num_destination]
         move = GroupMove(0, tuple(table[:num_source]), tuple(table[num_source:]))
         counts = {"num_rows": n, "num_keep": num_keep, "num_evicted": n - num_keep}
-        orders.append(CompactionOrder(req_id=str(i), params=UNPROTECTED, moves=(move,), **counts))
+        orders.append(CompactionOrder(req_id=str(i), params=params, moves=(move,), **counts))
     return orders
 
 
@@ -126,7 +140,8 @@ def kernel_us(launch) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         launch()
         torch.cuda.synchronize()
-    return {event.key: round(event.device_time_total, 1) for event in profile.key_averages()}
+    events = profile.key_averages()
+    return {event.key: round(event.device_time_total, 1) for event in events if event.device_time_total}
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ for which the time to first token above stands.
 Where the time goes, by PyTorch's profiler, for one prompt at 0.25 (microseconds):
 
 {compaction_kernels}
-
+{scorers}
 ## Attention and the stride of KV blocks
 
     python -m benchmarks.speed.attention --out h100_attention.jsonl
@@ -152,6 +152,19 @@ gone. A block of vllm-l2kv holds all layers, so one layer's blocks are apart fro
 
 {loads}
 {two_gpus}"""
+
+SCORERS = """
+## Scorers and blocks of tokens
+
+    python -m benchmarks.speed.scorers --out h100_scorers.jsonl
+
+One prompt of the 8B shape, keep ratio {keep_ratio}: milliseconds on the device, in brackets the multiple of `l2` by
+tokens. Then the longest of {repeats} times that the host was held up while the device was busy with {busy_ms} ms of
+other work, over these lengths. Owed: at most 3 x `l2`, and less than 2 ms. All kernels were compiled in
+{warm_up_s:.0f} s, once on a machine: Triton keeps them on disk.
+
+{table}
+"""
 
 TWO_GPUS = """
 ## Two GPUs
@@ -221,6 +234,7 @@ def page() -> str:
         documents=documents_section({name: rows[name] for name in DOCUMENTS}, waiting),
         compaction=compaction_table(compaction, first),
         compaction_kernels=kernel_table(compaction),
+        scorers=scorers_section(read("h100_scorers", must_exist=False)),
         attention=attention_table([*attention, *attention_h200]),
         padding=padding_table([*attention, *attention_h200]),
         joined=joined_table([*attention, *attention_h200]),
@@ -508,6 +522,28 @@ def kernel_table(rows: list[Row]) -> str:
         if row["num_prompts"] == 1 and row["keep_ratio"] == 0.25
     ]
     return table("prompt,tokens score select move", lines)
+
+
+def scorers_section(rows: list[Row]) -> str:
+    """What each scorer takes; empty before it was measured."""
+    if not rows:
+        return ""
+    lengths = sorted({row["num_prompt_tokens"] for row in rows})
+    us = {(row["scorer"], row["granularity"], row["num_prompt_tokens"]): row["us"] for row in rows}
+    lines = []
+    for scorer, granularity in dict.fromkeys((scorer, granularity) for scorer, granularity, _ in us):
+        own = {n: us[scorer, granularity, n] for n in lengths}
+        held_up = [max(r["host_ms"]) for r in rows if (r["scorer"], r["granularity"]) == (scorer, granularity)]
+        cells = [f"{own[n] / 1000:.2f} ({own[n] / us['l2', 'token', n]:.1f})" for n in lengths]
+        lines.append([f"`{scorer}`", granularity, *cells, f"{max(held_up):.1f}"])
+    head = f"scorer by {' '.join(f'{n},tokens' for n in lengths)} host,(ms)"
+    return SCORERS.format(
+        keep_ratio=rows[0]["keep_ratio"],
+        repeats=len(rows[0]["host_ms"]),
+        busy_ms=rows[0]["busy_ms"],
+        warm_up_s=rows[0]["warm_up_s"],
+        table=table(head, lines),
+    )
 
 
 def gpu_of(row: Row) -> str:

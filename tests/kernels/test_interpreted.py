@@ -13,7 +13,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).with_name("test_triton.py")
-HALVES = ("torch_scores", "not torch_scores")
+HALVES = ("scores", "not scores")
 """Of about the same length, side by side."""
 
 

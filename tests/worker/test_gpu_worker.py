@@ -10,8 +10,7 @@ from fake_gpu import order, step_output
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_l2kv.kernels.torch_ranks import TORCH_BYTES
-from vllm_l2kv.kernels.triton_compactor import scratch_bytes
+from vllm_l2kv.kernels.scratch import scratch_bytes
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, FullLayerSpec
 from vllm_l2kv.messages.orders import seconds_of
 from vllm_l2kv.worker.gpu import L2KVGPUWorker
@@ -28,19 +27,20 @@ def worker() -> L2KVGPUWorker:
         cache_config=SimpleNamespace(kv_cache_memory_bytes=None, user_specified_block_size=False),
         model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
     )
+    worker._weights = None
     return worker
 
 
-@pytest.mark.parametrize("asked", [None, 5 * TORCH_BYTES])
+@pytest.mark.parametrize("asked", [None, 1 << 30])
 def test_the_kernels_memory_comes_off_what_the_cache_gets(worker, monkeypatch, asked):
     """A cache of a size that was asked for keeps that size."""
     specs = {"a": CompressedLayerSpec(**SHAPE), "b": FullLayerSpec(**SHAPE), "c": CompressedLayerSpec(**SHAPE)}
     monkeypatch.setattr(CompactionWorker, "get_kv_cache_spec", lambda _: specs)
-    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 10 * TORCH_BYTES)
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 2 << 30)
     worker.vllm_config.cache_config.kv_cache_memory_bytes = asked
     assert worker.get_kv_cache_spec() is specs
-    needed = scratch_bytes(2 + 2, MAX_MODEL_LEN) + TORCH_BYTES
-    assert worker.determine_available_memory() == 10 * TORCH_BYTES - (0 if asked else needed)
+    needed = scratch_bytes(2 + 2, SHAPE["head_size"], MAX_MODEL_LEN)
+    assert worker.determine_available_memory() == (2 << 30) - (0 if asked else needed)
 
 
 def test_a_block_size_that_was_asked_for_stays(worker):

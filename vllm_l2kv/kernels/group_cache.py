@@ -45,6 +45,16 @@ class GroupCache:
         return cls(tuple(layers), head_size, key_dtype or first.dtype, pointers)
 
     @property
-    def num_rows_per_token(self) -> int:
-        """Layers times heads: selections that one prompt takes."""
+    def num_selections(self) -> int:
+        """Layers times heads: what one order selects from, each by itself."""
         return len(self.layers) * self.layers[0].shape[1]
+
+    @property
+    def value_size(self) -> int:
+        """Elements of a value."""
+        return self.layers[0].shape[3] - self.head_size
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor of the keys' and values' type."""
+        return self.layers[0].view(self.key_dtype)

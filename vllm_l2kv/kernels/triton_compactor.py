@@ -1,31 +1,26 @@
-"""Compaction on a GPU: three launches for all layers, heads and requests of a KV-cache group in one step.
+"""Compaction on a GPU: a few launches for all layers, heads and requests of a KV-cache group in one step.
 
-    score    norms of a request's keys, straight from the paged cache; `torch_ranks` scores for other scorers than
-             `l2`, and other granularities than `token`
+    scores   of the rows held, straight from the paged cache, by the kernels of each scorer (`kernels.scores`)
+    finish   means of scores over blocks of tokens, if a request asks for them
     select   each head's kept positions, ascending
     move     kept rows into the destination blocks
 
-Knows nothing of vLLM.
+Orders of one scorer and granularity go together. How many launches there are depends on neither layers nor heads, so
+the host never waits for room in the device's queue. Knows nothing of vLLM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, product
 
-import torch
-
+from vllm_l2kv.kernels.batch import Batch
+from vllm_l2kv.kernels.finish import finish
 from vllm_l2kv.kernels.group_cache import GroupCache
-from vllm_l2kv.kernels.torch_ranks import write_ranks
-from vllm_l2kv.kernels.triton import SELECT_TILES, move_rows, order_table, score_norms, select_positions
+from vllm_l2kv.kernels.scores import bind
+from vllm_l2kv.kernels.scratch import MAX_ORDERS, Scratch
+from vllm_l2kv.kernels.select_and_move import TILES, move_rows, select_positions
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import EVALUATION_SCORERS, GRANULARITIES, CompressionParams
 from vllm_l2kv.scorers import Scorers
-
-NOTHING_PROTECTED = CompressionParams(protect_first=0, protect_last=0)
-"""To warm up with: a single row may be kept."""
-
-
-def scratch_bytes(num_rows_per_token: int, max_num_tokens: int) -> int:
-    """Device memory of scores: four bytes for each key of the longest request."""
-    return 4 * num_rows_per_token * max_num_tokens
 
 
 class TritonCompactor:
@@ -35,57 +30,58 @@ class TritonCompactor:
         cache: The group's caches.
         scorers: Bound to their layers and heads.
         group_id: Its id in `GroupMove`.
-        max_num_tokens: Rows of the longest request; it always fits the scratch memory.
+        scratch: Has room for the longest request.
     """
 
-    def __init__(self, cache: GroupCache, scorers: Scorers, group_id: int, max_num_tokens: int) -> None:
+    def __init__(self, cache: GroupCache, scorers: Scorers, group_id: int, scratch: Scratch) -> None:
         self.cache = cache
-        self._scorers = scorers
         self.group_id = group_id
-        # Norms as sortable integers, then the kept positions in the same place.
-        num_bytes = scratch_bytes(cache.num_rows_per_token, max_num_tokens)
-        self._scratch = torch.empty(num_bytes // 4, dtype=torch.int32, device=cache.pointers.device)
+        self._kernels = bind(scorers)
+        self._scratch = scratch
+        self._capacity = scratch.scores.numel() // cache.num_selections
 
     def compact(self, orders: Sequence[CompactionOrder]) -> None:
-        """Launches the kernels; several orders at a time, as many as the scratch memory holds."""
-        capacity = self._scratch.numel() // self.cache.num_rows_per_token
-        batch: list[CompactionOrder] = []
-        num_tokens = 0
-        for order in orders:
-            if batch and num_tokens + order.num_rows > capacity:
+        """Launches the kernels. The orders of a step may be carried out in any sequence."""
+        for _, alike in groupby(sorted(orders, key=_way), _way):
+            for batch in self._batches(alike):
                 self._launch(batch)
-                batch, num_tokens = [], 0
-            batch.append(order)
-            num_tokens += order.num_rows
-        if batch:
-            self._launch(batch)
 
     def warm_up(self) -> None:
-        """Compiles the kernels for every number of rows, so that no request waits for that; moves the null block."""
+        """Compiles every kernel that a request can reach, so that none waits for that; moves the null block."""
         block_size = self.cache.layers[0].shape[2]
-        capacity = self._scratch.numel() // self.cache.num_rows_per_token
-        for num_tokens in {min(tile, capacity) for tile in SELECT_TILES}:
-            source = (0,) * -(-num_tokens // block_size)
-            move = GroupMove(self.group_id, source, (0,))
-            counts = {"num_rows": num_tokens, "num_keep": 1, "num_evicted": num_tokens - 1}
-            self._launch([CompactionOrder(req_id="", params=NOTHING_PROTECTED, moves=(move,), **counts)])
+        names = [name for name in self._kernels if name not in EVALUATION_SCORERS]
+        lengths = {min(tile, self._capacity) for tile in TILES}
+        for scorer, granularity, num_rows in product(names, GRANULARITIES, lengths):
+            params = CompressionParams(protect_first=0, protect_last=0, scorer=scorer, granularity=granularity)
+            move = GroupMove(self.group_id, (0,) * -(-num_rows // block_size), (0,))
+            counts = {"num_rows": num_rows, "num_keep": 1, "num_evicted": num_rows - 1}
+            self._launch([CompactionOrder(req_id="", params=params, moves=(move,), **counts)])
+
+    def _batches(self, orders: Iterable[CompactionOrder]) -> Iterator[list[CompactionOrder]]:
+        """As many orders at a time as the scratch memory holds."""
+        batch: list[CompactionOrder] = []
+        num_rows = 0
+        for order in orders:
+            if batch and (num_rows + order.num_rows > self._capacity or len(batch) == MAX_ORDERS):
+                yield batch
+                batch, num_rows = [], 0
+            batch.append(order)
+            num_rows += order.num_rows
+        yield batch
 
     def _launch(self, orders: Sequence[CompactionOrder]) -> None:
-        cache, scratch = self.cache, self._scratch
-        rows, table = order_table(orders, self.group_id, scratch.device)
-        longest = max(order.num_rows for order in orders)
-        score_norms(cache, table, scratch, len(orders), longest)
-        for order, row in zip(orders, rows, strict=True):
-            if (order.params.scorer, order.params.granularity) != ("l2", "token"):
-                n, num_selections = order.num_rows, cache.num_rows_per_token
-                scores = scratch[row.first_score * num_selections :][: num_selections * n]
-                blocks = table[row.source : row.destination].long()
-                write_ranks(
-                    scores.view(len(cache.layers), -1, n),
-                    cache,
-                    blocks,
-                    order.params,
-                    self._scorers[order.params.scorer],
-                )
-        select_positions(cache, table, scratch, len(orders), longest)
-        move_rows(cache, table, scratch, len(orders))
+        """Carries out orders of one scorer and granularity."""
+        scorer, granularity = _way(orders[0])
+        batch = Batch.of(self.cache, orders, self.group_id)
+        scores, work = self._scratch
+        is_pooled = granularity != "token"
+        self._kernels[scorer].write(batch, scores, work, raw=is_pooled)
+        if is_pooled:
+            finish(batch, scores, granularity)
+        select_positions(batch, scores)
+        move_rows(batch, scores)
+
+
+def _way(order: CompactionOrder) -> tuple[str, str]:
+    """By what rows are chosen."""
+    return order.params.scorer, order.params.granularity

@@ -10,8 +10,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_l2kv.kernels import Compactor
 from vllm_l2kv.kernels.group_cache import GroupCache
-from vllm_l2kv.kernels.torch_ranks import TORCH_BYTES, torch_bytes_of_a_head
-from vllm_l2kv.kernels.triton_compactor import TritonCompactor, scratch_bytes
+from vllm_l2kv.kernels.scratch import Scratch, scratch_bytes
+from vllm_l2kv.kernels.triton_compactor import TritonCompactor
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, key_dtype
 from vllm_l2kv.scorers import bytes_of_a_head
 from vllm_l2kv.worker.clock import Clock, CUDAClock
@@ -29,14 +29,10 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         """Same contract as `CompactionWorker`; also computes the memory that the kernels need beside the cache."""
         specs = super().get_kv_cache_spec()
         compressed = [spec for spec in specs.values() if isinstance(spec, CompressedLayerSpec)]
-        longest = self.vllm_config.model_config.max_model_len
-        num_heads = sum(spec.num_kv_heads for spec in compressed)
-        self._scratch_bytes = scratch_bytes(num_heads, longest)
+        shape = self._scratch_shape(compressed)
+        self._scratch_bytes = scratch_bytes(*shape)
         if self._weights is not None:
-            self._scratch_bytes += num_heads * bytes_of_a_head(self._weights)
-        self._scratch_bytes += max(
-            TORCH_BYTES, *(torch_bytes_of_a_head(spec.head_size, longest) for spec in compressed)
-        )
+            self._scratch_bytes += shape[0] * bytes_of_a_head(self._weights)
         return specs
 
     def determine_available_memory(self) -> int:
@@ -53,15 +49,18 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         return [KVCacheLayout.BLHNC]
 
     def _make_compactors(self, layers: GroupLayers) -> Sequence[Compactor]:
-        longest = self.vllm_config.model_config.max_model_len
+        specs = [layer.spec for group in layers.values() for layer in group]
+        scratch = Scratch.of(*self._scratch_shape(specs), self.device)
         compactors = []
         for group_id, group in alike(layers):
-            cache = cache_of(group)
-            scorers = self._bind(group, cache.pointers.device)
-            compactors.append(TritonCompactor(cache, scorers, group_id, longest))
-        for compactor in compactors:
-            compactor.warm_up()
+            compactors.append(TritonCompactor(cache_of(group), self._bind(group, self.device), group_id, scratch))
+            compactors[-1].warm_up()
         return compactors
+
+    def _scratch_shape(self, specs: Sequence[CompressedLayerSpec]) -> tuple[int, int, int]:
+        """Arguments of `scratch_bytes` for these layers, together the most that one compactor can have."""
+        longest = self.vllm_config.model_config.max_model_len
+        return sum(spec.num_kv_heads for spec in specs), max((spec.head_size for spec in specs), default=0), longest
 
     def _make_clock(self) -> Clock:
         return CUDAClock()

@@ -1,0 +1,94 @@
+"""Compaction by every scorer that requests can ask for, and by blocks of tokens, beside `l2`.
+
+python -m benchmarks.speed.scorers --out h100_scorers.jsonl
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed.compaction import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, compactor_of_8b, kernel_us, make_orders
+from benchmarks.speed.compaction import median_us as device_us
+from benchmarks.speed.rows import append, where
+from vllm_l2kv.params import GRANULARITIES, OFFERED_SCORERS, CompressionParams
+from vllm_l2kv.profile import Rope
+from vllm_l2kv.scorers import Weights
+from vllm_l2kv.scorers.learned import DTYPES, HIDDEN, num_features
+
+LENGTHS = (1000, 8000, 30_000)
+KEEP_RATIO = 0.5
+BUSY_MS = 100
+REPEATS = 5
+
+
+def main() -> None:
+    """Times one prompt of the 8B shape at several lengths."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    compactor = compactor_of_8b(max(LENGTHS), made_up_weights())
+    begin = time.perf_counter()
+    compactor.warm_up()
+    torch.cuda.synchronize()
+    warm_up_s = round(time.perf_counter() - begin, 1)
+    cycles = cycles_of_ms(BUSY_MS)
+    for granularity in GRANULARITIES:
+        for scorer in OFFERED_SCORERS:
+            params = CompressionParams(protect_first=0, protect_last=0, scorer=scorer, granularity=granularity)
+            for n in LENGTHS:
+                launch = partial(compactor.compact, make_orders(1, n, int(n * KEEP_RATIO), params))
+                row = {
+                    **where(),
+                    "scorer": scorer,
+                    "granularity": granularity,
+                    "num_prompt_tokens": n,
+                    "keep_ratio": KEEP_RATIO,
+                    "us": round(device_us(launch), 1),
+                    "host_ms": [round(ms, 2) for ms in host_ms(launch, cycles)],
+                    "busy_ms": BUSY_MS,
+                    "kernel_us": kernel_us(launch),
+                    "warm_up_s": warm_up_s,
+                }
+                append(args.out, row)
+
+
+def made_up_weights() -> Weights:
+    """Random weights of the scorer `learned`."""
+    rope = Rope(HEAD_SIZE, interleaved=False)
+    f = num_features(HEAD_SIZE, HEAD_SIZE, rope)
+    shapes = {"w1": (f, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN,), "wl": (f,), "b": ()}
+    tensors = {
+        name: torch.randn(NUM_LAYERS, NUM_KV_HEADS, *shape).div(f**0.5).to(DTYPES[name])
+        for name, shape in shapes.items()
+    }
+    return Weights(tensors, rope)
+
+
+def cycles_of_ms(ms: float, probe: int = 50_000_000) -> int:
+    """What `torch.cuda._sleep` takes to keep the device busy so long."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(probe)
+    begin.record()
+    torch.cuda._sleep(probe)
+    end.record()
+    end.synchronize()
+    return int(probe * ms / begin.elapsed_time(end))
+
+
+def host_ms(launch, cycles: int) -> list[float]:
+    """How long calls hold up the host while the device is busy, in ascending order."""
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda._sleep(cycles)
+        begin = time.perf_counter()
+        launch()
+        times.append((time.perf_counter() - begin) * 1e3)
+        torch.cuda.synchronize()
+    return sorted(times)
+
+
+if __name__ == "__main__":
+    main()

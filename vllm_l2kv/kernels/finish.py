@@ -1,0 +1,61 @@
+"""From scores to keys by which is selected: after means over blocks of tokens and heads, or as they are."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_l2kv.kernels.batch import FIRST_SCORE, NUM_ROWS, ROW_LENGTH, Batch, selection_keys
+from vllm_l2kv.params import TOKENS_PER_BLOCK
+
+ROWS = 512
+"""Rows of a tile: whole blocks of tokens."""
+
+
+def finish(batch: Batch, scores: torch.Tensor, granularity: str) -> None:
+    """`batch.selection_keys` of `token_groups.pool_scores`, in the place of the scores.
+
+    Args:
+        batch: The orders.
+        scores: As of `scores.Scored.write`, raw.
+        granularity: One of `vllm_l2kv.params.GRANULARITIES`.
+    """
+    num_selections, num_kv_heads = batch.cache.num_selections, batch.cache.layers[0].shape[1]
+    num_heads, num_tokens = (num_kv_heads, TOKENS_PER_BLOCK) if granularity == "block" else (1, 1)
+    _finish_kernel[(triton.cdiv(batch.longest, ROWS), num_selections // num_heads, len(batch.rows))](
+        batch.table, scores, num_heads, TOKENS=num_tokens, ROWS=ROWS
+    )
+
+
+@triton.jit(do_not_specialize=["num_heads"])
+def _finish_kernel(
+    table,  # [num_orders * ROW_LENGTH + num_blocks] int32
+    scores,  # [num_selections * num_rows], fp32 before and int32 after
+    num_heads,  # that share their scores, one after the other
+    TOKENS: tl.constexpr,  # that share them too
+    ROWS: tl.constexpr,
+):
+    i_tile, i_group, i_order = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    order = table + i_order * ROW_LENGTH
+    num_rows = tl.load(order + NUM_ROWS)
+    if i_tile * ROWS >= num_rows:
+        return
+    o_row = i_tile * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < num_rows
+    first_score = tl.load(order + FIRST_SCORE).to(tl.int64)
+    first = scores + first_score * (tl.num_programs(1) * num_heads) + (i_group * num_heads).to(tl.int64) * num_rows
+    # In fp64, as the reference: the order of summation does not show in fp32.
+    b_sum = tl.zeros([ROWS], tl.float64)
+    of_head = first
+    for _ in range(num_heads):
+        b_bits = tl.load(of_head + o_row, mask=m_row, other=0)
+        b_sum += b_bits.to(tl.float32, bitcast=True).to(tl.float64)
+        of_head += num_rows
+    b_sum = tl.reshape(b_sum / num_heads, [ROWS // TOKENS, TOKENS])
+    b_count = tl.reshape(m_row.to(tl.int32), [ROWS // TOKENS, TOKENS])
+    b_mean = tl.sum(b_sum, axis=1) / tl.maximum(tl.sum(b_count, axis=1), 1)
+    b_score = tl.reshape(tl.broadcast_to(b_mean[:, None], [ROWS // TOKENS, TOKENS]), [ROWS]).to(tl.float32)
+    b_key = selection_keys(b_score, order, o_row, num_rows)
+    of_head = first
+    for _ in range(num_heads):
+        tl.store(of_head + o_row, b_key, mask=m_row)
+        of_head += num_rows

@@ -1,0 +1,34 @@
+"""Scorers without kernels: torch scores, a head at a time, with memory beside that of the kernels.
+
+They take many launches and copies of the keys, so that requests would wait for them: they are for comparisons alone.
+"""
+
+import torch
+
+from vllm_l2kv.kernels.batch import Batch
+from vllm_l2kv.kernels.finish import finish
+from vllm_l2kv.kernels.reference import LayerRows, read
+from vllm_l2kv.scorers import Scorer
+
+
+class Kernels:
+    """What `Scorer.score` says."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+
+    def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
+        """As of `scores.Scored`."""
+        cache, num_heads = batch.cache, batch.cache.layers[0].shape[1]
+        for row in batch.rows:
+            blocks = batch.table[row.source : row.destination].long()
+            first = row.first_score * cache.num_selections
+            scores = out[first:][: cache.num_selections * row.num_rows].view(torch.float32)
+            for selection, of_head in enumerate(scores.view(-1, row.num_rows)):
+                layer, head = divmod(selection, num_heads)
+                keys, values = cache.layers[layer][:, head : head + 1].tensor_split([cache.head_size], dim=-1)
+                rows = LayerRows(keys, values, cache.key_dtype)
+                keys, values = read(keys, blocks, row.num_rows), read(values, blocks, row.num_rows)
+                of_head.copy_(self._scorer.score(rows.seen(keys, values, layer, head))[0])
+        if not raw:
+            finish(batch, out, "token")
