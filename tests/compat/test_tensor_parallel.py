@@ -40,7 +40,7 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_id
     model = tiny_model("llama", num_key_value_heads=num_kv_heads)
     prompts = [text_ids[11 * i : 11 * i + 300] for i in range(len(RULES))]
     params = [keep(**rule) for rule in RULES]
-    answers, blocks = {}, {}
+    answers, blocks, by_chance = {}, {}, {}
     for num_ranks in (1, 2):
         with run(model, full_layers, tensor_parallel_size=num_ranks) as engine:
             outputs = engine.generate(prompts, params)
@@ -48,6 +48,7 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_id
             for rule, output in zip(RULES, outputs, strict=True):
                 numbers = check_numbers(output, intervals=INTERVALS, **rule)
                 assert (numbers["compactions"] > 2) is ("budget" in rule)
+            by_chance[num_ranks] = engine.tokens(prompts[:2], [keep("0.25", scorer="random")] * 2)
             held = blocks[num_ranks] = []
             for i, prompt in enumerate(prompts):
                 req_id = engine.add(str(i), prompt, params[i])
@@ -66,6 +67,7 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_id
     rules = [{**rule, "full_layers": full_layers, "intervals": INTERVALS} for rule in RULES]
     expected = [reference.generate(prompt, 12, **rule) for prompt, rule in zip(prompts, rules, strict=True)]
     assert answers == {1: expected, 2: expected}
+    assert by_chance[1] == by_chance[2], "chance goes by heads of the model"
     assert blocks[1] == blocks[2]
     compressed = [of_request[-1] for of_request in blocks[1]]
     assert compressed == [10, 5, 3, 2, 3, 6]  # of 32 tokens, for 300, 150, 75, 60, 75 and 180, and two more

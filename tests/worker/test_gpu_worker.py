@@ -9,6 +9,7 @@ import torch
 from fake_gpu import order, step_output
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
+from weights import made_up_weights
 
 from vllm_l2kv.kernels.scratch import scratch_bytes
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, FullLayerSpec
@@ -41,6 +42,19 @@ def test_the_kernels_memory_comes_off_what_the_cache_gets(worker, monkeypatch, a
     assert worker.get_kv_cache_spec() is specs
     needed = scratch_bytes(2 + 2, SHAPE["head_size"], MAX_MODEL_LEN)
     assert worker.determine_available_memory() == (2 << 30) - (0 if asked else needed)
+
+
+def test_the_weights_of_a_profile_come_off_too(worker, monkeypatch):
+    specs = {"a": CompressedLayerSpec(**SHAPE), "b": FullLayerSpec(**SHAPE), "c": CompressedLayerSpec(**SHAPE)}
+    monkeypatch.setattr(CompactionWorker, "get_kv_cache_spec", lambda _: specs)
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 10 * TORCH_BYTES)
+    left = []
+    for worker._weights in (None, made_up_weights(3, 4, 8)):
+        worker.get_kv_cache_spec()
+        left.append(worker.determine_available_memory())
+    num_features = 4 + 8 + 2
+    of_a_head = 2 * num_features * 64 + 4 * 64 + 4 * 64 + 2 * num_features + 4
+    assert left[0] - left[1] == (2 + 2) * of_a_head
 
 
 def test_a_block_size_that_was_asked_for_stays(worker):
