@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from made_up import made_up
 
+from vllm_l2kv.profile import Profile, Rope, Shape, Target
 from vllm_l2kv.tools.evaluation import cli
 from vllm_l2kv.tools.evaluation.aggregates import METRICS, aggregates
 from vllm_l2kv.tools.evaluation.report import conditions, summary, write_report
@@ -106,8 +108,97 @@ class TestRefused:
         assert capsys.readouterr().err.splitlines()[-1].endswith(f"argument --out: {said}")
 
 
+@pytest.fixture
+def quality(monkeypatch):
+    """What measures docs/quality.md."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.quality import cells, pooled, settings
+
+    return SimpleNamespace(cells=cells, pooled=pooled, settings=settings)
+
+
+class TestCells:
+    """Of rows that two engines made, with full layers {0, 1} and {1}; the first one measured the whole cache."""
+
+    def settings(self, quality):
+        return [
+            quality.settings.Setting(quality.settings.WHOLE, 1.0, (0, 1), 1.0, "l2"),
+            quality.settings.Setting("equal-l2", 0.75, (0, 1), 0.5, "l2"),
+            quality.settings.Setting("profile-l2", 0.5, (1,), 0.5, "l2"),
+        ]
+
+    def rows(self, task: str):
+        made = made_up(task, ratios=(0.5,), lengths=(100,), memory=0.6, question="seen", **WHERE)
+        chosen = [row for row in made if row["scorer"] == "l2" and (row["protect_first"] or row["keep_ratio"] == 1)]
+        second = [{**row, "full_layers": [1]} for row in chosen if row["keep_ratio"] < 1]
+        for row in second:
+            row |= {"loss": row["loss"] + 1} if "loss" in row else {"score": 1 - row["score"]}
+        return chosen + second
+
+    def test_scores_belong_to_settings_in_the_order_of_prompts(self, quality):
+        rows = self.rows("passkey")
+        found = quality.cells.cells(self.settings(quality), rows)
+        assert [cell["method"] for cell in found] == ["whole cache", "equal-l2", "profile-l2"]
+        assert [cell["scores"] for cell in found] == [[0, 1] * 4, [0, 1] * 4, [1, 0] * 4]
+        assert {cell["held"] for cell in found} == {0.6}
+        assert quality.cells.cells(self.settings(quality), rows[::-1]) == found
+
+    def test_losses_are_counted_from_the_whole_cache_of_another_engine(self, quality):
+        whole, equal, profile = quality.cells.cells(self.settings(quality), self.rows("perplexity"))
+        assert whole["scores"][:2] == [2.0, 2.1]
+        assert equal["scores"] == pytest.approx([0.5] * len(whole["scores"]))
+        assert profile["scores"] == pytest.approx([1.5] * len(whole["scores"]))
+
+    def test_a_grid_that_was_cut_off_is_refused(self, quality):
+        with pytest.raises(ValueError, match=r"passkey at 100 tokens: cells have \[7, 8\] prompts"):
+            quality.cells.cells(self.settings(quality), self.rows("passkey")[:-1])
+
+
+class TestPooled:
+    def scores(self, *means: float, n: int = 40):
+        tasks = ("needle", "passkey", "ruler")
+        return {task: [float(i < mean * n) for i in range(n)] for task, mean in zip(tasks, means, strict=True)}
+
+    def test_every_task_counts_the_same(self, quality):
+        scores = self.scores(1, 0.5, 0.25)
+        scores["passkey"] *= 9
+        assert quality.pooled.pooled(scores).value == pytest.approx((1 + 0.5 + 0.25) / 3)
+
+    def test_the_interval_is_that_of_the_normal_distribution(self, quality):
+        found = quality.pooled.pooled(self.scores(0.5, 0.5, 0.5, n=400))
+        half = 1.96 * (0.25 / 400 / 3) ** 0.5
+        assert found == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=0.003)
+
+    def test_differences_are_paired(self, quality):
+        """Two settings that fail at the same prompts differ by nothing, however few prompts there are."""
+        scores = self.scores(0.5, 0.25, 0.75)
+        assert quality.pooled.difference(scores, scores) == (0, 0, 0)
+        turned = {task: values[::-1] for task, values in scores.items()}
+        low, high = quality.pooled.difference(scores, turned)[1:]
+        assert low < -0.05 < 0.05 < high
+
+    def test_all_three_tasks_are_needed(self, quality):
+        cells = [{"task": task, "scores": values} for task, values in self.scores(1, 1, 1).items()]
+        assert quality.pooled.retrieval(cells) == self.scores(1, 1, 1)
+        assert quality.pooled.retrieval(cells[:2]) is None
+
+
+def test_settings_cost_what_they_say(quality):
+    """The whole cache: full layers of the profile or of equal counts, and the ratio of the others."""
+    shape = Shape(6, 1, 64, ("sliding_attention", *["full_attention"] * 5))
+    target = Target(0.5, (3,), 0.375, "l2")
+    profile = Profile("tiny", "0" * 96, shape, Rope(64, False), (3, 1, 2, 4, 5), (target,))
+    whole, *found = quality.settings.settings(profile, quality.settings.METHODS, [0.75, 0.5])
+    assert (whole.keep_ratio, whole.full_layers) == (1, (1,))
+    assert len(found) == 2 * len(quality.settings.METHODS)
+    for setting in found:
+        assert setting.full_layers == ((1,) if setting.method.startswith("equal") else (3,))
+        assert (1 + 4 * setting.keep_ratio) / 5 == pytest.approx(setting.memory, abs=1e-5)
+        assert setting.params.scorer in setting.method
+
+
 @pytest.mark.parametrize("page", ["quality_tables", "quality"])
-def test_the_published_tables_are_made_of_the_committed_aggregates(monkeypatch, page):
+def test_the_published_tables_are_made_of_the_committed_results(monkeypatch, page):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.quality.tables import DOCUMENTS, with_tables
 
