@@ -76,8 +76,10 @@ def draw_quality(axes: Axes, scores_of: Callable[[Sequence[Row]], Scores | None]
 
 def excess_loss(cells: Sequence[Row]) -> Scores | None:
     """Of texts; that of the whole cache is 0."""
-    scores = [cell["scores"] for cell in cells if cell["task"] == "perplexity" and cell["method"] != WHOLE]
-    return {"perplexity": scores[0]} if scores else None
+    for cell in cells:
+        if cell["task"] == "perplexity":
+            return {"perplexity": [0.0] if cell["method"] == WHOLE else cell["scores"]}
+    return None
 
 
 def draw_intervals(axes: Axes, points: Mapping[float, Interval], **style: Any) -> None:

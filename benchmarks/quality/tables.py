@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.quality.aggregate import AGGREGATES
 from benchmarks.quality.cells import CELLS, RESULTS
 from benchmarks.quality.pooled import Interval, difference, pooled, retrieval
-from benchmarks.quality.settings import MAIN_LENGTH, OPTIONS, WHOLE
+from benchmarks.quality.settings import MAIN_LENGTH, METHODS, OPTIONS, WHOLE
 from vllm_l2kv.tools.evaluation.aggregates import METRICS, estimates, is_whole, moments_of, num_prompts
 from vllm_l2kv.tools.evaluation.report import by_amount, conditions
 from vllm_l2kv.tools.evaluation.rows import read_rows
@@ -125,8 +125,9 @@ def by_method(cells: Sequence[Row], shown: Callable[[Sequence[Row]], str]) -> st
 
 
 def used(cells: Sequence[Row]) -> str:
-    """Full layers, ratio and measured memory of each setting."""
-    main = [cell for cell in cells if cell["length"] == MAIN_LENGTH and cell["method"] != WHOLE]
+    """Full layers, ratio and measured memory, of one method for each source of full layers: the others are alike."""
+    first = {source: method for method, (source, _) in reversed(METHODS.items())}
+    main = [cell for cell in cells if cell["length"] == MAIN_LENGTH and cell["method"] in first.values()]
 
     def words(of: Sequence[Row]) -> str:
         layers = ", ".join(map(str, of[0]["full_layers"])) or "none"
