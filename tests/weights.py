@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_l2kv.profile import LEARNED, Profile, Rope, Shape
+from vllm_l2kv.profile import LEARNED, Profile, Rope, Shape, Target
 from vllm_l2kv.scorers import Weights
 from vllm_l2kv.scorers.learned import DTYPES, HIDDEN, num_features
 
@@ -21,8 +21,8 @@ def made_up_weights(num_layers: int, num_heads: int, head_size: int, rope: Rope 
     return Weights(tensors, rope)
 
 
-def write_profile(path, weights: Weights, fingerprint: str = "0" * 96) -> None:
-    """A profile that holds these weights, of a model with full attention in all layers."""
+def write_profile(path, weights: Weights, fingerprint: str = "0" * 96, memory: tuple[Target, ...] = ()) -> None:
+    """A profile that holds these weights and settings, of a model with full attention in all layers."""
     num_layers, num_heads, num_features_of_weights = weights.tensors["wl"].shape
     head_size = (num_features_of_weights - 2 + weights.rope.rotary_dim // 2) // 2
     Profile(
@@ -31,5 +31,5 @@ def write_profile(path, weights: Weights, fingerprint: str = "0" * 96) -> None:
         shape=Shape(num_layers, num_heads, head_size, ("full_attention",) * num_layers),
         rope=weights.rope,
         layer_order=tuple(range(num_layers)),
-        memory=(),
+        memory=memory,
     ).write(path, {LEARNED + name: tensor for name, tensor in weights.tensors.items()})

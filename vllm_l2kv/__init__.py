@@ -4,12 +4,15 @@ Importing this package imports neither vLLM nor torch and patches nothing; vLLM 
 `engine_args` returns and by the entry points in `pyproject.toml`.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import FIELDS, FIELDS_WITH_DEFAULTS, CompressionParams, Field, FieldValue
+from vllm_l2kv.profile import setting_of
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 
 try:
@@ -41,10 +44,12 @@ def compression(keep_ratio: float | None = None, **others: FieldValue | None) ->
 
 
 def engine_args(
-    full_layers: Iterable[int] = Settings.full_layers,
+    full_layers: Iterable[int] | None = None,
     metrics: bool = Settings.metrics,
     prompt_interval: int = Settings.prompt_interval,
     answer_interval: int = Settings.answer_interval,
+    profile: str | os.PathLike[str] | None = None,
+    memory: float | None = None,
     evaluation_scorers: bool = Settings.evaluation_scorers,
     additional_config: dict[str, Any] | None = None,
     **defaults: FieldValue | None,
@@ -52,31 +57,45 @@ def engine_args(
     """Arguments that make vLLM compress: `LLM(model, **engine_args(full_layers=(0, 1), default_keep_ratio=0.5))`.
 
     Args:
-        full_layers: Indices of layers that never compact.
+        full_layers: Indices of layers that never compact; `None` for those of the profile, or 0 and 1 without one.
         metrics: Report compactions to the front end, for `/metrics`. Only for servers of vllm-l2kv: vLLM's `LLM` would
             not know what to do with it.
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt.
         answer_interval: The same from the end of the prompt on.
+        profile: File that `vllm-l2kv profile` wrote for this model; other models are refused. What is not given here
+            comes from it: full layers, `default_keep_ratio` and `scorer`. If both of the former are given, it serves
+            the scorer `learned` alone.
+        memory: Share of the whole cache, full layers included, that the profile is set for, in (0, 1]; 0.5 if `None`.
         evaluation_scorers: Take scorers that are too slow to serve, to compare the others with.
         additional_config: Other entries for vLLM's option of this name.
         defaults: What applies to a request that does not give a field: `default_keep_ratio`, and the other attributes
-            of `CompressionParams`.
+            of `CompressionParams`. What is `None` counts as not given.
 
     Returns:
         `scheduler_cls`, `worker_cls` and `additional_config`, and on a CPU `block_size`: vLLM's default of 128
         tokens there would make the blocks of full layers, and so the steps of prefix-cache hits, needlessly long.
 
     Raises:
-        ValueError: A value out of bounds.
+        ValueError: A value out of bounds, or a profile that cannot be read.
         TypeError: Another argument.
     """
     # vLLM finds the device when it is imported, so wait until that is needed.
     from vllm_l2kv.plugin import device_engine_args
 
     given = _fields("engine_args", defaults, {field.argument: field for field in FIELDS_WITH_DEFAULTS})
-    params = CompressionParams(**{field.attribute: value for field, value in given.items()})
+    params = {field.attribute: value for field, value in given.items() if value is not None}
+    layers = None if full_layers is None else tuple(full_layers)
+    setting = setting_of(profile, memory, layers, "keep_ratio" in params)
+    if setting is not None:
+        layers, params = setting.full_layers, {"keep_ratio": setting.keep_ratio, "scorer": setting.scorer} | params
     settings = Settings(
-        tuple(full_layers), params, metrics, prompt_interval, answer_interval, evaluation_scorers=evaluation_scorers
+        full_layers=Settings.full_layers if layers is None else layers,
+        defaults=CompressionParams(**params),
+        metrics=metrics,
+        prompt_interval=prompt_interval,
+        answer_interval=answer_interval,
+        profile=None if profile is None else str(Path(profile).resolve()),
+        evaluation_scorers=evaluation_scorers,
     )
     return {
         **device_engine_args(),

@@ -13,12 +13,22 @@ from typing import Any, NoReturn, TypeVar
 
 from vllm_l2kv.field_kinds import Choice, Count, Kind, ParamError, Ratio
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.settings import Settings
+from vllm_l2kv.settings import DEFAULT_MEMORY, Settings
 
 T = TypeVar("T")
 DEFAULT_LAYERS = ",".join(map(str, Settings.full_layers))
 DEFAULT_PROTECTION = f"{CompressionParams.protect_first}:{CompressionParams.protect_last}"
 """Of an engine, as one would type them: for parsers whose help shows their defaults."""
+PROFILE = "file that `vllm-l2kv profile` wrote for this model"
+MEMORY = "share of the whole KV cache, full layers included, that the profile is set for"
+"""What `--kv-profile` and `--kv-memory` are."""
+
+
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """A formatter that shows defaults where there are some."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -44,6 +54,11 @@ def positive(word: str) -> int:
     return _checked(Count(1).check, "N", word)
 
 
+def memory(word: str) -> float:
+    """A share of the whole KV cache, 0 < M <= 1."""
+    return _checked(Ratio().check, "M", word)
+
+
 def taken_by(kind: Kind) -> dict[str, Any]:
     """What `add_argument` needs for an option that takes one value of this kind."""
     match kind:
@@ -53,6 +68,17 @@ def taken_by(kind: Kind) -> dict[str, Any]:
             return {"type": positive if minimum else count, "metavar": "N"}
         case Choice(names):
             return {"choices": names}
+
+
+def add_profile(add: Callable[..., Any], what: str) -> None:
+    """Adds `--kv-profile` and `--kv-memory`, which `profile.setting_of` reads.
+
+    Args:
+        add: `add_argument` of a parser, or of a group.
+        what: What the profile sets there.
+    """
+    add("--kv-profile", metavar="FILE", help=f"{PROFILE}; {what} come from it unless they are given")
+    add("--kv-memory", type=memory, metavar="M", help=f"{MEMORY} (default: {DEFAULT_MEMORY})")
 
 
 def real(name: str, bound: str, holds: Callable[[float], bool]) -> Callable[[str], float]:

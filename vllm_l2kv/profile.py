@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from vllm_l2kv.settings import DEFAULT_MEMORY
+
 if TYPE_CHECKING:
     import torch
 
@@ -216,13 +218,14 @@ class Profile:
             scratch.unlink(missing_ok=True)
         return Profile.read(path)
 
-    def setting(self, memory: float) -> Setting:
+    def setting(self, memory: float = DEFAULT_MEMORY, full_layers: Iterable[int] | None = None) -> Setting:
         """Full layers, keep ratio and scorer with which the whole cache costs this share.
 
         Layers and scorer are those of the listed memory that is next below, or of the smallest one. The ratio follows.
 
         Args:
             memory: Share of what all layers of full attention would hold together, in (0, 1].
+            full_layers: Layers to take in place of the listed ones; `None` for those.
 
         Raises:
             ValueError: A memory out of bounds, or so small that the full layers alone cost more.
@@ -233,14 +236,18 @@ class Profile:
             raise ValueError(f"{self.path or 'The profile'} names no settings.")
         below = [target for target in self.memory if target.memory <= memory + 1e-9]
         chosen = below[-1] if below else self.memory[0]
-        num_layers, num_full = len(self.shape.compressible), len(chosen.full_layers)
+        layers = chosen.full_layers if full_layers is None else tuple(full_layers)
+        num_layers, num_full = len(self.shape.compressible), len(set(layers).intersection(self.shape.compressible))
+        if num_full == num_layers:
+            raise ValueError("full_layers names every layer of full attention; leave one to compress.")
         keep_ratio = ratio_for(memory, num_layers, num_full)
         if keep_ratio <= 0:
+            whose = "" if full_layers is not None else " of the smallest setting of this profile"
             raise ValueError(
-                f"memory must be more than {num_full / num_layers:.3f}, which the {num_full} full layers of the "
-                f"smallest setting of this profile cost, got {memory}."
+                f"memory must be more than {num_full / num_layers:.3f}, which the {num_full} full layers{whose} cost, "
+                f"got {memory}."
             )
-        return Setting(chosen.full_layers, keep_ratio, chosen.scorer)
+        return Setting(layers, keep_ratio, chosen.scorer)
 
     def weights(self) -> dict[str, "torch.Tensor"]:
         """Weights of the learned scorer, their names without `LEARNED`.
@@ -269,6 +276,43 @@ class Profile:
                 return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise _damaged(self.path, str(error)) from error
+
+
+def setting_of(
+    path: str | os.PathLike[str] | None,
+    memory: float | None,
+    full_layers: Iterable[int] | None = None,
+    has_ratio: bool = False,
+) -> Setting | None:
+    """What the file that `--kv-profile` names sets, as every command reads it.
+
+    Args:
+        path: The file; `None` if none is named.
+        memory: As of `Profile.setting`; `None` if none is asked.
+        full_layers: Likewise.
+        has_ratio: Whether a keep ratio is given too, so that with full layers nothing is left to set.
+
+    Returns:
+        `None` if nothing is set.
+
+    Raises:
+        ValueError: A memory without a file or without a use, or a file or a memory that is refused.
+    """
+    if path is None:
+        if memory is not None:
+            raise ValueError(
+                "memory (--kv-memory) is what a profile is set for; name its file too (--kv-profile FILE)."
+            )
+        return None
+    try:
+        profile = Profile.read(path)
+    except OSError as error:
+        raise ValueError(f"cannot read the profile {path}: {error.strerror or error}.") from error
+    if full_layers is None or not has_ratio:
+        return profile.setting(DEFAULT_MEMORY if memory is None else memory, full_layers)
+    if memory is not None:
+        raise ValueError("memory (--kv-memory) follows from full layers and a keep ratio; leave one of the three out.")
+    return None
 
 
 def ratio_for(memory: float, num_layers: int, num_full: int) -> float:
@@ -326,12 +370,13 @@ def check_model(profile: Profile, folder: str | os.PathLike[str]) -> None:
         )
 
 
-def local_folder(name: str, revision: str | None = None) -> Path:
+def local_folder(name: str, revision: str | None = None, cache: str | None = None) -> Path:
     """Where a model's files are on this machine.
 
     Args:
         name: A folder, or a name on the Hugging Face hub that has been downloaded.
         revision: Of the latter.
+        cache: Folder of downloads; `None` for that of Hugging Face.
 
     Raises:
         ValueError: They are not here.
@@ -341,7 +386,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ValueError(f"The files of {name} are not on this machine: give its folder.") from error
 

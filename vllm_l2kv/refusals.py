@@ -1,5 +1,7 @@
 """Configurations of vLLM that are not tested with compaction, each refused with a sentence that says what to do."""
 
+from os.path import isdir
+
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
@@ -7,6 +9,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_cache_spec import check_full_layers
 from vllm_l2kv.policy import CompactionPoints
+from vllm_l2kv.profile import Profile, check_model, local_folder
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.supported_vllm import check_vllm
 
@@ -56,6 +59,23 @@ def check_supported(config: VllmConfig) -> None:
     check_kv_heads(model.get_total_num_kv_heads(), parallel.tensor_parallel_size)
     # Layers without a cache of their own are seen by the worker alone.
     check_full_layers(Settings.from_config(config.additional_config), range(model.get_total_num_hidden_layers()))
+    if isdir(model.model):  # the files of a name may not be here yet, so the worker looks once they are
+        check_profile(config)
+
+
+def check_profile(config: VllmConfig) -> None:
+    """Refuses a profile of another model than the engine's.
+
+    Args:
+        config: Of an engine whose model is on this machine, as a folder or in the cache of downloads.
+
+    Raises:
+        OSError: Profile or model cannot be read.
+        ValueError: The profile is damaged or of another model, or the model's files are not here.
+    """
+    path, model = Settings.from_config(config.additional_config).profile, config.model_config
+    if path is not None:
+        check_model(Profile.read(path), local_folder(model.model, model.revision, config.load_config.download_dir))
 
 
 def check_seed(seed: int | None, points: CompactionPoints) -> None:

@@ -20,6 +20,8 @@ from vllm_l2kv.params import (
 from vllm_l2kv.policy import Intervals
 
 CONFIG_KEY = "l2kv"
+DEFAULT_MEMORY = 0.5
+"""Share of the whole cache that a profile is set for unless another one is asked."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import yaml
 
 NOT_IN_FILES = ("config", "help", "model-tag")
+PATHS = ("kv-profile",)
+"""Keys whose values are paths that begin at the folder of the config file, which may be read from anywhere."""
 
 
 class ConfigFileError(ValueError):
@@ -27,7 +29,8 @@ def read_config_file(path: str, parser: ArgumentParser) -> list[str]:
     `--config=FILE`.
 
     Args:
-        path: A YAML mapping of option names, without leading dashes, to values; a key without a value is left out.
+        path: A YAML mapping of option names, without leading dashes, to values; a key without a value is left out, and
+            values of `PATHS` are relative to its folder.
         parser: Parses the command line.
 
     Raises:
@@ -40,6 +43,8 @@ def read_config_file(path: str, parser: ArgumentParser) -> list[str]:
         if not _is_option(parser, name):
             hint = f"did you mean {nearest(name, option_names(parser))!r}?"
             raise ConfigFileError(f"{path}: unknown key {str(key)!r}; {hint}")
+        if name in PATHS and isinstance(value, str):
+            value = str(Path(path).parent / value)
         try:
             words += [] if value is None else _words(parser, name, value)
         except _RefusedError as error:

@@ -202,6 +202,8 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
             metrics=True,
             prompt_interval=args.kv_prompt_interval,
             answer_interval=args.kv_answer_interval,
+            profile=args.kv_profile,
+            memory=args.kv_memory,
             additional_config=args.additional_config,
             **{field.argument: getattr(args, f"kv_{field.argument}") for field in FIELDS_WITH_DEFAULTS},
         )

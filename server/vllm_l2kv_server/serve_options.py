@@ -7,10 +7,10 @@ import argparse
 import json
 from typing import Any
 
-from vllm_l2kv.cli_types import DEFAULT_LAYERS, layers, positive, taken_by
-from vllm_l2kv.field_kinds import Count
+from vllm_l2kv.cli_types import DEFAULT_LAYERS, MEMORY, PROFILE, add_profile, layers, positive, taken_by
+from vllm_l2kv.field_kinds import Count, Ratio
 from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, Field
-from vllm_l2kv.settings import Settings
+from vllm_l2kv.settings import DEFAULT_MEMORY, Settings
 
 PROG = "vllm-l2kv serve"
 MAX_BODY_OPTION = "--max-body-mib"
@@ -24,22 +24,24 @@ DEFAULT_MAX_BODY_MIB = 64
 
 
 def own_options() -> argparse.ArgumentParser:
-    """Returns a parser of the options that vLLM does not have."""
+    """Returns a parser of the options that vLLM does not have.
+
+    What a profile may set is `None` unless it is given.
+    """
     parser = argparse.ArgumentParser(prog=PROG, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("KV-cache compression")
     group.add_argument(
         "--kv-full-layers",
         type=layers,
-        default=Settings.full_layers,
         metavar="I,J,...",
         help=f"layers that never compact; an empty string means none (default: {DEFAULT_LAYERS}, the paper's)",
     )
+    add_profile(group.add_argument, "full layers, --kv-default-keep-ratio and --kv-scorer")
     for field in FIELDS_WITH_DEFAULTS:
         what = field.description[0].lower() + field.description[1:].rstrip(".")
         group.add_argument(
             field.option,
             **taken_by(field.kind),
-            default=field.default,
             help=f"{what}; unless a request says otherwise (default: {_shown(field)})",
         )
     for option, (attribute, where) in INTERVALS.items():
@@ -77,7 +79,17 @@ def config_schema() -> str:
             "type": ["array", "integer", "string"],
             "items": {"type": "integer", "minimum": 0},
             "default": list(Settings.full_layers),
-        }
+        },
+        "kv-profile": {
+            "description": "A " + PROFILE + ", relative to the folder of the config file. What is not given comes from "
+            "it: kv-full-layers, kv-default-keep-ratio and kv-scorer.",
+            "type": "string",
+        },
+        "kv-memory": {
+            "description": MEMORY[0].upper() + MEMORY[1:] + ".",
+            **Ratio().schema(),
+            "default": DEFAULT_MEMORY,
+        },
     }
     for field in FIELDS_WITH_DEFAULTS:
         keys[field.option.removeprefix("--")] = {

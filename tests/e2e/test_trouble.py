@@ -4,6 +4,7 @@ import pytest
 from engine import greedy, keep
 from reference import expected_numbers
 from usages import numbers_of
+from weights import made_up_weights, write_profile
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.usage import KeptWhole
@@ -118,6 +119,14 @@ def test_a_ratio_that_keeps_one_token(engine, reference, text_ids):
     prompt = text_ids[:200]
     (tokens,) = engine.tokens([prompt], [keep("0.0001")])
     assert tokens == reference.generate(prompt, 12, "0.0001", full_layers_of(engine))
+
+
+def test_a_profile_of_another_model_ends_the_start(engine, tmp_path, monkeypatch):
+    """Whatever was checked before the model was loaded."""
+    write_profile(tmp_path / "p", made_up_weights(30, 3, 64))
+    monkeypatch.setitem(engine.worker.vllm_config.additional_config["l2kv"], "profile", str(tmp_path / "p"))
+    with pytest.raises(ValueError, match="is a profile of another model, made up"):
+        engine.worker.get_kv_cache_spec()
 
 
 def test_a_prompt_shorter_than_its_protection_keeps_everything(engine, text_ids):

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from vllm.config import CacheConfig
 from vllm.platforms.interface import UnspecifiedPlatform
+from weights import made_up_weights, write_profile
 
+from vllm_l2kv.profile import Target
+from vllm_l2kv.scorers import Weights
 from vllm_l2kv.tools.plan import cli
 from vllm_l2kv.tools.plan.table import COLUMNS
 
@@ -155,6 +158,43 @@ def test_protected_tokens_are_kept(plan, llama_8b):
     assert row["kept_rows"] == 68
 
 
+@pytest.fixture
+def profile(tmp_path) -> Path:
+    """Of the shape of Llama-3.1-8B: a half is best spent on 8 full layers of 32."""
+    memory = (Target(0.5, tuple(range(10, 18)), 0.333333, "l2"), Target(0.25, (10, 11), 0.2, "keydiff"))
+    weights = made_up_weights(32, 8, 128)
+    write_profile(tmp_path / "p.safetensors", Weights({"wl": weights.tensors["wl"]}, weights.rope), memory=memory)
+    return tmp_path / "p.safetensors"
+
+
+def test_a_profile_sets_layers_and_ratio(plan, llama_8b, profile):
+    about = {"gpu_gib": 80, "kv_profile": profile}
+    half, eighth = plan(llama_8b, **about), plan(llama_8b, kv_memory=0.125, **about)
+    assert (half["full_layers"], half["profile"]) == (list(range(10, 18)), str(profile))
+    rows = engine_of(half, "vllm-l2kv")["rows"]
+    assert [(row["keep_ratio"], row["memory_ratio"]) for row in rows] == [(1, 1), (0.333333, 0.5)]
+    assert row_of(half, "stock", 1)["memory_ratio"] == 1
+    assert eighth["full_layers"] == [10, 11]
+    assert row_of(eighth, "vllm-l2kv", 0.066667)["memory_ratio"] == pytest.approx(0.125, abs=2e-4)
+    own = plan(llama_8b, full_layers="0,1", ratio="0.5,0.1", **about)
+    assert own["full_layers"] == [0, 1]
+    assert [row["keep_ratio"] for row in engine_of(own, "vllm-l2kv")["rows"]] == [1, 0.5, 0.1]
+
+
+def test_a_profile_is_named_above_the_table(capsys, llama_8b, profile):
+    cli.plan([llama_8b, "--gpu-gib", "80", "--context", "8000", "--output", "1000", "--kv-profile", str(profile)])
+    assert f"full layers 10,11,12,13,14,15,16,17, with the profile {profile}\n" in capsys.readouterr().out
+
+
+def test_a_profile_of_another_shape(capsys, llama_8b, tmp_path):
+    write_profile(tmp_path / "p", made_up_weights(32, 8, 64), memory=(Target(0.5, (10,), 0.483871, "l2"),))
+    words = ["--gpu-gib", "80", "--context", "8000", "--output", "1000", "--kv-profile", str(tmp_path / "p")]
+    with pytest.raises(SystemExit):
+        cli.plan([llama_8b, *words])
+    line = f"argument --kv-profile: {tmp_path / 'p'} is a profile of another model, made up: layers, KV heads or their"
+    assert line in capsys.readouterr().err
+
+
 def documents_of(result: dict[str, Any]) -> list[tuple[int, int, int | None]]:
     """Rows, blocks and number of documents, for each row of vllm-l2kv."""
     names = ("document_rows", "document_blocks", "documents")
@@ -227,6 +267,8 @@ def test_the_table(capsys, llama_8b):
         ),
         (["--gpu-gib", "80", "--answer-interval", "0"], "argument --answer-interval: N must satisfy 1 <= N"),
         (["--gpu-gib", "80", "--document-tokens", "0"], "argument --document-tokens: N must satisfy 1 <= N"),
+        (["--gpu-gib", "80", "--kv-memory", "0.5"], "name its file too (--kv-profile FILE)"),
+        (["--gpu-gib", "80", "--kv-profile", "no/such"], "argument --kv-profile: cannot read the profile no/such"),
         (["--gpu-gib", "16"], "-3.24 GiB are left for the KV cache"),
         (["--gpu-gib", "80", "--kv-cache-dtype", "int8"], "--kv-cache-dtype: invalid choice: 'int8'"),
         (["--gpu-gib", "80", "--tensor-parallel-size", "3"], "--tensor-parallel-size must divide"),

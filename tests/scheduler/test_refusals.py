@@ -18,8 +18,9 @@ from vllm.v1.kv_cache_interface import (
     SinkFullAttentionSpec,
     SlidingWindowSpec,
 )
+from weights import made_up_weights, write_profile
 
-from vllm_l2kv import refusals
+from vllm_l2kv import engine_args, refusals
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_cache_spec import (
     FLASH_ATTENTION,
@@ -31,7 +32,8 @@ from vllm_l2kv.kv_cache_spec import (
 )
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import CompactionPoints, Intervals
-from vllm_l2kv.refusals import check_seed, check_supported
+from vllm_l2kv.profile import Target, fingerprint
+from vllm_l2kv.refusals import check_profile, check_seed, check_supported
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.worker import check_attention
 
@@ -49,6 +51,8 @@ def config(**changes):
             tensor_parallel_size=1,
         ),
         "model_config": SimpleNamespace(
+            model="some/model",
+            revision=None,
             runner_type="generate",
             is_encoder_decoder=False,
             rswa_window=None,
@@ -59,6 +63,7 @@ def config(**changes):
         ),
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "load_config": SimpleNamespace(download_dir=None),
         "use_v2_model_runner": not refusals.current_platform.is_cpu(),
         "additional_config": None,
     }
@@ -69,6 +74,25 @@ def config(**changes):
         else:
             parts[owner] = value
     return SimpleNamespace(**parts)
+
+
+def test_a_profile_is_compared_with_the_files_of_a_name(llama, tmp_path):
+    """Which may come after the first check, so the worker asks again once the model is loaded."""
+    path, memory = tmp_path / "p.safetensors", (Target(0.5, (0,), 0.333333, "l2"),)
+    write_profile(path, made_up_weights(4, 2, 32), fingerprint(llama), memory)
+    about = config(additional_config=engine_args(profile=path)["additional_config"], load_config__download_dir=tmp_path)
+    check_supported(about)
+    with pytest.raises(ValueError, match="The files of some/model are not on this machine"):
+        check_profile(about)
+    repository = tmp_path / "models--some--model"
+    for folder in ("refs", "snapshots"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs/main").write_text("c0ffee")
+    (repository / "snapshots/c0ffee").symlink_to(llama)
+    check_profile(about)
+    write_profile(path, made_up_weights(4, 2, 32), memory=memory)
+    with pytest.raises(ValueError, match="is a profile of another model, made up: shape and RoPE and weights of"):
+        check_profile(about)
 
 
 def test_an_ordinary_configuration_passes():

@@ -18,6 +18,7 @@ from vllm_l2kv.tools.bench.client import body_of
 from vllm_l2kv.tools.evaluation.cli import _eval_parser
 from vllm_l2kv.tools.evaluation.variants import variants
 from vllm_l2kv.tools.plan.cli import _parser as plan_parser
+from vllm_l2kv.tools.plan.cli import take_profile
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = {
@@ -168,6 +169,7 @@ def test_variants_named_by_nothing_but_scorers_and_ratios():
 
 def test_plan():
     options = plan_parser().parse_args(["m", "--context", "100", "--output", "10"])
+    take_profile(options)
     assert options.full_layers == EXPECTED["full_layers"]
     assert options.protect == (EXPECTED["kv_protect_first"], EXPECTED["kv_protect_last"])
 

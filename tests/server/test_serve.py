@@ -10,12 +10,14 @@ from vllm_l2kv_server import serve
 from vllm_l2kv_server.last_line import LastLine
 from vllm_l2kv_server.serve import load_routes, make_parser, name_plugin, parse, use_demo_model
 from vllm_l2kv_server.start_signals import Stopped
+from weights import made_up_weights, write_profile
 
 import vllm_l2kv
-from vllm_l2kv import cli
+from vllm_l2kv import cli, engine_args
 from vllm_l2kv.cli import main
-from vllm_l2kv.params import FIELDS_WITH_DEFAULTS
-from vllm_l2kv.settings import CONFIG_KEY
+from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, CompressionParams
+from vllm_l2kv.profile import Target
+from vllm_l2kv.settings import CONFIG_KEY, Settings
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,69 @@ def test_own_options(parser):
         "profile": None,
         "evaluation_scorers": False,
     }
+
+
+class TestProfile:
+    @pytest.fixture
+    def profile(self, tmp_path) -> Path:
+        """Of 10 layers: 2 of them full cost a half with a ratio of 0.375, one costs a quarter with one of 1 / 6."""
+        memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.25, (2,), 0.166667, "learned"))
+        write_profile(tmp_path / "p.safetensors", made_up_weights(10, 2, 32), memory=memory)
+        return tmp_path / "p.safetensors"
+
+    def settings(self, parser, *words) -> Settings:
+        return Settings.from_config(parse(parser, ["m", *map(str, words)]).additional_config)
+
+    def test_it_sets_layers_ratio_and_scorer(self, parser, profile):
+        settings = self.settings(parser, "--kv-profile", profile)
+        assert (settings.full_layers, settings.profile) == ((2, 7), str(profile))
+        assert settings.defaults == CompressionParams(0.375, scorer="keydiff")
+        quarter = self.settings(parser, "--kv-profile", profile, "--kv-memory", 0.25)
+        assert quarter.full_layers == (2,)
+        assert quarter.defaults == CompressionParams(0.166667, scorer="learned")
+
+    def test_explicit_options_win(self, parser, profile):
+        words = ["--kv-profile", profile, "--kv-memory", 0.4]
+        layers = self.settings(parser, *words, "--kv-full-layers", "0,1,2")
+        assert layers.full_layers == (0, 1, 2)
+        assert layers.defaults.keep_ratio == pytest.approx(1 / 7, abs=1e-6), "so that the whole cache costs 0.4"
+        ratio = self.settings(parser, *words, "--kv-default-keep-ratio", 1, "--kv-scorer", "l2")
+        assert (ratio.full_layers, ratio.defaults) == ((2,), CompressionParams(1, scorer="l2"))
+        both = self.settings(parser, *words[:2], "--kv-full-layers=", "--kv-default-keep-ratio=0.1")
+        assert (both.full_layers, both.defaults, both.profile) == ((), CompressionParams(0.1), str(profile))
+
+    def test_offline_it_is_the_same(self, parser, profile, monkeypatch):
+        monkeypatch.chdir(profile.parent)
+        ours = engine_args(profile=profile.name, memory=0.25, scorer="l2", metrics=True)
+        words = ["--kv-profile", profile, "--kv-memory", 0.25, "--kv-scorer", "l2"]
+        assert Settings.from_config(ours["additional_config"]) == self.settings(parser, *words)
+
+    def test_a_config_file_names_one_beside_itself(self, parser, profile):
+        config = profile.parent / "config.yaml"
+        config.write_text(f"kv-profile: {profile.name}\nkv-memory: 0.25\nkv-scorer: l2\n")
+        settings = self.settings(parser, "--config", config)
+        assert (settings.profile, settings.full_layers, settings.defaults.scorer) == (str(profile), (2,), "l2")
+        assert self.settings(parser, "--config", config, "--kv-memory", 0.5).full_layers == (2, 7)
+        config.write_text(f"kv-profile: {profile}\n")
+        assert self.settings(parser, "--config", config).profile == str(profile)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--kv-memory", "0.5"], "name its file too (--kv-profile FILE)."),
+            (["--kv-profile", "PROFILE", "--kv-memory", "0"], "--kv-memory: M must satisfy 0 < M <= 1, got 0"),
+            (["--kv-profile", "PROFILE", "--kv-memory", "2"], "--kv-memory: M must satisfy 0 < M <= 1, got 2"),
+            (["--kv-profile", "PROFILE", "--kv-memory", "0.1"], "memory must be more than 0.100, which the 1 full"),
+            (["--kv-profile", "no/such"], "cannot read the profile no/such: No such file or directory."),
+            (["--kv-profile", __file__], "is no file of safetensors."),
+        ],
+    )
+    def test_refusals(self, parser, profile, capsys, words, message):
+        with pytest.raises(SystemExit) as ended:
+            self.settings(parser, *(profile if word == "PROFILE" else word for word in words))
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 @pytest.mark.parametrize("module", ["app", "routes"])

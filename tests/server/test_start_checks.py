@@ -21,6 +21,9 @@ from vllm_l2kv_server.start_checks import (
     check_parsed,
     check_words,
 )
+from weights import made_up_weights, write_profile
+
+from vllm_l2kv.profile import Target, fingerprint
 
 OWN = option_names(own_options())
 CPU = ["--dtype", "float32", "--enforce-eager", "--port", "0", "--kv-cache-memory-bytes", "1G"]
@@ -173,6 +176,14 @@ class TestParsed:
     )
     def test_refusals(self, parser, llama, words, said):
         assert said in self.refused(parser, str(llama), *words)
+
+    def test_a_profile_of_another_model(self, parser, llama, tmp_path):
+        path, memory = tmp_path / "p.safetensors", (Target(0.5, (0,), 0.333333, "l2"),)
+        write_profile(path, made_up_weights(4, 2, 32), fingerprint(llama), memory)
+        check_parsed(parse(parser, [str(llama), "--kv-profile", str(path), *CPU]))
+        write_profile(path, made_up_weights(4, 2, 32), memory=memory)
+        said = f"{path} is a profile of another model, made up: shape and RoPE and weights of {llama} differ. "
+        assert self.refused(parser, str(llama), "--kv-profile", str(path)).startswith(said)
 
     def test_a_pooling_model(self, parser, tmp_path):
         BertConfig(vocab_size=100, hidden_size=64, num_attention_heads=4, architectures=["BertModel"]).save_pretrained(

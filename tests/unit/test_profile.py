@@ -20,6 +20,7 @@ from vllm_l2kv.profile import (
     fingerprint,
     local_folder,
     ratio_for,
+    setting_of,
 )
 
 TYPES = ("sliding_attention", "full_attention") * 5
@@ -105,6 +106,35 @@ class TestSettings:
     def test_full_layers_that_cost_more(self, memory):
         with pytest.raises(ValueError, match=r"memory must be more than 0\.200, which the 1 full layers"):
             MADE.setting(memory)
+
+    def test_given_layers_take_the_place_of_the_listed_ones(self):
+        """Layer 2 slides: it costs nothing."""
+        assert MADE.setting(0.6, (1, 2)) == ((1, 2), 0.5, "l2")
+        assert MADE.setting(0.25, ()) == ((), 0.25, "learned")
+        with pytest.raises(ValueError, match=r"memory must be more than 0\.600, which the 3 full layers cost, got 0.5"):
+            MADE.setting(0.5, (1, 3, 5))
+        with pytest.raises(ValueError, match="names every layer of full attention"):
+            MADE.setting(0.5, (1, 3, 5, 7, 9))
+
+    def test_what_commands_read(self, path):
+        assert setting_of(path, None) == MADE.setting(0.5)
+        assert setting_of(path, 0.25) == MADE.setting(0.25)
+        assert setting_of(path, 0.25, (), has_ratio=False) == MADE.setting(0.25, ())
+        assert setting_of(path, 0.25, None, has_ratio=True) == MADE.setting(0.25)
+        assert setting_of(path, None, (1, 3, 5), has_ratio=True) is None
+        assert setting_of(None, None, (1, 3), has_ratio=False) is None
+
+    @pytest.mark.parametrize(
+        ("asked", "message"),
+        [
+            ((None, 0.5), r"memory \(--kv-memory\) is what a profile is set for; name its file too"),
+            (("PATH", 0.5, (1,), True), "leave one of the three out"),
+            (("nothing.here", 0.5), "cannot read the profile nothing.here: No such file or directory"),
+        ],
+    )
+    def test_what_commands_refuse(self, path, asked, message):
+        with pytest.raises(ValueError, match=message):
+            setting_of(*(path if word == "PATH" else word for word in asked))
 
     def test_none_listed(self):
         with pytest.raises(ValueError, match="names no settings"):

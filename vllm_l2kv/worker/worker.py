@@ -24,7 +24,7 @@ from vllm_l2kv.kv_cache_spec import (
 )
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, with_seconds
 from vllm_l2kv.profile import Profile
-from vllm_l2kv.refusals import check_supported
+from vllm_l2kv.refusals import check_profile, check_supported
 from vllm_l2kv.scorers import Heads, Scorers, Weights, bind
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
@@ -67,7 +67,8 @@ class CompactionWorker(WorkerBase):
         self._weights = weights_of(self.settings)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's specs, as full and compressed layers."""
+        """vLLM's specs, as full and compressed layers. By now the model is loaded, and its files are here."""
+        check_profile(self.vllm_config)
         specs: dict[str, KVCacheSpec] = classify_layers(super().get_kv_cache_spec(), self.settings, self._geometry())
         self._is_packed = is_packed(specs.values())
         for name, spec in specs.items():

@@ -147,6 +147,10 @@ class Cache:
         rows = enumerate(request.answer_rows, start=request.num_prompt_tokens + 1)
         return [self._answering.num_held(num_tokens, num_rows) for num_tokens, num_rows in rows]
 
+    def memory_ratio(self, num_tokens: int, num_rows: int) -> float:
+        """Memory of the whole cache, see `Capacity.memory_ratio`."""
+        return self._answering.memory_ratio(num_tokens, num_rows)
+
     def num_at_once(self, request: Request) -> int:
         """Requests that run to their ends side by side, whenever each of them began.
 

@@ -10,7 +10,9 @@ from contextlib import contextmanager, redirect_stdout
 from vllm_l2kv.cli_types import (
     DEFAULT_LAYERS,
     DEFAULT_PROTECTION,
+    DefaultsFormatter,
     OneLineParser,
+    add_profile,
     layers,
     list_of,
     positive,
@@ -18,6 +20,8 @@ from vllm_l2kv.cli_types import (
     ratio,
     real,
 )
+from vllm_l2kv.profile import setting_of
+from vllm_l2kv.settings import Settings
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
 from vllm_l2kv.tools.options import add_budgets
 
@@ -25,6 +29,8 @@ UTILIZATION = 0.92
 """vLLM's default of `--gpu-memory-utilization`."""
 OVERHEAD_GIB = 3.0
 """What else vLLM takes: activations of a batch, CUDA graphs, CUDA itself. docs/sizing.md says where it was measured."""
+RATIOS = (0.5, 0.25)
+"""Keep ratios that are compared unless others are asked."""
 BATCH_TOKENS = 8192
 """vLLM's default of `--max-num-batched-tokens` for a server on a large GPU."""
 
@@ -40,6 +46,10 @@ def plan(argv: Sequence[str]) -> None:
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    try:
+        take_profile(options)
+    except ValueError as error:
+        parser.error(f"argument --kv-profile: {error}")
     if options.kv_cache_gib is None and (options.gpu_gib is None or options.device == "cpu"):
         needed = "--kv-cache-gib" if options.device == "cpu" else "--gpu-gib or --kv-cache-gib"
         parser.error(f"{needed} must say how much memory there is.")
@@ -53,6 +63,19 @@ def plan(argv: Sequence[str]) -> None:
         except (DemoModelError, ValueError) as error:
             parser.error(str(error))
     sys.stdout.write(f"{json.dumps(result, indent=2)}\n" if options.json else as_table(result))
+
+
+def take_profile(options: argparse.Namespace) -> None:
+    """Sets full layers and ratios that are not given, by the profile if there is one.
+
+    Raises:
+        ValueError: Profile or memory is refused.
+    """
+    setting = setting_of(options.kv_profile, options.kv_memory, options.full_layers, options.ratio is not None)
+    if options.full_layers is None:
+        options.full_layers = setting.full_layers if setting else Settings.full_layers
+    if options.ratio is None:
+        options.ratio = [setting.keep_ratio] if setting else RATIOS
 
 
 @contextmanager
@@ -75,14 +98,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="vllm-l2kv plan",
         description="Says how many requests of one kind fit the KV cache at once, in stock vLLM and here at keep "
         "ratios and budgets. Reads the model's config, and runs nothing. What the columns mean: docs/sizing.md.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
     gib = real("G", "0 < G", lambda value: value > 0)
     add("model", nargs="?", default=DEMO_NAME, metavar="MODEL", help="folder or name of a model")
     add("--context", type=positive, required=True, metavar="N", help="tokens of a prompt")
     add("--output", type=positive, required=True, metavar="N", help="generated tokens of a request")
-    add("--ratio", type=list_of(ratio), default="0.5,0.25", metavar="R,R", help="keep ratios; 1 comes by itself")
+    add(
+        "--ratio",
+        type=list_of(ratio),
+        metavar="R,R",
+        help=f"keep ratios; 1 comes by itself (default: {','.join(map(str, RATIOS))})",
+    )
+    add_profile(add, "--full-layers and --ratio")
     add_budgets(parser)
     add("--document-tokens", type=positive, metavar="N", help="also says how many documents of N tokens stay findable")
     add("--gpu-gib", type=gib, metavar="G", help="memory of one GPU")
@@ -100,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="as vLLM's")
     add("--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="as vLLM's")
     add("--max-num-batched-tokens", type=positive, default=BATCH_TOKENS, metavar="N", help="as vLLM's")
-    add("--full-layers", type=layers, default=DEFAULT_LAYERS, metavar="I,J", help="layers that never compact")
+    add("--full-layers", type=layers, metavar="I,J", help=f"layers that never compact (default: {DEFAULT_LAYERS})")
     add("--protect", type=protection, default=DEFAULT_PROTECTION, metavar="FIRST:LAST", help="protected tokens")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="block sizes differ")
     add("--json", action="store_true", help="print JSON, not a table")

@@ -10,12 +10,14 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, Geometry, classify_layers
+from vllm_l2kv.messages.usage import MEMORY_RATIO_DIGITS
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.plugin import CPU_BLOCK_SIZE
 from vllm_l2kv.policy import Intervals
+from vllm_l2kv.profile import Profile
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.tools.plan.capacity import Cache, Document, Request, cache_of
-from vllm_l2kv.tools.plan.model import model_of, read_config, weight_bytes
+from vllm_l2kv.tools.plan.model import Model, model_of, read_config, weight_bytes
 
 GIB = 2**30
 
@@ -51,6 +53,8 @@ def report(options: Namespace) -> dict[str, Any]:
     """
     config = read_config(options.model)
     model = model_of(config, options.dtype)
+    if options.kv_profile:
+        _check_profile(Profile.read(options.kv_profile), model)
     memory = _memory(options, config, model.dtype)
     device = DEVICES[options.device]
 
@@ -71,6 +75,8 @@ def report(options: Namespace) -> dict[str, Any]:
         "num_gpus": options.tensor_parallel_size,
         "memory_of_a_gpu": memory,
         "bytes_per_token": _bytes_per_token(specs(1)),
+        "full_layers": sorted(options.full_layers),
+        "profile": options.kv_profile,
         "engines": [
             {"engine": "stock", **_layout(stock), "rows": [_row(stock, CompressionParams(), options)]},
             {
@@ -80,6 +86,22 @@ def report(options: Namespace) -> dict[str, Any]:
             },
         ],
     }
+
+
+def _check_profile(profile: Profile, model: Model) -> None:
+    """Refuses a profile whose model has another cache; weights are not read here.
+
+    Raises:
+        ValueError: Says what differs.
+    """
+    shape = profile.shape
+    theirs = (shape.num_layers, shape.num_kv_heads, shape.head_size, shape.compressible)
+    full = tuple(layer for layer, window in enumerate(model.windows) if window is None)
+    if theirs != (len(model.windows), model.num_kv_heads, model.head_size, full):
+        raise ValueError(
+            f"argument --kv-profile: {profile.path} is a profile of another model, {profile.model}: layers, KV heads "
+            "or their size differ."
+        )
 
 
 def _memory(options: Namespace, config: Any, dtype: torch.dtype) -> dict[str, Any]:
@@ -139,6 +161,7 @@ def _row(cache: Cache, params: CompressionParams, options: Namespace) -> dict[st
         "max_tokens": params.max_tokens,
         "kept_rows": request.kept_rows,
         "peak_rows": request.peak_rows,
+        "memory_ratio": round(cache.memory_ratio(request.num_prompt_tokens, request.kept_rows), MEMORY_RATIO_DIGITS),
         "prompt_blocks": cache.prompt_blocks(request),
         "compacted_blocks": cache.compacted_blocks(request),
         "answer_blocks": max(answer_blocks),

@@ -7,11 +7,13 @@ from vllm_l2kv.cli_types import aligned
 
 GIB = 2**30
 COLUMNS = (
-    "engine", "kept", "rows", "peak rows", "prompt GiB", "answer GiB", "mean GiB", "at once", "on average", "longest"
+    "engine", "kept", "rows", "memory", "peak rows", "prompt GiB", "answer GiB", "mean GiB", "at once", "on average",
+    "longest",
 )  # fmt: skip
 REMARKS = """\
-rows: in a compressed layer after the prompt; peak rows: at most. prompt GiB: of one request at most while its prompt is
-computed, at any ratio the whole of it; answer GiB, mean GiB: at most, and on average, while its answer is generated.
+rows: in a compressed layer after the prompt; memory: of the whole cache then, full layers included, of what it would be
+uncompressed; peak rows: at most. prompt GiB: of one request at most while its prompt is computed, at any ratio the
+whole of it; answer GiB, mean GiB: at most, and on average, while its answer is generated.
 at once: so many run to their ends, whenever they began, one prompt being computed beside the others' largest answers.
 on average: so many run in a steady state, spread evenly over their answers. Prompts share nothing in either.
 Neither is above --max-num-seqs of vLLM. longest: tokens of a request, the largest --max-model-len that an engine with
@@ -46,6 +48,8 @@ def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
         yield f"{memory['weights_gib']:8.2f} GiB of weights, by {memory['weights_source']}"
         yield f"{memory['overhead_gib']:8.2f} GiB of activations, CUDA graphs and so on, an estimate (--overhead-gib)"
     yield f"{memory['kv_cache_gib']:8.2f} GiB for the KV cache"
+    if plan["profile"]:
+        yield f"full layers {','.join(map(str, plan['full_layers']))}, with the profile {plan['profile']}"
     token = plan["bytes_per_token"]
     sliding = f", {token['sliding_window'] / 1024:,g} more inside windows" if token["sliding_window"] else ""
     yield f"{token['full_attention'] / 1024:8,g} KiB of it a token{sliding}"
@@ -55,7 +59,7 @@ def _table(plan: Mapping[str, Any]) -> list[str]:
     lines: list[tuple[str, ...]] = [COLUMNS]
     for engine in plan["engines"]:
         for row in engine["rows"]:
-            rows = (f"{row[name]:,}" for name in ("kept_rows", "peak_rows"))
+            rows = (f"{row['kept_rows']:,}", f"{row['memory_ratio']:.3f}", f"{row['peak_rows']:,}")
             blocks = (row[name] for name in ("prompt_blocks", "answer_blocks", "mean_blocks"))
             memory = (f"{number * engine['block_bytes'] / GIB:.3f}" for number in blocks)
             longest = "any" if row["longest_request"] is None else f"{row['longest_request']:,}"
