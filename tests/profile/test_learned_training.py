@@ -6,7 +6,7 @@ import torch
 from vllm_l2kv.profile import Rope
 from vllm_l2kv.scorers import Heads, Rows, Weights
 from vllm_l2kv.scorers.learned import Bound
-from vllm_l2kv.tools.profile.learned import Examples, scores_of, train
+from vllm_l2kv.tools.profile.learned import Examples, _folded, scores_of, train
 
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE, NUM_ROWS, NUM_TEXTS = 4, 2, 8, 400, 9
 ROPE = Rope(6, False)
@@ -95,3 +95,16 @@ def test_one_text_is_too_few(texts):
     examples.add(0, *texts[0][0])
     with pytest.raises(ValueError, match="at least 2 texts to be trained, got 1"):
         train(examples, NUM_LAYERS)
+
+
+def test_inputs_are_standardised_within_the_weights():
+    chance = torch.Generator().manual_seed(1)
+    shapes = (2, 5, 64), (2, 1, 64), (2, 64, 1), (2, 5, 1), (2, 1, 1)
+    w1, b1, w2, wl, b = (torch.randn(shape, generator=chance) for shape in shapes)
+    mean, deviation = torch.randn(2, 1, 5, generator=chance) * 3, torch.rand(2, 1, 5, generator=chance) + 0.5
+    x = mean + deviation * torch.randn(2, 30, 5, generator=chance)
+    inputs = (x - mean) / deviation
+    expected = (torch.nn.functional.gelu(inputs @ w1 + b1, approximate="tanh") @ w2 + inputs @ wl + b)[..., 0]
+    found = scores_of(x, _folded(w1, b1, w2, wl, b, mean, deviation))
+    # Weights are rounded to bf16.
+    torch.testing.assert_close(found, expected, atol=0.02 * expected.std().item(), rtol=0)
