@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weights import made_up_weights, write_profile
 
 from vllm_l2kv.params import SCORERS, CompressionParams
 from vllm_l2kv.policy import Intervals
+from vllm_l2kv.profile import Target
 from vllm_l2kv.tools.evaluation import cli, run
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
 from vllm_l2kv.tools.evaluation.progress import Progress
@@ -22,7 +24,9 @@ class Mute:
 
     tokenizer: Any = None
 
-    def __init__(self, model: str, full_layers: Sequence[int], intervals: Intervals, max_model_len: int) -> None:
+    def __init__(
+        self, model: str, full_layers: Sequence[int], intervals: Intervals, profile: str | None, max_model_len: int
+    ) -> None:
         self.about = {"model": Path(model).name, "full_layers": full_layers}
         self.intervals = {f"{name}_interval": rows for name, rows in intervals._asdict().items()}
         self.max_tokens = max_model_len
@@ -119,8 +123,9 @@ def test_options_of_other_tasks_are_unknown(capsys, words):
 @pytest.mark.parametrize("task", cli.TASKS)
 def test_defaults(task):
     options = cli._eval_parser().parse_args([task, "model"])
+    cli.take_profile(options)
     assert (options.model, options.out) == ("model", Path("eval") / task)
-    assert (options.full_layers, options.ratios) == ((0, 1), [0.75, 0.5, 0.25, 0.1])
+    assert (options.full_layers, options.ratios) == ((0, 1), (0.75, 0.5, 0.25, 0.1))
     assert (options.budgets, options.prompt_interval, options.answer_interval) == ([], *Intervals())
     assert (options.scorers, options.granularities, options.protect) == (["l2"], ["token"], [(4, 64)])
     assert (options.lengths, options.samples, options.seed, options.max_model_len) == ([1024], 10, 0, None)
@@ -194,6 +199,26 @@ def test_budgets_are_measured_beside_ratios(capsys, tmp_path):
     assert "keep 0.5" in out
     assert out.index("budget 200+16") < out.index("budget 100+16")
     assert "at I more in the answer, at 2048 more in the prompt." in out
+
+
+def with_profile(*words: str) -> tuple[Sequence[int], Sequence[float] | None, Sequence[str]]:
+    options = cli._eval_parser().parse_args(["passkey", "model", "--kv-profile", *words])
+    cli.take_profile(options)
+    return options.full_layers, options.ratios, options.scorers
+
+
+def test_a_profile_sets_what_is_not_given(capsys, tmp_path):
+    path = str(tmp_path / "p.safetensors")
+    memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.25, (2,), 0.166667, "learned"))
+    write_profile(path, made_up_weights(10, 2, 32), memory=memory)
+    assert with_profile(path) == ((2, 7), [0.375], ["keydiff"])
+    assert with_profile(path, "--kv-memory", "0.25") == ((2,), [0.166667], ["learned"])
+    assert with_profile(path, "--full-layers", "0", "--scorers", "l2") == ((0,), [0.444444], ["l2"])
+    assert with_profile(path, "--ratios", "0.5,0.1") == ((2, 7), [0.5, 0.1], ["keydiff"])
+    assert with_profile(path, "--memory", "0.5,0.25") == ((2, 7), None, ["keydiff"])
+    line = refused(capsys, "passkey", "model", "--kv-profile", path, "--kv-memory", "0.1")
+    assert "argument --kv-profile: memory must be more than 0.100, which the 1 full layers" in line
+    assert "name its file too" in refused(capsys, "passkey", "model", "--kv-memory", "0.5")
 
 
 @pytest.mark.usefixtures("mute")

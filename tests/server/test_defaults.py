@@ -15,6 +15,7 @@ import vllm_l2kv
 from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, CompressionParams
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 from vllm_l2kv.tools.bench.client import body_of
+from vllm_l2kv.tools.evaluation import cli as evaluation
 from vllm_l2kv.tools.evaluation.cli import _eval_parser
 from vllm_l2kv.tools.evaluation.variants import variants
 from vllm_l2kv.tools.plan.cli import _parser as plan_parser
@@ -154,6 +155,7 @@ def test_the_server_describes_what_it_does():
 def test_eval(task):
     """It measures what a server does that was told nothing but the ratio."""
     options = _eval_parser().parse_args([task, "m", "--ratios", "0.5"])
+    evaluation.take_profile(options)
     assert options.full_layers == EXPECTED["full_layers"]
     (measured,) = {
         variant

@@ -9,7 +9,9 @@ from typing import Any
 from vllm_l2kv.cli_types import (
     DEFAULT_LAYERS,
     DEFAULT_PROTECTION,
+    DefaultsFormatter,
     OneLineParser,
+    add_profile,
     count,
     layers,
     list_of,
@@ -23,6 +25,8 @@ from vllm_l2kv.cli_types import (
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
 from vllm_l2kv.policy import Intervals
+from vllm_l2kv.profile import setting_of
+from vllm_l2kv.settings import Settings
 from vllm_l2kv.tools.demo_model import DEMO_NAME
 from vllm_l2kv.tools.evaluation.cases import Case
 from vllm_l2kv.tools.evaluation.engine_log import progress_beside_log
@@ -36,6 +40,8 @@ NUM_ANSWER_TOKENS = 256
 """Room for answers after the prompts; a task that needs more says so."""
 TASKS = ("perplexity", "passkey", "needle", "ruler", "copy", "chat")
 ESSAYS = "state_of_the_union"
+RATIOS = (0.75, 0.5, 0.25, 0.1)
+"""Keep ratios that are measured unless others are asked."""
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -58,6 +64,7 @@ def evaluate(argv: Sequence[str]) -> None:
         return
     status = 0
     try:
+        take_profile(options)
         options.model = folder_of(options.model)
         _measure(options)
     except RefusedError as refused:
@@ -143,7 +150,11 @@ def _measure(options: argparse.Namespace) -> None:
 
         try:
             engine = Engine(
-                options.model, options.full_layers, intervals, max_model_len=options.max_model_len or longest
+                options.model,
+                options.full_layers,
+                intervals,
+                options.kv_profile,
+                max_model_len=options.max_model_len or longest,
             )
             progress.begin(f"making prompts for {options.task}")
             cases = list(cases_of(options, engine.tokenizer))
@@ -155,6 +166,25 @@ def _measure(options: argparse.Namespace) -> None:
                 f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens."
             )
         write_rows(engine, options, cases, compared, path, progress)
+
+
+def take_profile(options: argparse.Namespace) -> None:
+    """Sets full layers, ratios and scorers that are not given, by the profile if there is one.
+
+    Raises:
+        RefusedError: Profile or memory is refused.
+    """
+    has_ratio = options.ratios is not None or options.memory is not None
+    try:
+        setting = setting_of(options.kv_profile, options.kv_memory, options.full_layers, has_ratio)
+    except ValueError as error:
+        raise RefusedError(f"argument --kv-profile: {error}") from error
+    if options.full_layers is None:
+        options.full_layers = setting.full_layers if setting else Settings.full_layers
+    if not has_ratio:
+        options.ratios = [setting.keep_ratio] if setting else RATIOS
+    if options.scorers is None:
+        options.scorers = [setting.scorer if setting else CompressionParams.scorer]
 
 
 def _ratios(options: argparse.Namespace) -> list[float]:
@@ -209,20 +239,23 @@ def _eval_parser() -> argparse.ArgumentParser:
         "chat": "facts told early in a conversation and asked for at its end",
     }
     for task in TASKS:
-        options = tasks.add_parser(task, help=helps[task], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        options = tasks.add_parser(task, help=helps[task], formatter_class=DefaultsFormatter)
         options.add_argument("model", nargs="?", default=DEMO_NAME, metavar="MODEL", help="folder or name of a model")
         add = options.add_argument
         add("--out", type=Path, default=Path("eval") / task, metavar="DIR", help="folder of results; rows are added")
         add(
             "--full-layers",
             type=layers,
-            default=DEFAULT_LAYERS,
             metavar="I,J",
-            help="layers that never compact",
+            help=f"layers that never compact (default: {DEFAULT_LAYERS})",
         )
+        add_profile(add, "--full-layers, --ratios and --scorers")
         amounts = options.add_mutually_exclusive_group()
         amounts.add_argument(
-            "--ratios", type=list_of(ratio), default="0.75,0.5,0.25,0.1", metavar="R,R", help="keep ratios"
+            "--ratios",
+            type=list_of(ratio),
+            metavar="R,R",
+            help=f"keep ratios (default: {','.join(map(str, RATIOS))})",
         )
         amounts.add_argument(
             "--memory",
@@ -234,9 +267,8 @@ def _eval_parser() -> argparse.ArgumentParser:
         add(
             "--scorers",
             type=list_of(one_of(SCORERS)),
-            default=CompressionParams.scorer,
             metavar="S,S",
-            help=f"of {listed(SCORERS)}; the controls are always included",
+            help=f"of {listed(SCORERS)}; the controls are always included (default: {CompressionParams.scorer})",
         )
         add(
             "--granularities",

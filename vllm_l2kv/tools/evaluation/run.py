@@ -53,13 +53,13 @@ class Engine:
                 device["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         processor = "ForcedTokens" if current_platform.is_cpu() else "ForcedTokensV2"
         self._intervals = intervals
-        weights: dict[str, Any] = {} if profile is None else {"profile": str(profile)}
         ours = vllm_l2kv.engine_args(
             full_layers,
             prompt_interval=intervals.prompt,
             answer_interval=intervals.answer,
             evaluation_scorers=True,
-            **weights,
+            profile=profile,
+            default_keep_ratio=1.0,
         )
         self._llm = vllm.LLM(
             model,
