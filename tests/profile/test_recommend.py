@@ -60,9 +60,9 @@ def test_the_layers_that_answers_need_stay_full(made_up):
     found = made_up()
     assert [target.memory for target in found.targets] == list(MEMORIES)
     for target in found.targets:
+        assert target.scorer == "learned"
         if target.memory > 0.15:
             assert {4, 11, 17} <= set(target.full_layers), target
-            assert target.scorer == "learned"
     # At the smallest memory there is room for two.
     assert set(found.targets[-1].full_layers) == {4, 11}
     assert found.layer_order[:3] == (4, 11, 17)
@@ -96,6 +96,8 @@ def test_outcomes_compare_with_random_rows_and_with_no_profile(made_up):
         chosen = by_name["recommended", target.memory]
         assert chosen[1:5] == target
         assert chosen.loss == (pytest.approx(cost(choice_of(SHAPE, target)), abs=1e-4),) * 2
+        assert {4, 11} <= set(by_name["best with l2", target.memory].full_layers)
+        assert by_name["best with learned", target.memory][1:] == chosen[1:]
         assert by_name["recommended layers, random rows", target.memory].loss > chosen.loss
         without = by_name["no profile", target.memory]
         assert (without.full_layers, without.scorer) == ((0, 1), "l2")

@@ -31,11 +31,11 @@ SHORTLIST = 12
 """Layers that are tried next, those that the other orders have first."""
 NUM_COUNTS = 8
 """Numbers of full layers that are tried of each order and memory."""
-NUM_REFINED = 6
-"""Candidates of each memory with which the first layers are tried too."""
+NUM_REFINED = 3
+"""Candidates of each memory and scorer with which the first layers are tried too."""
 FIRST_LAYERS = 2
 """The paper leaves so many full."""
-SAME_LOSS = 0.01
+SAME_LOSS = 0.02
 """Nats a token, by which a scorer that costs more has to be better."""
 HELD_OUT = 3
 """One of so many questions is not searched with."""
@@ -57,8 +57,8 @@ class Outcome(NamedTuple):
     """What a choice costs on the questions that were held out.
 
     Attributes:
-        name: `whole cache`, `recommended`, `recommended layers, random rows`, or `no profile`: the model's first layers
-            stay full, and `l2` chooses in the others.
+        name: `whole cache`; `recommended`; `recommended layers, random rows`; `no profile`, where the model's first
+            layers stay full and `l2` chooses in the others; or `best with` a scorer.
         memory: As of `Target`.
         full_layers: The same.
         keep_ratio: The same.
@@ -104,6 +104,20 @@ class _Candidate(NamedTuple):
     order: str
 
 
+class _Found(NamedTuple):
+    """By a search.
+
+    Attributes:
+        chosen: One candidate for each memory.
+        of_scorers: The best one for each memory and scorer.
+        num_tried: Candidates.
+    """
+
+    chosen: list[_Candidate]
+    of_scorers: list[_Candidate]
+    num_tried: int
+
+
 def recommend(
     model: Any,
     shape: Shape,
@@ -146,14 +160,14 @@ def recommend(
     greedy = _greedy(model, shape, scorers, searched[:GREEDY_CASES], together, lowest, progress)
     orders.append(Order("greedy", greedy))
 
-    found, num_tried = _search(model, shape, scorers, searched, orders, lowest, progress)
-    outcomes = _outcomes(model, shape, scorers, held_out, [each.target for each in found], progress)
+    found = _search(model, shape, scorers, searched, orders, lowest, progress)
+    outcomes = _outcomes(model, shape, scorers, held_out, found, progress)
     return Recommendation(
         greedy + tuple(layer for layer in together if layer not in greedy),
-        tuple(each.target for each in found),
-        tuple(each.order for each in found),
+        tuple(each.target for each in found.chosen),
+        tuple(each.order for each in found.chosen),
         outcomes,
-        num_tried,
+        found.num_tried,
         (len(searched) // 2, len(held_out) // 2),
     )
 
@@ -213,27 +227,30 @@ def _search(
     orders: Sequence[Order],
     lowest: float,
     progress: Progress,
-) -> tuple[list[_Candidate], int]:
-    """The best candidate of each memory, and how many were tried."""
+) -> _Found:
+    """Tries candidates, then the best of each memory and scorer with the first layers full too."""
     tried = list(_candidates(shape, scorers, orders, lowest))
     progress.part(f"trying {len(tried)} settings", len(cases), "questions asked")
     cost = _costs(model, shape, scorers, cases, tried, progress)
-    more = []
-    for memory in MEMORIES:
-        best = sorted((i for i, each in enumerate(tried) if each.target.memory == memory), key=cost.__getitem__)
-        more += [each for i in best[:NUM_REFINED] if (each := _with_first(shape, tried[i], lowest)) is not None]
+    by_kind: dict[tuple[float, str], list[int]] = {}
+    for i in sorted(range(len(tried)), key=cost.__getitem__):
+        by_kind.setdefault((tried[i].target.memory, tried[i].target.scorer), []).append(i)
+    refined = [_with_first(shape, tried[i], lowest) for best in by_kind.values() for i in best[:NUM_REFINED]]
+    more = [each for each in refined if each is not None]
     progress.part(f"trying {len(more)} more", len(cases), "questions asked")
     cost += _costs(model, shape, scorers, cases, more, progress)
     tried += more
-    found = []
+    chosen, of_scorers = [], []
     for memory in MEMORIES:
-        of_memory = [i for i, each in enumerate(tried) if each.target.memory == memory]
-        if not of_memory:
-            continue
-        bound = min(cost[i] for i in of_memory) + SAME_LOSS
-        good = [i for i in of_memory if cost[i] <= bound]
-        found.append(tried[min(good, key=lambda i: (SCORERS.index(tried[i].target.scorer), cost[i]))])
-    return found, len(tried)
+        best = []
+        for scorer in SCORERS:
+            kind = [i for i, (target, _) in enumerate(tried) if (target.memory, target.scorer) == (memory, scorer)]
+            best += [min(kind, key=cost.__getitem__)] if kind else []
+        lowest_cost = min((cost[i] for i in best), default=0.0)
+        # The cheapest of those that are as good.
+        chosen += [tried[i] for i in best if cost[i] <= lowest_cost + SAME_LOSS][:1]
+        of_scorers += [tried[i] for i in best]
+    return _Found(chosen, of_scorers, len(tried))
 
 
 def _candidates(shape: Shape, scorers: Scorers, orders: Sequence[Order], lowest: float) -> Iterator[_Candidate]:
@@ -284,20 +301,21 @@ def _costs(
 
 
 def _outcomes(
-    model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], targets: Sequence[Target], progress: Progress
+    model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: _Found, progress: Progress
 ) -> tuple[Outcome, ...]:
     """Of the whole cache; and of each target, with random rows instead, and with equal counts in all layers."""
     named = [("whole cache", Target(1.0, (), 1.0, SCORERS[0]))]
     first = shape.compressible[:FIRST_LAYERS]
-    for target in targets:
+    for target, _ in found.chosen:
         named.append(("recommended", target))
         named.append(("recommended layers, random rows", target._replace(scorer=CONTROL)))
         ratio = ratio_for(target.memory, len(shape.compressible), len(first))
         if ratio > 0:
             named.append(("no profile", Target(target.memory, first, ratio, SCORERS[0])))
+    named += [(f"best with {target.scorer}", target) for target, _ in found.of_scorers]
     progress.part("asking what was held out", len(cases), "questions")
     choices = [choice_of(shape, target) for _, target in named]
-    found = losses_of_cases(model, shape, scorers, cases, choices, progress)
+    lost = losses_of_cases(model, shape, scorers, cases, choices, progress)
     hidden = torch.tensor([case.hidden for case in cases])
 
     def both(values: torch.Tensor) -> tuple[float, float]:
@@ -305,6 +323,6 @@ def _outcomes(
         return round(means[0].item(), 4), round(means[1].item(), 4)
 
     return tuple(
-        Outcome(name, *target, both(found.loss[:, i]), both(found.exact[:, i].float()))
+        Outcome(name, *target, both(lost.loss[:, i]), both(lost.exact[:, i].float()))
         for i, (name, target) in enumerate(named)
     )
