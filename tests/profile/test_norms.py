@@ -185,16 +185,19 @@ def made_up(keys: torch.Tensor, queries: torch.Tensor) -> Seen:
     return Seen(0, queries[None], keys[None], keys[None], 1.0, None, None)
 
 
+LOW_KEYS = torch.tensor([[0, 0.1, 0, 0, 0, -1.0, 0.2, 0], [0, 0.3, 0, 0, 0, -0.4, -0.2, 0]])
+FIRST_KEY = torch.tensor([0, 0.1, 0, 0, 0, -0.3, 0, 0])
+
+
 @pytest.fixture
 def peaked() -> Seen:
-    """Keys of low norm lie in elements 1, 5 and 6, and the others in all; queries look for element 5."""
+    """Keys of low norm are two, in elements 1, 5 and 6; the others lie in all; queries look for element 5."""
     generator = torch.Generator().manual_seed(0)
     n = 80
     keys = 3 * torch.randn(n, 8, generator=generator)
     low = torch.randperm(n - FIRST, generator=generator)[: round(LOW * n)] + FIRST
-    keys[low] = 0
-    keys[low[:, None], torch.tensor([1, 5, 6])] = torch.tensor([0.1, -1.0, 0.2])
-    keys[:FIRST] = torch.tensor([0.0, 0, 0, 0, 0, -9, 0, 0])
+    keys[low] = LOW_KEYS[torch.arange(len(low)) % 2]
+    keys[:FIRST] = FIRST_KEY
     tail = torch.randn(NUM_QUERIES, 8, generator=generator)
     queries = torch.zeros(n + NUM_QUERIES, 8)
     queries[:, 5] = -2.0
@@ -202,13 +205,14 @@ def peaked() -> Seen:
 
 
 def test_where_keys_of_low_norm_lie(peaked):
+    """As a mean of directions: the shorter of the two keys counts as much as the longer one."""
     found = {name: value[..., 0] for name, value in measure(peaked).items()}
-    direction = torch.tensor([0, 0.1, 0, 0, 0, -1, 0.2, 0])
-    towards_query = -direction[5] / direction.norm()
-    assert found["low_query"] == pytest.approx(towards_query.item(), abs=1e-5)
-    assert found["low_first"] == pytest.approx(towards_query.item(), abs=1e-5)
+    direction = sum(key / key.norm() for key in LOW_KEYS)
+    direction /= direction.norm()
+    assert found["low_query"] == pytest.approx(-direction[5].item(), abs=1e-5)
+    assert found["low_first"] == pytest.approx((direction @ FIRST_KEY / FIRST_KEY.norm()).item(), abs=1e-5)
     assert found["all_query"] < found["low_query"]
-    assert found["energy"].tolist() == pytest.approx(direction.square().tolist(), abs=1e-6)
+    assert found["energy"].tolist() == pytest.approx(LOW_KEYS.square().mean(0).tolist(), abs=1e-6)
     assert found["energy"].topk(NUM_PEAKS).indices.sort().values.tolist() == [1, 5, 6]
 
 
