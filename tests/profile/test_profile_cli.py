@@ -46,7 +46,11 @@ def test_a_profile_is_made(made, llama):
     assert shown.rstrip().splitlines()[-3] == f"  vllm-l2kv serve {llama} --kv-profile {profile.path} --kv-memory 0.5"
     report = Path(re.search(r"Report: (.*)", shown)[1])
     assert report == profile.path.parent / "tiny-report" / "report.html"
-    assert report.read_text().count("<img ") == 10
+    text = report.read_text()
+    assert text.count("<img ") == text.count("<figcaption>") == 10
+    for heading in ("Settings", "What was compared", "What answers need", "Norms and attention", "How it was made"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "nan" not in re.sub('data:image/png;base64,[^"]*', "", text)
     assert str(llama) not in str(profile.about)
 
 

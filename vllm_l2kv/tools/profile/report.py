@@ -89,6 +89,17 @@ def settings(made: Made) -> list[list[str]]:
     return lines
 
 
+def _outcomes(made: Made) -> list[list[str]]:
+    lines = [
+        ["setting", "memory", "scorer", "keep ratio", "loss seen", "hidden", "exact seen", "hidden", "full layers"]
+    ]
+    for each in made.found.outcomes:
+        numbers = [f"{number:.2f}" for pair in (each.loss, each.exact) for number in reversed(pair)]
+        layers = ", ".join(map(str, each.full_layers)) or "none"
+        lines.append([each.name, f"{each.memory:g}", each.scorer, f"{each.keep_ratio:.3f}", *numbers, layers])
+    return lines
+
+
 def _how_to_read(made: Made) -> Iterator[str]:
     yield (
         "memory: share of the whole cache. Full layers keep every row, the others the keep ratio, chosen by the scorer."
@@ -110,6 +121,13 @@ def write_report(made: Made, folder: Path) -> Path:
             "table": settings(made),
         },
         {
+            "title": "What was compared",
+            "note": f"{made.found.num_tried} settings were tried on {made.found.num_questions[0]} questions; these are "
+            f"judged by {made.found.num_questions[1]} others. Loss in nats a token of the answer; exact: share of the "
+            "answers. The loss differs less by chance than the share.",
+            "table": _outcomes(made),
+        },
+        {
             "title": "What answers need",
             "note": " ".join(_needed(profile, measured.loss)),
             "plots": _drawn(_rank_maps(made), folder),
@@ -127,7 +145,10 @@ def write_report(made: Made, folder: Path) -> Path:
             "plots": _drawn(_direction_maps(made), folder),
             "table": _peak_table(made),
         },
-        {"title": "How it was made", "text": "\n".join(f"{key}: {value}" for key, value in profile.about.items())},
+        {
+            "title": "How it was made",
+            "text": "\n".join(f"{name}: {value}" for name, value in profile.about.items() if name != "search"),
+        },
     ]
     return write_html(f"Profile of {profile.model}", sections, folder)
 
@@ -138,8 +159,8 @@ def _needed(profile: Profile, loss: torch.Tensor) -> Iterator[str]:
     losses = {layer: loss[layer].item() for layer in profile.shape.compressible}
     worst, best = max(losses, key=losses.__getitem__), min(losses, key=losses.__getitem__)
     yield (
-        f"With only its protected rows, layer {worst} alone costs answers {losses[worst]:.2f} nats a token, layer "
-        f"{best} {losses[best] + 0.0:.2f}."
+        f"With only the protected rows of layer {worst}, answers lose {losses[worst]:.2f} nats a token; with those of "
+        f"layer {best}, {round(losses[best], 2) + 0.0:.2f}."
     )
 
 
