@@ -13,7 +13,6 @@ from weights import made_up_weights, write_profile
 from vllm_l2kv import ParamError, compression
 from vllm_l2kv.params import EVALUATION_SCORERS, ONE_COMPACTION_SCORERS, PROFILE_SCORERS, SCORERS
 from vllm_l2kv.profile import fingerprint
-from vllm_l2kv.settings import CONFIG_KEY
 
 NUM_TOKENS = 12
 FULL_LAYERS = (0,)
@@ -46,8 +45,8 @@ def engine(llama, weights, run, tmp_path_factory):
     profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
     write_profile(profile, weights, fingerprint(llama))
     intervals = dict(zip(("prompt_interval", "answer_interval"), INTERVALS, strict=True))
-    rule = bare_rule(full_layers=FULL_LAYERS, evaluation_scorers=True, **intervals)
-    rule["additional_config"][CONFIG_KEY]["profile"] = str(profile)
+    rule = {"full_layers": FULL_LAYERS, "default_keep_ratio": 1.0, **intervals}
+    rule = bare_rule(profile=profile, evaluation_scorers=True, **rule)
     with run(llama, FULL_LAYERS, **rule) as engine:
         yield engine
 

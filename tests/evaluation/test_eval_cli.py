@@ -201,6 +201,12 @@ def test_budgets_are_measured_beside_ratios(capsys, tmp_path):
     assert "at I more in the answer, at 2048 more in the prompt." in out
 
 
+def test_what_is_learned_needs_a_profile(capsys):
+    """The engine would refuse each request, and each answer would count as a wrong one."""
+    line = refused(capsys, "passkey", "model", "--scorers", "l2,learned")
+    assert "argument --scorers: learned needs the weights of a profile; give --kv-profile FILE." in line
+
+
 def with_profile(*words: str) -> tuple[Sequence[int], Sequence[float] | None, Sequence[str]]:
     options = cli._eval_parser().parse_args(["passkey", "model", "--kv-profile", *words])
     cli.take_profile(options)

@@ -178,6 +178,15 @@ def test_equal_rows_rank_by_their_place(num_tokens):
     assert bound()["keydiff_value"].score(rows)[0].tolist() == [2 * i for i in reversed(range(num_tokens))]
 
 
+def test_a_broken_value_ranks_lowest():
+    rows = rows_of(40)
+    rows.values[:, 7] = torch.nan
+    bare = rows._replace(values=torch.ones_like(rows.values))
+    of_values = bound()["keydiff_value"].score(rows) - bound()["keydiff_value"].score(bare)
+    # Where all values are equal, row 7 of 40 has the rank 32.
+    assert (of_values[:, 7] == 0 - 32).all()
+
+
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 131, 132, 259, 260, 261])
 def test_any_length_keeps_as_many_as_asked(name, num_tokens):

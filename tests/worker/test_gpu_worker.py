@@ -47,7 +47,7 @@ def test_the_kernels_memory_comes_off_what_the_cache_gets(worker, monkeypatch, a
 def test_the_weights_of_a_profile_come_off_too(worker, monkeypatch):
     specs = {"a": CompressedLayerSpec(**SHAPE), "b": FullLayerSpec(**SHAPE), "c": CompressedLayerSpec(**SHAPE)}
     monkeypatch.setattr(CompactionWorker, "get_kv_cache_spec", lambda _: specs)
-    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 10 * TORCH_BYTES)
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 2 << 30)
     left = []
     for worker._weights in (None, made_up_weights(3, 4, 8)):
         worker.get_kv_cache_spec()

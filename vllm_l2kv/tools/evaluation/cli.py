@@ -23,7 +23,7 @@ from vllm_l2kv.cli_types import (
     real,
 )
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.params import GRANULARITIES, SCORERS, CompressionParams
+from vllm_l2kv.params import GRANULARITIES, PROFILE_SCORERS, SCORERS, CompressionParams
 from vllm_l2kv.policy import Intervals
 from vllm_l2kv.profile import setting_of
 from vllm_l2kv.settings import Settings
@@ -172,7 +172,7 @@ def take_profile(options: argparse.Namespace) -> None:
     """Sets full layers, ratios and scorers that are not given, by the profile if there is one.
 
     Raises:
-        RefusedError: Profile or memory is refused.
+        RefusedError: Profile or memory is refused, or a scorer needs a profile and there is none.
     """
     has_ratio = options.ratios is not None or options.memory is not None
     try:
@@ -185,6 +185,8 @@ def take_profile(options: argparse.Namespace) -> None:
         options.ratios = [setting.keep_ratio] if setting else RATIOS
     if options.scorers is None:
         options.scorers = [setting.scorer if setting else CompressionParams.scorer]
+    if options.kv_profile is None and (without := [name for name in options.scorers if name in PROFILE_SCORERS]):
+        raise RefusedError(f"argument --scorers: {without[0]} needs the weights of a profile; give --kv-profile FILE.")
 
 
 def _ratios(options: argparse.Namespace) -> list[float]:
