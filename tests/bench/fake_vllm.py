@@ -137,7 +137,7 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             found = {
                 "/v1/models": {"data": [{"id": "fake", "max_model_len": fake.max_model_len}]},
                 "/version": {"version": "0.32.0"},
-                **({"/v1/kv_compression": {}} if fake.compresses else {}),
+                **({"/v1/kv_compression": {"full_layers": [0, 1]}} if fake.compresses else {}),
             }
             if fake.api_key and self.headers.get("authorization") != f"Bearer {fake.api_key}":
                 self.answer_json({"error": "Unauthorized"}, 401)

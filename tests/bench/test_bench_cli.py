@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weights import made_up_weights, write_profile
 
 from vllm_l2kv.cli import main
+from vllm_l2kv.profile import Target
 from vllm_l2kv.tools.bench import cli
 
 QUICK = ["--requests", "6", "--concurrency", "3", "--prompt-tokens", "20:60", "--output-tokens", "2:5"]
@@ -99,6 +101,27 @@ class TestServersThatCannotBeTested:
         line = refused(capsys, "--url", ours.url, "--out", str(tmp_path))
         assert "argument --out: " in line
         assert (tmp_path / "rows.jsonl").read_text() == "mine\n"
+        assert ours.bodies == []
+
+
+class TestProfile:
+    @pytest.fixture
+    def profile(self, tmp_path) -> str:
+        memory = (Target(0.5, (0, 1), 0.375, "keydiff"), Target(0.25, (0,), 0.166667, "l2"))
+        write_profile(tmp_path / "p.safetensors", made_up_weights(10, 2, 32), memory=memory)
+        return str(tmp_path / "p.safetensors")
+
+    def test_a_round_by_its_ratio_and_scorer(self, ours, tmp_path, profile):
+        assert run("--url", ours.url, "--kv-profile", profile, *QUICK, "--out", str(tmp_path / "out")) == 0
+        assert [row["keep_ratio"] for row in rows_of(tmp_path / "out")] == [1, 0.375]
+        assert {body["kv_scorer"] for body in ours.measured(0.375)} == {"keydiff"}
+
+    def test_a_server_with_other_full_layers(self, capsys, ours, tmp_path, profile):
+        words = ["--url", ours.url, "--kv-profile", profile, "--kv-memory", "0.25", "--out", str(tmp_path / "out")]
+        assert refused(capsys, *words).endswith(
+            "argument --kv-profile: the full layers of the profile at this memory are 0, those of the server 0, 1; "
+            "start it with the same --kv-profile and --kv-memory."
+        )
         assert ours.bodies == []
 
 

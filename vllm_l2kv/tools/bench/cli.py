@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_l2kv.cli_types import OneLineParser, aligned, count, list_of, positive, ratio
+from vllm_l2kv.cli_types import OneLineParser, add_profile, aligned, count, list_of, listed, positive, ratio
+from vllm_l2kv.profile import setting_of
 from vllm_l2kv.tools.bench.load import FORMS, Load, lengths, positive_number, share
 
 ROWS, REQUESTS, SAMPLES = "rows.jsonl", "requests.jsonl", "samples.jsonl"
+RATIOS = (1.0, 0.5, 0.25)
+"""Keep ratios of rounds unless others are asked."""
 NUM_REQUESTS = 32
 NUM_CLIENTS = 8
 
@@ -66,8 +69,13 @@ def _measure(plan: Any, prompts: Any, options: argparse.Namespace, rows: list[An
 def _plan(parser: OneLineParser, options: argparse.Namespace) -> Any:
     from vllm_l2kv.tools.bench.run import Plan
 
+    servers = _servers(parser, options)
+    try:
+        _take_profile(options, servers[0].full_layers)
+    except ValueError as error:
+        parser.error(f"argument --kv-profile: {error}")
     return Plan(
-        servers=_servers(parser, options),
+        servers=servers,
         asked=[
             *({"kv_keep_ratio": ratio} for ratio in options.ratios),
             *({"kv_keep_ratio": 1.0, "kv_max_tokens": budget} for budget in options.budgets),
@@ -87,6 +95,29 @@ def _plan(parser: OneLineParser, options: argparse.Namespace) -> Any:
         timeout_s=options.timeout,
         sample_s=options.sample_seconds,
     )
+
+
+def _take_profile(options: argparse.Namespace, full_layers: Sequence[int]) -> None:
+    """Sets ratios and scorer that are not given, by the profile if there is one.
+
+    Args:
+        options: Of the command line.
+        full_layers: Those of the server under test, which no request can change.
+
+    Raises:
+        ValueError: Profile or memory is refused, or the server has other full layers.
+    """
+    setting = setting_of(options.kv_profile, options.kv_memory)
+    if setting is not None:
+        wanted, found = sorted(setting.full_layers), sorted(full_layers)
+        if wanted != found:
+            raise ValueError(
+                f"the full layers of the profile at this memory are {listed(map(str, wanted))}, those of the server "
+                f"{listed(map(str, found)) or 'none'}; start it with the same --kv-profile and --kv-memory."
+            )
+        options.fields = {"kv_scorer": setting.scorer} | options.fields
+    if options.ratios is None:
+        options.ratios = [1.0, setting.keep_ratio] if setting else RATIOS
 
 
 def _report(rows: Sequence[Any], samples: Sequence[Any], out: Path) -> None:
@@ -209,7 +240,9 @@ def _add_load(parser: OneLineParser) -> None:
 
     group = parser.add_argument_group("load")
     add = group.add_argument
-    add("--ratios", type=list_of(ratio), default="1,0.5,0.25", metavar="R,R", help="keep ratios (default: %(default)s)")
+    default = ",".join(f"{each:g}" for each in RATIOS)
+    add("--ratios", type=list_of(ratio), metavar="R,R", help=f"keep ratios (default: {default})")
+    add_profile(add, "--ratios, after 1, and kv_scorer")
     add("--budgets", type=list_of(positive), default=[], metavar="N,N", help="after them, values of kv_max_tokens")
     arrivals = group.add_mutually_exclusive_group()
     arrivals.add_argument(

@@ -26,6 +26,8 @@ class Server:
     """Its version."""
     pid: int | None
     """Its process, if it is known and on this machine."""
+    full_layers: tuple[int, ...] = ()
+    """Layers that it never compacts, if it is ours."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -74,9 +76,18 @@ def connect(url: str, api_key: str | None, model: str | None, pid: int | None) -
         raise ValueError(f"{url} has no model {name!r}, but {', '.join(models) or 'none'}.")
     # A LoRA adapter has its model's bound, under its parent's name.
     bound = models[name].get("max_model_len") or models[models[name]["parent"]]["max_model_len"]
-    compresses = httpx.get(f"{url}/v1/kv_compression", headers=headers, timeout=SECONDS).status_code == httpx.codes.OK
-    engine = OURS if compresses else STOCK
-    return Server(engine, url, api_key, name, bound, get("/version")["version"], pid or process_of(url))
+    told = httpx.get(f"{url}/v1/kv_compression", headers=headers, timeout=SECONDS)
+    compresses = told.status_code == httpx.codes.OK
+    return Server(
+        OURS if compresses else STOCK,
+        url,
+        api_key,
+        name,
+        bound,
+        get("/version")["version"],
+        pid or process_of(url),
+        tuple(told.json()["full_layers"]) if compresses else (),
+    )
 
 
 def _answer(send: Callable[[], httpx.Response]) -> Mapping[str, Any]:
