@@ -114,7 +114,7 @@ def median_us(launch) -> float:
     for _ in range(REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # The host runs ahead, as it does under async scheduling, so that its launches are not what is timed.
-        torch.cuda._sleep(2_000_000)
+        torch.cuda._sleep(10_000_000)
         begin.record()
         launch()
         end.record()

@@ -11,7 +11,7 @@ from weights import made_up_weights
 
 from vllm_l2kv.kernels.reference import LayerRows, compact_layer, read, select
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
-from vllm_l2kv.params import OFFERED_SCORERS, ONE_COMPACTION_SCORERS, SCORERS, CompressionParams
+from vllm_l2kv.params import OFFERED_SCORERS, SCORERS, CompressionParams
 from vllm_l2kv.profile import Rope
 from vllm_l2kv.scorers import Heads, bind, norms
 from vllm_l2kv.token_groups import pool_scores
@@ -324,6 +324,9 @@ def test_ranks_of_several_tiles_and_of_few_selections_at_a_time(monkeypatch, mos
     a, b, c, d = tables(30, 13, 3, 4, 1)
     orders = [order(*o, 1, 1, scorer="keydiff_value") for o in ((a, b, 200, 40), (c, d, 50, 10))]
     pool = random_pool(30)
+    # Values of very different norms, so that scores differ in every digit.
+    scales = torch.randint(-60, 60, pool.views.shape[:-1], generator=torch.Generator().manual_seed(1))
+    pool.views[..., pool.head_size :] *= (2.0**scales).unsqueeze(-1).to(pool.views)
     check_sets(pool, orders, pool.compactor(max_num_tokens=250))
 
 
@@ -364,13 +367,12 @@ def test_compaction_after_compaction(ways, first, last):
     check_lives(lives, pool.compactor().compact, ways)
 
 
-@pytest.mark.parametrize("scorer", [scorer for scorer in SCORERS if scorer not in (*ONE_COMPACTION_SCORERS, "l2")])
-@pytest.mark.parametrize("ways", WAYS[:2])
-def test_scores_after_a_compaction(scorer, ways):
+@pytest.mark.parametrize("scorer", ["keydiff", "keydiff_value", "learned"])
+def test_scores_after_a_compaction(scorer):
     """In scratch memory that holds the budget and the longer interval, and no more."""
     pool = Pool(20, 16, dtype=torch.float32, head_size=32)
     lives = pool.lives(30, 7, budget=40, num_positions=140, protect_first=4, protect_last=9, scorer=scorer)
-    check_lives(lives, pool.compactor(max_num_tokens=40 + 30).compact, ways)
+    check_lives(lives, pool.compactor(max_num_tokens=40 + 30).compact, [False, True, False])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
