@@ -93,7 +93,7 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
         layer_order=found.layer_order,
         memory=found.targets,
         about={
-            "texts": dict(Counter(text.kind for text in texts)),
+            "kinds": dict(Counter(text.kind for text in texts)),
             "own_texts": len(own_texts),
             **amounts._asdict(),
             "asked": measured.num_questions,

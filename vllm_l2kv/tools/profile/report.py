@@ -62,7 +62,7 @@ def summary(made: Made, model: str) -> str:
         f"{measured.num_answered} exactly.",
         *_needed(profile, measured.loss),
         "",
-        *(line.rstrip() for line in aligned(settings(made))),
+        *_beside_layers(settings(made)),
         "",
         *_how_to_read(made),
         "",
@@ -73,6 +73,12 @@ def summary(made: Made, model: str) -> str:
         f"--kv-memory {USED_MEMORY if USED_MEMORY in memories else memories[-1]:g}",
     ]
     return "\n".join(lines)
+
+
+def _beside_layers(lines: list[list[str]]) -> Iterator[str]:
+    """Lines with the last column, which is long in some, to the left."""
+    for line, text in zip(lines, aligned([line[:-1] for line in lines]), strict=True):
+        yield f"{text}  {line[-1]}"
 
 
 def settings(made: Made) -> list[list[str]]:
@@ -245,13 +251,14 @@ def _norm_maps(made: Made) -> Iterator[_Map]:
 def _direction_maps(made: Made) -> Iterator[_Map]:
     norms = made.measured.norms
     yield _Map(
-        "low_query",
-        "cosine of low-norm keys and queries",
-        norms["low_query"],
+        "all_query",
+        "cosine of keys and queries",
+        norms["all_query"],
         "RdBu",
         -1.0,
         1.0,
-        "Blue: the keys of low norm point where the queries point, so they draw attention although they are short.",
+        "Red: queries point away from keys, so dot products are negative, and the shorter a key the less so: short "
+        "keys draw attention. Blue: long keys do, unless directions differ much.",
     )
     yield _Map(
         "low_first",
@@ -280,14 +287,18 @@ def _directions(made: Made) -> str:
     mean = {name: norms[name].nanmean().item() for name in norms if norms[name].dim() == 2}
     shares = _peak_shares(norms["energy"])
     peaked = (shares >= PEAKED).sum().item()
-    loss = norms["loss"][JUDGED].nanmean().item()
+    loss = norms["loss"][JUDGED]
+    away, towards = norms["all_query"] < 0, norms["all_query"] >= 0
+    lost = [f"{loss[heads].mean().item():.2f}" if heads.any() else "nothing" for heads in (away, towards)]
     return (
-        f"Means over heads. Low-norm keys against queries: cosine {mean['low_query']:.2f}; all keys: "
-        f"{mean['all_query']:.2f}. Low-norm keys against the first tokens' keys: {mean['low_first']:.2f}. "
+        f"Queries point away from keys in {away.sum().item()} heads, where evicting half by norm loses {lost[0]} of "
+        f"the attention, and towards them in {towards.sum().item()}, where it loses {lost[1]}. Means over heads. Keys "
+        f"against queries: cosine {mean['all_query']:.2f}; keys of low norm: {mean['low_query']:.2f}. Those against "
+        f"the first tokens' keys: {mean['low_first']:.2f}. "
         f"{NUM_PEAKS} elements hold {shares.nanmean().item():.0%} of the energy of low-norm keys, half or more of it "
         f"in {peaked} heads. Zeroing them moves {mean['peaks_moved']:.0%} of the attention, zeroing others "
         f"{mean['others_moved']:.0%}. Norms without them lose {mean['loss_without_peaks']:.2f} of the attention at "
-        f"keep ratio {KEEP_RATIOS[JUDGED]:g}, norms as they are {loss:.2f}."
+        f"keep ratio {KEEP_RATIOS[JUDGED]:g}, norms as they are {loss.nanmean().item():.2f}."
     )
 
 
