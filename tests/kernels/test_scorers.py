@@ -8,13 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from weights import made_up_weights
+from weights import made_up_weights, write_profile
 
 from vllm_l2kv.kernels.reference import select
 from vllm_l2kv.params import SCORERS
-from vllm_l2kv.profile import Rope
+from vllm_l2kv.profile import Profile, Rope
 from vllm_l2kv.scorers import Heads, Rows, Scorers, bind, bytes_of_a_head
-from vllm_l2kv.scorers.learned import features
+from vllm_l2kv.scorers.learned import features, weights_of
 
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 32, 3, 8
 
@@ -165,6 +165,25 @@ def test_what_is_learned_takes_the_memory_that_it_says():
         tensor.untyped_storage().nbytes() for tensor in vars(scorer).values() if isinstance(tensor, torch.Tensor)
     )
     assert held == 7 * 3 * bytes_of_a_head(weights)
+
+
+def test_a_profile_gives_its_weights(tmp_path):
+    path, weights = tmp_path / "profile.safetensors", made_up_weights(2, 3, HEAD_SIZE, Rope(4, interleaved=True))
+    write_profile(path, weights)
+    read = weights_of(Profile.read(path))
+    assert read.rope == weights.rope
+    assert all(torch.equal(read.tensors[name], tensor) for name, tensor in weights.tensors.items())
+
+
+@pytest.mark.parametrize("name", ["w1", "b1", "w2", "wl", "b"])
+def test_a_profile_with_other_weights_is_refused(tmp_path, name):
+    """At the start, not at the first request."""
+    weights = made_up_weights(2, 3, HEAD_SIZE)
+    for number, changed in enumerate([{name: weights.tensors[name][:, :2]}, {}]):
+        tensors = {other: tensor for other, tensor in weights.tensors.items() if other != name} | changed
+        profile = write_profile(tmp_path / f"{number}.safetensors", weights, tensors=tensors)
+        with pytest.raises(ValueError, match=rf"damaged: learned\.{name} is .*, not \(2, 3"):
+            weights_of(profile)
 
 
 def test_without_a_profile_nothing_is_learned():

@@ -12,7 +12,7 @@ states. Features and the gate's shape are of this project.
 import torch
 from torch.nn.functional import gelu
 
-from vllm_l2kv.profile import Rope
+from vllm_l2kv.profile import LEARNED, Profile, Rope
 from vllm_l2kv.scorers import Heads, Rows, Scorer, Weights, norms
 
 HIDDEN = 64
@@ -66,6 +66,35 @@ DTYPES = {
     "b": torch.float32,
 }
 """Tensors of the scorer, by their names in `Profile.weights`, to what they are on the device."""
+
+
+def weights_of(profile: Profile) -> Weights:
+    """The weights in a profile, whose names and shapes are right: a wrong one would show at the first request.
+
+    Raises:
+        ValueError: The file is damaged, or has no such weights.
+    """
+    weights = profile.weights()
+    heads = profile.shape.num_layers, profile.shape.num_kv_heads
+    size = num_features(profile.shape.head_size, profile.shape.head_size, profile.rope)
+    for name, shape in shapes_of_a_head(size).items():
+        found = tuple(weights[name].shape) if name in weights else None
+        if found != (*heads, *shape):
+            raise ValueError(
+                f"{profile.path} is damaged: {LEARNED}{name} is {found or 'missing'}, not {(*heads, *shape)}."
+            )
+    return Weights(weights, profile.rope)
+
+
+def shapes_of_a_head(num_features: int) -> dict[str, tuple[int, ...]]:
+    """Of each of its tensors."""
+    return {
+        "w1": (num_features, HIDDEN),
+        "b1": (HIDDEN,),
+        "w2": (HIDDEN,),
+        "wl": (num_features,),
+        "b": (),
+    }
 
 
 def num_features(head_size: int, head_size_v: int, rope: Rope) -> int:

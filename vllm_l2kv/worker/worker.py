@@ -25,7 +25,8 @@ from vllm_l2kv.kv_cache_spec import (
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, with_seconds
 from vllm_l2kv.profile import Profile
 from vllm_l2kv.refusals import check_profile, check_supported
-from vllm_l2kv.scorers import Heads, Scorers, Weights, bind
+from vllm_l2kv.scorers import Heads, Scorers, bind
+from vllm_l2kv.scorers.learned import weights_of
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
 from vllm_l2kv.worker.runner import Runner
@@ -64,7 +65,8 @@ class CompactionWorker(WorkerBase):
         super().__init__(*args, **kwargs)
         check_supported(self.vllm_config)
         self.settings = Settings.from_config(self.vllm_config.additional_config)
-        self._weights = weights_of(self.settings)
+        profile = self.settings.profile
+        self._weights = None if profile is None else weights_of(Profile.read(profile))
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, as full and compressed layers. By now the model is loaded, and its files are here."""
@@ -191,19 +193,6 @@ class TimedOutput(AsyncModelRunnerOutput):
     def get_kv_connector_output(self) -> Any:
         """Same contract as upstream, new in 0.33: what a failed step leaves to the KV connector."""
         return self._output.get_kv_connector_output()
-
-
-def weights_of(settings: Settings) -> Weights | None:
-    """The weights of scorers in the engine's profile; `None` without one.
-
-    Raises:
-        OSError: The profile cannot be read.
-        ValueError: It is none, is damaged, or has no such weights.
-    """
-    if settings.profile is None:
-        return None
-    profile = Profile.read(settings.profile)
-    return Weights(profile.weights(), profile.rope)
 
 
 def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:
