@@ -15,7 +15,8 @@ from vllm_l2kv_server.serve import make_parser, parse
 from vllm_l2kv_server.serve_options import INTERVALS, own_options
 
 from vllm_l2kv.cli import main
-from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, OFFERED_SCORERS
+from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, OFFERED_SCORERS, PROFILE_SCORERS
+from vllm_l2kv.profile import setting_of
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -44,10 +45,24 @@ def test_the_schema_has_our_options(schema):
     assert all("description" in key for key in schema["properties"].values())
 
 
+def options_of(path: Path) -> dict[str, Any]:
+    """What a file sets, with what its profile sets in the place of the profile."""
+    options = yaml.safe_load(path.read_text())
+    profile, memory = (options.pop(key, None) for key in ("kv-profile", "kv-memory"))
+    setting = profile and setting_of(path.parent / profile, memory)
+    if setting:
+        options = {
+            "kv-full-layers": ",".join(map(str, setting.full_layers)),
+            "kv-default-keep-ratio": setting.keep_ratio,
+            "kv-scorer": setting.scorer,
+        } | options
+    return options
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 class TestEach:
     def test_the_parser_takes_it(self, parser, path):
-        options = yaml.safe_load(path.read_text())
+        options = options_of(path)
         args = parse(parser, ["--config", str(path)])
         ours = args.additional_config["l2kv"]
         assert ours.pop("full_layers") == [int(layer) for layer in options.pop("kv-full-layers").split(",")]
@@ -62,15 +77,27 @@ class TestEach:
         assert path.read_text().splitlines()[0] == "# yaml-language-server: $schema=schema.json"
 
     @pytest.mark.engine
-    def test_it_serves(self, parser, monkeypatch, path, tiny_model):
-        """An engine of these options, with what a CPU needs and a model of the same kind instead of the real one."""
-        # With as many layers as Gemma 3 has; the file names some.
-        model = tiny_model("gemma3", num_blocks=6) if "gemma" in path.stem else tiny_model("llama")
+    def test_it_serves(self, parser, monkeypatch, path, tiny_model, tmp_path):
+        """An engine of these options, with what a CPU needs and a model of the same kind instead of the real one.
+
+        A profile is the real one's, so what it sets is set without it.
+        """
+        options = options_of(path)
+        if options["kv-scorer"] in PROFILE_SCORERS:
+            options["kv-scorer"] = "l2"
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+        # With as many layers as the real ones have; the files name some.
+        num_layers = 30 if "demo" in path.stem else 4
+        model = (
+            tiny_model("gemma3", num_blocks=6)
+            if "gemma" in path.stem
+            else tiny_model("llama", num_hidden_layers=num_layers)
+        )
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would win
         words = ["--dtype=float32", "--enforce-eager", "--kv-cache-dtype=auto", "--kv-cache-memory-bytes=64M"]
         words += ["--disable-log-stats"]  # the server's front end takes ours off, and there is none here
         words += [] if path.stem == "long-context" else ["--max-model-len=1024"]
-        args = parse(parser, [str(model), "--config", str(path), *words])
+        args = parse(parser, [str(model), "--config", str(tmp_path / "config.yaml"), *words])
         engine = LLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
         engine.engine_core._finalizer.detach()  # the process groups are shared with the engines of other tests
         engine.add_request("a", {"prompt_token_ids": PROMPT}, keep(0.5))
