@@ -66,7 +66,9 @@ def test_it_is_the_same_again(made, llama, tmp_path):
     ("words", "message"),
     [
         (("--tokens", "100"), "num_tokens must be at least 128, got 100."),
+        (("--tokens", "2020"), "tokens must be at most 2016 for this model, whose context is 4096, got 2020"),
         (("--samples", "0"), "argument --samples"),
+        (("-o", "."), "argument -o: . is a folder; name a file."),
         (("--text", "nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
         (("--device", "abacus"), "device must be cpu, cuda, cuda:N or auto, got abacus."),
         (("--device", "cuda:99"), "device must be there, got cuda:99"),

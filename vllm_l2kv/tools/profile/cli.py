@@ -23,7 +23,8 @@ def profile(argv: Sequence[str]) -> None:
         argv: The words after `profile`.
 
     Raises:
-        SystemExit: With 2 after a bad option or a model that cannot be profiled; one line on standard error.
+        SystemExit: With 2 after a bad option or a model that cannot be profiled, one line on standard error; with 130
+            after an interrupt.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -33,6 +34,8 @@ def profile(argv: Sequence[str]) -> None:
         made = _make(options)
     except RefusedError as refused:
         parser.error(str(refused))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
     from vllm_l2kv.tools.profile.report import summary, write_report
 
@@ -42,6 +45,8 @@ def profile(argv: Sequence[str]) -> None:
 
 def _make(options: Namespace) -> Any:
     """A `Made`."""
+    if options.output.is_dir():
+        raise RefusedError(f"argument -o: {options.output} is a folder; name a file.")
     options.report = options.report or options.output.with_name(f"{options.output.stem}-report")
     try:
         texts = [read_text(name) for name in options.text]

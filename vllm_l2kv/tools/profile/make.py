@@ -23,6 +23,9 @@ from vllm_l2kv.tools.profile.recommend import Recommendation, recommend
 MEASURED, SEARCHED = 0, 1
 """Seeds of the texts that are measured on, and of those that settings are searched with."""
 
+SPARE_TOKENS = 64
+"""Beside a text and its repetition: what lies between them."""
+
 
 class Amounts(NamedTuple):
     """How much is read.
@@ -69,6 +72,7 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
     folder = local_folder(model)
     of_model = fingerprint(folder)
     shape, rope = layout(loaded)
+    _check_length(loaded, amounts.tokens)
     clock.lap("loading")
 
     progress.begin("making up texts and questions")
@@ -112,6 +116,16 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
     )
     tensors = measured.tensors() | {f"{LEARNED}{name}": tensor for name, tensor in trained.weights.items()}
     return Made(profile.write(path, tensors), measured, found)
+
+
+def _check_length(model: Any, num_tokens: int) -> None:
+    """Refuses texts that the model cannot read twice in a row."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and 2 * num_tokens + SPARE_TOKENS > context:
+        raise ValueError(
+            f"tokens must be at most {(context - SPARE_TOKENS) // 2} for this model, whose context is {context}, got "
+            f"{num_tokens}: texts are read twice in a row."
+        )
 
 
 def _scorers(model: Any, shape: Shape, weights: Weights) -> Scorers:
