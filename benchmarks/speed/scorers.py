@@ -1,6 +1,7 @@
 """Compaction by every scorer that requests can ask for, and by blocks of tokens, beside `l2`.
 
 python -m benchmarks.speed.scorers --out h100_scorers.jsonl
+python -m benchmarks.speed.scorers --out again.jsonl --scorers keydiff_value --granularities token
 """
 
 import argparse
@@ -28,6 +29,8 @@ def main() -> None:
     """Times one prompt of the 8B shape at several lengths."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scorers", nargs="+", choices=OFFERED_SCORERS, default=OFFERED_SCORERS)
+    parser.add_argument("--granularities", nargs="+", choices=GRANULARITIES, default=GRANULARITIES)
     args = parser.parse_args()
     compactor = compactor_of_8b(max(LENGTHS), made_up_weights())
     begin = time.perf_counter()
@@ -35,8 +38,8 @@ def main() -> None:
     torch.cuda.synchronize()
     warm_up_s = round(time.perf_counter() - begin, 1)
     cycles = cycles_of_ms(BUSY_MS)
-    for granularity in GRANULARITIES:
-        for scorer in OFFERED_SCORERS:
+    for granularity in args.granularities:
+        for scorer in dict.fromkeys(["l2", *args.scorers]):
             params = CompressionParams(protect_first=0, protect_last=0, scorer=scorer, granularity=granularity)
             for n in LENGTHS:
                 launch = partial(compactor.compact, make_orders(1, n, int(n * KEEP_RATIO), params))

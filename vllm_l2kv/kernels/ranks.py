@@ -6,8 +6,8 @@ import triton.language as tl
 
 from vllm_l2kv.kernels.batch import FIRST_SCORE, NUM_ROWS, ROW_LENGTH, Batch, descending, selection_keys
 
-TILES = (1024, 2048)
-"""Scores that a program sorts at once: the first for requests that fit it, else the last."""
+TILE = 1024
+"""Scores that a program sorts at once; with as few warps and registers as let two programs share a multiprocessor."""
 BUFFERS = 4
 """Numbers of four bytes that one row of a selection takes while it is ranked."""
 MOST_BYTES = 128 << 20
@@ -26,7 +26,9 @@ def selections_at_once(batch: Batch, work: torch.Tensor) -> list[range]:
 
 
 def add_ranks(batch: Batch, out: torch.Tensor, work: torch.Tensor, selections: range, raw: bool) -> None:
-    """Adds the ranks of two scores: 0 for the lowest of a selection; of equals the lower place ranks higher, NaN last.
+    """Adds the ranks of two scores that are cut off to bf16.
+
+    The lowest of a selection has rank 0. Of equals the lower place ranks higher, and NaN ranks lowest.
 
     Args:
         batch: The orders.
@@ -36,10 +38,9 @@ def add_ranks(batch: Batch, out: torch.Tensor, work: torch.Tensor, selections: r
         selections: Some of each order.
         raw: As of `scores.Scored.write`.
     """
-    tile = TILES[0 if batch.longest <= TILES[0] else -1]
     _rank_kernel[(len(selections), len(batch.rows))](
         batch.table, out, work, selections.start, batch.cache.num_selections, len(selections) * batch.num_rows,
-        int(raw), TILE=tile, num_warps=max(tile // 128, 1),
+        int(raw), TILE=TILE, num_warps=max(TILE // 128, 1),
     )  # fmt: skip
 
 
@@ -83,33 +84,36 @@ def _rank_kernel(
 def _sort(keys, more_keys, places, more_places, num_rows, TILE: tl.constexpr):
     """The places of scores from the highest down, in `places` or `more_places`, whichever it returns; a stable sort.
 
-    The keys are scores at first, raw, and undefined afterwards. One digit of four bits a pass, the lowest first. Digits
-    that all keys share are left out: scores of one kind share their upper ones.
+    The keys are scores at first, raw, and undefined afterwards. One digit of four bits a pass, the lowest first. Four
+    digits hold what is ranked: scores cut off to bf16, as the reference does it, to halve the passes. Digits that all
+    keys share are left out: scores of one kind share their upper ones.
     """
     for start in range(0, num_rows, TILE):
         o_row = start + tl.arange(0, TILE)
         m_row = o_row < num_rows
-        b_score = tl.load(keys + o_row, mask=m_row, other=0).to(tl.float32, bitcast=True)
-        tl.store(keys + o_row, descending(b_score), mask=m_row)
+        # NaN that was computed stays NaN: the highest bit of its fraction is set.
+        b_bits = tl.load(keys + o_row, mask=m_row, other=0) & -0x10000
+        b_key = descending(b_bits.to(tl.float32, bitcast=True)) >> 16
+        tl.store(keys + o_row, b_key + 0x8000, mask=m_row)
         tl.store(places + o_row, o_row, mask=m_row)
     tl.debug_barrier()
     o_digit = tl.arange(0, 16)
     num_padding = (TILE - num_rows % TILE) % TILE
-    for shift in range(0, 32, 4):
+    for shift in range(0, 16, 4):
         b_count = tl.where(o_digit == 15, -num_padding, 0)
         for start in range(0, num_rows, TILE):
             o_row = start + tl.arange(0, TILE)
-            b_key = tl.load(keys + o_row, mask=o_row < num_rows, other=0x7FFFFFFF)
-            b_count += tl.histogram(_digits(b_key, shift), 16)
+            b_key = tl.load(keys + o_row, mask=o_row < num_rows, other=0xFFFF)
+            b_count += tl.histogram((b_key >> shift) & 15, 16)
         if tl.max(b_count, axis=0) < num_rows:
             b_next = tl.cumsum(b_count, axis=0) - b_count
             for start in range(0, num_rows, TILE):
                 o_row = start + tl.arange(0, TILE)
                 m_row = o_row < num_rows
                 # Padding has the last digit and comes last, so it takes the rank of no row.
-                b_key = tl.load(keys + o_row, mask=m_row, other=0x7FFFFFFF)
+                b_key = tl.load(keys + o_row, mask=m_row, other=0xFFFF)
                 b_place = tl.load(places + o_row, mask=m_row, other=0)
-                b_digit = _digits(b_key, shift)
+                b_digit = (b_key >> shift) & 15
                 o_to = tl.gather(b_next, b_digit, axis=0) + _ranks_in_tile(b_digit)
                 tl.store(more_keys + o_to, b_key, mask=m_row)
                 tl.store(more_places + o_to, b_place, mask=m_row)
@@ -118,12 +122,6 @@ def _sort(keys, more_keys, places, more_places, num_rows, TILE: tl.constexpr):
             keys, more_keys = more_keys, keys
             places, more_places = more_places, places
     return places
-
-
-@triton.jit
-def _digits(b_key, shift):
-    """Four bits of each key, so that those of negative keys come first."""
-    return ((b_key ^ -0x80000000) >> shift) & 15
 
 
 @triton.jit
