@@ -11,7 +11,7 @@ ARGS ?=
 PIP_ARGS ?=
 
 # Folders whose tests start no engine; those that do are marked, and left out.
-FAST := $(addprefix tests/,unit install kernels scheduler worker contract server bench)
+FAST := $(addprefix tests/,unit install kernels scheduler worker contract server bench profile)
 # The others, and the marked ones.
 ENGINES := $(filter-out $(FAST),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))) \
   tests/server/test_configs.py::TestEach::test_it_serves

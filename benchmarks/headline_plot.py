@@ -71,7 +71,8 @@ def draw_quality(axes: Axes, scores_of: Callable[[Sequence[Row]], Scores | None]
                 for line in METHODS if method == WHOLE else [method]:
                     points[line][memory] = pooled(scores)
         for method, color in METHODS.items():
-            draw_intervals(axes, points[method], color=color, linestyle=style, label=f"{method}, {MODELS[name]}")
+            if points[method]:
+                draw_intervals(axes, points[method], color=color, linestyle=style, label=f"{method}, {MODELS[name]}")
 
 
 def excess_loss(cells: Sequence[Row]) -> Scores | None:

@@ -26,7 +26,7 @@ LONG_ANSWERS = "long_answers"
 """Aggregates of the task `copy` under budgets."""
 SHOWN = {"perplexity": "loss above that of the whole cache in nats a token, less is better"}
 SCORE = "score from 0 to 1, more is better"
-NOTHING_YET = "Not measured yet."
+NOTHING_YET = "Not measured, or not to its end."
 Row = Mapping[str, Any]
 
 

@@ -31,7 +31,7 @@ def unbound_threads(monkeypatch):
     ("num_kv_heads", "full_layers"),
     [
         pytest.param(2, (0,), id="one KV head a rank, layer 0 full"),
-        pytest.param(1, (), id="replicated, none full"),
+        pytest.param(1, (), id="replicated, none full", marks=pytest.mark.slow),
         pytest.param(2, (), id="one KV head a rank, none full", marks=pytest.mark.slow),
         pytest.param(1, (0,), id="replicated, layer 0 full", marks=pytest.mark.slow),
     ],

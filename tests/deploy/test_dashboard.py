@@ -94,6 +94,7 @@ def filled_in(expression: str) -> str:
     return expression
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", sorted(PANELS))
 def test_every_query_of_a_panel_has_data(prometheus, title):
     for target in PANELS[title]["targets"]:
@@ -112,6 +113,7 @@ def test_every_query_of_a_panel_has_data(prometheus, title):
         ("kind", "Compactions by kind", {"ratio", "answer_budget"}),
     ],
 )
+@pytest.mark.slow
 def test_panels_tell_apart(prometheus, label, title, told_apart):
     (target,) = PANELS[title]["targets"]
     query = f"count by ({label}) ({filled_in(target['expr'])} > 0)"
@@ -120,6 +122,7 @@ def test_panels_tell_apart(prometheus, label, title, told_apart):
     assert {series["metric"][label] for series in answer["data"]["result"]} >= told_apart
 
 
+@pytest.mark.slow
 def test_a_document_is_found(prometheus):
     prompt, found = (
         values(prometheus, filled_in(target["expr"]))
@@ -128,6 +131,7 @@ def test_a_document_is_found(prometheus):
     assert 0 < sum(found) < sum(prompt)
 
 
+@pytest.mark.slow
 def test_variables_offer_what_there_is(prometheus, server):
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
@@ -136,6 +140,7 @@ def test_variables_offer_what_there_is(prometheus, server):
             assert answer["data"] == [{"model_name": MODEL, "instance": server.url.removeprefix("http://")}[label]]
 
 
+@pytest.mark.slow
 def test_every_alert_is_evaluated(prometheus):
     (group,) = prometheus.get("/rules").json()["data"]["groups"]
     assert {rule["health"] for rule in group["rules"]} == {"ok"}

@@ -75,6 +75,7 @@ def vllm_bench_serve(server, folder: Path, demo_model: Path, extra_body: str) ->
     )
 
 
+@pytest.mark.slow
 def test_vllm_bench_serve(server, tmp_path, demo_model):
     done = vllm_bench_serve(server, tmp_path, demo_model, '{"kv_keep_ratio": 0.5}')
     assert done.returncode == 0, done.stderr
@@ -83,6 +84,7 @@ def test_vllm_bench_serve(server, tmp_path, demo_model):
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (300, 12)
 
 
+@pytest.mark.slow
 def test_vllm_bench_serve_is_told_of_a_misspelt_field(server, tmp_path, demo_model):
     """So the fields of `--extra-body` do arrive as fields of the request."""
     vllm_bench_serve(server, tmp_path, demo_model, '{"kv_keep_rate": 0.5}')

@@ -27,7 +27,7 @@ SETTINGS = sorted(
     path
     for folder in ("configs", "docker")
     for path in (ROOT / folder).rglob("*")
-    if path.is_file() and path.suffix != ".json"
+    if path.is_file() and path.suffix not in (".json", ".safetensors")
 )
 BLOCK = re.compile(r"^(?:<!-- .*? -->\n)?```(?P<language>\w+)\n(?P<code>(?:.*\n)*?)```$", re.MULTILINE)
 ASKING = {"create", "SamplingParams", "ChatOpenAI", "OpenAILike"}
