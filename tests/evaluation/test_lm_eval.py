@@ -11,6 +11,8 @@ import httpx
 import pytest
 from http_server import Server, expected_usage
 
+pytestmark = pytest.mark.slow
+
 MODEL = "SmolLM2-135M-Instruct"
 NUMBERS = {"Anna": "4817", "Brenda": "2963", "Clara": "7354", "Dora": "1640", "Edith": "8092", "Flora": "5271"}
 BOOK = "".join(["Harbour book.\n", *(f"{name}: {number}\n" for name, number in NUMBERS.items()), "Once more.\n"])
