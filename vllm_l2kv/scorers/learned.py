@@ -9,6 +9,8 @@ Reconstruction", arXiv 2505.23416; a gate that learns it is that of Fast KVzip, 
 states. Features and the gate's shape are of this project.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch.nn.functional import gelu
 
@@ -47,11 +49,8 @@ class Bound(Scorer):
 
     def score(self, rows: Rows) -> torch.Tensor:
         own = rows.layer, slice(rows.first_head, rows.first_head + rows.keys.shape[0])
-        x = features(rows.keys, rows.values, self.rope).bfloat16().float()
-        hidden = gelu(x @ self.w1[own].float() + self.b1[own].unsqueeze(-2), approximate="tanh")
-        # Sums of products in place of products of matrices, which GPUs may round to fewer bits.
-        of_hidden = (hidden * self.w2[own].unsqueeze(-2)).sum(dim=-1)
-        return of_hidden + (x * self.wl[own].float().unsqueeze(-2)).sum(dim=-1) + self.b[own].unsqueeze(-1)
+        inputs = features(rows.keys, rows.values, self.rope).bfloat16()
+        return scores_of(inputs, {name: getattr(self, name)[own] for name in DTYPES})
 
     @staticmethod
     def bytes_of_a_head(weights: Weights) -> int:
@@ -66,6 +65,24 @@ DTYPES = {
     "b": torch.float32,
 }
 """Tensors of the scorer, by their names in `Profile.weights`, to what they are on the device."""
+
+
+def scores_of(inputs: torch.Tensor, networks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the networks of a layer's heads make of rows.
+
+    Args:
+        inputs: `[num_heads, num_rows, num_features]`, of `features`.
+        networks: By the names in `DTYPES`, each `[num_heads, ...]`.
+
+    Returns:
+        `[num_heads, num_rows]` fp32.
+    """
+    x = inputs.float()
+    hidden = gelu(x @ networks["w1"].float() + networks["b1"].unsqueeze(-2), approximate="tanh")
+    # Sums of products in place of products of matrices, which GPUs may round to fewer bits.
+    of_hidden = (hidden * networks["w2"].unsqueeze(-2)).sum(dim=-1)
+    linear = (x * networks["wl"].float().unsqueeze(-2)).sum(dim=-1)
+    return of_hidden + linear + networks["b"].unsqueeze(-1)
 
 
 def weights_of(profile: Profile) -> Weights:

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import gelu
 
 from vllm_l2kv.profile import Rope
-from vllm_l2kv.scorers.learned import HIDDEN, features
+from vllm_l2kv.scorers.learned import HIDDEN, features, scores_of
 from vllm_l2kv.tools.evaluation.progress import Progress
 
 PROTECTED = 4
@@ -210,11 +210,3 @@ def _overlap(
             )
             found.append((kept & looked_at).sum(-1).float().mean() / num_keep)
     return torch.stack(found).view(num_held_out, -1).mean(0)
-
-
-def scores_of(inputs: torch.Tensor, networks: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Of features `[H, T, F]` by the networks of a layer: `[H, T]`; up to rounding those of the scorer `learned`."""
-    x = inputs.float()
-    hidden = gelu(x @ networks["w1"].float() + networks["b1"][:, None], approximate="tanh")
-    scores: torch.Tensor = (hidden @ networks["w2"][..., None] + x @ networks["wl"].float()[..., None])[..., 0]
-    return scores + networks["b"][:, None]

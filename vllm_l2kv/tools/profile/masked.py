@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from vllm_l2kv.tools.profile.observe import MAX_SCORES, UNKNOWN, attending
+from vllm_l2kv.tools.profile.observe import MAX_SCORES, UNKNOWN, attending, visible_scores
 
 Watch = Callable[[int, torch.Tensor], None]
 
@@ -149,14 +149,8 @@ def _attend(
     past = torch.einsum("chgnd,htd->chgnt", query, past_keys)
     new = torch.einsum("chgnd,chmd->chgnm", query, key)
     scores = torch.cat((past, new), -1).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    # How far back of each new token a row is.
     distance = torch.arange(n, device=query.device)[:, None] - torch.arange(-num_past, n, device=query.device)
-    seen = distance >= 0
-    if sliding_window is not None:
-        seen &= distance < sliding_window
-    scores.masked_fill_(~seen, -torch.inf)
+    scores = visible_scores(scores, distance, softcap, sliding_window)
     if sliding_window is None:
         kept = masked.keep[:, module.layer_idx, :, None, None].to(scores.device)
         scores[..., :num_past].masked_fill_(~kept, -torch.inf)

@@ -59,11 +59,25 @@ class Seen(NamedTuple):
         for begin in range(first, num_tokens, at_once):
             some = self.queries[:, begin : begin + at_once].float().reshape(num_heads, -1, head_size)
             scores = (some @ keys * self.scale).view(num_heads, len(self.queries) // num_heads, -1, num_tokens)
-            if self.softcap is not None:
-                scores = self.softcap * torch.tanh(scores / self.softcap)
             distance = places[begin : begin + at_once, None] - places
-            hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
-            yield scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+            yield visible_scores(scores, distance, self.softcap, self.window).softmax(-1)
+
+
+def visible_scores(
+    scores: torch.Tensor, distance: torch.Tensor, softcap: float | None, window: int | None
+) -> torch.Tensor:
+    """Bounded attention scores, those of rows that a query does not see at minus infinity.
+
+    Args:
+        scores: `[..., n, T]` fp32, scaled dot products of n queries; overwritten.
+        distance: `[n, T]`, how far before each query a row is.
+        softcap: As of `Seen`.
+        window: The same.
+    """
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return scores.masked_fill_(hidden, -torch.inf)
 
 
 @torch.inference_mode()
