@@ -5,7 +5,7 @@ Importing this package imports neither vLLM nor torch and patches nothing; vLLM 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import FIELDS, FIELDS_WITH_DEFAULTS, CompressionParams, Field, FieldValue
 from vllm_l2kv.profile import setting_of
-from vllm_l2kv.settings import CONFIG_KEY, Settings
+from vllm_l2kv.settings import CONFIG_KEY, Settings, heads_by_layer
 
 try:
     __version__ = version("vllm-l2kv")
@@ -45,6 +45,7 @@ def compression(keep_ratio: float | None = None, **others: FieldValue | None) ->
 
 def engine_args(
     full_layers: Iterable[int] | None = None,
+    full_heads: Mapping[int, Sequence[int]] | None = None,
     metrics: bool = Settings.metrics,
     prompt_interval: int = Settings.prompt_interval,
     answer_interval: int = Settings.answer_interval,
@@ -58,6 +59,8 @@ def engine_args(
 
     Args:
         full_layers: Indices of layers that never compact; `None` for those of the profile, or 0 and 1 without one.
+        full_heads: Layers to those of their KV heads that never compact, such as `{7: [0, 2], 12: [1]}`; `None` for no
+            heads beside those of full layers.
         metrics: Report compactions to the front end, for `/metrics`. Only for servers of vllm-l2kv: vLLM's `LLM` would
             not know what to do with it.
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt.
@@ -90,6 +93,7 @@ def engine_args(
         layers, params = setting.full_layers, {"keep_ratio": setting.keep_ratio, "scorer": setting.scorer} | params
     settings = Settings(
         full_layers=Settings.full_layers if layers is None else layers,
+        full_heads=heads_by_layer(full_heads or {}),
         defaults=CompressionParams(**params),
         metrics=metrics,
         prompt_interval=prompt_interval,

@@ -8,12 +8,12 @@ import argparse
 import json
 import math
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from vllm_l2kv.field_kinds import Choice, Count, Kind, ParamError, Ratio
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.settings import DEFAULT_MEMORY, Settings
+from vllm_l2kv.settings import DEFAULT_MEMORY, Settings, heads_by_layer
 
 T = TypeVar("T")
 DEFAULT_LAYERS = ",".join(map(str, Settings.full_layers))
@@ -105,6 +105,56 @@ def layers(word: str) -> tuple[int, ...]:
         return tuple(Count().check("layer", json.loads(index)) for index in word.split(",") if word.strip())
     except ValueError:
         raise ArgumentTypeError(f"layer indices >= 0 with commas between them, such as 0,1, got {word!r}.") from None
+
+
+def heads(word: str) -> dict[int, tuple[int, ...]]:
+    """KV heads by layers: `7:0,2 12:1`, or a JSON object as a config file has it. An empty word names none."""
+    try:
+        if word.lstrip().startswith("{"):
+            return heads_by_layer(json.loads(word))
+        pairs = (entry.partition(":") for entry in word.split())
+        return _joined({layer: [json.loads(head) for head in of.split(",")]} for layer, _, of in pairs)
+    except ValueError:
+        raise ArgumentTypeError(
+            f"LAYER:HEAD,HEAD with numbers >= 0, one word for each layer, such as 7:0,2 12:1, got {word!r}."
+        ) from None
+
+
+class _JoinHeads(argparse.Action):
+    """Joins the words of one option; the next option of the same name replaces them."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, _joined(values))
+
+
+def _joined(named: Iterable[Mapping[Any, Sequence[int]]]) -> dict[int, tuple[int, ...]]:
+    """Heads that several mappings name, some for the same layer.
+
+    Raises:
+        ValueError: A layer or a head that cannot be.
+    """
+    found: dict[int, tuple[int, ...]] = {}
+    for mapping in named:
+        for layer, of in heads_by_layer(mapping).items():
+            found[layer] = found.get(layer, ()) + of
+    return heads_by_layer(found)
+
+
+def add_full_heads(add: Callable[..., Any], option: str) -> None:
+    """Adds the option that names full heads; `None` unless it is given.
+
+    Args:
+        add: `add_argument` of a parser, or of a group.
+        option: Its name.
+    """
+    add(
+        option,
+        type=heads,
+        nargs="+",
+        action=_JoinHeads,
+        metavar="LAYER:HEAD,HEAD",
+        help="KV heads that never compact, one word for each layer, such as 7:0,2 12:1; an empty string means none",
+    )
 
 
 def protection(word: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ Travels to every process inside vLLM's own `additional_config`, under the key `l
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -30,6 +30,8 @@ class Settings:
 
     Attributes:
         full_layers: Indices of layers that never compact; the paper's skipped layers are 0 and 1.
+        full_heads: Layers to those of their KV heads that never compact. Heads have their numbers in the model, over
+            all tensor-parallel ranks. A layer whose heads are all named is a full layer.
         defaults: Params of a request that gives no field.
         metrics: Whether the engine reports statistics to its front end, which must then be that of vllm-l2kv.
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt, at least 1.
@@ -38,11 +40,12 @@ class Settings:
         evaluation_scorers: Whether requests may name `params.EVALUATION_SCORERS`.
 
     Raises:
-        ValueError: An index that is not a non-negative integer, an interval out of bounds, or a default scorer that
-            these settings do not allow.
+        ValueError: An index of a layer or a head that is not a non-negative integer, an interval out of bounds, or a
+            default scorer that these settings do not allow.
     """
 
     full_layers: tuple[int, ...] = (0, 1)
+    full_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
     defaults: CompressionParams = field(default_factory=CompressionParams)
     metrics: bool = False
     prompt_interval: int = Intervals().prompt
@@ -63,6 +66,7 @@ class Settings:
         for name in ("prompt_interval", "answer_interval"):
             Count(1).check(name, getattr(self, name))
         object.__setattr__(self, "full_layers", tuple(sorted(set(layers))))
+        object.__setattr__(self, "full_heads", heads_by_layer(self.full_heads))
         self._check_scorer(self.defaults.scorer)
 
     @property
@@ -85,6 +89,7 @@ class Settings:
         """A JSON-able form for `additional_config["l2kv"]`: attributes, and the defaults by their fields' names."""
         config = {name: getattr(self, name) for name in _own_keys()}
         config |= {field.name: getattr(self.defaults, field.attribute) for field in FIELDS_WITH_DEFAULTS}
+        config["full_heads"] = {str(layer): list(heads) for layer, heads in self.full_heads.items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
 
     @classmethod
@@ -117,6 +122,34 @@ class Settings:
                 f"kv_scorer {scorer!r} is slow and would hold up other requests, so only `vllm-l2kv eval` takes it; "
                 f"choose one of {', '.join(OFFERED_SCORERS)}.",
             )
+
+
+def heads_by_layer(named: Any) -> dict[int, tuple[int, ...]]:
+    """Checks and sorts `Settings.full_heads`.
+
+    Args:
+        named: Layers to lists of KV heads; layers may be words, as JSON has them.
+
+    Returns:
+        Only layers of which heads are named.
+
+    Raises:
+        ValueError: Another value.
+    """
+    if not isinstance(named, Mapping):
+        raise ValueError(f"full_heads must map layer indices to lists of KV heads, got {named!r}.")
+    found = {}
+    for layer, heads in named.items():
+        if not str(layer).isdecimal():
+            raise ValueError(f"full_heads must name layers by indices >= 0, got {layer!r}.")
+        if not isinstance(heads, Sequence) or isinstance(heads, str):
+            raise ValueError(f"full_heads must give layer {layer} a list of KV heads, got {heads!r}.")
+        for head in heads:
+            if isinstance(head, bool) or not isinstance(head, int) or head < 0:
+                raise ValueError(f"full_heads must give layer {layer} KV heads >= 0, got {head!r}.")
+        if heads:
+            found[int(layer)] = tuple(sorted(set(heads)))
+    return dict(sorted(found.items()))
 
 
 def _own_keys() -> list[str]:

@@ -89,6 +89,7 @@ class KVCompressionInfo(BaseModel):
     models: list[str]
     fields: list[FieldInfo]
     full_layers: list[int]
+    full_heads: dict[int, list[int]]
     prompt_interval: int
     answer_interval: int
     kv_cache_groups: list[KVCacheGroup]

@@ -147,6 +147,7 @@ def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]
             for field in REQUEST_FIELDS
         ],
         full_layers=list(settings.full_layers),
+        full_heads={layer: list(heads) for layer, heads in settings.full_heads.items()},
         prompt_interval=settings.prompt_interval,
         answer_interval=settings.answer_interval,
         kv_cache_groups=[KVCacheGroup(**group) for group in groups],

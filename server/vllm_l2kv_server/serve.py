@@ -199,6 +199,7 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
     try:
         ours = engine_args(
             full_layers=args.kv_full_layers,
+            full_heads=args.kv_full_heads,
             metrics=True,
             prompt_interval=args.kv_prompt_interval,
             answer_interval=args.kv_answer_interval,

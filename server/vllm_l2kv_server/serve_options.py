@@ -7,7 +7,7 @@ import argparse
 import json
 from typing import Any
 
-from vllm_l2kv.cli_types import DEFAULT_LAYERS, MEMORY, PROFILE, add_profile, layers, positive, taken_by
+from vllm_l2kv.cli_types import DEFAULT_LAYERS, MEMORY, PROFILE, add_full_heads, add_profile, layers, positive, taken_by
 from vllm_l2kv.field_kinds import Count, Ratio
 from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, Field
 from vllm_l2kv.settings import DEFAULT_MEMORY, Settings
@@ -36,6 +36,7 @@ def own_options() -> argparse.ArgumentParser:
         metavar="I,J,...",
         help=f"layers that never compact; an empty string means none (default: {DEFAULT_LAYERS}, the paper's)",
     )
+    add_full_heads(group.add_argument, "--kv-full-heads")
     add_profile(group.add_argument, "full layers, --kv-default-keep-ratio and --kv-scorer")
     for field in FIELDS_WITH_DEFAULTS:
         what = field.description[0].lower() + field.description[1:].rstrip(".")
@@ -79,6 +80,12 @@ def config_schema() -> str:
             "type": ["array", "integer", "string"],
             "items": {"type": "integer", "minimum": 0},
             "default": list(Settings.full_layers),
+        },
+        "kv-full-heads": {
+            "description": "Layers to lists of those of their KV heads that never compact.",
+            "type": ["object", "string"],
+            "additionalProperties": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+            "default": {},
         },
         "kv-profile": {
             "description": "A " + PROFILE + ", relative to the folder of the config file. What is not given comes from "

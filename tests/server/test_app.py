@@ -39,7 +39,7 @@ class FakeClient:
 
     def __init__(self, defaults: CompressionParams, groups=GROUPS):
         self.vllm_config = SimpleNamespace(
-            additional_config={"l2kv": Settings((0, 1), defaults).as_config()},
+            additional_config={"l2kv": Settings((0, 1), defaults=defaults).as_config()},
             parallel_config=SimpleNamespace(_api_process_rank=1),
             model_config=SimpleNamespace(is_encoder_decoder=False),
         )
@@ -277,7 +277,7 @@ def test_info(app):
     info = request(app, "GET", "/v1/kv_compression").json()
     fields = info.pop("fields")
     intervals = {"prompt_interval": 2048, "answer_interval": 256}
-    assert info == {"models": ["m"], "full_layers": [0, 1], **intervals, "kv_cache_groups": GROUPS}
+    assert info == {"models": ["m"], "full_layers": [0, 1], "full_heads": {}, **intervals, "kv_cache_groups": GROUPS}
     assert [field["name"] for field in fields] == list(FIELD_NAMES)
     shown = ("kv_keep_ratio", "kv_max_tokens", "kv_protect_last", "kv_scorer", "kv_prefix_messages")
     of_each_type = [field for field in fields if field["name"] in shown]

@@ -6,7 +6,7 @@ import json
 import pytest
 from vllm_l2kv_server.config_file import ConfigFileError, option_names, read_config_file
 
-from vllm_l2kv.cli_types import layers, positive, ratio
+from vllm_l2kv.cli_types import add_full_heads, layers, positive, ratio
 
 
 def some_parser() -> argparse.ArgumentParser:
@@ -18,6 +18,7 @@ def some_parser() -> argparse.ArgumentParser:
     add("--host")
     add("--port", type=int, default=8000)
     add("--kv-full-layers", type=layers, default=(0, 1))
+    add_full_heads(add, "--kv-full-heads")
     add("--kv-default-keep-ratio", type=ratio)
     add("--max-body-mib", type=positive)
     add("--enforce-eager", action=argparse.BooleanOptionalAction)
@@ -55,6 +56,9 @@ def read(tmp_path):
         ("kv-full-layers: []", ["--kv-full-layers="]),
         ('kv-full-layers: ""', ["--kv-full-layers="]),
         ("kv-full-layers: 3", ["--kv-full-layers=3"]),
+        ("kv-full-heads: {7: [0, 2], 12: [1]}", ['--kv-full-heads={"7": [0, 2], "12": [1]}']),
+        ("kv-full-heads: {}", ["--kv-full-heads={}"]),
+        ("kv-full-heads: 7:0,2 12:1", ["--kv-full-heads=7:0,2 12:1"]),
         ("enforce-eager: true", ["--enforce-eager"]),
         ("enforce-eager: false", ["--no-enforce-eager"]),
         ("headless: false", []),
@@ -98,6 +102,7 @@ def test_words(read, text, words):
         ("kv-default-keep-ratio: 0", "--kv-default-keep-ratio: R must satisfy 0 < R <= 1, got 0"),
         ("max_body_mib: 0", "config.yaml: argument --max-body-mib: N must satisfy 1 <= N <= 2147483647, got 0"),
         ("kv-full-layers: [0, -1]", "argument --kv-full-layers: layer indices >= 0 with commas between them"),
+        ("kv-full-heads: {7: 0}", "argument --kv-full-heads: LAYER:HEAD,HEAD with numbers >= 0"),
         ("dtype: int8", "config.yaml: argument --dtype: invalid choice: 'int8' (choose from "),
         ("[a, b]", "must hold a mapping"),
         ("a: [", "is not YAML"),

@@ -24,6 +24,7 @@ from vllm_l2kv.tools.plan.cli import take_profile
 ROOT = Path(__file__).parents[2]
 EXPECTED = {
     "full_layers": (0, 1),
+    "full_heads": {},
     "prompt_interval": 2048,
     "answer_interval": 256,
     "kv_keep_ratio": 1.0,
@@ -38,7 +39,9 @@ OF_REQUESTS = {"kv_prefix_tokens": None, "kv_prefix_messages": None}
 
 
 def of(settings: Settings) -> dict[str, Any]:
-    own = {name: getattr(settings, name) for name in ("full_layers", "prompt_interval", "answer_interval")}
+    own = {
+        name: getattr(settings, name) for name in ("full_layers", "full_heads", "prompt_interval", "answer_interval")
+    }
     fields = settings.defaults.as_fields()
     assert fields.pop("kv_prefix_tokens") is None
     return {**own, **fields}
@@ -69,6 +72,7 @@ def test_additional_config_with_one_word(name):
     """What is not given keeps its default, whatever else is given."""
     other = {
         "full_layers": (3,),
+        "full_heads": {3: (1,)},
         "kv_keep_ratio": 0.5,
         "kv_max_tokens": 700,
         "kv_scorer": "keydiff",
@@ -148,7 +152,8 @@ def test_the_server_describes_what_it_does():
     described = _describe(["m"], Settings.from_config({CONFIG_KEY: {}}), [])
     fields = {field.name: field.default for field in described.fields}
     intervals = {"prompt_interval": described.prompt_interval, "answer_interval": described.answer_interval}
-    assert {"full_layers": tuple(described.full_layers), **intervals, **fields} == {**EXPECTED, **OF_REQUESTS}
+    full = {"full_layers": tuple(described.full_layers), "full_heads": described.full_heads}
+    assert {**full, **intervals, **fields} == {**EXPECTED, **OF_REQUESTS}
 
 
 @pytest.mark.parametrize("task", ["perplexity", "passkey", "needle", "ruler"])
@@ -162,7 +167,7 @@ def test_eval(task):
         for variant in variants(options.scorers, options.ratios, options.protect, options.granularities)
         if variant.scorer == EXPECTED["kv_scorer"] and variant.keep_ratio < 1
     }
-    assert of(Settings(options.full_layers, measured)) == {**EXPECTED, "kv_keep_ratio": 0.5}
+    assert of(Settings(options.full_layers, defaults=measured)) == {**EXPECTED, "kv_keep_ratio": 0.5}
 
 
 def test_variants_named_by_nothing_but_scorers_and_ratios():

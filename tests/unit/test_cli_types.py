@@ -5,8 +5,20 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from vllm_l2kv.cli_types import OneLineParser, count, layers, list_of, one_of, positive, ratio, real
+from vllm_l2kv.cli_types import (
+    OneLineParser,
+    add_full_heads,
+    count,
+    heads,
+    layers,
+    list_of,
+    one_of,
+    positive,
+    ratio,
+    real,
+)
 
+HEADS = "LAYER:HEAD,HEAD with numbers >= 0, one word for each layer, such as 7:0,2 12:1"
 share = real("D", "0 <= D <= 1", lambda value: 0 <= value <= 1)
 
 
@@ -22,6 +34,11 @@ share = real("D", "0 <= D <= 1", lambda value: 0 <= value <= 1)
         (layers, "3,1", (3, 1)),
         (layers, " 0, 1 ", (0, 1)),
         (layers, "", ()),
+        (heads, "7:0,2 12:1", {7: (0, 2), 12: (1,)}),
+        (heads, "7:2 7:0,2", {7: (0, 2)}),
+        (heads, '{"7": [2, 0]}', {7: (0, 2)}),
+        (heads, "", {}),
+        (heads, "{}", {}),
         (one_of(("a", "b")), "b", "b"),
         (list_of(ratio), "0.5, 0.25,", [0.5, 0.25]),
     ],
@@ -47,6 +64,13 @@ def test_values(parse, word, value):
         (real("G", "0 < G", lambda value: value > 0), "inf", "G must be a number with 0 < G, got inf."),
         (layers, "0,-1", "layer indices >= 0 with commas between them, such as 0,1, got '0,-1'."),
         (layers, "0,1.0", "layer indices >= 0 with commas between them, such as 0,1, got '0,1.0'."),
+        (heads, "7", f"{HEADS}, got '7'."),
+        (heads, "[7]:0", f"{HEADS}, got '[7]:0'."),
+        (heads, "7:0 x:1", f"{HEADS}, got '7:0 x:1'."),
+        (heads, "7:-1", f"{HEADS}, got '7:-1'."),
+        (heads, "7:1.0", f"{HEADS}, got '7:1.0'."),
+        (heads, '{"7": 1}', f"{HEADS}, got '{{\"7\": 1}}'."),
+        (heads, "{7: 1}", f"{HEADS}, got '{{7: 1}}'."),
         (one_of(("a", "b")), "c", "'c' is not one of a, b."),
         (list_of(ratio), "0.5,2", "R must satisfy 0 < R <= 1, got 2."),
         (list_of(ratio), " , ", "at least one is needed."),
@@ -56,6 +80,22 @@ def test_errors(parse, word, message):
     with pytest.raises(ArgumentTypeError) as caught:
         parse(word)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], None),
+        (["--heads", ""], {}),
+        (["--heads", "7:0,2", "12:1", "7:1"], {7: (0, 1, 2), 12: (1,)}),
+        (["--heads", "7:0", "--heads", "12:1"], {12: (1,)}),
+        (['--heads={"7": [0]}'], {7: (0,)}),
+    ],
+)
+def test_heads_of_several_words(words, value):
+    parser = OneLineParser(prog="p")
+    add_full_heads(parser.add_argument, "--heads")
+    assert parser.parse_args(words).heads == value
 
 
 def test_errors_are_one_line(capsys):

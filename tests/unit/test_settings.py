@@ -9,10 +9,13 @@ from vllm_l2kv.settings import CONFIG_KEY, Settings
 
 def test_settings_survive_the_trip_through_additional_config():
     params = CompressionParams(0.25, 4, 64, "learned", "block")
-    settings = Settings((3, 0, 3), params, profile="a/model.safetensors", evaluation_scorers=True)
+    settings = Settings(
+        (3, 0, 3), {7: [2, 0, 2], 5: (), 1: (3,)}, params, profile="a/model.safetensors", evaluation_scorers=True
+    )
     config = json.loads(json.dumps({CONFIG_KEY: settings.as_config(), "other": 1}))
     assert Settings.from_config(config) == settings
     assert settings.full_layers == (0, 3)
+    assert settings.full_heads == {1: (3,), 7: (0, 2)}
 
 
 def refusal_of(settings: Settings, scorer: str) -> str | None:
@@ -46,6 +49,13 @@ def test_scorers_that_an_engine_has(scorer):
         ({"full_layers": [-1]}, "layer indices >= 0"),
         ({"full_layers": [True]}, "layer indices >= 0"),
         ({"full_layers": ["0"]}, "layer indices >= 0"),
+        ({"full_heads": [0]}, r"full_heads must map layer indices to lists of KV heads, got \[0\]"),
+        ({"full_heads": {"-1": [0]}}, "full_heads must name layers by indices >= 0, got '-1'"),
+        ({"full_heads": {True: [0]}}, "full_heads must name layers by indices >= 0, got True"),
+        ({"full_heads": {"7": 0}}, "full_heads must give layer 7 a list of KV heads, got 0"),
+        ({"full_heads": {"7": "02"}}, "full_heads must give layer 7 a list of KV heads, got '02'"),
+        ({"full_heads": {"7": [0, -2]}}, "full_heads must give layer 7 KV heads >= 0, got -2"),
+        ({"full_heads": {"7": [True]}}, "full_heads must give layer 7 KV heads >= 0, got True"),
         ({"profile": 3}, "profile must be the path of a file, got 3"),
         ({"profile": ""}, "profile must be the path of a file"),
         ({"evaluation_scorers": 1}, "evaluation_scorers must be true or false"),

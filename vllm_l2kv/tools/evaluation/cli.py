@@ -11,6 +11,7 @@ from vllm_l2kv.cli_types import (
     DEFAULT_PROTECTION,
     DefaultsFormatter,
     OneLineParser,
+    add_full_heads,
     add_profile,
     count,
     layers,
@@ -154,6 +155,7 @@ def _measure(options: argparse.Namespace) -> None:
                 options.full_layers,
                 intervals,
                 options.kv_profile,
+                options.full_heads,
                 max_model_len=options.max_model_len or longest,
             )
             progress.begin(f"making prompts for {options.task}")
@@ -251,6 +253,7 @@ def _eval_parser() -> argparse.ArgumentParser:
             metavar="I,J",
             help=f"layers that never compact (default: {DEFAULT_LAYERS})",
         )
+        add_full_heads(add, "--full-heads")
         add_profile(add, "--full-layers, --ratios and --scorers")
         amounts = options.add_mutually_exclusive_group()
         amounts.add_argument(

@@ -1,7 +1,7 @@
 """Answers to cases under every variant, by the real engine."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import vllm_l2kv
 from vllm_l2kv.messages.usage import take_usage
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import CompactionPoints, Intervals, num_keep
+from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
 from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.evaluation.variants import HIDDEN, SEEN
@@ -26,6 +27,7 @@ class Engine:
     Args:
         model: Folder or name of a model.
         full_layers: Layers that never compact.
+        full_heads: KV heads of other layers that never compact.
         intervals: Rows beyond a budget.
         profile: File of the scorers that need one; nothing else is taken from it.
         arguments: More of vLLM's engine arguments.
@@ -37,6 +39,7 @@ class Engine:
         full_layers: Sequence[int],
         intervals: Intervals = INTERVALS,
         profile: Path | None = None,
+        full_heads: Mapping[int, Sequence[int]] | None = None,
         **arguments: Any,
     ) -> None:
         import torch
@@ -55,6 +58,7 @@ class Engine:
         self._intervals = intervals
         ours = vllm_l2kv.engine_args(
             full_layers,
+            full_heads,
             prompt_interval=intervals.prompt,
             answer_interval=intervals.answer,
             evaluation_scorers=True,
@@ -71,6 +75,7 @@ class Engine:
         self.about = {
             "model": Path(model).name,
             "full_layers": sorted(full_layers),
+            **({"full_heads": heads} if (heads := ours["additional_config"][CONFIG_KEY]["full_heads"]) else {}),
             "device": "CPU" if current_platform.is_cpu() else torch.cuda.get_device_name(),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "vllm": vllm.__version__,

@@ -12,6 +12,7 @@ from vllm_l2kv.cli_types import (
     DEFAULT_PROTECTION,
     DefaultsFormatter,
     OneLineParser,
+    add_full_heads,
     add_profile,
     layers,
     list_of,
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="as vLLM's")
     add("--max-num-batched-tokens", type=positive, default=BATCH_TOKENS, metavar="N", help="as vLLM's")
     add("--full-layers", type=layers, metavar="I,J", help=f"layers that never compact (default: {DEFAULT_LAYERS})")
+    add_full_heads(add, "--full-heads")
     add("--protect", type=protection, default=DEFAULT_PROTECTION, metavar="FIRST:LAST", help="protected tokens")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="block sizes differ")
     add("--json", action="store_true", help="print JSON, not a table")

@@ -66,7 +66,8 @@ def report(options: Namespace) -> dict[str, Any]:
         return cache_of(layers, num_bytes, options.max_num_batched_tokens * device.num_steps)
 
     stock = cache(specs(device.stock_block_size))
-    ours = cache(classify_layers(specs(device.block_size), Settings(options.full_layers), device.geometry))
+    settings = Settings(options.full_layers, options.full_heads or {})
+    ours = cache(classify_layers(specs(device.block_size), settings, device.geometry))
     return {
         "model": options.model,
         "num_prompt_tokens": options.context,
@@ -76,6 +77,7 @@ def report(options: Namespace) -> dict[str, Any]:
         "memory_of_a_gpu": memory,
         "bytes_per_token": _bytes_per_token(specs(1)),
         "full_layers": sorted(options.full_layers),
+        "full_heads": settings.as_config()["full_heads"],
         "profile": options.kv_profile,
         "engines": [
             {"engine": "stock", **_layout(stock), "rows": [_row(stock, CompressionParams(), options)]},
