@@ -74,6 +74,13 @@ class Settings:
         """The two intervals."""
         return Intervals(self.prompt_interval, self.answer_interval)
 
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """What requests may name as `kv_scorer`."""
+        barred = () if self.profile else PROFILE_SCORERS
+        extra = EVALUATION_SCORERS if self.evaluation_scorers else ()
+        return (*(name for name in OFFERED_SCORERS if name not in barred), *extra)
+
     def read(self, values: Mapping[str, Any] | None) -> Asked:
         """What a request asks of this engine: `CompressionParams.read`, and a scorer that the engine has.
 
@@ -120,7 +127,7 @@ class Settings:
             raise ParamError(
                 "kv_scorer",
                 f"kv_scorer {scorer!r} is slow and would hold up other requests, so only `vllm-l2kv eval` takes it; "
-                f"choose one of {', '.join(OFFERED_SCORERS)}.",
+                f"choose one of {', '.join(self.scorers)}.",
             )
 
 

@@ -74,7 +74,10 @@ class EngineMetrics(AggregateStatLoggerBase):
         )
         self._logical = self._gauge("logical_tokens", "Tokens of running requests, as their positions count.")
         self._physical = self._gauge("physical_tokens", "Rows of running requests in compressed layers.")
-        self._ratio = self._gauge("logical_physical_ratio", "Logical tokens a physical one; 1 if nothing runs.")
+        self._memory = self._gauge(
+            "memory_ratio",
+            "Memory of the whole cache that running requests hold, over that of all their tokens; 1 if none runs.",
+        )
         of_kinds: list[Any] = [self._compactions, self._kept, self._evicted, self._kept_of_compaction]
         metrics = [metric for metric in vars(self).values() if isinstance(metric, Counter | Gauge | Histogram)]
         for index in engine_indexes:
@@ -84,7 +87,7 @@ class EngineMetrics(AggregateStatLoggerBase):
                     metric.labels(self._model, index)
             for metric, kind in product(of_kinds, Kind):
                 metric.labels(self._model, index, kind)
-            self._ratio.labels(self._model, index).set(1)
+            self._memory.labels(self._model, index).set(1)
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -114,8 +117,7 @@ class EngineMetrics(AggregateStatLoggerBase):
                 counter.labels(*labels).inc(number)
         self._logical.labels(*labels).set(stats.logical_tokens)
         self._physical.labels(*labels).set(stats.physical_tokens)
-        ratio = stats.logical_tokens / stats.physical_tokens if stats.physical_tokens else 1
-        self._ratio.labels(*labels).set(ratio)
+        self._memory.labels(*labels).set(stats.memory_ratio)
 
     def log_engine_initialized(self) -> None:
         """Nothing to log."""

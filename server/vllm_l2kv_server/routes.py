@@ -15,6 +15,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
 from vllm_l2kv.capacity import Capacity
+from vllm_l2kv.field_kinds import Choice
 from vllm_l2kv.params import REQUEST_FIELDS
 from vllm_l2kv.settings import Settings
 from vllm_l2kv_server.body import CheckedBodyRoute
@@ -134,6 +135,7 @@ async def refuse_deep_text(request: Request, error: Exception) -> Response:
 
 def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]]) -> KVCompressionInfo:
     defaults = settings.defaults.as_fields()
+    narrower = {"kv_scorer": Choice(settings.scorers).bounds("kv_scorer")}
     return KVCompressionInfo(
         models=models,
         fields=[
@@ -141,7 +143,7 @@ def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]
                 name=field.name,
                 type=field.type,
                 default=defaults.get(field.name),
-                bounds=field.bounds,
+                bounds=narrower.get(field.name, field.bounds),
                 description=field.description,
             )
             for field in REQUEST_FIELDS

@@ -79,8 +79,12 @@ def test_tokens_now(telling):
     # Seven of eight tokens go through the cache; both run when the first is compacted.
     compacted = [stats for stats in harness.told if stats.logical_tokens - stats.physical_tokens == 50]
     assert len(compacted) >= 5
+    for stats in compacted:
+        held = stats.logical_tokens + 4 * stats.physical_tokens  # one of five layers is full
+        assert stats.memory_ratio == held / (5 * stats.logical_tokens)
     assert max(stats.logical_tokens for stats in harness.told) > 160
     assert harness.told[-1].logical_tokens == harness.told[-1].physical_tokens == 0
+    assert harness.told[-1].memory_ratio == 1
 
 
 def test_blocks_that_others_hold_are_not_freed(telling):

@@ -308,7 +308,7 @@ def test_info(app):
             "name": "kv_scorer",
             "type": "string",
             "default": "l2",
-            "bounds": f"one of {', '.join(OFFERED_SCORERS)}",
+            "bounds": f"one of {', '.join(name for name in OFFERED_SCORERS if name != 'learned')}",  # has no profile
             "description": "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
         },
         {

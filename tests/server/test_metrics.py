@@ -48,7 +48,7 @@ def test_all_metrics_are_there_before_anything_happens():
             assert value("compactions_total", engine=engine, kind=kind) == 0
             assert value("compaction_kept_rows_count", engine=engine, kind=kind) == 0
         assert value("compaction_device_seconds_count", engine=engine) == 0
-        assert value("logical_physical_ratio", engine=engine) == 1
+        assert value("memory_ratio", engine=engine) == 1
 
 
 def test_the_fake_server_of_load_tests_has_real_metrics():
@@ -92,9 +92,9 @@ def test_stats_of_engines_add_up_and_gauges_follow():
     assert value("found_tokens_total", engine="1") == 0
     assert value("compaction_device_seconds_sum", engine="0") == 0.5
     assert value("logical_tokens", engine="0") == value("physical_tokens", engine="0") == 0
-    assert value("logical_physical_ratio", engine="0") == 1
-    metrics.record(scheduler_stats(logical_tokens=210, physical_tokens=84), None)
-    assert value("logical_physical_ratio", engine="0") == 2.5
+    assert value("memory_ratio", engine="0") == 1
+    metrics.record(scheduler_stats(logical_tokens=210, physical_tokens=84, memory_ratio=0.44), None)
+    assert value("memory_ratio", engine="0") == 0.44
 
 
 def test_ours_is_taken_off_before_vllm_looks():

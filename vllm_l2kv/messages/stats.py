@@ -41,6 +41,7 @@ class CompactionStats:
         seconds: Time on the device of each step's compactions.
         logical_tokens: Tokens of running requests, as their positions count.
         physical_tokens: The same in rows that they fill in compressed layers.
+        memory_ratio: Memory of the whole cache that they hold, over what they would hold uncompressed; 1 if none runs.
     """
 
     compactions: list[CompactionEvent] = field(default_factory=list)
@@ -53,6 +54,7 @@ class CompactionStats:
     seconds: list[float] = field(default_factory=list)
     logical_tokens: int = 0
     physical_tokens: int = 0
+    memory_ratio: float = 1.0
 
 
 def attach_stats(scheduler_stats: Any, stats: CompactionStats) -> None:

@@ -177,6 +177,8 @@ class L2KVScheduler(AsyncScheduler):
         if stats is not None and self._reports_stats:
             ours.logical_tokens = sum(request.num_computed_tokens for request in self.running)
             ours.physical_tokens = ours.logical_tokens - sum(self._compressed[0].num_evicted.values())
+            if ours.logical_tokens:
+                ours.memory_ratio = self._capacity.memory_ratio(ours.logical_tokens, ours.physical_tokens)
             attach_stats(stats, ours)
         return stats
 
