@@ -19,7 +19,7 @@ from benchmarks.speed.rows import append, where
 from vllm_l2kv.profile import Profile, Shape, local_folder
 from vllm_l2kv.scorers import Heads, Weights, bind
 from vllm_l2kv.tools.evaluation.progress import Progress
-from vllm_l2kv.tools.profile.calibration import samples
+from vllm_l2kv.tools.profile.calibration import asked_samples
 from vllm_l2kv.tools.profile.choices import Choice, answerable, losses_of_cases
 from vllm_l2kv.tools.profile.model import load
 
@@ -29,7 +29,7 @@ LOWEST = 0.05
 """Ratio with which the protected rows of a text fill what is kept."""
 SEED = 7
 """Of texts; a profile's own have other ones."""
-NUM_TEXTS, NUM_TOKENS = 240, 1536
+NUM_TEXTS, NUM_TOKENS = 120, 1536
 SAMPLES = 2000
 """Of the bootstrap."""
 
@@ -63,13 +63,12 @@ def main() -> None:
 
     profile, folder = Profile.read(args.profile), str(local_folder(args.model))
     model, shape = load(folder, args.device), profile.shape
-    drawn = samples(AutoTokenizer.from_pretrained(folder), args.tokens, NUM_TEXTS, SEED)
+    drawn = asked_samples(AutoTokenizer.from_pretrained(folder), args.tokens, NUM_TEXTS, SEED)
     heads = Heads(shape.compressible, 0, shape.num_kv_heads, shape.num_kv_heads, model.device)
     scorers = bind(heads, Weights(profile.weights(), profile.rope))
     with Progress(sys.stderr) as progress:
         progress.begin("asking questions")
-        asked = [sample for sample in drawn if sample.questions]
-        questions = answerable(model, shape, asked, args.questions, progress)
+        questions = answerable(model, shape, drawn, args.questions, progress)
         cases = [case for of_question in questions for case in of_question]
         for memory in MEMORIES:
             tried = {2: list(two(profile, memory)), 3: list(three(profile, memory))}

@@ -3,7 +3,15 @@
 import pytest
 
 from vllm_l2kv.tools.evaluation.texts import SAMPLES, read_text
-from vllm_l2kv.tools.profile.calibration import KINDS, NOVELS, _novel, samples
+from vllm_l2kv.tools.profile.calibration import (
+    ASKED_KINDS,
+    ASKED_LENGTHS,
+    KINDS,
+    NOVELS,
+    _novel,
+    asked_samples,
+    samples,
+)
 
 NUM_TOKENS = 300
 
@@ -43,6 +51,18 @@ def test_the_span_of_a_question_tells_its_answer(drawn, tokenizer):
 def test_texts_without_facts_have_no_questions(drawn):
     asked = {sample.kind for sample in drawn if sample.questions}
     assert asked == {"facts", "facts_in_prose", "facts_in_noise", "table"}
+
+
+def test_texts_to_search_with_are_of_all_kinds_that_have_questions_and_of_several_lengths(tokenizer, drawn):
+    of_kinds = [list(of_kind) for of_kind in asked_samples(tokenizer, NUM_TOKENS, 10, 3)]
+    assert [{sample.kind for sample in of_kind} for of_kind in of_kinds] == [{kind} for kind in ASKED_KINDS]
+    for of_kind in of_kinds:
+        assert [len(sample.token_ids) for sample in of_kind] == [NUM_TOKENS * length for length in ASKED_LENGTHS]
+        assert all(sample.questions for sample in of_kind)
+    measured = {tuple(sample.token_ids) for sample in drawn}
+    again = [list(of_kind) for of_kind in asked_samples(tokenizer, NUM_TOKENS, 4, 4)]
+    texts = [tuple(sample.token_ids[:NUM_TOKENS]) for of_kind in (*of_kinds, *again) for sample in of_kind]
+    assert len({*texts, *measured}) == len(texts) + len(measured)
 
 
 def test_nothing_of_the_evaluation_is_read(drawn, tokenizer):

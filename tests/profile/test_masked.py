@@ -5,9 +5,14 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
-from vllm_l2kv.tools.profile.masked import answer_losses, read
+from vllm_l2kv.tools.profile.masked import Losses, answer_losses, read
 
 NUM_CONTEXT, NUM_NEW, NUM_PREDICTED, NUM_KEPT = 70, 12, 5, 20
+
+
+def test_the_cost_of_an_answer_counts_whether_it_is_exact_and_how_likely_it_is():
+    lost = Losses(torch.tensor([0.0, 0.1, 1.0, 90.0]), torch.tensor([True, True, False, False]))
+    assert lost.cost.tolist() == pytest.approx([0, (1 - 0.904837) / 2, 1 - 0.367879 / 2, 1], abs=1e-6)
 
 
 @pytest.fixture(params=["llama", "qwen3", "gemma3"])

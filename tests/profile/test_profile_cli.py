@@ -42,13 +42,24 @@ def test_a_profile_is_made(made, llama):
     assert measures["loss"].shape == (4,)
     assert profile.weights()["w1"].shape == (4, 2, num_features(32, 32, profile.rope), HIDDEN)
     assert profile.about["learned"]["overlap"]["0.5"] > 0.5
+    search = profile.about["search"]
+    assert search["questions"] == {"facts_in_prose": 1, "facts_in_noise": 1, "facts": 1}
+    assert search["judged_by"] == {"facts_in_prose": 1, "facts_in_noise": 1}
+    assert all(set(outcome["exact_by_kind"]) == set(search["judged_by"]) for outcome in search["outcomes"])
     assert not any(tensor.isnan().any() for tensor in measures.values())
     assert shown.rstrip().splitlines()[-3] == f"  vllm-l2kv serve {llama} --kv-profile {profile.path} --kv-memory 0.5"
     report = Path(re.search(r"Report: (.*)", shown)[1])
     assert report == profile.path.parent / "tiny-report" / "report.html"
     text = report.read_text()
     assert text.count("<img ") == text.count("<figcaption>") == 10
-    for heading in ("Settings", "What was compared", "What answers need", "Norms and attention", "How it was made"):
+    for heading in (
+        "Settings",
+        "What was compared",
+        "What fails",
+        "What answers need",
+        "Norms and attention",
+        "How it was made",
+    ):
         assert f"<h2>{heading}</h2>" in text
     assert "nan" not in re.sub('data:image/png;base64,[^"]*', "", text)
     assert str(llama) not in str(profile.about)
@@ -66,7 +77,7 @@ def test_it_is_the_same_again(made, llama, tmp_path):
     ("words", "message"),
     [
         (("--tokens", "100"), "num_tokens must be at least 128, got 100."),
-        (("--tokens", "2020"), "tokens must be at most 2016 for this model, whose context is 4096, got 2020"),
+        (("--tokens", "2000"), "tokens must be at most 1984 for this model, whose context is 4096, got 2000"),
         (("--samples", "0"), "argument --samples"),
         (("-o", "."), "argument -o: . is a folder; name a file."),
         (("--text", "nowhere.txt"), "No such file or directory: 'nowhere.txt'"),

@@ -7,20 +7,29 @@ from transformers import AutoModelForCausalLM
 from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.scorers import Heads, bind
 from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.profile import choices as choices_module
 from vllm_l2kv.tools.profile import recommend as module
-from vllm_l2kv.tools.profile.calibration import samples
-from vllm_l2kv.tools.profile.choices import Case, Choice, answerable, losses, rank
+from vllm_l2kv.tools.profile.calibration import ASKED_KINDS, Question, Sample, asked_samples
+from vllm_l2kv.tools.profile.choices import Case, Choice, answerable, kinds_of, losses, rank
 from vllm_l2kv.tools.profile.masked import Losses
-from vllm_l2kv.tools.profile.recommend import CONTROL, MEMORIES, choice_of, recommend
+from vllm_l2kv.tools.profile.recommend import CONTROL, FEW_QUESTIONS, MEMORIES, NUM_BEST, SCORERS, choice_of, recommend
 
 NUM_LAYERS = 20
 NEEDED = {4: 3.0, 11: 2.0, 17: 1.0}
 """Layers of the made-up model to what an answer loses where they compress."""
 SHAPE = Shape(NUM_LAYERS + 1, 2, 8, (*("full_attention",) * NUM_LAYERS, "sliding_attention"))
-CASES = [Case(hidden, [0] * 1536, [1, 2], 1) for hidden in (True, False)]
 
 
-def cost(choice: Choice) -> float:
+def question(number: int) -> list[Case]:
+    """The two cases of one, kinds in turns."""
+    kind = ASKED_KINDS[number % len(ASKED_KINDS)]
+    return [Case(kind, hidden, [number] * 1536, [1, 2], 1) for hidden in (True, False)]
+
+
+QUESTIONS, OTHERS = [question(i) for i in range(FEW_QUESTIONS + 12)], [question(100 + i) for i in range(8)]
+
+
+def loss(choice: Choice) -> float:
     ratios = choice.keep_ratios
     lost = sum(loss for layer, loss in NEEDED.items() if ratios[layer] < 1)
     worse = {"l2": 0.5, "keydiff_value": 0.4, "learned": 0.3, CONTROL: 5.0}[choice.scorer]
@@ -30,29 +39,32 @@ def cost(choice: Choice) -> float:
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """A search in which models cost what `cost` says."""
+    """A search in which answers lose what `loss` says, and besides what `more` says of a case."""
 
     def of_case(model, case, rows, choices):
-        found = torch.tensor([cost(choice) for choice in choices])
+        found = torch.tensor([loss(choice) + search.more(case, choice) for choice in choices])
         return Losses(found, found < 1)
 
     def of_cases(model, shape, scorers, cases, choices, progress):
+        search.asked.append((len(cases), len(choices)))
         each = [of_case(model, case, None, choices) for case in cases]
         return Losses(torch.stack([e.loss for e in each]), torch.stack([e.exact for e in each]))
 
-    monkeypatch.setattr(module, "answerable", lambda *_: [CASES] * 6)
     monkeypatch.setattr(module, "rank", lambda *_: None)
     monkeypatch.setattr(module, "losses", of_case)
     monkeypatch.setattr(module, "losses_of_cases", of_cases)
 
-    def search(scorers=("l2", "keydiff_value", "learned", CONTROL)):
+    def search(scorers=(*SCORERS, CONTROL), questions=QUESTIONS, others=OTHERS):
         measured = torch.zeros(SHAPE.num_layers)
         # Measured roughly: the layers are among the first ones, not in their order.
         for place, layer in enumerate((17, 3, 11, 9, 4, 1)):
             measured[layer] = 1 - place / 10
         heads = measured[:, None].expand(-1, 2)
-        return recommend(None, SHAPE, dict.fromkeys(scorers), [], heads, heads, measured, 6)
+        bound = dict.fromkeys(scorers)
+        return recommend(None, SHAPE, bound, questions, others, heads, heads, measured, Progress())
 
+    search.more = lambda case, choice: 0.0
+    search.asked = []
     return search
 
 
@@ -77,8 +89,47 @@ def test_every_setting_costs_its_memory(made_up):
         assert target.keep_ratio >= 68 / 1536
 
 
-def test_a_scorer_that_costs_more_has_to_be_better(made_up, monkeypatch):
-    monkeypatch.setattr(module, "SAME_LOSS", 0.5)
+def test_all_settings_are_tried_on_few_questions_and_the_best_on_all(made_up):
+    found = made_up()
+    (few, num_tried), (every, num_finalists), (judged, _) = made_up.asked
+    assert (few, every, judged) == (2 * FEW_QUESTIONS, 2 * len(QUESTIONS), 2 * len(OTHERS))
+    assert found.num_finalists == num_finalists <= 2 * NUM_BEST * len(MEMORIES) * len(SCORERS)
+    assert num_tried > 2 * num_finalists
+    assert num_tried < found.num_tried < num_tried + num_finalists
+    assert found.searched == dict.fromkeys(ASKED_KINDS, len(QUESTIONS) / 4)
+    assert found.judged == dict.fromkeys(ASKED_KINDS, len(OTHERS) / 4)
+
+
+def test_what_does_well_on_the_few_alone_is_not_chosen(made_up):
+    made_up.more = lambda case, choice: 9.0 * (choice.scorer == "learned" and case.context[0] >= FEW_QUESTIONS)
+    assert {target.scorer for target in made_up().targets} == {"keydiff_value"}
+
+
+def test_answers_of_one_kind_that_fail_altogether_are_not_outweighed_by_little_losses(made_up):
+    """By the mean loss `learned` would be best: it saves more nats than the one kind loses."""
+    made_up.more = lambda case, choice: (
+        1.2 * (case.kind == "facts_in_noise") if choice.scorer == "learned" else 0.4 * (choice.scorer != "random")
+    )
+    found = made_up()
+    assert found.targets[0].memory == 0.75
+    assert found.targets[0].scorer != "learned"
+    by_name = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
+    learned = by_name["best with learned", 0.75]
+    assert sum(learned.loss) < sum(by_name["recommended", 0.75].loss)
+    assert learned.exact == (0.75, 0.75)
+    assert learned.exact_by_kind == dict.fromkeys(ASKED_KINDS, (1.0, 1.0)) | {"facts_in_noise": (0.0, 0.0)}
+
+
+def test_outcomes_tell_hidden_from_seen(made_up):
+    made_up.more = lambda case, choice: 9.0 * (case.hidden and case.kind == "table")
+    whole = made_up().outcomes[0]
+    assert whole.loss == (9 / 4, 0)
+    assert whole.exact == (0.75, 1.0)
+    assert whole.exact_by_kind["table"] == (0.0, 1.0)
+
+
+def test_a_scorer_that_takes_longer_has_to_be_better(made_up, monkeypatch):
+    monkeypatch.setattr(module, "SAME_COST", 0.5)
     assert {target.scorer for target in made_up().targets} == {"l2"}
 
 
@@ -88,14 +139,13 @@ def test_scorers_that_are_not_there_are_not_tried(made_up):
 
 def test_outcomes_compare_with_random_rows_and_with_no_profile(made_up):
     found = made_up()
-    assert found.num_questions == (4, 2)
     assert found.outcomes[0].name == "whole cache"
     assert found.outcomes[0].loss == (0, 0)
     by_name = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
     for target in found.targets:
         chosen = by_name["recommended", target.memory]
         assert chosen[1:5] == target
-        assert chosen.loss == (pytest.approx(cost(choice_of(SHAPE, target)), abs=1e-4),) * 2
+        assert chosen.loss == (pytest.approx(loss(choice_of(SHAPE, target)), abs=1e-4),) * 2
         assert {4, 11} <= set(by_name["best with l2", target.memory].full_layers)
         assert by_name["best with learned", target.memory][1:] == chosen[1:]
         assert by_name["recommended layers, random rows", target.memory].loss > chosen.loss
@@ -104,10 +154,48 @@ def test_outcomes_compare_with_random_rows_and_with_no_profile(made_up):
         assert without.keep_ratio == ratio_for(target.memory, NUM_LAYERS, 2)
 
 
-def test_too_few_questions_are_refused(made_up, monkeypatch):
-    monkeypatch.setattr(module, "answerable", lambda *_: [CASES] * 2)
-    with pytest.raises(ValueError, match="at least 3 questions, got 2"):
-        made_up()
+def test_a_search_without_questions_is_refused(made_up):
+    for questions, others in (([], OTHERS), (QUESTIONS, [])):
+        with pytest.raises(ValueError, match="A search needs questions: give more or longer texts"):
+            made_up(questions=questions, others=others)
+
+
+def test_questions_are_balanced_and_no_more_texts_are_read_than_needed(monkeypatch):
+    read = []
+
+    def texts(kind):
+        for number in range(9):
+            yield Sample(kind, [number], [Question([number], [i, i], (0, 1)) for i in range(2)])
+
+    def answered(model, context, token_ids, num_predicted, keep):
+        # Every second text of a table, and no fact at all in noise: the second questions lose less.
+        kind, (number,) = read[-1]
+        wrong = kind == "facts_in_noise" or (kind == "table" and number % 2 == 0)
+        return Losses(torch.tensor([float(wrong) - token_ids[-1] / 10]), torch.tensor([not wrong]))
+
+    class Read:
+        num_tokens = 1
+
+    def reading(kind):
+        for sample in texts(kind):
+            read.append((kind, sample.token_ids))
+            yield sample
+
+    monkeypatch.setattr(choices_module, "read", lambda model, token_ids: Read)
+    monkeypatch.setattr(choices_module, "answer_losses", answered)
+    found = answerable(None, SHAPE, [reading(kind) for kind in ASKED_KINDS], 14, Progress())
+    assert [hidden.kind for hidden, _ in found] == [*(ASKED_KINDS * 4)][:14]
+    assert kinds_of(found) == dict(zip(ASKED_KINDS, (4, 4, 3, 3), strict=True))
+    num_read = {kind: sum(of == kind for of, _ in read) for kind in ASKED_KINDS}
+    assert num_read == dict(zip(ASKED_KINDS, (2, 9, 2, 4), strict=True))
+    numbers = {
+        kind: [(hidden.context[0], hidden.after[-1]) for hidden, _ in found if hidden.kind == kind] for kind in num_read
+    }
+    assert numbers["facts"] == [(0, 0), (0, 1), (1, 0)]
+    assert numbers["table"] == [(1, 0), (1, 1), (3, 0)]
+    assert numbers["facts_in_noise"] == [(0, 1), (1, 1), (2, 1), (3, 1)]
+    # A kind that runs out leaves the others what they are.
+    assert kinds_of(answerable(None, SHAPE, [reading("facts"), ()], 4, Progress())) == {"facts": 2}
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +206,10 @@ def tiny(tiny_model):
 def test_what_heads_keep_is_what_the_scorer_ranks_first(tiny, tokenizer):
     shape = Shape(4, 2, 32, ("full_attention",) * 4)
     scorers = bind(Heads(shape.compressible, 0, 2, 2, torch.device("cpu")))
-    texts = samples(tokenizer, 200, 1)
-    (hidden, seen), *_ = answerable(tiny, shape, texts, 5, Progress())
-    assert hidden.context == texts[0].token_ids
+    text = next(asked_samples(tokenizer, 200, 1, 0)[0])
+    (hidden, seen), *_ = answerable(tiny, shape, [[text]], 5, Progress())
+    assert (hidden.kind, hidden.context) == ("facts_in_prose", text.token_ids)
+    assert (hidden.hidden, seen.hidden) == (True, False)
     assert seen.context + seen.after == hidden.context + hidden.after
     assert hidden.num_predicted == seen.num_predicted + 1
 

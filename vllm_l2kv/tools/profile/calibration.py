@@ -51,6 +51,10 @@ KINDS = (
     *("prose", "facts_in_prose", "facts", "documentation", "facts_in_noise", "prose", "facts_in_prose", "assignments"),
 )
 """Of texts, one after the other, and again."""
+ASKED_KINDS = ("facts_in_prose", "facts_in_noise", "facts", "table")
+"""Those with questions."""
+ASKED_LENGTHS = (1, 1, 2)
+"""Of texts that settings are searched with, one after the other: what does for short texts may fail in longer ones."""
 NUM_QUESTIONS = 2
 """Of a text with facts, at most."""
 MIN_TOKENS = 128
@@ -104,6 +108,30 @@ def samples(
     if num_tokens < MIN_TOKENS:
         raise ValueError(f"num_tokens must be at least {MIN_TOKENS}, got {num_tokens}.")
     return [_sample(tokenizer, num_tokens, KINDS[i % len(KINDS)], f"{seed}-{i}", own_texts) for i in range(num)]
+
+
+def asked_samples(
+    tokenizer: Any, num_tokens: int, num: int, seed: int, own_texts: Sequence[str] = ()
+) -> list[Iterator[Sample]]:
+    """Texts with questions, equally many of each of `ASKED_KINDS`, made up as they are taken.
+
+    Args:
+        tokenizer: The model's.
+        num_tokens: Length of a text; some are longer, by `ASKED_LENGTHS`.
+        num: Texts; a few more where kinds do not divide them.
+        seed: As of `samples`, whose texts are others.
+        own_texts: The same.
+
+    Returns:
+        Of each kind its texts.
+    """
+
+    def of_kind(kind: str) -> Iterator[Sample]:
+        for i in range(-(-num // len(ASKED_KINDS))):
+            length = num_tokens * ASKED_LENGTHS[i % len(ASKED_LENGTHS)]
+            yield _sample(tokenizer, length, kind, f"{seed}-{kind}-{i}", own_texts)
+
+    return [of_kind(kind) for kind in ASKED_KINDS]
 
 
 def _sample(tokenizer: Any, num_tokens: int, kind: str, key: str, own_texts: Sequence[str]) -> Sample:

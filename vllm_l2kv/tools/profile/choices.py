@@ -6,7 +6,9 @@ of the answer comes from the whole cache. Hidden: the text is compressed alone, 
 Shapes: L layers of the model, H KV heads, T tokens of a context, N cases, C choices.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -37,12 +39,14 @@ class Case(NamedTuple):
     """A question, asked in one of the two ways.
 
     Attributes:
+        kind: Of the text.
         hidden: Whether the text is compressed before the question is seen.
         context: Token ids of what is compressed.
         after: Token ids of what follows it.
         num_predicted: Tokens at the end of `after` that are the answer.
     """
 
+    kind: str
     hidden: bool
     context: list[int]
     after: list[int]
@@ -61,19 +65,36 @@ class Ranked(NamedTuple):
     places: Mapping[str, torch.Tensor]
 
 
-def answerable(model: Any, shape: Shape, samples: Iterable[Sample], num: int, progress: Progress) -> list[list[Case]]:
+def answerable(
+    model: Any, shape: Shape, samples: Sequence[Iterable[Sample]], num: int, progress: Progress
+) -> list[list[Case]]:
     """Up to `num` questions that the model answers from its whole cache, each as its two cases: hidden, then seen.
 
-    What it cannot answer says nothing of what was evicted. Where it answers too few, those of the lowest loss fill up.
+    Equally many about each kind of text, the kinds in turns. What the model cannot answer says nothing of what was
+    evicted. Where it answers too few of a kind, those of the lowest loss fill up.
+
+    Args:
+        model: Of `transformers`.
+        shape: Of it.
+        samples: Of each kind its texts, of which no more are taken than needed.
+        num: Questions.
+        progress: Counts them.
     """
     progress.part("asking questions", num, "that are answered")
+    share = -(-num // len(samples))
+    of_kinds = [_answerable(model, shape, of_kind, share, progress) for of_kind in samples]
+    return [cases for turn in zip_longest(*of_kinds) for cases in turn if cases is not None][:num]
+
+
+def _answerable(model: Any, shape: Shape, samples: Iterable[Sample], num: int, progress: Progress) -> list[list[Case]]:
+    """Of one kind."""
     found: list[tuple[bool, float, list[Case]]] = []
     for sample in samples:
         context = read(model, sample.token_ids)
         keep = torch.ones(1, shape.num_layers, shape.num_kv_heads, context.num_tokens, dtype=torch.bool)
         for question, answer, _ in sample.questions:
-            hidden = Case(True, sample.token_ids, question + answer, len(answer))
-            seen = Case(False, sample.token_ids + question, answer, len(answer) - 1)
+            hidden = Case(sample.kind, True, sample.token_ids, question + answer, len(answer))
+            seen = Case(sample.kind, False, sample.token_ids + question, answer, len(answer) - 1)
             losses = answer_losses(model, context, hidden.after, len(answer), keep)
             found.append((not losses.exact.item(), losses.loss.item(), [hidden, seen]))
             progress.advance(int(losses.exact.item()))
@@ -82,6 +103,11 @@ def answerable(model: Any, shape: Shape, samples: Iterable[Sample], num: int, pr
     right = [cases for wrong, _, cases in found if not wrong]
     wrong = [cases for wrong, _, cases in sorted(found, key=lambda each: each[:2]) if wrong]
     return [*right, *wrong][:num]
+
+
+def kinds_of(questions: Iterable[Sequence[Case]]) -> dict[str, int]:
+    """How many questions there are about each kind of text."""
+    return dict(Counter(cases[0].kind for cases in questions))
 
 
 def rank(model: Any, shape: Shape, scorers: Scorers, names: Iterable[str], case: Case) -> Ranked:

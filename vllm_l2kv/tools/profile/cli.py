@@ -12,7 +12,7 @@ from vllm_l2kv.tools.evaluation.engine_log import progress_beside_log
 from vllm_l2kv.tools.evaluation.texts import read_text
 from vllm_l2kv.tools.options import RefusedError, add_verbose, folder_of
 
-DEFAULTS = {"cpu": (12, 512, 6), "cuda": (112, 1536, 64)}
+DEFAULTS = {"cpu": (12, 512, 4), "cuda": (112, 1536, 128)}
 """Texts, their tokens, and questions to search with. A CPU needs minutes for a small model with so many."""
 
 
@@ -106,7 +106,11 @@ def _parser() -> OneLineParser:
         help="a text like those that the model will read; may be given several times, and half of the prose is then "
         "drawn from them",
     )
-    helps = {"samples": "texts to read", "tokens": "tokens of a text", "questions": "questions to search settings with"}
+    helps = {
+        "samples": "texts to read",
+        "tokens": "tokens of a text",
+        "questions": "questions to search settings with; half as many judge them",
+    }
     for (name, text), few, many in zip(helps.items(), DEFAULTS["cpu"], DEFAULTS["cuda"], strict=True):
         add(f"--{name}", type=positive, metavar="N", help=f"{text} (default: {many}, on a CPU {few})")
     add(

@@ -14,26 +14,27 @@ from vllm_l2kv import __version__
 from vllm_l2kv.profile import LEARNED, Profile, Shape, fingerprint, local_folder
 from vllm_l2kv.scorers import Heads, Scorers, Weights, bind
 from vllm_l2kv.tools.evaluation.progress import Progress
-from vllm_l2kv.tools.profile.calibration import samples
+from vllm_l2kv.tools.profile.calibration import asked_samples, samples
+from vllm_l2kv.tools.profile.choices import answerable
 from vllm_l2kv.tools.profile.learned import Examples, train
 from vllm_l2kv.tools.profile.measure import Measured, measure
 from vllm_l2kv.tools.profile.model import layout, load
 from vllm_l2kv.tools.profile.recommend import Recommendation, recommend
 
-MEASURED, SEARCHED = 0, 1
-"""Seeds of the texts that are measured on, and of those that settings are searched with."""
+MEASURED, SEARCHED, JUDGED = 0, 1, 2
+"""Seeds of the texts that are measured on, of those that settings are searched with, and of those that judge them."""
 
-SPARE_TOKENS = 64
-"""Beside a text and its repetition: what lies between them."""
+SPARE_TOKENS = 128
+"""Beside a text and its repetition: what lies between them. Beside a text of twice the length: question and answer."""
 
 
 class Amounts(NamedTuple):
     """How much is read.
 
     Attributes:
-        texts: To measure on, and as many others to search with.
-        tokens: Of each.
-        questions: To search with, at most.
+        texts: To measure on, and at most as many others to search with.
+        tokens: Of each; some that are searched with are longer.
+        questions: To search with; half as many judge what is found.
     """
 
     texts: int
@@ -76,9 +77,7 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
     clock.lap("loading")
 
     progress.begin("making up texts and questions")
-    texts, others = (
-        samples(tokenizer, amounts.tokens, amounts.texts, seed, own_texts) for seed in (MEASURED, SEARCHED)
-    )
+    texts = samples(tokenizer, amounts.tokens, amounts.texts, MEASURED, own_texts)
     examples = Examples(rope)
     measured = measure(loaded, tokenizer, shape, texts, progress, lambda rows: examples.add(*rows))
     clock.lap("measuring")
@@ -86,7 +85,14 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
     clock.lap("training")
     scorers = _scorers(loaded, shape, Weights(trained.weights, rope))
     ranks = measured.retrieval, measured.repetition, measured.loss
-    found = recommend(loaded, shape, scorers, others, *ranks, amounts.questions, progress)
+    progress.begin("searching for settings")
+    questions, others = (
+        answerable(
+            loaded, shape, asked_samples(tokenizer, amounts.tokens, amounts.texts, seed, own_texts), num, progress
+        )
+        for seed, num in ((SEARCHED, amounts.questions), (JUDGED, -(-amounts.questions // 2)))
+    )
+    found = recommend(loaded, shape, scorers, questions, others, *ranks, progress)
     clock.lap("searching")
 
     profile = Profile(
@@ -106,7 +112,9 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
             "learned": {"overlap": trained.overlap},
             "search": {
                 "tried": found.num_tried,
-                "questions": found.num_questions,
+                "finalists": found.num_finalists,
+                "questions": found.searched,
+                "judged_by": found.judged,
                 "orders": found.orders,
                 "outcomes": [outcome._asdict() for outcome in found.outcomes],
             },

@@ -43,6 +43,15 @@ class Losses(NamedTuple):
     loss: torch.Tensor
     exact: torch.Tensor
 
+    @property
+    def cost(self) -> torch.Tensor:
+        """`[C]`, from 0 to 1: half of it for an answer that is not exact, half for the likelihood that a token lost.
+
+        By losses alone a setting could lose some answers altogether as long as it does well on the others, and whether
+        answers are exact says nothing of how nearly.
+        """
+        return ((~self.exact).float() + 1 - (-self.loss).exp()) / 2
+
 
 @dataclass
 class _Masked:

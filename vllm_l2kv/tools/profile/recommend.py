@@ -1,9 +1,12 @@
 """Which layers stay full, at which ratio and with which scorer the others are compressed, for several memories.
 
 All candidates for a memory cost exactly that share of the whole cache. Layers come from orders: by the attention of
-answers to facts, by that of a repetition of the text, by the loss of answers when a layer is cut, and greedily by the
-loss of answers when one layer more stays full. What a candidate is judged by is the loss of answers to questions about
-texts that nothing was trained on; some of these are held out, to tell what the chosen ones lose.
+answers to facts, by that of a repetition of the text, by the loss of answers when a layer is cut, and greedily by what
+answers cost when one layer more stays full. What a candidate costs is the mean of `Losses.cost` over questions about
+texts that nothing was trained on, equally many of each kind, each asked hidden and seen. All candidates are tried on a
+few questions, the best ones on all. Questions about other texts tell what the chosen ones lose.
+
+The mean, not the worst kind: where memory is small, some kinds are lost under every candidate, and they would decide.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +19,7 @@ from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.scorers import Scorers
 from vllm_l2kv.tools.evaluation.progress import Progress
-from vllm_l2kv.tools.profile.calibration import Sample
-from vllm_l2kv.tools.profile.choices import Case, Choice, answerable, losses, losses_of_cases, rank
+from vllm_l2kv.tools.profile.choices import Case, Choice, kinds_of, losses, losses_of_cases, rank
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 SCORERS = ("l2", "keydiff_value", "learned")
@@ -25,20 +27,20 @@ SCORERS = ("l2", "keydiff_value", "learned")
 CONTROL = "random"
 GREEDY_MEMORY, GREEDY_SCORER = 0.25, "learned"
 """Where layers are chosen greedily: the fewer layers stay full, the more each counts."""
-GREEDY_CASES = 48
+GREEDY_QUESTIONS = 24
 """Whose contexts stay on the device meanwhile, at most."""
+FEW_QUESTIONS = 32
+"""On which all candidates are tried."""
 SHORTLIST = 12
 """Layers that are tried next, those that the other orders have first."""
 NUM_COUNTS = 8
 """Numbers of full layers that are tried of each order and memory."""
-NUM_REFINED = 3
-"""Candidates of each memory and scorer with which the first layers are tried too."""
+NUM_BEST = 3
+"""Candidates of each memory and scorer that are tried on all questions, as they are and with the first layers full."""
 FIRST_LAYERS = 2
 """The paper leaves so many full."""
-SAME_LOSS = 0.02
-"""Nats a token, by which a scorer that costs more has to be better."""
-HELD_OUT = 3
-"""One of so many questions is not searched with."""
+SAME_COST = 0.01
+"""Mean cost of an answer by which a scorer that takes longer has to be better."""
 
 
 class Order(NamedTuple):
@@ -54,7 +56,7 @@ class Order(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a choice costs on the questions that were held out.
+    """What a choice costs on the questions that the search did not use.
 
     Attributes:
         name: `whole cache`; `recommended`; `recommended layers, random rows`; `no profile`, where the model's first
@@ -65,6 +67,7 @@ class Outcome(NamedTuple):
         scorer: The same.
         loss: Nats a token of the answers: question hidden, then seen.
         exact: Share of the questions answered exactly: question hidden, then seen.
+        exact_by_kind: The same for each kind of text.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Outcome(NamedTuple):
     scorer: str
     loss: tuple[float, float]
     exact: tuple[float, float]
+    exact_by_kind: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ class Recommendation:
         orders: By the names of the orders that they come from.
         outcomes: What they and what they are compared with cost.
         num_tried: Candidates.
-        num_questions: Searched with, and held out.
+        num_finalists: Those of them that were tried on all questions.
+        searched: Questions that were searched with, by kind of text.
+        judged: Questions that the outcomes come from.
     """
 
     layer_order: tuple[int, ...]
@@ -94,7 +100,9 @@ class Recommendation:
     orders: tuple[str, ...]
     outcomes: tuple[Outcome, ...]
     num_tried: int
-    num_questions: tuple[int, int]
+    num_finalists: int
+    searched: dict[str, int]
+    judged: dict[str, int]
 
 
 class _Candidate(NamedTuple):
@@ -111,64 +119,65 @@ class _Found(NamedTuple):
         chosen: One candidate for each memory.
         of_scorers: The best one for each memory and scorer.
         num_tried: Candidates.
+        num_finalists: Those of them that were tried on all questions.
     """
 
     chosen: list[_Candidate]
     of_scorers: list[_Candidate]
     num_tried: int
+    num_finalists: int
 
 
 def recommend(
     model: Any,
     shape: Shape,
     scorers: Scorers,
-    samples: Sequence[Sample],
+    questions: Sequence[Sequence[Case]],
+    others: Sequence[Sequence[Case]],
     retrieval: torch.Tensor,
     repetition: torch.Tensor,
     loss: torch.Tensor,
-    num_questions: int,
-    progress: Progress | None = None,
+    progress: Progress,
 ) -> Recommendation:
-    """Searches for the settings under which answers lose least.
+    """Searches for the settings under which answers cost least.
 
     Args:
         model: Of `transformers`.
         shape: Of it.
         scorers: Bound to its compressible layers and all of its heads, `learned` with the weights of this profile.
-        samples: Texts that neither `learned` was trained on nor layers were measured on.
+        questions: To search with, the kinds of text in turns: about texts that neither `learned` was trained on nor
+            layers were measured on.
+        others: About other texts again, to judge with.
         retrieval: `[L, H]`, attention from answers to the facts that they need.
         repetition: `[L, H]`, share of the rows that a repetition looks at.
         loss: `[L]`, loss of answers when a layer is cut.
-        num_questions: Asked, at most.
         progress: Counts questions and layers.
 
     Raises:
-        ValueError: The texts have too few questions.
+        ValueError: There are no questions.
     """
-    progress = progress or Progress()
-    progress.begin("searching for settings")
-    questions = answerable(model, shape, samples, num_questions, progress)
-    if len(questions) < HELD_OUT:
-        raise ValueError(f"A search needs at least {HELD_OUT} questions, got {len(questions)}; give more texts.")
-    held_out = [case for cases in questions[::HELD_OUT] for case in cases]
-    searched = [case for i, cases in enumerate(questions) if i % HELD_OUT for case in cases]
-    lowest = _lowest_ratio(searched)
+    if not questions or not others:
+        raise ValueError("A search needs questions: give more or longer texts.")
+    cases = [case for asked in questions for case in asked]
+    lowest = _lowest_ratio(cases)
     measured = {"retrieval": retrieval.amax(-1), "repetition": repetition.amax(-1), "loss": loss}
     orders = [Order(name, _ordered(shape, values)) for name, values in measured.items()]
     places = {layer: sum(order.layers.index(layer) for order in orders) for layer in shape.compressible}
     together = sorted(shape.compressible, key=places.__getitem__)
-    greedy = _greedy(model, shape, scorers, searched[:GREEDY_CASES], together, lowest, progress)
+    greedy = _greedy(model, shape, scorers, cases[: 2 * GREEDY_QUESTIONS], together, lowest, progress)
     orders.append(Order("greedy", greedy))
 
-    found = _search(model, shape, scorers, searched, orders, lowest, progress)
-    outcomes = _outcomes(model, shape, scorers, held_out, found, progress)
+    found = _search(model, shape, scorers, cases, orders, lowest, progress)
+    outcomes = _outcomes(model, shape, scorers, [case for asked in others for case in asked], found, progress)
     return Recommendation(
         greedy + tuple(layer for layer in together if layer not in greedy),
         tuple(each.target for each in found.chosen),
         tuple(each.order for each in found.chosen),
         outcomes,
         found.num_tried,
-        (len(searched) // 2, len(held_out) // 2),
+        found.num_finalists,
+        kinds_of(questions),
+        kinds_of(others),
     )
 
 
@@ -200,7 +209,7 @@ def _greedy(
     lowest: float,
     progress: Progress,
 ) -> tuple[int, ...]:
-    """Layers, each the one with which answers lose least beside those before it, until memory is spent.
+    """Layers, each the one with which answers cost least beside those before it, until memory is spent.
 
     Those that come first `together`, in all other orders, are tried.
     """
@@ -213,7 +222,7 @@ def _greedy(
         others = [layer for layer in together if layer not in chosen][:SHORTLIST]
         targets = [Target(GREEDY_MEMORY, tuple(sorted([*chosen, layer])), ratio, scorer) for layer in others]
         choices = [choice_of(shape, target) for target in targets]
-        of_cases = [losses(model, case, each, choices).loss for case, each in zip(cases, rows, strict=True)]
+        of_cases = [losses(model, case, each, choices).cost for case, each in zip(cases, rows, strict=True)]
         chosen.append(others[int(torch.stack(of_cases).mean(0).argmin())])
         progress.advance(1)
     return tuple(chosen)
@@ -228,29 +237,31 @@ def _search(
     lowest: float,
     progress: Progress,
 ) -> _Found:
-    """Tries candidates, then the best of each memory and scorer with the first layers full too."""
+    """Tries candidates on a few questions, then on all of them the best ones, with the first layers full too."""
     tried = list(_candidates(shape, scorers, orders, lowest))
-    progress.part(f"trying {len(tried)} settings", len(cases), "questions asked")
-    cost = _costs(model, shape, scorers, cases, tried, progress)
-    by_kind: dict[tuple[float, str], list[int]] = {}
-    for i in sorted(range(len(tried)), key=cost.__getitem__):
-        by_kind.setdefault((tried[i].target.memory, tried[i].target.scorer), []).append(i)
-    refined = [_with_first(shape, tried[i], lowest) for best in by_kind.values() for i in best[:NUM_REFINED]]
-    more = [each for each in refined if each is not None]
-    progress.part(f"trying {len(more)} more", len(cases), "questions asked")
-    cost += _costs(model, shape, scorers, cases, more, progress)
-    tried += more
-    chosen, of_scorers = [], []
+    few = cases[: 2 * FEW_QUESTIONS]
+    progress.part(f"trying {len(tried)} settings", len(few), "questions asked")
+    best = [tried[i] for i in _best(tried, _costs(model, shape, scorers, few, tried, progress), NUM_BEST)]
+    with_first = [each for each in (_with_first(shape, each, lowest) for each in best) if each is not None]
+    finalists = [*best, *with_first]
+    progress.part(f"trying the best {len(finalists)} again", len(cases), "questions asked")
+    costs = _costs(model, shape, scorers, cases, finalists, progress)
+    of_scorers = _best(finalists, costs, 1)
+    chosen = []
     for memory in MEMORIES:
-        best = []
-        for scorer in SCORERS:
-            kind = [i for i, (target, _) in enumerate(tried) if (target.memory, target.scorer) == (memory, scorer)]
-            best += [min(kind, key=cost.__getitem__)] if kind else []
-        lowest_cost = min((cost[i] for i in best), default=0.0)
-        # The cheapest of those that are as good.
-        chosen += [tried[i] for i in best if cost[i] <= lowest_cost + SAME_LOSS][:1]
-        of_scorers += [tried[i] for i in best]
-    return _Found(chosen, of_scorers, len(tried))
+        of_memory = [i for i in of_scorers if finalists[i].target.memory == memory]
+        least = min((costs[i] for i in of_memory), default=0.0)
+        # The quickest of those that are as good.
+        chosen += [finalists[i] for i in of_memory if costs[i] <= least + SAME_COST][:1]
+    return _Found(chosen, [finalists[i] for i in of_scorers], len(tried) + len(with_first), len(finalists))
+
+
+def _best(candidates: Sequence[_Candidate], costs: Sequence[float], num: int) -> list[int]:
+    """The best `num` of each memory and scorer; of each memory, those of quick scorers first."""
+    of_each: dict[tuple[float, str], list[int]] = {(m, name): [] for m in MEMORIES for name in SCORERS}
+    for i in sorted(range(len(candidates)), key=costs.__getitem__):
+        of_each[candidates[i].target.memory, candidates[i].target.scorer].append(i)
+    return [i for found in of_each.values() for i in found[:num]]
 
 
 def _candidates(shape: Shape, scorers: Scorers, orders: Sequence[Order], lowest: float) -> Iterator[_Candidate]:
@@ -292,11 +303,11 @@ def _costs(
     candidates: Sequence[_Candidate],
     progress: Progress,
 ) -> list[float]:
-    """Mean loss of the cases, half of which are hidden, under each candidate."""
+    """Mean cost of the cases, half of which are hidden, under each candidate."""
     if not candidates:
         return []
     choices = [choice_of(shape, each.target) for each in candidates]
-    costs: list[float] = losses_of_cases(model, shape, scorers, cases, choices, progress).loss.mean(0).tolist()
+    costs: list[float] = losses_of_cases(model, shape, scorers, cases, choices, progress).cost.mean(0).tolist()
     return costs
 
 
@@ -313,16 +324,24 @@ def _outcomes(
         if ratio > 0:
             named.append(("no profile", Target(target.memory, first, ratio, SCORERS[0])))
     named += [(f"best with {target.scorer}", target) for target, _ in found.of_scorers]
-    progress.part("asking what was held out", len(cases), "questions")
+    progress.part("judging what was found", len(cases), "questions asked")
     choices = [choice_of(shape, target) for _, target in named]
     lost = losses_of_cases(model, shape, scorers, cases, choices, progress)
-    hidden = torch.tensor([case.hidden for case in cases])
+    kinds = sorted({case.kind for case in cases})
 
-    def both(values: torch.Tensor) -> tuple[float, float]:
-        means = (values[hidden].mean(), values[~hidden].mean())
-        return round(means[0].item(), 4), round(means[1].item(), 4)
+    def both(values: torch.Tensor, *of_kinds: str) -> tuple[float, float]:
+        """Means of `[N]` over the hidden and the seen cases of these kinds."""
+        which = [[case.hidden is hidden and case.kind in of_kinds for case in cases] for hidden in (True, False)]
+        first, second = (round(values[torch.tensor(each)].mean().item(), 4) for each in which)
+        return first, second
 
     return tuple(
-        Outcome(name, *target, both(lost.loss[:, i]), both(lost.exact[:, i].float()))
+        Outcome(
+            name,
+            *target,
+            both(lost.loss[:, i], *kinds),
+            both(exact := lost.exact[:, i].float(), *kinds),
+            {kind: both(exact, kind) for kind in kinds},
+        )
         for i, (name, target) in enumerate(named)
     )

@@ -106,12 +106,23 @@ def _outcomes(made: Made) -> list[list[str]]:
     return lines
 
 
+def _by_kind(made: Made) -> list[list[str]]:
+    """The whole cache and the settings, by kinds of texts."""
+    asked = made.found.judged
+    lines = [["memory", "scorer", *(f"{kind} ({asked[kind]})" for kind in asked)]]
+    for each in made.found.outcomes:
+        if each.name in ("whole cache", "recommended"):
+            shares = ("{1:.2f} / {0:.2f}".format(*each.exact_by_kind[kind]) for kind in asked)
+            lines.append([f"{each.memory:g}", each.scorer, *shares])
+    return lines
+
+
 def _how_to_read(made: Made) -> Iterator[str]:
     yield (
         "memory: share of the whole cache. Full layers keep every row, the others the keep ratio, chosen by the scorer."
     )
     yield (
-        f"seen, hidden: share of {made.found.num_questions[1]} questions, which the search did not use, that are "
+        f"seen, hidden: share of {sum(made.found.judged.values())} questions, which the search did not use, that are "
         "answered exactly; compressed after the question, and before it is known."
     )
     yield "no profile: the same memory with the first layers full and l2 in the others."
@@ -128,10 +139,17 @@ def write_report(made: Made, folder: Path) -> Path:
         },
         {
             "title": "What was compared",
-            "note": f"{made.found.num_tried} settings were tried on {made.found.num_questions[0]} questions; these are "
-            f"judged by {made.found.num_questions[1]} others. Loss in nats a token of the answer; exact: share of the "
+            "note": f"{made.found.num_tried} settings were tried on a few questions, and the best "
+            f"{made.found.num_finalists} of them on {sum(made.found.searched.values())}; these are judged by "
+            f"{sum(made.found.judged.values())} others. Loss in nats a token of the answer; exact: share of the "
             "answers. The loss differs less by chance than the share.",
             "table": _outcomes(made),
+        },
+        {
+            "title": "What fails",
+            "note": "Share of the answers that are exact, by the kind of text that they are about, seen and hidden. "
+            "Where the whole cache does not answer either, nothing is lost.",
+            "table": _by_kind(made),
         },
         {
             "title": "What answers need",
