@@ -4,13 +4,15 @@ All candidates for a memory cost exactly that share of the whole cache. Layers c
 answers to facts, by that of a repetition of the text, by the loss of answers when a layer is cut, and greedily by what
 answers cost when one layer more stays full. What a candidate costs is the mean of `Losses.cost` over questions about
 texts that nothing was trained on, equally many of each kind, each asked hidden and seen. All candidates are tried on a
-few questions, the best ones on all. Questions about other texts tell what the chosen ones lose.
+few questions, then the best ones with one layer exchanged, added or left out; the best of all these on all questions.
+Questions about other texts tell what the chosen ones lose.
 
 The mean, not the worst kind: where memory is small, some kinds are lost under every candidate, and they would decide.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +37,12 @@ SHORTLIST = 12
 """Layers that are tried next, those that the other orders have first."""
 NUM_COUNTS = 8
 """Numbers of full layers that are tried of each order and memory."""
+NUM_TURNS, NUM_CHANGED = 2, 20
+"""How often the best candidate of each memory and scorer is changed a little, and into how many others."""
 NUM_BEST = 3
 """Candidates of each memory and scorer that are tried on all questions, as they are and with the first layers full."""
+CHANGED = ", changed"
+"""Ends the name of the order that such a candidate comes from."""
 FIRST_LAYERS = 2
 """The paper leaves so many full."""
 SAME_COST = 0.01
@@ -238,10 +244,15 @@ def _search(
     progress: Progress,
 ) -> _Found:
     """Tries candidates on a few questions, then on all of them the best ones, with the first layers full too."""
-    tried = list(_candidates(shape, scorers, orders, lowest))
+    tried, found = [], []
     few = cases[: 2 * FEW_QUESTIONS]
-    progress.part(f"trying {len(tried)} settings", len(few), "questions asked")
-    best = [tried[i] for i in _best(tried, _costs(model, shape, scorers, few, tried, progress), NUM_BEST)]
+    more = list(_candidates(shape, scorers, orders, lowest))
+    for turn in range(1 + NUM_TURNS):
+        progress.part(f"trying {len(more)} settings", len(few), "questions asked")
+        found += _costs(model, shape, scorers, few, more, progress)
+        tried += more
+        more = _changed(shape, tried, found, lowest, Random(turn))
+    best = [tried[i] for i in _best(tried, found, NUM_BEST)]
     with_first = [each for each in (_with_first(shape, each, lowest) for each in best) if each is not None]
     finalists = [*best, *with_first]
     progress.part(f"trying the best {len(finalists)} again", len(cases), "questions asked")
@@ -282,17 +293,37 @@ def _candidates(shape: Shape, scorers: Scorers, orders: Sequence[Order], lowest:
                     yield _Candidate(Target(memory, full_layers, ratio, scorer), name)
 
 
+def _changed(
+    shape: Shape, tried: Sequence[_Candidate], costs: Sequence[float], lowest: float, chance: Random
+) -> list[_Candidate]:
+    """The best candidate of each memory and scorer with one full layer exchanged, added or left out; none twice."""
+    known = {each.target for each in tried}
+    found: dict[Target, _Candidate] = {}
+    for i in _best(tried, costs, 1):
+        target, order = tried[i]
+        for _ in range(NUM_CHANGED):
+            full_layers = set(target.full_layers)
+            full_layers -= {chance.choice((None, *target.full_layers))}
+            full_layers |= {chance.choice(shape.compressible)} if chance.random() < 2 / 3 else set()
+            changed = _with_layers(shape, target, full_layers, lowest)
+            if changed is not None and changed not in known:
+                found.setdefault(changed, _Candidate(changed, order.removesuffix(CHANGED) + CHANGED))
+    return list(found.values())
+
+
 def _with_first(shape: Shape, candidate: _Candidate, lowest: float) -> _Candidate | None:
     """The same with the model's first layers full too; `None` if they are, or if they cost too much."""
-    target, first = candidate.target, shape.compressible[:FIRST_LAYERS]
-    full_layers = tuple(sorted({*target.full_layers, *first}))
-    if len(full_layers) in (len(target.full_layers), len(shape.compressible)):
+    full_layers = {*candidate.target.full_layers, *shape.compressible[:FIRST_LAYERS]}
+    target = _with_layers(shape, candidate.target, full_layers, lowest)
+    if target is None or target == candidate.target:
         return None
+    return _Candidate(target, f"{candidate.order}, first layers")
+
+
+def _with_layers(shape: Shape, target: Target, full_layers: Collection[int], lowest: float) -> Target | None:
+    """The same memory with other full layers; `None` if they cost too much."""
     ratio = ratio_for(target.memory, len(shape.compressible), len(full_layers))
-    if ratio < lowest:
-        return None
-    name = f"{candidate.order}, first layers"
-    return _Candidate(target._replace(full_layers=full_layers, keep_ratio=ratio), name)
+    return target._replace(full_layers=tuple(sorted(full_layers)), keep_ratio=ratio) if ratio >= lowest else None
 
 
 def _costs(
