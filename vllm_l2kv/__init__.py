@@ -51,6 +51,7 @@ def engine_args(
     answer_interval: int = Settings.answer_interval,
     profile: str | os.PathLike[str] | None = None,
     memory: float | None = None,
+    classes: str | None = None,
     evaluation_scorers: bool = Settings.evaluation_scorers,
     additional_config: dict[str, Any] | None = None,
     **defaults: FieldValue | None,
@@ -59,16 +60,18 @@ def engine_args(
 
     Args:
         full_layers: Indices of layers that never compact; `None` for those of the profile, or 0 and 1 without one.
-        full_heads: Layers to those of their KV heads that never compact, such as `{7: [0, 2], 12: [1]}`; `None` for no
-            heads beside those of full layers.
+        full_heads: Layers to those of their KV heads that never compact, such as `{7: [0, 2], 12: [1]}`; `None` for
+            those of the profile, or no heads beside those of full layers.
         metrics: Report compactions to the front end, for `/metrics`. Only for servers of vllm-l2kv: vLLM's `LLM` would
             not know what to do with it.
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt.
         answer_interval: The same from the end of the prompt on.
         profile: File that `vllm-l2kv profile` wrote for this model; other models are refused. What is not given here
-            comes from it: full layers, `default_keep_ratio` and `scorer`. If both of the former are given, it serves
-            the scorer `learned` alone.
-        memory: Share of the whole cache, full layers included, that the profile is set for, in (0, 1]; 0.5 if `None`.
+            comes from it: full layers or heads, `default_keep_ratio` and `scorer`. If full layers and ratio are given,
+            it serves the scorer `learned` alone.
+        memory: Share of the whole cache, what stays full included, that the profile is set for, in (0, 1]; `None` for
+            0.5.
+        classes: What of the profile stays full: whole `layers`, the default, or single KV `heads`.
         evaluation_scorers: Take scorers that are too slow to serve, to compare the others with.
         additional_config: Other entries for vLLM's option of this name.
         defaults: What applies to a request that does not give a field: `default_keep_ratio`, and the other attributes
@@ -88,12 +91,14 @@ def engine_args(
     given = _fields("engine_args", defaults, {field.argument: field for field in FIELDS_WITH_DEFAULTS})
     params = {field.attribute: value for field, value in given.items() if value is not None}
     layers = None if full_layers is None else tuple(full_layers)
-    setting = setting_of(profile, memory, layers, "keep_ratio" in params)
+    heads = None if full_heads is None else heads_by_layer(full_heads)
+    setting = setting_of(profile, memory, layers, "keep_ratio" in params, heads, classes)
     if setting is not None:
-        layers, params = setting.full_layers, {"keep_ratio": setting.keep_ratio, "scorer": setting.scorer} | params
+        layers, heads = setting.full_layers, setting.full_heads
+        params = {"keep_ratio": setting.keep_ratio, "scorer": setting.scorer} | params
     settings = Settings(
         full_layers=Settings.full_layers if layers is None else layers,
-        full_heads=heads_by_layer(full_heads or {}),
+        full_heads=heads or {},
         defaults=CompressionParams(**params),
         metrics=metrics,
         prompt_interval=prompt_interval,

@@ -13,15 +13,16 @@ from typing import Any, NoReturn, TypeVar
 
 from vllm_l2kv.field_kinds import Choice, Count, Kind, ParamError, Ratio
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.settings import DEFAULT_MEMORY, Settings, heads_by_layer
+from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, LAYERS, FullHeads, Settings, heads_by_layer
 
 T = TypeVar("T")
 DEFAULT_LAYERS = ",".join(map(str, Settings.full_layers))
 DEFAULT_PROTECTION = f"{CompressionParams.protect_first}:{CompressionParams.protect_last}"
 """Of an engine, as one would type them: for parsers whose help shows their defaults."""
 PROFILE = "file that `vllm-l2kv profile` wrote for this model"
-MEMORY = "share of the whole KV cache, full layers included, that the profile is set for"
-"""What `--kv-profile` and `--kv-memory` are."""
+MEMORY = "share of the whole KV cache, what stays full included, that the profile is set for"
+WHAT_STAYS_FULL = "what of the profile stays full: whole layers, or single KV heads"
+"""What `--kv-profile`, `--kv-memory` and `--kv-classes` are."""
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -71,7 +72,7 @@ def taken_by(kind: Kind) -> dict[str, Any]:
 
 
 def add_profile(add: Callable[..., Any], what: str) -> None:
-    """Adds `--kv-profile` and `--kv-memory`, which `profile.setting_of` reads.
+    """Adds `--kv-profile`, `--kv-memory` and `--kv-classes`, which `profile.setting_of` reads.
 
     Args:
         add: `add_argument` of a parser, or of a group.
@@ -79,6 +80,7 @@ def add_profile(add: Callable[..., Any], what: str) -> None:
     """
     add("--kv-profile", metavar="FILE", help=f"{PROFILE}; {what} come from it unless they are given")
     add("--kv-memory", type=memory, metavar="M", help=f"{MEMORY} (default: {DEFAULT_MEMORY})")
+    add("--kv-classes", choices=CLASSES, help=f"{WHAT_STAYS_FULL} (default: {LAYERS})")
 
 
 def real(name: str, bound: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
@@ -107,7 +109,7 @@ def layers(word: str) -> tuple[int, ...]:
         raise ArgumentTypeError(f"layer indices >= 0 with commas between them, such as 0,1, got {word!r}.") from None
 
 
-def heads(word: str) -> dict[int, tuple[int, ...]]:
+def heads(word: str) -> FullHeads:
     """KV heads by layers: `7:0,2 12:1`, or a JSON object as a config file has it. An empty word names none."""
     try:
         if word.lstrip().startswith("{"):
@@ -120,6 +122,17 @@ def heads(word: str) -> dict[int, tuple[int, ...]]:
         ) from None
 
 
+def heads_in_words(full_heads: FullHeads) -> str:
+    """The same heads as `heads` reads them."""
+    return " ".join(f"{layer}:{','.join(map(str, of))}" for layer, of in full_heads.items())
+
+
+def full_in_words(full_layers: Iterable[int], full_heads: FullHeads) -> str:
+    """What stays full, as tables and errors say it; heads are left out if there are none."""
+    layers = f"full layers {', '.join(map(str, sorted(full_layers))) or 'none'}"
+    return f"{layers}, full heads {heads_in_words(full_heads)}" if full_heads else layers
+
+
 class _JoinHeads(argparse.Action):
     """Joins the words of one option; the next option of the same name replaces them."""
 
@@ -127,7 +140,7 @@ class _JoinHeads(argparse.Action):
         setattr(namespace, self.dest, _joined(values))
 
 
-def _joined(named: Iterable[Mapping[Any, Sequence[int]]]) -> dict[int, tuple[int, ...]]:
+def _joined(named: Iterable[Mapping[Any, Sequence[int]]]) -> FullHeads:
     """Heads that several mappings name, some for the same layer.
 
     Raises:

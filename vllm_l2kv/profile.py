@@ -1,20 +1,21 @@
 """A profile: what one model's layers and heads do for answers, measured once, in one file of safetensors.
 
 The file's metadata has one key, `vllm_l2kv`, which holds JSON: the model, its fingerprint, the layers in the order in
-which answers need them, and settings for several memories. Reading it needs no torch. The tensors are the
-measurements by layer and KV head, and the weights of the learned scorer. `vllm-l2kv profile` writes it.
+which answers need them, and settings for several memories, with whole layers full and with single KV heads full.
+Reading it needs no torch. The tensors are the measurements by layer and KV head, and the weights of the learned scorer.
+`vllm-l2kv profile` writes it.
 """
 
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from vllm_l2kv.settings import DEFAULT_MEMORY
+from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, HEADS, LAYERS, FullHeads, heads_by_layer
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,8 @@ LEARNED = "learned."
 """Names of the learned scorer's weights begin so."""
 FULL_ATTENTION = "full_attention"
 """What `transformers` calls layers of the kind that compresses."""
+SLIDING_ATTENTION = "sliding_attention"
+"""Those with a sliding window."""
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors allows."""
 SHAPE_FIELDS = (
@@ -77,6 +80,18 @@ class Shape:
         """Layers that may compress: those of full attention."""
         return tuple(layer for layer, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION)
 
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all layers that may compress: the whole cache."""
+        return self.num_kv_heads * len(self.compressible)
+
+    def num_full(self, full_layers: Collection[int], full_heads: FullHeads) -> int:
+        """How many of these heads never compress."""
+        of_layers = (
+            self.num_kv_heads if layer in full_layers else len(full_heads.get(layer, ())) for layer in self.compressible
+        )
+        return sum(of_layers)
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -99,12 +114,19 @@ class Target(NamedTuple):
         full_layers: Layers that never compress.
         keep_ratio: Of the others, so that the whole cache costs `memory`.
         scorer: Of the others.
+        full_heads: Layers to those of their KV heads that never compress; empty where whole layers do.
     """
 
     memory: float
     full_layers: tuple[int, ...]
     keep_ratio: float
     scorer: str
+    full_heads: FullHeads = {}  # noqa: RUF012 - nothing writes to it
+
+    @property
+    def classes(self) -> str:
+        """Of `CLASSES`."""
+        return HEADS if self.full_heads else LAYERS
 
 
 class Setting(NamedTuple):
@@ -113,6 +135,7 @@ class Setting(NamedTuple):
     full_layers: tuple[int, ...]
     keep_ratio: float
     scorer: str
+    full_heads: FullHeads = {}  # noqa: RUF012 - nothing writes to it
 
 
 @dataclass(frozen=True)
@@ -125,7 +148,7 @@ class Profile:
         shape: Of the model's KV cache.
         rope: How its keys are rotated.
         layer_order: Layers that may compress, those first that answers need most.
-        memory: Settings, the smallest memory first.
+        memory: Settings, the smallest memory first; for a memory there may be one of each of `CLASSES`.
         about: How it was made: texts, tokens, dtype, versions, seconds.
         path: The file; `None` if there is none yet.
         tensors: Shapes of the file's tensors.
@@ -159,7 +182,19 @@ class Profile:
                 set(target.full_layers) < set(compressible),
                 f"full_layers of memory {target.memory} must be some of the layers of full attention, not all",
             )
-        object.__setattr__(self, "memory", tuple(sorted(self.memory)))
+            heads = [head for of_layer in target.full_heads.values() for head in of_layer]
+            _require(
+                set(target.full_heads) <= set(compressible) and max(heads, default=0) < self.shape.num_kv_heads,
+                f"full_heads of memory {target.memory} must be of layers of full attention, and less than "
+                f"{self.shape.num_kv_heads}",
+            )
+            _require(
+                self.shape.num_full(target.full_layers, target.full_heads) < self.shape.num_heads,
+                f"full_heads of memory {target.memory} must leave a head to compress",
+            )
+        order = {classes: i for i, classes in enumerate(CLASSES)}
+        listed = sorted(self.memory, key=lambda target: (target.memory, order[target.classes]))
+        object.__setattr__(self, "memory", tuple(listed))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -190,9 +225,7 @@ class Profile:
                 shape=Shape(**{**fields["shape"], "layer_types": tuple(fields["shape"]["layer_types"])}),
                 rope=Rope(**fields["rope"]),
                 layer_order=tuple(fields["layer_order"]),
-                memory=tuple(
-                    Target(**{**each, "full_layers": tuple(each["full_layers"])}) for each in fields["memory"]
-                ),
+                memory=tuple(map(_target, fields["memory"])),
                 about=_mapping(fields["about"]),
                 path=path,
                 tensors={name: tuple(entry["shape"]) for name, entry in header.items()},
@@ -218,36 +251,48 @@ class Profile:
             scratch.unlink(missing_ok=True)
         return Profile.read(path)
 
-    def setting(self, memory: float = DEFAULT_MEMORY, full_layers: Iterable[int] | None = None) -> Setting:
-        """Full layers, keep ratio and scorer with which the whole cache costs this share.
+    def setting(
+        self,
+        memory: float = DEFAULT_MEMORY,
+        full_layers: Iterable[int] | None = None,
+        full_heads: FullHeads | None = None,
+        classes: str = LAYERS,
+    ) -> Setting:
+        """What stays full, and keep ratio and scorer of the rest, with which the whole cache costs this share.
 
-        Layers and scorer are those of the listed memory that is next below, or of the smallest one. The ratio follows.
+        What stays full and the scorer are those of the listed memory that is next below, or of the smallest one. The
+        ratio follows.
 
         Args:
             memory: Share of what all layers of full attention would hold together, in (0, 1].
             full_layers: Layers to take in place of the listed ones; `None` for those.
+            full_heads: The same of KV heads.
+            classes: Of `CLASSES`: which of the listed settings.
 
         Raises:
-            ValueError: A memory out of bounds, or so small that the full layers alone cost more.
+            ValueError: A memory out of bounds, or so small that what stays full alone costs more, or no such settings.
         """
         if not 0 < memory <= 1:
             raise ValueError(f"memory must be in (0, 1], got {memory}.")
-        if not self.memory:
-            raise ValueError(f"{self.path or 'The profile'} names no settings.")
-        below = [target for target in self.memory if target.memory <= memory + 1e-9]
-        chosen = below[-1] if below else self.memory[0]
+        listed = [target for target in self.memory if target.classes == classes]
+        if not listed:
+            kind = "" if classes == LAYERS else " with full heads; make it again, or leave --kv-classes out"
+            raise ValueError(f"{self.path or 'The profile'} names no settings{kind}.")
+        below = [target for target in listed if target.memory <= memory + 1e-9]
+        chosen = below[-1] if below else listed[0]
         layers = chosen.full_layers if full_layers is None else tuple(full_layers)
-        num_layers, num_full = len(self.shape.compressible), len(set(layers).intersection(self.shape.compressible))
-        if num_full == num_layers:
-            raise ValueError("full_layers names every layer of full attention; leave one to compress.")
-        keep_ratio = ratio_for(memory, num_layers, num_full)
+        heads = chosen.full_heads if full_heads is None else full_heads
+        num_heads, num_full = self.shape.num_heads, self.shape.num_full(layers, heads)
+        if num_full == num_heads:
+            raise ValueError(f"full_{classes} names every layer of full attention; leave one to compress.")
+        keep_ratio = ratio_for(memory, num_heads, num_full)
         if keep_ratio <= 0:
             whose = "" if full_layers is not None else " of the smallest setting of this profile"
+            what = f"{num_full} full heads" if heads else f"{num_full // self.shape.num_kv_heads} full layers"
             raise ValueError(
-                f"memory must be more than {num_full / num_layers:.3f}, which the {num_full} full layers{whose} cost, "
-                f"got {memory}."
+                f"memory must be more than {num_full / num_heads:.3f}, which the {what}{whose} cost, got {memory}."
             )
-        return Setting(layers, keep_ratio, chosen.scorer)
+        return Setting(layers, keep_ratio, chosen.scorer, heads)
 
     def weights(self) -> dict[str, "torch.Tensor"]:
         """Weights of the learned scorer, their names without `LEARNED`.
@@ -283,6 +328,8 @@ def setting_of(
     memory: float | None,
     full_layers: Iterable[int] | None = None,
     has_ratio: bool = False,
+    full_heads: FullHeads | None = None,
+    classes: str | None = None,
 ) -> Setting | None:
     """What the file that `--kv-profile` names sets, as every command reads it.
 
@@ -291,40 +338,44 @@ def setting_of(
         memory: As of `Profile.setting`; `None` if none is asked.
         full_layers: Likewise.
         has_ratio: Whether a keep ratio is given too, so that with full layers nothing is left to set.
+        full_heads: As of `Profile.setting`.
+        classes: The same; `None` for layers.
 
     Returns:
         `None` if nothing is set.
 
     Raises:
-        ValueError: A memory without a file or without a use, or a file or a memory that is refused.
+        ValueError: A memory or classes without a file or without a use, or a file or a memory that is refused.
     """
     if path is None:
-        if memory is not None:
-            raise ValueError(
-                "memory (--kv-memory) is what a profile is set for; name its file too (--kv-profile FILE)."
-            )
+        asked = {"memory (--kv-memory)": memory, "classes (--kv-classes)": classes}
+        for name, value in asked.items():
+            if value is not None:
+                raise ValueError(f"{name} is what a profile is set for; name its file too (--kv-profile FILE).")
         return None
+    if classes == HEADS and (full_layers is not None or full_heads is not None):
+        raise ValueError("full layers and heads come from the profile with --kv-classes heads; leave them out.")
     try:
         profile = Profile.read(path)
     except OSError as error:
         raise ValueError(f"cannot read the profile {path}: {error.strerror or error}.") from error
     if full_layers is None or not has_ratio:
-        return profile.setting(DEFAULT_MEMORY if memory is None else memory, full_layers)
+        return profile.setting(DEFAULT_MEMORY if memory is None else memory, full_layers, full_heads, classes or LAYERS)
     if memory is not None:
         raise ValueError("memory (--kv-memory) follows from full layers and a keep ratio; leave one of the three out.")
     return None
 
 
-def ratio_for(memory: float, num_layers: int, num_full: int) -> float:
-    """The keep ratio with which the whole cache costs `memory`; 0 or less if the full layers alone cost more.
+def ratio_for(memory: float, num_heads: int, num_full: int) -> float:
+    """The keep ratio with which the whole cache costs `memory`; 0 or less if what stays full alone costs more.
 
     Args:
-        memory: Share of what `num_layers` layers hold uncompressed.
-        num_layers: Layers of full attention.
+        memory: Share of what `num_heads` heads hold uncompressed.
+        num_heads: KV heads of all layers of full attention. Where whole layers stay full, both numbers may be layers.
         num_full: Those of them that never compress. If they are all, nothing is left to compress, and it is 0.
     """
-    others = num_layers - num_full
-    return round((memory * num_layers - num_full) / others, 6) if others else 0.0
+    others = num_heads - num_full
+    return round((memory * num_heads - num_full) / others, 6) if others else 0.0
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str:
@@ -389,6 +440,15 @@ def local_folder(name: str, revision: str | None = None, cache: str | None = Non
         return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ValueError(f"The files of {name} are not on this machine: give its folder.") from error
+
+
+def _target(fields: Mapping[str, Any]) -> Target:
+    """Of the metadata. Files that were made before heads could be full name none."""
+    changed = {
+        "full_layers": tuple(fields["full_layers"]),
+        "full_heads": heads_by_layer(fields.get("full_heads", {})),
+    }
+    return Target(**{**fields, **changed})
 
 
 def _weights(folder: Path) -> Iterator[bytes]:

@@ -19,9 +19,13 @@ from vllm_l2kv.params import (
 )
 from vllm_l2kv.policy import Intervals
 
+FullHeads = Mapping[int, tuple[int, ...]]
+"""Layers to some of their KV heads, by their numbers in the model."""
 CONFIG_KEY = "l2kv"
 DEFAULT_MEMORY = 0.5
 """Share of the whole cache that a profile is set for unless another one is asked."""
+LAYERS, HEADS = CLASSES = ("layers", "heads")
+"""What of a profile stays full: whole layers, or single KV heads."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Settings:
     """
 
     full_layers: tuple[int, ...] = (0, 1)
-    full_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    full_heads: FullHeads = field(default_factory=dict, hash=False)
     defaults: CompressionParams = field(default_factory=CompressionParams)
     metrics: bool = False
     prompt_interval: int = Intervals().prompt
@@ -131,7 +135,7 @@ class Settings:
             )
 
 
-def heads_by_layer(named: Any) -> dict[int, tuple[int, ...]]:
+def heads_by_layer(named: Any) -> FullHeads:
     """Checks and sorts `Settings.full_heads`.
 
     Args:
@@ -145,7 +149,7 @@ def heads_by_layer(named: Any) -> dict[int, tuple[int, ...]]:
     """
     if not isinstance(named, Mapping):
         raise ValueError(f"full_heads must map layer indices to lists of KV heads, got {named!r}.")
-    found = {}
+    found: dict[int, tuple[int, ...]] = {}
     for layer, heads in named.items():
         if not str(layer).isdecimal():
             raise ValueError(f"full_heads must name layers by indices >= 0, got {layer!r}.")

@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.quality.grid import ROWS, SETTINGS
-from benchmarks.quality.settings import METHODS, WHOLE, Setting
+from benchmarks.quality.settings import METHODS, WHOLE, Full, Setting
 from vllm_l2kv.tools.evaluation.aggregates import PROVENANCE, is_whole, prompt_of, with_excess_loss
 from vllm_l2kv.tools.evaluation.rows import read_rows
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 CELLS = "cells.jsonl"
 Row = Mapping[str, Any]
 KIND = ("scorer", "keep_ratio", "length", "task", "question")
-"""With full layers, what rows of one cell share."""
+"""With full layers and heads, what rows of one cell share."""
 
 
 def main() -> None:
@@ -44,22 +44,28 @@ def cells(settings: Iterable[Setting], rows: Sequence[Row]) -> list[dict[str, An
     Raises:
         ValueError: Prompts of a length and a task that only some of its cells have: the grid is not complete.
     """
-    # The whole cache does not depend on full layers, and is measured by one engine for all.
-    wholes, sets = [row for row in rows if is_whole(row)], {tuple(row["full_layers"]) for row in rows}
-    answers = with_excess_loss([*rows, *({**row, "full_layers": list(layers)} for row in wholes for layers in sets)])
+    # The whole cache does not depend on what stays full, and is measured by one engine for all.
+    wholes, sets = [row for row in rows if is_whole(row)], {_full(row) for row in rows}
+    copies = ({**row, "full_layers": list(layers), "full_heads": heads} for row in wholes for layers, heads in sets)
+    answers = with_excess_loss([*({"full_heads": "", **row} for row in rows), *copies])
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in answers:
-        key = (tuple(row["full_layers"]), *(row[name] for name in KIND))
+        key = (_full(row), *(row[name] for name in KIND))
         groups.setdefault(key, {})[prompt_of(row)] = row
     measured = list(dict.fromkeys(key[3:] for key in groups))
     found = [
         _cell(setting, *kind, groups[key])
         for setting in settings
         for kind in measured
-        if (key := (tuple(setting.full_layers), setting.scorer, setting.keep_ratio, *kind)) in groups
+        if (key := (setting.full, setting.scorer, setting.keep_ratio, *kind)) in groups
     ]
     _check_prompts(found)
     return found
+
+
+def _full(row: Row) -> Full:
+    """What stayed full; rows of engines without full heads do not name them."""
+    return tuple(row["full_layers"]), row.get("full_heads", "")
 
 
 def _cell(setting: Setting, length: int, task: str, question: str, answers: Mapping[str, Row]) -> dict[str, Any]:

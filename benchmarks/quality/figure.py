@@ -15,13 +15,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from benchmarks.quality.pooled import pooled, retrieval  # noqa: E402
-from benchmarks.quality.settings import EQUAL, MAIN_LENGTH, METHODS, WHOLE  # noqa: E402
+from benchmarks.quality.settings import EQUAL, MAIN_LENGTH, METHODS, PROFILE, PROFILE_HEADS, WHOLE  # noqa: E402
 from benchmarks.quality.tables import MODELS, read_cells  # noqa: E402
 from vllm_l2kv.tools.evaluation.variants import QUESTIONS  # noqa: E402
 
 PLOT = Path(__file__).parents[2] / "docs" / "img" / "quality.svg"
 COLOURS = {"l2": "C0", "keydiff_value": "C2", "learned": "C3", "random": "0.55"}
-"""Of scorers; equal counts are dashed."""
+"""Of scorers."""
+STYLES = {EQUAL: "--", PROFILE: "-", PROFILE_HEADS: "-."}
 Row = Mapping[str, Any]
 
 
@@ -61,8 +62,7 @@ def draw(axes: Axes, cells: Sequence[Row], question: str) -> None:
                 points[memory] = pooled(scores)
         memories = sorted(points)
         values, lows, highs = zip(*(points[memory] for memory in memories), strict=True)
-        style = "--" if source == EQUAL else "-"
-        axes.plot(memories, values, style, marker="o", markersize=3, color=COLOURS[scorer], label=method)
+        axes.plot(memories, values, STYLES[source], marker="o", markersize=3, color=COLOURS[scorer], label=method)
         axes.fill_between(memories, lows, highs, color=COLOURS[scorer], alpha=0.12, linewidth=0)
     axes.grid(alpha=0.3)
 

@@ -1,4 +1,4 @@
-"""Measures what is compared on docs/quality.md, with one engine for each set of full layers.
+"""Measures what is compared on docs/quality.md, with one engine for each set of full layers and heads.
 
 python -m benchmarks.quality.grid MODEL OUT --profile FILE --commit C [--at-once 3 --cache-gib 16]
 
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from benchmarks.quality.settings import (
     NUM_SAMPLES,
     OPTIONS,
     SEED,
+    Full,
     Setting,
     settings,
 )
+from vllm_l2kv.cli_types import heads
 from vllm_l2kv.profile import Profile
 from vllm_l2kv.tools.evaluation.cases import Case
 from vllm_l2kv.tools.evaluation.cli import cases_of, write_rows
@@ -56,7 +59,7 @@ Unit = tuple[int, str]
 
 
 def main() -> None:
-    """Makes prompts, then starts a process for each set of full layers, or is one of them."""
+    """Makes prompts, then starts a process for each set of full layers and heads, or is one of them."""
     parser = _parser()
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -64,11 +67,11 @@ def main() -> None:
     if args.prompts_only:
         return
     if args.profile is None:
-        parser.error("argument --profile: is needed, full layers and weights come from it")
+        parser.error("argument --profile: is needed, what stays full and weights come from it")
     compared = settings(Profile.read(args.profile), args.methods, args.memory)
-    sets = list(dict.fromkeys(setting.full_layers for setting in compared))
+    sets = list(dict.fromkeys(setting.full for setting in compared))
     if args.engine is not None:
-        measure(args, prompts, [setting for setting in compared if setting.full_layers == sets[args.engine]])
+        measure(args, prompts, [setting for setting in compared if setting.full == sets[args.engine]])
         return
     rows = [json.dumps(setting.as_row()) + "\n" for setting in compared]
     (args.out / SETTINGS).write_text("".join(rows), encoding="utf-8")
@@ -79,10 +82,10 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, prompts: dict[Unit, list[Case]], compared: Sequence[Setting]) -> None:
     """Measures what is missing, with one engine."""
-    full_layers = compared[0].full_layers
+    full = compared[0].full
     variants = list(dict.fromkeys(setting.params for setting in compared))
     (args.out / ROWS).mkdir(exist_ok=True)
-    path = args.out / ROWS / f"{_name(full_layers)}.jsonl"
+    path = args.out / ROWS / f"{_name(full)}.jsonl"
     found = Counter(_prompt(row["task"], row) for row in (prepare_for_more(path) if path.exists() else []))
     engine = None
     for (length, task), cases in prompts.items():
@@ -91,12 +94,12 @@ def measure(args: argparse.Namespace, prompts: dict[Unit, list[Case]], compared:
         missing = [case for case in cases if found[_prompt(task, case.about)] < num_rows]
         if not missing:
             continue
-        engine = engine or _engine(args, full_layers, max(length for length, _ in prompts))
+        engine = engine or _engine(args, full, max(length for length, _ in prompts))
         begun = time.monotonic()
         options = _options(task, length, questions=questions)
         write_rows(engine, options, missing, variants, path)
         seconds = time.monotonic() - begun
-        _say(f"{_name(full_layers)}: {length} {task}, {len(missing)} prompts x {num_rows}, {seconds:.0f} s")
+        _say(f"{_name(full)}: {length} {task}, {len(missing)} prompts x {num_rows}, {seconds:.0f} s")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,7 +158,7 @@ def _options(task: str, length: int, **more: Any) -> argparse.Namespace:
     return argparse.Namespace(task=task, lengths=[length], seed=SEED, **OPTIONS[task], **more)
 
 
-def _engine(args: argparse.Namespace, full_layers: Sequence[int], max_model_len: int) -> Any:
+def _engine(args: argparse.Namespace, full: Full, max_model_len: int) -> Any:
     from vllm_l2kv.tools.evaluation.run import Engine
 
     device: dict[str, Any] = {}
@@ -168,19 +171,22 @@ def _engine(args: argparse.Namespace, full_layers: Sequence[int], max_model_len:
             "kv_cache_memory_bytes": args.cache_gib * 2**30,
             "gpu_memory_utilization": 0.1,
         }
-    engine = Engine(args.model, full_layers, profile=args.profile, max_model_len=max_model_len, **device)
+    layers, words = full
+    engine = Engine(
+        args.model, layers, profile=args.profile, full_heads=heads(words), max_model_len=max_model_len, **device
+    )
     engine.about["commit"] = args.commit
     return engine
 
 
-def _run_engine(out: Path, index: int, full_layers: Sequence[int]) -> int:
-    """The exit status of a process that measures one set of full layers; its output goes to a log."""
-    log = out / f"{_name(full_layers)}.log"
+def _run_engine(out: Path, index: int, full: Full) -> int:
+    """The exit status of a process that measures one set of full layers and heads; its output goes to a log."""
+    log = out / f"{_name(full)}.log"
     begun = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.quality.grid", *sys.argv[1:], "--engine", str(index)]
     with log.open("a", encoding="utf-8") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    _say(f"{_name(full_layers)}: status {status} after {time.monotonic() - begun:.0f} s, see {log}")
+    _say(f"{_name(full)}: status {status} after {time.monotonic() - begun:.0f} s, see {log}")
     return status
 
 
@@ -189,8 +195,11 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _name(full_layers: Sequence[int]) -> str:
-    return f"full-{'-'.join(map(str, full_layers)) or 'none'}"
+def _name(full: Full) -> str:
+    """Of files; heads are too many for it."""
+    layers, words = full
+    name = f"full-{'-'.join(map(str, layers)) or 'none'}"
+    return f"{name}-heads-{sha256(words.encode()).hexdigest()[:8]}" if words else name
 
 
 def _prompt(task: str, about: Any) -> tuple[Any, ...]:

@@ -4,13 +4,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vllm_l2kv.cli_types import heads_in_words
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.profile import Profile, ratio_for
+from vllm_l2kv.settings import HEADS, LAYERS, FullHeads
 from vllm_l2kv.tools.evaluation.variants import BASELINE
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 """Shares of the whole cache: of all layers without a sliding window, full layers included."""
-EQUAL, PROFILE = "equal counts", "profile"
+EQUAL, PROFILE, PROFILE_HEADS = "equal counts", "profile", "profile, full heads"
 METHODS = {
     "equal-l2": (EQUAL, "l2"),
     "equal-keydiff_value": (EQUAL, "keydiff_value"),
@@ -18,10 +20,13 @@ METHODS = {
     "profile-keydiff_value": (PROFILE, "keydiff_value"),
     "profile-learned": (PROFILE, "learned"),
     "profile-random": (PROFILE, "random"),
+    "heads-l2": (PROFILE_HEADS, "l2"),
+    "heads-learned": (PROFILE_HEADS, "learned"),
 }
-"""Where full layers come from, and the scorer of the others. `profile-random` is the control."""
+"""Where what stays full comes from, and the scorer of the rest. `profile-random` is the control."""
 EQUAL_LAYERS = (0, 1)
 """Full layers of equal counts, as an engine without options has them."""
+NO_HEADS: FullHeads = {}
 WHOLE = "whole cache"
 RETRIEVAL = ("needle", "passkey", "ruler")
 MAIN_LENGTH = 2048
@@ -62,6 +67,10 @@ NUM_SAMPLES = {
 questions of 10 conversations, 20 texts, 12 lists; 15, 10, 12, 16 and 8 elsewhere."""
 
 
+Full = tuple[tuple[int, ...], str]
+"""Full layers, and full heads as one would type them."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One method at one memory.
@@ -72,6 +81,7 @@ class Setting:
         full_layers: Layers that never compact.
         keep_ratio: Of the others.
         scorer: Of the others.
+        full_heads: KV heads that never compact, as one would type them.
     """
 
     method: str
@@ -79,6 +89,12 @@ class Setting:
     full_layers: tuple[int, ...]
     keep_ratio: float
     scorer: str
+    full_heads: str = ""
+
+    @property
+    def full(self) -> Full:
+        """What stays full, for which an engine is started."""
+        return tuple(self.full_layers), self.full_heads
 
     @property
     def params(self) -> CompressionParams:
@@ -101,8 +117,10 @@ def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]
         source, scorer = METHODS[method]
         for memory in memories:
             if source == EQUAL:
-                full_layers, ratio = equal_layers, ratio_for(memory, len(compressible), len(equal_layers))
+                full_layers, full_heads = equal_layers, NO_HEADS
+                ratio = ratio_for(memory, len(compressible), len(equal_layers))
             else:
-                full_layers, ratio, _ = profile.setting(memory)
-            found.append(Setting(method, memory, tuple(full_layers), ratio, scorer))
+                classes = HEADS if source == PROFILE_HEADS else LAYERS
+                full_layers, ratio, _, full_heads = profile.setting(memory, classes=classes)
+            found.append(Setting(method, memory, tuple(full_layers), ratio, scorer, heads_in_words(full_heads)))
     return found

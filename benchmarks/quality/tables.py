@@ -125,14 +125,14 @@ def by_method(cells: Sequence[Row], shown: Callable[[Sequence[Row]], str]) -> st
 
 
 def used(cells: Sequence[Row]) -> str:
-    """Full layers, ratio and measured memory, of one method for each source of full layers: the others are alike."""
+    """What stays full, ratio and measured memory, of one method for each source of it: the others are alike."""
     first = {source: method for method, (source, _) in reversed(METHODS.items())}
     main = [cell for cell in cells if cell["length"] == MAIN_LENGTH and cell["method"] in first.values()]
 
     def words(of: Sequence[Row]) -> str:
-        layers = ", ".join(map(str, of[0]["full_layers"])) or "none"
+        full = of[0].get("full_heads") or ", ".join(map(str, of[0]["full_layers"])) or "none"
         held = sum(cell["held"] for cell in of) / len(of)
-        return f"full {layers}; ratio {of[0]['keep_ratio']:.3f}; held {held:.2f}"
+        return f"full {full}; ratio {of[0]['keep_ratio']:.3f}; held {held:.2f}"
 
     return by_method(main, words) if main else NOTHING_YET
 

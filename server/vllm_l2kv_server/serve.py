@@ -205,6 +205,7 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
             answer_interval=args.kv_answer_interval,
             profile=args.kv_profile,
             memory=args.kv_memory,
+            classes=args.kv_classes,
             additional_config=args.additional_config,
             **{field.argument: getattr(args, f"kv_{field.argument}") for field in FIELDS_WITH_DEFAULTS},
         )

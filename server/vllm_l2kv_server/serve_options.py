@@ -7,10 +7,20 @@ import argparse
 import json
 from typing import Any
 
-from vllm_l2kv.cli_types import DEFAULT_LAYERS, MEMORY, PROFILE, add_full_heads, add_profile, layers, positive, taken_by
+from vllm_l2kv.cli_types import (
+    DEFAULT_LAYERS,
+    MEMORY,
+    PROFILE,
+    WHAT_STAYS_FULL,
+    add_full_heads,
+    add_profile,
+    layers,
+    positive,
+    taken_by,
+)
 from vllm_l2kv.field_kinds import Count, Ratio
 from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, Field
-from vllm_l2kv.settings import DEFAULT_MEMORY, Settings
+from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, LAYERS, Settings
 
 PROG = "vllm-l2kv serve"
 MAX_BODY_OPTION = "--max-body-mib"
@@ -37,7 +47,7 @@ def own_options() -> argparse.ArgumentParser:
         help=f"layers that never compact; an empty string means none (default: {DEFAULT_LAYERS}, the paper's)",
     )
     add_full_heads(group.add_argument, "--kv-full-heads")
-    add_profile(group.add_argument, "full layers, --kv-default-keep-ratio and --kv-scorer")
+    add_profile(group.add_argument, "what stays full, the default ratio and the default scorer")
     for field in FIELDS_WITH_DEFAULTS:
         what = field.description[0].lower() + field.description[1:].rstrip(".")
         group.add_argument(
@@ -89,13 +99,18 @@ def config_schema() -> str:
         },
         "kv-profile": {
             "description": "A " + PROFILE + ", relative to the folder of the config file. What is not given comes from "
-            "it: kv-full-layers, kv-default-keep-ratio and kv-scorer.",
+            "it: kv-full-layers or kv-full-heads, kv-default-keep-ratio and kv-scorer.",
             "type": "string",
         },
         "kv-memory": {
             "description": MEMORY[0].upper() + MEMORY[1:] + ".",
             **Ratio().schema(),
             "default": DEFAULT_MEMORY,
+        },
+        "kv-classes": {
+            "description": WHAT_STAYS_FULL[0].upper() + WHAT_STAYS_FULL[1:] + ".",
+            "enum": list(CLASSES),
+            "default": LAYERS,
         },
     }
     for field in FIELDS_WITH_DEFAULTS:

@@ -71,6 +71,7 @@ class Fake:
     ) -> None:
         self.compresses, self.broken, self.delay_s, self.api_key = compresses, broken, delay_s, api_key
         self.token, self.hits, self.metrics, self.max_model_len = token, hits, metrics, max_model_len
+        self.full: dict[str, Any] = {"full_layers": [0, 1]}
         self.bodies: list[dict[str, Any]] = []
         self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
@@ -137,7 +138,7 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
             found = {
                 "/v1/models": {"data": [{"id": "fake", "max_model_len": fake.max_model_len}]},
                 "/version": {"version": "0.32.0"},
-                **({"/v1/kv_compression": {"full_layers": [0, 1]}} if fake.compresses else {}),
+                **({"/v1/kv_compression": fake.full} if fake.compresses else {}),
             }
             if fake.api_key and self.headers.get("authorization") != f"Bearer {fake.api_key}":
                 self.answer_json({"error": "Unauthorized"}, 401)

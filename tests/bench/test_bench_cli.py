@@ -119,10 +119,21 @@ class TestProfile:
     def test_a_server_with_other_full_layers(self, capsys, ours, tmp_path, profile):
         words = ["--url", ours.url, "--kv-profile", profile, "--kv-memory", "0.25", "--out", str(tmp_path / "out")]
         assert refused(capsys, *words).endswith(
-            "argument --kv-profile: the full layers of the profile at this memory are 0, those of the server 0, 1; "
-            "start it with the same --kv-profile and --kv-memory."
+            "argument --kv-profile: the profile has full layers 0 at this memory, and the server full layers 0, 1; "
+            "start it with the same --kv-profile, --kv-memory and --kv-classes."
         )
         assert ours.bodies == []
+
+    def test_a_server_with_other_full_heads(self, capsys, ours, tmp_path):
+        memory = (Target(0.5, (0, 1), 0.375, "keydiff"), Target(0.5, (), 0.444444, "l2", {3: (0,), 4: (1,)}))
+        path = tmp_path / "p.safetensors"
+        write_profile(path, made_up_weights(10, 2, 32), memory=memory)
+        words = ["--url", ours.url, "--kv-profile", str(path), "--kv-classes", "heads", "--out", str(tmp_path / "out")]
+        line = refused(capsys, *words)
+        assert "has full layers none, full heads 3:0 4:1 at this memory, and the server full layers 0, 1;" in line
+        ours.full = {"full_layers": [], "full_heads": {"3": [0], "4": [1]}}
+        assert run(*words, *QUICK) == 0
+        assert [row["keep_ratio"] for row in rows_of(tmp_path / "out")] == [1, 0.444444]
 
 
 class TestRuns:

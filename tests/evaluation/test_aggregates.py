@@ -143,6 +143,20 @@ class TestCells:
         assert {cell["held"] for cell in found} == {0.6}
         assert quality.cells.cells(self.settings(quality), rows[::-1]) == found
 
+    def test_engines_with_full_heads_are_told_apart(self, quality):
+        settings = [
+            *self.settings(quality)[:2],
+            quality.settings.Setting("heads-l2", 0.5, (), 0.5, "l2", "7:0,2"),
+            quality.settings.Setting("heads-l2", 0.25, (), 0.5, "l2", "7:0"),
+        ]
+        rows = self.rows("perplexity")
+        second = [row for row in rows if row["full_layers"] == [1]]
+        third = [{**row, "full_layers": [], "full_heads": "7:0,2"} for row in second]
+        fourth = [{**row, "loss": row["loss"] + 1, "full_heads": "7:0"} for row in third]
+        found = quality.cells.cells(settings, [*rows, *third, *fourth])
+        assert [cell.get("full_heads") for cell in found] == ["", "", "7:0,2", "7:0"]
+        assert [round(cell["scores"][0], 3) for cell in found] == [2, 0.5, 1.5, 2.5]
+
     def test_losses_are_counted_from_the_whole_cache_of_another_engine(self, quality):
         whole, equal, profile = quality.cells.cells(self.settings(quality), self.rows("perplexity"))
         assert whole["scores"][:2] == [2.0, 2.1]
@@ -186,13 +200,14 @@ class TestPooled:
 def test_settings_cost_what_they_say(quality):
     """The whole cache: full layers of the profile or of equal counts, and the ratio of the others."""
     shape = Shape(6, 1, 64, ("sliding_attention", *["full_attention"] * 5))
-    target = Target(0.5, (3,), 0.375, "l2")
-    profile = Profile("tiny", "0" * 96, shape, Rope(64, False), (3, 1, 2, 4, 5), (target,))
+    targets = Target(0.5, (3,), 0.375, "l2"), Target(0.5, (), 0.375, "l2", {2: (0,)})
+    profile = Profile("tiny", "0" * 96, shape, Rope(64, False), (3, 1, 2, 4, 5), targets)
     whole, *found = quality.settings.settings(profile, quality.settings.METHODS, [0.75, 0.5])
     assert (whole.keep_ratio, whole.full_layers) == (1, (1,))
     assert len(found) == 2 * len(quality.settings.METHODS)
     for setting in found:
-        assert setting.full_layers == ((1,) if setting.method.startswith("equal") else (3,))
+        full = {"equal": ((1,), ""), "profile": ((3,), ""), "heads": ((), "2:0")}
+        assert setting.full == full[setting.method.partition("-")[0]]
         assert (1 + 4 * setting.keep_ratio) / 5 == pytest.approx(setting.memory, abs=1e-5)
         assert setting.params.scorer in setting.method
 

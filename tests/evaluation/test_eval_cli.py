@@ -13,9 +13,11 @@ from weights import made_up_weights, write_profile
 from vllm_l2kv.params import SCORERS, CompressionParams
 from vllm_l2kv.policy import Intervals
 from vllm_l2kv.profile import Target
+from vllm_l2kv.settings import FullHeads
 from vllm_l2kv.tools.evaluation import cli, run
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
 from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.evaluation.rows import about_heads
 from vllm_l2kv.tools.evaluation.tasks.ruler import TASKS as SUBTASKS
 
 
@@ -25,9 +27,15 @@ class Mute:
     tokenizer: Any = None
 
     def __init__(
-        self, model: str, full_layers: Sequence[int], intervals: Intervals, profile: str | None, max_model_len: int
+        self,
+        model: str,
+        full_layers: Sequence[int],
+        intervals: Intervals,
+        profile: str | None,
+        full_heads: FullHeads,
+        max_model_len: int,
     ) -> None:
-        self.about = {"model": Path(model).name, "full_layers": full_layers}
+        self.about = {"model": Path(model).name, "full_layers": full_layers, **about_heads(full_heads)}
         self.intervals = {f"{name}_interval": rows for name, rows in intervals._asdict().items()}
         self.max_tokens = max_model_len
 
@@ -227,6 +235,26 @@ def test_a_profile_sets_what_is_not_given(capsys, tmp_path):
     assert "name its file too" in refused(capsys, "passkey", "model", "--kv-memory", "0.5")
 
 
+def test_a_profile_sets_heads(capsys, tmp_path):
+    memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.5, (), 0.411765, "l2", {2: (0, 1), 7: (1,)}))
+    write_profile(tmp_path / "p", made_up_weights(10, 2, 32), memory=memory)
+    words = ["passkey", "model", "--kv-profile", str(tmp_path / "p"), "--kv-classes", "heads"]
+    options = cli._eval_parser().parse_args(words)
+    cli.take_profile(options)
+    assert (options.full_layers, options.full_heads, options.ratios) == ((), {2: (0, 1), 7: (1,)}, [0.411765])
+    assert "leave them out" in refused(capsys, *words, "--full-heads", "2:0")
+
+
+def test_memory_counts_heads(tmp_path, tiny_model, mute):
+    """Of 4 layers with 2 heads each: one layer and one head."""
+    words = ["--memory", "0.75", "--full-layers", "1", "--full-heads", "0:1", "1:0", "--samples", "1"]
+    cli.evaluate(["chat", str(tiny_model("llama")), *words, "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["keep_ratio"] for row in rows} == {1, 0.6}
+    assert {row["full_heads"] for row in rows} == {"0:1 1:0"}
+    assert "full layers 1, full heads 0:1 1:0</h2>" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.usefixtures("mute")
 def test_memory_of_the_whole_cache_in_place_of_ratios(tmp_path, tiny_model):
     """Of four layers one is full, so the others keep two thirds for three quarters of the memory."""
@@ -242,7 +270,7 @@ def test_a_memory_beside_ratios_or_below_that_of_full_layers_is_refused(capsys, 
     assert line.endswith("argument --memory: not allowed with argument --ratios")
     line = refused(capsys, "chat", str(tiny_model("llama")), "--full-layers", "0", "--memory", "0.5,0.25")
     assert line.endswith(
-        "argument --memory: M must be more than 0.250, which the 1 full layers of 4 alone cost, got 0.25."
+        "argument --memory: M must be more than 0.250, which full layers and heads alone cost, got 0.25."
     )
 
 

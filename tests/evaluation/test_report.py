@@ -88,9 +88,12 @@ class TestReport:
 
     def test_models_and_full_layers_have_sections_of_their_own(self, tmp_path):
         rows = [*made_up("ruler"), *made_up("ruler", model="other"), *made_up("ruler", full_layers=[])]
+        rows += [row for heads in ("7:0,2", "7:0 12:1") for row in made_up("ruler", full_layers=[], full_heads=heads)]
         text = write_report(rows, tmp_path).read_text()
-        assert text.count("<h2>") == len(list(tmp_path.glob("*.png"))) == 3
+        assert text.count("<h2>") == len(list(tmp_path.glob("*.png"))) == 5
         assert "<h2>ruler: tiny, full layers none</h2>" in text
+        assert "<h2>ruler: tiny, full layers none, full heads 7:0 12:1</h2>" in text
+        assert len(list(tmp_path.glob("ruler-tiny-none-2-heads-????????-score.png"))) == 2
 
     def test_rows_said_again_replace_earlier_ones(self, tmp_path):
         old, new = made_up("passkey", score=0.0, num_samples=2), made_up("passkey", score=1.0, num_samples=2)

@@ -22,7 +22,10 @@ from vllm_l2kv.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-FOR_ALL = {"--kv-full-layers", "--kv-profile", "--kv-memory", "--kv-prompt-interval", "--kv-answer-interval"}
+FOR_ALL = {
+    *("--kv-full-layers", "--kv-full-heads", "--kv-profile", "--kv-memory", "--kv-classes"),
+    *("--kv-prompt-interval", "--kv-answer-interval"),
+}
 """Options that no request can override."""
 DEFAULTS = CompressionParams().as_fields()
 COMPACTIONS = ("request_fields.md", "tokens computed")

@@ -183,7 +183,7 @@ def test_a_profile_sets_layers_and_ratio(plan, llama_8b, profile):
 
 def test_a_profile_is_named_above_the_table(capsys, llama_8b, profile):
     cli.plan([llama_8b, "--gpu-gib", "80", "--context", "8000", "--output", "1000", "--kv-profile", str(profile)])
-    assert f"full layers 10,11,12,13,14,15,16,17, with the profile {profile}\n" in capsys.readouterr().out
+    assert f"full layers 10, 11, 12, 13, 14, 15, 16, 17, with the profile {profile}\n" in capsys.readouterr().out
 
 
 def test_a_profile_of_another_shape(capsys, llama_8b, tmp_path):

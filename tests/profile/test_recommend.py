@@ -163,7 +163,7 @@ def test_outcomes_compare_with_random_rows_and_with_no_profile(made_up):
     by_name = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
     for target in found.targets:
         chosen = by_name["recommended", target.memory]
-        assert chosen[1:5] == target
+        assert chosen[1:6] == target
         assert chosen.loss == (pytest.approx(loss(choice_of(SHAPE, target)), abs=1e-4),) * 2
         assert {4, 11} <= set(by_name["best with l2", target.memory].full_layers)
         assert by_name["best with learned", target.memory][1:] == chosen[1:]

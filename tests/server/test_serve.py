@@ -40,10 +40,11 @@ def test_defaults(parser):
 def test_own_options(parser):
     words = ["--kv-full-layers=3,1", "--kv-default-keep-ratio=0.5", "--kv-protect-first", "4", "--kv-protect-last", "8"]
     words += ["--kv-scorer", "keydiff", "--kv-default-max-tokens", "500", "--kv-prompt-interval", "64"]
-    words += ["--kv-answer-interval", "32"]
+    words += ["--kv-answer-interval", "32", "--kv-full-heads", "7:0,2", "12:1"]
     assert parse(parser, words).additional_config["l2kv"] == {
         **{field.name: field.default for field in FIELDS_WITH_DEFAULTS},
         "full_layers": [1, 3],
+        "full_heads": {"7": [0, 2], "12": [1]},
         "metrics": True,
         "kv_keep_ratio": 0.5,
         "kv_protect_first": 4,
@@ -86,6 +87,22 @@ class TestProfile:
         both = self.settings(parser, *words[:2], "--kv-full-layers=", "--kv-default-keep-ratio=0.1")
         assert (both.full_layers, both.defaults, both.profile) == ((), CompressionParams(0.1), str(profile))
 
+    def test_heads_in_place_of_layers(self, parser, tmp_path):
+        memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.5, (), 0.411765, "l2", {2: (0, 1), 7: (1,)}))
+        write_profile(tmp_path / "p", made_up_weights(10, 2, 32), memory=memory)
+        words = ["--kv-profile", tmp_path / "p"]
+        heads = self.settings(parser, *words, "--kv-classes", "heads")
+        assert (heads.full_layers, heads.full_heads) == ((), {2: (0, 1), 7: (1,)})
+        assert heads.defaults == CompressionParams(0.411765, scorer="l2")
+        layers = self.settings(parser, *words, "--kv-classes", "layers")
+        assert layers == self.settings(parser, *words)
+        assert (layers.full_layers, layers.full_heads) == ((2, 7), {})
+        both = self.settings(parser, *words, "--kv-full-heads", "1:0", "--kv-memory", 0.6)
+        assert (both.full_layers, both.full_heads) == ((2, 7), {1: (0,)})
+        assert both.defaults.keep_ratio == pytest.approx((12 - 5) / 15, abs=1e-6)
+        (tmp_path / "c.yaml").write_text("kv-profile: p\nkv-classes: heads\n")
+        assert self.settings(parser, "--config", tmp_path / "c.yaml") == heads
+
     def test_offline_it_is_the_same(self, parser, profile, monkeypatch):
         monkeypatch.chdir(profile.parent)
         ours = engine_args(profile=profile.name, memory=0.25, scorer="l2", metrics=True)
@@ -108,6 +125,8 @@ class TestProfile:
             (["--kv-profile", "PROFILE", "--kv-memory", "0"], "--kv-memory: M must satisfy 0 < M <= 1, got 0"),
             (["--kv-profile", "PROFILE", "--kv-memory", "2"], "--kv-memory: M must satisfy 0 < M <= 1, got 2"),
             (["--kv-profile", "PROFILE", "--kv-memory", "0.1"], "memory must be more than 0.100, which the 1 full"),
+            (["--kv-classes", "heads"], "classes (--kv-classes) is what a profile is set for; name its file too"),
+            (["--kv-profile", "PROFILE", "--kv-classes", "heads"], "names no settings with full heads; make it again"),
             (["--kv-profile", "no/such"], "cannot read the profile no/such: No such file or directory."),
             (["--kv-profile", __file__], "is no file of safetensors."),
         ],

@@ -34,6 +34,14 @@ MADE = Profile(
     memory=TARGETS,
     about={"texts": ["prose"], "seconds": 1.5},
 )
+HEADS_MADE = replace(
+    MADE,
+    memory=(
+        Target(0.5, (), 0.285714, "learned", {3: (0, 1), 9: (1,)}),
+        *TARGETS,
+        Target(0.25, (), 0.166667, "l2", {7: (0,)}),
+    ),
+)
 TENSORS = {
     "retrieval": torch.rand(10, 2),
     "learned.w1": torch.rand(10, 2, 6, 64).bfloat16(),
@@ -109,8 +117,8 @@ class TestSettings:
 
     def test_given_layers_take_the_place_of_the_listed_ones(self):
         """Layer 2 slides: it costs nothing."""
-        assert MADE.setting(0.6, (1, 2)) == ((1, 2), 0.5, "l2")
-        assert MADE.setting(0.25, ()) == ((), 0.25, "learned")
+        assert MADE.setting(0.6, (1, 2)) == ((1, 2), 0.5, "l2", {})
+        assert MADE.setting(0.25, ()) == ((), 0.25, "learned", {})
         with pytest.raises(ValueError, match=r"memory must be more than 0\.600, which the 3 full layers cost, got 0.5"):
             MADE.setting(0.5, (1, 3, 5))
         with pytest.raises(ValueError, match="names every layer of full attention"):
@@ -128,6 +136,7 @@ class TestSettings:
         ("asked", "message"),
         [
             ((None, 0.5), r"memory \(--kv-memory\) is what a profile is set for; name its file too"),
+            ((None, None, None, False, None, "heads"), r"classes \(--kv-classes\) is what a profile is set for"),
             (("PATH", 0.5, (1,), True), "leave one of the three out"),
             (("nothing.here", 0.5), "cannot read the profile nothing.here: No such file or directory"),
         ],
@@ -135,6 +144,36 @@ class TestSettings:
     def test_what_commands_refuse(self, path, asked, message):
         with pytest.raises(ValueError, match=message):
             setting_of(*(path if word == "PATH" else word for word in asked))
+
+    def test_heads_cost_their_share_of_the_whole_cache(self):
+        """Three of ten heads; layer 2 slides, and layers have two heads."""
+        assert HEADS_MADE.setting(0.5, classes="heads") == ((), 0.285714, "learned", {3: (0, 1), 9: (1,)})
+        assert HEADS_MADE.setting(0.9, classes="heads").keep_ratio == pytest.approx((9 - 3) / 7, abs=1e-6)
+        assert HEADS_MADE.setting(0.5) == MADE.setting(0.5)
+        assert HEADS_MADE.setting(0.49, classes="heads").full_heads == {7: (0,)}
+
+    def test_given_heads_are_full_beside_the_listed_layers(self):
+        setting = MADE.setting(0.6, full_heads={5: (0,), 2: (0, 1)})
+        assert setting == ((1, 3), 0.2, "l2", {5: (0,), 2: (0, 1)})
+
+    def test_heads_that_are_not_there_or_cost_more(self):
+        with pytest.raises(ValueError, match="names no settings with full heads; make it again"):
+            MADE.setting(0.5, classes="heads")
+        with pytest.raises(ValueError, match=r"more than 0\.100, which the 1 full heads of the smallest setting"):
+            HEADS_MADE.setting(0.1, classes="heads")
+        with pytest.raises(ValueError, match="names every layer of full attention"):
+            MADE.setting(0.5, (1, 3, 5, 7), {9: (0, 1)})
+
+    def test_commands_read_heads(self, tmp_path):
+        path = tmp_path / "heads"
+        HEADS_MADE.write(path, TENSORS)
+        assert Profile.read(path).memory == HEADS_MADE.memory
+        assert setting_of(path, 0.25, classes="heads") == HEADS_MADE.setting(0.25, classes="heads")
+        assert setting_of(path, 0.5) == setting_of(path, 0.5, classes="layers") == MADE.setting(0.5)
+        assert setting_of(path, 0.9, full_heads={5: (1,)}).full_layers == (1, 3)
+        for given in ({"full_layers": (1,)}, {"full_heads": {5: (0,)}}):
+            with pytest.raises(ValueError, match="come from the profile with --kv-classes heads; leave them out"):
+                setting_of(path, 0.5, classes="heads", **given)
 
     def test_none_listed(self):
         with pytest.raises(ValueError, match="names no settings"):
@@ -159,6 +198,12 @@ class TestSettings:
         ({"rope": Rope(65, interleaved=False)}, "rotary_dim must be in"),
         ({"memory": (Target(0.5, (0,), 0.5, "l2"),)}, "full_layers of memory 0.5 must be some"),
         ({"memory": (Target(0.5, (1, 3, 5, 7, 9), 0.5, "l2"),)}, "full_layers of memory 0.5 must be some"),
+        ({"memory": (Target(0.5, (), 0.5, "l2", {0: (1,)}),)}, "full_heads of memory 0.5 must be of layers of full"),
+        ({"memory": (Target(0.5, (), 0.5, "l2", {1: (2,)}),)}, "full_heads of memory 0.5 must be .* less than 2"),
+        (
+            {"memory": (Target(0.5, (1, 3), 0.5, "l2", dict.fromkeys((5, 7, 9), (0, 1))),)},
+            "full_heads of memory 0.5 must leave a head",
+        ),
         ({"memory": (Target(0.5, (), 0.0, "l2"),)}, "keep_ratio must be in"),
         ({"memory": (Target(1.5, (), 0.5, "l2"),)}, "memory must be in"),
     ],

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_l2kv.cli_types import OneLineParser, add_profile, aligned, count, list_of, listed, positive, ratio
+from vllm_l2kv.cli_types import (
+    OneLineParser,
+    add_profile,
+    aligned,
+    count,
+    full_in_words,
+    list_of,
+    positive,
+    ratio,
+)
 from vllm_l2kv.profile import setting_of
 from vllm_l2kv.tools.bench.load import FORMS, Load, lengths, positive_number, share
 
@@ -71,7 +80,7 @@ def _plan(parser: OneLineParser, options: argparse.Namespace) -> Any:
 
     servers = _servers(parser, options)
     try:
-        _take_profile(options, servers[0].full_layers)
+        _take_profile(options, servers[0])
     except ValueError as error:
         parser.error(f"argument --kv-profile: {error}")
     return Plan(
@@ -97,23 +106,23 @@ def _plan(parser: OneLineParser, options: argparse.Namespace) -> Any:
     )
 
 
-def _take_profile(options: argparse.Namespace, full_layers: Sequence[int]) -> None:
+def _take_profile(options: argparse.Namespace, server: Any) -> None:
     """Sets ratios and scorer that are not given, by the profile if there is one.
 
     Args:
         options: Of the command line.
-        full_layers: Those of the server under test, which no request can change.
+        server: The `Server` under test; no request can change what stays full there.
 
     Raises:
-        ValueError: Profile or memory is refused, or the server has other full layers.
+        ValueError: Profile or memory is refused, or the server has other full layers or heads.
     """
-    setting = setting_of(options.kv_profile, options.kv_memory)
+    setting = setting_of(options.kv_profile, options.kv_memory, classes=options.kv_classes)
     if setting is not None:
-        wanted, found = sorted(setting.full_layers), sorted(full_layers)
+        wanted, found = (full_in_words(each.full_layers, each.full_heads) for each in (setting, server))
         if wanted != found:
             raise ValueError(
-                f"the full layers of the profile at this memory are {listed(map(str, wanted))}, those of the server "
-                f"{listed(map(str, found)) or 'none'}; start it with the same --kv-profile and --kv-memory."
+                f"the profile has {wanted} at this memory, and the server {found}; start it with the same "
+                "--kv-profile, --kv-memory and --kv-classes."
             )
         options.fields = {"kv_scorer": setting.scorer} | options.fields
     if options.ratios is None:

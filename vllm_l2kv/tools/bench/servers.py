@@ -1,11 +1,12 @@
 """The servers under test, and whether they can be tested at all."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
+from vllm_l2kv.settings import FullHeads, heads_by_layer
 from vllm_l2kv.tools.bench.memory import process_of
 
 OURS, STOCK = "vllm-l2kv", "stock"
@@ -28,6 +29,8 @@ class Server:
     """Its process, if it is known and on this machine."""
     full_layers: tuple[int, ...] = ()
     """Layers that it never compacts, if it is ours."""
+    full_heads: FullHeads = field(default_factory=dict)
+    """KV heads of other layers that it never compacts."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -86,8 +89,13 @@ def connect(url: str, api_key: str | None, model: str | None, pid: int | None) -
         bound,
         get("/version")["version"],
         pid or process_of(url),
-        tuple(told.json()["full_layers"]) if compresses else (),
+        *_full(told.json() if compresses else {}),
     )
+
+
+def _full(told: Mapping[str, Any]) -> tuple[tuple[int, ...], FullHeads]:
+    """Layers and heads that a server never compacts; older servers name no heads."""
+    return tuple(told.get("full_layers", ())), heads_by_layer(told.get("full_heads", {}))
 
 
 def _answer(send: Callable[[], httpx.Response]) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ VARIANT = ("scorer", "granularity", "protect_first", "protect_last", "question")
 """How something is kept; older rows have no `question`, and were asked what was seen."""
 AMOUNT = ("keep_ratio", "max_tokens", "prompt_interval", "answer_interval")
 """How much is kept, by a ratio or by a budget; rows of a ratio have no intervals, and older ones no `max_tokens`."""
-SOURCE = ("model", "full_layers", "text", "seed", "continued", "length")
+SOURCE = ("model", "full_layers", "full_heads", "text", "seed", "continued", "length")
 """What prompts of one kind share; a task may lack some."""
 PROMPT = (*SOURCE, "subtask", "depth", "sample", "turn")
 """What makes an answer comparable with another one."""
@@ -114,7 +114,7 @@ def memory_of(cells: Iterable[Row]) -> float | None:
 
 
 def num_prompts(cells: Iterable[Row]) -> int:
-    """How many prompts there were, of aggregates of one model with one set of full layers."""
+    """How many prompts there were, of aggregates of one model with the same layers and heads full."""
     most: dict[str, int] = {}
     for cell in cells:
         source = _key(cell, SOURCE)

@@ -171,18 +171,21 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def take_profile(options: argparse.Namespace) -> None:
-    """Sets full layers, ratios and scorers that are not given, by the profile if there is one.
+    """Sets full layers, full heads, ratios and scorers that are not given, by the profile if there is one.
 
     Raises:
         RefusedError: Profile or memory is refused, or a scorer needs a profile and there is none.
     """
     has_ratio = options.ratios is not None or options.memory is not None
     try:
-        setting = setting_of(options.kv_profile, options.kv_memory, options.full_layers, has_ratio)
+        full = options.full_layers, has_ratio, options.full_heads
+        setting = setting_of(options.kv_profile, options.kv_memory, *full, options.kv_classes)
     except ValueError as error:
         raise RefusedError(f"argument --kv-profile: {error}") from error
     if options.full_layers is None:
         options.full_layers = setting.full_layers if setting else Settings.full_layers
+    if options.full_heads is None:
+        options.full_heads = setting.full_heads if setting else {}
     if not has_ratio:
         options.ratios = [setting.keep_ratio] if setting else RATIOS
     if options.scorers is None:
@@ -200,9 +203,9 @@ def _ratios(options: argparse.Namespace) -> list[float]:
     from vllm_l2kv.tools.plan.model import model_of, read_config
 
     try:
-        windows = model_of(read_config(options.model), "auto").windows
-        num_full = sum(window is None for layer, window in enumerate(windows) if layer in options.full_layers)
-        return [ratio_of_memory(memory, windows.count(None), num_full) for memory in options.memory]
+        shape = model_of(read_config(options.model), "auto").shape
+        num_full = shape.num_full(options.full_layers, options.full_heads)
+        return [ratio_of_memory(memory, shape.num_heads, num_full) for memory in options.memory]
     except ValueError as error:
         raise RefusedError(f"argument --memory: {error}") from error
 
@@ -254,7 +257,7 @@ def _eval_parser() -> argparse.ArgumentParser:
             help=f"layers that never compact (default: {DEFAULT_LAYERS})",
         )
         add_full_heads(add, "--full-heads")
-        add_profile(add, "--full-layers, --ratios and --scorers")
+        add_profile(add, "--full-layers or --full-heads, --ratios and --scorers")
         amounts = options.add_mutually_exclusive_group()
         amounts.add_argument(
             "--ratios",

@@ -6,11 +6,12 @@ need the rows of answers.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from vllm_l2kv.cli_types import aligned
+from vllm_l2kv.cli_types import aligned, full_in_words, heads
 from vllm_l2kv.params import CONTROLS, SCORERS
 from vllm_l2kv.tools.evaluation.aggregates import (
     METRICS,
@@ -65,12 +66,13 @@ CONDITIONS = {
 
 
 class Section(NamedTuple):
-    """What is reported together: a task of one model with one set of full layers.
+    """What is reported together: a task of one model with the same layers and heads full.
 
     Attributes:
         task: Its name.
         model: Its name.
         full_layers: Layers that did not compact.
+        full_heads: KV heads of other layers that did not, as one would type them; `None` if there are none.
         cells: Aggregates.
         answers: Rows of single answers, as far as they were given.
     """
@@ -78,13 +80,23 @@ class Section(NamedTuple):
     task: str
     model: str
     full_layers: Sequence[int]
+    full_heads: str | None
     cells: Sequence[Row]
     answers: Sequence[Row]
 
     @property
     def title(self) -> str:
         """Its heading."""
-        return f"{self.task}: {self.model}, full layers {', '.join(map(str, self.full_layers)) or 'none'}"
+        return f"{self.task}: {self.model}, {full_in_words(self.full_layers, heads(self.full_heads or ''))}"
+
+    @property
+    def file_name(self) -> str:
+        """How names of its files begin. Heads are too many for a name: it has their number and a digest."""
+        name = f"{self.task}-{self.model}-{'-'.join(map(str, self.full_layers)) or 'none'}"
+        if self.full_heads is None:
+            return name
+        num_heads = sum(map(len, heads(self.full_heads).values()))
+        return f"{name}-{num_heads}-heads-{sha256(self.full_heads.encode()).hexdigest()[:8]}"
 
 
 def write_report(rows: Iterable[Row], folder: Path) -> Path:
@@ -236,17 +248,17 @@ def _values(cells: Iterable[Row], name: str) -> list[Any]:
 
 def _sections(rows: Iterable[Row]) -> Iterator[Section]:
     rows = list(rows)
-    kind = ("task", "model", "full_layers")
+    kind = ("task", "model", "full_layers", "full_heads")
     answers = {str(values): group for values, group in grouped(with_excess_loss(rows), *kind)}
     for values, cells in grouped(aggregates(rows), *kind):
-        task, model, full_layers = values
-        yield Section(task, model, full_layers, cells, answers.get(str(values), []))
+        task, model, full_layers, full_heads = values
+        yield Section(task, model, full_layers, full_heads, cells, answers.get(str(values), []))
 
 
 def _plots(section: Section, folder: Path) -> Iterator[tuple[Path, str]]:
     """Draws the figures of a section, each with how to read it."""
     task, answers = section.task, section.answers
-    name = f"{task}-{section.model}-{'-'.join(map(str, section.full_layers)) or 'none'}"
+    name = section.file_name
     entries = estimates(section.cells, task)
     by_ratio, by_budget = ([entry for entry in entries if has == bool(budget_of(entry))] for has in (False, True))
     for metric in METRICS[task]:

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_l2kv.cli_types import heads_in_words
+from vllm_l2kv.settings import FullHeads
+
 Row = Mapping[str, Any]
+
+
+def about_heads(full_heads: FullHeads) -> dict[str, str]:
+    """What rows say of full heads: the words that one would type; nothing if there are none, as in older rows."""
+    return {"full_heads": heads_in_words(full_heads)} if full_heads else {}
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,7 +1,7 @@
 """Answers to cases under every variant, by the real engine."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ import vllm_l2kv
 from vllm_l2kv.messages.usage import take_usage
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import CompactionPoints, Intervals, num_keep
-from vllm_l2kv.settings import CONFIG_KEY
+from vllm_l2kv.settings import FullHeads, Settings
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
 from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.evaluation.rows import about_heads
 from vllm_l2kv.tools.evaluation.variants import HIDDEN, SEEN
 
 CPU_CACHE_BYTES = 2 * 2**30
@@ -39,7 +40,7 @@ class Engine:
         full_layers: Sequence[int],
         intervals: Intervals = INTERVALS,
         profile: Path | None = None,
-        full_heads: Mapping[int, Sequence[int]] | None = None,
+        full_heads: FullHeads | None = None,
         **arguments: Any,
     ) -> None:
         import torch
@@ -75,7 +76,7 @@ class Engine:
         self.about = {
             "model": Path(model).name,
             "full_layers": sorted(full_layers),
-            **({"full_heads": heads} if (heads := ours["additional_config"][CONFIG_KEY]["full_heads"]) else {}),
+            **about_heads(Settings.from_config(ours["additional_config"]).full_heads),
             "device": "CPU" if current_platform.is_cpu() else torch.cuda.get_device_name(),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "vllm": vllm.__version__,

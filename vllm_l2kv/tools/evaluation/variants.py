@@ -13,22 +13,21 @@ SEEN, HIDDEN = QUESTIONS = ("seen", "hidden")
 """Whether the question is compressed with its document, or the document alone, before the question is read."""
 
 
-def ratio_of_memory(memory: float, num_layers: int, num_full: int) -> float:
+def ratio_of_memory(memory: float, num_heads: int, num_full: int) -> float:
     """The keep ratio with which the whole cache costs a share of its memory.
 
     Args:
         memory: The share, in (0, 1].
-        num_layers: Layers without a sliding window.
+        num_heads: KV heads of all layers without a sliding window.
         num_full: Those of them that never compress.
 
     Raises:
-        ValueError: Full layers alone cost as much.
+        ValueError: These alone cost as much.
     """
-    ratio = ratio_for(memory, num_layers, num_full) if num_full < num_layers else 0.0
+    ratio = ratio_for(memory, num_heads, num_full)
     if ratio <= 0:
         raise ValueError(
-            f"M must be more than {num_full / num_layers:.3f}, which the {num_full} full layers of {num_layers} alone "
-            f"cost, got {memory:g}."
+            f"M must be more than {num_full / num_heads:.3f}, which full layers and heads alone cost, got {memory:g}."
         )
     return ratio
 

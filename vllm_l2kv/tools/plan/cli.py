@@ -67,15 +67,19 @@ def plan(argv: Sequence[str]) -> None:
 
 
 def take_profile(options: argparse.Namespace) -> None:
-    """Sets full layers and ratios that are not given, by the profile if there is one.
+    """Sets full layers, full heads and ratios that are not given, by the profile if there is one.
 
     Raises:
         ValueError: Profile or memory is refused.
     """
-    setting = setting_of(options.kv_profile, options.kv_memory, options.full_layers, options.ratio is not None)
+    has_ratio = options.ratio is not None
+    full = options.full_layers, has_ratio, options.full_heads
+    setting = setting_of(options.kv_profile, options.kv_memory, *full, options.kv_classes)
     if options.full_layers is None:
         options.full_layers = setting.full_layers if setting else Settings.full_layers
-    if options.ratio is None:
+    if options.full_heads is None:
+        options.full_heads = setting.full_heads if setting else {}
+    if not has_ratio:
         options.ratio = [setting.keep_ratio] if setting else RATIOS
 
 
@@ -112,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R,R",
         help=f"keep ratios; 1 comes by itself (default: {','.join(map(str, RATIOS))})",
     )
-    add_profile(add, "--full-layers and --ratio")
+    add_profile(add, "--full-layers or --full-heads, and --ratio,")
     add_budgets(parser)
     add("--document-tokens", type=positive, metavar="N", help="also says how many documents of N tokens stay findable")
     add("--gpu-gib", type=gib, metavar="G", help="memory of one GPU")

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import (
     get_kv_quant_mode,
 )
 
+from vllm_l2kv.profile import FULL_ATTENTION, SLIDING_ATTENTION, Shape
 from vllm_l2kv.refusals import check_kv_heads
 
 STORED_FLOATS = ("BF16", "F16", "F32")
@@ -44,6 +45,12 @@ class Model:
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
+
+    @property
+    def shape(self) -> Shape:
+        """As a profile has it."""
+        types = (FULL_ATTENTION if window is None else SLIDING_ATTENTION for window in self.windows)
+        return Shape(len(self.windows), self.num_kv_heads, self.head_size, tuple(types))
 
     def specs(self, block_size: int, kv_cache_dtype: str, num_gpus: int) -> dict[str, KVCacheSpec]:
         """vLLM's specs of the layers on one GPU, as its workers would find them.
@@ -115,10 +122,10 @@ def model_of(config: Any, dtype: str) -> Model:
 
 def _windows(text: Any, num_layers: int) -> tuple[int | None, ...]:
     window = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * num_layers
-    if strange := set(types) - {"full_attention", "sliding_attention"}:
+    types = getattr(text, "layer_types", None) or [SLIDING_ATTENTION if window else FULL_ATTENTION] * num_layers
+    if strange := set(types) - {FULL_ATTENTION, SLIDING_ATTENTION}:
         raise ValueError(f"its config has layers of type {min(strange)}, which cannot be compressed.")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    return tuple(window if kind == SLIDING_ATTENTION else None for kind in types)
 
 
 def weight_bytes(name: str, config: Any, dtype: torch.dtype) -> tuple[int, str]:

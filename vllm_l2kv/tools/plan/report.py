@@ -66,7 +66,7 @@ def report(options: Namespace) -> dict[str, Any]:
         return cache_of(layers, num_bytes, options.max_num_batched_tokens * device.num_steps)
 
     stock = cache(specs(device.stock_block_size))
-    settings = Settings(options.full_layers, options.full_heads or {})
+    settings = Settings(options.full_layers, options.full_heads)
     ours = cache(classify_layers(specs(device.block_size), settings, device.geometry))
     return {
         "model": options.model,
@@ -96,10 +96,7 @@ def _check_profile(profile: Profile, model: Model) -> None:
     Raises:
         ValueError: Says what differs.
     """
-    shape = profile.shape
-    theirs = (shape.num_layers, shape.num_kv_heads, shape.head_size, shape.compressible)
-    full = tuple(layer for layer, window in enumerate(model.windows) if window is None)
-    if theirs != (len(model.windows), model.num_kv_heads, model.head_size, full):
+    if profile.shape != model.shape:
         raise ValueError(
             f"argument --kv-profile: {profile.path} is a profile of another model, {profile.model}: layers, KV heads "
             "or their size differ."

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_l2kv.cli_types import aligned
+from vllm_l2kv.cli_types import aligned, full_in_words
 
 GIB = 2**30
 COLUMNS = (
@@ -49,7 +49,8 @@ def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
         yield f"{memory['overhead_gib']:8.2f} GiB of activations, CUDA graphs and so on, an estimate (--overhead-gib)"
     yield f"{memory['kv_cache_gib']:8.2f} GiB for the KV cache"
     if plan["profile"]:
-        yield f"full layers {','.join(map(str, plan['full_layers']))}, with the profile {plan['profile']}"
+        full = full_in_words(plan["full_layers"], plan["full_heads"])
+        yield f"{full}, with the profile {plan['profile']}"
     token = plan["bytes_per_token"]
     sliding = f", {token['sliding_window'] / 1024:,g} more inside windows" if token["sliding_window"] else ""
     yield f"{token['full_attention'] / 1024:8,g} KiB of it a token{sliding}"

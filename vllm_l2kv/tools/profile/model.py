@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 
-from vllm_l2kv.profile import FULL_ATTENTION, Rope, Shape
+from vllm_l2kv.profile import FULL_ATTENTION, SLIDING_ATTENTION, Rope, Shape
 from vllm_l2kv.scorers.learned import features
 from vllm_l2kv.tools.profile.observe import Seen, read
 
-SLIDING_ATTENTION = "sliding_attention"
 NUM_TOKENS = 16
 """Read again and again to see how keys are rotated."""
 SAME = 0.02

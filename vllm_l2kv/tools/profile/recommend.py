@@ -20,6 +20,7 @@ import torch
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.scorers import Scorers
+from vllm_l2kv.settings import FullHeads
 from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.choices import Case, Choice, kinds_of, losses, losses_of_cases, rank
 
@@ -71,6 +72,7 @@ class Outcome(NamedTuple):
         full_layers: The same.
         keep_ratio: The same.
         scorer: The same.
+        full_heads: The same.
         loss: Nats a token of the answers: question hidden, then seen.
         exact: Share of the questions answered exactly: question hidden, then seen.
         exact_by_kind: The same for each kind of text.
@@ -81,6 +83,7 @@ class Outcome(NamedTuple):
     full_layers: tuple[int, ...]
     keep_ratio: float
     scorer: str
+    full_heads: FullHeads
     loss: tuple[float, float]
     exact: tuple[float, float]
     exact_by_kind: dict[str, tuple[float, float]]
