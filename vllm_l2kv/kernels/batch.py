@@ -138,6 +138,12 @@ def row_pointers(
 
 
 @triton.jit
+def scores_begin(order, i_selection, num_selections, num_rows):
+    """Where the scores of one selection begin, as `scores.Scored.write` orders them; int64."""
+    return tl.load(order + FIRST_SCORE).to(tl.int64) * num_selections + i_selection.to(tl.int64) * num_rows
+
+
+@triton.jit
 def load_elements(rows, m_row, o_element, m_element):
     """Elements of rows in fp32, zeros where there are none: `[num_rows, num_elements]`."""
     mask = m_row[:, None] & m_element[None, :]

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_l2kv.kernels.batch import FIRST_SCORE, NUM_ROWS, ROW_LENGTH, Batch, selection_keys
+from vllm_l2kv.kernels.batch import NUM_ROWS, ROW_LENGTH, Batch, scores_begin, selection_keys
 from vllm_l2kv.params import TOKENS_PER_BLOCK
 
 ROWS = 512
@@ -41,8 +41,7 @@ def _finish_kernel(
         return
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     m_row = o_row < num_rows
-    first_score = tl.load(order + FIRST_SCORE).to(tl.int64)
-    first = scores + first_score * (tl.num_programs(1) * num_heads) + (i_group * num_heads).to(tl.int64) * num_rows
+    first = scores + scores_begin(order, i_group * num_heads, tl.num_programs(1) * num_heads, num_rows)
     # In fp64, as the reference: the order of summation does not show in fp32.
     b_sum = tl.zeros([ROWS], tl.float64)
     of_head = first

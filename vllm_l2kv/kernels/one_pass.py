@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_l2kv.kernels.batch import FIRST_SCORE, NUM_ROWS, ROW_LENGTH, Batch, row_pointers, selection_keys
+from vllm_l2kv.kernels.batch import NUM_ROWS, ROW_LENGTH, Batch, row_pointers, scores_begin, selection_keys
 
 ROWS = 32
 """Rows of a tile, where a scorer names no other number."""
@@ -95,6 +95,5 @@ def _score_kernel(
     )  # fmt: skip
     b_bits = b_score.to(tl.int32, bitcast=True)
     b_out = tl.where(raw != 0, b_bits, selection_keys(b_score, order, o_row, num_rows))
-    first_score = tl.load(order + FIRST_SCORE).to(tl.int64)
-    o_out = first_score * tl.num_programs(1) + tl.program_id(1).to(tl.int64) * num_rows + o_row
+    o_out = scores_begin(order, tl.program_id(1), tl.num_programs(1), num_rows) + o_row
     tl.store(out + o_out, b_out, mask=m_row)

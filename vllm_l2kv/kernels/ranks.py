@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_l2kv.kernels.batch import FIRST_SCORE, NUM_ROWS, ROW_LENGTH, Batch, descending, selection_keys
+from vllm_l2kv.kernels.batch import NUM_ROWS, ROW_LENGTH, Batch, descending, scores_begin, selection_keys
 
 TILE = 1024
 """Scores that a program sorts at once; with as few warps and registers as let two programs share a multiprocessor."""
@@ -58,9 +58,8 @@ def _rank_kernel(
     i_selection, i_order = tl.program_id(0), tl.program_id(1)
     order = table + i_order * ROW_LENGTH
     num_rows = tl.load(order + NUM_ROWS)
-    first_score = tl.load(order + FIRST_SCORE).to(tl.int64)
-    first = scores + first_score * num_selections + (first_selection + i_selection).to(tl.int64) * num_rows
-    second = work + first_score * tl.num_programs(0) + i_selection.to(tl.int64) * num_rows
+    first = scores + scores_begin(order, first_selection + i_selection, num_selections, num_rows)
+    second = work + scores_begin(order, i_selection, tl.num_programs(0), num_rows)
     size = size.to(tl.int64)
     keys, places, more_places = second + size, second + 2 * size, second + 3 * size
 

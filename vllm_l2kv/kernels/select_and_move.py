@@ -10,7 +10,6 @@ import triton.language as tl
 from vllm_l2kv.kernels.batch import (
     AFTER_ALL,
     DESTINATION,
-    FIRST_SCORE,
     NUM_DESTINATION,
     NUM_KEEP,
     NUM_ROWS,
@@ -20,6 +19,7 @@ from vllm_l2kv.kernels.batch import (
     Batch,
     layer_base,
     row_offsets,
+    scores_begin,
 )
 
 TILES = (1024, 4096)
@@ -70,8 +70,7 @@ def _select_kernel(
     i_order, i_selection = tl.program_id(0), tl.program_id(1)
     order = table + i_order * ROW_LENGTH
     num_rows, num_keep = tl.load(order + NUM_ROWS), tl.load(order + NUM_KEEP)
-    first_score = tl.load(order + FIRST_SCORE).to(tl.int64)
-    row = scores + first_score * tl.num_programs(1) + i_selection.to(tl.int64) * num_rows
+    row = scores + scores_begin(order, i_selection, tl.num_programs(1), num_rows)
 
     # Bisection for the num_keep-th smallest key: the highest value with fewer than num_keep keys below it. The row
     # stays in the caches near the program. (A histogram a byte would need fewer passes, but norms share their upper
@@ -143,8 +142,7 @@ def _move_kernel(
     num_rows, num_keep = tl.load(order + NUM_ROWS), tl.load(order + NUM_KEEP)
     source, destination = table + tl.load(order + SOURCE), table + tl.load(order + DESTINATION)
     num_slots = tl.load(order + NUM_DESTINATION) * block_size
-    first_score = tl.load(order + FIRST_SCORE).to(tl.int64)
-    row = kept + first_score * tl.num_programs(1) + i_selection.to(tl.int64) * num_rows
+    row = kept + scores_begin(order, i_selection, tl.num_programs(1), num_rows)
     base = layer_base(pointers, like, i_layer) + i_head * stride_head
     o_content = tl.arange(0, CONTENT_PADDED)
     m_content = (o_content < CONTENT)[None, :]
