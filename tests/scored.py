@@ -33,8 +33,8 @@ class ScoredReference(Reference):
 
     scorer = "l2"
 
-    def __init__(self, model: Path, num_full_layers: int, weights: Weights | None = None) -> None:
-        super().__init__(model)
+    def __init__(self, model: Path, num_full_layers: int, weights: Weights | None = None, **options: Any) -> None:
+        super().__init__(model, **options)
         self.num_full_layers = num_full_layers
         self._closest_scores = math.inf
         config = self.model.config

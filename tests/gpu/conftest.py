@@ -19,7 +19,7 @@ if torch.cuda.is_available():
 LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": 20}
 
 
-def start_on_gpu(demo_model, defaults_of_requests=MappingProxyType({}), **arguments):
+def start_on_gpu(demo_model, rule=MappingProxyType({}), **arguments):
     """With intervals so short that a budget means several compactions in a prompt and in an answer."""
     from engine import Engine, bare_rule
 
@@ -31,14 +31,31 @@ def start_on_gpu(demo_model, defaults_of_requests=MappingProxyType({}), **argume
         "gpu_memory_utilization": 0.5,
         "seed": 0,
         **LOGITS,
-        **bare_rule(full_layers=(0, 1), prompt_interval=300, answer_interval=5, **defaults_of_requests),
+        **bare_rule(full_layers=(0, 1), prompt_interval=300, answer_interval=5, **rule),
     }
     return Engine(demo_model, **{**defaults, **arguments})
 
 
 @pytest.fixture(scope="session")
-def on_gpu(demo_model):
-    engine = start_on_gpu(demo_model)
+def weights(demo_model):
+    """Of the scorer `learned`, made up."""
+    from transformers import AutoConfig
+    from weights import made_up_weights
+
+    config = AutoConfig.from_pretrained(demo_model)
+    return made_up_weights(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+
+
+@pytest.fixture(scope="session")
+def on_gpu(demo_model, weights, tmp_path_factory):
+    """With a profile, so that requests may name every scorer that is served."""
+    from weights import write_profile
+
+    from vllm_l2kv.profile import fingerprint
+
+    profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    write_profile(profile, weights, fingerprint(demo_model))
+    engine = start_on_gpu(demo_model, {"profile": profile, "default_keep_ratio": 1.0})
     yield engine
     engine.shutdown()
 
@@ -88,6 +105,19 @@ def rounded(demo_model):
     from reference import Reference
 
     return Reference(demo_model, torch.bfloat16, "cuda")
+
+
+@pytest.fixture(scope="session")
+def learned(demo_model, weights):
+    """The same two with the scorer `learned`: in fp32, and in bf16."""
+    from scored import ScoredReference
+
+    references = [
+        ScoredReference(demo_model, 2, weights, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for reference in references:
+        reference.scorer = "learned"
+    return references
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,27 @@ def test_the_reach_of_bf16_is_no_blank_cheque(exact, reach, text_ids, intervals)
             assert rms((right - wrong).gather(1, likely).flatten().tolist()) > 2 * rms(reach[name]), (name, other)
 
 
+@pytest.mark.parametrize("name", ["keep 0.3", "budget 200"])
+def test_a_request_names_the_learned_scorer(name, on_gpu, exact, learned, text_ids, intervals):
+    """Beside requests without a scorer. What keys of low norm alone would say is out of reach."""
+    rule = {**RULES[name], "intervals": intervals}
+    prompts = [text_ids[begin : begin + 1000] for begin in (14, 28, 100)]
+    named = keep(**RULES[name], num_tokens=NUM_TOKENS, logprobs=20, scorer="learned")
+    outputs = on_gpu.generate(prompts * 2, [named] * len(prompts) + [asks(name)] * len(prompts))
+    moved, reach, of_l2 = [], [], []
+    for prompt, output in zip(prompts, outputs, strict=False):
+        check_numbers(output, **rule)
+        steps = steps_of(output)
+        right, bf16, l2 = (reference.logits(prompt, tokens_of(steps), **rule) for reference in (*learned, exact))
+        likely = right.topk(20).indices
+        moved += likely_differences(steps, right)
+        reach += (right - bf16).gather(1, likely).flatten().tolist()
+        of_l2 += (right - l2).gather(1, likely).flatten().tolist()
+    print(f"{name}: logits differ by {rms(moved):.3f}, bf16 moves them by {rms(reach):.3f}, l2 by {rms(of_l2):.3f}")
+    assert rms(moved) <= 2 * rms(reach)
+    assert rms(of_l2) > 2 * rms(reach)
+
+
 def test_200_requests_of_mixed_rules_with_aborts_hold_what_the_scheduler_says(on_gpu, text_ids):
     """Counts and block tables on the device, after every third step; documents and conversations are found."""
     load = MixedLoad(text_ids, [*RULES.values(), *SHARED.values(), *SHARED.values()], max_prompt=1800, num_tokens=48)
