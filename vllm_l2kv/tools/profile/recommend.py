@@ -300,8 +300,7 @@ def _changed(
     shape: Shape, tried: Sequence[_Candidate], costs: Sequence[float], lowest: float, chance: Random
 ) -> list[_Candidate]:
     """The best candidate of each memory and scorer with one full layer exchanged, added or left out; none twice."""
-    known = {each.target for each in tried}
-    found: dict[Target, _Candidate] = {}
+    known, found = [each.target for each in tried], []
     for i in _best(tried, costs, 1):
         target, order = tried[i]
         for _ in range(NUM_CHANGED):
@@ -310,8 +309,9 @@ def _changed(
             full_layers |= {chance.choice(shape.compressible)} if chance.random() < 2 / 3 else set()
             changed = _with_layers(shape, target, full_layers, lowest)
             if changed is not None and changed not in known:
-                found.setdefault(changed, _Candidate(changed, order.removesuffix(CHANGED) + CHANGED))
-    return list(found.values())
+                known.append(changed)
+                found.append(_Candidate(changed, order.removesuffix(CHANGED) + CHANGED))
+    return found
 
 
 def _with_first(shape: Shape, candidate: _Candidate, lowest: float) -> _Candidate | None:
