@@ -5,7 +5,7 @@ Compute tokens up to a compaction with their true positions, compact each compre
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -110,6 +110,9 @@ def attend(module, query, key, value, attention_mask, scaling=None, sliding_wind
     mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(num_before)
     if sliding_window is not None:
         mask = mask.triu(num_before - sliding_window + 1)
+    if (held := _held(key)).logical_not().any():
+        mask = mask & held.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
+        key = key.nan_to_num()
     attended = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
     )
@@ -117,6 +120,11 @@ def attend(module, query, key, value, attention_mask, scaling=None, sliding_wind
 
 
 AttentionInterface.register("any_rows", attend)
+
+
+def _held(keys: torch.Tensor) -> torch.Tensor:
+    """`[1, num_kv_heads, num_rows]`, which rows a head holds; keys of the others, before them, are NaN."""
+    return keys[..., 0].isnan().logical_not()
 
 
 class RoundedCache(DynamicCache):
@@ -132,7 +140,7 @@ class RoundedCache(DynamicCache):
 
 
 class Reference:
-    """`cache_dtype`, if given, is the type that cached keys and values are rounded to."""
+    """`cache_dtype` is the type that cached keys and values are rounded to, `full_heads` are those of `Settings`."""
 
     def __init__(
         self,
@@ -140,10 +148,12 @@ class Reference:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         cache_dtype: torch.dtype | None = None,
+        full_heads: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="any_rows")
         self.model = model.eval().to(device)
         self.device = device
+        self.full_heads = full_heads or {}
         self.new_cache = DynamicCache if cache_dtype is None else partial(RoundedCache, cache_dtype)
         self._begun: dict[tuple[int, ...], tuple[DynamicCache, torch.Tensor]] = {}
 
@@ -208,10 +218,19 @@ class Reference:
         compacted = self.new_cache()
         for index, layer in enumerate(cache.layers):
             keys, values = layer.keys, layer.values
-            if index not in full_layers:
-                kept = self._kept(index, keys[0], values[0], num_keep, first, last)
+            heads = [head for head in range(keys.shape[1]) if head not in self.full_heads.get(index, ())]
+            if index not in full_layers and heads:
+                num_held = int(_held(keys)[0, heads[0]].sum())
+                of_heads = [states[:, heads, -num_held:] for states in (keys, values)]
+                kept = self._kept(index, of_heads[0][0], of_heads[1][0], num_keep, first, last)
                 kept = kept.to(self.device)[..., None].expand(-1, -1, -1, keys.shape[-1])
-                keys, values = keys.gather(2, kept), values.gather(2, kept)
+                of_heads = [states.gather(2, kept) for states in of_heads]
+                if len(heads) == keys.shape[1]:
+                    keys, values = of_heads
+                else:  # after rows that only the full heads hold
+                    keys, values = keys.clone(), values.clone()
+                    keys[:, heads], values[:, heads] = torch.nan, 0
+                    keys[:, heads, -num_keep:], values[:, heads, -num_keep:] = of_heads
             compacted.update(keys, values, index)
         return compacted
 
@@ -220,7 +239,8 @@ class Reference:
     ) -> torch.Tensor:
         """`[1, num_kv_heads, num_keep]` rows that stay in layer `index`, one head at a time, one row at a time.
 
-        Keys and values are `[num_kv_heads, num_rows, head_size]`, in the order of their tokens.
+        Keys and values are `[num_kv_heads, num_rows, head_size]`, of the heads that are not full, in the order of
+        their tokens.
         """
         num_rows = keys.shape[1]
         protected = set(range(min(first, num_rows))) | set(range(max(num_rows - last, 0), num_rows))

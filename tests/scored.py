@@ -29,6 +29,7 @@ class ScoredReference(Reference):
         scorer: A value of `kv_scorer`.
         num_full_layers: Layers before the first compressed one.
         weights: Of the scorer `learned`; `None` without it.
+        full_heads: As of `Reference`.
     """
 
     scorer = "l2"
@@ -53,7 +54,10 @@ class ScoredReference(Reference):
 
     def _kept(self, index, keys, values, num_keep, first, last):
         num_rows = keys.shape[1]
-        scores = self._scorers[self.scorer].score(Rows(keys, values, index)).clone()
+        scorer, full = self._scorers[self.scorer], self.full_heads.get(index, ())
+        heads = [head for head in range(len(keys) + len(full)) if head not in full]
+        of_heads = zip(keys.unsqueeze(1), values.unsqueeze(1), heads, strict=True)
+        scores = torch.cat([scorer.score(Rows(key, value, index, head)) for key, value, head in of_heads])
         scores[:, :first] = scores[:, num_rows - last :] = torch.inf
         ordered, rows = scores.sort(descending=True, stable=True)
         last_kept, first_evicted = ordered[:, num_keep - 1], ordered[:, num_keep]

@@ -1,8 +1,9 @@
-"""Classes of layers as vLLM sees them: KV-cache specs, and the block sizes that let them share one pool.
+"""Classes of KV heads as vLLM sees them: KV-cache specs, and the block sizes that let them share one pool.
 
-Full layers need a slot for every token, compressed layers only for the kept ones, so they need two block tables.
-vLLM has that as KV-cache groups; in a block-outermost layout it packs groups of different page sizes into one pool.
-A block is the same bytes for every group: `[28 layers x 32 tokens]` or `[2 layers x 448 tokens]`.
+Full heads need a slot for every token, compressed ones only for the kept ones, so they need two block tables. vLLM has
+that as KV-cache groups of layers; in a block-outermost layout it packs groups of different page sizes into one pool.
+A block is the same bytes for every group: `[28 layers x 32 tokens]` or `[2 layers x 448 tokens]`, with as many heads in
+each layer as are of the class. A layer with heads of both classes is two layers to vLLM.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.capacity import Capacity, GroupCapacity
+from vllm_l2kv.kv_heads import check_full, classes_of, heads_of_rank
 from vllm_l2kv.policy import CompactionPoints
 from vllm_l2kv.settings import Settings
 
@@ -35,7 +37,7 @@ class Geometry:
     """What an attention kernel needs of blocks that hold several layers.
 
     Attributes:
-        page: Bytes that one layer should have in a block, at least; smaller blocks are joined, two and two.
+        page: Bytes that each layer should have in a block, at least; smaller blocks are joined, two and two.
         unit: Bytes in which the stride between blocks is counted.
         factors: What the stride in units must not be divisible by.
     """
@@ -64,7 +66,7 @@ block lose 3 % to short reads."""
 
 @dataclass(frozen=True, kw_only=True)
 class _OneClassSpec(FullAttentionSpec):
-    """A spec that vLLM groups only with its own class; else full and compressed layers would share a group."""
+    """A spec that vLLM groups only with its own class; else full and compressed heads would share a group."""
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -73,7 +75,7 @@ class _OneClassSpec(FullAttentionSpec):
         Raises:
             AssertionError: Classes are mixed; vLLM takes that as "not mergeable".
         """
-        assert all(type(spec) is cls for spec in specs), "full and compressed layers cannot share a KV-cache group"
+        assert all(type(spec) is cls for spec in specs), "full and compressed heads cannot share a KV-cache group"
         return super().merge(specs)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
@@ -83,7 +85,7 @@ class _OneClassSpec(FullAttentionSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedLayerSpec(_OneClassSpec):
-    """A full-attention layer whose cache is compacted."""
+    """Heads of a full-attention layer whose cache is compacted."""
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Same contract as upstream; a default budget bounds what the longest request holds."""
@@ -95,73 +97,100 @@ class CompressedLayerSpec(_OneClassSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class FullLayerSpec(_OneClassSpec):
-    """A full-attention layer whose cache is never compacted, beside compressed ones."""
+    """Heads of a full-attention layer whose cache is never compacted, beside compressed ones."""
+
+
+def full_name(name: str) -> str:
+    """What vLLM calls the full heads of a layer whose other heads compact; those keep the layer's own name."""
+    return f"{name}.full"
+
+
+def mixed(names: Collection[str]) -> list[str]:
+    """Those of `names` whose layers have heads of both classes."""
+    return [name for name in names if full_name(name) in names]
 
 
 def classify_layers(
-    specs: Mapping[str, KVCacheSpec], settings: Settings, geometry: Geometry | None = None
+    specs: Mapping[str, KVCacheSpec],
+    settings: Settings,
+    geometry: Geometry | None = None,
+    num_heads: int | None = None,
+    degree: int = 1,
 ) -> dict[str, KVCacheSpec]:
     """Turns a model's full-attention specs into compressed and full ones.
 
     Sliding-window layers stay as they are: they hold a window already.
 
     Args:
-        specs: Layer names to the specs that vLLM found.
-        settings: Which layers stay full.
+        specs: Layer names to the specs that vLLM found, of any tensor-parallel rank.
+        settings: Which layers and heads stay full.
         geometry: What the attention kernel wants of packed blocks; `None` if it reads any stride equally fast.
+        num_heads: KV heads of a layer in the model; `None` if the specs are not of a rank, and say it themselves.
+        degree: Tensor-parallel size.
 
     Returns:
-        Layer names, in the same order, to specs.
+        Layer names, in the same order, to specs. A layer with heads of both classes has its own name, for those that
+        compact, and `full_name`.
 
     Raises:
-        ValueError: A layer whose cache we cannot compact, a full layer that the model does not have, or nothing left
-            to compact.
+        ValueError: A layer whose cache we cannot compact, full layers or heads that the model does not have or ranks
+            hold in different numbers, or nothing left to compact.
     """
     _check_specs(specs)
-    index_of = {name: extract_layer_index(name) for name in specs}
-    check_full_layers(settings, index_of.values())
-    candidates = [name for name, spec in specs.items() if isinstance(spec, FullAttentionSpec)]
-    full = [name for name in candidates if index_of[name] in settings.full_layers]
-    compressed = [name for name in candidates if name not in full]
+    num_heads = num_heads or max(spec.num_kv_heads for spec in specs.values() if isinstance(spec, AttentionSpec))
+    check_full(settings, [extract_layer_index(name) for name in specs], num_heads, degree)
+    classified: dict[str, KVCacheSpec] = {}
+    for name, spec in specs.items():
+        classified |= _classified(name, spec, settings, heads_of_rank(num_heads, 0, degree))
+    full = [spec for spec in classified.values() if type(spec) is FullLayerSpec]
+    compressed = [spec for spec in classified.values() if type(spec) is CompressedLayerSpec]
     if not compressed:
         raise ValueError("No full-attention layer is left to compress; name fewer layers in --kv-full-layers.")
-
-    classified = dict(specs)
-    for name in compressed:
-        classified[name] = replace_as(specs[name], CompressedLayerSpec)
-    for name in full:
-        classified[name] = replace_as(specs[name], FullLayerSpec)
-    if full:
-        smaller, larger = sorted((full, compressed), key=len)
-        sizes = pack([specs[name] for name in smaller], [specs[name] for name in larger], geometry)
-        for names, size in zip((smaller, larger), sizes[:2], strict=True):
-            for name in names:
-                classified[name] = replace(classified[name], block_size=size, block_stride_alignment=sizes.stride)
-    return classified
+    if not full:
+        return classified
+    smaller, larger = sorted((full, compressed), key=_bytes)
+    sizes = pack(smaller, larger, geometry)
+    size_of = {type(smaller[0]): sizes.smaller, type(larger[0]): sizes.larger}
+    return {
+        name: replace(spec, block_size=size_of[type(spec)], block_stride_alignment=sizes.stride)
+        if type(spec) in size_of
+        else spec
+        for name, spec in classified.items()
+    }
 
 
-def check_full_layers(settings: Settings, indices: Collection[int]) -> None:
-    """Refuses full layers that the model does not have.
+def _classified(name: str, spec: KVCacheSpec, settings: Settings, heads: range) -> dict[str, KVCacheSpec]:
+    """One layer's names and specs; `heads` are those that one rank holds of a layer like most."""
+    layer = extract_layer_index(name)
+    if not isinstance(spec, FullAttentionSpec):
+        return {name: spec}
+    if spec.num_kv_heads != len(heads):
+        if layer in settings.full_heads:
+            raise ValueError(
+                f"full_heads names KV heads of layer {layer}, which has another number of them than the model says; "
+                "change --kv-full-heads."
+            )
+        heads = range(spec.num_kv_heads)
+    compressed, full = map(len, classes_of(settings, layer, heads))
+    if not full:
+        return {name: replace_as(spec, CompressedLayerSpec)}
+    if not compressed:
+        return {name: replace_as(spec, FullLayerSpec)}
+    return {
+        name: replace_as(spec, CompressedLayerSpec, num_kv_heads=compressed),
+        full_name(name): replace_as(spec, FullLayerSpec, num_kv_heads=full),
+    }
 
-    Args:
-        settings: Names them.
-        indices: Of the model's layers.
 
-    Raises:
-        ValueError: The model has no such layer.
-    """
-    if unknown := sorted(set(settings.full_layers).difference(indices)):
-        raise ValueError(
-            f"full_layers names layer {unknown[0]}, but this model's layers with a KV cache are "
-            f"{min(indices)} to {max(indices)}; change --kv-full-layers."
-        )
+def _bytes(specs: Sequence[AttentionSpec]) -> int:
+    return sum(spec.page_size_bytes for spec in specs)
 
 
 class PackedSizes(NamedTuple):
-    """Block sizes of the two classes of layers, and the stride between blocks.
+    """Block sizes of the two classes of heads, and the stride between blocks.
 
     Attributes:
-        smaller: Tokens in a block of the class with fewer layers.
+        smaller: Tokens in a block of the class with fewer bytes of a token.
         larger: Tokens in a block of the other class.
         stride: Bytes between blocks, or `None` for no padding.
     """
@@ -174,24 +203,28 @@ class PackedSizes(NamedTuple):
 def pack(smaller: Sequence[AttentionSpec], larger: Sequence[AttentionSpec], geometry: Geometry | None) -> PackedSizes:
     """Block sizes at which a block weighs about the same in both classes.
 
-    The smaller class has few layers, so its blocks hold more tokens. Their number is a multiple of the other class's:
+    The smaller class has few heads, so its blocks hold more tokens. Their number is a multiple of the other class's:
     every kernel that takes the one takes the other, block hashes stay at the finer granularity, and the least common
-    multiple, at which prefix-cache hits of a two-group model land, is no larger than need be.
+    multiple, at which prefix-cache hits of a two-group model land, is no larger than need be. What the division leaves
+    over is lost (`kv_heads.waste`).
 
     Args:
-        smaller: Specs of the class with fewer layers, all of one block size.
+        smaller: Specs of the class with fewer bytes of a token, all of one block size.
         larger: Specs of the other class, of the same block size.
         geometry: What the attention kernel wants, or `None`.
     """
-    block_size = larger[0].block_size
-    smaller_bytes, larger_bytes = (sum(spec.page_size_bytes for spec in specs) for specs in (smaller, larger))
+    block_size, times = larger[0].block_size, _bytes(larger) // _bytes(smaller)
+    page = min(
+        *(times * spec.page_size_bytes for spec in smaller),
+        *(spec.page_size_bytes for spec in larger),
+    )
     factor = 1
-    while geometry is not None and factor * larger[0].page_size_bytes < geometry.page:
+    while geometry is not None and factor * page < geometry.page:
         factor *= 2
     return PackedSizes(
-        smaller=factor * block_size * (larger_bytes // smaller_bytes),
+        smaller=factor * block_size * times,
         larger=factor * block_size,
-        stride=geometry.padded(factor * larger_bytes) if geometry else None,
+        stride=geometry.padded(factor * _bytes(larger)) if geometry else None,
     )
 
 

@@ -7,7 +7,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.kv_cache_spec import check_full_layers
+from vllm_l2kv.kv_heads import check_full
 from vllm_l2kv.policy import CompactionPoints
 from vllm_l2kv.profile import Profile, check_model, local_folder
 from vllm_l2kv.settings import Settings
@@ -56,9 +56,11 @@ def check_supported(config: VllmConfig) -> None:
     for what, found in refusals.items():
         if found:
             raise ValueError(f"vllm-l2kv does not support {what}.")
-    check_kv_heads(model.get_total_num_kv_heads(), parallel.tensor_parallel_size)
+    num_heads, degree = model.get_total_num_kv_heads(), parallel.tensor_parallel_size
+    check_kv_heads(num_heads, degree)
     # Layers without a cache of their own are seen by the worker alone.
-    check_full_layers(Settings.from_config(config.additional_config), range(model.get_total_num_hidden_layers()))
+    layers = range(model.get_total_num_hidden_layers())
+    check_full(Settings.from_config(config.additional_config), layers, num_heads, degree)
     if isdir(model.model):  # the files of a name may not be here yet, so the worker looks once they are
         check_profile(config)
 

@@ -64,7 +64,7 @@ def main() -> None:
     profile, folder = Profile.read(args.profile), str(local_folder(args.model))
     model, shape = load(folder, args.device), profile.shape
     drawn = asked_samples(AutoTokenizer.from_pretrained(folder), args.tokens, NUM_TEXTS, SEED)
-    heads = Heads(shape.compressible, 0, shape.num_kv_heads, shape.num_kv_heads, model.device)
+    heads = Heads.of_rank(shape.compressible, shape.num_kv_heads, 0, 1, model.device)
     scorers = bind(heads, Weights(profile.weights(), profile.rope))
     with Progress(sys.stderr) as progress:
         progress.begin("asking questions")

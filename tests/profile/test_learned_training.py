@@ -59,7 +59,7 @@ def test_each_head_learns_its_own_rule(trained):
 
 
 def test_the_weights_are_those_that_the_scorer_serves(trained, texts):
-    heads = Heads(tuple(LAYERS), 0, NUM_HEADS, NUM_HEADS, torch.device("cpu"))
+    heads = Heads.of_rank(LAYERS, NUM_HEADS, 0, 1, torch.device("cpu"))
     scorer = Bound(heads, Weights(trained.weights, ROPE))
     agree = []
     for i, (keys, values, paid) in enumerate(texts[-1]):
@@ -72,7 +72,7 @@ def test_the_weights_are_those_that_the_scorer_serves(trained, texts):
 
 
 def test_overlap_is_measured_with_what_is_served(trained, examples, texts):
-    heads = Heads(tuple(LAYERS), 0, NUM_HEADS, NUM_HEADS, torch.device("cpu"))
+    heads = Heads.of_rank(LAYERS, NUM_HEADS, 0, 1, torch.device("cpu"))
     served = Bound(heads, Weights(trained.weights, ROPE)).score(Rows(texts[0][0][0], texts[0][0][1], 0))
     own = {name: tensor[LAYERS[0]] for name, tensor in trained.weights.items()}
     torch.testing.assert_close(scores_of(examples.features[LAYERS[0]][0], own), served[:, 4:], atol=1e-4, rtol=1e-4)

@@ -224,7 +224,7 @@ def tiny(tiny_model):
 
 def test_what_heads_keep_is_what_the_scorer_ranks_first(tiny, tokenizer):
     shape = Shape(4, 2, 32, ("full_attention",) * 4)
-    scorers = bind(Heads(shape.compressible, 0, 2, 2, torch.device("cpu")))
+    scorers = bind(Heads.of_rank(shape.compressible, 2, 0, 1, torch.device("cpu")))
     text = next(asked_samples(tokenizer, 200, 1, 0)[0])
     (hidden, seen), *_ = answerable(tiny, shape, [[text]], 5, Progress())
     assert (hidden.kind, hidden.context) == ("facts_in_prose", text.token_ids)

@@ -16,6 +16,7 @@ STDLIB_ONLY = [
     "capacity",
     "messages",
     "settings",
+    "kv_heads",
     "cli_types",
     "supported_vllm",
 ]

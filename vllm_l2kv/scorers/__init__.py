@@ -13,33 +13,37 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_l2kv.kv_heads import heads_of_rank
 from vllm_l2kv.params import PROFILE_SCORERS, SCORERS
 from vllm_l2kv.profile import Rope
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The KV heads that one compactor holds: those of some layers, on one tensor-parallel rank.
+    """The KV heads that one compactor holds: as many of each of some layers, on one tensor-parallel rank.
 
     Attributes:
         layers: Indices in the model, in the order of the compactor's caches.
-        first_head: Number in the model of this rank's first KV head.
-        num_heads: KV heads of each layer on this rank.
+        of_layers: Heads of each of them, by their numbers in the layer, in the order of its cache; equally many.
         num_heads_of_model: KV heads of each layer in the model.
         device: Of the caches.
     """
 
     layers: tuple[int, ...]
-    first_head: int
-    num_heads: int
+    of_layers: tuple[tuple[int, ...], ...]
     num_heads_of_model: int
     device: torch.device
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of each layer."""
+        return len(self.of_layers[0])
 
     @classmethod
     def of_rank(
         cls, layers: Iterable[int], num_heads_of_model: int, rank: int, degree: int, device: torch.device
     ) -> "Heads":
-        """Those of a tensor-parallel rank, as vLLM deals them out: its part of them, or one that several ranks have.
+        """All heads of a tensor-parallel rank.
 
         Args:
             layers: As the attribute.
@@ -48,17 +52,17 @@ class Heads:
             degree: The number of ranks.
             device: As the attribute.
         """
-        num_heads = max(num_heads_of_model // degree, 1)
-        return cls(tuple(layers), rank * num_heads_of_model // degree, num_heads, num_heads_of_model, device)
+        layers, heads = tuple(layers), tuple(heads_of_rank(num_heads_of_model, rank, degree))
+        return cls(layers, (heads,) * len(layers), num_heads_of_model, device)
 
-    def number(self, layer: int, head: int = 0) -> int:
-        """A head's number in the model, the same on any rank and in any group.
+    def numbers(self, layer: int) -> list[int]:
+        """Numbers of a layer's heads in the model, the same on any rank and in any group.
 
         Args:
-            layer: A layer's place in `layers`.
-            head: Counted from the rank's first.
+            layer: The layer's place in `layers`.
         """
-        return self.layers[layer] * self.num_heads_of_model + self.first_head + head
+        first = self.layers[layer] * self.num_heads_of_model
+        return [first + head for head in self.of_layers[layer]]
 
 
 class Weights(NamedTuple):
@@ -80,7 +84,7 @@ class Rows(NamedTuple):
         keys: `[num_heads, num_rows, head_size]`, any floating type.
         values: `[num_heads, num_rows, head_size_v]`, the same.
         layer: The layer's place in `Heads.layers`.
-        first_head: The first of these heads, counted from the rank's first.
+        first_head: Place of the first of these heads in the layer's cache; the others are next to it.
     """
 
     keys: torch.Tensor

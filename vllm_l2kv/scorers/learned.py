@@ -38,10 +38,10 @@ class Bound(Scorer):
     def __init__(self, heads: Heads, weights: Weights | None = None) -> None:
         super().__init__(heads, weights)
         assert weights is not None, "the scorer learned needs a profile"
-        layers, last_head = list(heads.layers), heads.first_head + heads.num_heads
+        layers, of_layers = torch.tensor(heads.layers).unsqueeze(-1), torch.tensor(heads.of_layers)
 
         def own(name: str) -> torch.Tensor:
-            tensor = weights.tensors[name][layers, heads.first_head : last_head]
+            tensor = weights.tensors[name][layers, of_layers]
             return tensor.to(heads.device, DTYPES[name]).contiguous()
 
         self.w1, self.b1, self.w2, self.wl, self.b = (own(name) for name in DTYPES)

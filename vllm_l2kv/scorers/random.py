@@ -16,8 +16,8 @@ class Bound(Scorer):
 
     def score(self, rows: Rows) -> torch.Tensor:
         num_heads, num_rows = rows.keys.shape[:2]
-        first = self.heads.number(rows.layer, rows.first_head)
-        numbers = torch.arange(first, first + num_heads, device=rows.keys.device)
+        own = self.heads.numbers(rows.layer)[rows.first_head :][:num_heads]
+        numbers = torch.tensor(own, device=rows.keys.device)
         bits = _mixed((numbers[:, None] << 32) + torch.arange(num_rows, device=rows.keys.device) + SEED)
         return (bits & 0xFFFFFF).float() / 2**24
 

@@ -14,7 +14,7 @@ from vllm_l2kv.worker.clock import Clock, HostClock
 from vllm_l2kv.worker.rows import cpu_rows
 from vllm_l2kv.worker.runner import Runner
 from vllm_l2kv.worker.runner_v1 import RunnerV1
-from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers
+from vllm_l2kv.worker.worker import AlikeLayers, CompactionWorker
 
 
 class L2KVCPUWorker(CompactionWorker, CPUWorker):
@@ -26,8 +26,8 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
         # The backend declares LBHNC only, but its kernels read head-major blocks at any stride.
         return [KVCacheLayout.BLHNC]
 
-    def _make_compactors(self, layers: GroupLayers) -> Sequence[Compactor]:
-        for group in layers.values():
+    def _make_compactors(self, layers: AlikeLayers) -> Sequence[Compactor]:
+        for _, group in layers:
             check_cpu_layout(group[0].attention.isa, group[0].spec)
         return [
             ReferenceCompactor(
@@ -35,7 +35,7 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
                 [cpu_rows(layer.attention.kv_cache, layer.spec.head_size) for layer in group],
                 self._bind(group, torch.device("cpu")),
             )
-            for group_id, group in layers.items()
+            for group_id, group in layers
         ]
 
     def _make_clock(self) -> Clock:

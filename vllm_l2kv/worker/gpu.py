@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -17,7 +16,7 @@ from vllm_l2kv.scorers import bytes_of_a_head
 from vllm_l2kv.worker.clock import Clock, CUDAClock
 from vllm_l2kv.worker.runner import Runner
 from vllm_l2kv.worker.runner_v2 import RunnerV2
-from vllm_l2kv.worker.worker import CompactionWorker, GroupLayers, Layer
+from vllm_l2kv.worker.worker import AlikeLayers, CompactionWorker, Layer
 
 
 class L2KVGPUWorker(CompactionWorker, Worker):
@@ -48,11 +47,11 @@ class L2KVGPUWorker(CompactionWorker, Worker):
     def _packed_layouts(self) -> list[KVCacheLayout]:
         return [KVCacheLayout.BLHNC]
 
-    def _make_compactors(self, layers: GroupLayers) -> Sequence[Compactor]:
-        specs = [layer.spec for group in layers.values() for layer in group]
+    def _make_compactors(self, layers: AlikeLayers) -> Sequence[Compactor]:
+        specs = [layer.spec for _, group in layers for layer in group]
         scratch = Scratch.of(*self._scratch_shape(specs), self.device)
         compactors = []
-        for group_id, group in alike(layers):
+        for group_id, group in layers:
             compactors.append(TritonCompactor(cache_of(group), self._bind(group, self.device), group_id, scratch))
             compactors[-1].warm_up()
         return compactors
@@ -69,17 +68,6 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         runner = RunnerV2(self.model_runner, group_ids)
         runner.warm_up()
         return runner
-
-
-def alike(layers: GroupLayers) -> list[tuple[int, list[Layer]]]:
-    """Layers that one compactor can take, each with the id of their group: all of a group, unless they differ."""
-    found: dict[tuple[Any, ...], list[Layer]] = {}
-    for group_id, group in layers.items():
-        for layer in group:
-            cache = layer.attention.kv_cache
-            like = (group_id, layer.spec.head_size, key_dtype(layer.spec), cache.dtype, cache.shape, cache.stride())
-            found.setdefault(like, []).append(layer)
-    return [(group_id, group) for (group_id, *_), group in found.items()]
 
 
 def cache_of(layers: Sequence[Layer]) -> GroupCache:

@@ -1,5 +1,6 @@
 """Base of the workers for all devices: declares layer classes and carries out orders."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -15,13 +16,17 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_l2kv.kernels import Compactor
 from vllm_l2kv.kv_cache_spec import (
     CompressedLayerSpec,
+    FullLayerSpec,
     Geometry,
     capacity_of,
     classify_layers,
     group_layer_specs,
     group_window,
     is_packed,
+    key_dtype,
+    mixed,
 )
+from vllm_l2kv.kv_heads import advice, classes_of, heads_of_rank
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, with_seconds
 from vllm_l2kv.profile import Profile
 from vllm_l2kv.refusals import check_profile, check_supported
@@ -29,25 +34,31 @@ from vllm_l2kv.scorers import Heads, Scorers, bind
 from vllm_l2kv.scorers.learned import weights_of
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
+from vllm_l2kv.worker.heads import check_split, split_attention
 from vllm_l2kv.worker.runner import Runner
+
+# vLLM configures logging below its own name only.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class Layer(NamedTuple):
-    """A compressed layer of this rank.
+    """The heads of a layer that compact, on this rank.
 
     Attributes:
         number: Its index in the model.
+        heads: Their numbers in the model's layer, in the order of the cache.
         attention: vLLM's attention layer.
-        spec: Of its cache.
+        spec: Of their cache.
     """
 
     number: int
+    heads: tuple[int, ...]
     attention: Any
     spec: CompressedLayerSpec
 
 
-GroupLayers = Mapping[int, Sequence[Layer]]
-"""Compressed KV-cache groups to their layers."""
+AlikeLayers = Sequence[tuple[int, Sequence[Layer]]]
+"""Compressed layers by what one compactor can take, each with the id of their KV-cache group."""
 
 
 class CompactionWorker(WorkerBase):
@@ -69,13 +80,18 @@ class CompactionWorker(WorkerBase):
         self._weights = None if profile is None else weights_of(Profile.read(profile))
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's specs, as full and compressed layers. By now the model is loaded, and its files are here."""
+        """vLLM's specs, as full and compressed heads. By now the model is loaded, and its files are here."""
         check_profile(self.vllm_config)
-        specs: dict[str, KVCacheSpec] = classify_layers(super().get_kv_cache_spec(), self.settings, self._geometry())
+        specs: dict[str, KVCacheSpec] = classify_layers(
+            super().get_kv_cache_spec(), self.settings, self._geometry(), self._num_heads_of_model, self._degree
+        )
         self._is_packed = is_packed(specs.values())
         for name, spec in specs.items():
             if isinstance(spec, CompressedLayerSpec):
                 check_attention(name, self._layers[name], self.attention_backends)
+        for name in mixed(specs):
+            check_split(name, self._layers)
+        _advise(specs)
         return specs
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
@@ -84,15 +100,21 @@ class CompactionWorker(WorkerBase):
         return [layout.name for layout in self._packed_layouts()] if self._is_packed else layouts
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Same contract as upstream; then makes the compactors and adapts the runner."""
+        """Same contract as upstream, with attention by class of heads; then makes compactors and adapts the runner."""
+        # Not sooner: what vLLM captures to measure memory is on caches of whole layers.
+        for name in mixed([name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]):
+            heads = self._heads(name)
+            classes = classes_of(self.settings, extract_layer_index(name), heads)
+            compressed, full = ([heads.index(head) for head in of_class] for of_class in classes)
+            split_attention(self._layers, name, compressed, full, self.device)
         super().initialize_from_config(kv_cache_config)
         layers: dict[int, list[Layer]] = {}
         for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
             for name, spec in group_layer_specs(group).items():
                 if isinstance(spec, CompressedLayerSpec):
-                    layers.setdefault(group_id, []).append(Layer(extract_layer_index(name), self._layers[name], spec))
+                    layers.setdefault(group_id, []).append(self._layer(name, spec))
         self._compressed_group_ids = tuple(layers)
-        self._compactors = self._make_compactors(layers)
+        self._compactors = self._make_compactors(alike(layers))
         self._clock = self._make_clock()
         self._runner = self._adapt_runner(self._compressed_group_ids)
 
@@ -147,11 +169,31 @@ class CompactionWorker(WorkerBase):
         )
 
     def _bind(self, layers: Sequence[Layer], device: torch.device) -> Scorers:
-        """Scorers of alike layers, the part of them that this rank holds."""
-        rank, degree = get_tensor_model_parallel_rank(), self.vllm_config.parallel_config.tensor_parallel_size
-        num_heads_of_model = self.vllm_config.model_config.get_total_num_kv_heads()
-        heads = Heads.of_rank([layer.number for layer in layers], num_heads_of_model, rank, degree, device)
-        return bind(heads, self._weights)
+        """Scorers of the heads of alike layers."""
+        numbers, of_layers = tuple(layer.number for layer in layers), tuple(layer.heads for layer in layers)
+        return bind(Heads(numbers, of_layers, self._num_heads_of_model, device), self._weights)
+
+    def _layer(self, name: str, spec: CompressedLayerSpec) -> Layer:
+        number = extract_layer_index(name)
+        heads = classes_of(self.settings, number, self._heads(name)).compressed
+        return Layer(number, heads, self._layers[name], spec)
+
+    def _heads(self, name: str) -> range:
+        """This rank's KV heads of a layer, by their numbers in the model."""
+        rank, num_heads = get_tensor_model_parallel_rank(), self._layers[name].num_kv_heads
+        heads = heads_of_rank(self._num_heads_of_model, rank, self._degree)
+        # Some models have layers with other numbers of heads.
+        return heads if len(heads) == num_heads else range(rank * num_heads, (rank + 1) * num_heads)
+
+    @property
+    def _num_heads_of_model(self) -> int:
+        num_heads: int = self.vllm_config.model_config.get_total_num_kv_heads()
+        return num_heads
+
+    @property
+    def _degree(self) -> int:
+        degree: int = self.vllm_config.parallel_config.tensor_parallel_size
+        return degree
 
     @property
     def _layers(self) -> dict[str, Any]:
@@ -166,8 +208,8 @@ class CompactionWorker(WorkerBase):
         """Block-outermost layouts that this device's attention kernels read, most preferred first."""
         raise NotImplementedError
 
-    def _make_compactors(self, layers: GroupLayers) -> Sequence[Compactor]:
-        """What moves rows of these layers, each of them in one compactor."""
+    def _make_compactors(self, layers: AlikeLayers) -> Sequence[Compactor]:
+        """What moves rows of these layers: one compactor for each entry."""
         raise NotImplementedError
 
     def _make_clock(self) -> Clock:
@@ -193,6 +235,31 @@ class TimedOutput(AsyncModelRunnerOutput):
     def get_kv_connector_output(self) -> Any:
         """Same contract as upstream, new in 0.33: what a failed step leaves to the KV connector."""
         return self._output.get_kv_connector_output()
+
+
+def alike(layers: Mapping[int, Sequence[Layer]]) -> list[tuple[int, list[Layer]]]:
+    """Layers that one compactor can take, each with the id of their group: all of a group, unless they differ.
+
+    Args:
+        layers: Compressed KV-cache groups to their layers.
+    """
+    found: dict[tuple[Any, ...], list[Layer]] = {}
+    for group_id, group in layers.items():
+        for layer in group:
+            cache = layer.attention.kv_cache
+            like = (group_id, layer.spec.head_size, key_dtype(layer.spec), cache.dtype, cache.shape, cache.stride())
+            found.setdefault(like, []).append(layer)
+    return [(group_id, group) for (group_id, *_), group in found.items()]
+
+
+def _advise(specs: Mapping[str, KVCacheSpec]) -> None:
+    """Says it where full heads fit the pool badly."""
+    full, compressed = (
+        sum(spec.num_kv_heads for spec in specs.values() if isinstance(spec, of_class))
+        for of_class in (FullLayerSpec, CompressedLayerSpec)
+    )
+    if sentence := advice(full, full + compressed):
+        logger.warning(sentence)
 
 
 def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ class Kernels:
 
     def __init__(self, scorer: Scorer) -> None:
         heads = scorer.heads
-        numbers = [heads.number(layer, head) for layer in range(len(heads.layers)) for head in range(heads.num_heads)]
+        numbers = [number for layer in range(len(heads.layers)) for number in heads.numbers(layer)]
         self._numbers = torch.tensor(numbers, dtype=torch.int64, device=heads.device)
 
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:

@@ -67,7 +67,8 @@ def report(options: Namespace) -> dict[str, Any]:
 
     stock = cache(specs(device.stock_block_size))
     settings = Settings(options.full_layers, options.full_heads)
-    ours = cache(classify_layers(specs(device.block_size), settings, device.geometry))
+    dealt = model.num_kv_heads, options.tensor_parallel_size
+    ours = cache(classify_layers(specs(device.block_size), settings, device.geometry, *dealt))
     return {
         "model": options.model,
         "num_prompt_tokens": options.context,

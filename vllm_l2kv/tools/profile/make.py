@@ -138,7 +138,7 @@ def _check_length(model: Any, num_tokens: int) -> None:
 
 def _scorers(model: Any, shape: Shape, weights: Weights) -> Scorers:
     """All that can be searched among, bound to every layer that may compress."""
-    heads = Heads(shape.compressible, 0, shape.num_kv_heads, shape.num_kv_heads, model.device)
+    heads = Heads.of_rank(shape.compressible, shape.num_kv_heads, 0, 1, model.device)
     return bind(heads, weights)
 
 
