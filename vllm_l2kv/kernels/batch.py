@@ -112,29 +112,27 @@ class Batch:
 
 
 @triton.jit
-def layer_base(pointers, like, i_layer):
-    """Address of a layer's cache, as a pointer of the type of `like`."""
+def head_base(pointers, like, i_selection):
+    """Address of a head's cache, as a pointer of the type of `like`."""
     # Rows are whole vectors apart from an aligned address; without the hint every element is loaded alone.
-    return tl.multiple_of(tl.load(pointers + i_layer).to(like.dtype), 16)
+    return tl.multiple_of(tl.load(pointers + i_selection).to(like.dtype), 16)
 
 
 @triton.jit
 def row_offsets(blocks, o_row, m_row, stride_block, stride_slot, block_size):
-    """Offsets of rows in their layer and head: `[num_rows]` int64."""
+    """Offsets of rows in their head: `[num_rows]` int64."""
     b_block = tl.load(blocks + o_row // block_size, mask=m_row, other=0).to(tl.int64)
     return b_block * stride_block + (o_row % block_size).to(tl.int64) * stride_slot
 
 
 @triton.jit
 def row_pointers(
-    pointers, like, order, table, i_selection, o_row, m_row, stride_block, stride_head, stride_slot, num_kv_heads,
-    block_size,
+    pointers, like, order, table, i_selection, o_row, m_row, stride_block, stride_slot, block_size
 ):  # fmt: skip
     """Addresses of the rows of one selection: `[num_rows]` pointers of the type of `like`."""
     source = table + tl.load(order + SOURCE)
-    o_head = (i_selection % num_kv_heads) * stride_head
-    base = layer_base(pointers, like, i_selection // num_kv_heads)
-    return base + (row_offsets(source, o_row, m_row, stride_block, stride_slot, block_size) + o_head)
+    base = head_base(pointers, like, i_selection)
+    return base + row_offsets(source, o_row, m_row, stride_block, stride_slot, block_size)
 
 
 @triton.jit

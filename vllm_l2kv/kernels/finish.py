@@ -19,20 +19,24 @@ def finish(batch: Batch, scores: torch.Tensor, granularity: str) -> None:
         scores: As of `scores.Scored.write`, raw.
         granularity: One of `vllm_l2kv.params.GRANULARITIES`.
     """
-    num_selections, num_kv_heads = batch.cache.num_selections, batch.cache.layers[0].shape[1]
-    num_heads, num_tokens = (num_kv_heads, TOKENS_PER_BLOCK) if granularity == "block" else (1, 1)
-    _finish_kernel[(triton.cdiv(batch.longest, ROWS), num_selections // num_heads, len(batch.rows))](
-        batch.table, scores, num_heads, TOKENS=num_tokens, ROWS=ROWS
-    )
+    num_selections, of_layers = batch.cache.num_selections, batch.cache.of_layers
+    is_block = granularity == "block"
+    num_groups = of_layers.shape[0] - 1 if is_block else num_selections
+    _finish_kernel[(triton.cdiv(batch.longest, ROWS), num_groups, len(batch.rows))](
+        batch.table, scores, of_layers, num_selections,
+        TOKENS=TOKENS_PER_BLOCK if is_block else 1, ROWS=ROWS, BY_LAYER=is_block,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_heads"])
+@triton.jit(do_not_specialize=["num_selections"])
 def _finish_kernel(
     table,  # [num_orders * ROW_LENGTH + num_blocks] int32
     scores,  # [num_selections * num_rows], fp32 before and int32 after
-    num_heads,  # that share their scores, one after the other
-    TOKENS: tl.constexpr,  # that share them too
+    of_layers,  # [num_layers + 1] int32
+    num_selections,
+    TOKENS: tl.constexpr,  # that share their scores
     ROWS: tl.constexpr,
+    BY_LAYER: tl.constexpr,  # whether heads of a layer share them too
 ):
     i_tile, i_group, i_order = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     order = table + i_order * ROW_LENGTH
@@ -41,7 +45,11 @@ def _finish_kernel(
         return
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     m_row = o_row < num_rows
-    first = scores + scores_begin(order, i_group * num_heads, tl.num_programs(1) * num_heads, num_rows)
+    first_head, num_heads = i_group, 1
+    if BY_LAYER:
+        first_head = tl.load(of_layers + i_group)
+        num_heads = tl.load(of_layers + i_group + 1) - first_head
+    first = scores + scores_begin(order, first_head, num_selections, num_rows)
     # In fp64, as the reference: the order of summation does not show in fp32.
     b_sum = tl.zeros([ROWS], tl.float64)
     of_head = first

@@ -1,60 +1,82 @@
-"""The caches of a group's compressed layers, as kernels on a GPU address them."""
+"""The caches of a group's compressed heads, as kernels on a GPU address them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 
 @dataclass(frozen=True)
 class GroupCache:
-    """The caches of a group's compressed layers, which differ only in their address.
+    """The caches of a group's compressed heads, which differ only in their address, however many a layer has.
 
     Attributes:
-        layers: One view a layer, `[num_blocks, num_kv_heads, block_size, content]`; a row is contiguous and holds
+        heads: One view a head, `[num_blocks, block_size, content]`, layer after layer; a row is contiguous and holds
             the key, then the value.
         head_size: Elements of a key.
         key_dtype: What the elements of a key are; a quantized cache is a tensor of bytes.
-        pointers: `[num_layers]` int64, addresses of the views.
+        pointers: `[num_heads]` int64, addresses of the views.
+        of_layers: `[num_layers + 1]` int32, where each layer's heads begin, and where the last one's end.
     """
 
-    layers: tuple[torch.Tensor, ...]
+    heads: tuple[torch.Tensor, ...]
     head_size: int
     key_dtype: torch.dtype
     pointers: torch.Tensor
+    of_layers: torch.Tensor
 
     @classmethod
     def of(cls, layers: Sequence[torch.Tensor], head_size: int, key_dtype: torch.dtype | None = None) -> "GroupCache":
-        """Checks that the layers are alike.
+        """Checks that the heads are alike.
 
         Args:
-            layers: As the attribute.
+            layers: One view a layer, `[num_blocks, num_kv_heads, block_size, content]`.
             head_size: As the attribute.
             key_dtype: As the attribute; `None` for the tensors' own type.
 
         Raises:
-            ValueError: Shapes, strides or types differ, or rows are not contiguous.
+            ValueError: Shapes, strides or types of heads differ, or rows are not contiguous.
         """
-        first = layers[0]
-        for layer in layers:
-            if (layer.shape, layer.stride(), layer.dtype) != (first.shape, first.stride(), first.dtype):
-                raise ValueError("layers of a KV-cache group differ in shape, strides or type")
-        if first.stride(3) != 1:
+        heads = tuple(head for layer in layers for head in layer.unbind(1))
+        first = heads[0]
+        for head in heads:
+            if (head.shape, head.stride(), head.dtype) != (first.shape, first.stride(), first.dtype):
+                raise ValueError("heads of a KV-cache group differ in shape, strides or type")
+        if first.stride(2) != 1:
             raise ValueError("rows of the KV cache are not contiguous")
-        pointers = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.int64, device=first.device)
-        return cls(tuple(layers), head_size, key_dtype or first.dtype, pointers)
+        ends = [*accumulate((layer.shape[1] for layer in layers), initial=0)]
+        pointers = torch.tensor([head.data_ptr() for head in heads], dtype=torch.int64, device=first.device)
+        of_layers = torch.tensor(ends, dtype=torch.int32, device=first.device)
+        return cls(heads, head_size, key_dtype or first.dtype, pointers, of_layers)
 
     @property
     def num_selections(self) -> int:
-        """Layers times heads: what one order selects from, each by itself."""
-        return len(self.layers) * self.layers[0].shape[1]
+        """Heads of all layers: what one order selects from, each by itself."""
+        return len(self.heads)
+
+    @property
+    def block_size(self) -> int:
+        """Rows of a block."""
+        return self.heads[0].shape[1]
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Elements from block to block, and from row to row."""
+        block, row, _ = self.heads[0].stride()
+        return block, row
+
+    @property
+    def content(self) -> int:
+        """Elements of a row."""
+        return self.heads[0].shape[2]
 
     @property
     def value_size(self) -> int:
         """Elements of a value."""
-        return self.layers[0].shape[3] - self.head_size
+        return self.content - self.head_size
 
     @property
     def like(self) -> torch.Tensor:
         """A tensor of the keys' and values' type."""
-        return self.layers[0].view(self.key_dtype)
+        return self.heads[0].view(self.key_dtype)

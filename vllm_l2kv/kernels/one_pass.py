@@ -44,12 +44,11 @@ def one_pass(
         num_warps: Warps of a program.
         selections: Of each order, these layers and heads only; `None` for all.
     """
-    cache, layer = batch.cache, batch.cache.layers[0]
-    num_kv_heads, block_size = layer.shape[1:3]
+    cache = batch.cache
     selections = selections or range(cache.num_selections)
     tile = rows or ROWS
     _score_kernel[(triton.cdiv(batch.longest, tile), len(selections), len(batch.rows))](
-        cache.pointers, cache.like, batch.table, out, *layer.stride()[:3], num_kv_heads, block_size,
+        cache.pointers, cache.like, batch.table, out, *cache.strides, cache.block_size,
         selections.start, int(raw), extra, score, shape,
         KEY=cache.head_size, KEY_PADDED=triton.next_power_of_2(cache.head_size),
         VALUE=cache.value_size, VALUE_PADDED=triton.next_power_of_2(cache.value_size),
@@ -59,14 +58,12 @@ def one_pass(
 
 @triton.jit(do_not_specialize=["first_selection", "raw"])
 def _score_kernel(
-    pointers,  # [num_layers] int64
+    pointers,  # [num_selections] int64
     like,  # a tensor of the rows' type
     table,  # [num_orders * ROW_LENGTH + num_blocks] int32
     out,  # [num_selections * num_rows] int32
     stride_block,
-    stride_head,
     stride_slot,
-    num_kv_heads,
     block_size,
     first_selection,
     raw,
@@ -87,8 +84,7 @@ def _score_kernel(
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     m_row = o_row < num_rows
     rows = row_pointers(
-        pointers, like, order, table, i_selection, o_row, m_row, stride_block, stride_head, stride_slot, num_kv_heads,
-        block_size,
+        pointers, like, order, table, i_selection, o_row, m_row, stride_block, stride_slot, block_size
     )  # fmt: skip
     b_score = SCORE(
         rows, o_row, num_rows, i_selection, i_order, extra, SHAPE, KEY, KEY_PADDED, VALUE, VALUE_PADDED

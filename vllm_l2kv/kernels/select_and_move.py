@@ -17,7 +17,7 @@ from vllm_l2kv.kernels.batch import (
     ROW_LENGTH,
     SOURCE,
     Batch,
-    layer_base,
+    head_base,
     row_offsets,
     scores_begin,
 )
@@ -53,11 +53,10 @@ def move_rows(batch: Batch, kept: torch.Tensor) -> None:
         batch: The orders.
         kept: The positions of `select_positions`.
     """
-    cache, layer = batch.cache, batch.cache.layers[0]
-    num_kv_heads, block_size, content = layer.shape[1:]
+    cache = batch.cache
     _move_kernel[(len(batch.rows), cache.num_selections, MOVE_SPLIT)](
-        cache.pointers, layer, batch.table, kept, *layer.stride()[:3], num_kv_heads, block_size,
-        CONTENT=content, CONTENT_PADDED=triton.next_power_of_2(content), ROWS=MOVE_ROWS, SPLIT=MOVE_SPLIT,
+        cache.pointers, cache.heads[0], batch.table, kept, *cache.strides, cache.block_size,
+        CONTENT=cache.content, CONTENT_PADDED=triton.next_power_of_2(cache.content), ROWS=MOVE_ROWS, SPLIT=MOVE_SPLIT,
     )  # fmt: skip
 
 
@@ -122,14 +121,12 @@ def _select_kernel(
 
 @triton.jit
 def _move_kernel(
-    pointers,  # [num_layers] int64
+    pointers,  # [num_selections] int64
     like,  # a tensor of the cache's type
     table,  # [num_orders * ROW_LENGTH + num_blocks] int32
     kept,  # [num_selections * num_tokens] int32
     stride_block,
-    stride_head,
     stride_slot,
-    num_kv_heads,
     block_size,
     CONTENT: tl.constexpr,
     CONTENT_PADDED: tl.constexpr,
@@ -137,13 +134,12 @@ def _move_kernel(
     SPLIT: tl.constexpr,
 ):
     i_order, i_selection, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_layer, i_head = i_selection // num_kv_heads, i_selection % num_kv_heads
     order = table + i_order * ROW_LENGTH
     num_rows, num_keep = tl.load(order + NUM_ROWS), tl.load(order + NUM_KEEP)
     source, destination = table + tl.load(order + SOURCE), table + tl.load(order + DESTINATION)
     num_slots = tl.load(order + NUM_DESTINATION) * block_size
     row = kept + scores_begin(order, i_selection, tl.num_programs(1), num_rows)
-    base = layer_base(pointers, like, i_layer) + i_head * stride_head
+    base = head_base(pointers, like, i_selection)
     o_content = tl.arange(0, CONTENT_PADDED)
     m_content = (o_content < CONTENT)[None, :]
 

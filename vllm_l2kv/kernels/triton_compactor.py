@@ -48,7 +48,7 @@ class TritonCompactor:
 
     def warm_up(self) -> None:
         """Compiles every kernel that a request can reach, so that none waits for that; moves the null block."""
-        block_size = self.cache.layers[0].shape[2]
+        block_size = self.cache.block_size
         names = [name for name in self._kernels if name not in EVALUATION_SCORERS]
         lengths = {min(tile, self._capacity) for tile in TILES}
         for scorer, granularity, num_rows in product(names, GRANULARITIES, lengths):

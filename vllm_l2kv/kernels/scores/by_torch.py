@@ -19,14 +19,14 @@ class Kernels:
 
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
         """As of `scores.Scored`."""
-        cache, num_heads = batch.cache, batch.cache.layers[0].shape[1]
+        cache, num_heads = batch.cache, self._scorer.heads.num_heads
         for row in batch.rows:
             blocks = batch.table[row.source : row.destination].long()
             first = row.first_score * cache.num_selections
             scores = out[first:][: cache.num_selections * row.num_rows].view(torch.float32)
             for selection, of_head in enumerate(scores.view(-1, row.num_rows)):
                 layer, head = divmod(selection, num_heads)
-                keys, values = cache.layers[layer][:, head : head + 1].tensor_split([cache.head_size], dim=-1)
+                keys, values = cache.heads[selection].unsqueeze(1).tensor_split([cache.head_size], dim=-1)
                 rows = LayerRows(keys, values, cache.key_dtype)
                 keys, values = read(keys, blocks, row.num_rows), read(values, blocks, row.num_rows)
                 of_head.copy_(self._scorer.score(rows.seen(keys, values, layer, head))[0])

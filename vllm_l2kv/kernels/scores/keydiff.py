@@ -52,12 +52,11 @@ class Kernels:
 
 def _anchors(batch: Batch, work: torch.Tensor) -> torch.Tensor:
     """The direction of each selection's mean unit key: `[num_orders * num_selections * KEY_PADDED]` fp32, in `work`."""
-    cache, layer = batch.cache, batch.cache.layers[0]
-    num_kv_heads, block_size = layer.shape[1:3]
+    cache = batch.cache
     num_orders, num_selections, padded = len(batch.rows), cache.num_selections, triton.next_power_of_2(cache.head_size)
     sums = work[num_orders * num_selections * padded :]
     _sum_kernel[(triton.cdiv(batch.longest, PART), num_selections, num_orders)](
-        cache.pointers, cache.like, batch.table, sums, *layer.stride()[:3], num_kv_heads, block_size,
+        cache.pointers, cache.like, batch.table, sums, *cache.strides, cache.block_size,
         KEY=cache.head_size, KEY_PADDED=padded, PART=PART, ROWS=TILE // padded,
     )  # fmt: skip
     _mean_kernel[(num_selections, num_orders)](batch.table, sums, work, KEY_PADDED=padded, PART=PART, num_warps=1)
@@ -72,14 +71,12 @@ def _first_part(order, i_order, PART: tl.constexpr):
 
 @triton.jit
 def _sum_kernel(
-    pointers,  # [num_layers] int64
+    pointers,  # [num_selections] int64
     like,  # a tensor of the keys' type
     table,  # [num_orders * ROW_LENGTH + num_blocks] int32
     sums,  # [num_parts, num_selections, KEY_PADDED] fp32
     stride_block,
-    stride_head,
     stride_slot,
-    num_kv_heads,
     block_size,
     KEY: tl.constexpr,
     KEY_PADDED: tl.constexpr,
@@ -97,8 +94,7 @@ def _sum_kernel(
         o_row = start + tl.arange(0, ROWS)
         m_row = o_row < end
         rows = row_pointers(
-            pointers, like, order, table, i_selection, o_row, m_row, stride_block, stride_head, stride_slot,
-            num_kv_heads, block_size,
+            pointers, like, order, table, i_selection, o_row, m_row, stride_block, stride_slot, block_size
         )  # fmt: skip
         b_key = load_part(rows, m_row, 0, KEY, KEY_PADDED)
         b_norm = tl.sqrt_rn(tl.sum(b_key * b_key, axis=1))
