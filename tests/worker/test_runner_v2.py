@@ -128,6 +128,22 @@ def test_the_longest_length_on_the_host_is_physical():
     assert real_metadata(vllm_runner)[0].max_seq_len == 40
 
 
+def test_all_builders_of_a_group_share_one_launch_of_lengths(monkeypatch):
+    """One for each number of heads that a layer has in the group."""
+    vllm_runner, runner = compacted_runner()
+    launches = []
+    physical_lengths = runner_v2.physical_lengths
+    monkeypatch.setattr(runner_v2, "physical_lengths", lambda *args: launches.append(physical_lengths(*args)))
+    for num_evicted in (18, 20):
+        begin_step(vllm_runner, runner, [], [order("b", num_evicted, destination=(3,))])
+        launches.clear()
+        compressed, logical = real_metadata(vllm_runner)
+        (group,) = vllm_runner.attn_groups[0]
+        again = group.build_metadata(logical)
+        assert again.seq_lens.tolist() == compressed.seq_lens.tolist() == [20, 30 - num_evicted, 40]
+        assert len(launches) == 1
+
+
 def test_lengths_never_move():
     """A CUDA graph remembers where they were when it was captured."""
     vllm_runner, runner = compacted_runner()

@@ -31,6 +31,7 @@ class RunnerV2:
         self.counts = EvictedCountsV2(runner.max_num_reqs)
         self._tables = CompressedBlockTables(runner.block_tables, group_ids, self.counts, runner.req_states)
         self._seq_lens = torch.zeros(runner.max_num_reqs, dtype=torch.int32, device=runner.device)
+        self._made: tuple[CommonAttentionMetadata, CommonAttentionMetadata] | None = None
         runner.block_tables = self._tables
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
@@ -57,6 +58,12 @@ class RunnerV2:
         physical_lengths(self._seq_lens[:1], starts[:1], idx_mapping, self.counts.on_device)
 
     def _make_physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """The same for every builder of a group, made once: vLLM gives them one object in a step."""
+        if self._made is None or self._made[0] is not metadata:
+            self._made = metadata, self._physical(metadata)
+        return self._made[1]
+
+    def _physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """Writes the same buffer at capture and at replay.
 
         FlashAttention splits a request's keys by the longest length on the host: at a logical one, a request that holds
