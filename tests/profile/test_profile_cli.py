@@ -35,8 +35,9 @@ def test_a_profile_is_made(made, llama):
     assert (profile.rope.rotary_dim, profile.rope.interleaved) == (32, False)
     assert sorted(profile.layer_order) == [0, 1, 2, 3]
     for memory in (0.75, 0.5):
-        full_layers, keep_ratio, _ = profile.setting(memory)
-        assert (len(full_layers) + (4 - len(full_layers)) * keep_ratio) / 4 == pytest.approx(memory)
+        setting = profile.setting(memory)
+        num_full = len(setting.full_layers)
+        assert (num_full + (4 - num_full) * setting.keep_ratio) / 4 == pytest.approx(memory)
     measures = profile.measures()
     assert measures["retrieval"].shape == measures["repetition"].shape == measures["head_loss"].shape == (4, 2)
     assert measures["loss"].shape == (4,)
