@@ -164,7 +164,7 @@ class Reference:
     def greedy(self, prompt: Sequence[int], answer: Sequence[int], *args: Any, **kwargs: Any) -> list[int]:
         """The likeliest token after the prompt and each beginning of an answer.
 
-        It equals the answer exactly if `generate` would say it, and takes few passes where that takes one for each token.
+        It equals the answer exactly if `generate` would say it. That takes a pass for each token, this a few.
         """
         return self.logits(prompt, answer, *args, **kwargs).argmax(-1).tolist()
 
