@@ -67,14 +67,14 @@ def apply_writes(writer, tensors, *where) -> None:
 
 
 def slot_mappings(
-    out, idx_mapping, query_start_loc, positions, num_evicted, is_compressed, pointers, strides, block_sizes
+    out, idx_mapping, query_start_loc, positions, num_evicted, is_compressed, pointers, strides, block_sizes, has_slots
 ) -> None:
     """As `kernels.slots.slot_mappings`."""
     out.fill_(PAD_SLOT)
     for group in range(out.shape[0]):
         for i, state in enumerate(idx_mapping.tolist()):
             tokens = slice(int(query_start_loc[i]), int(query_start_loc[i + 1]))
-            if state < 0:
+            if state < 0 or not has_slots[group]:
                 continue
             size, stride = int(block_sizes[group]), int(strides[group])
             table = (ctypes.c_int32 * stride).from_address(int(pointers[group]) + 4 * state * stride)
@@ -106,7 +106,7 @@ class HostTables(BlockTables):
         nothing = torch.zeros(self.max_num_reqs, dtype=torch.int32)
         slot_mappings(
             out, idx_mapping, query_start_loc, positions, nothing, nothing,
-            self.block_table_ptrs, self.block_table_strides, self.block_sizes_tensor,
+            self.block_table_ptrs, self.block_table_strides, self.block_sizes_tensor, self.slot_mapping_enabled,
         )  # fmt: skip
         return out[:, :num_tokens_padded]
 
@@ -289,7 +289,7 @@ class FakeGPUWorker(CompactionWorker, Device):
         Device.__init__(self, runner, num_in_flight)
         self.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
         self._compressed = tuple(compressed)
-        self.initialize_from_config(SimpleNamespace(kv_cache_groups=[]))
+        self.initialize_from_config(SimpleNamespace(kv_cache_groups=[], needs_kv_cache_zeroing=False))
 
     def _make_compactors(self, layers):
         return []

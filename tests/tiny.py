@@ -14,8 +14,11 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    NemotronHConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
@@ -104,6 +107,64 @@ def gemma3(num_blocks: int = 2, **changes: Any) -> PretrainedConfig:
     return Gemma3TextConfig(**{**SHAPE, **hybrid, **changes})
 
 
+def lfm2(num_blocks: int = 3, **changes: Any) -> PretrainedConfig:
+    """A short convolution before each attention layer.
+
+    One head: vLLM's rotation on CPUs is wrong for several where a model hands it tensors of three dimensions.
+    """
+    hybrid = {
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "layer_types": ["conv", "full_attention"] * num_blocks,
+        "num_hidden_layers": 2 * num_blocks,
+        "conv_L_cache": 3,
+        # Names that files of this model have and `transformers` does not read.
+        **dict.fromkeys(("conv_dim", "block_dim", "block_ff_dim"), SHAPE["hidden_size"]),
+        "block_auto_adjust_ff_dim": False,
+        "block_multiple_of": 32,
+        "block_ffn_dim_multiplier": 1.0,
+    }
+    return Lfm2Config(**{**_without_head_dim(), **hybrid, **changes})
+
+
+def nemotron_h(**changes: Any) -> PretrainedConfig:
+    """Mamba 2, attention and feed-forward each in a layer of its own; the latter cache nothing."""
+    hybrid = {
+        "hybrid_override_pattern": "M-M*-M*-M*",
+        "num_hidden_layers": 10,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 32,
+        "conv_kernel": 4,
+    }
+    return NemotronHConfig(**{**SHAPE, **hybrid, **changes})
+
+
+def granite_hybrid(**changes: Any) -> PretrainedConfig:
+    """Mamba 2 before each attention layer, with rotary embeddings."""
+    hybrid = {
+        "hidden_size": 128,
+        "num_hidden_layers": 6,
+        "layer_types": ["mamba", "attention"] * 3,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 32,
+        "mamba_expand": 2,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 128,
+        "position_embedding_type": "rope",
+    }
+    return GraniteMoeHybridConfig(**{**_without_head_dim(), **hybrid, **changes})
+
+
+def _without_head_dim() -> dict[str, Any]:
+    return {name: value for name, value in SHAPE.items() if name != "head_dim"}
+
+
 def write(folder: Path, config: PretrainedConfig, tokenizer: Path) -> Path:
     """Writes a model with random weights and the tokenizer of another one.
 
@@ -131,16 +192,8 @@ def write(folder: Path, config: PretrainedConfig, tokenizer: Path) -> Path:
 
 
 class HybridReference(Reference):
-    """The reference for models with sliding-window layers, whose caches hold the window alone."""
+    """The reference for models some of whose layers hold a window of rows alone, or a state in place of rows."""
 
     def __init__(self, model: Path) -> None:
         super().__init__(model)
         self.new_cache: Callable[[], DynamicCache] = lambda: DynamicCache(config=self.model.config)
-
-    def _compacted(self, cache, num_keep, full_layers, first, last):
-        sliding = [index for index, layer in enumerate(cache.layers) if layer.is_sliding]
-        compacted = super()._compacted(cache, num_keep, (*full_layers, *sliding), first, last)
-        for index in sliding:
-            # As it was, together with its count of the tokens that it has seen.
-            compacted.layers[index] = cache.layers[index]
-        return compacted

@@ -31,7 +31,7 @@ class GroupCapacity:
     Attributes:
         block_size: Tokens in a block.
         compressed: Whether its layers are compacted.
-        max_blocks: Blocks that a request holds at most, for a sliding window; `None` for every other layer.
+        max_blocks: Blocks that a request holds at most, for a sliding window or a recurrent state; `None` for others.
         token_bytes: Bytes of a token in all layers of the group, on one tensor-parallel rank.
     """
 
@@ -80,7 +80,7 @@ class Capacity:
     def memory_ratio(self, num_tokens: int, num_rows: int) -> float:
         """Memory of the whole cache that a request holds, over what it would hold if nothing were evicted.
 
-        Counts rows, not blocks. Layers with a sliding window are left out, since they hold a window either way.
+        Counts rows, not blocks. Sliding windows and recurrent states are left out, since they are held either way.
 
         Args:
             num_tokens: Tokens in full layers, at least 1.

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
     KVCacheSpec,
     KVQuantMode,
+    MambaSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
     replace_as,
@@ -110,6 +111,18 @@ def mixed(names: Collection[str]) -> list[str]:
     return [name for name in names if full_name(name) in names]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecurrentLayerSpec(MambaSpec):
+    """A layer that keeps a state in place of rows (Mamba, gated delta net, short convolution); it never compacts."""
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks that a request holds at most; where states are cached, also the one of the step before."""
+        if self.mamba_cache_mode == "none":
+            return 1 + self.num_speculative_blocks
+        return 2 + self.num_speculative_blocks + self.num_prefill_checkpoint_blocks
+
+
 def classify_layers(
     specs: Mapping[str, KVCacheSpec],
     settings: Settings,
@@ -119,7 +132,7 @@ def classify_layers(
 ) -> dict[str, KVCacheSpec]:
     """Turns a model's full-attention specs into compressed and full ones.
 
-    Sliding-window layers stay as they are: they hold a window already.
+    Sliding-window layers stay as they are: they hold a window already. Recurrent layers hold a state, without rows.
 
     Args:
         specs: Layer names to the specs that vLLM found, of any tensor-parallel rank.
@@ -137,6 +150,7 @@ def classify_layers(
             hold in different numbers, or nothing left to compact.
     """
     _check_specs(specs)
+    settings = _of_attending_layers(settings, specs)
     num_heads = num_heads or max(spec.num_kv_heads for spec in specs.values() if isinstance(spec, AttentionSpec))
     check_full(settings, [extract_layer_index(name) for name in specs], num_heads, degree)
     classified: dict[str, KVCacheSpec] = {}
@@ -159,9 +173,33 @@ def classify_layers(
     }
 
 
+def _of_attending_layers(settings: Settings, specs: Mapping[str, KVCacheSpec]) -> Settings:
+    """The settings with full layers that have keys.
+
+    A model with recurrent layers attends in a few only. A named layer without keys stands there for the next one that
+    has some: the default of 0 and 1 is the first attention layer.
+
+    Raises:
+        ValueError: A named layer comes after all that have keys.
+    """
+    attending = {extract_layer_index(name) for name, spec in specs.items() if not isinstance(spec, MambaSpec)}
+    if all(not isinstance(spec, MambaSpec) for spec in specs.values()):
+        return settings
+    last = max(attending, default=-1)
+    if settings.full_layers and settings.full_layers[-1] > last:
+        raise ValueError(
+            f"full_layers names layer {settings.full_layers[-1]}, but the last attention layer of this model is "
+            f"{last}; change --kv-full-layers."
+        )
+    following = (min(index for index in attending if index >= layer) for layer in settings.full_layers)
+    return replace(settings, full_layers=tuple(following))
+
+
 def _classified(name: str, spec: KVCacheSpec, settings: Settings, heads: range) -> dict[str, KVCacheSpec]:
     """One layer's names and specs; `heads` are those that one rank holds of a layer like most."""
     layer = extract_layer_index(name)
+    if isinstance(spec, MambaSpec):
+        return {name: replace_as(spec, RecurrentLayerSpec)}
     if not isinstance(spec, FullAttentionSpec):
         return {name: spec}
     if spec.num_kv_heads != len(heads):
@@ -247,6 +285,8 @@ def _check_specs(specs: Mapping[str, KVCacheSpec]) -> None:
     for name, spec in specs.items():
         if isinstance(spec, SlidingWindowSpec) and type(spec) is SlidingWindowSpec:
             continue
+        if type(spec) is MambaSpec:
+            continue
         # Exact class: subclasses (MLA, sinks, R-SWA, hidden states) store something else than plain keys and values.
         if type(spec) is not FullAttentionSpec:
             raise ValueError(
@@ -314,5 +354,7 @@ def group_capacity(specs: Sequence[KVCacheSpec], max_in_flight_tokens: int, max_
     spec, max_blocks = specs[0], None
     if isinstance(spec, SlidingWindowSpec):
         max_blocks = spec.max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+    elif isinstance(spec, RecurrentLayerSpec):
+        max_blocks = spec.max_blocks
     token_bytes = sum(layer.page_size_bytes // layer.block_size for layer in specs)
     return GroupCapacity(spec.block_size, isinstance(spec, CompressedLayerSpec), max_blocks, token_bytes)

@@ -32,13 +32,14 @@ def register() -> None:
         return
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec
-    from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, FullLayerManager
+    from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec, RecurrentLayerSpec
+    from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, FullLayerManager, RecurrentLayerManager
 
     # Once anything is registered vLLM skips its built-in specs, so those go first.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CompressedLayerSpec, CompressedLayerManager)
     KVCacheSpecRegistry.register(FullLayerSpec, FullLayerManager)
+    KVCacheSpecRegistry.register(RecurrentLayerSpec, RecurrentLayerManager)
 
 
 def device_engine_args() -> dict[str, Any]:

@@ -21,7 +21,8 @@ def check_supported(config: VllmConfig) -> None:
         ValueError: One sentence that names the setting and says what to do.
     """
     check_vllm()
-    parallel, model, on_cpu = config.parallel_config, config.model_config, current_platform.is_cpu()
+    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
+    on_cpu = current_platform.is_cpu()
     speculator = config.speculative_config and config.speculative_config.method
     refusals = {
         "KV connectors and KV offloading (drop --kv-transfer-config)": config.kv_transfer_config is not None,
@@ -34,17 +35,24 @@ def check_supported(config: VllmConfig) -> None:
         ),
         "speculative decoding on GPUs (drop --speculative-config)": (speculator is not None and not on_cpu),
         "this KV-cache type (set --kv-cache-dtype to auto or fp8_e4m3)": (
-            is_quantized_kv_cache(config.cache_config.cache_dtype)
-            and config.cache_config.cache_dtype not in ("fp8", "fp8_e4m3")
+            is_quantized_kv_cache(cache.cache_dtype) and cache.cache_dtype not in ("fp8", "fp8_e4m3")
         ),
         "quantized KV caches on CPUs (set --kv-cache-dtype auto)": (
-            on_cpu and is_quantized_kv_cache(config.cache_config.cache_dtype)
+            on_cpu and is_quantized_kv_cache(cache.cache_dtype)
         ),
         "pooling models (serve them with stock vLLM)": model.runner_type == "pooling",
         "encoder-decoder models (serve them with stock vLLM)": model.is_encoder_decoder,
         "R-SWA models (serve them with stock vLLM)": model.rswa_window is not None,
         "models with MLA, whose cache holds no keys (serve them with stock vLLM)": model.use_mla,
-        "models with recurrent layers (serve them with stock vLLM)": model.has_inner_state,
+        "models with recurrent layers alone (serve them with stock vLLM)": model.has_inner_state
+        and not model.is_hybrid,
+        "speculative decoding of models with recurrent layers (drop --speculative-config)": (
+            speculator is not None and model.is_hybrid
+        ),
+        "ReplaySSM (drop --use-replayssm)": cache.use_replayssm,
+        "prefix-cache hits inside a block of recurrent layers (drop --prefix-match-unit)": (
+            model.is_hybrid and cache.prefix_match_unit is not None
+        ),
         "a single KV-cache group for all layers (drop --disable-hybrid-kv-cache-manager)": bool(
             config.scheduler_config.disable_hybrid_kv_cache_manager
         ),

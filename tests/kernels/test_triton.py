@@ -414,7 +414,7 @@ def test_layers_must_be_alike():
 
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [5, 1, 40], [2000, 1]])
 def test_slot_mappings_against_a_loop(lengths):
-    num_reqs, max_num_reqs, block_sizes = len(lengths), 8, [64, 16]
+    num_reqs, max_num_reqs, block_sizes = len(lengths), 8, [64, 16, 8]
     generator = torch.Generator().manual_seed(sum(lengths))
     states = torch.randperm(max_num_reqs, generator=generator)[:num_reqs].to(torch.int32)
     starts = torch.randint(200, 400, (num_reqs,), generator=generator)
@@ -426,8 +426,8 @@ def test_slot_mappings_against_a_loop(lengths):
     positions = torch.cat([start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)])
     num_tokens, max_num_tokens = sum(lengths), sum(lengths) + 10
 
-    expected = torch.full((2, max_num_tokens), -1)
-    for group, block_size in enumerate(block_sizes):
+    expected = torch.full((3, max_num_tokens), -1)
+    for group, block_size in enumerate(block_sizes[:2]):  # the third holds states
         for i in range(num_reqs):
             for token in range(int(query_start_loc[i]), int(query_start_loc[i + 1])):
                 slot = int(positions[token]) - (int(evicted[states[i]]) if group == 1 else 0)
@@ -435,17 +435,18 @@ def test_slot_mappings_against_a_loop(lengths):
                 expected[group, token] = block * block_size + slot % block_size
 
     on_device = [table.to(DEVICE) for table in group_tables]
-    out = torch.full((2, max_num_tokens), -7, device=DEVICE)
+    out = torch.full((3, max_num_tokens), -7, device=DEVICE)
     slots.slot_mappings(
         out,
         states.to(DEVICE),
         query_start_loc.to(DEVICE),
         positions.to(DEVICE),
         evicted.to(DEVICE),
-        torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
+        torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE),
         torch.tensor([table.data_ptr() for table in on_device], dtype=torch.uint64, device=DEVICE),
         torch.tensor([table.stride(0) for table in on_device], device=DEVICE),
         torch.tensor(block_sizes, dtype=torch.int32, device=DEVICE),
+        torch.tensor([True, True, False], device=DEVICE),
     )
     assert torch.equal(out.cpu(), expected)
     assert num_tokens < max_num_tokens

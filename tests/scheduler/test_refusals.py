@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import (
     MLAAttentionSpec,
     SinkFullAttentionSpec,
     SlidingWindowSpec,
+    replace_as,
 )
 from weights import made_up_weights, write_profile
 
@@ -26,6 +27,7 @@ from vllm_l2kv.kv_cache_spec import (
     FLASH_ATTENTION,
     CompressedLayerSpec,
     FullLayerSpec,
+    RecurrentLayerSpec,
     classify_layers,
     key_dtype,
     pack,
@@ -58,11 +60,12 @@ def config(**changes):
             rswa_window=None,
             use_mla=False,
             has_inner_state=False,
+            is_hybrid=False,
             get_total_num_kv_heads=lambda: 6,
             get_total_num_hidden_layers=lambda: 4,
         ),
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "cache_config": SimpleNamespace(cache_dtype="auto", use_replayssm=False, prefix_match_unit=None),
         "load_config": SimpleNamespace(download_dir=None),
         "use_v2_model_runner": not refusals.current_platform.is_cpu(),
         "additional_config": None,
@@ -113,7 +116,13 @@ def test_an_ordinary_configuration_passes():
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_config__rswa_window": 128}, "R-SWA"),
         ({"model_config__use_mla": True}, "MLA"),
-        ({"model_config__has_inner_state": True}, "recurrent layers"),
+        ({"model_config__has_inner_state": True}, "recurrent layers alone"),
+        (
+            {"model_config__is_hybrid": True, "speculative_config": SimpleNamespace(method="ngram")},
+            "speculative decoding of models with recurrent layers",
+        ),
+        ({"cache_config__use_replayssm": True}, "--use-replayssm"),
+        ({"model_config__is_hybrid": True, "cache_config__prefix_match_unit": 16}, "--prefix-match-unit"),
         ({"model_config__get_total_num_hidden_layers": lambda: 1}, "full_layers names layer 1"),
         ({"additional_config": {"l2kv": {"full_layers": [7, 4]}}}, "names layer 4, but .* 0 to 3; change --kv-full-la"),
         ({"cache_config__cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype to auto or fp8_e4m3"),
@@ -162,7 +171,6 @@ def layers(*specs):
     [
         (MLAAttentionSpec(**SHAPE), "MLAAttentionSpec"),
         (SinkFullAttentionSpec(**SHAPE, sink_len=4), "SinkFullAttentionSpec"),
-        (MambaSpec(block_size=16, shapes=((4, 8),), dtypes=(torch.float32,)), "MambaSpec"),
         (CrossAttentionSpec(**SHAPE), "CrossAttentionSpec"),
         (EncoderOnlyAttentionSpec(**SHAPE), "EncoderOnlyAttentionSpec"),
         (ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64), "ChunkedLocalAttentionSpec"),
@@ -210,6 +218,52 @@ def test_sliding_window_layers_are_left_alone():
     classified = classify_layers(layers(window, window, FullAttentionSpec(**SHAPE)), Settings(()))
     assert list(classified.values())[:2] == [window, window]
     assert type(list(classified.values())[2]) is CompressedLayerSpec
+
+
+STATE = MambaSpec(block_size=16, shapes=((4, 8),), dtypes=(torch.float32,))
+
+
+def hybrid(kinds):
+    """Specs of a model by a letter for each layer: M recurrent, * attention, S sliding window, - without a cache."""
+    spec_of = {"M": STATE, "*": FullAttentionSpec(**SHAPE), "S": SlidingWindowSpec(**SHAPE, sliding_window=512)}
+    return {f"model.layers.{i}.x": spec_of[kind] for i, kind in enumerate(kinds) if kind != "-"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "named", "full"),
+    [
+        ("MMM*MMM*MMM*", (0, 1), {3}),  # Qwen3-Next, Qwen3.5
+        ("MM*MM*M*", (0, 1), {2}),  # LFM2
+        ("M-M-M*-M-M*-", (0, 1), {5}),  # Nemotron-H: feed-forward layers have no cache
+        ("M*M*M*", (0, 1), {1}),
+        ("M*M*M*", (), set()),
+        ("M*M*M*", (1, 3), {1, 3}),  # an explicit list of attention layers is that list
+        ("M*M*M*", (2, 3), {3}),
+        ("*M*M*", (0, 1), {0, 2}),
+        ("MS*M*", (0, 1), set()),  # the next one slides
+    ],
+)
+def test_full_layers_of_a_hybrid(kinds, named, full):
+    specs = hybrid(kinds)
+    classified = classify_layers(specs, Settings(named))
+    assert {i for i in range(len(kinds)) if type(classified.get(f"model.layers.{i}.x")) is FullLayerSpec} == full
+    for name, spec in specs.items():
+        if spec is STATE:
+            assert type(classified[name]) is RecurrentLayerSpec
+            assert classified[name] == replace_as(STATE, RecurrentLayerSpec)
+
+
+@pytest.mark.parametrize(("kinds", "named", "last"), [("M*M*M", (4,), 3), ("M*M", (1, 7), 1)])
+def test_full_layers_after_the_last_attention_layer(kinds, named, last):
+    with pytest.raises(
+        ValueError, match=f"names layer {named[-1]}, but the last attention layer of this model is {last}"
+    ):
+        classify_layers(hybrid(kinds), Settings(named))
+
+
+def test_nothing_left_to_compress_in_a_hybrid():
+    with pytest.raises(ValueError, match="name fewer layers"):
+        classify_layers(hybrid("MM*M"), Settings((0, 1)))
 
 
 def test_an_fp8_cache_holds_e4m3_keys():

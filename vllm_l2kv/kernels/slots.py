@@ -18,6 +18,7 @@ def slot_mappings(
     table_pointers: torch.Tensor,
     table_strides: torch.Tensor,
     block_sizes: torch.Tensor,
+    has_slots: torch.Tensor,
 ) -> None:
     """Slots of every token in every group.
 
@@ -31,11 +32,12 @@ def slot_mappings(
         table_pointers: `[num_groups]` uint64, addresses of `[max_num_reqs, max_num_blocks]` int32 tables.
         table_strides: `[num_groups]` int64.
         block_sizes: `[num_groups]` int32.
+        has_slots: `[num_groups]` bool, false for states, whose tokens all get -1.
     """
     grid = (out.shape[0], idx_mapping.shape[0] + 1)
     _slot_mappings_kernel[grid](
         out, out.stride(0), out.shape[1], idx_mapping, query_start_loc, positions, num_evicted, is_compressed,
-        table_pointers, table_strides, block_sizes, PAD=PAD_SLOT, TILE=TILE,
+        table_pointers, table_strides, block_sizes, has_slots, PAD=PAD_SLOT, TILE=TILE,
     )  # fmt: skip
 
 
@@ -86,6 +88,7 @@ def _slot_mappings_kernel(
     table_pointers,  # [num_groups] uint64
     table_strides,  # [num_groups] int64
     block_sizes,  # [num_groups] int32
+    has_slots,  # [num_groups] bool
     PAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -100,8 +103,8 @@ def _slot_mappings_kernel(
         return
     end = tl.load(query_start_loc + i_req + 1)
     state = tl.load(idx_mapping + i_req)
-    # A dummy request owns no blocks: it reads the first state's row and discards the result.
-    is_real = state >= 0
+    # A dummy request owns no blocks, and a state has no slots.
+    is_real = (state >= 0) & (tl.load(has_slots + i_group) != 0)
     state = tl.maximum(state, 0)
     evicted = tl.load(num_evicted + state) * tl.load(is_compressed + i_group) * is_real.to(tl.int32)
     table = tl.load(table_pointers + i_group).to(tl.pointer_type(tl.int32))
@@ -111,6 +114,6 @@ def _slot_mappings_kernel(
         o_token = start + tl.arange(0, TILE)
         m_token = o_token < end
         b_slot = tl.load(positions + o_token, mask=m_token, other=0) - evicted
-        b_block = tl.load(table + b_slot // block_size, mask=m_token, other=0).to(tl.int64)
+        b_block = tl.load(table + b_slot // block_size, mask=m_token & is_real, other=0).to(tl.int64)
         b_slot = tl.where(is_real, b_block * block_size + b_slot % block_size, PAD)
         tl.store(out + o_token, b_slot, mask=m_token)

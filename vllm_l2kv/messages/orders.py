@@ -5,7 +5,7 @@ reports back how long compactions took. A request that begins on rows which anot
 only its count.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +54,12 @@ class CompactionOrder:
         """The move of one group."""
         (move,) = (move for move in self.moves if move.group_id == group_id)
         return move
+
+
+def partly_filled(orders: Iterable[CompactionOrder]) -> list[int]:
+    """Fresh blocks that compactions may fill in part only: the last one of each destination."""
+    moves = (move for order in orders for move in order.moves)
+    return [move.destination[-1] for move in moves if move.destination[-1] not in move.source]
 
 
 def attach_orders(scheduler_output: Any, orders: tuple[CompactionOrder, ...]) -> None:

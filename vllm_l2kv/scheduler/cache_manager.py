@@ -15,7 +15,7 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
     maybe_convert_block_hash,
 )
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from vllm_l2kv import block_math, seams
@@ -299,3 +299,15 @@ class CompressedLayerManager(LayerManager):
 
     def _begin_compacted(self, request_id: str, num_evicted: int) -> None:
         self.num_evicted[request_id] = num_evicted
+
+
+class RecurrentLayerManager(MambaManager):
+    """Blocks of recurrent layers, one state in each: that of all tokens of a request, however few rows it holds."""
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Same contract as upstream; does nothing after `stop_prefix_caching`.
+
+        Upstream caches a state at the end of a prompt whatever its count of cached blocks says.
+        """
+        if self.num_cached_block.get(request.request_id, 0) < UNREACHABLE:
+            super().cache_blocks(request, *args, **kwargs)

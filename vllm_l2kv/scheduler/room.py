@@ -8,6 +8,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.capacity import Capacity
 from vllm_l2kv.policy import Compaction
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
 from vllm_l2kv.scheduler.stats_counter import StatsCounter
@@ -18,12 +19,16 @@ class Room:
 
     Args:
         scheduler: vLLM's, which preempts.
+        capacity: Of its KV cache.
         coming: Requests that have begun or were looked at last, to their next compactions; the scheduler changes it.
         stats_counter: Counts preemptions.
     """
 
-    def __init__(self, scheduler: Any, coming: Mapping[str, Compaction], stats_counter: StatsCounter) -> None:
+    def __init__(
+        self, scheduler: Any, capacity: Capacity, coming: Mapping[str, Compaction], stats_counter: StatsCounter
+    ) -> None:
         self._scheduler = scheduler
+        self._capacity = capacity
         self._next = coming
         self._stats_counter = stats_counter
         self._pool = scheduler.kv_cache_manager.block_pool
@@ -68,8 +73,7 @@ class Room:
             return False
         num_tokens = request.num_tokens if coming is None else min(coming.position, request.num_tokens)
         num_coming = num_tokens - num_computed_tokens
-        needed = sum(num_blocks_for(num_coming, manager.block_size) for manager in self._managers)
-        return needed + reserved > self._pool.get_num_free_blocks()
+        return self._capacity.num_held(num_coming, num_coming) + reserved > self._pool.get_num_free_blocks()
 
     def num_destination_blocks(self, coming: Compaction) -> int:
         """Blocks of its kept rows."""

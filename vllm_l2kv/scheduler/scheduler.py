@@ -75,7 +75,7 @@ class L2KVScheduler(AsyncScheduler):
         self._orders: dict[str, CompactionOrder] = {}  # of the step under way
         self._refusals = Refusals(self)
         self._stats_counter = StatsCounter()
-        self._room = Room(self, self._next, self._stats_counter)
+        self._room = Room(self, self._capacity, self._next, self._stats_counter)
         self._reports_stats = self.settings.metrics and self.log_stats
         if self._reports_stats and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(

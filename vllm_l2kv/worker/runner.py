@@ -20,6 +20,12 @@ class Runner(Protocol):
     def counts(self) -> Counts:
         """What kernels read, or a copy of it."""
 
+    def zero(self, block_ids: Sequence[int]) -> None:
+        """Sets blocks of attention layers to zero on the device, as vLLM does with those that it gives to a request.
+
+        Only where vLLM does: a cache that also holds states, whose bytes read as keys or values may be no numbers.
+        """
+
     def begin_step(self, gone: Iterable[str], orders: Sequence[CompactionOrder], hits: Mapping[str, int]) -> None:
         """Updates what the step's kernels will read; called once a step, before vLLM prepares it.
 

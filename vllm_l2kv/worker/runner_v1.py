@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.block_table import BlockTable
 
+from vllm_l2kv.kv_cache_spec import group_layer_specs
 from vllm_l2kv.messages.orders import CompactionOrder
 from vllm_l2kv.worker.attention_lengths import make_groups_physical
 
@@ -28,6 +30,15 @@ class RunnerV1:
         for group_id in group_ids:
             tables[group_id] = CompressedBlockTable(tables[group_id], self._of_batch)
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
+        runner._zero_block_ids = self.zero
+
+    def zero(self, block_ids: Sequence[int]) -> None:
+        """Same contract as `Runner`; vLLM's own passes over groups of packed layouts."""
+        layers = self._runner.compilation_config.static_forward_context
+        for group in self._runner.kv_cache_config.kv_cache_groups:
+            for name, spec in group_layer_specs(group).items():
+                if isinstance(spec, AttentionSpec):
+                    layers[name].kv_cache[list(block_ids)] = 0
 
     def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder], hits: Mapping[str, int]) -> None:
         """Drops requests, gives compacted ones the blocks of their kept rows, and notes all counts.

@@ -35,6 +35,10 @@ class RunnerV2:
         runner.block_tables = self._tables
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
+    def zero(self, block_ids: Sequence[int]) -> None:
+        """Same contract as `Runner`."""
+        self._runner.kv_block_zeroer.zero_block_ids(list(block_ids))
+
     def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder], hits: Mapping[str, int]) -> None:
         """Drops requests and stages the block tables of compacted ones, which vLLM sends together with its own.
 
@@ -190,6 +194,7 @@ class CompressedBlockTables:
             self._tables.block_table_ptrs,
             self._tables.block_table_strides,
             self._tables.block_sizes_tensor,
+            self._tables.slot_mapping_enabled,
         )
 
     def get_dummy_block_tables(self, num_reqs: int) -> tuple[torch.Tensor, ...]:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
@@ -27,7 +28,7 @@ from vllm_l2kv.kv_cache_spec import (
     mixed,
 )
 from vllm_l2kv.kv_heads import advice, classes_of, heads_of_rank
-from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, with_seconds
+from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, partly_filled, with_seconds
 from vllm_l2kv.profile import Profile
 from vllm_l2kv.refusals import check_profile, check_supported
 from vllm_l2kv.scorers import Heads, Scorers, bind
@@ -86,6 +87,8 @@ class CompactionWorker(WorkerBase):
             super().get_kv_cache_spec(), self.settings, self._geometry(), self._num_heads_of_model, self._degree
         )
         self._is_packed = is_packed(specs.values())
+        if self._is_packed:
+            choose_mamba_kernel(specs, self.vllm_config)
         for name, spec in specs.items():
             if isinstance(spec, CompressedLayerSpec):
                 check_attention(name, self._layers[name], self.attention_backends)
@@ -114,6 +117,7 @@ class CompactionWorker(WorkerBase):
                 if isinstance(spec, CompressedLayerSpec):
                     layers.setdefault(group_id, []).append(self._layer(name, spec))
         self._compressed_group_ids = tuple(layers)
+        self._needs_zeroing = kv_cache_config.needs_kv_cache_zeroing
         self._compactors = self._make_compactors(alike(layers))
         self._clock = self._make_clock()
         self._runner = self._adapt_runner(self._compressed_group_ids)
@@ -127,6 +131,8 @@ class CompactionWorker(WorkerBase):
         orders = orders_of(scheduler_output)
         if orders:
             with self._clock.measure():
+                if self._needs_zeroing:
+                    self._runner.zero(partly_filled(orders))
                 for compactor in self._compactors:
                     compactor.compact(orders)
         gone = chain(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
@@ -235,6 +241,19 @@ class TimedOutput(AsyncModelRunnerOutput):
     def get_kv_connector_output(self) -> Any:
         """Same contract as upstream, new in 0.33: what a failed step leaves to the KV connector."""
         return self._output.get_kv_connector_output()
+
+
+def choose_mamba_kernel(specs: Mapping[str, KVCacheSpec], vllm_config: Any) -> None:
+    """Lets vLLM choose its kernel for Mamba layers, if there are some.
+
+    It does so itself, but looks at groups of one spec only, and packed groups are wrapped.
+
+    Args:
+        specs: Layer names to specs.
+        vllm_config: vLLM's configuration.
+    """
+    groups = [KVCacheGroupSpec([name], spec) for name, spec in specs.items()]
+    initialize_mamba_ssu_backend(vllm_config.mamba_config, KVCacheConfig(0, [], groups))
 
 
 def alike(layers: Mapping[int, Sequence[Layer]]) -> list[tuple[int, list[Layer]]]:

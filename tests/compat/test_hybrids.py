@@ -1,0 +1,100 @@
+"""Models some of whose layers keep a state in place of rows: those are left alone, full-attention layers compress."""
+
+import math
+
+import pytest
+from engine import keep, tokens_of
+from reference import check_numbers
+from rules import INTERVALS
+from tiny import HybridReference
+
+
+def spoil(engine) -> None:
+    """Fills the empty cache with what states may leave in a block: no numbers."""
+    for layer in engine.layers.values():
+        for cache in layer.kv_cache if isinstance(layer.kv_cache, (tuple, list)) else (layer.kv_cache,):
+            cache.fill_(math.nan)
+
+
+class TestShortConvolution:
+    """LFM2: short convolutions in layers 0, 2, 4, attention in 1, 3, 5. States are in the prefix cache."""
+
+    @pytest.fixture(scope="class")
+    def model(self, tiny_model):
+        return tiny_model("lfm2")
+
+    @pytest.fixture(scope="class")
+    def engine(self, model, run):
+        with run(model, (0, 1)) as engine:
+            spoil(engine)
+            yield engine
+
+    @pytest.fixture(scope="class")
+    def reference(self, model):
+        return HybridReference(model)
+
+    def test_the_first_attention_layer_is_full(self, engine):
+        groups = engine.worker.kv_cache_groups()
+        layers = {tuple(int(name.split(".")[2]) for name in group["layers"]): group for group in groups}
+        assert {indices for indices, group in layers.items() if group["compressed"]} == {(3, 5)}
+        assert layers[1,]["block_size"] == 2 * layers[3, 5]["block_size"] == 64
+        assert engine.scheduler.cache_config.mamba_cache_mode == "align"
+
+    def test_answers(self, engine, reference, check_exact):
+        check_exact(engine, reference, (1,))
+
+    def test_states_of_a_compressed_context_are_not_found(self, engine, reference, text_ids):
+        """Each of the three would find what those before it cached at the end of the same prompt."""
+        prompt = text_ids[1000:1600]
+        expected = reference.generate(prompt, 12, full_layers=(1,))
+        found = []
+        for rule in ({"ratio": "1", "budget": 60}, {"ratio": "1"}, {"ratio": "1"}):
+            (output,) = engine.generate([prompt], [keep(**rule)])
+            found.append(output.num_cached_tokens)
+            rule = {**rule, "intervals": INTERVALS}
+            assert tokens_of(output) == reference.generate(prompt, 12, full_layers=(1,), **rule)
+            check_numbers(output, **rule)
+        assert tokens_of(output) == expected
+        # vLLM keeps the state at the end of a prompt. The first one's is of a compressed context.
+        assert found == [0, 0, 576]
+
+    @pytest.mark.parametrize(("rule", "found"), [({"ratio": "0.5"}, 576), ({"ratio": "1", "budget": 60}, 0)])
+    def test_a_hit_ends_before_the_first_compaction(self, rule, found, engine, reference, text_ids):
+        prompt = text_ids[1000:1600]
+        engine.generate([prompt], [keep("1")])
+        (output,) = engine.generate([prompt], [keep(**rule)])
+        rule = {**rule, "intervals": INTERVALS}
+        assert tokens_of(output) == reference.generate(prompt, 12, full_layers=(1,), **rule)
+        assert tokens_of(output) != reference.generate(prompt, 12, full_layers=(1,))
+        assert output.num_cached_tokens == found
+        check_numbers(output, **rule)
+
+    def test_documents_are_compressed_and_not_shared(self, engine, reference, text_ids):
+        """Whoever goes on from a document needs the states at its end, which the request that computed it has left."""
+        document, rule = text_ids[:200], {"ratio": "0.3", "document": 200}
+        for begin in (300, 340):
+            prompt = document + text_ids[begin : begin + 40]
+            (output,) = engine.generate([prompt], [keep(**rule)])
+            assert tokens_of(output) == reference.generate(prompt, 12, full_layers=(1,), **rule)
+            assert tokens_of(output) != reference.generate(prompt, 12, full_layers=(1,))
+            assert check_numbers(output, **rule)["found_tokens"] == 0
+
+
+@pytest.mark.slow  # each of them another engine
+@pytest.mark.parametrize(
+    ("kind", "named", "full_layers"),
+    [
+        # Feed-forward layers count: Mamba is in 0, 2, 4 and 7, attention in 3, 6 and 9.
+        pytest.param("nemotron_h", (0, 1), (3,), id="Nemotron-H"),
+        pytest.param("nemotron_h", (), (), id="Nemotron-H, nothing full"),
+        pytest.param("granite_hybrid", (0, 1), (1,), id="Granite 4"),
+        pytest.param("granite_hybrid", (3, 5), (3, 5), id="Granite 4, two full"),
+        pytest.param("lfm2", (), (), id="LFM2, nothing full"),
+    ],
+)
+def test_an_architecture(kind, named, full_layers, tiny_model, run, check_exact):
+    """Without a prefix cache, which vLLM's Mamba 2 for CPUs cannot have."""
+    model = tiny_model(kind)
+    with run(model, named, enable_prefix_caching=False) as engine:
+        spoil(engine)
+        check_exact(engine, HybridReference(model), full_layers)
