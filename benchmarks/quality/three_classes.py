@@ -46,7 +46,7 @@ class Layers(NamedTuple):
         for ratio, layers in zip(self.ratios, self.classes, strict=False):
             for layer in layers:
                 ratios[layer] = ratio
-        return Choice(scorer, tuple(ratios))
+        return Choice(scorer, tuple((ratio,) * shape.num_kv_heads for ratio in ratios))
 
 
 def main() -> None:

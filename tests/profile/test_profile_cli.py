@@ -35,9 +35,11 @@ def test_a_profile_is_made(made, llama):
     assert (profile.rope.rotary_dim, profile.rope.interleaved) == (32, False)
     assert sorted(profile.layer_order) == [0, 1, 2, 3]
     for memory in (0.75, 0.5):
-        setting = profile.setting(memory)
-        num_full = len(setting.full_layers)
-        assert (num_full + (4 - num_full) * setting.keep_ratio) / 4 == pytest.approx(memory)
+        for classes in ("layers", "heads"):
+            full_layers, keep_ratio, _, full_heads = profile.setting(memory, classes=classes)
+            num_full = profile.shape.num_full(full_layers, full_heads)
+            assert (num_full + (8 - num_full) * keep_ratio) / 8 == pytest.approx(memory)
+            assert bool(full_heads) == (classes == "heads")
     measures = profile.measures()
     assert measures["retrieval"].shape == measures["repetition"].shape == measures["head_loss"].shape == (4, 2)
     assert measures["loss"].shape == (4,)
@@ -82,6 +84,10 @@ def test_it_is_the_same_again(made, llama, tmp_path):
         (("--samples", "0"), "argument --samples"),
         (("-o", "."), "argument -o: . is a folder; name a file."),
         (("--text", "nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
+        (
+            ("--tensor-parallel-size", "3"),
+            "--tensor-parallel-size must be a divisor or a multiple of the model's 2 KV heads, got 3.",
+        ),
         (("--device", "abacus"), "device must be cpu, cuda, cuda:N or auto, got abacus."),
         (("--device", "cuda:99"), "device must be there, got cuda:99"),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from vllm_l2kv.kv_heads import MAX_WASTE, waste
 from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.scorers import Heads, bind
 from vllm_l2kv.tools.evaluation.progress import Progress
@@ -19,13 +20,15 @@ from vllm_l2kv.tools.profile.recommend import (
     NUM_BEST,
     NUM_TURNS,
     SCORERS,
+    Recommendation,
     choice_of,
     recommend,
 )
 
 NUM_LAYERS = 20
-NEEDED = {4: 3.0, 11: 2.0, 17: 1.0}
-"""Layers of the made-up model to what an answer loses where they compress."""
+NEEDED = {(4, 0): 3.0, (11, 1): 2.0, (17, 0): 1.0}
+"""Layers and heads of the made-up model to what an answer loses where they compress."""
+NEEDED_HEADS = {4: (0,), 11: (1,), 17: (0,)}
 SHAPE = Shape(NUM_LAYERS + 1, 2, 8, (*("full_attention",) * NUM_LAYERS, "sliding_attention"))
 
 
@@ -40,10 +43,10 @@ QUESTIONS, OTHERS = [question(i) for i in range(FEW_QUESTIONS + 12)], [question(
 
 def loss(choice: Choice) -> float:
     ratios = choice.keep_ratios
-    lost = sum(loss for layer, loss in NEEDED.items() if ratios[layer] < 1)
+    lost = sum(loss for (layer, head), loss in NEEDED.items() if ratios[layer][head] < 1)
     worse = {"l2": 0.5, "keydiff_value": 0.4, "learned": 0.3, CONTROL: 5.0}[choice.scorer]
-    rest = [ratio for ratio in ratios[:NUM_LAYERS] if ratio < 1]
-    return lost + worse * sum(1 - ratio for ratio in rest) / NUM_LAYERS
+    rest = [1 - ratio for of_layer in ratios[:NUM_LAYERS] for ratio in of_layer]
+    return lost + worse * sum(rest) / len(rest)
 
 
 @pytest.fixture
@@ -63,48 +66,77 @@ def made_up(monkeypatch):
     monkeypatch.setattr(module, "losses", of_case)
     monkeypatch.setattr(module, "losses_of_cases", of_cases)
 
-    def search(scorers=(*SCORERS, CONTROL), questions=QUESTIONS, others=OTHERS):
+    def search(scorers=(*SCORERS, CONTROL), questions=QUESTIONS, others=OTHERS, num_ranks=1):
         measured = torch.zeros(SHAPE.num_layers)
         # Measured roughly: the layers are among the first ones, not in their order.
         for place, layer in enumerate((17, 3, 11, 9, 4, 1)):
             measured[layer] = 1 - place / 10
         heads = measured[:, None].expand(-1, 2)
-        bound = dict.fromkeys(scorers)
-        return recommend(None, SHAPE, bound, questions, others, heads, heads, measured, Progress())
+        head_loss = torch.zeros(SHAPE.num_layers, 2)
+        for (layer, head), lost in NEEDED.items():
+            head_loss[layer, head] = lost
+        ranks = {"retrieval": heads, "repetition": heads, "loss": measured, "head_loss": head_loss}
+        return recommend(None, SHAPE, dict.fromkeys(scorers), questions, others, ranks, num_ranks, Progress())
 
     search.more = lambda case, choice: 0.0
     search.asked = []
     return search
 
 
+def of_layers(found: Recommendation) -> list[Target]:
+    return [target for target in found.targets if target.classes == "layers"]
+
+
+def of_heads(found: Recommendation) -> list[Target]:
+    return [target for target in found.targets if target.classes == "heads"]
+
+
 def test_the_layers_that_answers_need_stay_full(made_up):
     found = made_up()
-    assert [target.memory for target in found.targets] == list(MEMORIES)
-    for target in found.targets:
+    targets = of_layers(found)
+    assert [target.memory for target in targets] == list(MEMORIES)
+    for target in targets:
         assert target.scorer == "learned"
         if target.memory > 0.15:
             assert {4, 11, 17} <= set(target.full_layers), target
     # At the smallest memory there is room for two.
-    assert set(found.targets[-1].full_layers) == {4, 11}
+    assert set(targets[-1].full_layers) == {4, 11}
     assert found.layer_order[:3] == (4, 11, 17)
     assert sorted(found.layer_order) == list(SHAPE.compressible)
+
+
+def test_the_heads_that_answers_need_stay_full(made_up):
+    """Also at the smallest memory, where there is no room for their layers."""
+    found = made_up()
+    targets = of_heads(found)
+    assert [target.memory for target in targets] == list(MEMORIES)
+    for target in targets:
+        assert target.full_layers == ()
+        for layer, (head,) in NEEDED_HEADS.items():
+            assert head in target.full_heads[layer], target
+        num_full = SHAPE.num_full((), target.full_heads)
+        assert waste(num_full, SHAPE.num_heads - num_full) <= MAX_WASTE
+    assert loss(choice_of(SHAPE, targets[-1])) < 1 < loss(choice_of(SHAPE, of_layers(found)[-1]))
 
 
 def test_every_setting_costs_its_memory(made_up):
     for target in made_up().targets:
         ratios = choice_of(SHAPE, target).keep_ratios
-        assert sum(ratios[:NUM_LAYERS]) / NUM_LAYERS == pytest.approx(target.memory, abs=1e-5)
-        assert ratios[NUM_LAYERS] == 1
+        assert sum(map(sum, ratios[:NUM_LAYERS])) / NUM_LAYERS / 2 == pytest.approx(target.memory, abs=1e-5)
+        assert ratios[NUM_LAYERS] == (1, 1)
         assert target.keep_ratio >= 68 / 1536
 
 
 def test_all_settings_are_tried_on_few_questions_and_the_best_on_all(made_up):
     found = made_up()
-    *rounds, (every, num_finalists), (judged, _) = made_up.asked
-    assert [few for few, _ in rounds] == [2 * FEW_QUESTIONS] * (1 + NUM_TURNS)
-    assert (every, judged) == (2 * len(QUESTIONS), 2 * len(OTHERS))
-    num_tried = sum(tried for _, tried in rounds)
-    assert found.num_finalists == num_finalists <= 2 * NUM_BEST * len(MEMORIES) * len(SCORERS)
+    judged, _ = made_up.asked.pop()
+    searches = made_up.asked[: 2 + NUM_TURNS], made_up.asked[2 + NUM_TURNS :]
+    for *rounds, (every, _) in searches:
+        assert [few for few, _ in rounds] == [2 * FEW_QUESTIONS] * (1 + NUM_TURNS)
+        assert (every, judged) == (2 * len(QUESTIONS), 2 * len(OTHERS))
+    num_tried = sum(tried for *rounds, _ in searches for _, tried in rounds)
+    num_finalists = sum(finalists for *_, (_, finalists) in searches)
+    assert found.num_finalists == num_finalists <= 4 * NUM_BEST * len(MEMORIES) * len(SCORERS)
     assert num_tried > 2 * num_finalists
     assert num_tried < found.num_tried < num_tried + num_finalists
     assert found.searched == dict.fromkeys(ASKED_KINDS, len(QUESTIONS) / 4)
@@ -113,7 +145,7 @@ def test_all_settings_are_tried_on_few_questions_and_the_best_on_all(made_up):
 
 def test_a_layer_that_every_order_has_last_is_found(made_up, monkeypatch):
     """By exchanging one layer of the best candidates."""
-    made_up.more = lambda case, choice: 3.0 * (choice.keep_ratios[19] < 1)
+    made_up.more = lambda case, choice: 3.0 * (min(choice.keep_ratios[19]) < 1)
     assert any(19 in target.full_layers for target in made_up().targets if target.memory < 0.5)
     monkeypatch.setattr(module, "NUM_TURNS", 0)
     assert not any(19 in target.full_layers for target in made_up().targets if target.memory < 0.5)
@@ -161,7 +193,12 @@ def test_outcomes_compare_with_random_rows_and_with_no_profile(made_up):
     assert found.outcomes[0].name == "whole cache"
     assert found.outcomes[0].loss == (0, 0)
     by_name = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
-    for target in found.targets:
+    for target in of_heads(found):
+        chosen = by_name["recommended heads", target.memory]
+        assert chosen[1:6] == target
+        assert by_name["recommended heads, random rows", target.memory].loss > chosen.loss
+        assert by_name["best heads with learned", target.memory][1:] == chosen[1:]
+    for target in of_layers(found):
         chosen = by_name["recommended", target.memory]
         assert chosen[1:6] == target
         assert chosen.loss == (pytest.approx(loss(choice_of(SHAPE, target)), abs=1e-4),) * 2

@@ -1,4 +1,4 @@
-"""Choices of what each layer keeps, and what they cost in answers to calibration questions.
+"""Choices of what each KV head keeps, and what they cost in answers to calibration questions.
 
 A question is asked in two ways. Seen: it is part of the prompt, which is compressed after it, so that the first token
 of the answer comes from the whole cache. Hidden: the text is compressed alone, and the question comes after it.
@@ -28,11 +28,11 @@ class Choice(NamedTuple):
 
     Attributes:
         scorer: Name of a scorer.
-        keep_ratios: Of each layer; a ratio of 1 keeps it full.
+        keep_ratios: Of each layer, those of its heads; a ratio of 1 keeps a head full.
     """
 
     scorer: str
-    keep_ratios: tuple[float, ...]
+    keep_ratios: tuple[tuple[float, ...], ...]
 
 
 class Case(NamedTuple):
@@ -136,11 +136,11 @@ def rank(model: Any, shape: Shape, scorers: Scorers, names: Iterable[str], case:
 
 def losses(model: Any, case: Case, rows: Ranked, choices: Sequence[Choice]) -> Losses:
     """Of the answer of a case under each choice: `[C]`."""
-    num_tokens, device = rows.context.num_tokens, model.device
-    ratios = {ratio for choice in choices for ratio in choice.keep_ratios}
-    counts = {ratio: num_keep(num_tokens, CompressionParams(ratio)) for ratio in ratios}
-    bounds = torch.tensor([[counts[ratio] for ratio in choice.keep_ratios] for choice in choices], device=device)
-    kept = [rows.places[choice.scorer] < bounds[i, :, None, None] for i, choice in enumerate(choices)]
+    ratios = torch.tensor([choice.keep_ratios for choice in choices], dtype=torch.float64)
+    distinct, which = ratios.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    counts = [num_keep(rows.context.num_tokens, CompressionParams(ratio)) for ratio in distinct.tolist()]
+    bounds = torch.tensor(counts)[which].to(model.device)
+    kept = [rows.places[choice.scorer] < bounds[i, :, :, None] for i, choice in enumerate(choices)]
     return answer_losses(model, rows.context, case.after, case.num_predicted, torch.stack(kept))
 
 

@@ -65,7 +65,8 @@ def _make(options: Namespace) -> Any:
         defaults = DEFAULTS["cpu" if device == "cpu" else "cuda"]
         amounts = Amounts(*(number or default for number, default in zip(given, defaults, strict=True)))
         try:
-            return make(options.model, options.output, texts, amounts, device, progress)
+            ranks = options.tensor_parallel_size
+            return make(options.model, options.output, texts, amounts, device, ranks, progress)
         except torch.OutOfMemoryError as error:
             raise RefusedError(
                 f"the GPU's memory is too small for {options.model}: give --device auto with several GPUs, or --tokens "
@@ -117,6 +118,13 @@ def _parser() -> OneLineParser:
         "--device",
         metavar="NAME",
         help="cpu, cuda, cuda:1, or auto for a model that needs several GPUs (default: a GPU if there is one)",
+    )
+    add(
+        "--tensor-parallel-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="GPUs that a server will share the model among: each gets equally many full heads (default: 1)",
     )
     add_verbose(parser)
     return parser

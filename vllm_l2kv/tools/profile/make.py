@@ -20,6 +20,7 @@ from vllm_l2kv.tools.profile.learned import Examples, train
 from vllm_l2kv.tools.profile.measure import Measured, measure
 from vllm_l2kv.tools.profile.model import layout, load
 from vllm_l2kv.tools.profile.recommend import Recommendation, recommend
+from vllm_l2kv.tools.profile.units import check_num_ranks
 
 MEASURED, SEARCHED, JUDGED = 0, 1, 2
 """Seeds of the texts that are measured on, of those that settings are searched with, and of those that judge them."""
@@ -50,7 +51,15 @@ class Made(NamedTuple):
     found: Recommendation
 
 
-def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, device: str, progress: Progress) -> Made:
+def make(
+    model: str,
+    path: Path,
+    own_texts: Sequence[str],
+    amounts: Amounts,
+    device: str,
+    num_ranks: int,
+    progress: Progress,
+) -> Made:
     """Measures a model and writes its profile.
 
     Args:
@@ -59,6 +68,7 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
         own_texts: Of the user.
         amounts: How much is read.
         device: As of `model.load`.
+        num_ranks: Tensor-parallel size that full heads are to suit.
         progress: Says what is being done.
 
     Raises:
@@ -74,6 +84,7 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
     of_model = fingerprint(folder)
     shape, rope = layout(loaded)
     _check_length(loaded, amounts.tokens)
+    check_num_ranks(shape, num_ranks)
     clock.lap("loading")
 
     progress.begin("making up texts and questions")
@@ -84,7 +95,6 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
     trained = train(examples, shape.num_layers, loaded.device, progress=progress)
     clock.lap("training")
     scorers = _scorers(loaded, shape, Weights(trained.weights, rope))
-    ranks = measured.retrieval, measured.repetition, measured.loss
     progress.begin("searching for settings")
     questions, others = (
         answerable(
@@ -92,7 +102,7 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
         )
         for seed, num in ((SEARCHED, amounts.questions), (JUDGED, -(-amounts.questions // 2)))
     )
-    found = recommend(loaded, shape, scorers, questions, others, *ranks, progress)
+    found = recommend(loaded, shape, scorers, questions, others, measured.ranks, num_ranks, progress)
     clock.lap("searching")
 
     profile = Profile(
@@ -110,6 +120,7 @@ def make(model: str, path: Path, own_texts: Sequence[str], amounts: Amounts, dev
             "answered": measured.num_answered,
             "loss": round(measured.whole_loss, 4),
             "learned": {"overlap": trained.overlap},
+            "tensor_parallel_size": num_ranks,
             "search": {
                 "tried": found.num_tried,
                 "finalists": found.num_finalists,

@@ -43,10 +43,14 @@ class Measured:
     num_answered: int
     num_questions: int
 
+    @property
+    def ranks(self) -> dict[str, torch.Tensor]:
+        """What layers and heads are ordered by, by name."""
+        return {name: getattr(self, name) for name in ("retrieval", "repetition", "loss", "head_loss")}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """As a profile stores them."""
-        ranks = {name: getattr(self, name) for name in ("retrieval", "repetition", "loss", "head_loss")}
-        return ranks | {f"norms.{name}": value for name, value in self.norms.items()}
+        return self.ranks | {f"norms.{name}": value for name, value in self.norms.items()}
 
 
 def measure(

@@ -1,8 +1,9 @@
-"""Which layers stay full, at which ratio and with which scorer the others are compressed, for several memories.
+"""Which layers or heads stay full, at which ratio and with which scorer the rest is compressed, for several memories.
 
 All candidates for a memory cost exactly that share of the whole cache. Layers come from orders: by the attention of
 answers to facts, by that of a repetition of the text, by the loss of answers when a layer is cut, and greedily by what
-answers cost when one layer more stays full. What a candidate costs is the mean of `Losses.cost` over questions about
+answers cost when one layer more stays full. Heads come from the first three, and from all of them together. Both are
+searched in the same way, as `units`. What a candidate costs is the mean of `Losses.cost` over questions about
 texts that nothing was trained on, equally many of each kind, each asked hidden and seen. All candidates are tried on a
 few questions, then the best ones with one layer exchanged, added or left out; the best of all these on all questions.
 Questions about other texts tell what the chosen ones lose.
@@ -10,8 +11,8 @@ Questions about other texts tell what the chosen ones lose.
 The mean, not the worst kind: where memory is small, some kinds are lost under every candidate, and they would decide.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, NamedTuple
 
@@ -20,9 +21,10 @@ import torch
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.scorers import Scorers
-from vllm_l2kv.settings import FullHeads
+from vllm_l2kv.settings import HEADS, LAYERS, FullHeads
 from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.choices import Case, Choice, kinds_of, losses, losses_of_cases, rank
+from vllm_l2kv.tools.profile.units import Order, Unit, Units, head_units, layer_units
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 SCORERS = ("l2", "keydiff_value", "learned")
@@ -46,28 +48,21 @@ CHANGED = ", changed"
 """Ends the name of the order that such a candidate comes from."""
 FIRST_LAYERS = 2
 """The paper leaves so many full."""
+NAMES = {
+    LAYERS: ("recommended", "recommended layers, random rows", "best with"),
+    HEADS: ("recommended heads", "recommended heads, random rows", "best heads with"),
+}
+"""Of outcomes: what is recommended, the same with random rows, and the best one of a scorer."""
 SAME_COST = 0.01
 """Mean cost of an answer by which a scorer that takes longer has to be better."""
-
-
-class Order(NamedTuple):
-    """Layers that may stay full.
-
-    Attributes:
-        name: By what they are ordered.
-        layers: The first ones first.
-    """
-
-    name: str
-    layers: tuple[int, ...]
 
 
 class Outcome(NamedTuple):
     """What a choice costs on the questions that the search did not use.
 
     Attributes:
-        name: `whole cache`; `recommended`; `recommended layers, random rows`; `no profile`, where the model's first
-            layers stay full and `l2` chooses in the others; or `best with` a scorer.
+        name: `whole cache`; one of `NAMES`, some with a scorer; or `no profile`, where the model's first layers stay
+            full and `l2` chooses in the others.
         memory: As of `Target`.
         full_layers: The same.
         keep_ratio: The same.
@@ -95,7 +90,7 @@ class Recommendation:
 
     Attributes:
         layer_order: All compressible layers, those that answers need most first.
-        targets: A setting for each of `MEMORIES`.
+        targets: A setting for each of `MEMORIES` and of `CLASSES`.
         orders: By the names of the orders that they come from.
         outcomes: What they and what they are compared with cost.
         num_tried: Candidates.
@@ -115,9 +110,16 @@ class Recommendation:
 
 
 class _Candidate(NamedTuple):
-    """A setting of some memory, and the order that its layers come from."""
+    """A setting of some memory.
+
+    Attributes:
+        target: The setting.
+        full: Units that stay full in it.
+        order: Where they come from.
+    """
 
     target: Target
+    full: tuple[Unit, ...]
     order: str
 
 
@@ -125,12 +127,14 @@ class _Found(NamedTuple):
     """By a search.
 
     Attributes:
+        classes: Of the units that were searched among.
         chosen: One candidate for each memory.
         of_scorers: The best one for each memory and scorer.
         num_tried: Candidates.
         num_finalists: Those of them that were tried on all questions.
     """
 
+    classes: str
     chosen: list[_Candidate]
     of_scorers: list[_Candidate]
     num_tried: int
@@ -143,9 +147,8 @@ def recommend(
     scorers: Scorers,
     questions: Sequence[Sequence[Case]],
     others: Sequence[Sequence[Case]],
-    retrieval: torch.Tensor,
-    repetition: torch.Tensor,
-    loss: torch.Tensor,
+    measured: Mapping[str, torch.Tensor],
+    num_ranks: int,
     progress: Progress,
 ) -> Recommendation:
     """Searches for the settings under which answers cost least.
@@ -157,9 +160,9 @@ def recommend(
         questions: To search with, the kinds of text in turns: about texts that neither `learned` was trained on nor
             layers were measured on.
         others: About other texts again, to judge with.
-        retrieval: `[L, H]`, attention from answers to the facts that they need.
-        repetition: `[L, H]`, share of the rows that a repetition looks at.
-        loss: `[L]`, loss of answers when a layer is cut.
+        measured: `retrieval`, `repetition` and `head_loss` of heads `[L, H]`, and `loss` of layers `[L]`, as of
+            `Measured`.
+        num_ranks: Tensor-parallel size that full heads are to suit.
         progress: Counts questions and layers.
 
     Raises:
@@ -169,22 +172,23 @@ def recommend(
         raise ValueError("A search needs questions: give more or longer texts.")
     cases = [case for asked in questions for case in asked]
     lowest = _lowest_ratio(cases)
-    measured = {"retrieval": retrieval.amax(-1), "repetition": repetition.amax(-1), "loss": loss}
-    orders = [Order(name, _ordered(shape, values)) for name, values in measured.items()]
-    places = {layer: sum(order.layers.index(layer) for order in orders) for layer in shape.compressible}
-    together = sorted(shape.compressible, key=places.__getitem__)
-    greedy = _greedy(model, shape, scorers, cases[: 2 * GREEDY_QUESTIONS], together, lowest, progress)
-    orders.append(Order("greedy", greedy))
-
-    found = _search(model, shape, scorers, cases, orders, lowest, progress)
+    of_heads = {name: measured[name] for name in ("retrieval", "repetition")}
+    best_heads = {name: values.amax(-1) for name, values in of_heads.items()}
+    layers = layer_units(shape, best_heads | {"loss": measured["loss"]})
+    greedy = _greedy(model, shape, scorers, cases[: 2 * GREEDY_QUESTIONS], layers, lowest, progress)
+    layers = replace(layers, orders=(*layers.orders, Order("greedy", greedy)))
+    heads = head_units(shape, of_heads | {"head loss": measured["head_loss"]}, num_ranks)
+    searched = [units for units in (layers, heads) if units is not None]
+    found = [_search(model, shape, scorers, cases, units, lowest, progress) for units in searched]
     outcomes = _outcomes(model, shape, scorers, [case for asked in others for case in asked], found, progress)
+    chosen = [each for of_units in found for each in of_units.chosen]
     return Recommendation(
-        greedy + tuple(layer for layer in together if layer not in greedy),
-        tuple(each.target for each in found.chosen),
-        tuple(each.order for each in found.chosen),
+        tuple(unit.layer for unit in (*greedy, *(unit for unit in layers.together if unit not in greedy))),
+        tuple(each.target for each in chosen),
+        tuple(each.order for each in chosen),
         outcomes,
-        found.num_tried,
-        found.num_finalists,
+        sum(of_units.num_tried for of_units in found),
+        sum(of_units.num_finalists for of_units in found),
         kinds_of(questions),
         kinds_of(others),
     )
@@ -192,9 +196,13 @@ def recommend(
 
 def choice_of(shape: Shape, target: Target) -> Choice:
     """A setting as a choice."""
-    compressed = set(shape.compressible) - set(target.full_layers)
-    ratios = [target.keep_ratio if layer in compressed else 1.0 for layer in range(shape.num_layers)]
-    return Choice(target.scorer, tuple(ratios))
+    compressible = set(shape.compressible).difference(target.full_layers)
+
+    def ratios(layer: int) -> tuple[float, ...]:
+        full = target.full_heads.get(layer, ()) if layer in compressible else range(shape.num_kv_heads)
+        return tuple(1.0 if head in full else target.keep_ratio for head in range(shape.num_kv_heads))
+
+    return Choice(target.scorer, tuple(map(ratios, range(shape.num_layers))))
 
 
 def _lowest_ratio(cases: Sequence[Case]) -> float:
@@ -203,38 +211,32 @@ def _lowest_ratio(cases: Sequence[Case]) -> float:
     return protected / min(len(case.context) for case in cases)
 
 
-def _ordered(shape: Shape, values: torch.Tensor) -> tuple[int, ...]:
-    """Compressible layers by descending values `[L]`."""
-    numbers = values.tolist()
-    return tuple(sorted(shape.compressible, key=lambda layer: -numbers[layer]))
-
-
 def _greedy(
     model: Any,
     shape: Shape,
     scorers: Scorers,
     cases: Sequence[Case],
-    together: Sequence[int],
+    units: Units,
     lowest: float,
     progress: Progress,
-) -> tuple[int, ...]:
+) -> tuple[Unit, ...]:
     """Layers, each the one with which answers cost least beside those before it, until memory is spent.
 
-    Those that come first `together`, in all other orders, are tried.
+    Those that come first in all other orders together are tried.
     """
     scorer = GREEDY_SCORER if GREEDY_SCORER in scorers else SCORERS[0]
     rows = [rank(model, shape, scorers, [scorer], case) for case in cases]
-    chosen: list[int] = []
-    num_layers = len(shape.compressible)
-    progress.part("choosing layers", num_layers, "layers at most")
-    while (ratio := ratio_for(GREEDY_MEMORY, num_layers, len(chosen) + 1)) >= lowest and len(chosen) + 1 < num_layers:
-        others = [layer for layer in together if layer not in chosen][:SHORTLIST]
-        targets = [Target(GREEDY_MEMORY, tuple(sorted([*chosen, layer])), ratio, scorer) for layer in others]
-        choices = [choice_of(shape, target) for target in targets]
+    chosen: tuple[Unit, ...] = ()
+    progress.part("choosing layers", len(units.together), "layers at most")
+    while True:
+        others = [unit for unit in units.together if unit not in chosen][:SHORTLIST]
+        targets = [units.target(GREEDY_MEMORY, (*chosen, unit), scorer, lowest) for unit in others]
+        choices = [choice_of(shape, target) for target in targets if target is not None]
+        if not choices:
+            return chosen
         of_cases = [losses(model, case, each, choices).cost for case, each in zip(cases, rows, strict=True)]
-        chosen.append(others[int(torch.stack(of_cases).mean(0).argmin())])
+        chosen = (*chosen, others[int(torch.stack(of_cases).mean(0).argmin())])
         progress.advance(1)
-    return tuple(chosen)
 
 
 def _search(
@@ -242,21 +244,22 @@ def _search(
     shape: Shape,
     scorers: Scorers,
     cases: Sequence[Case],
-    orders: Sequence[Order],
+    units: Units,
     lowest: float,
     progress: Progress,
 ) -> _Found:
     """Tries candidates on a few questions, then on all of them the best ones, with the first layers full too."""
     tried, found = [], []
     few = cases[: 2 * FEW_QUESTIONS]
-    more = list(_candidates(shape, scorers, orders, lowest))
+    more = list(_candidates(units, scorers, lowest))
     for turn in range(1 + NUM_TURNS):
-        progress.part(f"trying {len(more)} settings", len(few), "questions asked")
+        progress.part(f"trying {len(more)} settings of {units.classes}", len(few), "questions asked")
         found += _costs(model, shape, scorers, few, more, progress)
         tried += more
-        more = _changed(shape, tried, found, lowest, Random(turn))
+        more = _changed(units, tried, found, lowest, Random(turn))
     best = [tried[i] for i in _best(tried, found, NUM_BEST)]
-    with_first = [each for each in (_with_first(shape, each, lowest) for each in best) if each is not None]
+    first = shape.compressible[:FIRST_LAYERS]
+    with_first = [each for each in (_with_layers(units, each, first, lowest) for each in best) if each is not None]
     finalists = [*best, *with_first]
     progress.part(f"trying the best {len(finalists)} again", len(cases), "questions asked")
     costs = _costs(model, shape, scorers, cases, finalists, progress)
@@ -267,7 +270,8 @@ def _search(
         least = min((costs[i] for i in of_memory), default=0.0)
         # The quickest of those that are as good.
         chosen += [finalists[i] for i in of_memory if costs[i] <= least + SAME_COST][:1]
-    return _Found(chosen, [finalists[i] for i in of_scorers], len(tried) + len(with_first), len(finalists))
+    best_of_scorers = [finalists[i] for i in of_scorers]
+    return _Found(units.classes, chosen, best_of_scorers, len(tried) + len(with_first), len(finalists))
 
 
 def _best(candidates: Sequence[_Candidate], costs: Sequence[float], num: int) -> list[int]:
@@ -278,55 +282,51 @@ def _best(candidates: Sequence[_Candidate], costs: Sequence[float], num: int) ->
     return [i for found in of_each.values() for i in found[:num]]
 
 
-def _candidates(shape: Shape, scorers: Scorers, orders: Sequence[Order], lowest: float) -> Iterator[_Candidate]:
-    """Settings that cost exactly a memory: of each order, several numbers of full layers with each scorer."""
-    num_layers = len(shape.compressible)
+def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Candidate]:
+    """Settings that cost exactly a memory: of each order, several numbers of full units with each scorer."""
     for memory in MEMORIES:
-        most = max((n for n in range(num_layers) if ratio_for(memory, num_layers, n) >= lowest), default=0)
-        counts = sorted({round(most * i / (NUM_COUNTS - 1)) for i in range(NUM_COUNTS)})
-        settings: dict[tuple[int, ...], str] = {}
-        for order in orders:
-            for count in counts:
-                if count <= len(order.layers):
-                    settings.setdefault(tuple(sorted(order.layers[:count])), order.name)
-        for full_layers, name in settings.items():
-            ratio = ratio_for(memory, num_layers, len(full_layers))
+        counts = [count for count in units.counts if units.ratio(memory, count) >= lowest] or units.counts[:1]
+        chosen = sorted({counts[round((len(counts) - 1) * i / (NUM_COUNTS - 1))] for i in range(NUM_COUNTS)})
+        settings: dict[tuple[Unit, ...], str] = {}
+        for order in units.orders:
+            for count in chosen:
+                if count <= len(order.units):
+                    settings.setdefault(tuple(sorted(order.units[:count])), order.name)
+        for full, name in settings.items():
             for scorer in SCORERS:
-                if ratio > 0 and scorer in scorers:
-                    yield _Candidate(Target(memory, full_layers, ratio, scorer), name)
+                target = units.target(memory, full, scorer) if scorer in scorers else None
+                if target is not None:
+                    yield _Candidate(target, full, name)
 
 
 def _changed(
-    shape: Shape, tried: Sequence[_Candidate], costs: Sequence[float], lowest: float, chance: Random
+    units: Units, tried: Sequence[_Candidate], costs: Sequence[float], lowest: float, chance: Random
 ) -> list[_Candidate]:
-    """The best candidate of each memory and scorer with one full layer exchanged, added or left out; none twice."""
-    known, found = [each.target for each in tried], []
+    """The best candidate of each memory and scorer with one full unit exchanged, added or left out; none twice."""
+    every_unit = sorted(units.together)
+    known = {(target.memory, target.scorer, full) for target, full, _ in tried}
+    found = []
     for i in _best(tried, costs, 1):
-        target, order = tried[i]
+        target, full, order = tried[i]
         for _ in range(NUM_CHANGED):
-            full_layers = set(target.full_layers)
-            full_layers -= {chance.choice((None, *target.full_layers))}
-            full_layers |= {chance.choice(shape.compressible)} if chance.random() < 2 / 3 else set()
-            changed = _with_layers(shape, target, full_layers, lowest)
-            if changed is not None and changed not in known:
-                known.append(changed)
-                found.append(_Candidate(changed, order.removesuffix(CHANGED) + CHANGED))
+            others = set(full) - {chance.choice((None, *full))}
+            others |= {chance.choice(every_unit)} if chance.random() < 2 / 3 else set()
+            changed = tuple(sorted(others))
+            key = target.memory, target.scorer, changed
+            setting = units.target(target.memory, changed, target.scorer, lowest)
+            if setting is not None and key not in known:
+                known.add(key)
+                found.append(_Candidate(setting, changed, order.removesuffix(CHANGED) + CHANGED))
     return found
 
 
-def _with_first(shape: Shape, candidate: _Candidate, lowest: float) -> _Candidate | None:
-    """The same with the model's first layers full too; `None` if they are, or if they cost too much."""
-    full_layers = {*candidate.target.full_layers, *shape.compressible[:FIRST_LAYERS]}
-    target = _with_layers(shape, candidate.target, full_layers, lowest)
-    if target is None or target == candidate.target:
+def _with_layers(units: Units, candidate: _Candidate, layers: Sequence[int], lowest: float) -> _Candidate | None:
+    """The same with some layers full too; `None` if they are, or if they cost too much."""
+    full = tuple(sorted(units.with_layers(candidate.full, layers)))
+    target = units.target(candidate.target.memory, full, candidate.target.scorer, lowest)
+    if target is None or full == candidate.full:
         return None
-    return _Candidate(target, f"{candidate.order}, first layers")
-
-
-def _with_layers(shape: Shape, target: Target, full_layers: Collection[int], lowest: float) -> Target | None:
-    """The same memory with other full layers; `None` if they cost too much."""
-    ratio = ratio_for(target.memory, len(shape.compressible), len(full_layers))
-    return target._replace(full_layers=tuple(sorted(full_layers)), keep_ratio=ratio) if ratio >= lowest else None
+    return _Candidate(target, full, f"{candidate.order}, first layers")
 
 
 def _costs(
@@ -346,18 +346,20 @@ def _costs(
 
 
 def _outcomes(
-    model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: _Found, progress: Progress
+    model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: Sequence[_Found], progress: Progress
 ) -> tuple[Outcome, ...]:
-    """Of the whole cache; and of each target, with random rows instead, and with equal counts in all layers."""
+    """Of the whole cache; of each target, also with random rows; and of equal counts in all layers."""
     named = [("whole cache", Target(1.0, (), 1.0, SCORERS[0]))]
     first = shape.compressible[:FIRST_LAYERS]
-    for target, _ in found.chosen:
-        named.append(("recommended", target))
-        named.append(("recommended layers, random rows", target._replace(scorer=CONTROL)))
-        ratio = ratio_for(target.memory, len(shape.compressible), len(first))
+    for memory in MEMORIES:
+        ratio = ratio_for(memory, len(shape.compressible), len(first))
         if ratio > 0:
-            named.append(("no profile", Target(target.memory, first, ratio, SCORERS[0])))
-    named += [(f"best with {target.scorer}", target) for target, _ in found.of_scorers]
+            named.append(("no profile", Target(memory, first, ratio, SCORERS[0])))
+    for each in found:
+        recommended, control, best = NAMES[each.classes]
+        named += [(recommended, candidate.target) for candidate in each.chosen]
+        named += [(control, candidate.target._replace(scorer=CONTROL)) for candidate in each.chosen]
+        named += [(f"{best} {candidate.target.scorer}", candidate.target) for candidate in each.of_scorers]
     progress.part("judging what was found", len(cases), "questions asked")
     choices = [choice_of(shape, target) for _, target in named]
     lost = losses_of_cases(model, shape, scorers, cases, choices, progress)

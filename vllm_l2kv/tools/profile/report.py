@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_l2kv.cli_types import aligned
-from vllm_l2kv.profile import Profile
+from vllm_l2kv.cli_types import aligned, heads_in_words
+from vllm_l2kv.profile import Profile, Target
+from vllm_l2kv.settings import CLASSES, HEADS, LAYERS
 from vllm_l2kv.tools.evaluation.progress import duration
 from vllm_l2kv.tools.html_report import embedded, write_html
 from vllm_l2kv.tools.profile.make import Made
 from vllm_l2kv.tools.profile.norms import JUDGED, KEEP_RATIOS, NUM_PEAKS
 from vllm_l2kv.tools.profile.ranks import POOLED
+from vllm_l2kv.tools.profile.recommend import NAMES, Outcome
 
 USED_MEMORY = 0.5
 """Of the command that a summary ends with."""
@@ -84,42 +86,46 @@ def _beside_layers(lines: list[list[str]]) -> Iterator[str]:
 def settings(made: Made) -> list[list[str]]:
     """Lines of words, the first one a heading: each memory, what it is spent on, and what answers are left."""
     outcomes = {(each.name, each.memory): each for each in made.found.outcomes}
-    lines = [["memory", "keep ratio", "scorer", "seen", "hidden", "no profile: seen", "hidden", "full layers"]]
-    for target in reversed(made.profile.memory):
+    lines = [["memory", "keep ratio", "scorer", "seen", "hidden", "no profile: seen", "hidden", "full"]]
+    for target in sorted(made.profile.memory, key=lambda target: -target.memory):
         exact = []
-        for name in ("recommended", "no profile"):
+        for name in (NAMES[target.classes][0], "no profile"):
             outcome = outcomes.get((name, target.memory))
             exact += [f"{share:.2f}" for share in reversed(outcome.exact)] if outcome else ["", ""]
-        layers = ", ".join(map(str, target.full_layers)) or "none"
-        lines.append([f"{target.memory:g}", f"{target.keep_ratio:.3f}", target.scorer, *exact, layers])
+        lines.append([f"{target.memory:g}", f"{target.keep_ratio:.3f}", target.scorer, *exact, _full(target)])
     return lines
 
 
+def _full(each: Target | Outcome) -> str:
+    """What stays full."""
+    if each.full_heads:
+        return f"heads {heads_in_words(each.full_heads)}"
+    return f"layers {', '.join(map(str, each.full_layers)) or 'none'}"
+
+
 def _outcomes(made: Made) -> list[list[str]]:
-    lines = [
-        ["setting", "memory", "scorer", "keep ratio", "loss seen", "hidden", "exact seen", "hidden", "full layers"]
-    ]
+    lines = [["setting", "memory", "scorer", "keep ratio", "loss seen", "hidden", "exact seen", "hidden", "full"]]
     for each in made.found.outcomes:
         numbers = [f"{number:.2f}" for pair in (each.loss, each.exact) for number in reversed(pair)]
-        layers = ", ".join(map(str, each.full_layers)) or "none"
-        lines.append([each.name, f"{each.memory:g}", each.scorer, f"{each.keep_ratio:.3f}", *numbers, layers])
+        lines.append([each.name, f"{each.memory:g}", each.scorer, f"{each.keep_ratio:.3f}", *numbers, _full(each)])
     return lines
 
 
 def _by_kind(made: Made) -> list[list[str]]:
     """The whole cache and the settings, by kinds of texts."""
     asked = made.found.judged
-    lines = [["memory", "scorer", *(f"{kind} ({asked[kind]})" for kind in asked)]]
+    lines = [["memory", "full", "scorer", *(f"{kind} ({asked[kind]})" for kind in asked)]]
     for each in made.found.outcomes:
-        if each.name in ("whole cache", "recommended"):
+        if each.name in ("whole cache", *(NAMES[classes][0] for classes in CLASSES)):
             shares = ("{1:.2f} / {0:.2f}".format(*each.exact_by_kind[kind]) for kind in asked)
-            lines.append([f"{each.memory:g}", each.scorer, *shares])
+            lines.append([f"{each.memory:g}", HEADS if each.full_heads else LAYERS, each.scorer, *shares])
     return lines
 
 
 def _how_to_read(made: Made) -> Iterator[str]:
     yield (
-        "memory: share of the whole cache. Full layers keep every row, the others the keep ratio, chosen by the scorer."
+        "memory: share of the whole cache. Full layers or heads keep every row, the others the keep ratio, chosen by "
+        "the scorer. Settings of heads are served with --kv-classes heads."
     )
     yield (
         f"seen, hidden: share of {sum(made.found.judged.values())} questions, which the search did not use, that are "
@@ -323,11 +329,19 @@ def _directions(made: Made) -> str:
 def _layer_table(made: Made) -> list[list[str]]:
     """Each layer that may compress, those that answers need most first."""
     profile, measured, _ = made
-    lines = [["layer", "retrieval, best head", "repetition, best head", "loss without it", "full at memory"]]
+    lines = [
+        ["layer", "retrieval, best head", "repetition, best head", "loss without it", "full at memory", "full heads"]
+    ]
     for layer in profile.layer_order:
         memories = [f"{target.memory:g}" for target in profile.memory if layer in target.full_layers]
         numbers = (measured.retrieval[layer].max(), measured.repetition[layer].max(), measured.loss[layer])
-        lines.append([str(layer), *(f"{number.item():.3f}" for number in numbers), ", ".join(memories)])
+        heads = (
+            f"{target.memory:g}: {','.join(map(str, target.full_heads[layer]))}"
+            for target in profile.memory
+            if layer in target.full_heads
+        )
+        words = ", ".join(memories), "; ".join(heads)
+        lines.append([str(layer), *(f"{number.item():.3f}" for number in numbers), *words])
     return lines
 
 
