@@ -5,6 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_l2kv.kv_heads import MAX_WASTE, waste
+from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.policy import num_keep
 from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.scorers import Heads, bind
 from vllm_l2kv.tools.evaluation.progress import Progress
@@ -12,7 +14,7 @@ from vllm_l2kv.tools.profile import choices as choices_module
 from vllm_l2kv.tools.profile import recommend as module
 from vllm_l2kv.tools.profile.calibration import ASKED_KINDS, Question, Sample, asked_samples
 from vllm_l2kv.tools.profile.choices import Case, Choice, answerable, kinds_of, losses, rank
-from vllm_l2kv.tools.profile.masked import Losses
+from vllm_l2kv.tools.profile.masked import Losses, answer_losses
 from vllm_l2kv.tools.profile.recommend import (
     CONTROL,
     FEW_QUESTIONS,
@@ -283,3 +285,12 @@ def test_what_heads_keep_is_what_the_scorer_ranks_first(tiny, tokenizer):
     answer = torch.tensor(hidden.after[-hidden.num_predicted :])
     assert whole == pytest.approx(torch.nn.functional.cross_entropy(logits, answer).item(), abs=1e-3)
     assert abs(few - whole) > 1e-3
+
+    keep = torch.ones(1, 4, 2, len(hidden.context), dtype=torch.bool)
+    few_rows = rows.places["l2"][2, 0] < num_keep(len(hidden.context), CompressionParams(0.1))
+    keep[0, 2, 0] = few_rows
+    all_but_one = Target(1.0, (0, 1), 0.1, "l2", {2: (1,), 3: (0, 1)})
+    (one_head,) = losses(tiny, hidden, rows, [choice_of(shape, all_but_one)]).loss.tolist()
+    expected = answer_losses(tiny, rows.context, hidden.after, hidden.num_predicted, keep).loss.item()
+    assert one_head == pytest.approx(expected, abs=1e-5)
+    assert abs(one_head - whole) > 1e-5

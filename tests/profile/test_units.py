@@ -57,10 +57,10 @@ def test_heads_are_dealt_out_equally(num_ranks):
 
 
 def test_the_best_head_of_each_rank_goes_first():
-    values = {"retrieval": torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.5, 0.4, 0.8, 0.7]])}
+    values = {"retrieval": torch.tensor([[0.1, 0.9, 0.3, 0.2], [0.5, 0.4, 0.8, 0.7]])}
     units = head_units(Shape(2, 4, 64, ("full_attention",) * 2), values, 2)
-    assert units.together == (Unit(1, (0, 2)), Unit(0, (1, 3)), Unit(1, (1, 3)), Unit(0, (0, 2)))
-    assert units.target(0.75, units.together[:2], "l2").full_heads == {0: (1, 3), 1: (0, 2)}
+    assert units.together == (Unit(1, (0, 2)), Unit(0, (1, 2)), Unit(1, (1, 3)), Unit(0, (0, 3)))
+    assert units.target(0.75, units.together[:2], "l2").full_heads == {0: (1, 2), 1: (0, 2)}
 
 
 def test_with_first_layers_so_many_are_full_as_fit():
