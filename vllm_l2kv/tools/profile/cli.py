@@ -59,10 +59,11 @@ def _make(options: Namespace) -> Any:
         import torch
 
         from vllm_l2kv.tools.profile.make import Amounts, make
+        from vllm_l2kv.tools.profile.model import uses_gpu
 
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         given = options.samples, options.tokens, options.questions
-        defaults = DEFAULTS["cpu" if device == "cpu" else "cuda"]
+        defaults = DEFAULTS["cuda" if uses_gpu(device) else "cpu"]
         amounts = Amounts(*(number or default for number, default in zip(given, defaults, strict=True)))
         try:
             ranks = options.tensor_parallel_size

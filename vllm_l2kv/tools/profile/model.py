@@ -15,11 +15,11 @@ SAME = 0.02
 
 
 def load(folder: str, device: str) -> Any:
-    """A model in bf16, on a CPU in fp32.
+    """A model, on GPUs in bf16 and on a CPU in fp32.
 
     Args:
         folder: That of the model.
-        device: `cpu`, `cuda`, `cuda:N`, or `auto` to spread it over all GPUs.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto` to spread it over all GPUs; without a GPU that is the CPU.
 
     Raises:
         OSError: It cannot be read.
@@ -29,10 +29,15 @@ def load(folder: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     _check(device)
-    options = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16, "attn_implementation": "sdpa"}
+    options = {"dtype": torch.bfloat16 if uses_gpu(device) else torch.float32, "attn_implementation": "sdpa"}
     if device == "auto":
         return AutoModelForCausalLM.from_pretrained(folder, device_map=device, **options).eval()
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval().to(device)
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether `load` puts a model on a GPU."""
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def _check(device: str) -> None:
@@ -40,7 +45,7 @@ def _check(device: str) -> None:
     if kind not in ("cpu", "cuda", "auto") or (number and not number.isdecimal()):
         raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {device}.")
     num_gpus = torch.cuda.device_count()
-    if kind != "cpu" and int(number or 0) >= num_gpus:
+    if kind == "cuda" and int(number or 0) >= num_gpus:
         raise ValueError(f"device must be there, got {device}, and this machine has {num_gpus} GPUs.")
 
 
