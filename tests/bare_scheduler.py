@@ -59,10 +59,12 @@ def plan(
     block_size: int = 16,
     is_async: bool = False,
     kv_events: bool = False,
+    full_heads: tuple[tuple[int, tuple[int, ...]], ...] = (),
     **arguments: Any,
 ) -> Plan:
     """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`.
 
+    Layers have two KV heads; `full_heads` are the items of `Settings.full_heads`, so that plans can be remembered.
     Other arguments are those of `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
     """
     register()
@@ -71,13 +73,14 @@ def plan(
     if kv_events:
         arguments["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     rule = {name: arguments.pop(name) for name in OUR_ARGUMENTS & arguments.keys()}
-    ours = bare_rule(full_layers=full_layers, metrics=True, **rule) if is_ours else {}
+    full = {"full_layers": full_layers, "full_heads": dict(full_heads)}
+    ours = bare_rule(**full, metrics=True, **rule) if is_ours else {}
     config = EngineArgs(model=str(model), **{**ours, "block_size": block_size, **arguments}).create_engine_config()
     config.scheduler_config.async_scheduling = is_async
     config.cache_config.kv_cache_layout = "BLHNC" if is_ours else "LBNHC"
     spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=8, dtype=torch.float32)
     specs = {f"model.layers.{i}.self_attn": spec for i in range(num_layers)}
-    groups = get_kv_cache_groups(config, classify_layers(specs, Settings(full_layers)) if is_ours else specs)
+    groups = get_kv_cache_groups(config, classify_layers(specs, Settings(**full)) if is_ours else specs)
     bytes_per_block = max(
         sum(s.page_size_bytes for s in getattr(g.kv_cache_spec, "kv_cache_specs", {}).values())
         or g.kv_cache_spec.page_size_bytes * len(g.layer_names)

@@ -33,6 +33,13 @@ NO_BOUND = MAX_TOKENS + 1
 """Length of an answer that is all the rest of the context."""
 POOL_SIZES = (16, 24, 40)
 """Blocks. A context of 96 tokens takes 24 blocks of 4 in one group, and 12 of 8 in the other."""
+FULL = (
+    {"full_layers": (0,)},
+    {"full_layers": ()},
+    {"full_layers": (), "full_heads": ((2, (1,)),)},
+    {"full_layers": (0,), "full_heads": ((1, (0,)), (2, (1,)))},
+)
+"""Of three layers with two heads. Their blocks hold 8, 20 and 4 tokens, the others' 4, and 8 beside the last."""
 INTERVALS = ((9, 4), (3, 8), (30, 12), (2, 1))
 """Of prompts and answers. A group of the smallest pool holds 64 rows."""
 SQUEEZE = "another holder"
@@ -92,18 +99,18 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         num_blocks=st.sampled_from(POOL_SIZES),
-        full_layers=st.sampled_from([(0,), ()]),
+        full=st.sampled_from(FULL),
         depth=st.sampled_from([2, 1]),
         runner_v2=st.booleans(),
         intervals=st.sampled_from(INTERVALS),
         default_budget=st.sampled_from([None, 10]),
     )
-    def start(self, num_blocks, full_layers, depth, runner_v2, intervals, default_budget) -> None:
+    def start(self, num_blocks, full, depth, runner_v2, intervals, default_budget) -> None:
         self.num_blocks = num_blocks
         self.harness = self.make_harness(
             num_blocks,
-            full_layers,
-            depth,
+            depth=depth,
+            **full,
             num_layers=3,
             block_size=BLOCK_SIZE,
             max_num_batched_tokens=16,
