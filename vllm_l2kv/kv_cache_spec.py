@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
     replace_as,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.capacity import Capacity, GroupCapacity
@@ -335,26 +336,34 @@ def capacity_of(kv_cache_config: Any, vllm_config: Any) -> Capacity:
         vllm_config: vLLM's configuration.
     """
     max_model_len = vllm_config.model_config.max_model_len
-    groups = tuple(
-        group_capacity(tuple(group_layer_specs(group).values()), vllm_config.max_in_flight_tokens, max_model_len)
-        for group in kv_cache_config.kv_cache_groups
-    )
+    # vLLM tells its scheduler one spec for all layers of a group, however many heads they have; but also where their
+    # parts of a block begin.
+    is_packed = vllm_config.cache_config.get_resolved_kv_cache_layout() is KVCacheLayout.BLHNC
+    placed = kv_cache_config.kv_cache_tensors if is_packed else ()
+    bytes_of = {name: tensor.layer_stride for tensor in placed for name in tensor.layers}
+    groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        specs = group_layer_specs(group)
+        block_bytes = sum(bytes_of.get(name, spec.page_size_bytes) for name, spec in specs.items())
+        spec = next(iter(specs.values()))
+        groups.append(group_capacity(spec, block_bytes, vllm_config.max_in_flight_tokens, max_model_len))
     num_blocks = kv_cache_config.num_blocks - 1  # one is vLLM's null block
-    return Capacity(num_blocks, groups, max_model_len, vllm_config.num_speculative_tokens)
+    return Capacity(num_blocks, tuple(groups), max_model_len, vllm_config.num_speculative_tokens)
 
 
-def group_capacity(specs: Sequence[KVCacheSpec], max_in_flight_tokens: int, max_model_len: int) -> GroupCapacity:
+def group_capacity(spec: KVCacheSpec, block_bytes: int, max_in_flight_tokens: int, max_model_len: int) -> GroupCapacity:
     """What a KV-cache group needs of a request.
 
     Args:
-        specs: Of its layers, which are of one class.
+        spec: Of one of its layers, which are of one class.
+        block_bytes: What all of them have in a block.
         max_in_flight_tokens: Tokens of a request that may be under way at once.
         max_model_len: Tokens of the longest request.
     """
-    spec, max_blocks = specs[0], None
+    max_blocks = None
     if isinstance(spec, SlidingWindowSpec):
         max_blocks = spec.max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
     elif isinstance(spec, RecurrentLayerSpec):
         max_blocks = spec.max_blocks
-    token_bytes = sum(layer.page_size_bytes // layer.block_size for layer in specs)
+    token_bytes = block_bytes // spec.block_size
     return GroupCapacity(spec.block_size, isinstance(spec, CompressedLayerSpec), max_blocks, token_bytes)

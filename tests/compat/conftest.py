@@ -23,9 +23,10 @@ class Case(NamedTuple):
 def run() -> Callable[..., Any]:
     from engine import bare_rule, running
 
-    def run(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments: Any) -> Any:
+    def run(model: Path, full_layers: tuple[int, ...] | None = (0,), full_heads: Any = None, **arguments: Any) -> Any:
         if full_layers is not None:
-            rule = bare_rule(full_layers=full_layers, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
+            full = {"full_layers": full_layers, "full_heads": full_heads}
+            rule = bare_rule(**full, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
             arguments = {**rule, **arguments}
         return running(model, full_layers, **arguments)
 

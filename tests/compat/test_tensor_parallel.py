@@ -28,21 +28,23 @@ def unbound_threads(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_kv_heads", "full_layers"),
+    ("num_kv_heads", "full_layers", "full_heads"),
     [
-        pytest.param(2, (0,), id="one KV head a rank, layer 0 full"),
-        pytest.param(1, (), id="replicated, none full", marks=pytest.mark.slow),
-        pytest.param(2, (), id="one KV head a rank, none full", marks=pytest.mark.slow),
-        pytest.param(1, (0,), id="replicated, layer 0 full", marks=pytest.mark.slow),
+        # 8 of 16 heads, half of them those of a layer.
+        pytest.param(4, (0,), {1: (1, 2), 3: (0, 2)}, id="layer 0 and some heads full"),
+        pytest.param(2, (0,), {}, id="one KV head a rank, layer 0 full", marks=pytest.mark.slow),
+        pytest.param(1, (), {}, id="replicated, none full", marks=pytest.mark.slow),
+        pytest.param(2, (), {}, id="one KV head a rank, none full", marks=pytest.mark.slow),
+        pytest.param(1, (0,), {}, id="replicated, layer 0 full", marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_ids, unbound_threads):
+def test_two_ranks_equal_one(num_kv_heads, full_layers, full_heads, tiny_model, run, text_ids, unbound_threads):
     model = tiny_model("llama", num_key_value_heads=num_kv_heads)
     prompts = [text_ids[11 * i : 11 * i + 300] for i in range(len(RULES))]
     params = [keep(**rule) for rule in RULES]
     answers, blocks, by_chance = {}, {}, {}
     for num_ranks in (1, 2):
-        with run(model, full_layers, tensor_parallel_size=num_ranks) as engine:
+        with run(model, full_layers, full_heads=full_heads, tensor_parallel_size=num_ranks) as engine:
             outputs = engine.generate(prompts, params)
             answers[num_ranks] = [list(output.outputs[0].token_ids) for output in outputs]
             for rule, output in zip(RULES, outputs, strict=True):
@@ -63,7 +65,7 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, tiny_model, run, text_id
             engine.check_whole()
             if num_ranks > 1:
                 engine.core.shutdown()  # ends the ranks' processes
-    reference = Reference(model)
+    reference = Reference(model, full_heads=full_heads)
     rules = [{**rule, "full_layers": full_layers, "intervals": INTERVALS} for rule in RULES]
     expected = [reference.generate(prompt, 12, **rule) for prompt, rule in zip(prompts, rules, strict=True)]
     assert answers == {1: expected, 2: expected}

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
+    KVCacheTensor,
     SlidingWindowSpec,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -133,6 +134,7 @@ def test_every_class_that_stands_before_one_of_vllm_is_compared():
         (AttentionSpec, ["block_size", "num_kv_heads", "head_size", "dtype"]),
         (KVCacheGroupSpec, ["layer_names", "kv_cache_spec"]),
         (SlidingWindowSpec, ["sliding_window"]),
+        (KVCacheTensor, ["layers", "layer_stride"]),
         (VllmConfig, ["additional_config", "kv_transfer_config", "speculative_config"]),
     ],
 )

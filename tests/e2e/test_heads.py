@@ -2,12 +2,20 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import pytest
 from engine import Engine, bare_rule, draw, keep, running, tokens_of
 from reference import check_numbers, expected_compactions
 from scored import TELLING_SCORERS, ScoredReference
+from usages import memory_ratio
+
+from vllm_l2kv.block_math import num_blocks_for
+from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec, full_name, group_layer_specs
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
+from vllm_l2kv.scheduler.integrity import check_requests
+from vllm_l2kv.worker.heads import FullHeads, SplitAttention
 
 INTERVALS = (100, 16)
 NUM_TOKENS = 12
@@ -46,6 +54,12 @@ class Heads(NamedTuple):
     def answer(self, prompt: Sequence[int], rule: Rule) -> list[int] | None:
         rule = {"num_tokens": NUM_TOKENS, "intervals": INTERVALS, **rule}
         return self.reference.telling_answer(prompt, **rule)
+
+    def specs(self, of_class: type) -> list[Any]:
+        """Of the caches of one class."""
+        groups = self.engine.worker.model_runner.kv_cache_config.kv_cache_groups
+        specs = [spec for group in groups for spec in group_layer_specs(group).values()]
+        return [spec for spec in specs if isinstance(spec, of_class)]
 
     def check(self, cases: Sequence[Case]) -> list[Any]:
         """All in one batch; returns the outputs."""
@@ -104,3 +118,67 @@ def test_all_rules_in_one_batch_and_again_on_what_that_left_in_the_prefix_cache(
             assert output.num_cached_tokens == in_prompt[-1], rule
         else:
             assert output.num_cached_tokens or n <= 33, rule
+
+
+def test_each_class_is_a_group_of_its_own(heads):
+    groups = {group["compressed"]: group for group in heads.engine.worker.kv_cache_groups()}
+    full = {name for name, layer in heads.engine.worker._layers.items() if isinstance(layer, FullHeads)}
+    mixed = {name for name, layer in heads.engine.worker._layers.items() if isinstance(layer.impl, SplitAttention)}
+    assert {full_name(name) for name in mixed} == full
+    assert full <= set(groups[False]["layers"])
+    assert mixed <= set(groups[True]["layers"])
+    sizes = {compressed: group["block_size"] for compressed, group in groups.items()}
+    num_full = sum(spec.num_kv_heads for spec in heads.specs(FullLayerSpec))
+    num_compressed = sum(spec.num_kv_heads for spec in heads.specs(CompressedLayerSpec))
+    assert num_full + num_compressed == 4 * 4
+    assert sizes[False] == 32 * max(num_compressed // num_full, 1)
+    assert sizes[True] == 32 * max(num_full // num_compressed, 1)
+
+
+def test_a_request_holds_the_blocks_and_the_memory_of_its_heads(heads):
+    prompt, num_tokens = draw(random.Random(1), 500), 50
+    evicted, seen = 0, set()
+    req_id = heads.engine.add("r", prompt, keep("0.2", num_tokens=num_tokens))
+    while (request := heads.engine.scheduler.requests.get(req_id)) is not None:
+        evicted = 400 if request.num_output_tokens > 1 else 0
+        computed = request.num_computed_tokens
+        for manager, num_held in zip(heads.engine.managers, heads.engine.num_blocks(req_id), strict=True):
+            num_slots = computed - (evicted if isinstance(manager, CompressedLayerManager) else 0)
+            assert num_held == num_blocks_for(num_slots, manager.block_size), f"{computed} computed tokens"
+        seen.add(evicted)
+        outputs = heads.engine.step()
+    assert seen == {0, 400}
+    share = Fraction(sum(spec.num_kv_heads for spec in heads.specs(FullLayerSpec)), 4 * 4)
+    assert outputs[0].kv_transfer_params["kv_cache"]["memory_ratio"] == memory_ratio(149, 549, share)
+
+
+def test_other_questions_find_a_document_and_shared_blocks_stay_as_they_are(heads):
+    rule, chance = {"ratio": "0.4", "document": 210}, random.Random(2)
+    document = draw(chance, 210)
+    cases = []
+    while len(cases) < 4:
+        prompt = [*document, *draw(chance, 60)]
+        if (answer := heads.answer(prompt, rule)) is not None:
+            cases.append((prompt, rule, answer))
+    for number, case in enumerate(cases):
+        (output,) = heads.check([case])
+        assert output.num_cached_tokens == (210 if number else 0)
+    assert all(output.num_cached_tokens == 210 for output in heads.check(cases))
+
+
+def test_a_crowd_in_a_small_pool_is_preempted_and_answers_as_alone(heads):
+    chance = random.Random(3)
+    rules = [{"ratio": "0.5"}, {"ratio": "0.2"}, {"budget": 80}, {"ratio": "0.4", "document": 90}, {"ratio": "1"}]
+    asked = [(chance.randint(95, 360), {**chance.choice(rules), "num_tokens": 30}) for _ in range(16)]
+    cases = heads.cases(asked, seed=4)
+    engine, preempted = heads.engine, 0
+    with engine.pool_of(34):
+        for number, (prompt, rule, _) in enumerate(cases):
+            engine.add(str(number), prompt, keep(**{"ratio": 1, **rule}))
+        answers = {}
+        while engine.llm.llm_engine.has_unfinished_requests():
+            answers.update({output.request_id: tokens_of(output) for output in engine.step()})
+            check_requests(engine.scheduler)
+            preempted = max(preempted, sum(request.num_preemptions for request in engine.scheduler.requests.values()))
+    assert [answers[str(number)] for number in range(len(cases))] == [answer for _, _, answer in cases]
+    assert preempted

@@ -2,7 +2,7 @@
 
 import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
@@ -25,10 +25,17 @@ class Group(NamedTuple):
     Attributes:
         num_layers: How many.
         spec: Of one of them.
+        block_bytes: What all of them have in a block.
     """
 
     num_layers: int
     spec: KVCacheSpec
+    block_bytes: int
+
+    @classmethod
+    def of(cls, specs: Sequence[KVCacheSpec]) -> "Group":
+        """The group of these layers, whose numbers of heads may differ."""
+        return cls(len(specs), specs[0], sum(spec.page_size_bytes for spec in specs))
 
     @property
     def kind(self) -> str:
@@ -217,7 +224,7 @@ class Cache:
 
     def _capacity(self, max_in_flight_tokens: int) -> Capacity:
         groups = tuple(
-            group_capacity([group.spec] * group.num_layers, max_in_flight_tokens, MAX_TOKENS) for group in self.groups
+            group_capacity(group.spec, group.block_bytes, max_in_flight_tokens, MAX_TOKENS) for group in self.groups
         )
         return Capacity(self.num_usable, groups, MAX_TOKENS)
 
@@ -242,7 +249,7 @@ def cache_of(specs: Mapping[str, KVCacheSpec], num_bytes: int, max_in_flight_tok
     if plan.num_blocks < 2:
         raise ValueError(f"{num_bytes / 2**30:.2f} GiB are left for the KV cache, which is less than two blocks.")
     return Cache(
-        groups=tuple(Group(len(group.layer_names), next(iter(group_layer_specs(group).values()))) for group in groups),
+        groups=tuple(Group.of(tuple(group_layer_specs(group).values())) for group in groups),
         block_bytes=plan.kv_cache_tensors[0].size // plan.num_blocks,
         num_blocks=plan.num_blocks,
         max_in_flight_tokens=max_in_flight_tokens,
