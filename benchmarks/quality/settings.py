@@ -12,6 +12,11 @@ from vllm_l2kv.tools.evaluation.variants import BASELINE
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 """Shares of the whole cache: of all layers without a sliding window, full layers included."""
+TRIAL_MEMORIES = (0.533, 0.3)
+"""Of the trial that targets were set by: a half and a quarter of 28 of SmolLM2's 30 layers, with the other two full.
+
+Profiles are measured at them too, in retrieval at the main length.
+"""
 EQUAL, PROFILE, PROFILE_HEADS = "equal counts", "profile", "profile, full heads"
 METHODS = {
     "equal-l2": (EQUAL, "l2"),
@@ -77,7 +82,7 @@ class Setting:
 
     Attributes:
         method: Of `METHODS`, or `WHOLE`.
-        memory: Of `MEMORIES`; 1 for `WHOLE`.
+        memory: Of `MEMORIES` or `TRIAL_MEMORIES`; 1 for `WHOLE`.
         full_layers: Layers that never compact.
         keep_ratio: Of the others.
         scorer: Of the others.
@@ -103,19 +108,25 @@ class Setting:
             return BASELINE
         return CompressionParams(self.keep_ratio, scorer=self.scorer)
 
+    def is_measured(self, length: int, task: str) -> bool:
+        """Whether prompts of this length and task are asked with it."""
+        return self.memory not in TRIAL_MEMORIES or (length == MAIN_LENGTH and task in RETRIEVAL)
+
     def as_row(self) -> dict[str, Any]:
         """For a file of rows."""
         return asdict(self)
 
 
 def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]) -> list[Setting]:
-    """The whole cache, then every method at every memory."""
+    """The whole cache, then every method at every memory; equal counts at none of the trial's."""
     compressible = profile.shape.compressible
     equal_layers = tuple(layer for layer in EQUAL_LAYERS if layer in compressible)
     found = [Setting(WHOLE, 1.0, equal_layers, 1.0, CompressionParams.scorer)]
     for method in methods:
         source, scorer = METHODS[method]
         for memory in memories:
+            if source == EQUAL and memory in TRIAL_MEMORIES:
+                continue
             if source == EQUAL:
                 full_layers, full_heads = equal_layers, NO_HEADS
                 ratio = ratio_for(memory, len(compressible), len(equal_layers))
