@@ -20,7 +20,6 @@ from vllm_l2kv.tools.profile.recommend import (
     FEW_QUESTIONS,
     MEMORIES,
     NUM_BEST,
-    NUM_TURNS,
     SCORERS,
     Recommendation,
     choice_of,
@@ -131,26 +130,17 @@ def test_every_setting_costs_its_memory(made_up):
 
 def test_all_settings_are_tried_on_few_questions_and_the_best_on_all(made_up):
     found = made_up()
-    judged, _ = made_up.asked.pop()
-    searches = made_up.asked[: 2 + NUM_TURNS], made_up.asked[2 + NUM_TURNS :]
-    for *rounds, (every, _) in searches:
-        assert [few for few, _ in rounds] == [2 * FEW_QUESTIONS] * (1 + NUM_TURNS)
-        assert (every, judged) == (2 * len(QUESTIONS), 2 * len(OTHERS))
-    num_tried = sum(tried for *rounds, _ in searches for _, tried in rounds)
+    assert made_up.asked.pop()[0] == 2 * len(OTHERS)
+    searches = made_up.asked[:2], made_up.asked[2:]
+    for (few, _), (every, _) in searches:
+        assert (few, every) == (2 * FEW_QUESTIONS, 2 * len(QUESTIONS))
+    num_tried = sum(tried for (_, tried), _ in searches)
     num_finalists = sum(finalists for *_, (_, finalists) in searches)
     assert found.num_finalists == num_finalists <= 4 * NUM_BEST * len(MEMORIES) * len(SCORERS)
     assert num_tried > 2 * num_finalists
     assert num_tried < found.num_tried < num_tried + num_finalists
     assert found.searched == dict.fromkeys(ASKED_KINDS, len(QUESTIONS) / 4)
     assert found.judged == dict.fromkeys(ASKED_KINDS, len(OTHERS) / 4)
-
-
-def test_a_layer_that_every_order_has_last_is_found(made_up, monkeypatch):
-    """By exchanging one layer of the best candidates."""
-    made_up.more = lambda case, choice: 3.0 * (min(choice.keep_ratios[19]) < 1)
-    assert any(19 in target.full_layers for target in made_up().targets if target.memory < 0.5)
-    monkeypatch.setattr(module, "NUM_TURNS", 0)
-    assert not any(19 in target.full_layers for target in made_up().targets if target.memory < 0.5)
 
 
 def test_what_does_well_on_the_few_alone_is_not_chosen(made_up):
