@@ -11,8 +11,11 @@ from vllm_l2kv.scorers.learned import DTYPES, num_features, shapes_of_a_head
 
 
 def made_up_weights(num_layers: int, num_heads: int, head_size: int, rope: Rope | None = None) -> Weights:
-    """Random ones under which every feature counts, in all layers and heads; without `rope` all of a key is rotated."""
-    rope = rope or Rope(head_size, interleaved=False)
+    """Random ones under which every feature counts, in all layers and heads.
+
+    Without `rope` all of a key is rotated, a quarter of its pairs slowly.
+    """
+    rope = rope or Rope(head_size, interleaved=False, slow_pairs=head_size // 8)
     generator = torch.Generator().manual_seed(num_layers * 100 + num_heads)
     f = num_features(head_size, head_size, rope)
     tensors = {
@@ -34,7 +37,7 @@ def write_profile(
     It holds these weights and settings; `tensors`, if given, are written in place of those of the weights.
     """
     num_layers, num_heads, num_features_of_weights = weights.tensors["wl"].shape
-    head_size = (num_features_of_weights - 2 + weights.rope.rotary_dim // 2) // 2
+    head_size = (num_features_of_weights - num_features(0, 0, weights.rope)) // 2
     profile = Profile(
         model="made up",
         fingerprint=fingerprint,

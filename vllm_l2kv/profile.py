@@ -20,7 +20,7 @@ from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, HEADS, LAYERS, FullHeads
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1
+VERSION = 2
 METADATA_KEY = "vllm_l2kv"
 LEARNED = "learned."
 """Names of the learned scorer's weights begin so."""
@@ -100,10 +100,12 @@ class Rope:
     Attributes:
         rotary_dim: Elements at the beginning of a key that are rotated; even.
         interleaved: Whether elements 2i and 2i + 1 are a pair, as in GLM; else i and i + rotary_dim / 2.
+        slow_pairs: Pairs at the end that turn by less than a quarter circle over the model's longest context.
     """
 
     rotary_dim: int
     interleaved: bool
+    slow_pairs: int = 0
 
 
 class Target(NamedTuple):
@@ -172,6 +174,7 @@ class Profile:
         _require(self.shape.num_layers == len(self.shape.layer_types), "layer_types must have one of each layer")
         _require(self.shape.num_kv_heads >= 1, "num_kv_heads must be at least 1")
         _require(0 <= self.rope.rotary_dim <= self.shape.head_size, "rotary_dim must be in [0, head_size]")
+        _require(0 <= self.rope.slow_pairs <= self.rope.rotary_dim // 2, "slow_pairs must be in [0, rotary_dim / 2]")
         compressible = self.shape.compressible
         _require(bool(compressible), "no layer has full attention")
         _require(sorted(self.layer_order) == list(compressible), "layer_order must name each compressible layer once")

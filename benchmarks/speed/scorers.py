@@ -17,7 +17,7 @@ from benchmarks.speed.rows import append, where
 from vllm_l2kv.params import GRANULARITIES, OFFERED_SCORERS, CompressionParams
 from vllm_l2kv.profile import Rope
 from vllm_l2kv.scorers import Weights
-from vllm_l2kv.scorers.learned import DTYPES, HIDDEN, num_features
+from vllm_l2kv.scorers.learned import DTYPES, num_features, shapes_of_a_head
 
 LENGTHS = (1000, 8000, 30_000)
 KEEP_RATIO = 0.5
@@ -59,13 +59,12 @@ def main() -> None:
 
 
 def made_up_weights() -> Weights:
-    """Random weights of the scorer `learned`."""
-    rope = Rope(HEAD_SIZE, interleaved=False)
+    """Random weights of the scorer `learned`, with as many slow pairs as Llama 3.1 8B has."""
+    rope = Rope(HEAD_SIZE, interleaved=False, slow_pairs=18)
     f = num_features(HEAD_SIZE, HEAD_SIZE, rope)
-    shapes = {"w1": (f, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN,), "wl": (f,), "b": ()}
     tensors = {
         name: torch.randn(NUM_LAYERS, NUM_KV_HEADS, *shape).div(f**0.5).to(DTYPES[name])
-        for name, shape in shapes.items()
+        for name, shape in shapes_of_a_head(f).items()
     }
     return Weights(tensors, rope)
 

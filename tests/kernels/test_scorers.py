@@ -130,10 +130,10 @@ def test_chance_is_even_and_independent():
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("rotary_dim", [0, 4, 8])
-def test_what_is_learned_against_loops(rotary_dim, interleaved):
+@pytest.mark.parametrize(("rotary_dim", "slow_pairs"), [(0, 0), (4, 0), (4, 2), (8, 0), (8, 1), (8, 3)])
+def test_what_is_learned_against_loops(rotary_dim, slow_pairs, interleaved):
     """In layer 8 of the model and its heads 2 and 3, which are those of the second rank of three."""
-    weights = made_up_weights(10, 6, HEAD_SIZE, Rope(rotary_dim, interleaved))
+    weights = made_up_weights(10, 6, HEAD_SIZE, Rope(rotary_dim, interleaved, slow_pairs))
     scorer = bind(Heads.of_rank((3, 8), 6, 1, 3, torch.device("cpu")), weights)["learned"]
     rows = rows_of(40, dtype=torch.bfloat16, num_heads=2)._replace(layer=1)
     scores = scorer.score(rows)
@@ -144,7 +144,9 @@ def test_what_is_learned_against_loops(rotary_dim, interleaved):
             key, value = rows.keys[head, row].tolist(), rows.values[head, row].tolist()
             half = rotary_dim // 2
             pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
-            x = [*(math.hypot(key[i], key[j]) for i, j in pairs), *key[rotary_dim:], *value]
+            slow = pairs[half - slow_pairs :]
+            x = [math.hypot(key[i], key[j]) for i, j in pairs]
+            x += [*(key[i] for i, _ in slow), *(key[j] for _, j in slow), *key[rotary_dim:], *value]
             x = torch.tensor([*x, math.log(norm(key)), math.log(norm(value))]).bfloat16().tolist()
             expected = b + sum(w * x_i for w, x_i in zip(wl, x, strict=True))
             for unit in range(64):
@@ -154,14 +156,16 @@ def test_what_is_learned_against_loops(rotary_dim, interleaved):
             assert scores[head, row] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_what_is_learned_sees_no_position():
-    """A key that a rotation turns to another position has the same features."""
+def test_what_is_learned_sees_the_position_in_slow_pairs_alone():
+    """A key that a rotation turns to another position has the same features but for their elements."""
     angles = torch.linspace(0.1, 3, HEAD_SIZE // 2)
     keys, values = rows_of(50)[:2]
     first, second = keys.chunk(2, dim=-1)
     turned = [first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()]
-    rope = Rope(HEAD_SIZE, interleaved=False)
-    assert torch.allclose(features(keys, values, rope), features(torch.cat(turned, -1), values, rope), atol=1e-5)
+    for slow_pairs, seen in ((0, []), (1, [4, 5]), (2, [4, 5, 6, 7])):
+        rope = Rope(HEAD_SIZE, interleaved=False, slow_pairs=slow_pairs)
+        before, after = (features(each, values, rope) for each in (keys, torch.cat(turned, -1)))
+        assert [i for i, d in enumerate((before - after).abs().amax((0, 1))) if d > 1e-5] == seen
 
 
 def test_what_is_learned_takes_the_memory_that_it_says():

@@ -318,9 +318,11 @@ def test_scores_of_types_and_head_sizes(scorer, dtype, head_size):
     check_sets(pool, [order(source, destination, 90, 40, 1, 2, scorer)])
 
 
-@pytest.mark.parametrize("rope", [Rope(64, True), Rope(32, False), Rope(40, True)])
+@pytest.mark.parametrize(
+    "rope", [Rope(64, True), Rope(32, False), Rope(40, True), Rope(64, True, 9), Rope(40, True, 20), Rope(0, False)]
+)
 def test_learned_scores_of_other_rotary_embeddings(rope):
-    """Interleaved pairs; keys of which some elements are not rotated; sizes that are no powers of two."""
+    """Interleaved pairs; some, none or all slow; keys of which some elements are not rotated; no powers of two."""
     source, destination = tables(12, 6, 3)
     check_sets(random_pool(12, rope=rope), [order(source, destination, 90, 40, scorer="learned")])
 

@@ -1,14 +1,25 @@
 """The layout of tiny models, and layouts that are refused."""
 
+import math
+
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_l2kv.profile import Rope
-from vllm_l2kv.tools.profile.model import layout
+from vllm_l2kv.tools.profile.model import layout, slow_frequencies
 
 WINDOWED = {"gemma2": [0, 2], "gemma3": [0, 1, 3, 4]}
-ROPES = {"phi3": Rope(24, False), "glm": Rope(16, True), "glm4": Rope(16, True)}
+SLOW_ENOUGH = math.pi / 2 / 4096
+"""Radians a position: a quarter circle over the context of tiny models."""
+ROPES = {
+    "phi3": Rope(24, False, 1),
+    "glm": Rope(16, True, 1),
+    "glm4": Rope(16, True, 1),
+    # Sliding layers have faster pairs.
+    "gemma3": Rope(32, False, 6),
+}
 
 
 def loaded(folder):
@@ -20,7 +31,42 @@ def test_layouts_are_seen(tiny_model, kind):
     shape, rope = layout(loaded(tiny_model(kind)))
     assert (shape.num_kv_heads, shape.head_size) == (2, 32)
     assert sorted(set(range(shape.num_layers)) - set(shape.compressible)) == WINDOWED.get(kind, [])
-    assert rope == ROPES.get(kind, Rope(32, interleaved=False))
+    assert rope == ROPES.get(kind, Rope(32, False, 2))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "slow_pairs"),
+    [
+        ({"rope_type": "linear", "factor": 16.0}, 7),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 512,
+            },
+            5,
+        ),
+    ],
+)
+def test_scaled_pairs_turn_more_slowly(parameters, slow_pairs):
+    model = AutoModelForCausalLM.from_config(tiny.llama(rope_parameters={"rope_theta": 1e4} | parameters)).eval()
+    assert layout(model)[1].slow_pairs == slow_pairs
+    angles = 1e4 ** (-torch.arange(16) / 16) / parameters["factor"]
+    assert torch.equal(slow_frequencies(model, 16), model.model.rotary_emb.inv_freq[16 - slow_pairs :])
+    torch.testing.assert_close(slow_frequencies(model, 16), angles[angles < SLOW_ENOUGH])
+
+
+def test_pairs_whose_slowness_is_unknown(tiny_model):
+    model = loaded(tiny_model("llama"))
+    assert len(slow_frequencies(model, 16)) == 2
+    assert len(slow_frequencies(model, 8)) == 0
+    inv_freq = model.model.rotary_emb.inv_freq
+    model.model.rotary_emb.inv_freq = inv_freq.flip(0)
+    assert len(slow_frequencies(model, 16)) == 0
+    model.model.rotary_emb.inv_freq, model.config.__dict__["max_position_embeddings"] = inv_freq, None
+    assert len(slow_frequencies(model, 16)) == 0
 
 
 @pytest.mark.parametrize(

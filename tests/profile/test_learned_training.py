@@ -9,13 +9,15 @@ from vllm_l2kv.scorers.learned import Bound
 from vllm_l2kv.tools.profile.learned import Examples, _folded, scores_of, train
 
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE, NUM_ROWS, NUM_TEXTS = 4, 2, 8, 400, 9
-ROPE = Rope(6, False)
+ROPE = Rope(6, False, slow_pairs=1)
+FREQUENCIES = torch.tensor([1.0, 0.3, 0.002])
+CONTEXT = 700
 LAYERS = [1, 3]
 
 
 def rotated(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Keys `[..., T, HEAD_SIZE]` with their first elements turned."""
-    angles = positions[:, None] * torch.tensor([1.0, 0.3, 0.05])
+    angles = positions[:, None] * FREQUENCIES
     first, second = keys[..., :3], keys[..., 3:6]
     turned = first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()
     return torch.cat([*turned, keys[..., 6:]], -1)
@@ -39,9 +41,13 @@ def texts():
     return made
 
 
+def no_examples() -> Examples:
+    return Examples(ROPE, FREQUENCIES[2:], CONTEXT)
+
+
 @pytest.fixture(scope="module")
 def examples(texts):
-    examples = Examples(ROPE)
+    examples = no_examples()
     for layers in texts:
         for layer, rows in zip(LAYERS, layers, strict=True):
             examples.add(layer, *rows)
@@ -63,19 +69,52 @@ def test_the_weights_are_those_that_the_scorer_serves(trained, texts):
     scorer = Bound(heads, Weights(trained.weights, ROPE))
     agree = []
     for i, (keys, values, paid) in enumerate(texts[-1]):
-        # A row is scored alike wherever it is.
-        keys = rotated(keys, torch.full((NUM_ROWS,), 1000.0))
+        # A row is scored alike wherever it is in the context.
+        keys = rotated(keys, torch.full((NUM_ROWS,), 300.0))
         scores = scorer.score(Rows(keys, values, i))
         agree.append(torch.corrcoef(torch.stack([scores[0], paid[0].log()]))[0, 1])
         agree.append(torch.corrcoef(torch.stack([scores[1], paid[1].log()]))[0, 1])
     assert min(agree) > 0.9
 
 
-def test_overlap_is_measured_with_what_is_served(trained, examples, texts):
+def test_overlap_is_measured_with_what_is_served(trained, texts):
     heads = Heads.of_rank(LAYERS, NUM_HEADS, 0, 1, torch.device("cpu"))
-    served = Bound(heads, Weights(trained.weights, ROPE)).score(Rows(texts[0][0][0], texts[0][0][1], 0))
+    keys, values, paid = texts[0][0]
+    unmoved = Examples(ROPE, torch.zeros(1), 0)
+    unmoved.add(LAYERS[0], keys, values, paid)
+    served = Bound(heads, Weights(trained.weights, ROPE)).score(Rows(keys, values, 0))
     own = {name: tensor[LAYERS[0]] for name, tensor in trained.weights.items()}
-    torch.testing.assert_close(scores_of(examples.features[LAYERS[0]][0], own), served[:, 4:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores_of(unmoved.features[LAYERS[0]][0], own), served[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+def test_positions_are_not_learned():
+    """Of rows that differ by nothing else, where attention is a matter of the position: it is a matter of chance."""
+    chance, examples = torch.Generator().manual_seed(2), no_examples()
+    for _ in range(NUM_TEXTS):
+        keys = 1 + 0.01 * torch.randn(1, NUM_ROWS, HEAD_SIZE, generator=chance)
+        keys = rotated(keys, torch.arange(NUM_ROWS))
+        examples.add(0, keys, torch.ones_like(keys), torch.arange(NUM_ROWS).expand(1, -1))
+    assert train(examples, 1).overlap[0.5] < 0.6
+
+
+def test_rows_are_at_any_position_of_the_context(examples, texts):
+    """Another for each row and text, the same in every layer and head."""
+    found = []
+    for i, layer in enumerate(LAYERS):
+        for text, of_layers in zip(examples.features[layer], texts, strict=True):
+            # The third pair of three, which comes after as many magnitudes.
+            before = torch.atan2(of_layers[i][0][:, 4:, 5], of_layers[i][0][:, 4:, 2])
+            after = torch.atan2(text[..., 4].float(), text[..., 3].float())
+            turned = (after - before + torch.pi) % (2 * torch.pi) - torch.pi
+            found.append(torch.arange(4, NUM_ROWS) + turned / FREQUENCIES[2])
+    places = torch.stack(found).view(len(LAYERS), NUM_TEXTS, NUM_HEADS, -1)
+    rounding = 3  # of features to bf16, in positions
+    assert (places - places[:1, :, :1]).abs().max() < 2 * rounding
+    assert -rounding < places.min() < 10
+    assert CONTEXT - 10 < places.max() < CONTEXT + rounding
+    rows = places[0, :, 0]
+    assert (rows.mean(0) - CONTEXT / 2).abs().mean() < CONTEXT / 8
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.2
 
 
 def test_layers_without_rows_have_no_weights(trained):
@@ -91,7 +130,7 @@ def test_training_is_the_same_every_time(examples):
 
 
 def test_one_text_is_too_few(texts):
-    examples = Examples(ROPE)
+    examples = no_examples()
     examples.add(0, *texts[0][0])
     with pytest.raises(ValueError, match="at least 2 texts to be trained, got 1"):
         train(examples, NUM_LAYERS)

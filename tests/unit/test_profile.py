@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_l2kv.profile import (
     METADATA_KEY,
+    VERSION,
     Profile,
     Rope,
     Shape,
@@ -29,7 +30,7 @@ MADE = Profile(
     model="some/model",
     fingerprint="0123456789abcdef" * 6,
     shape=Shape(10, 2, 64, TYPES),
-    rope=Rope(64, interleaved=False),
+    rope=Rope(64, interleaved=False, slow_pairs=8),
     layer_order=(3, 1, 9, 5, 7),
     memory=TARGETS,
     about={"texts": ["prose"], "seconds": 1.5},
@@ -196,6 +197,7 @@ class TestSettings:
         ({"shape": Shape(9, 2, 64, TYPES)}, "layer_types must have one of each layer"),
         ({"shape": Shape(2, 2, 64, ("sliding_attention",) * 2)}, "no layer has full attention"),
         ({"rope": Rope(65, interleaved=False)}, "rotary_dim must be in"),
+        ({"rope": Rope(64, False, slow_pairs=33)}, "slow_pairs must be in"),
         ({"memory": (Target(0.5, (0,), 0.5, "l2"),)}, "full_layers of memory 0.5 must be some"),
         ({"memory": (Target(0.5, (1, 3, 5, 7, 9), 0.5, "l2"),)}, "full_layers of memory 0.5 must be some"),
         ({"memory": (Target(0.5, (), 0.5, "l2", {0: (1,)}),)}, "full_heads of memory 0.5 must be of layers of full"),
@@ -233,7 +235,7 @@ class TestRefusedFiles:
         assert self.refused(tmp_path / "x").startswith("FILE is no profile of vllm-l2kv: make one with")
 
     def test_another_version(self, path):
-        assert self.rewritten(path, {"version": 2}).startswith("FILE is a profile of version 2, and this vllm-l2kv")
+        assert self.rewritten(path, {"version": 1}).startswith("FILE is a profile of version 1, and this vllm-l2kv")
 
     @pytest.mark.parametrize("size", [1, 1000])
     def test_a_file_whose_end_is_missing(self, path, size):
@@ -241,12 +243,12 @@ class TestRefusedFiles:
         assert self.refused(path) == "FILE is damaged: its end is missing."
 
     def test_a_missing_field(self, path):
-        assert self.rewritten(path, {"version": 1}) == "FILE is damaged: it has no model."
+        assert self.rewritten(path, {"version": VERSION}) == "FILE is damaged: it has no model."
 
     def test_bad_fields(self, path):
         assert self.rewritten(path, []) == "FILE is damaged: expected an object, got list."
-        metadata = {"version": 1, "model": "m", "fingerprint": "", "shape": {"num_layers": 1, "layer_types": ["x"]}}
-        assert "missing 2 required" in self.rewritten(path, metadata)
+        fields = {"model": "m", "fingerprint": "", "shape": {"num_layers": 1, "layer_types": ["x"]}}
+        assert "missing 2 required" in self.rewritten(path, {"version": VERSION} | fields)
 
     def test_there_is_none(self, tmp_path):
         with pytest.raises(FileNotFoundError):

@@ -52,7 +52,7 @@ def test_the_weights_of_a_profile_come_off_too(worker, monkeypatch):
     for worker._weights in (None, made_up_weights(3, 4, 8)):
         worker.get_kv_cache_spec()
         left.append(worker.determine_available_memory())
-    num_features = 4 + 8 + 2
+    num_features = 4 + 2 + 8 + 2
     of_a_head = 2 * num_features * 64 + 4 * 64 + 4 * 64 + 2 * num_features + 4
     assert left[0] - left[1] == (2 + 2) * of_a_head
 

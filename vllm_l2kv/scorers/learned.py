@@ -1,8 +1,9 @@
 """What a small network of each head makes of its own key and value; `vllm-l2kv profile` trains it.
 
-A network of 64 hidden units has learned how much a repetition of the text attends to a row. It sees no position: rotary
-embeddings leave the magnitude of each pair that they rotate unchanged, so a row has the same features wherever it was,
-and after any number of compactions.
+A network of 64 hidden units has learned how much a repetition of the text attends to a row. Of the pairs that rotary
+embeddings turn it sees the magnitudes, which no position changes. Of the slow pairs (`Rope.slow_pairs`) it sees the
+elements too: they turn a little with the position, by less than a quarter circle over the longest context. It is
+trained on rows at random positions, and so to score a row alike wherever it is.
 
 Source: the target is that of KVzip, Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context
 Reconstruction", arXiv 2505.23416; a gate that learns it is that of Fast KVzip, arXiv 2601.17668, which sees hidden
@@ -32,7 +33,7 @@ class Bound(Scorer):
         w2: `[num_layers, num_heads, HIDDEN]` fp32.
         wl: `[num_layers, num_heads, num_features]` bf16.
         b: `[num_layers, num_heads]` fp32.
-        rope: Which elements of a key are rotated.
+        rope: How keys are rotated.
     """
 
     def __init__(self, heads: Heads, weights: Weights | None = None) -> None:
@@ -116,25 +117,36 @@ def shapes_of_a_head(num_features: int) -> dict[str, tuple[int, ...]]:
 
 def num_features(head_size: int, head_size_v: int, rope: Rope) -> int:
     """Features of a row: `F` in the shapes of weights."""
-    return head_size - rope.rotary_dim // 2 + head_size_v + 2
+    return head_size - rope.rotary_dim // 2 + 2 * rope.slow_pairs + head_size_v + 2
 
 
 def features(keys: torch.Tensor, values: torch.Tensor, rope: Rope) -> torch.Tensor:
     """What the scorer sees of rows, for training and serving alike.
 
-    The magnitudes of a key's rotated pairs, its other elements as they are, the elements of the value, and the
-    logarithms of the norms of key and value. As in every scorer, the scale of an fp8 cache is left out.
+    The magnitudes of a key's rotated pairs; of the slow pairs all first elements, then all second ones; the key's other
+    elements; those of the value; and the logarithms of the norms of key and value. As in every scorer, the scale of an
+    fp8 cache is left out.
 
     Args:
         keys: `[..., head_size]` as they lie in the cache, after RoPE; any floating type.
         values: `[..., head_size_v]`, the same.
-        rope: Which elements of a key are rotated.
+        rope: How keys are rotated.
 
     Returns:
         `[..., num_features]` fp32.
     """
     keys, values = keys.float(), values.float()
-    rotated, others = keys[..., : rope.rotary_dim], keys[..., rope.rotary_dim :]
-    first, second = (rotated[..., ::2], rotated[..., 1::2]) if rope.interleaved else rotated.chunk(2, dim=-1)
+    first, second = pairs_of(keys, rope)
+    slow = (part[..., part.shape[-1] - rope.slow_pairs :] for part in (first, second))
+    others = keys[..., rope.rotary_dim :]
     lengths = (norms(part).clamp_min(LOWEST_NORM).log().unsqueeze(-1) for part in (keys, values))
-    return torch.cat([(first.square() + second.square()).sqrt(), others, values, *lengths], dim=-1)
+    return torch.cat([(first.square() + second.square()).sqrt(), *slow, others, values, *lengths], dim=-1)
+
+
+def pairs_of(keys: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and second elements of the rotated pairs of `[..., head_size]`: views, `[..., rotary_dim / 2]` each."""
+    rotated = keys[..., : rope.rotary_dim]
+    if rope.interleaved:
+        return rotated[..., ::2], rotated[..., 1::2]
+    half = rope.rotary_dim // 2
+    return rotated[..., :half], rotated[..., half:]

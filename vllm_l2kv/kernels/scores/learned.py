@@ -20,12 +20,14 @@ def score(
     rows, o_row, num_rows, i_selection, i_order, extra, SHAPE: tl.constexpr,
     KEY: tl.constexpr, KEY_PADDED: tl.constexpr, VALUE: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """`w2 . gelu(x w1 + b1) + wl . x + b`: `x` are pairs, other elements of the key, the value, two logarithms."""
+    """`w2 . gelu(x w1 + b1) + wl . x + b`: `x` are those of `scorers.learned.features`."""
     PAIRS: tl.constexpr = SHAPE[0]
     SECOND: tl.constexpr = SHAPE[1]  # where the other element of the first pair lies
     STEP: tl.constexpr = SHAPE[2]  # from pair to pair
+    SLOW: tl.constexpr = SHAPE[3]  # of the pairs
     OTHERS: tl.constexpr = KEY - 2 * PAIRS
-    FEATURES: tl.constexpr = PAIRS + OTHERS + VALUE + 2
+    ELEMENTS: tl.constexpr = PAIRS + 2 * SLOW  # the first feature that is an element of no pair
+    FEATURES: tl.constexpr = ELEMENTS + OTHERS + VALUE + 2
     w1, b1, w2, wl, b = extra
     i_selection = i_selection.to(tl.int64)
     w1 += i_selection * FEATURES * HIDDEN
@@ -44,16 +46,21 @@ def score(
         b_squares = b_first * b_first + b_second * b_second
         b_key += tl.sum(b_squares, axis=1)
         b_hidden, b_score = _add(b_hidden, b_score, tl.sqrt_rn(b_squares), w1, wl, o_pair, o_pair < PAIRS)
+        if SLOW > 0:
+            # Of pair number PAIRS - SLOW and later ones; the second elements follow the first ones of all.
+            m_slow = (o_pair >= PAIRS - SLOW) & (o_pair < PAIRS)
+            b_hidden, b_score = _add(b_hidden, b_score, b_first, w1, wl, o_pair + SLOW, m_slow)
+            b_hidden, b_score = _add(b_hidden, b_score, b_second, w1, wl, o_pair + 2 * SLOW, m_slow)
     for start in range(0, OTHERS, CHUNK):
         o_other = start + tl.arange(0, CHUNK)
         b_x = load_elements(rows, m_row, 2 * PAIRS + o_other, o_other < OTHERS)
         b_key += tl.sum(b_x * b_x, axis=1)
-        b_hidden, b_score = _add(b_hidden, b_score, b_x, w1, wl, PAIRS + o_other, o_other < OTHERS)
+        b_hidden, b_score = _add(b_hidden, b_score, b_x, w1, wl, ELEMENTS + o_other, o_other < OTHERS)
     for start in range(0, VALUE, CHUNK):
         o_element = start + tl.arange(0, CHUNK)
         b_x = load_elements(rows, m_row, KEY + o_element, o_element < VALUE)
         b_value += tl.sum(b_x * b_x, axis=1)
-        b_hidden, b_score = _add(b_hidden, b_score, b_x, w1, wl, PAIRS + OTHERS + o_element, o_element < VALUE)
+        b_hidden, b_score = _add(b_hidden, b_score, b_x, w1, wl, ELEMENTS + OTHERS + o_element, o_element < VALUE)
     b_hidden, b_score = _add_logarithm(b_hidden, b_score, b_key, w1, wl, FEATURES - 2)
     b_hidden, b_score = _add_logarithm(b_hidden, b_score, b_value, w1, wl, FEATURES - 1)
     return b_score + tl.sum(_gelu(b_hidden) * tl.load(w2 + o_hidden)[None, :], axis=1)
@@ -61,7 +68,7 @@ def score(
 
 @triton.jit
 def _add(b_hidden, b_score, b_x, w1, wl, o_feature, m_feature):
-    """Adds what some features contribute; those of no feature are zero."""
+    """Adds what some features contribute."""
     b_x = b_x.to(tl.bfloat16)
     o_weight = o_feature[:, None] * HIDDEN + tl.arange(0, HIDDEN)[None, :]
     b_hidden = tl.dot(b_x, tl.load(w1 + o_weight, mask=m_feature[:, None], other=0.0), b_hidden)
@@ -93,5 +100,6 @@ class Kernels:
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
         """As of `scores.Scored`."""
         pairs = self._rope.rotary_dim // 2
-        shape = (pairs, 1, 2) if self._rope.interleaved else (pairs, pairs, 1)
+        second, step = (1, 2) if self._rope.interleaved else (pairs, 1)
+        shape = pairs, second, step, self._rope.slow_pairs
         one_pass(score, batch, out, raw=raw, extra=self._weights, shape=shape, rows=ROWS, num_warps=4)

@@ -4,6 +4,10 @@ One small network for each layer and KV head, from the features of `vllm_l2kv.sc
 that a row gets from a repetition of the text. Source of this target: Kim et al., "KVzip: Query-Agnostic KV Cache
 Compression with Context Reconstruction", arXiv 2505.23416, section 3.
 
+A network sees the elements of slow pairs, which turn a little with the position. So each row is moved to a random
+position: what it is attended to depends on distances alone, and stays its target. Positions then say nothing of the
+target, and those beyond the texts' own length occur too.
+
 Shapes: L layers, H KV heads, T rows of a text, F features.
 """
 
@@ -15,7 +19,7 @@ import torch
 from torch.nn.functional import gelu
 
 from vllm_l2kv.profile import Rope
-from vllm_l2kv.scorers.learned import HIDDEN, features, scores_of
+from vllm_l2kv.scorers.learned import HIDDEN, features, pairs_of, scores_of
 from vllm_l2kv.tools.evaluation.progress import Progress
 
 PROTECTED = 4
@@ -40,11 +44,15 @@ class Examples:
 
     Attributes:
         rope: How the model rotates keys.
+        frequencies: Of its slow pairs, `[rope.slow_pairs]` in radians a position.
+        context: Positions among which rows are moved.
         features: Of each layer and text, `[H, T, F]` bf16.
         targets: Of each layer and text, `[H, T]` fp32: ranks of the attention that rows got, as normal quantiles.
     """
 
     rope: Rope
+    frequencies: torch.Tensor
+    context: int
     features: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     targets: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
@@ -57,12 +65,37 @@ class Examples:
             values: `[H, T, head_size_v]`.
             attention: `[H, T]`, the largest that each row got from the repetition.
         """
-        taken = features(keys, values, self.rope)[:, PROTECTED:].bfloat16().cpu()
+        texts, num_tokens = self.features.setdefault(layer, []), keys.shape[1]
+        # For a text the same in every layer.
+        positions = self.context * torch.rand(num_tokens, generator=torch.Generator().manual_seed(len(texts)))
+        keys = moved(keys, self.rope, self.frequencies, positions - torch.arange(num_tokens))
+        texts.append(features(keys, values, self.rope)[:, PROTECTED:].bfloat16().cpu())
         ranks = attention[:, PROTECTED:].argsort(-1).argsort(-1)
         # Attention itself spans orders of magnitude, and only its order within a text counts.
         quantiles = torch.special.ndtri((ranks + 0.5) / ranks.shape[-1])
-        self.features.setdefault(layer, []).append(taken)
         self.targets.setdefault(layer, []).append(quantiles.cpu())
+
+
+def moved(keys: torch.Tensor, rope: Rope, frequencies: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Keys whose slow pairs are turned as they would be so many positions later.
+
+    Args:
+        keys: `[..., T, head_size]` after RoPE.
+        rope: How they were rotated.
+        frequencies: As of `Examples`.
+        offsets: `[T]`, in positions.
+
+    Returns:
+        `[..., T, head_size]` fp32; elements of other pairs are as they were.
+    """
+    keys = keys.float().clone()
+    first, second = (part[..., part.shape[-1] - len(frequencies) :] for part in pairs_of(keys, rope))
+    angles = (offsets[:, None] * frequencies).to(keys.device)
+    cos, sin = angles.cos(), angles.sin()
+    turned = first * cos - second * sin, first * sin + second * cos
+    for part, values in zip((first, second), turned, strict=True):
+        part.copy_(values)
+    return keys
 
 
 class Trained(NamedTuple):

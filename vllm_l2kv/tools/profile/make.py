@@ -18,7 +18,7 @@ from vllm_l2kv.tools.profile.calibration import asked_samples, samples
 from vllm_l2kv.tools.profile.choices import answerable
 from vllm_l2kv.tools.profile.learned import Examples, train
 from vllm_l2kv.tools.profile.measure import Measured, measure
-from vllm_l2kv.tools.profile.model import layout, load
+from vllm_l2kv.tools.profile.model import layout, load, longest_context, slow_frequencies
 from vllm_l2kv.tools.profile.recommend import Recommendation, recommend
 from vllm_l2kv.tools.profile.units import check_num_ranks
 
@@ -83,13 +83,14 @@ def make(
     folder = local_folder(model)
     of_model = fingerprint(folder)
     shape, rope = layout(loaded)
-    _check_length(loaded, amounts.tokens)
+    context = longest_context(loaded)
+    _check_length(context, amounts.tokens)
     check_num_ranks(shape, num_ranks)
     clock.lap("loading")
 
     progress.begin("making up texts and questions")
     texts = samples(tokenizer, amounts.tokens, amounts.texts, MEASURED, own_texts)
-    examples = Examples(rope)
+    examples = Examples(rope, slow_frequencies(loaded, rope.rotary_dim // 2), context or 0)
     measured = measure(loaded, tokenizer, shape, texts, progress, lambda rows: examples.add(*rows))
     clock.lap("measuring")
     trained = train(examples, shape.num_layers, loaded.device, progress=progress)
@@ -137,9 +138,8 @@ def make(
     return Made(profile.write(path, tensors), measured, found)
 
 
-def _check_length(model: Any, num_tokens: int) -> None:
-    """Refuses texts that the model cannot read twice in a row."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_length(context: int | None, num_tokens: int) -> None:
+    """Refuses texts that a model of this context cannot read twice in a row."""
     if context is not None and 2 * num_tokens + SPARE_TOKENS > context:
         raise ValueError(
             f"tokens must be at most {(context - SPARE_TOKENS) // 2} for this model, whose context is {context}, got "

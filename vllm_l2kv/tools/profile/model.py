@@ -1,5 +1,7 @@
 """A model of `transformers`, and what its own keys say of its layout."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ NUM_TOKENS = 16
 """Read again and again to see how keys are rotated."""
 SAME = 0.02
 """Relative difference up to which magnitudes count as equal; those of bf16 keys differ by less than 0.01."""
+SLOW_ANGLE = math.pi / 2
+"""Pairs that turn by less over a model's longest context are slow."""
 
 
 def load(folder: str, device: str) -> Any:
@@ -79,7 +83,7 @@ def layout(model: Any) -> tuple[Shape, Rope]:
 def _rope(model: Any, keys: torch.Tensor) -> Rope:
     """How the keys `[H, T, head_size]` of the first layer, of tokens that repeat every `NUM_TOKENS`, are rotated.
 
-    So that the scorer learned sees nothing of it.
+    So that the magnitudes that the scorer learned sees are the same at every position.
     """
     embedding = getattr(model.get_decoder(), "rotary_emb", None)
     if embedding is not None:
@@ -95,5 +99,31 @@ def _rope(model: Any, keys: torch.Tensor) -> Rope:
             num_of_keys = keys.shape[-1] - rope.rotary_dim // 2
             seen, again = (features(each, each, rope)[..., :num_of_keys] for each in (first, later))
             if torch.linalg.vector_norm(seen - again) <= SAME * torch.linalg.vector_norm(seen):
-                return rope
+                return replace(rope, slow_pairs=len(slow_frequencies(model, rope.rotary_dim // 2)))
     raise ValueError(f"{type(model).__name__} rotates its keys in an unknown way, which a profile cannot describe.")
+
+
+def slow_frequencies(model: Any, num_pairs: int) -> torch.Tensor:
+    """How fast the slow pairs at the end of keys turn: those that turn by less than `SLOW_ANGLE` over the context.
+
+    Args:
+        model: Of `transformers`. Layers of full attention may have frequencies of their own.
+        num_pairs: That its keys have.
+
+    Returns:
+        `[slow_pairs]` fp32 on the CPU, in radians a position, never rising. None if pairs do not turn ever more slowly,
+        or if the model does not say how fast they turn or how long its context is.
+    """
+    embedding, context = getattr(model.get_decoder(), "rotary_emb", None), longest_context(model)
+    of_all = getattr(embedding, "inv_freq", None)
+    found = getattr(embedding, f"{FULL_ATTENTION}_inv_freq", of_all)
+    if found is None or context is None or len(found) != num_pairs or (found.diff() > 0).any():
+        return torch.zeros(0)
+    frequencies: torch.Tensor = found.float().cpu()
+    return frequencies[frequencies * context < SLOW_ANGLE]
+
+
+def longest_context(model: Any) -> int | None:
+    """Positions that a model was made for; `None` if it does not say."""
+    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context
