@@ -200,6 +200,8 @@ def _classified(name: str, spec: KVCacheSpec, settings: Settings, heads: range) 
     """One layer's names and specs; `heads` are those that one rank holds of a layer like most."""
     layer = extract_layer_index(name)
     if isinstance(spec, MambaSpec):
+        if layer in settings.full_heads:
+            raise ValueError(f"full_heads names layer {layer}, which has no KV heads; change --kv-full-heads.")
         return {name: replace_as(spec, RecurrentLayerSpec)}
     if not isinstance(spec, FullAttentionSpec):
         return {name: spec}

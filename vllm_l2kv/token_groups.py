@@ -1,4 +1,4 @@
-"""What is kept or evicted as one: a token of a head, or a block of tokens of all heads of a layer.
+"""What is kept or evicted as one: a token of a head, or a block of tokens of all compressed heads of a layer.
 
 A block is `TOKENS_PER_BLOCK` tokens of the prompt in a row, counted from its start. It is not a block of the cache: the
 size of those depends on the device, and what is kept must not.
@@ -18,7 +18,7 @@ def pool_scores(scores: torch.Tensor, granularity: str) -> torch.Tensor:
     its block NaN, which ranks last.
 
     Args:
-        scores: `[num_kv_heads, n]` fp32, all heads of the layer.
+        scores: `[num_kv_heads, n]` fp32, all compressed heads of the layer.
         granularity: One of `vllm_l2kv.params.GRANULARITIES`.
 
     Returns:

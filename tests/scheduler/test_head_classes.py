@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_l2kv.kv_cache_spec import (
@@ -59,6 +59,14 @@ def test_heads_of_a_layer_that_slides_are_left_alone():
     specs = {**layers(2, 4), "model.layers.2.attn": window}
     classified = classify_layers(specs, Settings((), {2: (1,)}))
     assert [type(spec) for spec in classified.values()] == [CompressedLayerSpec, CompressedLayerSpec, SlidingWindowSpec]
+
+
+def test_heads_of_a_layer_that_has_none():
+    state = MambaSpec(block_size=16, shapes=((4, 8),), dtypes=(torch.float32,))
+    specs = {**layers(2, 4), "model.layers.2.mamba": state}
+    assert classify_layers(specs, Settings((), {1: (0,)}))["model.layers.1.attn.full"].num_kv_heads == 1
+    with pytest.raises(ValueError, match="full_heads names layer 2, which has no KV heads"):
+        classify_layers(specs, Settings((), {2: (0,)}))
 
 
 def test_nothing_left_to_compress():
