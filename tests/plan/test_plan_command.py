@@ -13,7 +13,7 @@ from vllm.config import CacheConfig
 from vllm.platforms.interface import UnspecifiedPlatform
 from weights import made_up_weights, write_profile
 
-from vllm_l2kv.profile import Target
+from vllm_l2kv.profile import Target, ratio_for
 from vllm_l2kv.scorers import Weights
 from vllm_l2kv.tools.plan import cli
 from vllm_l2kv.tools.plan.table import COLUMNS
@@ -184,6 +184,40 @@ def test_a_profile_sets_layers_and_ratio(plan, llama_8b, profile):
 def test_a_profile_is_named_above_the_table(capsys, llama_8b, profile):
     cli.plan([llama_8b, "--gpu-gib", "80", "--context", "8000", "--output", "1000", "--kv-profile", str(profile)])
     assert f"full layers 10, 11, 12, 13, 14, 15, 16, 17, with the profile {profile}\n" in capsys.readouterr().out
+
+
+HEADS = dict.fromkeys(range(4, 32), (1, 6)) | {20: tuple(range(8))}
+"""62 of 256 heads: one layer whole, and each rank of two has equally many of every layer."""
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_a_profile_sets_heads(plan, llama_8b, tmp_path, num_gpus):
+    """The memory that was asked, by heads; blocks of 3 times as many tokens, as 194 / 62 rounds down to."""
+    weights = made_up_weights(32, 8, 128)
+    memory = (Target(0.5, (), ratio_for(0.5, 256, 62), "l2", HEADS),)
+    write_profile(tmp_path / "p", Weights({"wl": weights.tensors["wl"]}, weights.rope), memory=memory)
+    about = {"gpu_gib": 80, "kv_profile": tmp_path / "p", "kv_classes": "heads", "tensor_parallel_size": num_gpus}
+    half = plan(llama_8b, **about)
+    assert (half["full_layers"], half["full_heads"]["4"], len(half["full_heads"])) == ([], [1, 6], 28)
+    ours = engine_of(half, "vllm-l2kv")
+    assert [(row["keep_ratio"], row["memory_ratio"]) for row in ours["rows"]] == [(1, 1), (0.340206, 0.5)]
+    assert {group["kind"]: (group["layers"], group["heads"], group["block_size"]) for group in ours["groups"]} == {
+        "full": (28, 62 / num_gpus, 48 * num_gpus),
+        "compressed": (31, 194 / num_gpus, 16 * num_gpus),
+    }
+    (row,) = (row for row in ours["rows"] if row["keep_ratio"] < 1)
+    assert row["compacted_blocks"] == -(-8000 // (48 * num_gpus)) + -(-row["kept_rows"] // (16 * num_gpus))
+    own = plan(llama_8b, full_layers="0,1", full_heads="20:1", gpu_gib=80, ratio="0.5")
+    assert row_of(own, "vllm-l2kv", 0.5)["memory_ratio"] == round((17 + 239 / 2) / 256, 4)
+
+
+def test_full_heads_are_named_and_counted_in_the_table(capsys, llama_8b):
+    words = ["--gpu-gib", "80", "--context", "8000", "--output", "1000", "--full-layers", "", "--full-heads"]
+    cli.plan([llama_8b, *words, "3:0,5 7:2", "9:1"])
+    shown = capsys.readouterr().out
+    assert "full layers none, full heads 3:0,5 7:2 9:1\n" in shown
+    assert "4 full heads of 3 layers x 1,008 tokens" in shown
+    assert "252 compressed heads of 32 layers x 16 tokens" in shown
 
 
 def test_a_profile_of_another_shape(capsys, llama_8b, tmp_path):

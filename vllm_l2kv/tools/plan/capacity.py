@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from vllm.config import DeviceConfig, VllmConfig
-from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_l2kv.capacity import Capacity
 from vllm_l2kv.field_kinds import MAX_TOKENS
@@ -20,22 +20,28 @@ from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 
 
 class Group(NamedTuple):
-    """Layers with one block table.
+    """Layers with one block table; a layer that has full and other heads is in two of them.
 
     Attributes:
-        num_layers: How many.
-        spec: Of one of them.
-        block_bytes: What all of them have in a block.
+        specs: Of each layer: heads of the group's class on one GPU.
     """
 
-    num_layers: int
-    spec: KVCacheSpec
-    block_bytes: int
+    specs: tuple[KVCacheSpec, ...]
 
-    @classmethod
-    def of(cls, specs: Sequence[KVCacheSpec]) -> "Group":
-        """The group of these layers, whose numbers of heads may differ."""
-        return cls(len(specs), specs[0], sum(spec.page_size_bytes for spec in specs))
+    @property
+    def spec(self) -> KVCacheSpec:
+        """Of one of the layers; they differ in nothing but their number of heads."""
+        return self.specs[0]
+
+    @property
+    def block_bytes(self) -> int:
+        """Of all layers in a block."""
+        return sum(spec.page_size_bytes for spec in self.specs)
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all layers."""
+        return sum(spec.num_kv_heads for spec in self.specs if isinstance(spec, AttentionSpec))
 
     @property
     def kind(self) -> str:
@@ -249,7 +255,7 @@ def cache_of(specs: Mapping[str, KVCacheSpec], num_bytes: int, max_in_flight_tok
     if plan.num_blocks < 2:
         raise ValueError(f"{num_bytes / 2**30:.2f} GiB are left for the KV cache, which is less than two blocks.")
     return Cache(
-        groups=tuple(Group.of(tuple(group_layer_specs(group).values())) for group in groups),
+        groups=tuple(Group(tuple(group_layer_specs(group).values())) for group in groups),
         block_bytes=plan.kv_cache_tensors[0].size // plan.num_blocks,
         num_blocks=plan.num_blocks,
         max_in_flight_tokens=max_in_flight_tokens,

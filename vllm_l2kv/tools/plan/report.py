@@ -133,7 +133,12 @@ def _layout(cache: Cache) -> dict[str, Any]:
         "num_blocks": cache.num_blocks,
         "block_bytes": cache.block_bytes,
         "groups": [
-            {"kind": group.kind, "layers": group.num_layers, "block_size": group.spec.block_size}
+            {
+                "kind": group.kind,
+                "layers": len(group.specs),
+                "heads": group.num_heads,
+                "block_size": group.spec.block_size,
+            }
             for group in cache.groups
         ],
     }

@@ -48,9 +48,9 @@ def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
         yield f"{memory['weights_gib']:8.2f} GiB of weights, by {memory['weights_source']}"
         yield f"{memory['overhead_gib']:8.2f} GiB of activations, CUDA graphs and so on, an estimate (--overhead-gib)"
     yield f"{memory['kv_cache_gib']:8.2f} GiB for the KV cache"
-    if plan["profile"]:
+    if plan["profile"] or plan["full_heads"]:
         full = full_in_words(plan["full_layers"], plan["full_heads"])
-        yield f"{full}, with the profile {plan['profile']}"
+        yield f"{full}, with the profile {plan['profile']}" if plan["profile"] else full
     token = plan["bytes_per_token"]
     sliding = f", {token['sliding_window'] / 1024:,g} more inside windows" if token["sliding_window"] else ""
     yield f"{token['full_attention'] / 1024:8,g} KiB of it a token{sliding}"
@@ -85,7 +85,12 @@ def _kept(row: Mapping[str, Any]) -> str:
 
 def _layouts(plan: Mapping[str, Any]) -> Iterator[str]:
     for engine in plan["engines"]:
-        groups = ", ".join(
-            f"{group['layers']} {group['kind']} layers x {group['block_size']:,} tokens" for group in engine["groups"]
-        )
+        groups = ", ".join(f"{_counted(plan, group)} x {group['block_size']:,} tokens" for group in engine["groups"])
         yield f"{engine['engine']}: {engine['num_blocks']:,} blocks of {engine['block_bytes'] / 1024:,g} KiB ({groups})"
+
+
+def _counted(plan: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+    """What is in a group: layers, or heads where a layer may be in two groups."""
+    if plan["full_heads"]:
+        return f"{group['heads']} {group['kind']} heads of {group['layers']} layers"
+    return f"{group['layers']} {group['kind']} layers"
