@@ -118,12 +118,18 @@ class Setting:
 
 
 def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]) -> list[Setting]:
-    """The whole cache, then every method at every memory; equal counts at none of the trial's."""
+    """The whole cache, then every method at every memory; equal counts at none of the trial's.
+
+    Full heads are left out if the profile has none, as of a model with one KV head a layer.
+    """
     compressible = profile.shape.compressible
     equal_layers = tuple(layer for layer in EQUAL_LAYERS if layer in compressible)
     found = [Setting(WHOLE, 1.0, equal_layers, 1.0, CompressionParams.scorer)]
+    has_heads = any(target.full_heads for target in profile.memory)
     for method in methods:
         source, scorer = METHODS[method]
+        if source == PROFILE_HEADS and not has_heads:
+            continue
         for memory in memories:
             if source == EQUAL and memory in TRIAL_MEMORIES:
                 continue

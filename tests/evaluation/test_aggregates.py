@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -216,6 +217,9 @@ def test_settings_cost_what_they_say(quality):
         units = [(2048, "needle"), (2048, "chat"), (1024, "needle")]
         measured = [setting.is_measured(*unit) for unit in units]
         assert measured == [True, setting.memory != trial, setting.memory != trial]
+    layers = replace(profile, memory=targets[:1])
+    without = quality.settings.settings(layers, quality.settings.METHODS, [0.75, 0.5, trial])
+    assert without == [whole, *(setting for setting in found if not setting.method.startswith("heads"))]
 
 
 @pytest.mark.parametrize("page", ["quality_tables", "quality"])
