@@ -10,11 +10,12 @@ CONFIG ?= configs/demo-cpu.yaml
 ARGS ?=
 PIP_ARGS ?=
 
-# Folders whose tests start no engine; those that do are marked, and left out.
-FAST := $(addprefix tests/,unit install kernels scheduler worker contract server bench profile)
-# The others, and the marked ones.
-ENGINES := $(filter-out $(FAST),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))) \
-  tests/server/test_configs.py::TestEach::test_it_serves
+# Folders all of whose tests count as marked `engine`; the first takes as long as all others.
+ENGINES := $(addprefix tests/,e2e compat gpu)
+# The others, in which those that start an engine are marked.
+FAST := $(filter-out $(ENGINES),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py)))))
+# Those of them with a marked test.
+MARKED := $(addprefix tests/,evaluation examples plan server)
 
 # What runs on Python files of vLLM alone; the one left out asks for a CPU kernel.
 NEXT := $(addprefix tests/,contract scheduler worker server plan/test_model.py plan/test_plan_command.py) \
@@ -26,12 +27,12 @@ STAMP := $(VENV)/.set-up
 # Without isolation, a package that has no wheel is built with what the lock names.
 PIP = $(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation
 
-PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "not slow"
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-fast test-engines test-next test-gpu soak check fmt docs lock dist clean
+.PHONY: help setup serve test test-fast test-e2e test-engines test-next test-gpu soak check fmt docs lock dist clean
 
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@printf '%s\n' '' \
 	  'Variables: PYTHON (to make $(VENV) with), PIP_ARGS (for every pip install), PORT and CONFIG (of serve),' \
 	  'ARGS (more arguments of serve or test): make serve PORT=9000 ARGS="--api-key secret"'
@@ -63,24 +64,28 @@ serve: setup ## Serve the demo model on port 8000; another one with ARGS=MODEL
 test: setup ## Run all tests, or those that ARGS names; those that need a GPU are skipped without one
 	$(BIN)/vllm-l2kv demo-model
 ifeq ($(ARGS),)
-	@# Side by side: tests with engines leave most of a second core idle.
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-engines test-fast
+	@# Two at a time, the longest first: tests with engines leave most of a second core idle.
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-e2e test-engines test-fast
 else
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 endif
 
 test-fast: setup ## Run the tests that start no engine; before each commit
 	$(BIN)/vllm-l2kv demo-model
-	$(PYTEST) --no-engines $(FAST) $(ARGS)
+	$(PYTEST) -m "not slow" --no-engines $(FAST) $(ARGS)
 
-test-engines: setup ## Run the tests that start engines
+test-e2e: setup ## Run half of the tests that start engines
 	$(BIN)/vllm-l2kv demo-model
-	$(PYTEST) $(ENGINES) $(ARGS)
+	$(PYTEST) -m "engine and not slow" $(firstword $(ENGINES)) $(ARGS)
+
+test-engines: setup ## Run the other half
+	$(BIN)/vllm-l2kv demo-model
+	$(PYTEST) -m "engine and not slow" $(wordlist 2,9,$(ENGINES)) $(MARKED) $(ARGS)
 
 test-next: setup ## Run the tests without compiled code on the newest vLLM that we support, whose wheel it fetches once
 	$(BIN)/vllm-l2kv demo-model
 	vllm=$$($(BIN)/python scripts/next_vllm.py) && export PYTHONPATH=$$vllm VLLM_TARGET_DEVICE=cpu && \
-	  $(PYTEST) --no-engines $(NEXT) $(ARGS)
+	  $(PYTEST) -m "not slow" --no-engines $(NEXT) $(ARGS)
 
 test-gpu: ## Run the tests that need a GPU, in an environment of yours: PYTHON with vllm-l2kv[cuda,dev] installed
 	$(PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(ARGS)

@@ -37,9 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--playground-picture", type=Path, help="where tests/e2e/test_playground.py draws its page")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at `-m`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
+    from no_engines import ENGINE_FOLDERS
 
+    for item in items:
+        if item.path.parent.name in ENGINE_FOLDERS:
+            item.add_marker(pytest.mark.engine)
     if config.getoption("--no-engines"):
         marked = [item for item in items if item.get_closest_marker("engine")]
         config.hook.pytest_deselected(items=marked)

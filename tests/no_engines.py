@@ -4,6 +4,8 @@ import functools
 
 import pytest
 
+ENGINE_FOLDERS = {"compat", "e2e", "gpu"}
+"""All of their tests count as marked `engine`."""
 SENTENCE = "This test starts an engine, which takes half a minute; `make test-fast` leaves out what is marked `engine`."
 
 

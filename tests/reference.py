@@ -161,6 +161,13 @@ class Reference:
         """Greedy tokens; further arguments as those of `logits`."""
         return self.logits(prompt, [None] * num_tokens, *args, **kwargs).argmax(-1).tolist()
 
+    def greedy(self, prompt: Sequence[int], answer: Sequence[int], *args: Any, **kwargs: Any) -> list[int]:
+        """The likeliest token after the prompt and each beginning of an answer.
+
+        It equals the answer exactly if `generate` would say it. That takes a pass for each token, this a few.
+        """
+        return self.logits(prompt, answer, *args, **kwargs).argmax(-1).tolist()
+
     @torch.inference_mode()
     def logits(
         self,
@@ -179,38 +186,43 @@ class Reference:
         `tokens` are what was generated; where one is `None`, the likeliest takes its place. What comes of the tokens up
         to a compaction comes from the cache before it. The other arguments are those of `expected_compactions`.
         """
-        known, rows, n = list(prompt), [], len(prompt)
-        answered = range(n, n + len(tokens))
-        left = expected_compactions(n, answered[-1], ratio, first, last, budget, intervals, document)
+        known, rows, n = [*prompt, *tokens], [], len(prompt)
+        end_of_answer = n + len(tokens) - 1  # the last token is not computed on
+        left = expected_compactions(n, end_of_answer, ratio, first, last, budget, intervals, document)
+        unknown = {place for place, token in enumerate(known) if token is None}
         cache, position = self.new_cache(), 0
-        for end in sorted({*left, *answered}):
-            cache, logits = self._computed(cache, known[:end], position)
+        for end in sorted({*left, *unknown, n, end_of_answer}):
+            cache, logits = self._computed(cache, known[:end], position, num_logits=end - position if end > n else 1)
             if end in left:
                 cache = self._compacted(cache, left[end], full_layers, first, last)
-            if end in answered:
-                token = tokens[end - n]
-                known.append(int(logits.argmax()) if token is None else token)
+            if end in unknown:
+                known[end] = int(logits[-1].argmax())
+            if end >= n:
                 rows.append(logits)
             position = end
-        return torch.stack(rows)
+        return torch.cat(rows)
 
-    def _computed(self, cache: DynamicCache, tokens: Sequence[int], position: int) -> tuple[DynamicCache, torch.Tensor]:
-        """The cache after the tokens from `position` on, and the logits of what follows them."""
+    def _computed(
+        self, cache: DynamicCache, tokens: Sequence[int], position: int, num_logits: int
+    ) -> tuple[DynamicCache, torch.Tensor]:
+        """The cache after the tokens from `position` on, and the logits of what follows each of the last ones."""
         if position == 0:  # remembered, since prompts are asked for several times
             if tuple(tokens) not in self._begun:
-                self._begun[tuple(tokens)] = self._forward(self.new_cache(), tokens, 0)
+                self._begun[tuple(tokens)] = self._forward(self.new_cache(), tokens, 0, num_logits)
             return copy.deepcopy(self._begun[tuple(tokens)])
-        return self._forward(cache, tokens, position)
+        return self._forward(cache, tokens, position, num_logits)
 
-    def _forward(self, cache: DynamicCache, tokens: Sequence[int], position: int) -> tuple[DynamicCache, torch.Tensor]:
+    def _forward(
+        self, cache: DynamicCache, tokens: Sequence[int], position: int, num_logits: int
+    ) -> tuple[DynamicCache, torch.Tensor]:
         logits = self.model(
             torch.tensor([tokens[position:]], device=self.device),
             past_key_values=cache,
             position_ids=torch.arange(position, len(tokens), device=self.device)[None],
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=num_logits,
         ).logits
-        return cache, logits[0, -1].float()
+        return cache, logits[0].float()
 
     def _compacted(
         self, cache: DynamicCache, num_keep: int, full_layers: Sequence[int], first: int, last: int

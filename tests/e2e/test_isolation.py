@@ -127,7 +127,7 @@ def check_rows(engine, rows: CachedRows, own_rows: OwnRows, request, rule) -> No
 
 def check_answer(reference, prompt, answer, rule) -> None:
     """As alone, preempted or not."""
-    assert answer == reference.generate(prompt, len(answer), full_layers=(0,), **rule, intervals=INTERVALS)
+    assert answer == reference.greedy(prompt, answer, full_layers=(0,), **rule, intervals=INTERVALS)
 
 
 def holds_shared_block(engine, req_id: str) -> bool:

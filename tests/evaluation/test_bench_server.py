@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from http_server import expected_usage
 
+pytestmark = pytest.mark.engine
+
 MODEL = "SmolLM2-135M-Instruct"
 VLLM_BENCH = Path(__file__).parents[2] / "benchmarks" / "load" / "vllm_bench_serve.py"
 

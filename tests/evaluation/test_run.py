@@ -21,6 +21,8 @@ from vllm_l2kv.tools.evaluation.tasks import perplexity
 from vllm_l2kv.tools.evaluation.texts import encode, read_text
 from vllm_l2kv.tools.evaluation.variants import BASELINE, QUESTIONS, SEEN
 
+pytestmark = pytest.mark.engine
+
 FULL_LAYERS = (0, 1)
 INTERVALS = Intervals(prompt=64, answer=16)
 BUDGET = CompressionParams(max_tokens=100, protect_first=4, protect_last=16)

@@ -64,6 +64,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in RUN and not block.reason], ids=str)
 def test_it_runs(server, folder, block):
     code = SERVED.sub(server.url, commands_of(block.code) if block.language == "console" else block.code)

@@ -18,6 +18,8 @@ from http_server import INTERVALS, expected_usage
 from vllm_l2kv.params import FIELD_NAMES, CompressionParams
 from vllm_l2kv.policy import num_keep
 
+pytestmark = pytest.mark.engine
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 USAGE = re.compile(r"\{[^{}]*evicted_tokens[^{}]*\}")
 """`kv_cache` as Python, JSON or JavaScript print it."""

@@ -10,6 +10,8 @@ from engine import Engine, bare_rule, greedy, running
 from vllm_l2kv import compression
 from vllm_l2kv.tools.plan import cli
 
+pytestmark = pytest.mark.engine
+
 NUM_DOCUMENT_TOKENS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 560, 600, 100
 INTERVALS = {"prompt_interval": 128, "answer_interval": 40}
 CACHE_BYTES = 9 << 20

@@ -273,3 +273,25 @@ def wait_for_import(pid: int) -> None:
     while "libtorch" not in Path(f"/proc/{pid}/maps").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["--kv-answer-interval", "0"],
+            "argument --kv-answer-interval: N must satisfy 1 <= N <= 2147483647, got 0.",
+        ),
+        (
+            ["--kv-default-max-tokens", "10"],
+            "kv_max_tokens must be at least kv_protect_first + kv_protect_last = 68, got 10; raise it or protect fewer "
+            "tokens.",
+        ),
+    ],
+)
+def test_options_that_are_refused(words, sentence):
+    """In a process of its own, with the protection of a server without options."""
+    command = [sys.executable, "-m", "vllm_l2kv.cli", "serve", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"vllm-l2kv serve: error: {sentence}"

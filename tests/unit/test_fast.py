@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from no_engines import SENTENCE, refuse_engines
+from no_engines import ENGINE_FOLDERS, SENTENCE, refuse_engines
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,23 +21,39 @@ def test_an_engine_that_starts_all_the_same_fails_its_test(monkeypatch, tmp_path
     assert not (tmp_path / "log").exists()
 
 
-def test_the_folders_are_those_of_the_guide():
-    command = subprocess.run(["make", "-n", "test-fast"], cwd=ROOT, capture_output=True, text=True, check=True)
-    line = next(line for line in command.stdout.splitlines() if "--no-engines" in line)
-    folders = set(re.findall(r"tests/\w+", line))
-    rows = re.findall(r"^\| `(tests/\w+)` \|.*\| (yes|) ?\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert folders == {folder for folder, fast in rows if fast}
-    assert {folder for folder, _ in rows} == {f"tests/{path.parent.name}" for path in ROOT.glob("tests/*/test_*.py")}
+def command_of(target: str) -> str:
+    """What make starts pytest with."""
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    return next(line for line in done.stdout.splitlines() if "pytest" in line)
 
 
-def test_the_two_halves_of_make_test_leave_nothing_out():
-    command = subprocess.run(["make", "-n", "test-engines"], cwd=ROOT, capture_output=True, text=True, check=True)
-    line = next(line for line in command.stdout.splitlines() if "pytest" in line)
-    named = re.findall(r"tests/[\w/.:]+", line)
-    folders, marked = (sorted(word for word in named if ("::" in word) == is_test) for is_test in (False, True))
+def folders_in(text: str) -> set[str]:
+    return set(re.findall(r"tests/\w+", text))
+
+
+@pytest.fixture
+def is_fast() -> dict[str, bool]:
+    """Folders of the guide."""
     rows = re.findall(r"^\| `(tests/\w+)` \|.*\| (yes|) ?\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert folders == sorted(folder for folder, is_fast in rows if not is_fast)
-    texts = [path.read_text() for folder, is_fast in rows if is_fast for path in (ROOT / folder).glob("test_*.py")]
-    names = [name for text in texts for name in re.findall(r"@pytest\.mark\.engine\n(?: *@.*\n)* *def (\w+)", text)]
-    assert sorted(word.rpartition("::")[2] for word in marked) == sorted(names)
-    assert names
+    return {folder: bool(fast) for folder, fast in rows}
+
+
+def test_the_folders_are_those_of_the_guide(is_fast):
+    assert folders_in(command_of("test-fast")) == {folder for folder, fast in is_fast.items() if fast}
+    assert set(is_fast) == {f"tests/{path.parent.name}" for path in ROOT.glob("tests/*/test_*.py")}
+
+
+def test_the_parts_of_make_test_leave_nothing_out(is_fast):
+    """All tests that are not fast count as marked, and those of the fast folders are looked for where marks are."""
+    slow = {folder for folder, fast in is_fast.items() if not fast}
+    assert slow == {f"tests/{name}" for name in ENGINE_FOLDERS}
+    paths = [path for folder in is_fast.keys() - slow for path in (ROOT / folder).glob("test_*.py")]
+    mark = re.compile(r"^( *@|pytestmark = )pytest\.mark\.engine$", re.MULTILINE)
+    marked = {f"tests/{path.parent.name}" for path in paths if mark.search(path.read_text())}
+    assert marked
+    engines, largest = folders_in(command_of("test-engines")), folders_in(command_of("test-e2e"))
+    assert engines | largest == slow | marked
+    assert not engines & largest
+    for target in ("test-engines", "test-e2e"):
+        assert '-m "engine and not slow"' in command_of(target)
+    assert '-m "not slow" --no-engines' in command_of("test-fast")
