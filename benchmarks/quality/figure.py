@@ -56,6 +56,8 @@ def draw(axes: Axes, cells: Sequence[Row], question: str) -> None:
     axes.axhline(at.value, color="black", linewidth=0.8, linestyle=":", label=WHOLE)
     for method, (source, scorer) in METHODS.items():
         chosen = [cell for cell in cells if (cell["method"], cell["question"]) == (method, question)]
+        if not chosen:
+            continue
         points = {1.0: at}
         for memory in {cell["memory"] for cell in chosen}:
             if scores := retrieval([cell for cell in chosen if cell["memory"] == memory]):
