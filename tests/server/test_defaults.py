@@ -111,6 +111,9 @@ def test_serve(tmp_path):
     assert served("--config", file_of(tmp_path, "")) == EXPECTED
     assert served("--config", file_of(tmp_path, "port: 8123\n")) == EXPECTED
     assert served("--kv-default-keep-ratio", "0.5") == {**EXPECTED, "kv_keep_ratio": 0.5}
+    full = {**EXPECTED, "full_heads": {7: (0, 2), 12: (1,)}}
+    assert served("--kv-full-heads", "7:0,2", "12:1") == full
+    assert served("--config", file_of(tmp_path, "kv-full-heads: {12: [1], 7: [0, 2]}\n")) == full
 
 
 def test_help_of_serve():

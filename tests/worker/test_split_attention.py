@@ -6,6 +6,8 @@ import pytest
 import torch
 from vllm.forward_context import ForwardContext, override_forward_context
 
+from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec
+from vllm_l2kv.worker import worker
 from vllm_l2kv.worker.heads import FullHeads, SplitAttention, check_split, split_attention
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, NUM_TOKENS = 8, 4, 2, 3
@@ -130,3 +132,18 @@ def test_layers_that_cannot_be_split_are_refused(changes, other, reason):
     layers = {NAME: layer_of(**{"impl": Impl(), **changes}), "model.layers.1.attn": layer_of(Impl(), **other)}
     with pytest.raises(ValueError, match=f"layer {NAME} must all be full or none, since .*{reason}.*--kv-full-heads"):
         check_split(NAME, layers)
+
+
+@pytest.mark.parametrize(("num_full", "is_said"), [(0, False), (4, False), (5, True)])
+def test_full_heads_that_waste_memory_are_said(num_full, is_said, monkeypatch):
+    """Of 16: four leave nothing empty, five a rest of one."""
+    shape = {"block_size": 16, "head_size": 8, "dtype": torch.float32}
+    specs = {"a": CompressedLayerSpec(**shape, num_kv_heads=16 - num_full)}
+    if num_full:
+        specs["b"] = FullLayerSpec(**shape, num_kv_heads=num_full)
+    said = []
+    monkeypatch.setattr(worker, "logger", SimpleNamespace(warning=said.append))
+    worker.advise_on_waste(specs)
+    assert [sentence.partition(" of each block")[0] for sentence in said] == [
+        "5 full KV heads of 16 leave 9.1%"
+    ] * is_said

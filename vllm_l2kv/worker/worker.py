@@ -94,7 +94,7 @@ class CompactionWorker(WorkerBase):
                 check_attention(name, self._layers[name], self.attention_backends)
         for name in mixed(specs):
             check_split(name, self._layers)
-        _advise(specs)
+        advise_on_waste(specs)
         return specs
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
@@ -271,7 +271,7 @@ def alike(layers: Mapping[int, Sequence[Layer]]) -> list[tuple[int, list[Layer]]
     return [(group_id, group) for (group_id, *_), group in found.items()]
 
 
-def _advise(specs: Mapping[str, KVCacheSpec]) -> None:
+def advise_on_waste(specs: Mapping[str, KVCacheSpec]) -> None:
     """Says it where full heads fit the pool badly."""
     full, compressed = (
         sum(spec.num_kv_heads for spec in specs.values() if isinstance(spec, of_class))
