@@ -15,7 +15,7 @@ def test_the_cost_of_an_answer_counts_whether_it_is_exact_and_how_likely_it_is()
     assert lost.cost.tolist() == pytest.approx([0, (1 - 0.904837) / 2, 1 - 0.367879 / 2, 1], abs=1e-6)
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma3"])
+@pytest.fixture(params=["llama", "qwen3", "gemma2", "gemma3"])
 def model(request, tiny_model):
     folder = tiny_model(request.param)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -42,11 +42,14 @@ def expected(model, context, token_ids, keep):
     return torch.stack(found[-NUM_PREDICTED:])
 
 
-def attend(module, query, key, value, mask, scaling=None, sliding_window=None, **others):
+def attend(module, query, key, value, mask, scaling=None, softcap=None, sliding_window=None, **others):
     """One token that sees all rows in its cache, and in its window."""
     if sliding_window is not None:
         key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
-    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    scores = query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].mT * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    attended = (scores.softmax(-1) @ value[:, :, None]).flatten(1, 2)
     return attended.transpose(1, 2).contiguous(), None
 
 

@@ -136,7 +136,7 @@ def asked_samples(
 
 def _sample(tokenizer: Any, num_tokens: int, kind: str, key: str, own_texts: Sequence[str]) -> Sample:
     chance = random.Random(key)
-    facts = Facts(chance, [_novel(name) for name in NOVELS])
+    facts = Facts(chance, tuple(_novel(name) for name in NOVELS))
     pieces, between = _pieces(kind, facts, own_texts)
     hidden = {"facts_in_prose": (2, 14), "facts_in_noise": (1, 6)}
     few = [facts.sentence() for _ in range(chance.randrange(*hidden[kind]))] if kind in hidden else []

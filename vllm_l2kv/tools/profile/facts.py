@@ -4,7 +4,8 @@ import random
 import re
 import string
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 MONTHS = ("January", "March", "April", "June", "July", "September", "October", "December")
@@ -37,12 +38,9 @@ class Facts:
         texts: Prose that lends its words and names.
     """
 
-    def __init__(self, chance: random.Random, texts: Sequence[str]) -> None:
+    def __init__(self, chance: random.Random, texts: tuple[str, ...]) -> None:
         self.chance = chance
-        self.words: list[str] = sorted({word for text in texts for word in re.findall(r"\b[a-z]{4,10}\b", text)})
-        self.names: list[str] = sorted(
-            {name for text in texts for name in re.findall(r"(?<=[a-z] )[A-Z][a-z]{3,9}\b", text)}
-        )
+        self.words, self.names = _vocabulary(texts)
 
     def sentence(self) -> Fact:
         """A fact as a sentence."""
@@ -131,6 +129,14 @@ class Facts:
     def _item(self) -> Fact:
         begun = f"- {self.word()} {self.word()}:"
         return Fact(begun, self.code(), "", _asked("What does the list say?", begun))
+
+
+@cache
+def _vocabulary(texts: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Words and names, found once for all facts: a novel takes longer to search than a text to make up."""
+    patterns = r"\b[a-z]{4,10}\b", r"(?<=[a-z] )[A-Z][a-z]{3,9}\b"
+    words, names = (sorted({word for text in texts for word in re.findall(pattern, text)}) for pattern in patterns)
+    return words, names
 
 
 def _asked(question: str, begun: str) -> str:
