@@ -194,6 +194,6 @@ def write(folder: Path, config: PretrainedConfig, tokenizer: Path) -> Path:
 class HybridReference(Reference):
     """The reference for models some of whose layers hold a window of rows alone, or a state in place of rows."""
 
-    def __init__(self, model: Path) -> None:
-        super().__init__(model)
+    def __init__(self, model: Path, **options: Any) -> None:
+        super().__init__(model, **options)
         self.new_cache: Callable[[], DynamicCache] = lambda: DynamicCache(config=self.model.config)

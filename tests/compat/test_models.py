@@ -39,7 +39,7 @@ class TestSlidingWindow:
         [
             pytest.param(2, (), {32}, id="nothing full"),
             pytest.param(2, (0, 1), {32}, id="full layers that slide"),
-            pytest.param(2, (2,), {32}, id="one full, one compressed"),
+            pytest.param(2, (2,), {32}, id="one full, one compressed", marks=pytest.mark.slow),
             # The last one has all of these: groups of three kinds, and large blocks.
             pytest.param(3, (2,), {64, 32}, id="one full, two compressed", marks=pytest.mark.slow),
             pytest.param(3, (5, 8), {64, 32}, id="two full, one compressed", marks=pytest.mark.slow),
@@ -59,6 +59,17 @@ class TestSlidingWindow:
             assert sliding == {index for index in range(3 * num_blocks) if index % 3 != 2}
             assert compressed == {index for index in range(2, 3 * num_blocks, 3) if index not in full_layers}
             check_exact(engine, HybridReference(model), full_layers)
+
+    def test_full_heads_beside_it(self, tiny_model, run, check_exact):
+        """One of four KV heads of full attention. Layer 0 slides, so naming a head of it changes nothing."""
+        model, full_heads = tiny_model("gemma3", num_blocks=2), {0: (1,), 2: (1,)}
+        with run(model, (), full_heads) as engine:
+            groups = engine.worker.kv_cache_groups()
+            assert {(group["block_size"], group["sliding_window"]) for group in groups if not group["compressed"]} == {
+                (32, SLIDING_WINDOW),
+                (96, None),
+            }
+            check_exact(engine, HybridReference(model, full_heads=full_heads), ())
 
     def test_a_full_layer_that_slides_gives_back_as_much_as_none(self, tiny_model, run, text_ids):
         """The window is all that such a layer holds, so naming it changes nothing."""
