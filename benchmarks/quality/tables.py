@@ -130,6 +130,8 @@ def used(cells: Sequence[Row]) -> str:
     main = [cell for cell in cells if cell["length"] == MAIN_LENGTH and cell["method"] in first.values()]
 
     def words(of: Sequence[Row]) -> str:
+        if not of:
+            return ""
         full = of[0].get("full_heads") or ", ".join(map(str, of[0]["full_layers"])) or "none"
         held = sum(cell["held"] for cell in of) / len(of)
         return f"full {full}; ratio {of[0]['keep_ratio']:.3f}; held {held:.2f}"
