@@ -103,19 +103,44 @@ def check_numbers(output: Any, **rule: Any) -> dict[str, int]:
     return numbers
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **others):
-    """Causal attention where layers hold different numbers of rows; `transformers` makes one mask for all of them."""
+def attend(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    s_aux=None,
+    first_position=None,
+    **others,
+):
+    """Causal attention where layers hold different numbers of rows; `transformers` makes one mask for all of them.
+
+    `s_aux` are learned sinks, a logit for each head. `first_position` is that of the first query, for attention to the
+    chunk of the text that a token lies in.
+    """
     shape = query.shape[2], key.shape[2]
     num_before = shape[1] - shape[0]
     mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(num_before)
     if sliding_window is not None:
         mask = mask.triu(num_before - sliding_window + 1)
+    if first_position is not None and module.config.layer_types[module.layer_idx] == "chunked_attention":
+        positions = torch.arange(first_position - num_before, first_position + shape[0], device=query.device)
+        chunks = positions // module.config.attention_chunk_size
+        mask &= chunks[num_before:, None] == chunks
     if (held := _held(key)).logical_not().any():
         mask = mask & held.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
         key = key.nan_to_num()
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
-    )
+    if s_aux is None:
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+        )
+    else:
+        keys, values = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+        logits = (query @ keys.transpose(2, 3) * scaling).masked_fill(~mask, -torch.inf)
+        sinks = s_aux.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        attended = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1] @ values
     return attended.transpose(1, 2).contiguous(), None
 
 
@@ -221,8 +246,13 @@ class Reference:
             position_ids=torch.arange(position, len(tokens), device=self.device)[None],
             use_cache=True,
             logits_to_keep=num_logits,
+            **self._more(position),
         ).logits
         return cache, logits[0].float()
+
+    def _more(self, position: int) -> dict[str, Any]:
+        """What the model passes to attention."""
+        return {}
 
     def _compacted(
         self, cache: DynamicCache, num_keep: int, full_layers: Sequence[int], first: int, last: int

@@ -14,8 +14,10 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GptOssConfig,
     GraniteMoeHybridConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     NemotronHConfig,
@@ -105,6 +107,39 @@ def gemma3(num_blocks: int = 2, **changes: Any) -> PretrainedConfig:
         "tie_word_embeddings": False,
     }
     return Gemma3TextConfig(**{**SHAPE, **hybrid, **changes})
+
+
+def gpt_oss(**changes: Any) -> PretrainedConfig:
+    """Every other layer has a sliding window; each head has a sink, a learned logit beside those of the keys."""
+    hybrid = {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": 6,
+        "sliding_window": SLIDING_WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "tie_word_embeddings": False,
+    }
+    return GptOssConfig(**{**SHAPE, **hybrid, **changes})
+
+
+def llama4(**changes: Any) -> PretrainedConfig:
+    """Every other layer attends to the chunk of 64 tokens that a token lies in; the others have no positions."""
+    hybrid = {
+        "layer_types": ["chunked_attention", "full_attention"] * 3,
+        "no_rope_layers": [1, 0] * 3,
+        "num_hidden_layers": 6,
+        "attention_chunk_size": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 64,
+        "intermediate_size_mlp": 128,
+        "interleave_moe_layer_step": 2,
+        "use_qk_norm": False,
+        "attn_temperature_tuning": False,
+        "tie_word_embeddings": False,
+    }
+    return Llama4TextConfig(**{**SHAPE, **hybrid, **changes})
 
 
 def lfm2(num_blocks: int = 3, **changes: Any) -> PretrainedConfig:
@@ -197,3 +232,10 @@ class HybridReference(Reference):
     def __init__(self, model: Path, **options: Any) -> None:
         super().__init__(model, **options)
         self.new_cache: Callable[[], DynamicCache] = lambda: DynamicCache(config=self.model.config)
+
+
+class ChunkedReference(HybridReference):
+    """The reference for models some of whose layers attend to one chunk of the text."""
+
+    def _more(self, position: int) -> dict[str, Any]:
+        return {"first_position": position}

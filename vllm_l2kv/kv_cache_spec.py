@@ -14,6 +14,7 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
@@ -133,7 +134,8 @@ def classify_layers(
 ) -> dict[str, KVCacheSpec]:
     """Turns a model's full-attention specs into compressed and full ones.
 
-    Sliding-window layers stay as they are: they hold a window already. Recurrent layers hold a state, without rows.
+    Layers that attend to a window or a chunk stay as they are: they hold no more already. Recurrent layers hold a
+    state, without rows.
 
     Args:
         specs: Layer names to the specs that vLLM found, of any tensor-parallel rank.
@@ -286,9 +288,7 @@ def key_dtype(spec: AttentionSpec) -> torch.dtype | None:
 
 def _check_specs(specs: Mapping[str, KVCacheSpec]) -> None:
     for name, spec in specs.items():
-        if isinstance(spec, SlidingWindowSpec) and type(spec) is SlidingWindowSpec:
-            continue
-        if type(spec) is MambaSpec:
+        if type(spec) in (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec):
             continue
         # Exact class: subclasses (MLA, sinks, R-SWA, hidden states) store something else than plain keys and values.
         if type(spec) is not FullAttentionSpec:
@@ -363,7 +363,7 @@ def group_capacity(spec: KVCacheSpec, block_bytes: int, max_in_flight_tokens: in
         max_model_len: Tokens of the longest request.
     """
     max_blocks = None
-    if isinstance(spec, SlidingWindowSpec):
+    if isinstance(spec, (SlidingWindowSpec, ChunkedLocalAttentionSpec)):
         max_blocks = spec.max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
     elif isinstance(spec, RecurrentLayerSpec):
         max_blocks = spec.max_blocks

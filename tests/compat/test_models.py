@@ -3,7 +3,7 @@
 import pytest
 from engine import keep
 from reference import Reference, check_numbers
-from tiny import SLIDING_WINDOW, HybridReference
+from tiny import SLIDING_WINDOW, ChunkedReference, HybridReference
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,20 @@ class TestSlidingWindow:
             run(model, (), disable_hybrid_kv_cache_manager=True),
         ):
             pass
+
+
+@pytest.mark.slow  # two more engines
+@pytest.mark.parametrize(
+    ("kind", "make_reference"),
+    [
+        pytest.param("gpt_oss", HybridReference, id="learned sinks beside sliding windows (gpt-oss)"),
+        pytest.param("llama4", ChunkedReference, id="chunked local attention (Llama 4)"),
+    ],
+)
+def test_full_attention_layers_compress_beside_others(kind, make_reference, tiny_model, run, check_exact):
+    """Layers 1, 3, 5 attend to everything, of which the first is full."""
+    model = tiny_model(kind)
+    with run(model, (0, 1)) as engine:
+        groups = engine.worker.kv_cache_groups()
+        assert {name.split(".")[2] for group in groups if group["compressed"] for name in group["layers"]} == {"3", "5"}
+        check_exact(engine, make_reference(model), (1,))

@@ -173,7 +173,6 @@ def layers(*specs):
         (SinkFullAttentionSpec(**SHAPE, sink_len=4), "SinkFullAttentionSpec"),
         (CrossAttentionSpec(**SHAPE), "CrossAttentionSpec"),
         (EncoderOnlyAttentionSpec(**SHAPE), "EncoderOnlyAttentionSpec"),
-        (ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64), "ChunkedLocalAttentionSpec"),
         (FullAttentionSpec(**SHAPE, sliding_window=128), "hybrid KV-cache manager"),
         (FullAttentionSpec(**SHAPE, attention_chunk_size=128), "hybrid KV-cache manager"),
         (FullAttentionSpec(**SHAPE, non_causal=True), "non-causally"),
@@ -213,8 +212,11 @@ def test_more_full_layers_than_compressed_ones():
     assert [spec.block_size for spec in classified.values()] == [16] * 4 + [64]
 
 
-def test_sliding_window_layers_are_left_alone():
-    window = SlidingWindowSpec(**SHAPE, sliding_window=512)
+@pytest.mark.parametrize(
+    "window",
+    [SlidingWindowSpec(**SHAPE, sliding_window=512), ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64)],
+)
+def test_layers_that_attend_to_a_part_are_left_alone(window):
     classified = classify_layers(layers(window, window, FullAttentionSpec(**SHAPE)), Settings(()))
     assert list(classified.values())[:2] == [window, window]
     assert type(list(classified.values())[2]) is CompressedLayerSpec
