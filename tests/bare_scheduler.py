@@ -17,7 +17,7 @@ from vllm.v1.core.kv_cache_utils import (
     resolve_kv_cache_block_sizes,
 )
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MambaSpec
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -60,12 +60,14 @@ def plan(
     is_async: bool = False,
     kv_events: bool = False,
     full_heads: tuple[tuple[int, tuple[int, ...]], ...] = (),
+    specs: tuple[tuple[str, KVCacheSpec], ...] = (),
     **arguments: Any,
 ) -> Plan:
     """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`.
 
     Layers have two KV heads; `full_heads` are the items of `Settings.full_heads`, so that plans can be remembered.
-    Other arguments are those of `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
+    `specs` are items of a model's own, in place of `num_layers` alike ones; states of Mamba come into the prefix cache,
+    if there is one. Other arguments are those of `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
     """
     register()
     init_none_hash(sha256)
@@ -79,8 +81,11 @@ def plan(
     config.scheduler_config.async_scheduling = is_async
     config.cache_config.kv_cache_layout = "BLHNC" if is_ours else "LBNHC"
     spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=8, dtype=torch.float32)
-    specs = {f"model.layers.{i}.self_attn": spec for i in range(num_layers)}
-    groups = get_kv_cache_groups(config, classify_layers(specs, Settings(**full)) if is_ours else specs)
+    found = dict(specs) or {f"model.layers.{i}.self_attn": spec for i in range(num_layers)}
+    if any(isinstance(spec, MambaSpec) for spec in found.values()) and config.cache_config.enable_prefix_caching:
+        config.cache_config.mamba_cache_mode = "align"
+        config.cache_config.mamba_block_size = block_size
+    groups = get_kv_cache_groups(config, classify_layers(found, Settings(**full)) if is_ours else found)
     bytes_per_block = max(
         sum(s.page_size_bytes for s in getattr(g.kv_cache_spec, "kv_cache_specs", {}).values())
         or g.kv_cache_spec.page_size_bytes * len(g.layer_names)
