@@ -16,6 +16,7 @@ from transformers import (
     GlmConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
+    JambaConfig,
     Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
@@ -26,6 +27,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 from widened import TOKENIZER_FILES
 
@@ -142,7 +144,7 @@ def llama4(**changes: Any) -> PretrainedConfig:
     return Llama4TextConfig(**{**SHAPE, **hybrid, **changes})
 
 
-def lfm2(num_blocks: int = 3, **changes: Any) -> PretrainedConfig:
+def lfm2(**changes: Any) -> PretrainedConfig:
     """A short convolution before each attention layer.
 
     One head: vLLM's rotation on CPUs is wrong for several where a model hands it tensors of three dimensions.
@@ -150,16 +152,19 @@ def lfm2(num_blocks: int = 3, **changes: Any) -> PretrainedConfig:
     hybrid = {
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
-        "layer_types": ["conv", "full_attention"] * num_blocks,
-        "num_hidden_layers": 2 * num_blocks,
+        "layer_types": ["conv", "full_attention"] * 3,
+        "num_hidden_layers": 6,
         "conv_L_cache": 3,
-        # Names that files of this model have and `transformers` does not read.
-        **dict.fromkeys(("conv_dim", "block_dim", "block_ff_dim"), SHAPE["hidden_size"]),
         "block_auto_adjust_ff_dim": False,
+    }
+    shape = {**_without_head_dim(), **hybrid, **changes}
+    # Names that files of this model have and `transformers` does not read.
+    others = {
+        **dict.fromkeys(("conv_dim", "block_dim", "block_ff_dim"), shape["hidden_size"]),
         "block_multiple_of": 32,
         "block_ffn_dim_multiplier": 1.0,
     }
-    return Lfm2Config(**{**_without_head_dim(), **hybrid, **changes})
+    return Lfm2Config(**shape, **others)
 
 
 def nemotron_h(**changes: Any) -> PretrainedConfig:
@@ -194,6 +199,42 @@ def granite_hybrid(**changes: Any) -> PretrainedConfig:
         "position_embedding_type": "rope",
     }
     return GraniteMoeHybridConfig(**{**_without_head_dim(), **hybrid, **changes})
+
+
+def qwen3_next(**changes: Any) -> PretrainedConfig:
+    """A gated delta net before each attention layer, and experts. vLLM computes it in bf16, on GPUs and some CPUs."""
+    hybrid = {
+        "layer_types": ["linear_attention", "full_attention"] * 3,
+        "num_hidden_layers": 6,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    return Qwen3NextConfig(**{**SHAPE, **hybrid, **changes})
+
+
+def jamba(**changes: Any) -> PretrainedConfig:
+    """Mamba 1 before each attention layer, which vLLM computes on GPUs alone."""
+    hybrid = {
+        "hidden_size": 128,
+        "num_hidden_layers": 6,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 1,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "use_mamba_kernels": False,
+    }
+    return JambaConfig(**{**_without_head_dim(), **hybrid, **changes})
 
 
 def _without_head_dim() -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""Models some of whose layers keep a state, a window or a chunk, on a GPU: bf16, CUDA graphs, async scheduling.
+
+Tiny ones with random weights, of the architectures that vLLM's kernels for CPUs cannot compute, and of those that they
+can. Judged as in `test_engine`: by what bf16 moves in the reference.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from agreement import likely_differences, rms, steps_of, tokens_of
+from engine import bare_rule, keep
+from reference import check_numbers
+from tiny import ChunkedReference, HybridReference
+from vllm.config import CUDAGraphMode
+
+pytestmark = pytest.mark.gpu
+
+INTERVALS = (300, 5)
+RULES = (
+    {"ratio": "1.0"},
+    {"ratio": "0.5"},
+    {"ratio": "0.2", "first": 4, "last": 16},
+    {"ratio": "1", "budget": 96, "first": 4, "last": 32},
+    {"ratio": "0.5", "budget": 200},
+    {"ratio": "0.3", "document": 200},
+)
+LENGTHS = (33, 449, 1000, 1700)
+
+
+class Kind(NamedTuple):
+    """Named full layers, those that they stand for, and what the model has other than in tests on CPUs."""
+
+    named: tuple[int, ...]
+    full_layers: tuple[int, ...]
+    changes: dict[str, Any]
+
+
+SMALL = {"initializer_range": 0.06}
+"""Weights, since bf16 has eight bits for what large ones amplify."""
+KINDS = {
+    # Without a choice of experts, which rounding decides.
+    "qwen3_next": Kind((0, 1), (1,), {**SMALL, "mlp_only_layers": tuple(range(6))}),
+    "nemotron_h": Kind((0, 1), (3,), SMALL),
+    "lfm2": Kind((), (), {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}),
+    "granite_hybrid": Kind((3,), (3,), SMALL),
+    "jamba": Kind((0, 1), (1,), SMALL),
+    "gpt_oss": Kind((0, 1), (1,), {"initializer_range": 0.15, "num_experts_per_tok": 4}),
+    "llama4": Kind((0, 1), (1,), SMALL),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind, tiny_model):
+    return tiny_model(kind, **KINDS[kind].changes)
+
+
+@pytest.fixture(scope="module")
+def engine(kind, model, start_small):
+    rule = bare_rule(full_layers=KINDS[kind].named, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
+    sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "kv_cache_memory_bytes": 1 << 28}
+    engine = start_small(model, max_num_seqs=32, max_num_batched_tokens=2048, **sizes, **rule)
+    for layer in engine.layers.values():  # what a state may leave in a block: no numbers
+        caches = layer.kv_cache if isinstance(layer.kv_cache, (tuple, list)) else (layer.kv_cache,)
+        for cache in caches:
+            cache.fill_(math.nan)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def references(kind, model):
+    """In fp32, and in bf16."""
+    make = ChunkedReference if kind == "llama4" else HybridReference
+    return [make(model, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.bfloat16)]
+
+
+def test_decoding_runs_in_graphs(engine):
+    assert engine.worker.vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+def test_answers(kind, engine, references, text_ids):
+    """All in one batch, twice: the second time with what the first left in the prefix cache."""
+    exact, rounded = references
+    full_layers = KINDS[kind].full_layers
+    cases = [
+        (text_ids[9 * i : 9 * i + n], rule)
+        for i, (n, rule) in enumerate((n, rule) for n in LENGTHS for rule in RULES)
+        if rule.get("document", 0) < n
+    ]
+    for _ in range(2):
+        outputs = engine.generate(
+            [prompt for prompt, _ in cases], [keep(**rule, num_tokens=16, logprobs=20) for _, rule in cases]
+        )
+        moved, reach, other = [], [], []
+        for (prompt, rule), output in zip(cases, outputs, strict=True):
+            check_numbers(output, **rule, intervals=INTERVALS)
+            steps = steps_of(output)
+            tokens, asked = tokens_of(steps), {**rule, "intervals": INTERVALS, "full_layers": full_layers}
+            right, bf16 = (reference.logits(prompt, tokens, **asked) for reference in (exact, rounded))
+            likely = right.topk(20).indices
+            moved += likely_differences(steps, right)
+            reach += (right - bf16).gather(1, likely).flatten().tolist()
+            if rule != {"ratio": "1.0"}:
+                whole = exact.logits(prompt, tokens, full_layers=full_layers)
+                other += (right - whole).gather(1, likely).flatten().tolist()
+        sizes = [f"{rms(differences):.4f}" for differences in (moved, reach, other)]
+        print(f"{kind}: logits differ by {sizes[0]}, bf16 moves them by {sizes[1]}, the rule by {sizes[2]}")
+        assert rms(moved) <= 2 * rms(reach)
+        assert rms(other) > 2 * rms(moved), "what is compared must depend on the rule"
+    engine.step()  # tells the worker what has finished
+    assert engine.worker.num_evicted() == {}
