@@ -114,6 +114,7 @@ def _slot_mappings_kernel(
         o_token = start + tl.arange(0, TILE)
         m_token = o_token < end
         b_slot = tl.load(positions + o_token, mask=m_token, other=0) - evicted
-        b_block = tl.load(table + b_slot // block_size, mask=m_token & is_real, other=0).to(tl.int64)
+        m_block = o_token < tl.where(is_real, end, 0)
+        b_block = tl.load(table + b_slot // block_size, mask=m_block, other=0).to(tl.int64)
         b_slot = tl.where(is_real, b_block * block_size + b_slot % block_size, PAD)
         tl.store(out + o_token, b_slot, mask=m_token)
