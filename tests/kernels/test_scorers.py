@@ -255,7 +255,7 @@ def test_ranks_keep_what_one_rank_keeps(name, degree):
     for rank in range(degree):
         own = slice(rank * 6 // degree, rank * 6 // degree + max(6 // degree, 1))
         scorer = bound((7, 9), 6, rank, degree)[name]
-        assert scorer.heads.num_heads == own.stop - own.start
+        assert len(scorer.heads.of_layers[0]) == own.stop - own.start
         assert torch.equal(select(scorer.score(Rows(heads.keys[own], heads.values[own])), 100), whole[own])
 
 

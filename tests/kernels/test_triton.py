@@ -99,8 +99,18 @@ class Pool:
         pool = padded[:, : pool.shape[1]].view([sizes[axis] for axis in layout])
         self.views = pool.permute([layout.index(axis) for axis in "LBHNC"])
         self.head_size = head_size
-        heads = Heads.of_rank(range(3, 3 + num_layers), 2 * NUM_KV_HEADS, 1, 2, self.views.device)
-        self.scorers = bind(heads, made_up_weights(3 + num_layers, 2 * NUM_KV_HEADS, head_size, rope))
+        self.layers = list(self.views)
+        self.numbers = range(3, 3 + num_layers)
+        self.weights = made_up_weights(3 + num_layers, 2 * NUM_KV_HEADS, head_size, rope)
+        heads = Heads.of_rank(self.numbers, 2 * NUM_KV_HEADS, 1, 2, self.views.device)
+        self.scorers = bind(heads, self.weights)
+
+    def leave(self, *heads: tuple[int, ...]) -> None:
+        """Confines each layer to some of its heads; the others are none of the compactor's business."""
+        self.layers = [view[:, own[0] : own[-1] + 1] for view, own in zip(self.views, heads, strict=True)]
+        of_layers = tuple(tuple(NUM_KV_HEADS + head for head in own) for own in heads)
+        bound = Heads(tuple(self.numbers), of_layers, 2 * NUM_KV_HEADS, self.views.device)
+        self.scorers = bind(bound, self.weights)
 
     def rows(self, layer: torch.Tensor) -> LayerRows:
         return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype)
@@ -119,7 +129,7 @@ class Pool:
         return lives
 
     def compactor(self, max_num_tokens: int = 512) -> TritonCompactor:
-        cache = GroupCache.of(list(self.views), self.head_size, self.key_dtype)
+        cache = GroupCache.of(self.layers, self.head_size, self.key_dtype)
         room = Scratch.of(cache.num_selections, self.head_size, max_num_tokens, self.views.device)
         return TritonCompactor(cache, self.scorers, 0, room)
 
@@ -258,12 +268,12 @@ def near(name: str, rows: Rows) -> float:
 
 def check_sets(pool: Pool, orders: list[CompactionOrder], compactor: TritonCompactor | None = None) -> None:
     """As `check`, if all rows differ; but heads may choose otherwise among rows whose scores are that near."""
-    before = pool.views.clone()
+    before = [layer.clone() for layer in pool.layers]
     (compactor or pool.compactor()).compact(orders)
     for o in orders:
         (move,), params = o.moves, o.params
-        for layer in range(before.shape[0]):
-            rows = pool.rows(before[layer])
+        for layer, of_layer in enumerate(before):
+            rows = pool.rows(of_layer)
             source = torch.tensor(move.source, device=DEVICE)
             keys, values = (read(part, source, o.num_rows) for part in rows[:2])
             seen = rows.seen(keys, values, layer)
@@ -271,8 +281,8 @@ def check_sets(pool: Pool, orders: list[CompactionOrder], compactor: TritonCompa
             scores = pool_scores(pool.scorers[params.scorer].score(seen), params.granularity)
             kept = select(scores, o.num_keep, params.protect_first, params.protect_last).tolist()
             content = torch.cat([keys, values], dim=-1)
-            slots = read(pool.views[layer], torch.tensor(move.destination, device=DEVICE), o.num_keep)
-            for head in range(NUM_KV_HEADS):
+            slots = read(pool.layers[layer], torch.tensor(move.destination, device=DEVICE), o.num_keep)
+            for head in range(of_layer.shape[1]):
                 places = {row: place for place, row in enumerate(as_bytes(content[head]))}
                 assert len(places) == o.num_rows
                 got = [places[row] for row in as_bytes(slots[head])]
@@ -308,6 +318,18 @@ def test_scores(scorer, granularity, n):
     protected = min(n // 4, 2), min(n // 4, 3)
     orders = [order(c, d, 90, 40), order(a, b, n, n // 2 + 1, *protected, scorer, granularity)]
     check_sets(pool, orders, pool.compactor(max_num_tokens=n + 90))
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_scores_of_layers_with_unequal_numbers_of_heads(scorer):
+    """In one launch; by the token and by the block, of which each layer makes its own."""
+    a, b, c, d = tables(24, 6, 3, 4, 2)
+    pool = random_pool(24, num_layers=3, dtype=torch.float32)
+    pool.leave((0, 1), (1,), (0,))
+    others = pool.views[1][:, 0].clone(), pool.views[2][:, 1].clone()
+    check_sets(pool, [order(a, b, 90, 40, 1, 2, scorer), order(c, d, 60, 20, 2, 1, scorer, "block")])
+    assert torch.equal(pool.views[1][:, 0], others[0])
+    assert torch.equal(pool.views[2][:, 1], others[1])
 
 
 @pytest.mark.parametrize("scorer", OFFERED_SCORERS)

@@ -20,11 +20,11 @@ from vllm_l2kv.profile import Rope
 
 @dataclass(frozen=True)
 class Heads:
-    """The KV heads that one compactor holds: as many of each of some layers, on one tensor-parallel rank.
+    """The KV heads that one compactor holds: any of some layers, on one tensor-parallel rank.
 
     Attributes:
         layers: Indices in the model, in the order of the compactor's caches.
-        of_layers: Heads of each of them, by their numbers in the layer, in the order of its cache; equally many.
+        of_layers: Heads of each of them, by their numbers in the layer, in the order of its cache.
         num_heads_of_model: KV heads of each layer in the model.
         device: Of the caches.
     """
@@ -33,11 +33,6 @@ class Heads:
     of_layers: tuple[tuple[int, ...], ...]
     num_heads_of_model: int
     device: torch.device
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of each layer."""
-        return len(self.of_layers[0])
 
     @classmethod
     def of_rank(
@@ -54,6 +49,15 @@ class Heads:
         """
         layers, heads = tuple(layers), tuple(heads_of_rank(num_heads_of_model, rank, degree))
         return cls(layers, (heads,) * len(layers), num_heads_of_model, device)
+
+    def place(self, layer: int, head: int = 0) -> int:
+        """A head's place among all of them, layer after layer.
+
+        Args:
+            layer: The layer's place in `layers`.
+            head: The head's place in the layer's cache.
+        """
+        return sum(map(len, self.of_layers[:layer])) + head
 
     def numbers(self, layer: int) -> list[int]:
         """Numbers of a layer's heads in the model, the same on any rank and in any group.

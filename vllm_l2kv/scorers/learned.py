@@ -11,6 +11,7 @@ states. Features and the gate's shape are of this project.
 """
 
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch.nn.functional import gelu
@@ -28,28 +29,30 @@ class Bound(Scorer):
     """`w2 . gelu(x w1 + b1) + wl . x + b`, where x are the features, rounded to bf16; products and sums in fp32.
 
     Attributes:
-        w1: `[num_layers, num_heads, num_features, HIDDEN]` bf16, of the layers and heads that it is bound to.
-        b1: `[num_layers, num_heads, HIDDEN]` fp32.
-        w2: `[num_layers, num_heads, HIDDEN]` fp32.
-        wl: `[num_layers, num_heads, num_features]` bf16.
-        b: `[num_layers, num_heads]` fp32.
+        w1: `[num_heads, num_features, HIDDEN]` bf16, of the heads that it is bound to, layer after layer.
+        b1: `[num_heads, HIDDEN]` fp32.
+        w2: `[num_heads, HIDDEN]` fp32.
+        wl: `[num_heads, num_features]` bf16.
+        b: `[num_heads]` fp32.
         rope: How keys are rotated.
     """
 
     def __init__(self, heads: Heads, weights: Weights | None = None) -> None:
         super().__init__(heads, weights)
         assert weights is not None, "the scorer learned needs a profile"
-        layers, of_layers = torch.tensor(heads.layers).unsqueeze(-1), torch.tensor(heads.of_layers)
+        layers = [layer for layer, own in zip(heads.layers, heads.of_layers, strict=True) for _ in own]
+        places = list(chain(*heads.of_layers))
 
         def own(name: str) -> torch.Tensor:
-            tensor = weights.tensors[name][layers, of_layers]
+            tensor = weights.tensors[name][layers, places]
             return tensor.to(heads.device, DTYPES[name]).contiguous()
 
         self.w1, self.b1, self.w2, self.wl, self.b = (own(name) for name in DTYPES)
         self.rope = weights.rope
 
     def score(self, rows: Rows) -> torch.Tensor:
-        own = rows.layer, slice(rows.first_head, rows.first_head + rows.keys.shape[0])
+        first = self.heads.place(rows.layer, rows.first_head)
+        own = slice(first, first + rows.keys.shape[0])
         inputs = features(rows.keys, rows.values, self.rope).bfloat16()
         return scores_of(inputs, {name: getattr(self, name)[own] for name in DTYPES})
 

@@ -257,7 +257,7 @@ def choose_mamba_kernel(specs: Mapping[str, KVCacheSpec], vllm_config: Any) -> N
 
 
 def alike(layers: Mapping[int, Sequence[Layer]]) -> list[tuple[int, list[Layer]]]:
-    """Layers that one compactor can take, each with the id of their group: all of a group, unless they differ.
+    """Layers that one compactor can take, each with the id of their group: all of a group, unless their heads differ.
 
     Args:
         layers: Compressed KV-cache groups to their layers.
@@ -265,8 +265,8 @@ def alike(layers: Mapping[int, Sequence[Layer]]) -> list[tuple[int, list[Layer]]
     found: dict[tuple[Any, ...], list[Layer]] = {}
     for group_id, group in layers.items():
         for layer in group:
-            cache = layer.attention.kv_cache
-            like = (group_id, layer.spec.head_size, key_dtype(layer.spec), cache.dtype, cache.shape, cache.stride())
+            head = layer.attention.kv_cache[:, 0]
+            like = (group_id, layer.spec.head_size, key_dtype(layer.spec), head.dtype, head.shape, head.stride())
             found.setdefault(like, []).append(layer)
     return [(group_id, group) for (group_id, *_), group in found.items()]
 

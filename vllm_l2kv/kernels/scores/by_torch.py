@@ -19,14 +19,14 @@ class Kernels:
 
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
         """As of `scores.Scored`."""
-        cache, num_heads = batch.cache, self._scorer.heads.num_heads
+        cache, of_layers = batch.cache, self._scorer.heads.of_layers
+        places = [(layer, head) for layer, heads in enumerate(of_layers) for head in range(len(heads))]
         for row in batch.rows:
             blocks = batch.table[row.source : row.destination].long()
             first = row.first_score * cache.num_selections
             scores = out[first:][: cache.num_selections * row.num_rows].view(torch.float32)
-            for selection, of_head in enumerate(scores.view(-1, row.num_rows)):
-                layer, head = divmod(selection, num_heads)
-                keys, values = cache.heads[selection].unsqueeze(1).tensor_split([cache.head_size], dim=-1)
+            for of_head, view, (layer, head) in zip(scores.view(-1, row.num_rows), cache.heads, places, strict=True):
+                keys, values = view.unsqueeze(1).tensor_split([cache.head_size], dim=-1)
                 rows = LayerRows(keys, values, cache.key_dtype)
                 keys, values = read(keys, blocks, row.num_rows), read(values, blocks, row.num_rows)
                 of_head.copy_(self._scorer.score(rows.seen(keys, values, layer, head))[0])
