@@ -151,6 +151,17 @@ in memory, and attention reads them faster. In a server that has been running th
 gone. A block of vllm-l2kv holds all layers, so one layer's blocks are apart from the start. Microseconds a layer:
 
 {loads}
+
+## Heads of two classes in a layer
+
+    python -m benchmarks.speed.heads_attention --out h100_heads_attention.jsonl
+
+Cache write and decode attention of one layer in a CUDA graph, FlashAttention 3, microseconds on one {heads_gpu};
+requests x tokens. {full_heads} of 8 KV heads hold every token, the others a share of them. `plain` is vLLM's call where
+every head holds every token, `equal counts` where each holds as many as all of them do on average. Outputs of one call
+and of two differ by {heads_difference:.3f} at most.
+
+{heads_attention}
 {two_gpus}"""
 
 SCORERS = """
@@ -214,6 +225,7 @@ def page() -> str:
     rows = {name: read(f"h100_{name}", name not in DOCUMENTS) for name in SCENARIOS}
     steps, first, ample, memory = (rows[n] for n in ("decode_step", "first_token", "ample_memory", "memory_bound"))
     compaction, attention, attention_h200 = read("h100_compaction"), read("h100_attention"), read("h200_attention")
+    by_class = read("h100_heads_attention")
     decoding, waiting = split_scheduler(read("scheduler"))
     bf16 = [row for row in steps if row["kv_cache_dtype"] == "auto"]
     return TEMPLATE.format(
@@ -239,6 +251,10 @@ def page() -> str:
         padding=padding_table([*attention, *attention_h200]),
         joined=joined_table([*attention, *attention_h200]),
         loads=loads_table(read("h100_attention_loads")),
+        heads_gpu=by_class[0]["gpu"],
+        full_heads=by_class[0]["full"],
+        heads_difference=max(row["one call: difference"] for row in by_class),
+        heads_attention=heads_attention_table(by_class),
         two_gpus=two_gpus_section({name: read(f"tp2_{name}", must_exist=False) for name in TWO_GPU_FILES}),
     )
 
@@ -583,6 +599,13 @@ def joined_table(rows: list[Row]) -> str:
             found.setdefault(key, {})[row["layout"]] = row["ratio"]
     lines = [[*key, on.get("BLHNC", ""), on.get("BLNHC", "")] for key, on in found.items() if len(on) == 2]
     return table("GPU shape tokens,a,block BLHNC,(of,stock) BLNHC,(of,stock)", lines)
+
+
+def heads_attention_table(rows: list[Row]) -> str:
+    """Ways to attend to heads of two classes."""
+    ways = "plain", "equal counts", "two calls", "one call"
+    lines = [[row["load"], row["share"], *(f"{row[way]:.1f}" for way in ways)] for row in rows]
+    return table("load share,of,tokens plain equal,counts two,calls one,call", lines)
 
 
 def plot_steps(rows: list[Row]) -> None:

@@ -1,8 +1,12 @@
 """What attention by classes of heads relies on in vLLM, for both backends; most machines have no GPU to notice."""
 
+import ast
 import inspect
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import vllm
 from vllm.model_executor.layers.attention import attention
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -12,6 +16,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu import attn_utils, cudagraph_utils
 
+from vllm_l2kv.worker.by_head import ARGUMENTS
 from vllm_l2kv.worker.heads import FullHeads, SplitAttention
 
 BACKENDS = [
@@ -73,3 +78,29 @@ def test_memory_is_measured_on_whole_layers():
     places = [source.find(step) for step in steps]
     assert -1 not in places
     assert places == sorted(places)
+
+
+def test_flash_attentions_operator_takes_what_ours_gives():
+    """vLLM passes all of them, in the operator's order, which a GPU alone can tell."""
+    path = Path(vllm.__file__).with_name("vllm_flash_attn") / "flash_attn_interface.py"
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    (call,) = (call for call in calls if ast.unparse(call.func) == "torch.ops._vllm_fa3_C.fwd")
+    given = [ast.unparse(argument) for argument in call.args]
+    assert len(given) == len(ARGUMENTS)
+    theirs = {"block_table": "page_table", "causal": "is_causal"}
+    for ours, name in zip(ARGUMENTS, given, strict=True):
+        assert name in (ours, str(ARGUMENTS[ours])) or theirs.get(name) == ours or name.startswith("real_window"), name
+
+
+def test_decoding_by_head_reads_what_flash_attention_has():
+    names = {"vllm_flash_attn_version", "batch_invariant_enabled", "dcp_world_size", "sinks", "sliding_window"}
+    names |= {"kv_cache_dtype", "supports_quant_query_input", "scale", "logits_soft_cap"}
+    assert names <= set(flash_attn.FlashAttentionImpl.__init__.__code__.co_names)
+    metadata = {field.name for field in fields(flash_attn.FlashAttentionMetadata)}
+    assert {"block_table", "seq_lens", "max_query_len", "max_seq_len", "max_num_splits"} <= metadata
+
+
+def test_a_builder_asks_in_each_step_whether_to_make_schedules():
+    builder = flash_attn.FlashAttentionMetadataBuilder
+    assert "aot_schedule" in builder.__init__.__code__.co_names
+    assert "self.aot_schedule and" in inspect.getsource(builder.build)

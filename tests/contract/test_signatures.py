@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -40,6 +41,7 @@ import vllm_l2kv
 from vllm_l2kv.scheduler.decode_fast_path import DecodeFastPath
 from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm_l2kv.supported_vllm import check_vllm
+from vllm_l2kv.worker.by_head import DecodeByHead
 from vllm_l2kv.worker.heads import SplitAttention
 from vllm_l2kv.worker.runner_v1 import CompressedBlockTable
 from vllm_l2kv.worker.runner_v2 import CompressedBlockTables
@@ -90,6 +92,7 @@ WRAPPED = {
     CompressedBlockTable: BlockTable,
     CompressedBlockTables: BlockTables,
     SplitAttention: CPUAttentionBackendImpl,
+    DecodeByHead: FlashAttentionImpl,
 }
 """Ours, and the class of vLLM that it stands before."""
 SET_ON_AN_INSTANCE = {EngineCalls: AsyncLLM}

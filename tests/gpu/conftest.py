@@ -31,7 +31,7 @@ def start_on_gpu(demo_model, rule=MappingProxyType({}), **arguments):
         "gpu_memory_utilization": 0.5,
         "seed": 0,
         **LOGITS,
-        **bare_rule(full_layers=(0, 1), prompt_interval=300, answer_interval=5, **rule),
+        **bare_rule(**{"full_layers": (0, 1), "prompt_interval": 300, "answer_interval": 5, **rule}),
     }
     return Engine(demo_model, **{**defaults, **arguments})
 
@@ -72,6 +72,33 @@ def on_gpu_fp8(demo_model):
 def sleepy(demo_model):
     """Started when it is asked for, with graphs, in memory that vLLM gives back while it sleeps."""
     engine = start_on_gpu(demo_model, enable_sleep_mode=True, max_num_seqs=4, gpu_memory_utilization=0.15)
+    yield engine
+    engine.shutdown()
+
+
+FULL_HEADS = MappingProxyType(
+    {1: (0,), 4: (0, 2), 6: (1,), 9: (1,), 12: (2,), 15: (0, 1, 2), 20: (1, 2), 22: (0,), 26: (0, 2), 29: (2,)}
+)
+"""15 of 90, which waste nothing: in a row and not, and one layer of full heads alone."""
+
+
+@pytest.fixture(scope="session")
+def full_heads():
+    return FULL_HEADS
+
+
+@pytest.fixture(scope="session")
+def heads_in_graphs(demo_model):
+    engine = start_on_gpu(demo_model, {"full_layers": (), "full_heads": FULL_HEADS}, gpu_memory_utilization=0.2)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="session")
+def heads_in_fp8(demo_model):
+    """Without graphs."""
+    arguments = {"kv_cache_dtype": "fp8_e4m3", "enforce_eager": True, "gpu_memory_utilization": 0.15}
+    engine = start_on_gpu(demo_model, {"full_layers": (), "full_heads": FULL_HEADS}, **arguments)
     yield engine
     engine.shutdown()
 

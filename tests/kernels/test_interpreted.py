@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).with_name("test_triton.py")
+TESTS = [str(Path(__file__).with_name(name)) for name in ("test_triton.py", "test_head_pages.py")]
 HALVES = ("scores", "not scores")
 """Of about the same length, side by side."""
 
@@ -28,7 +28,7 @@ def test_kernels_in_tritons_interpreter():
 
 def interpret(chosen: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(TESTS), "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-x", *TESTS, "-k", chosen],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,4 +1,5 @@
-"""`test_runner_v2.py` with our kernels instead of loops. In a process of its own, as in `test_interpreted.py`."""
+"""`test_runner_v2.py` with our kernels instead of loops, and `test_by_head.py`. In a process of their own, as in
+`test_interpreted.py`."""
 
 import os
 import subprocess
@@ -8,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).with_name("test_runner_v2.py")
+TESTS = [str(Path(__file__).with_name(name)) for name in ("test_runner_v2.py", "test_by_head.py")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the compiled kernels here")
 def test_runner_v2_in_tritons_interpreter():
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(TESTS)],
+        [sys.executable, "-m", "pytest", "-q", "-x", *TESTS],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

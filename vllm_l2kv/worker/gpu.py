@@ -1,7 +1,9 @@
 """The worker for NVIDIA GPUs."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -11,12 +13,23 @@ from vllm_l2kv.kernels import Compactor
 from vllm_l2kv.kernels.group_cache import GroupCache
 from vllm_l2kv.kernels.scratch import Scratch, scratch_bytes
 from vllm_l2kv.kernels.triton_compactor import TritonCompactor
-from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, key_dtype
+from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, full_name, key_dtype, mixed
 from vllm_l2kv.scorers import bytes_of_a_head
+from vllm_l2kv.worker.by_head import (
+    Room,
+    decode_by_head,
+    leave_schedules_to_calls,
+    room_bytes,
+    room_shape,
+    takes_one_call,
+)
 from vllm_l2kv.worker.clock import Clock, CUDAClock
 from vllm_l2kv.worker.runner import Runner
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 from vllm_l2kv.worker.worker import AlikeLayers, CompactionWorker, Layer
+
+# vLLM configures logging below its own name only.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class L2KVGPUWorker(CompactionWorker, Worker):
@@ -32,7 +45,26 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         self._scratch_bytes = scratch_bytes(*shape)
         if self._weights is not None:
             self._scratch_bytes += shape[0] * bytes_of_a_head(self._weights)
+        self._room_shape = self._shape_of_room(specs)
+        if self._room_shape is not None:
+            self._scratch_bytes += room_bytes(*self._room_shape)
         return specs
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Same contract as `CompactionWorker`; layers with heads of both classes decode in one call, where they can."""
+        super().initialize_from_config(kv_cache_config)
+        names = mixed([name for group in kv_cache_config.kv_cache_groups for name in group.layer_names])
+        if not names:
+            return
+        by_head: set[str] = set()
+        if self._room_shape is not None:
+            by_head = decode_by_head(self._layers, names, Room.of(*self._room_shape, self.device))
+            leave_schedules_to_calls(self.model_runner.attn_groups, by_head)
+        logger.info(
+            "Of %d layers with full KV heads and others, %d decode in one call of attention, the rest in two.",
+            len(names),
+            len(by_head.intersection(names)),
+        )
 
     def determine_available_memory(self) -> int:
         """Same contract as upstream, less the kernels' memory; --kv-cache-memory-bytes is left unchanged."""
@@ -60,6 +92,19 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         """Arguments of `scratch_bytes` for these layers, together the most that one compactor can have."""
         longest = self.vllm_config.model_config.max_model_len
         return sum(spec.num_kv_heads for spec in specs), max((spec.head_size for spec in specs), default=0), longest
+
+    def _shape_of_room(self, specs: Mapping[str, KVCacheSpec]) -> tuple[int, int] | None:
+        """Arguments of `Room.of`; `None` where no layer decodes by head."""
+        names = [name for name in mixed(specs) if takes_one_call(self._layers[name].impl)]
+        if not names or self.vllm_config.parallel_config.use_ubatching:
+            return None
+        page_size = min(specs[name].block_size for name in (names[0], full_name(names[0])))
+        num_heads = max(self._layers[name].num_kv_heads for name in names)
+        max_num_seqs, longest = (
+            self.vllm_config.scheduler_config.max_num_seqs,
+            self.vllm_config.model_config.max_model_len,
+        )
+        return room_shape(num_heads, max_num_seqs, longest, page_size)
 
     def _make_clock(self) -> Clock:
         return CUDAClock()

@@ -33,7 +33,8 @@ class HeadClass:
 
     Attributes:
         name: As the argument.
-        kv: Places of their KV heads.
+        kv_heads: As the argument.
+        kv: The same, to take them from a tensor.
         queries: Places of their query heads, those of a KV head next to each other.
         impl: vLLM's implementation for that many heads; the rest of it is that of the layer.
     """
@@ -42,6 +43,7 @@ class HeadClass:
         group = impl.num_heads // impl.num_kv_heads
         queries = [head * group + i for head in kv_heads for i in range(group)]
         self.name = name
+        self.kv_heads = tuple(kv_heads)
         self.kv = _places(kv_heads, device)
         self.queries = _places(queries, device)
         self.impl = copy(impl)
@@ -56,11 +58,14 @@ class SplitAttention:
     Args:
         impl: vLLM's, for all heads.
         classes: Of the layer's heads, that of its own name first.
+
+    Attributes:
+        classes: As the argument.
     """
 
     def __init__(self, impl: Any, classes: Sequence[HeadClass]) -> None:
         self._impl = impl
-        self._classes = tuple(classes)
+        self.classes = tuple(classes)
         self.num_heads, self.num_kv_heads = classes[0].impl.num_heads, classes[0].impl.num_kv_heads
 
     def __getattr__(self, name: str) -> Any:
@@ -68,13 +73,13 @@ class SplitAttention:
 
     def get_impl_variants(self) -> tuple[Any, ...]:
         """Same contract as upstream: the copies."""
-        return tuple(each.impl for each in self._classes)
+        return tuple(each.impl for each in self.classes)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Same contract as upstream; the last two are those of the layer's own name."""
-        for each in self._classes:
+        for each in self.classes:
             _, _, cache, slots = get_attention_context(each.name)
             each.impl.do_kv_cache_update(layer, _taken(key, each.kv), _taken(value, each.kv), cache, slots)
 
@@ -94,7 +99,7 @@ class SplitAttention:
         if attn_metadata is None:  # vLLM measures memory
             whole: torch.Tensor = self._impl.forward(layer, query, key, value, kv_cache, attn_metadata, output)
             return whole
-        for each in self._classes:
+        for each in self.classes:
             metadata, _, cache, _ = get_attention_context(each.name)
             queries = _taken(query, each.queries)
             # Not into `output`: vLLM's kernel for CPUs writes rows next to each other, whatever the strides. Keys and

@@ -1,0 +1,173 @@
+"""Engines with full KV heads beside engines without: decode steps, first tokens, and a cache too small.
+
+python -m benchmarks.speed.shapes 8b FOLDER
+python -m benchmarks.speed.heads --model FOLDER --out heads.jsonl [--variants ...] [--cases ...] [--rate 0.1]
+
+Variants, each in a process of its own with one engine for all cases:
+
+    one_call    two full heads of eight in every second layer, both classes of a layer in one call of attention
+    equal       no full layers and heads: every head keeps as many rows
+    stock       vLLM
+    two_calls   as one_call, with a call for each class; not by default
+
+The model needs a `config.json`; weights are made up. What `--rate` is the ratio of the heads that compact, `equal`
+keeps of every head as much as makes the same memory. Each row is written when it is measured, so a run that is cut off
+goes on with `--variants` and `--cases`.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.rows import append
+
+VARIANTS = ("one_call", "equal", "stock", "two_calls")
+CASES = {"decode": 35, "first_token": 10, "load": 40}
+"""Seconds that each is expected to take on an H100, with an 8B shape."""
+START_SECONDS = 80
+DECODE = ((1, 128, False), (64, 256, False), (64, 256, True), (24, 6000, False), (24, 6000, True))
+DECODE += ((8, 15_000, False), (8, 15_000, True))
+"""Requests, prompt tokens, and whether they are compacted."""
+LENGTHS = {8000: 3, 30_000: 1}
+"""Prompt tokens, and how often a first token is measured."""
+MEMORY, CACHE_BYTES, ASKED = 0.25, 16 << 30, (8000, 1000)
+"""Of the load: what a request keeps of its whole cache, the cache, and tokens of a prompt and an answer."""
+SETTLE_SECONDS, MEASURED_SECONDS = 2.0, 15.0
+MAX_NUM_SEQS = 128
+ENGINE_ARGS = {
+    "max_model_len": 131_072,
+    "max_num_seqs": MAX_NUM_SEQS,
+    # Those of vLLM, as far as batches go here: a start captures fewer graphs, and is sooner over.
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, *range(8, MAX_NUM_SEQS + 1, 8)]},
+}
+
+
+def main() -> None:
+    """Starts the variants' processes, or is one of them."""
+    args = parse()
+    if args.inside is not None:
+        measure(args)
+        return
+    expected = len(args.variants) * (START_SECONDS + sum(CASES[case] for case in args.cases))
+    sys.stdout.write(f"{len(args.variants)} engines, about {expected} seconds\n")
+    failed = []
+    for variant in args.variants:
+        command = [sys.executable, "-m", "benchmarks.speed.heads", *sys.argv[1:], "--inside", variant]
+        begin = time.monotonic()
+        if subprocess.run(command, check=False).returncode:
+            failed.append(variant)
+        sys.stdout.write(f"{variant}: {time.monotonic() - begin:.0f} seconds\n")
+        sys.stdout.flush()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:3])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--rate", type=float, default=0.1, help="keep ratio of heads that compact, of decode and first_token"
+    )
+    parser.add_argument("--every", type=int, default=2, help="a layer of so many has full heads")
+    parser.add_argument("--full", type=int, default=2, help="full heads of such a layer")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's, a JSON object")
+    parser.add_argument("--inside", choices=VARIANTS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> None:
+    """All cases of one variant, in this process."""
+    config = json.loads((Path(args.model) / "config.json").read_text())
+    full_heads = chosen(config["num_hidden_layers"], config["num_key_value_heads"], args.every, args.full)
+    share = sum(map(len, full_heads.values())) / (config["num_hidden_layers"] * config["num_key_value_heads"])
+    begin = time.monotonic()
+    llm, about = start_variant(args.inside, args.model, full_heads, args.engine_args)
+    start_s = round(time.monotonic() - begin, 1)
+    about = {"variant": args.inside, "full_heads": share, "rate": args.rate, "start_s": start_s, **about}
+    rows = {"decode": decode, "first_token": first_token, "load": load}
+    for case in args.cases:
+        for row in rows[case](llm, about, share, args.rate):
+            append(args.out, {**about, "case": case, **row})
+
+
+def chosen(num_layers: int, num_heads: int, every: int, num_full: int) -> dict[int, tuple[int, ...]]:
+    """Full heads of every so many layers: any of them, as a profile finds them."""
+    chance = random.Random(0)
+    return {layer: tuple(sorted(chance.sample(range(num_heads), num_full))) for layer in range(0, num_layers, every)}
+
+
+def start_variant(
+    variant: str, model: str, full_heads: dict[int, tuple[int, ...]], engine_args: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The engine in this process, and what a row says of it."""
+    from benchmarks.speed.engines import start
+    from vllm_l2kv.worker import gpu
+
+    if variant == "two_calls":
+        # Only to compare: as if no layer could decode in one call.
+        gpu.takes_one_call = lambda _: False
+    settings = {"full_layers": ()}
+    if variant in ("one_call", "two_calls"):
+        settings["full_heads"] = full_heads
+    engine = "stock" if variant == "stock" else "l2kv"
+    return start(engine, model, True, settings, **{**ENGINE_ARGS, **engine_args})
+
+
+def ratio_of(variant: str, share: float, rate: float) -> float | None:
+    """What a request asks of a variant, so that it keeps the same memory; `None` for stock vLLM, which keeps all."""
+    return {"stock": None, "equal": share + (1 - share) * rate}.get(variant, rate)
+
+
+def decode(llm: Any, about: dict[str, Any], share: float, rate: float) -> Iterator[dict[str, Any]]:
+    """Median steps in which all requests decode."""
+    from benchmarks.speed.decode_step import time_steps
+
+    for seed, (num_requests, num_tokens, is_compacted) in enumerate(DECODE):
+        ratio = ratio_of(about["variant"], share, rate) if is_compacted else None
+        if is_compacted and ratio is None:
+            continue
+        steps = time_steps(llm, num_requests, num_tokens, ratio, seed)
+        yield {
+            "load": f"{num_requests}x{num_tokens}",
+            "compacted": is_compacted,
+            "median_step_ms": round(statistics.median(steps), 3),
+            "p90_ms": round(statistics.quantiles(steps, n=10)[-1], 3),
+        }
+
+
+def first_token(llm: Any, about: dict[str, Any], share: float, rate: float) -> Iterator[dict[str, Any]]:
+    """Median times to the first token of one request on an idle engine."""
+    from benchmarks.speed.first_token import run
+
+    ratio = ratio_of(about["variant"], share, rate)
+    for num_tokens, repeats in LENGTHS.items():
+        times = [run(llm, num_tokens, ratio, None, 1000 + num_tokens + i) for i in range(repeats + 1)]
+        yield {"load": f"1x{num_tokens}", "median_first_token_ms": round(statistics.median(times[1:]), 2)}
+
+
+def load(llm: Any, about: dict[str, Any], share: float, rate: float) -> Iterator[dict[str, Any]]:
+    """Requests running and output tokens a second, of a cache that a few whole requests fill."""
+    from benchmarks.speed.engines import cache_of
+    from benchmarks.speed.steady_state import Asked, Server
+
+    num_prompt_tokens, num_output_tokens = ASKED
+    ratio = ratio_of(about["variant"], share, (MEMORY - share) / (1 - share))
+    asked = Asked(num_prompt_tokens, num_output_tokens, ratio)
+    server = Server(llm, asked, lambda chance: (num_prompt_tokens, chance.randint(1, num_output_tokens)), 7)
+    with cache_of(llm, CACHE_BYTES, about["block_bytes"]):
+        yield {"load": "16 GiB", "memory": MEMORY, "ratio": ratio, **server.measure(SETTLE_SECONDS, MEASURED_SECONDS)}
+
+
+if __name__ == "__main__":
+    main()
