@@ -6,7 +6,6 @@ Writes the weights into FOLDER, 16 GB for the 8B shape. Settings that such a mod
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -14,13 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.speed.rows import append, where
 from benchmarks.speed.shapes import LLAMA, SHAPES
-from vllm_l2kv.tools.evaluation.progress import Progress
-from vllm_l2kv.tools.profile.cli import DEFAULTS
-from vllm_l2kv.tools.profile.make import Amounts, make
+from vllm_l2kv.profile import Profile
+from vllm_l2kv.tools.profile.cli import profile
+
+LEFT_OUT = ("kinds", "search", "learned")
+"""Of what a profile says of itself: weights that are made up answer nothing."""
 
 
 def main() -> None:
-    """Makes a profile of one shape, with the amounts that the command has on a GPU."""
+    """Makes a profile of one shape, with the amounts that the command has on this device."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("folder", type=Path)
@@ -29,10 +30,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     write(args.folder, args.shape, args.tokenizer, args.device)
-    with Progress(sys.stderr) as progress:
-        amounts = Amounts(*DEFAULTS["cuda"])
-        made = make(str(args.folder), args.folder / "profile.safetensors", [], amounts, args.device, progress)
-    about = {name: value for name, value in made.profile.about.items() if name not in ("kinds", "search", "learned")}
+    path = args.folder / "profile.safetensors"
+    profile([str(args.folder), "-o", str(path), "--device", args.device])
+    about = {name: value for name, value in Profile.read(path).about.items() if name not in LEFT_OUT}
     append(args.out, {**where(), "shape": args.shape, **about})
 
 
