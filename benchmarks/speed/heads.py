@@ -38,7 +38,7 @@ DECODE += ((8, 15_000, False), (8, 15_000, True))
 LENGTHS = {8000: 3, 30_000: 1}
 """Prompt tokens, and how often a first token is measured."""
 MEMORY, CACHE_BYTES, ASKED = 0.25, 16 << 30, (8000, 1000)
-"""Of the load: what a request keeps of its whole cache, the cache, and tokens of a prompt and an answer."""
+"""Of the load: what a compressed request keeps of its whole cache, the cache, and tokens of prompts and answers."""
 SETTLE_SECONDS, MEASURED_SECONDS = 2.0, 15.0
 MAX_NUM_SEQS = 128
 ENGINE_ARGS = {
@@ -166,7 +166,12 @@ def load(llm: Any, about: dict[str, Any], share: float, rate: float) -> Iterator
     asked = Asked(num_prompt_tokens, num_output_tokens, ratio)
     server = Server(llm, asked, lambda chance: (num_prompt_tokens, chance.randint(1, num_output_tokens)), 7)
     with cache_of(llm, CACHE_BYTES, about["block_bytes"]):
-        yield {"load": "16 GiB", "memory": MEMORY, "ratio": ratio, **server.measure(SETTLE_SECONDS, MEASURED_SECONDS)}
+        yield {
+            "load": "16 GiB",
+            "memory": MEMORY if ratio else 1.0,
+            "ratio": ratio,
+            **server.measure(SETTLE_SECONDS, MEASURED_SECONDS),
+        }
 
 
 if __name__ == "__main__":

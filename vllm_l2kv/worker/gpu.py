@@ -100,11 +100,8 @@ class L2KVGPUWorker(CompactionWorker, Worker):
             return None
         page_size = min(specs[name].block_size for name in (names[0], full_name(names[0])))
         num_heads = max(self._layers[name].num_kv_heads for name in names)
-        max_num_seqs, longest = (
-            self.vllm_config.scheduler_config.max_num_seqs,
-            self.vllm_config.model_config.max_model_len,
-        )
-        return room_shape(num_heads, max_num_seqs, longest, page_size)
+        scheduler_config, model_config = self.vllm_config.scheduler_config, self.vllm_config.model_config
+        return room_shape(num_heads, scheduler_config.max_num_seqs, model_config.max_model_len, page_size)
 
     def _make_clock(self) -> Clock:
         return CUDAClock()
