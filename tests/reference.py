@@ -167,6 +167,9 @@ class RoundedCache(DynamicCache):
 class Reference:
     """`cache_dtype` is the type that cached keys and values are rounded to, `full_heads` are those of `Settings`."""
 
+    auto_class = AutoModelForCausalLM
+    attention: str | dict[str, str] = "any_rows"
+
     def __init__(
         self,
         model: Path,
@@ -175,7 +178,7 @@ class Reference:
         cache_dtype: torch.dtype | None = None,
         full_heads: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="any_rows")
+        model = self.auto_class.from_pretrained(model, dtype=dtype, attn_implementation=self.attention)
         self.model = model.eval().to(device)
         self.device = device
         self.full_heads = full_heads or {}
