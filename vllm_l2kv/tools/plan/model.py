@@ -124,7 +124,7 @@ def _windows(text: Any, num_layers: int) -> tuple[int | None, ...]:
     window = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None) or [SLIDING_ATTENTION if window else FULL_ATTENTION] * num_layers
     if strange := set(types) - {FULL_ATTENTION, SLIDING_ATTENTION}:
-        raise ValueError(f"its config has layers of type {min(strange)}, which cannot be compressed.")
+        raise ValueError(f"its config has layers of type {min(strange)}, which plan does not know.")
     return tuple(window if kind == SLIDING_ATTENTION else None for kind in types)
 
 

@@ -64,7 +64,7 @@ def layout(model: Any) -> tuple[Shape, Rope]:
         raise ValueError(f"{name} has MLA, whose cache holds no keys, so nothing of it would compress.")
     types = getattr(config, "layer_types", None)
     if strange := set(types or ()) - {FULL_ATTENTION, SLIDING_ATTENTION}:
-        raise ValueError(f"{name} has layers of type {min(strange)}, which cannot be compressed.")
+        raise ValueError(f"{name} has layers of type {min(strange)}, which profile does not know.")
     seen: list[Seen] = []
     # The same tokens at several positions: keys of the first layer differ by their rotation alone.
     read(model, list(range(10, 10 + NUM_TOKENS)) * 4, seen.append)
