@@ -66,7 +66,7 @@ def test_a_request_that_asks_nothing_is_left_alone(make_harness, depth):
 def test_the_operators_default_compresses_and_is_told(make_harness):
     harness = make_harness(100)
     harness.scheduler.settings = type(harness.scheduler.settings)(
-        (0,), harness.scheduler.settings.defaults.override({"kv_keep_ratio": 0.5})
+        (0,), defaults=harness.scheduler.settings.defaults.override({"kv_keep_ratio": 0.5})
     )
     harness.add("default", 100)
     harness.add("its own", 100, ratio=1.0)

@@ -39,7 +39,9 @@ def steps(harness, num_steps: int = 20) -> None:
 
 def defaults(harness, keep_ratio: float) -> None:
     settings = harness.scheduler.settings
-    harness.scheduler.settings = type(settings)((0,), settings.defaults.override({"kv_keep_ratio": keep_ratio}))
+    harness.scheduler.settings = type(settings)(
+        (0,), defaults=settings.defaults.override({"kv_keep_ratio": keep_ratio})
+    )
 
 
 def check_whole(harness) -> None:
