@@ -121,18 +121,19 @@ class Settings:
         return cls(**own, defaults=CompressionParams().override(section))
 
     def _check_scorer(self, scorer: str) -> None:
-        if scorer in PROFILE_SCORERS and self.profile is None:
+        if scorer in self.scorers:
+            return
+        if scorer in PROFILE_SCORERS:
             raise ParamError(
                 "kv_scorer",
                 f"kv_scorer {scorer!r} needs the weights of a profile, and this engine was started without one; choose "
                 "another scorer, or start it with --kv-profile FILE (`vllm-l2kv profile MODEL -o FILE` writes one).",
             )
-        if scorer in EVALUATION_SCORERS and not self.evaluation_scorers:
-            raise ParamError(
-                "kv_scorer",
-                f"kv_scorer {scorer!r} is slow and would hold up other requests, so only `vllm-l2kv eval` takes it; "
-                f"choose one of {', '.join(self.scorers)}.",
-            )
+        raise ParamError(
+            "kv_scorer",
+            f"kv_scorer {scorer!r} is slow and would hold up other requests, so only `vllm-l2kv eval` takes it; "
+            f"choose one of {', '.join(self.scorers)}.",
+        )
 
 
 def heads_by_layer(named: Any) -> FullHeads:

@@ -140,7 +140,7 @@ def features(keys: torch.Tensor, values: torch.Tensor, rope: Rope) -> torch.Tens
     """
     keys, values = keys.float(), values.float()
     first, second = pairs_of(keys, rope)
-    slow = (part[..., part.shape[-1] - rope.slow_pairs :] for part in (first, second))
+    slow = slow_pairs_of(keys, rope)
     others = keys[..., rope.rotary_dim :]
     lengths = (norms(part).clamp_min(LOWEST_NORM).log().unsqueeze(-1) for part in (keys, values))
     return torch.cat([(first.square() + second.square()).sqrt(), *slow, others, values, *lengths], dim=-1)
@@ -153,3 +153,10 @@ def pairs_of(keys: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor
         return rotated[..., ::2], rotated[..., 1::2]
     half = rope.rotary_dim // 2
     return rotated[..., :half], rotated[..., half:]
+
+
+def slow_pairs_of(keys: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the slow pairs alone, which are the last ones: `[..., slow_pairs]` each."""
+    first, second = pairs_of(keys, rope)
+    fast = first.shape[-1] - rope.slow_pairs
+    return first[..., fast:], second[..., fast:]

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import gelu
 
 from vllm_l2kv.profile import Rope
-from vllm_l2kv.scorers.learned import HIDDEN, features, pairs_of, scores_of
+from vllm_l2kv.scorers.learned import HIDDEN, features, scores_of, slow_pairs_of
 from vllm_l2kv.tools.evaluation.progress import Progress
 
 PROTECTED = 4
@@ -89,7 +89,7 @@ def moved(keys: torch.Tensor, rope: Rope, frequencies: torch.Tensor, offsets: to
         `[..., T, head_size]` fp32; elements of other pairs are as they were.
     """
     keys = keys.float().clone()
-    first, second = (part[..., part.shape[-1] - len(frequencies) :] for part in pairs_of(keys, rope))
+    first, second = slow_pairs_of(keys, rope)
     angles = (offsets[:, None] * frequencies).to(keys.device)
     cos, sin = angles.cos(), angles.sin()
     turned = first * cos - second * sin, first * sin + second * cos
