@@ -1,6 +1,7 @@
 """The real server in a process of its own."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -152,9 +153,19 @@ def expected_usage(
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port below those that the kernel deals out, which no connection of another test takes before a server does.
+
+    A port that the kernel dealt out and got back can even be taken by the question whether the server is ready: a
+    connection to a port where nobody listens succeeds if the kernel gives it the same port to come from.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def _session(pid: int) -> int | None:

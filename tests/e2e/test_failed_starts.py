@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from http_server import Server
+from http_server import START_SECONDS, Server
 
 OPTIONS = ["--dtype", "float32", "--enforce-eager"]
 
@@ -14,7 +14,7 @@ OPTIONS = ["--dtype", "float32", "--enforce-eager"]
 def ended(server: Server) -> list[str]:
     """Lines of a server that ends by itself, with all its processes."""
     try:
-        server.process.wait(timeout=120)
+        server.process.wait(timeout=START_SECONDS)
         _, left = psutil.wait_procs(server.family(), timeout=10)
         assert not left
     finally:
@@ -47,7 +47,7 @@ def test_an_engine_that_fails(without_weights, tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_the_engine_starts(llama, tmp_path, number, status):
     server = Server(tmp_path / "server.log", str(llama), *OPTIONS)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + START_SECONDS
     while not any("EngineCore" in process.name() for process in server.family()):
         assert time.monotonic() < deadline, server.log.read_text()
         time.sleep(0.1)
