@@ -3,9 +3,8 @@
 python -m benchmarks.headline_plot
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -14,82 +13,74 @@ matplotlib.rcParams["svg.hashsalt"] = "vllm-l2kv"  # the same rows make the same
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from benchmarks.quality.pooled import Interval, Scores, pooled, retrieval  # noqa: E402
+from benchmarks.quality.pooled import Interval, pooled, retrieval  # noqa: E402
 from benchmarks.quality.settings import MAIN_LENGTH, WHOLE  # noqa: E402
-from benchmarks.quality.tables import MODELS, read_cells  # noqa: E402
+from benchmarks.quality.tables import read_cells  # noqa: E402
 from vllm_l2kv.tools.evaluation.aggregates import grouped  # noqa: E402
 from vllm_l2kv.tools.evaluation.rows import Row, read_rows  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-MEMORY = ROOT / "benchmarks" / "speed" / "results" / "h100_memory_bound.jsonl"
+REQUESTS = ROOT / "benchmarks" / "speed" / "results" / "h100_memory_bound.jsonl"
 PLOT = ROOT / "docs" / "img" / "memory_and_quality.svg"
-METHODS = {"equal-l2": "C0", "profile-l2": "C1", "profile-learned": "C3", "profile-random": "0.6"}
-STYLES = {"smollm2": "-", "gemma3": "--"}
-"""Of methods the colours, of models the line styles."""
-QUESTION = "seen"
+METHODS = {
+    "heads-l2": "KV heads full that a profile names",
+    "profile-l2": "layers full that a profile names",
+    "equal-l2": "layers 0 and 1 full (no profile)",
+}
+COLORS = dict(zip(METHODS, ("C2", "C0", "C1"), strict=True))
 
 
 def main() -> None:
     """Writes the plot."""
-    figure, (memory, found, text) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    draw_memory(memory)
-    draw_quality(found, retrieval)
-    draw_quality(text, excess_loss)
-    memory.set(ylabel="requests running at once", ylim=(0, None), title="8B shape, 8,000 tokens each, 16 GiB")
-    found.set(ylabel="pooled retrieval", ylim=(-0.03, 1.03), title="needles, pass keys, RULER")
-    text.set(ylabel="excess loss, nats a token", title="continuing a text")
-    memory.set(xlabel="keep ratio")
-    for axes in (found, text):
-        axes.set(xlabel="memory of the whole cache")
-    for axes in (memory, found, text):
-        axes.set(xlim=(1.03, 0.07))  # from nothing to much compressed
-    memory.legend(fontsize="small")
-    text.legend(fontsize="x-small", loc="upper left")
+    figure, (requests, quality) = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True, layout="constrained")
+    draw_requests(requests)
+    draw_quality(quality)
+    for axes in (requests, quality):
+        axes.set(xlabel="memory of the whole KV cache", xlim=(1.03, 0.12))  # from nothing to much compressed
+        axes.legend(fontsize="small", loc="lower left")
+    requests.legend(fontsize="small", loc="upper left")
     figure.savefig(PLOT, metadata={"Date": None})
 
 
-def draw_memory(axes: Axes) -> None:
+def draw_requests(axes: Axes) -> None:
     """Requests in one cache, beside stock vLLM."""
-    rows = [row for row in read_rows(MEMORY) if row["kv_cache_dtype"] == "auto"]
+    rows = [row for row in read_rows(REQUESTS) if row["kv_cache_dtype"] == "auto"]
     (stock,) = (row["mean_running"] for row in rows if row["engine"] == "stock")
-    ours = sorted((row["keep_ratio"], row["mean_running"]) for row in rows if row["engine"] == "l2kv")
-    axes.axhline(stock, color="0.5", linestyle=":", label="stock vLLM")
-    axes.plot(*zip(*ours, strict=True), "o-", label="vllm-l2kv")
+    points = sorted((memory_of(row), row["mean_running"]) for row in rows if row["engine"] == "l2kv")
+    axes.axhline(stock, color="0.4", linestyle=":", label="stock vLLM")
+    axes.plot(*zip(*points, strict=True), "o-", label="vllm-l2kv")
+    axes.set(ylabel="requests at once", ylim=(0, None), title="8B shape, 8,000 tokens each, 16 GiB of cache, one H100")
+    axes.title.set_fontsize("medium")
 
 
-def draw_quality(axes: Axes, scores_of: Callable[[Sequence[Row]], Scores | None]) -> None:
-    """Methods as colours, models as line styles; with the question seen, at the main length."""
-    for name, style in STYLES.items():
-        cells = [
-            cell
-            for cell in read_cells(name)
-            if (cell["length"], cell["question"]) == (MAIN_LENGTH, QUESTION) and cell["method"] in (WHOLE, *METHODS)
-        ]
-        points: dict[str, dict[float, Interval]] = {method: {} for method in METHODS}
-        for (method, memory), group in grouped(cells, "method", "memory"):
-            if scores := scores_of(group):
-                for line in METHODS if method == WHOLE else [method]:
-                    points[line][memory] = pooled(scores)
-        for method, color in METHODS.items():
-            if points[method]:
-                draw_intervals(axes, points[method], color=color, linestyle=style, label=f"{method}, {MODELS[name]}")
+def memory_of(row: Row) -> float:
+    """The share of the whole cache that a prompt keeps: the first group is that of full layers, if there are two."""
+    *full, (compressed, _) = row["groups"]
+    num_full = sum(num_layers for num_layers, _ in full)
+    return (num_full + compressed * row["keep_ratio"]) / (num_full + compressed)
 
 
-def excess_loss(cells: Sequence[Row]) -> Scores | None:
-    """Of texts; that of the whole cache is 0."""
-    for cell in cells:
-        if cell["task"] == "perplexity":
-            return {"perplexity": [0.0] if cell["method"] == WHOLE else cell["scores"]}
-    return None
+def draw_quality(axes: Axes) -> None:
+    """A line a method for the question seen; the document compressed alone is in docs/quality.md."""
+    cells = [cell for cell in read_cells("smollm2") if cell["length"] == MAIN_LENGTH]
+    whole = pooled(retrieval([cell for cell in cells if cell["method"] == WHOLE]))
+    axes.axhline(whole.value, color="0.4", linestyle=":", label="stock vLLM")
+    for method, label in METHODS.items():
+        chosen = [cell for cell in cells if (cell["method"], cell["question"]) == (method, "seen")]
+        points = {memory: pooled(retrieval(group)) for (memory,), group in grouped(chosen, "memory")}
+        draw_intervals(axes, {1.0: whole, **points}, COLORS[method], label)
+    axes.set(
+        ylabel="share of facts found", ylim=(0, 1.03), title="needles, pass keys, RULER; SmolLM2-135M, 2,048 tokens"
+    )
+    axes.title.set_fontsize("medium")
 
 
-def draw_intervals(axes: Axes, points: Mapping[float, Interval], **style: Any) -> None:
-    """A line with intervals."""
+def draw_intervals(axes: Axes, points: Mapping[float, Interval], color: str, label: str) -> None:
+    """A line with a band of 95 %."""
     memories = sorted(points)
-    values = [points[memory].value for memory in memories]
-    below = [points[memory].value - points[memory].low for memory in memories]
-    above = [points[memory].high - points[memory].value for memory in memories]
-    axes.errorbar(memories, values, yerr=(below, above), marker="o", markersize=3, elinewidth=0.6, **style)
+    axes.plot(memories, [points[memory].value for memory in memories], "o-", markersize=4, color=color, label=label)
+    low, high = ([getattr(points[memory], end) for memory in memories] for end in ("low", "high"))
+    axes.fill_between(memories, low, high, color=color, alpha=0.12, linewidth=0)
 
 
 if __name__ == "__main__":
