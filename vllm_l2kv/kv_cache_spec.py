@@ -7,7 +7,7 @@ each layer as are of the class. A layer with heads of both classes is two layers
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -33,6 +33,16 @@ from vllm_l2kv.policy import CompactionPoints
 from vllm_l2kv.settings import Settings
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KNOWN_FIELDS = frozenset(
+    {
+        *("block_size", "block_stride_alignment", "page_size_padded"),
+        *("num_kv_heads", "head_size", "head_size_v", "dtype", "kv_quant_mode"),
+        *("sliding_window", "attention_chunk_size", "non_causal"),
+        *("dcp_sharded", "max_tp_shards", "is_draft"),
+    }
+)
+"""Fields of a full-attention spec that are checked here, or that say nothing of what a row holds. Where another one is
+set, a row is no key with its value: vLLM may add such fields in any version."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +313,17 @@ def _check_specs(specs: Mapping[str, KVCacheSpec]) -> None:
             )
         if spec.non_causal:
             raise ValueError(f"Layer {name} attends non-causally; serve this model with stock vLLM.")
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                f"Layer {name} has keys of {spec.head_size} elements and values of {spec.head_size_v}; serve this "
+                "model with stock vLLM."
+            )
+        for field in fields(spec):
+            if field.name not in KNOWN_FIELDS and getattr(spec, field.name) != field.default:
+                raise ValueError(
+                    f"Layer {name} caches rows in a way of its own ({field.name}={getattr(spec, field.name)}); serve "
+                    "this model with stock vLLM."
+                )
         if key_dtype(spec) is None:
             raise ValueError(
                 f"Layer {name} caches {spec.dtype} quantized as {spec.kv_quant_mode.name}; set --kv-cache-dtype to "

@@ -43,7 +43,10 @@ def check_supported(config: VllmConfig) -> None:
         "pooling models (serve them with stock vLLM)": model.runner_type == "pooling",
         "encoder-decoder models (serve them with stock vLLM)": model.is_encoder_decoder,
         "R-SWA models (serve them with stock vLLM)": model.rswa_window is not None,
-        "models with MLA, whose cache holds no keys (serve them with stock vLLM)": model.use_mla,
+        "models with MLA, whose cache holds no keys (serve them with stock vLLM; see docs/mla.md)": model.use_mla,
+        "images that attend in both directions, on GPUs (set --language-model-only to serve text)": (
+            model.is_mm_prefix_lm and not on_cpu
+        ),
         "models with recurrent layers alone (serve them with stock vLLM)": model.has_inner_state
         and not model.is_hybrid,
         "speculative decoding of models with recurrent layers (drop --speculative-config)": (

@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
@@ -59,6 +63,7 @@ def config(**changes):
             is_encoder_decoder=False,
             rswa_window=None,
             use_mla=False,
+            is_mm_prefix_lm=False,
             has_inner_state=False,
             is_hybrid=False,
             get_total_num_kv_heads=lambda: 6,
@@ -115,7 +120,7 @@ def test_an_ordinary_configuration_passes():
         ({"model_config__runner_type": "pooling"}, "pooling"),
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_config__rswa_window": 128}, "R-SWA"),
-        ({"model_config__use_mla": True}, "MLA"),
+        ({"model_config__use_mla": True}, r"models with MLA, .*stock vLLM; see docs/mla\.md"),
         ({"model_config__has_inner_state": True}, "recurrent layers alone"),
         (
             {"model_config__is_hybrid": True, "speculative_config": SimpleNamespace(method="ngram")},
@@ -284,16 +289,44 @@ def test_quantized_caches_on_a_cpu(monkeypatch):
         check_supported(quantized)
 
 
+def attention(backend, layer_class=Attention, alibi=None):
+    layer = layer_class.__new__(layer_class)
+    layer.__dict__.update(attn_backend=backend, impl=SimpleNamespace(alibi_slopes=alibi))
+    return layer
+
+
+class NamedAlike(FlashAttentionBackend):
+    """As Step 5 has it: another implementation under the name of vLLM's."""
+
+
+class LayerOfAModel:
+    """As Inkling has it, with vLLM's backend."""
+
+    def get_attn_backend(self):
+        return FlashAttentionBackend
+
+
 @pytest.mark.parametrize(
-    ("backend", "alibi", "message"),
-    [("FLASHINFER", None, "--attention-backend FLASH_ATTN"), ("FLASH_ATTN", [0.5], "ALiBi")],
+    ("layer", "message"),
+    [
+        (attention(FlexAttentionBackend), "FLEX_ATTENTION.* --attention-backend FLASH_ATTN"),
+        (attention(FlashAttentionBackend, alibi=[0.5]), "ALiBi"),
+        (attention(NamedAlike), "way of its own .*Attention with NamedAlike.*stock vLLM"),
+        (attention(FlashAttentionBackend, RSWAAttention), "way of its own .*RSWAAttention.*stock vLLM"),
+        (LayerOfAModel(), "way of its own .*LayerOfAModel with FlashAttentionBackend.*stock vLLM"),
+    ],
 )
-def test_attention_that_compaction_would_mislead(backend, alibi, message):
-    layer = SimpleNamespace(
-        attn_backend=SimpleNamespace(get_name=lambda: backend), impl=SimpleNamespace(alibi_slopes=alibi)
-    )
-    with pytest.raises(ValueError, match=message):
+def test_attention_that_compaction_would_mislead(layer, message):
+    check_attention("model.layers.3.self_attn.attn", attention(FlashAttentionBackend), ("FLASH_ATTN",))
+    with pytest.raises(ValueError, match=f"Layer model.layers.3.self_attn.attn .*{message}"):
         check_attention("model.layers.3.self_attn.attn", layer, ("FLASH_ATTN",))
+
+
+def test_images_that_attend_in_both_directions(monkeypatch):
+    seeing = config(model_config__is_mm_prefix_lm=True, use_v2_model_runner=True)
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match=r"in both directions, on GPUs .*--language-model-only"):
+        check_supported(seeing)
 
 
 def test_classes_never_merge():

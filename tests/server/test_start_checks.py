@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, DeepseekV2Config, DeepseekV3Config, GlmMoeDsaConfig
 from vllm_l2kv_server.config_file import option_names
 from vllm_l2kv_server.serve import make_parser, parse
 from vllm_l2kv_server.serve_options import own_options
@@ -191,6 +191,17 @@ class TestParsed:
         )
         said = "vllm-l2kv does not support pooling models (serve them with stock vLLM)."
         assert self.refused(parser, str(tmp_path)) == said
+
+    @pytest.mark.parametrize("config_class", [DeepseekV2Config, DeepseekV3Config, GlmMoeDsaConfig])
+    def test_a_model_with_mla(self, parser, tmp_path, config_class):
+        name = config_class.__name__.replace("Config", "ForCausalLM")
+        config_class(architectures=[name]).save_pretrained(tmp_path)
+        said = (
+            "vllm-l2kv does not support models with MLA, whose cache holds no keys (serve them with stock vLLM; see "
+            "docs/mla.md)."
+        )
+        assert self.refused(parser, str(tmp_path)) == said
+        assert (Path(__file__).parents[2] / "docs" / "mla.md").exists()
 
     def test_a_config_that_is_none(self, parser, tmp_path):
         (tmp_path / "config.json").write_text("{}")

@@ -7,8 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -284,19 +286,26 @@ def advise_on_waste(specs: Mapping[str, KVCacheSpec]) -> None:
 def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:
     """Refuses attention whose results would be wrong after a compaction.
 
+    Models may bring layers of their own, or give vLLM's layer a backend of their own that keeps the name of vLLM's.
+
     Args:
         name: The layer's name.
         layer: vLLM's attention layer.
         backends: Names of the backends whose way of finding lengths is known.
 
     Raises:
-        ValueError: Another backend, or ALiBi.
+        ValueError: Another layer, another backend, or ALiBi.
     """
-    backend = layer.attn_backend.get_name()
-    if backend not in backends:
+    backend = layer.get_attn_backend()
+    if backend.get_name() not in backends:
         raise ValueError(
-            f"Layer {name} uses the attention backend {backend}, which may read lengths that compaction does not "
-            f"change; set --attention-backend {backends[0]}."
+            f"Layer {name} uses the attention backend {backend.get_name()}, which may read lengths that compaction "
+            f"does not change; set --attention-backend {backends[0]}."
+        )
+    if type(layer) is not Attention or backend is not AttentionBackendEnum[backend.get_name()].get_class():
+        raise ValueError(
+            f"Layer {name} attends in a way of its own ({type(layer).__name__} with {backend.__name__}), which may "
+            "read positions where a compaction leaves slots; serve this model with stock vLLM."
         )
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         raise ValueError(
