@@ -39,22 +39,24 @@ def adapter_and_merged(llama, tmp_path_factory) -> tuple[Path, Path]:
     return adapter, merged
 
 
-def test_adapted_and_plain_requests_in_one_batch(llama, llama_reference, adapter_and_merged, run, text_ids):
+@pytest.mark.parametrize(
+    "full_heads", [None, pytest.param({1: (0,), 3: (1,)}, id="with full heads", marks=pytest.mark.slow)]
+)
+def test_adapted_and_plain_requests_in_one_batch(full_heads, llama, adapter_and_merged, run, text_ids):
     adapter, merged = adapter_and_merged
     request = LoRARequest("random", 1, str(adapter))
-    adapted_reference = Reference(merged)
+    references = {lora: Reference(model, full_heads=full_heads) for lora, model in ((request, merged), (None, llama))}
     rules = [{"ratio": "1"}, {"ratio": "0.5"}, *(rule.values[0] for rule in RULES)]
     cases = [(rule, lora) for rule in rules for lora in (request, None)]
     # vLLM's CPU kernels give a request without an adapter, beside one with, the weights of the last slot, with us or
     # without. So one slot stays empty.
-    with run(llama, enable_lora=True, max_lora_rank=8, max_loras=2) as engine:
+    with run(llama, full_heads=full_heads, enable_lora=True, max_lora_rank=8, max_loras=2) as engine:
         # One prompt for all: the prefix cache must keep apart what the adapter changes.
         prompt = text_ids[:300]
         asked = [{"prompt_token_ids": prompt}] * len(cases), [keep(**rule) for rule, _ in cases]
         adapters = [lora for _, lora in cases]
         outputs, again = (engine.llm.generate(*asked, lora_request=adapters, use_tqdm=False) for _ in range(2))
         engine.check_whole()
-    references = {request: adapted_reference, None: llama_reference}
     for (rule, lora), output in zip(cases, outputs, strict=True):
         expected = references[lora].generate(prompt, 12, full_layers=(0,), intervals=INTERVALS, **rule)
         assert list(output.outputs[0].token_ids) == expected, rule
