@@ -1,6 +1,6 @@
 """Whether a request can ever fit the KV cache, and how much less of it a compressed request holds.
 
-vLLM lets a request that cannot wait for ever, and those behind it too. It never meets one, since it refuses a context
+vLLM lets a request that cannot wait for ever, and those after it too. It never meets one, since it refuses a context
 longer than its cache; with a default budget we take such a context. Plain integers: no vLLM.
 """
 

@@ -382,7 +382,7 @@ def ratio_for(memory: float, num_heads: int, num_full: int) -> float:
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str:
-    """Tells models apart: digests of shape, RoPE and weights, one after the other.
+    """Identifies a model: digests of shape, RoPE and weights, one after the other.
 
     Of the weights it takes names, types and shapes, and `SAMPLED_BYTES` at three places of each: seconds for the
     largest models. How they are spread over files does not matter.

@@ -138,8 +138,8 @@ class TestNeedle:
         for case in self.cases(tokenizer):
             text = tokenizer.decode(case.prompt[1:])
             assert 0.85 * LENGTH < len(case.prompt) <= LENGTH
-            haystack = text.removeprefix(needle.BEFORE).removesuffix(needle.BEHIND)
-            assert len(haystack) == len(text) - len(needle.BEFORE) - len(needle.BEHIND)
+            haystack = text.removeprefix(needle.BEFORE).removesuffix(needle.AFTER)
+            assert len(haystack) == len(text) - len(needle.BEFORE) - len(needle.AFTER)
             assert depth_of(needle.NEEDLE, haystack) == pytest.approx(case.about["depth"], abs=0.15)
             before, behind = haystack.split(needle.NEEDLE)
             assert f"{before}{behind.lstrip()}".strip() in " ".join(ESSAYS.split())
@@ -342,7 +342,7 @@ class TestChat:
         for case in cases:
             text, (value,) = tokenizer.decode(case.prompt), case.score.args
             *turns, question, begun = text.split("<|im_start|>")[2:]
-            (fact,) = [fact for fact in chat.FACTS if f"user\n{fact.told.format(value)}<|im_end|>\n" in turns]
+            (fact,) = [fact for fact in chat.FACTS if f"user\n{fact.statement.format(value)}<|im_end|>\n" in turns]
             assert question == f"user\n{fact.question}<|im_end|>\n"
             assert begun == f"assistant\n{fact.begun}"
             assert len(turns) % 2 == 0
@@ -383,7 +383,7 @@ class TestChat:
 def test_documents_end_where_questions_begin(tokenizer):
     """What follows a document asks about it, and says nothing of the answer."""
     asked = {
-        "needle": (needle.cases(tokenizer, ESSAYS, [LENGTH], [0.5], 1), needle.BEHIND),
+        "needle": (needle.cases(tokenizer, ESSAYS, [LENGTH], [0.5], 1), needle.AFTER),
         "passkey": (passkey.cases(tokenizer, [LENGTH], [0.5], 1), passkey.QUESTION),
         "copy": (copying.cases(tokenizer, [LENGTH], 1), copying.AFTER + copying.BEGUN),
     }

@@ -265,7 +265,7 @@ class L2KVScheduler(AsyncScheduler):
     def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
         """Same contract as upstream, asked whenever a request begins: whether to pass over it in this step.
 
-        Also while another request computes what it could begin with. Others behind it do not wait. A refused request
+        Also while another request computes what it could begin with. Those after it do not wait. A refused request
         is passed over until it fails: one token would be a whole answer.
         """
         if self._refusals.is_about_to_fail(request.request_id) or self._is_computed_by_another(request):

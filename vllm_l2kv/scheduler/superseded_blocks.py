@@ -9,7 +9,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 class SupersededBlocks:
     """Blocks that serve only requests which keep the same prompt in another way.
 
-    vLLM reuses blocks that nobody can find first, and then the others, in the order in which they were freed. The full
+    vLLM first reuses blocks that no prompt can find, then the others in the order in which they were freed. The full
     blocks of a document are many times its compacted ones, and as young, so they would drive other documents out.
 
     Args:
@@ -26,7 +26,7 @@ class SupersededBlocks:
         return bool(self._hashes)
 
     def free(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Returns blocks to the pool. As long as it has enough blocks that nobody can find, they are like any others.
+        """Returns blocks to the pool. While it has enough blocks that no prompt can find, they are like any others.
 
         Args:
             blocks: The first is reused first.

@@ -286,7 +286,7 @@ def _within(limit: float, call: Callable[[], Any]) -> Any:
     """Runs a call that may hang where no timeout reaches, such as name look-up.
 
     Raises:
-        TimeoutError: No answer within the limit; the thread is left behind and ends with the process.
+        TimeoutError: No answer within the limit; the thread goes on and ends with the process.
     """
     outcome: list[tuple[Any, Exception | None]] = []
 

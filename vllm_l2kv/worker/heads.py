@@ -159,7 +159,7 @@ def split_attention(
 
 
 def check_split(name: str, layers: Mapping[str, Any]) -> None:
-    """Refuses to split a layer whose heads cannot be told apart.
+    """Refuses to split a layer whose heads cannot be separated.
 
     Args:
         name: The layer's.

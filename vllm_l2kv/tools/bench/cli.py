@@ -138,8 +138,8 @@ def _report(rows: Sequence[Any], samples: Sequence[Any], out: Path) -> None:
     for title, lines in tables.items():
         if len(lines) > 1:
             sys.stdout.write("\n".join(["", title, *aligned(lines), ""]))
-    if told := errors(rows):
-        sys.stderr.write(f"{told}\n")
+    if failed := errors(rows):
+        sys.stderr.write(f"{failed}\n")
     for row in rows:
         # What one run left in the prefix cache, the same seed finds in the next.
         if (hits := row["prefix_hits"] or 0) > (shared := row["load"]["shared_prefix"]) + 0.05:
@@ -151,7 +151,7 @@ def _report(rows: Sequence[Any], samples: Sequence[Any], out: Path) -> None:
 
 
 def _servers(parser: OneLineParser, options: argparse.Namespace) -> list[Any]:
-    """Ours, and the stock one if it is named; the end of the process if one cannot be tested."""
+    """The server under test, and the stock one if it is named; ends the process if one cannot be tested."""
     from vllm_l2kv.tools.bench.servers import OURS, STOCK, connect
 
     found = []

@@ -24,7 +24,7 @@ class Answer:
     start_s: float
     end_s: float = 0.0
     times_s: list[float] = field(default_factory=list)
-    """When each event with new tokens came; mostly one token, more if the client lags behind."""
+    """When each event with new tokens came; mostly one token, more if the client is late."""
     usage: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     """Status or kind, then the message."""
@@ -42,7 +42,7 @@ def body_of(model: str, prompt: list[int], num_output_tokens: int, fields: Mappi
 
 
 async def ask(http: httpx.AsyncClient, body: Mapping[str, Any], timeout_s: float) -> Answer:
-    """Sends one request and reads its answer to the end; what fails is told in the answer."""
+    """Sends one request and reads its answer to the end; errors are in the answer."""
     answer = Answer(perf_counter())
     try:
         async with asyncio.timeout(timeout_s):

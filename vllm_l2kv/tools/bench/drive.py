@@ -27,7 +27,7 @@ async def drive(load: Load, requests: Iterable[Planned], ask: Ask, done: Callabl
         load: How they are sent.
         requests: What is sent; taken one by one, when it is time.
         ask: Sends one.
-        done: Is told of each, in the order in which they end.
+        done: Called with each, in the order in which they end.
     """
     begin = perf_counter()
 

@@ -1,4 +1,4 @@
-"""What is sent and when. A seed makes the same lengths and arrivals every time, whatever is measured with them."""
+"""What is sent and when. A seed makes the same lengths and arrivals every time."""
 
 import math
 from argparse import ArgumentTypeError
@@ -70,7 +70,7 @@ class Planned(NamedTuple):
 
 
 def planned(load: Load) -> Iterator[Planned]:
-    """The requests of a round; without an end if clients ask for a time, for nobody knows how far they get."""
+    """The requests of a round; without an end if clients ask for a time, since it is not known how far they get."""
     lengths, gaps = Random(f"{load.seed} lengths"), Random(f"{load.seed} arrivals")
     requests = _endless(load, lengths, gaps)
     if load.num_requests is not None:

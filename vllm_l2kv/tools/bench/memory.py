@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def process_of(url: str) -> int | None:
-    """The process that listens behind a URL, the oldest one if several do; `None` if it is not on this machine."""
+    """The process that listens at a URL, the oldest one if several do; `None` if it is not on this machine."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:

@@ -1,4 +1,4 @@
-"""Prompts of real text and exact length, as token ids, so that nobody needs the model's tokenizer here."""
+"""Prompts of real text and exact length, as token ids, so that the model's tokenizer is not needed here."""
 
 from collections.abc import Sequence
 from random import Random

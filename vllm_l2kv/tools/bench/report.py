@@ -75,7 +75,7 @@ def table(rows: Sequence[Row], engine: str) -> list[list[str]]:
 
 
 def comparison(rows: Sequence[Row]) -> list[list[str]]:
-    """The same of ours divided by stock, each round by its own; empty if there is nothing to compare with."""
+    """The values of vllm-l2kv divided by those of stock vLLM in the round beside it; empty without stock vLLM."""
     by_round = {engine: {row["round"]: row for row in rows if row["engine"] == engine} for engine in ENGINES}
     both = sorted(by_round[OURS].keys() & by_round[STOCK].keys())
     if not both:
@@ -135,8 +135,8 @@ def write_report(rows: Sequence[Row], samples: Sequence[Row], folder: Path) -> P
         sections.insert(0, {"title": f"{OURS} / {STOCK}", "note": note, "table": compared})
         sections.append({"title": STOCK, "note": beside, "table": table(rows, STOCK)})
     sections.append({"title": "Plots", "plots": [embedded(plot) for plot in plots]})
-    if told := errors(rows):
-        sections.insert(0, {"title": "Errors", "text": told})
+    if failed := errors(rows):
+        sections.insert(0, {"title": "Errors", "text": failed})
     return write_html("Load test", sections, folder)
 
 
@@ -160,7 +160,7 @@ def _bars(
 
 
 def _timeline(samples: Sequence[Row], folder: Path) -> Path:
-    """KV cache in use over time, a line for each round: a colour for what ours is asked, grey for stock vLLM."""
+    """KV cache in use over time, a line for each round: a colour for each rule of vllm-l2kv, grey for stock vLLM."""
     drawn, axes = figure("KV cache in use", "seconds", "%")
     kinds = list(dict.fromkeys(map(asked, samples)))
     named = set()

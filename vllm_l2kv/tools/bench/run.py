@@ -23,11 +23,11 @@ class Plan:
     """What is measured.
 
     Args:
-        servers: Ours, and a stock one beside it if there is one to compare with.
-        asked: What each round of ours asks of the KV cache, fields of its requests.
+        servers: vllm-l2kv, and stock vLLM to compare with if there is one.
+        asked: Fields of the requests of each round of vllm-l2kv.
         load: The same in every round.
         num_warmups: Requests before each round, which are not counted.
-        fields: More fields of requests to ours.
+        fields: More fields of requests to vllm-l2kv.
         timeout_s: Until a request counts as failed.
         sample_s: Between looks at the server.
     """
@@ -51,9 +51,9 @@ class Round:
 
 
 def rounds(plan: Plan, prompts: Prompts) -> Iterator[Round]:
-    """Measures each round on ours, and the same load on stock vLLM, if there is one, right before or after it.
+    """Measures each round on vllm-l2kv, and the same load on stock vLLM right before or after it, if there is one.
 
-    Who is first changes from round to round, so that a machine that gets slower or faster favours nobody.
+    Who is first changes from round to round, so that a machine that gets slower or faster favours neither.
     """
     for i, asked in enumerate(plan.asked):
         for server in plan.servers if i % 2 == 0 else reversed(plan.servers):

@@ -28,7 +28,7 @@ class Server:
     pid: int | None
     """Its process, if it is known and on this machine."""
     full_layers: tuple[int, ...] = ()
-    """Layers that it never compacts, if it is ours."""
+    """Layers that it never compacts, if it is vllm-l2kv."""
     full_heads: FullHeads = field(default_factory=dict)
     """KV heads of other layers that it never compacts."""
 
@@ -79,8 +79,8 @@ def connect(url: str, api_key: str | None, model: str | None, pid: int | None) -
         raise ValueError(f"{url} has no model {name!r}, but {', '.join(models) or 'none'}.")
     # A LoRA adapter has its model's bound, under its parent's name.
     bound = models[name].get("max_model_len") or models[models[name]["parent"]]["max_model_len"]
-    told = httpx.get(f"{url}/v1/kv_compression", headers=headers, timeout=SECONDS)
-    compresses = told.status_code == httpx.codes.OK
+    answer = httpx.get(f"{url}/v1/kv_compression", headers=headers, timeout=SECONDS)
+    compresses = answer.status_code == httpx.codes.OK
     return Server(
         OURS if compresses else STOCK,
         url,
@@ -89,13 +89,13 @@ def connect(url: str, api_key: str | None, model: str | None, pid: int | None) -
         bound,
         get("/version")["version"],
         pid or process_of(url),
-        *_full(told.json() if compresses else {}),
+        *_full(answer.json() if compresses else {}),
     )
 
 
-def _full(told: Mapping[str, Any]) -> tuple[tuple[int, ...], FullHeads]:
+def _full(compression: Mapping[str, Any]) -> tuple[tuple[int, ...], FullHeads]:
     """Layers and heads that a server never compacts; older servers name no heads."""
-    return tuple(told.get("full_layers", ())), heads_by_layer(told.get("full_heads", {}))
+    return tuple(compression.get("full_layers", ())), heads_by_layer(compression.get("full_heads", {}))
 
 
 def _answer(send: Callable[[], httpx.Response]) -> Mapping[str, Any]:

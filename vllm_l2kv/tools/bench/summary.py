@@ -50,7 +50,7 @@ def asked(row: Mapping[str, Any]) -> str:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """How a round is called; stock vLLM keeps everything, whatever it stands beside."""
+    """Name of a round; stock vLLM keeps everything in each."""
     return f"{row['engine']}{', ' if row['engine'] == OURS else ' beside '}{asked(row)}"
 
 
@@ -114,11 +114,11 @@ def request_row(outcome: Outcome, begin_s: float) -> Row:
 
 
 def _kv_cache(answered: Sequence[Outcome]) -> Row:
-    """Of the requests that were told what the engine kept."""
-    told = [kv_cache for outcome in answered if (kv_cache := outcome.answer.usage.get("kv_cache"))]
+    """Sums over the requests whose answers say what the engine kept."""
+    reported = [kv_cache for outcome in answered if (kv_cache := outcome.answer.usage.get("kv_cache"))]
     names = ("kept_tokens", "evicted_tokens", "compactions")
-    sums = {name: sum(kv_cache[name] for kv_cache in told) if told else None for name in names}
-    return {**sums, "memory_ratio": memory_of_all(told) if told else None}
+    sums = {name: sum(kv_cache[name] for kv_cache in reported) if reported else None for name in names}
+    return {**sums, "memory_ratio": memory_of_all(reported) if reported else None}
 
 
 def _watched(watch: Watch) -> Row:

@@ -15,7 +15,7 @@ OWN_PREFIX = "vllm_l2kv:"
 LEVELS = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = ("num_preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total")
 WANTED = (*(f"vllm:{name}" for name in (*LEVELS, *COUNTERS)), "process_resident_memory_bytes", OWN_PREFIX)
-"""How the lines begin that are read. There are hundreds of others, and whoever reads them reads no tokens meanwhile."""
+"""Beginnings of the lines that are read. Reading the hundreds of others would delay the reading of tokens."""
 HISTOGRAM = ("_bucket", "_sum", "_count", "_created")
 """Endings of samples that are parts of something larger."""
 

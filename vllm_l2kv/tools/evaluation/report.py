@@ -142,10 +142,10 @@ def conditions(cells: Sequence[Row]) -> str:
     words = [f"{num_prompts(cells)} prompts of {_joined(_values(cells, 'length'))} tokens"]
     words += [said.format(_joined(values)) for name, said in CONDITIONS.items() if (values := _values(cells, name))]
     protected = [f"{first} first and {last} last" for first, last in protections] or ["none, nothing was compressed"]
-    told = f"{', '.join(words)}. Protected tokens: {'; '.join(protected)}."
+    text = f"{', '.join(words)}. Protected tokens: {'; '.join(protected)}."
     if intervals := _values((cell for cell in cells if budget_of(cell)), "prompt_interval"):
-        told += f" Budget B+I: compacted to B rows at I more in the answer, at {_joined(intervals)} more in the prompt."
-    return told
+        text += f" Budget B+I: compacted to B rows at I more in the answer, at {_joined(intervals)} more in the prompt."
+    return text
 
 
 def matrix(cells: Sequence[Row], task: str, metric: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Teacher forcing in a real engine: a request generates the tokens that it is told to.
+"""Teacher forcing in a real engine: a request generates given tokens.
 
 vLLM reports log-probabilities of the logits as they were before any processor, so the loss of a forced token is the
 model's own. One class for each of vLLM's two interfaces.
@@ -41,7 +41,7 @@ class ForcedTokensV2(LogitsProcessor):
         return bool(self._forced[req_idx])
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        """Forces the rows of requests that are told what to say."""
+        """Forces the rows of requests that have given tokens."""
         for row, slot in enumerate(ctx.idx_mapping_np.tolist()):
             if forced := self._forced.get(slot):
                 index = int(ctx.seq_lens_upper_bound_np[row] - self._num_prompt_tokens[slot])

@@ -109,7 +109,7 @@ def model_of(config: Any, dtype: str) -> Model:
     if uneven := [name for name in UNEVEN if getattr(text, name, None)]:
         raise ValueError(f"its config has {uneven[0]}: layers with caches of several shapes are not known to plan.")
     stored: torch.dtype = convertor.get_torch_dtype(config, "", None, "hf")
-    # vLLM computes in bf16 what is stored in fp32, unless told otherwise.
+    # vLLM computes in bf16 what is stored in fp32, unless another type is set.
     automatic = torch.bfloat16 if stored == torch.float32 else stored
     return Model(
         windows=_windows(text, convertor.get_num_hidden_layers()),

@@ -27,7 +27,7 @@ class Device:
     """What differs between devices.
 
     Attributes:
-        stock_block_size: Tokens in a block of stock vLLM, unless told otherwise.
+        stock_block_size: Tokens in a block of stock vLLM, unless another is set.
         block_size: What vllm-l2kv asks for.
         geometry: What its worker wants of packed blocks.
         num_steps: Steps that may be under way at once.

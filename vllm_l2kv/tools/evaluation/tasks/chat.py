@@ -22,13 +22,13 @@ class Fact(NamedTuple):
     """What a user may tell.
 
     Attributes:
-        told: The sentence, with a place for the value.
+        statement: The sentence, with a place for the value.
         question: That asks for it.
         begun: How the answer begins, up to the value.
         values: To choose from.
     """
 
-    told: str
+    statement: str
     question: str
     begun: str
     values: Sequence[str]
@@ -51,7 +51,7 @@ FACTS = (
     Fact("My flight has the number {}.", "Which number has my flight?", "Your flight has the number", NUMBERS),
 )
 NUM_FACTS = 4
-"""Told in one conversation, and asked for."""
+"""Stated in one conversation, and asked for."""
 NOTED = "Thank you, I will remember that."
 PASSAGE = "Here is a passage from the book that I am reading. {}"
 HEARD = "Thank you for sharing this passage."
@@ -107,7 +107,7 @@ def opening(facts: Sequence[tuple[Fact, str]], sentences: Sequence[str]) -> Mess
     """The turns before the first question: the facts, then passages of a book."""
     messages = []
     for fact, value in facts:
-        messages += [_said("user", fact.told.format(value)), _said("assistant", NOTED)]
+        messages += [_said("user", fact.statement.format(value)), _said("assistant", NOTED)]
     for start in range(0, len(sentences), NUM_SENTENCES):
         passage = PASSAGE.format(" ".join(sentences[start : start + NUM_SENTENCES]))
         messages += [_said("user", passage), _said("assistant", HEARD)]

@@ -17,7 +17,7 @@ from vllm_l2kv.tools.evaluation.texts import encode, largest, num_shared
 ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day."
 NEEDLE = f"The best thing to do in San Francisco is {ANSWER}"
 BEFORE = "This is a very long story book: <book> "
-BEHIND = (
+AFTER = (
     " </book>.\n Based on the content of the book, Question: What is the best thing to do in San Francisco?\n"
     "Answer: The best thing to do in San Francisco is"
 )
@@ -38,12 +38,12 @@ def cases(
         for depth in depths:
             for sample in range(num_samples):
                 start = chance.randrange(max(len(sentences) // 2, 1))
-                behind = sentences[start:]
-                token_ids = partial(_token_ids, tokenizer, behind, depth)
+                haystack = sentences[start:]
+                token_ids = partial(_token_ids, tokenizer, haystack, depth)
                 # No sentence is shorter than two tokens.
-                most = min(len(behind), length // 2)
+                most = min(len(haystack), length // 2)
                 num_sentences = largest(most, lambda n: len(token_ids(n)) <= length)  # noqa: B023
-                if num_sentences == len(behind):
+                if num_sentences == len(haystack):
                     raise ValueError(f"The text is too short for a haystack of {length} tokens.")
                 if num_sentences == 0:
                     raise ValueError(f"A haystack does not fit into {length} tokens.")
@@ -57,7 +57,7 @@ def cases(
 
 
 def _token_ids(
-    tokenizer: Any, sentences: Sequence[str], depth: float, num_sentences: int, question: str = BEHIND
+    tokenizer: Any, sentences: Sequence[str], depth: float, num_sentences: int, question: str = AFTER
 ) -> list[int]:
     return encode(tokenizer, BEFORE + hide(NEEDLE, sentences[:num_sentences], depth) + question)
 
@@ -68,13 +68,13 @@ def sentences_of(text: str) -> list[str]:
 
 
 def hide(needle: str, sentences: Sequence[str], depth: float) -> str:
-    """Puts a needle between sentences, behind `depth` of them."""
+    """Puts a needle between sentences, after `depth` of them."""
     before = round(depth * len(sentences))
     return " ".join([*sentences[:before], needle, *sentences[before:]])
 
 
 def score(answer: Answer) -> Mapping[str, Any]:
-    """Share of the needle's words in the answer, as the authors count, and whether it stands there word for word."""
+    """Share of the needle's words in the answer, as the authors count, and whether it is there word for word."""
     expected = set(ANSWER.lower().split())
     said = set(answer.text.lower().split())
     exact = ANSWER.lower().rstrip(".") in " ".join(answer.text.lower().split())

@@ -50,7 +50,7 @@ def cases(
 
 
 def prompt(key: int, num_noises: int, depth: float) -> str:
-    """The text that hides a key behind `depth` of its noise."""
+    """The text that hides a key after `depth` of its noise."""
     before = round(depth * num_noises)
     hidden = f"The pass key is {key}. Remember it. {key} is the pass key."
     noise = [NOISE] * before, [NOISE] * (num_noises - before)

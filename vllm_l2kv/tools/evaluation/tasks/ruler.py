@@ -34,7 +34,7 @@ class Needles:
     """One of RULER's needle tasks.
 
     Attributes:
-        haystack: `noise`, `essay`, or `needles` that nobody asks for.
+        haystack: `noise`, `essay`, or `needles` that no question asks for.
         num_keys: Keys that have values.
         num_values: Values of each key.
         num_queries: Keys that are asked for.
