@@ -52,7 +52,7 @@ def engine_args(
     profile: str | os.PathLike[str] | None = None,
     memory: float | None = None,
     classes: str | None = None,
-    evaluation_scorers: bool = Settings.evaluation_scorers,
+    evaluation_scorers: Sequence[str] = Settings.evaluation_scorers,
     additional_config: dict[str, Any] | None = None,
     **defaults: FieldValue | None,
 ) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def engine_args(
         memory: Share of the whole cache, what stays full included, that the profile is set for, in (0, 1]; `None` for
             0.5.
         classes: What of the profile stays full: whole `layers`, the default, or single KV `heads`.
-        evaluation_scorers: Take scorers that are too slow to serve, to compare the others with.
+        evaluation_scorers: Scorers without kernels on GPUs that requests may name too: `lagkv`, `l2_pagerank`, and
+            `MODULE:CLASS` for a subclass of `vllm_l2kv.scorers.Scorer` that Python can import.
         additional_config: Other entries for vLLM's option of this name.
         defaults: What applies to a request that does not give a field: `default_keep_ratio`, and the other attributes
             of `CompressionParams`. What is `None` counts as not given.
@@ -82,11 +83,12 @@ def engine_args(
         tokens there would make the blocks of full layers, and so the steps of prefix-cache hits, needlessly long.
 
     Raises:
-        ValueError: A value out of bounds, or a profile that cannot be read.
+        ValueError: A value out of bounds, a profile that cannot be read, or a scorer that cannot be imported.
         TypeError: Another argument.
     """
     # vLLM finds the device when it is imported, so wait until that is needed.
     from vllm_l2kv.plugin import device_engine_args
+    from vllm_l2kv.scorers import class_of
 
     given = _fields("engine_args", defaults, {field.argument: field for field in FIELDS_WITH_DEFAULTS})
     params = {field.attribute: value for field, value in given.items() if value is not None}
@@ -104,8 +106,10 @@ def engine_args(
         prompt_interval=prompt_interval,
         answer_interval=answer_interval,
         profile=None if profile is None else str(Path(profile).resolve()),
-        evaluation_scorers=evaluation_scorers,
+        evaluation_scorers=tuple(evaluation_scorers),
     )
+    for scorer in settings.evaluation_scorers:
+        class_of(scorer)  # an engine would say so after its start
     return {
         **device_engine_args(),
         "additional_config": {**(additional_config or {}), CONFIG_KEY: settings.as_config()},

@@ -4,6 +4,7 @@ Standard library only. A name is passed to every check, so that the error can sh
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,11 +86,11 @@ class Choice:
 
     Attributes:
         names: Those that are offered.
-        unlisted: Others, which only some engines take; each says why where it does not.
+        unlisted: Matches the whole of others, which only some engines take; each says why where it does not.
     """
 
     names: tuple[str, ...]
-    unlisted: tuple[str, ...] = ()
+    unlisted: re.Pattern[str] | None = None
     type: ClassVar[str] = "string"
 
     def bounds(self, name: str) -> str:
@@ -106,9 +107,9 @@ class Choice:
         Raises:
             ParamError: Not one of the names.
         """
-        if not isinstance(value, str) or value not in (*self.names, *self.unlisted):
-            raise ParamError(name, f"{name} must be {self.bounds(name)}, got {_show(value)}.")
-        return value
+        if isinstance(value, str) and (value in self.names or (self.unlisted and self.unlisted.fullmatch(value))):
+            return value
+        raise ParamError(name, f"{name} must be {self.bounds(name)}, got {_show(value)}.")
 
 
 Kind = Ratio | Count | Choice

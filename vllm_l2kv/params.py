@@ -28,6 +28,10 @@ EVALUATION_SCORERS = ("lagkv", "l2_pagerank")
 """Scorers without a kernel on GPUs, which only `vllm-l2kv eval` takes: slow, and a request would hold up all others."""
 SCORERS = (*OFFERED_SCORERS, *EVALUATION_SCORERS)
 """Values of `kv_scorer`: the modules of `vllm_l2kv.scorers`."""
+OWN_SCORER = re.compile(r"(?:[A-Za-z_]\w{0,63}\.){0,8}[A-Za-z_]\w{0,63}:[A-Za-z_]\w{0,63}", re.ASCII)
+"""`MODULE:CLASS`, a scorer of a user's own. No request makes an engine import one: it has those of its settings."""
+UNSERVED_SCORER = re.compile(rf"{'|'.join(EVALUATION_SCORERS)}|{OWN_SCORER.pattern}", re.ASCII)
+"""Scorers without a kernel, for comparisons alone."""
 ONE_COMPACTION_SCORERS = ("lagkv", "random")
 """Scorers that read a row's place in the prompt, which rows no longer show once some were evicted."""
 PROFILE_SCORERS = ("learned",)
@@ -65,7 +69,7 @@ class CompressionParams:
         max_tokens: The budget: rows that each head holds at most between compactions; `None` for no bound.
         protect_first: Tokens at the start that every compaction keeps.
         protect_last: Tokens at the end of what is held that every compaction keeps.
-        scorer: What decides which of the others are kept, one of `SCORERS`.
+        scorer: What decides which of the others are kept, one of `SCORERS` or `MODULE:CLASS`.
         granularity: What is kept or evicted as one, one of `GRANULARITIES`.
         prefix_tokens: Tokens at the start of the prompt that are a document, compressed by itself; `None` for none.
 
@@ -92,7 +96,7 @@ class CompressionParams:
     )
     scorer: str = _field(
         "l2",
-        Choice(OFFERED_SCORERS, unlisted=EVALUATION_SCORERS),
+        Choice(OFFERED_SCORERS, unlisted=UNSERVED_SCORER),
         "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
         "--kv-scorer",
     )

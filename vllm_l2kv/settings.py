@@ -14,6 +14,7 @@ from vllm_l2kv.params import (
     FIELDS_WITH_DEFAULTS,
     OFFERED_SCORERS,
     PROFILE_SCORERS,
+    UNSERVED_SCORER,
     Asked,
     CompressionParams,
 )
@@ -41,7 +42,8 @@ class Settings:
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt, at least 1.
         answer_interval: The same from the end of the prompt on.
         profile: Path of the model's profile; `None` without one.
-        evaluation_scorers: Whether requests may name `params.EVALUATION_SCORERS`.
+        evaluation_scorers: Scorers without kernels that requests may name beside the others: some of
+            `params.EVALUATION_SCORERS`, and `MODULE:CLASS` for those of a user's own.
 
     Raises:
         ValueError: An index of a layer or a head that is not a non-negative integer, an interval out of bounds, or a
@@ -55,16 +57,16 @@ class Settings:
     prompt_interval: int = Intervals().prompt
     answer_interval: int = Intervals().answer
     profile: str | None = None
-    evaluation_scorers: bool = False
+    evaluation_scorers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         layers = tuple(self.full_layers)
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ValueError(f"full_layers must hold layer indices >= 0, got {layer!r}.")
-        for name in ("metrics", "evaluation_scorers"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if not isinstance(self.metrics, bool):
+            raise ValueError(f"metrics must be true or false, got {self.metrics!r}.")
+        object.__setattr__(self, "evaluation_scorers", _unserved(self.evaluation_scorers))
         if self.profile is not None and not (isinstance(self.profile, str) and self.profile):
             raise ValueError(f"profile must be the path of a file, got {self.profile!r}.")
         for name in ("prompt_interval", "answer_interval"):
@@ -82,8 +84,7 @@ class Settings:
     def scorers(self) -> tuple[str, ...]:
         """What requests may name as `kv_scorer`."""
         barred = () if self.profile else PROFILE_SCORERS
-        extra = EVALUATION_SCORERS if self.evaluation_scorers else ()
-        return (*(name for name in OFFERED_SCORERS if name not in barred), *extra)
+        return (*(name for name in OFFERED_SCORERS if name not in barred), *self.evaluation_scorers)
 
     def read(self, values: Mapping[str, Any] | None) -> Asked:
         """What a request asks of this engine: `CompressionParams.read`, and a scorer that the engine has.
@@ -131,9 +132,24 @@ class Settings:
             )
         raise ParamError(
             "kv_scorer",
-            f"kv_scorer {scorer!r} is slow and would hold up other requests, so only `vllm-l2kv eval` takes it; "
-            f"choose one of {', '.join(self.scorers)}.",
+            f"kv_scorer {scorer!r} is slow and would hold up other requests, so only `vllm-l2kv eval` takes it, "
+            f"and offline engine_args(evaluation_scorers=[{scorer!r}]); choose one of {', '.join(self.scorers)}.",
         )
+
+
+def _unserved(named: Any) -> tuple[str, ...]:
+    """Checks `Settings.evaluation_scorers`; each counts once.
+
+    Raises:
+        ValueError: No list, or another name in it.
+    """
+    if not isinstance(named, list | tuple):
+        raise ValueError(f"evaluation_scorers must be a list of names, got {named!r}.")
+    for name in named:
+        if not isinstance(name, str) or not UNSERVED_SCORER.fullmatch(name):
+            known = ", ".join(EVALUATION_SCORERS)
+            raise ValueError(f"evaluation_scorers must hold {known} or MODULE:CLASS of your own, got {name!r}.")
+    return tuple(dict.fromkeys(named))
 
 
 def heads_by_layer(named: Any) -> FullHeads:

@@ -13,9 +13,18 @@ from weights import made_up_weights, write_profile
 from vllm_l2kv import ParamError, compression
 from vllm_l2kv.params import EVALUATION_SCORERS, ONE_COMPACTION_SCORERS, PROFILE_SCORERS, SCORERS
 from vllm_l2kv.profile import fingerprint
+from vllm_l2kv.scorers import Scorer
 
 NUM_TOKENS = 12
+OWN = f"{__name__}:HighValues"
 FULL_LAYERS = (0,)
+
+
+class HighValues(Scorer):
+    """What a user may write: large values."""
+
+    def score(self, rows):
+        return rows.values.float().norm(dim=-1)
 
 
 class BlockReference(Reference):
@@ -41,12 +50,12 @@ def weights(llama_reference):
 
 @pytest.fixture(scope="module")
 def engine(llama, weights, run, tmp_path_factory):
-    """With every scorer that there is."""
+    """With every scorer that there is, and one of a user's own."""
     profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
     write_profile(profile, weights, fingerprint(llama))
     intervals = dict(zip(("prompt_interval", "answer_interval"), INTERVALS, strict=True))
     rule = {"full_layers": FULL_LAYERS, "default_keep_ratio": 1.0, **intervals}
-    rule = bare_rule(profile=profile, evaluation_scorers=True, **rule)
+    rule = bare_rule(profile=profile, evaluation_scorers=[*EVALUATION_SCORERS, OWN], **rule)
     with run(llama, FULL_LAYERS, **rule) as engine:
         yield engine
 
@@ -59,7 +68,7 @@ def scored(llama, weights):
 @pytest.fixture
 def plain_settings(engine, monkeypatch):
     """Those of an engine that serves, without a profile."""
-    settings = replace(engine.scheduler.settings, profile=None, evaluation_scorers=False)
+    settings = replace(engine.scheduler.settings, profile=None, evaluation_scorers=())
     monkeypatch.setattr(engine.scheduler, "settings", settings)
 
 
@@ -77,6 +86,17 @@ def test_all_scorers_in_one_batch(engine, scored, text_ids, last):
         scored.scorer = scorer
         assert answer == scored.generate(prompt, NUM_TOKENS, "0.5", FULL_LAYERS, 0, last), scorer
     assert len(set(map(tuple, answers))) >= len(SCORERS) - 2, "scorers should differ"
+
+
+def test_a_scorer_of_a_user(engine, llama, text_ids):
+    class ByValues(Reference):
+        def _kept(self, index, keys, values, num_keep, first, last):
+            return values.norm(dim=-1).topk(num_keep).indices.sort().values[None]
+
+    prompt = text_ids[40:440]
+    answer, other = engine.tokens([prompt] * 2, [ask(OWN), ask("l2")])
+    assert answer == ByValues(llama).generate(prompt, NUM_TOKENS, "0.5", FULL_LAYERS)
+    assert answer != other
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (4, 40)])
@@ -113,7 +133,7 @@ def test_what_one_compaction_alone_defines_is_refused_with_a_budget(engine, text
 
 def test_scorers_that_an_engine_does_not_have_are_refused(plain_settings, engine, text_ids):
     """By name and that request alone, also where no front end looked."""
-    names = [*EVALUATION_SCORERS, *PROFILE_SCORERS]
+    names = [*EVALUATION_SCORERS, *PROFILE_SCORERS, OWN]
     outputs = engine.generate([text_ids[:200]] * (len(names) + 1), [keep("0.5"), *(ask(name) for name in names)])
     assert outputs[0].outputs[0].finish_reason == "length"
     for name, output in zip(names, outputs[1:], strict=True):

@@ -33,6 +33,7 @@ class Mute:
         intervals: Intervals,
         profile: str | None,
         full_heads: FullHeads,
+        scorers: Sequence[str],
         max_model_len: int,
     ) -> None:
         self.about = {"model": Path(model).name, "full_layers": full_layers, **about_heads(full_heads)}
@@ -83,6 +84,7 @@ def refused(capsys, *words: str) -> str:
         ("copy", ["--budgets", "256,0"], "1 <= N <= 2147483647, got 0"),
         ("copy", ["--answer-interval", "0"], "1 <= N <= 2147483647, got 0"),
         ("passkey", ["--scorers", "l2,l3"], f"'l3' is not one of {', '.join(SCORERS)}"),
+        ("passkey", ["--scorers", "./mine.py:Recent"], "'./mine.py:Recent' is not one of l2"),
         ("passkey", ["--granularities", "page"], "'page' is not one of token, block"),
         ("passkey", ["--depths", "1.5"], "0 <= D <= 1, got 1.5"),
         ("needle", ["--depths=-0.5"], "0 <= D <= 1, got -0.5"),
@@ -192,6 +194,14 @@ def test_rows_are_added_and_reported(capsys, tmp_path, task, words):
     assert len(rows) == 2 * (2 * 5)
     assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
     assert (tmp_path / "report.html").read_text() == report
+
+
+@pytest.mark.usefixtures("mute")
+def test_a_scorer_of_a_user_is_reported_by_its_name(capsys, tmp_path):
+    words = ["--lengths", "400", "--samples", "2", "--scorers", "mine:Recent,l2", "--out", str(tmp_path)]
+    cli.evaluate(["passkey", "model", *words])
+    assert "\nmine:Recent +4/64 " in capsys.readouterr().out
+    assert "mine:Recent" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("mute")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from weights import made_up_weights, write_profile
 
+from vllm_l2kv import engine_args
 from vllm_l2kv.kernels.reference import select
 from vllm_l2kv.params import SCORERS
 from vllm_l2kv.profile import Profile, Rope
@@ -198,6 +199,38 @@ def test_a_profile_with_other_weights_is_refused(tmp_path, name):
 
 def test_without_a_profile_nothing_is_learned():
     assert set(SCORERS) - bind(Heads.of_rank((0,), 1, 0, 1, torch.device("cpu"))).keys() == {"learned"}
+
+
+class TestAScorerOfAUser:
+    def test_it_is_bound_like_another(self, own):
+        own("class Recent(Scorer):\n    pass")
+        heads = Heads.of_rank((3,), 2, 0, 1, torch.device("cpu"))
+        bound = bind(heads, names=("l2", "own_scorers:Recent"))
+        assert list(bound) == ["l2", "own_scorers:Recent"]
+        assert bound["own_scorers:Recent"].heads is heads
+
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            (None, "'own_scorers:Recent' cannot be imported .*; Python looks for modules in the folders of PYTHONPATH"),
+            ("import nothing_of_this_name", r"cannot be imported \(No module named 'nothing_of_this_name'\)"),
+            ("", "own_scorers has no class Recent that derives from vllm_l2kv.scorers.Scorer"),
+            ("def Recent(heads): pass", "own_scorers has no class Recent"),
+            ("class Recent: pass", "own_scorers has no class Recent"),
+        ],
+    )
+    def test_what_is_none_is_refused_before_an_engine_starts(self, own, code, message):
+        if code is not None:
+            own(code)
+        with pytest.raises(ValueError, match=message):
+            engine_args(evaluation_scorers=["own_scorers:Recent"])
+
+    @pytest.fixture
+    def own(self, tmp_path, monkeypatch):
+        """Writes the module of this name."""
+        monkeypatch.syspath_prepend(tmp_path)
+        yield lambda code: (tmp_path / "own_scorers.py").write_text(f"from vllm_l2kv.scorers import Scorer\n{code}\n")
+        sys.modules.pop("own_scorers", None)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 40])

@@ -70,7 +70,7 @@ class TestGeneratingEndpoints:
         assert refused(nested_at(path, {"kv_keep": 0.5}), path).parameter == "kv_keep"
         assert refused(nested_at(path, {"kv_keep_ratio": 5}), path).parameter == "kv_keep_ratio"
 
-    @pytest.mark.parametrize("scorer", [*EVALUATION_SCORERS, "learned"])
+    @pytest.mark.parametrize("scorer", [*EVALUATION_SCORERS, "learned", "os:system"])
     def test_scorers_that_this_engine_does_not_have(self, path, scorer):
         error = refused({"kv_keep_ratio": 0.5, "kv_scorer": scorer}, path)
         assert error.parameter == "kv_scorer"

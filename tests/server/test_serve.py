@@ -54,7 +54,7 @@ def test_own_options(parser):
         "prompt_interval": 64,
         "answer_interval": 32,
         "profile": None,
-        "evaluation_scorers": False,
+        "evaluation_scorers": [],
     }
 
 

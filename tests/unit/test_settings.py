@@ -6,11 +6,17 @@ from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import EVALUATION_SCORERS, SCORERS, CompressionParams
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 
+OWN = "my.scorers:Recent"
+
 
 def test_settings_survive_the_trip_through_additional_config():
     params = CompressionParams(0.25, 4, 64, "learned", "block")
     settings = Settings(
-        (3, 0, 3), {7: [2, 0, 2], 5: (), 1: (3,)}, params, profile="a/model.safetensors", evaluation_scorers=True
+        (3, 0, 3),
+        {7: [2, 0, 2], 5: (), 1: (3,)},
+        params,
+        profile="a/model.safetensors",
+        evaluation_scorers=("lagkv", OWN),
     )
     config = json.loads(json.dumps({CONFIG_KEY: settings.as_config(), "other": 1}))
     assert Settings.from_config(config) == settings
@@ -26,13 +32,14 @@ def refusal_of(settings: Settings, scorer: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", [*SCORERS, OWN])
 def test_scorers_that_an_engine_has(scorer):
-    """What serves takes those that are offered, what evaluates takes all, and what is learned comes from a profile."""
+    """What serves takes those that are offered, what evaluates takes more, and what is learned comes from a profile."""
     plain, profiled = refusal_of(Settings(), scorer), refusal_of(Settings(profile="model.safetensors"), scorer)
-    assert (plain is not None) == (scorer in (*EVALUATION_SCORERS, "learned"))
-    assert (profiled is not None) == (scorer in EVALUATION_SCORERS)
-    assert refusal_of(Settings(profile="model.safetensors", evaluation_scorers=True), scorer) is None
+    unserved = (*EVALUATION_SCORERS, OWN)
+    assert (plain is not None) == (scorer in (*unserved, "learned"))
+    assert (profiled is not None) == (scorer in unserved)
+    assert refusal_of(Settings(profile="model.safetensors", evaluation_scorers=unserved), scorer) is None
     if plain is not None:
         advice = "--kv-profile FILE" if scorer == "learned" else "choose one of l2, l1, "
         assert plain.startswith("kv_scorer: ")
@@ -58,8 +65,12 @@ def test_scorers_that_an_engine_has(scorer):
         ({"full_heads": {"7": [True]}}, "full_heads must give layer 7 KV heads >= 0, got True"),
         ({"profile": 3}, "profile must be the path of a file, got 3"),
         ({"profile": ""}, "profile must be the path of a file"),
-        ({"evaluation_scorers": 1}, "evaluation_scorers must be true or false"),
+        ({"evaluation_scorers": True}, "evaluation_scorers must be a list of names, got True"),
+        ({"evaluation_scorers": "lagkv"}, "evaluation_scorers must be a list of names, got 'lagkv'"),
+        ({"evaluation_scorers": ["l2"]}, "must hold lagkv, l2_pagerank or MODULE:CLASS of your own, got 'l2'"),
+        ({"evaluation_scorers": ["a/b.py:C"]}, "or MODULE:CLASS of your own, got 'a/b.py:C'"),
         ({"kv_scorer": "lagkv"}, "only `vllm-l2kv eval` takes it"),
+        ({"kv_scorer": OWN}, "only `vllm-l2kv eval` takes it"),
         ({"kv_scorer": "learned"}, "needs the weights of a profile"),
     ],
 )

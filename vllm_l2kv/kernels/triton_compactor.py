@@ -19,7 +19,7 @@ from vllm_l2kv.kernels.scores import bind
 from vllm_l2kv.kernels.scratch import MAX_ORDERS, Scratch
 from vllm_l2kv.kernels.select_and_move import TILES, move_rows, select_positions
 from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
-from vllm_l2kv.params import EVALUATION_SCORERS, GRANULARITIES, CompressionParams
+from vllm_l2kv.params import GRANULARITIES, OFFERED_SCORERS, CompressionParams
 from vllm_l2kv.scorers import Scorers
 
 
@@ -49,7 +49,7 @@ class TritonCompactor:
     def warm_up(self) -> None:
         """Compiles every kernel that a request can reach, so that none waits for that; moves the null block."""
         block_size = self.cache.block_size
-        names = [name for name in self._kernels if name not in EVALUATION_SCORERS]
+        names = [name for name in self._kernels if name in OFFERED_SCORERS]
         lengths = {min(tile, self._capacity) for tile in TILES}
         for scorer, granularity, num_rows in product(names, GRANULARITIES, lengths):
             params = CompressionParams(protect_first=0, protect_last=0, scorer=scorer, granularity=granularity)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_l2kv.kv_heads import heads_of_rank
-from vllm_l2kv.params import PROFILE_SCORERS, SCORERS
+from vllm_l2kv.params import OWN_SCORER, PROFILE_SCORERS, SCORERS
 from vllm_l2kv.profile import Rope
 
 
@@ -100,6 +100,8 @@ class Rows(NamedTuple):
 class Scorer:
     """A scorer, bound once to what it will score. Each module has one, its class `Bound`.
 
+    One of a user's own is a subclass anywhere; `engine_args(evaluation_scorers=["MODULE:CLASS"])` names it.
+
     Args:
         heads: What it will score.
         weights: Of the engine's profile; `None` without one.
@@ -122,25 +124,42 @@ Scorers = Mapping[str, Scorer]
 """Bound scorers by the values of `kv_scorer` that name them."""
 
 
-def bind(heads: Heads, weights: Weights | None = None) -> Scorers:
-    """The scorers of `vllm_l2kv.params.SCORERS`, bound to the same heads.
+def bind(heads: Heads, weights: Weights | None = None, names: Iterable[str] = SCORERS) -> Scorers:
+    """Scorers that are bound to the same heads.
 
     Args:
         heads: As of `Scorer`.
         weights: As of `Scorer`. Scorers that need a profile are left out without one.
+        names: As `class_of` takes them.
     """
-    names = (name for name in SCORERS if weights or name not in PROFILE_SCORERS)
-    return {name: _class_of(name)(heads, weights) for name in names}
+    given = (name for name in names if weights or name not in PROFILE_SCORERS)
+    return {name: class_of(name)(heads, weights) for name in given}
 
 
-def bytes_of_a_head(weights: Weights) -> int:
-    """Device memory that all scorers hold for each layer and head to which they are bound."""
-    return sum(_class_of(name).bytes_of_a_head(weights) for name in SCORERS)
+def bytes_of_a_head(weights: Weights, names: Iterable[str] = SCORERS) -> int:
+    """Device memory that these scorers hold for each layer and head to which they are bound."""
+    return sum(class_of(name).bytes_of_a_head(weights) for name in names)
 
 
-def _class_of(name: str) -> type[Scorer]:
-    bound: type[Scorer] = import_module(f"vllm_l2kv.scorers.{name}").Bound
-    return bound
+def class_of(name: str) -> type[Scorer]:
+    """The class of a scorer.
+
+    Args:
+        name: One of `vllm_l2kv.params.SCORERS`, or `MODULE:CLASS`.
+
+    Raises:
+        ValueError: The module cannot be imported, or has no such class.
+    """
+    module, _, attribute = name.partition(":") if OWN_SCORER.fullmatch(name) else (f"{__name__}.{name}", "", "Bound")
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except ImportError as error:
+        raise ValueError(
+            f"scorer {name!r} cannot be imported ({error}); Python looks for modules in the folders of PYTHONPATH."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Scorer)):
+        raise ValueError(f"scorer {name!r}: {module} has no class {attribute} that derives from {__name__}.Scorer.")
+    return found
 
 
 def norms(rows: torch.Tensor, order: float = 2) -> torch.Tensor:

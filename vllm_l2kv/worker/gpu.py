@@ -44,7 +44,7 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         shape = self._scratch_shape(compressed)
         self._scratch_bytes = scratch_bytes(*shape)
         if self._weights is not None:
-            self._scratch_bytes += shape[0] * bytes_of_a_head(self._weights)
+            self._scratch_bytes += shape[0] * bytes_of_a_head(self._weights, self.settings.scorers)
         self._room_shape = self._shape_of_room(specs)
         if self._room_shape is not None:
             self._scratch_bytes += room_bytes(*self._room_shape)

@@ -179,7 +179,8 @@ class CompactionWorker(WorkerBase):
     def _bind(self, layers: Sequence[Layer], device: torch.device) -> Scorers:
         """Scorers of the heads of alike layers."""
         numbers, of_layers = tuple(layer.number for layer in layers), tuple(layer.heads for layer in layers)
-        return bind(Heads(numbers, of_layers, self._num_heads_of_model, device), self._weights)
+        heads = Heads(numbers, of_layers, self._num_heads_of_model, device)
+        return bind(heads, self._weights, self.settings.scorers)
 
     def _layer(self, name: str, spec: CompressedLayerSpec) -> Layer:
         number = extract_layer_index(name)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from vllm_l2kv.kernels.batch import Batch
-from vllm_l2kv.params import EVALUATION_SCORERS
+from vllm_l2kv.params import OFFERED_SCORERS
 from vllm_l2kv.scorers import Scorers
 
 
@@ -38,6 +38,6 @@ def bind(scorers: Scorers) -> dict[str, Scored]:
 
 def kernels_of(name: str) -> type[Scored]:
     """The class of a scorer's kernels."""
-    module = "by_torch" if name in EVALUATION_SCORERS else name
+    module = name if name in OFFERED_SCORERS else "by_torch"
     kernels: type[Scored] = import_module(f"vllm_l2kv.kernels.scores.{module}").Kernels
     return kernels

@@ -24,7 +24,7 @@ from vllm_l2kv.cli_types import (
     real,
 )
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.params import GRANULARITIES, PROFILE_SCORERS, SCORERS, CompressionParams
+from vllm_l2kv.params import GRANULARITIES, OWN_SCORER, PROFILE_SCORERS, SCORERS, CompressionParams
 from vllm_l2kv.policy import Intervals
 from vllm_l2kv.profile import setting_of
 from vllm_l2kv.settings import Settings
@@ -156,6 +156,7 @@ def _measure(options: argparse.Namespace) -> None:
                 intervals,
                 options.kv_profile,
                 options.full_heads,
+                scorers=options.scorers,
                 max_model_len=options.max_model_len or longest,
             )
             progress.begin(f"making prompts for {options.task}")
@@ -274,9 +275,10 @@ def _eval_parser() -> argparse.ArgumentParser:
         add_budgets(options)
         add(
             "--scorers",
-            type=list_of(one_of(SCORERS)),
+            type=list_of(_scorer),
             metavar="S,S",
-            help=f"of {listed(SCORERS)}; the controls are always included (default: {CompressionParams.scorer})",
+            help=f"of {listed(SCORERS)}, or MODULE:CLASS of your own; the controls are always included (default: "
+            f"{CompressionParams.scorer})",
         )
         add(
             "--granularities",
@@ -344,6 +346,11 @@ def _eval_parser() -> argparse.ArgumentParser:
     drawing.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help=f"files named {ROWS}, or of aggregates")
     drawing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     return parser
+
+
+def _scorer(word: str) -> str:
+    """A name of `SCORERS`, or the place of a class."""
+    return word if OWN_SCORER.fullmatch(word) else one_of(SCORERS)(word)
 
 
 _depth = real("D", "0 <= D <= 1", lambda depth: 0 <= depth <= 1)

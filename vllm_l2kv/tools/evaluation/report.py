@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from vllm_l2kv.cli_types import aligned, full_in_words, heads
 from vllm_l2kv.params import CONTROLS, SCORERS
@@ -342,9 +343,12 @@ def _depths(rows: Sequence[Row], path: Path) -> Path:
 def _style(entry: Row) -> dict[str, Any]:
     """A colour for each scorer, squares for what protects, dashes for controls."""
     protects = entry["protect_first"] or entry["protect_last"]
+    scorer = entry["scorer"]
+    # One of a user's own has no place in the list; its name gives it the same colour in every plot.
+    place = SCORERS.index(scorer) if scorer in SCORERS else crc32(scorer.encode())
     return {
-        "color": "black" if is_whole(entry) else f"C{SCORERS.index(entry['scorer'])}",
-        "linestyle": "--" if entry["scorer"] in CONTROLS else "-",
+        "color": "black" if is_whole(entry) else f"C{place}",
+        "linestyle": "--" if scorer in CONTROLS else "-",
         "marker": "s" if protects else "o",
         "fillstyle": "full" if entry["granularity"] == "token" else "none",
         "markersize": 4,

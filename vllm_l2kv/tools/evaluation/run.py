@@ -8,7 +8,7 @@ from typing import Any
 
 import vllm_l2kv
 from vllm_l2kv.messages.usage import take_usage
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import EVALUATION_SCORERS, OFFERED_SCORERS, CompressionParams
 from vllm_l2kv.policy import CompactionPoints, Intervals, num_keep
 from vllm_l2kv.settings import FullHeads, Settings
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
@@ -31,6 +31,7 @@ class Engine:
         full_heads: KV heads of other layers that never compact.
         intervals: Rows beyond a budget.
         profile: File of the scorers that need one; nothing else is taken from it.
+        scorers: Those that are compared; all that servers take work as well.
         arguments: More of vLLM's engine arguments.
     """
 
@@ -41,6 +42,7 @@ class Engine:
         intervals: Intervals = INTERVALS,
         profile: Path | None = None,
         full_heads: FullHeads | None = None,
+        scorers: Iterable[str] = EVALUATION_SCORERS,
         **arguments: Any,
     ) -> None:
         import torch
@@ -62,7 +64,7 @@ class Engine:
             full_heads,
             prompt_interval=intervals.prompt,
             answer_interval=intervals.answer,
-            evaluation_scorers=True,
+            evaluation_scorers=[name for name in scorers if name not in OFFERED_SCORERS],
             profile=profile,
             default_keep_ratio=1.0,
         )

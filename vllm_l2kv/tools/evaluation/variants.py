@@ -42,7 +42,7 @@ def variants(
     """Every combination of a ratio or a budget, after the baseline; controls are added and measured token by token.
 
     Args:
-        scorers: Names of `SCORERS`.
+        scorers: Names of `SCORERS`, or `MODULE:CLASS`.
         ratios: Keep ratios; 1 is the baseline.
         protections: Pairs of `protect_first` and `protect_last`.
         granularities: `token`, `block`.
