@@ -118,6 +118,11 @@ def full_name(name: str) -> str:
     return f"{name}.full"
 
 
+def layer_name(name: str) -> str:
+    """The layer's own name, of that or of its `full_name`."""
+    return name.removesuffix(full_name(""))
+
+
 def mixed(names: Collection[str]) -> list[str]:
     """Those of `names` whose layers have heads of both classes."""
     return [name for name in names if full_name(name) in names]

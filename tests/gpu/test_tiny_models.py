@@ -15,8 +15,6 @@ from reference import check_numbers
 from tiny import ChunkedReference, HybridReference
 from vllm.config import CUDAGraphMode
 
-from vllm_l2kv.worker.gpu import L2KVGPUWorker
-
 pytestmark = pytest.mark.gpu
 
 INTERVALS = (300, 5)
@@ -32,15 +30,11 @@ LENGTHS = (33, 449, 1000, 1700)
 
 
 class Kind(NamedTuple):
-    """Named full layers, those that they stand for, and what the model has other than in tests on CPUs.
-
-    `backend` is one that engines refuse as long as this has not been run.
-    """
+    """Named full layers, those that they stand for, and what the model has other than in tests on CPUs."""
 
     named: tuple[int, ...]
     full_layers: tuple[int, ...]
     changes: dict[str, Any]
-    backend: str | None = None
 
 
 SMALL = {"initializer_range": 0.06}
@@ -54,7 +48,6 @@ KINDS = {
     "jamba": Kind((0, 1), (1,), SMALL),
     "gpt_oss": Kind((0, 1), (1,), {"initializer_range": 0.15, "num_experts_per_tok": 4}),
     "llama4": Kind((0, 1), (1,), SMALL),
-    "llama": Kind((0,), (0,), SMALL, "TRITON_ATTN"),
 }
 
 
@@ -72,12 +65,7 @@ def model(kind, tiny_model):
 def engine(kind, model, start_small):
     rule = bare_rule(full_layers=KINDS[kind].named, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "kv_cache_memory_bytes": 1 << 28}
-    backend = KINDS[kind].backend
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if backend is not None:
-            monkeypatch.setattr(L2KVGPUWorker, "attention_backends", (backend,))
-            rule["attention_backend"] = backend
-        engine = start_small(model, max_num_seqs=32, max_num_batched_tokens=2048, **sizes, **rule)
+    engine = start_small(model, max_num_seqs=32, max_num_batched_tokens=2048, **sizes, **rule)
     for layer in engine.layers.values():  # what a state may leave in a block: no numbers
         caches = layer.kv_cache if isinstance(layer.kv_cache, (tuple, list)) else (layer.kv_cache,)
         for cache in caches:

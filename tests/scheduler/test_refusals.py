@@ -1,6 +1,7 @@
 """What is refused at start-up, in one sentence that says what to do."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
+from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 from vllm.v1.kv_cache_interface import (
@@ -41,7 +43,7 @@ from vllm_l2kv.policy import CompactionPoints, Intervals
 from vllm_l2kv.profile import Target, fingerprint
 from vllm_l2kv.refusals import check_profile, check_seed, check_supported
 from vllm_l2kv.settings import Settings
-from vllm_l2kv.worker.worker import check_attention
+from vllm_l2kv.worker.worker import check_attention, check_block_size
 
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.bfloat16}
 
@@ -327,6 +329,17 @@ def test_images_that_attend_in_both_directions(monkeypatch):
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
     with pytest.raises(ValueError, match=r"in both directions, on GPUs .*--language-model-only"):
         check_supported(seeing)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "block_size", "is_refused"),
+    [([16, 32, 64], 64, False), ([16, 32, 64], 240, True), ([64], 16, True), ([MultipleOf(16)], 240, False)],
+)
+def test_blocks_that_vllm_would_cut_for_its_kernels(sizes, block_size, is_refused):
+    backend = SimpleNamespace(get_name=lambda: "FLASHINFER", get_supported_kernel_block_sizes=lambda _: sizes)
+    spec = FullLayerSpec(**{**SHAPE, "block_size": block_size})
+    with pytest.raises(ValueError, match=f"blocks of {block_size} .*--block-size 64") if is_refused else nullcontext():
+        check_block_size("model.layers.3.self_attn.attn.full", backend, spec)
 
 
 def test_classes_never_merge():

@@ -73,6 +73,14 @@ def test_attention_sees_physical_lengths_and_vllm_keeps_its_own():
     assert logical.max_seq_len == 100
 
 
+def test_images_lie_where_their_rows_do():
+    """Those of the request without evicted rows, and of none, stay."""
+    logical = metadata([100, 50, 30]).replace(mm_req_doc_ranges={0: [(3, 9), (92, 99)], 1: [(10, 20)]})
+    physical = subtract_evicted(logical, torch.tensor([90, 0, 5], dtype=torch.int32))
+    assert physical.mm_req_doc_ranges == {0: [(-87, -81), (2, 9)], 1: [(10, 20)]}
+    assert logical.mm_req_doc_ranges[0] == [(3, 9), (92, 99)]
+
+
 class FakeBuilder:
     def build(self, common_prefix_len, common_attn_metadata):
         return "built", common_attn_metadata

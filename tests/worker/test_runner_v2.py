@@ -117,10 +117,13 @@ def test_attention_of_compressed_groups_alone_sees_physical_lengths():
     assert full.tolist() == LENGTHS
 
 
-def test_the_longest_length_on_the_host_is_physical():
+def test_lengths_on_the_host_are_physical():
+    """FlashInfer plans by them, and FlashAttention by the longest one."""
     vllm_runner, runner = compacted_runner()
     begin_step(vllm_runner, runner, [], [order("c", 30, destination=(3,))])
     compressed, full = real_metadata(vllm_runner)
+    assert compressed.seq_lens_cpu_upper_bound.tolist() == compressed.seq_lens.tolist() == [20, 14, 10]
+    assert full.seq_lens_cpu_upper_bound.tolist() == LENGTHS
     assert (compressed.max_seq_len, full.max_seq_len) == (20, 40)
     begin_step(vllm_runner, runner, [], [order("c", 35, destination=(3,)), order("a", 10, destination=(5,))])
     assert real_metadata(vllm_runner)[0].max_seq_len == 14

@@ -1,4 +1,4 @@
-"""`test_runner_v2.py` with our kernels instead of loops, and `test_by_head.py`. In a process of their own, as in
+"""`test_runner_v2.py` with our kernels instead of loops, and tests that need some. In a process of their own, as in
 `test_interpreted.py`."""
 
 import os
@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = [str(Path(__file__).with_name(name)) for name in ("test_runner_v2.py", "test_by_head.py")]
+NAMES = ("test_runner_v2.py", "test_by_head.py", "test_triton_attention.py", "test_flashinfer_plan.py")
+TESTS = [str(Path(__file__).with_name(name)) for name in NAMES]
+PLUGINS = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the compiled kernels here")
 def test_runner_v2_in_tritons_interpreter():
+    paths = [str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *TESTS],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "pytest", "-p", "interpret_vllm", "-q", "-x", *TESTS],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -44,3 +45,32 @@ def make_groups_physical(
     for group_id in group_ids:
         groups = attn_groups[group_id]
         groups[:] = [PhysicalAttentionGroup.of(group, make_physical) for group in groups]
+
+
+def with_physical_lengths(
+    metadata: CommonAttentionMetadata, seq_lens: torch.Tensor, num_evicted: torch.Tensor
+) -> CommonAttentionMetadata:
+    """The metadata with physical lengths wherever a backend may look for them; vLLM's own tensors stay as they are.
+
+    FlashAttention splits a request's keys by the longest length on the host: at a logical one, a request that holds
+    few rows of many positions would be cut into splits that are mostly empty. FlashInfer finds pages by the lengths on
+    the host. Ranges of images say which queries see later keys: rows since the last compaction lie in the order of
+    their positions, and all queries see those before it.
+
+    Args:
+        metadata: Of a batch, maybe padded.
+        seq_lens: `[num_reqs_padded]` int32 on the device, physical.
+        num_evicted: `[num_reqs]` int32 on the host, evicted tokens in batch order.
+    """
+    on_host = metadata.seq_lens_cpu_upper_bound.clone()
+    on_host[: num_evicted.shape[0]] -= num_evicted
+    images = metadata.mm_req_doc_ranges
+    if images is not None:
+        evicted = num_evicted.tolist()
+        images = {i: [(start - evicted[i], end - evicted[i]) for start, end in of] for i, of in images.items()}
+    return metadata.replace(
+        seq_lens=seq_lens,
+        seq_lens_cpu_upper_bound=on_host,
+        max_seq_len=int(on_host.max()),
+        mm_req_doc_ranges=images,
+    )

@@ -35,7 +35,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 class L2KVGPUWorker(CompactionWorker, Worker):
     """vLLM's GPU worker that compacts, with Triton kernels."""
 
-    attention_backends = ("FLASH_ATTN",)
+    attention_backends = ("FLASH_ATTN", "TRITON_ATTN")
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Same contract as `CompactionWorker`; also computes the memory that the kernels need beside the cache."""

@@ -10,7 +10,7 @@ from vllm.v1.worker.block_table import BlockTable
 
 from vllm_l2kv.kv_cache_spec import group_layer_specs
 from vllm_l2kv.messages.orders import CompactionOrder
-from vllm_l2kv.worker.attention_lengths import make_groups_physical
+from vllm_l2kv.worker.attention_lengths import make_groups_physical, with_physical_lengths
 
 BatchCounts = Callable[[], torch.Tensor | None]
 
@@ -140,9 +140,4 @@ def subtract_evicted(metadata: CommonAttentionMetadata, counts: torch.Tensor) ->
     """
     seq_lens = metadata.seq_lens.clone()
     seq_lens[: counts.shape[0]] -= counts
-    changes: dict[str, Any] = {"seq_lens": seq_lens, "max_seq_len": int(seq_lens.max())}
-    if metadata.seq_lens_cpu_upper_bound is not None:
-        upper_bound = metadata.seq_lens_cpu_upper_bound.clone()
-        upper_bound[: counts.shape[0]] -= counts
-        changes["seq_lens_cpu_upper_bound"] = upper_bound
-    return metadata.replace(**changes)
+    return with_physical_lengths(metadata, seq_lens, counts)

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from vllm_l2kv.kernels.slots import physical_lengths, slot_mappings
 from vllm_l2kv.messages.orders import CompactionOrder
-from vllm_l2kv.worker.attention_lengths import make_groups_physical
+from vllm_l2kv.worker.attention_lengths import make_groups_physical, with_physical_lengths
 
 
 class RunnerV2:
@@ -68,20 +68,14 @@ class RunnerV2:
         return self._made[1]
 
     def _physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """Writes the same buffer at capture and at replay.
-
-        FlashAttention splits a request's keys by the longest length on the host: at a logical one, a request that holds
-        few rows of many positions would be cut into splits that are mostly empty.
-        """
+        """Writes the same buffer at capture and at replay."""
         seq_lens = self._seq_lens[: metadata.seq_lens.shape[0]]
         idx_mapping = self._tables.idx_mapping
         if idx_mapping is None or not len(self.counts):
             seq_lens.copy_(metadata.seq_lens)
             return metadata.replace(seq_lens=seq_lens)
         physical_lengths(seq_lens, metadata.seq_lens, idx_mapping, self.counts.on_device)
-        evicted = self.counts.of_states(metadata.req_idx)
-        logical = metadata.seq_lens_cpu_upper_bound[: len(evicted)].numpy()
-        return metadata.replace(seq_lens=seq_lens, max_seq_len=int((logical - evicted).max()))
+        return with_physical_lengths(metadata, seq_lens, self.counts.of_states(metadata.req_idx))
 
 
 class EvictedCountsV2:
@@ -109,10 +103,9 @@ class EvictedCountsV2:
         """`[max_num_reqs]` int32 as last published; 0 where nothing was evicted."""
         return self._counts.gpu
 
-    def of_states(self, states: np.ndarray) -> np.ndarray:
+    def of_states(self, states: np.ndarray) -> torch.Tensor:
         """The counts of these request states, `[num_reqs]` int32 on the host, those to be published included."""
-        counts: np.ndarray = self._counts.np[states]
-        return counts
+        return torch.from_numpy(self._counts.np[states])
 
     def set(self, req_id: str, state: int, num_evicted: int) -> None:
         """Sets the count of a compacted request, to be published."""

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
@@ -27,6 +27,7 @@ from vllm_l2kv.kv_cache_spec import (
     group_window,
     is_packed,
     key_dtype,
+    layer_name,
     mixed,
 )
 from vllm_l2kv.kv_heads import advice, classes_of, heads_of_rank
@@ -94,6 +95,8 @@ class CompactionWorker(WorkerBase):
         for name, spec in specs.items():
             if isinstance(spec, CompressedLayerSpec):
                 check_attention(name, self._layers[name], self.attention_backends)
+            if isinstance(spec, CompressedLayerSpec | FullLayerSpec):
+                check_block_size(name, self._layers[layer_name(name)].get_attn_backend(), spec)
         for name in mixed(specs):
             check_split(name, self._layers)
         advise_on_waste(specs)
@@ -311,4 +314,24 @@ def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         raise ValueError(
             f"Layer {name} uses ALiBi, whose biases follow slots, not positions; serve this model with stock vLLM."
+        )
+
+
+def check_block_size(name: str, backend: Any, spec: AttentionSpec) -> None:
+    """Refuses blocks that vLLM would cut into smaller ones for its kernels, since orders name whole ones.
+
+    Args:
+        name: The layer's name, or that of its full heads.
+        backend: Of its attention.
+        spec: Of its cache.
+
+    Raises:
+        ValueError: The backend reads blocks of a few sizes only, and not of this one.
+    """
+    sizes = backend.get_supported_kernel_block_sizes(spec)
+    if all(isinstance(size, int) for size in sizes) and spec.block_size not in sizes:
+        raise ValueError(
+            f"Layer {name} needs blocks of {spec.block_size} tokens, and the attention backend {backend.get_name()} "
+            f"reads blocks of {', '.join(map(str, sizes))} alone; set --block-size {max(sizes)} and --kv-full-layers "
+            '"", or another --attention-backend.'
         )

@@ -1,0 +1,141 @@
+"""Other attention than FlashAttention 3 on a GPU: bf16, CUDA graphs, an engine for each backend.
+
+Tiny models with random weights, judged as in `test_tiny_models`. Full heads take a call for each class here.
+"""
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from agreement import likely_differences, rms, steps_of, tokens_of
+from engine import bare_rule, keep
+from reference import Reference, check_numbers
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+from vllm_l2kv.worker.gpu import L2KVGPUWorker
+from vllm_l2kv.worker.heads import SplitAttention
+
+pytestmark = pytest.mark.gpu
+
+INTERVALS = (300, 5)
+RULES = (
+    {"ratio": "1.0"},
+    {"ratio": "0.5"},
+    {"ratio": "0.2", "first": 4, "last": 16},
+    {"ratio": "1", "budget": 96, "first": 4, "last": 32},
+    {"ratio": "0.3", "document": 200},
+)
+LENGTHS = (33, 449, 1000, 1700)
+
+
+class Kind(NamedTuple):
+    """What an engine attends with, and the rest of what it is started with.
+
+    `is_open` says whether users may ask for it; the name of one that they may not is let through here alone.
+    """
+
+    backend: str
+    changes: dict[str, Any]
+    full_layers: tuple[int, ...]
+    full_heads: dict[int, tuple[int, ...]]
+    is_open: bool = True
+
+
+KINDS = {
+    "triton": Kind("TRITON_ATTN", {}, (0,), {2: (1,)}),
+    "fa4": Kind("FLASH_ATTN", {"head_dim": 512}, (0,), {2: (1,)}),
+    # Its native path plans by lengths on the host; its kernels read blocks of 64 tokens at most, so no layer is full.
+    "flashinfer": Kind("FLASHINFER", {"head_dim": 64}, (), {}, is_open=False),
+}
+
+
+def reason_to_skip(kind: str) -> str | None:
+    if kind == "fa4" and get_flash_attn_version(head_size=512) != 4:
+        return "vLLM's FlashAttention 4 does not run here"
+    if kind == "flashinfer" and find_spec("flashinfer") is None:
+        return "flashinfer is not installed"
+    return None
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    if reason := reason_to_skip(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind, tiny_model):
+    return tiny_model("llama", initializer_range=0.06, **KINDS[kind].changes)
+
+
+@pytest.fixture(scope="module")
+def engine(kind, model, start_small):
+    asked = KINDS[kind]
+    rule = bare_rule(
+        full_layers=asked.full_layers,
+        full_heads=asked.full_heads,
+        prompt_interval=INTERVALS[0],
+        answer_interval=INTERVALS[1],
+    )
+    sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "kv_cache_memory_bytes": 1 << 29}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not asked.is_open:
+            monkeypatch.setattr(L2KVGPUWorker, "attention_backends", (asked.backend,))
+        engine = start_small(
+            model,
+            max_num_seqs=32,
+            max_num_batched_tokens=2048,
+            **sizes,
+            **{**rule, "attention_backend": asked.backend},
+        )
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def references(kind, model):
+    """In fp32, and in bf16."""
+    full = dict(KINDS[kind].full_heads)
+    return [Reference(model, dtype, "cuda", None, full) for dtype in (torch.float32, torch.bfloat16)]
+
+
+def test_the_engine_attends_with_what_was_asked(kind, engine):
+    asked = KINDS[kind]
+    layers = [engine.layers[f"model.layers.{i}.self_attn.attn"] for i in range(4)]
+    assert {layer.attn_backend.get_name() for layer in layers} == {asked.backend}
+    assert [i for i, layer in enumerate(layers) if type(layer.impl) is SplitAttention] == [*asked.full_heads]
+
+
+def test_answers(kind, engine, references, text_ids):
+    """All in one batch, twice: the second time with what the first left in the prefix cache."""
+    exact, rounded = references
+    full_layers = KINDS[kind].full_layers
+    cases = [
+        (text_ids[9 * i : 9 * i + n], rule)
+        for i, (n, rule) in enumerate((n, rule) for n in LENGTHS for rule in RULES)
+        if rule.get("document", 0) < n
+    ]
+    for _ in range(2):
+        outputs = engine.generate(
+            [prompt for prompt, _ in cases], [keep(**rule, num_tokens=24, logprobs=20) for _, rule in cases]
+        )
+        moved, reach, other = [], [], []
+        for (prompt, rule), output in zip(cases, outputs, strict=True):
+            check_numbers(output, **rule, intervals=INTERVALS)
+            steps = steps_of(output)
+            tokens, asked = tokens_of(steps), {**rule, "intervals": INTERVALS, "full_layers": full_layers}
+            right, bf16 = (reference.logits(prompt, tokens, **asked) for reference in (exact, rounded))
+            likely = right.topk(20).indices
+            moved += likely_differences(steps, right)
+            reach += (right - bf16).gather(1, likely).flatten().tolist()
+            if rule != RULES[0]:
+                whole = exact.logits(prompt, tokens, full_layers=full_layers)
+                other += (right - whole).gather(1, likely).flatten().tolist()
+        sizes = [f"{rms(differences):.4f}" for differences in (moved, reach, other)]
+        print(f"{kind}: logits differ by {sizes[0]}, bf16 moves them by {sizes[1]}, the rule by {sizes[2]}")
+        assert rms(moved) <= 2 * rms(reach)
+        assert rms(other) > 2 * rms(moved), "what is compared must depend on the rule"
+    engine.step()  # tells the worker what has finished
+    assert engine.worker.num_evicted() == {}
