@@ -68,8 +68,8 @@ class CompressionParams:
         keep_ratio: Share of the prompt's tokens kept, in (0, 1].
         max_tokens: The budget: rows that each head holds at most between compactions; `None` for no bound.
         protect_first: Tokens at the start that every compaction keeps.
-        protect_last: Tokens at the end of what is held that every compaction keeps.
-        scorer: What decides which of the others are kept, one of `SCORERS` or `MODULE:CLASS`.
+        protect_last: Tokens at the end, of the prompt and later of the answer, that every compaction keeps.
+        scorer: How the others are ranked, one of `SCORERS` or `MODULE:CLASS`.
         granularity: What is kept or evicted as one, one of `GRANULARITIES`.
         prefix_tokens: Tokens at the start of the prompt that are a document, compressed by itself; `None` for none.
 
@@ -92,25 +92,28 @@ class CompressionParams:
     )
     protect_first: int = _field(4, Count(), "Tokens at the start that every compaction keeps.", "--kv-protect-first")
     protect_last: int = _field(
-        64, Count(), "Tokens at the end of what is held that every compaction keeps.", "--kv-protect-last"
+        64,
+        Count(),
+        "Tokens at the end, of the prompt and later of the answer, that every compaction keeps.",
+        "--kv-protect-last",
     )
     scorer: str = _field(
         "l2",
         Choice(OFFERED_SCORERS, unlisted=UNSERVED_SCORER),
-        "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
+        "How the other tokens are ranked; l2 keeps the keys of lowest norm.",
         "--kv-scorer",
     )
     granularity: str = _field(
         "token",
         Choice(GRANULARITIES),
-        f"What is kept or evicted as one: a token of a head, or {TOKENS_PER_BLOCK} tokens in a row of all heads of a "
-        "layer.",
+        f"What is kept or evicted as one: a token of a head, or {TOKENS_PER_BLOCK} consecutive tokens of all heads of "
+        "a layer.",
         "--kv-granularity",
     )
     prefix_tokens: int | None = _field(
         None,
         Count(1),
-        "Tokens at the start of the prompt that are a document: compressed by itself, found again by later requests.",
+        "Tokens at the start of the prompt that are a document: compressed by itself, and reused by later requests.",
         kw_only=True,
     )
 
@@ -237,7 +240,7 @@ PREFIX_MESSAGES = Field(
     attribute="",
     default=None,
     kind=Count(1),
-    description="Messages at the start of a chat that are a document; the server finds kv_prefix_tokens by them.",
+    description="Messages at the start of a chat that are a document; the server computes kv_prefix_tokens from them.",
     option="",
     chats_only=True,
 )

@@ -55,28 +55,30 @@ class EngineMetrics(AggregateStatLoggerBase):
         )
         self._taken = Counter(f"{PREFIX}blocks_taken", "KV-cache blocks that compactions took for kept rows.", LABELS)
         self._preempted = Counter(
-            f"{PREFIX}compaction_preemptions", "Requests preempted so that a compaction finds blocks.", LABELS
+            f"{PREFIX}compaction_preemptions", "Requests preempted to free blocks for a compaction.", LABELS
         )
         self._published = Counter(
             f"{PREFIX}compactions_published",
-            "Compactions whose rows were put into the prefix cache, for later requests.",
+            "Compactions whose rows later requests can find in the prefix cache.",
             LABELS,
         )
-        self._found = Counter(f"{PREFIX}found_tokens", "Prompt tokens whose compressed rows were found.", LABELS)
+        self._found = Counter(
+            f"{PREFIX}found_tokens", "Prompt tokens whose compressed rows were found in the prefix cache.", LABELS
+        )
         self._kept_of_compaction = Histogram(
-            f"{PREFIX}compaction_kept_rows", "Rows that each head kept, of each compaction.", by_kind, buckets=ROWS
+            f"{PREFIX}compaction_kept_rows", "Rows that each head kept, per compaction.", by_kind, buckets=ROWS
         )
         self._seconds = Histogram(
             f"{PREFIX}compaction_device_seconds",
-            "Time on the device of the compactions of one step.",
+            "Device time of all compactions of a step.",
             LABELS,
             buckets=DEVICE_SECONDS,
         )
-        self._logical = self._gauge("logical_tokens", "Tokens of running requests, as their positions count.")
-        self._physical = self._gauge("physical_tokens", "Rows of running requests in compressed layers.")
+        self._logical = self._gauge("logical_tokens", "Tokens of running requests.")
+        self._physical = self._gauge("physical_tokens", "Rows that running requests hold in compressed layers.")
         self._memory = self._gauge(
             "memory_ratio",
-            "Memory of the whole cache that running requests hold, over that of all their tokens; 1 if none runs.",
+            "Memory of the whole cache that running requests hold, relative to uncompressed; 1 if none runs.",
         )
         of_kinds: list[Any] = [self._compactions, self._kept, self._evicted, self._kept_of_compaction]
         metrics = [metric for metric in vars(self).values() if isinstance(metric, Counter | Gauge | Histogram)]
@@ -152,7 +154,7 @@ class RequestMetrics:
             for name, text, buckets in (
                 ("time_to_first_token", "Time to first token.", FIRST_TOKEN_SECONDS),
                 ("time_per_output_token", "Mean time between a request's output tokens.", OUTPUT_TOKEN_SECONDS),
-                ("e2e_request_latency", "Time of whole requests.", REQUEST_SECONDS),
+                ("e2e_request_latency", "Time from arrival to the end of the answer.", REQUEST_SECONDS),
             )
         )
 

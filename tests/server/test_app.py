@@ -302,22 +302,22 @@ def test_info(app):
             "type": "integer",
             "default": 64,
             "bounds": "0 <= kv_protect_last <= 2147483647",
-            "description": "Tokens at the end of what is held that every compaction keeps.",
+            "description": "Tokens at the end, of the prompt and later of the answer, that every compaction keeps.",
         },
         {
             "name": "kv_scorer",
             "type": "string",
             "default": "l2",
             "bounds": f"one of {', '.join(name for name in OFFERED_SCORERS if name != 'learned')}",  # has no profile
-            "description": "What decides which of the other tokens are kept; l2 keeps the keys of lowest norm.",
+            "description": "How the other tokens are ranked; l2 keeps the keys of lowest norm.",
         },
         {
             "name": "kv_prefix_messages",
             "type": "integer",
             "default": None,
             "bounds": "1 <= kv_prefix_messages <= 2147483647",
-            "description": "Messages at the start of a chat that are a document; the server finds kv_prefix_tokens by "
-            "them.",
+            "description": "Messages at the start of a chat that are a document; the server computes kv_prefix_tokens "
+            "from them.",
         },
     ]
 

@@ -11,18 +11,18 @@ COLUMNS = (
     "longest",
 )  # fmt: skip
 REMARKS = """\
-rows: in a compressed layer after the prompt; memory: of the whole cache then, full layers included, of what it would be
-uncompressed; peak rows: at most. prompt GiB: of one request at most while its prompt is computed, at any ratio the
-whole of it; answer GiB, mean GiB: at most, and on average, while its answer is generated.
-at once: so many run to their ends, whenever they began, one prompt being computed beside the others' largest answers.
-on average: so many run in a steady state, spread evenly over their answers. Prompts share nothing in either.
-Neither is above --max-num-seqs of vLLM. longest: tokens of a request, the largest --max-model-len that an engine with
-this default starts with. docs/sizing.md has the formula, and how far measurements are from it."""
+rows: of a compressed layer after the prompt; memory: of the whole cache then, relative to uncompressed.
+peak rows: the most at any time; prompt GiB: the most that a request holds while its prompt is computed.
+answer GiB, mean GiB: the most, and the average, while its answer is generated.
+at once: requests that can all finish, if one prompt is computed while the others hold their most.
+on average: requests in a steady state, spread evenly over their answers.
+longest: the largest --max-model-len with which an engine with this default starts.
+Prompts share nothing, and --max-num-seqs is ignored. docs/sizing.md has the formulas and measurements."""
 
 DOCUMENT_COLUMNS = ("engine", "kept", "rows", "document GiB", "documents")
 DOCUMENT_REMARK = """\
-documents: so many stay findable if they are warmed up one after the other and nothing else runs; document GiB: of one.
-none: with sliding windows compressed documents are not shared, and others are not planned."""
+documents: how many stay findable if they are warmed up one after the other and nothing else runs; document GiB: of one.
+none: with sliding windows compressed documents are not shared, and uncompressed ones are not planned."""
 
 
 def as_table(plan: Mapping[str, Any]) -> str:
@@ -44,16 +44,16 @@ def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
     memory = plan["memory_of_a_gpu"]
     if "gpu_gib" in memory:
         yield f"{memory['gpu_gib']:8.2f} GiB in all"
-        yield f"{memory['used_gib']:8.2f} GiB for vLLM, its --gpu-memory-utilization"
+        yield f"{memory['used_gib']:8.2f} GiB for vLLM, by --gpu-memory-utilization"
         yield f"{memory['weights_gib']:8.2f} GiB of weights, by {memory['weights_source']}"
-        yield f"{memory['overhead_gib']:8.2f} GiB of activations, CUDA graphs and so on, an estimate (--overhead-gib)"
+        yield f"{memory['overhead_gib']:8.2f} GiB for activations, CUDA graphs and others, estimated (--overhead-gib)"
     yield f"{memory['kv_cache_gib']:8.2f} GiB for the KV cache"
     if plan["profile"] or plan["full_heads"]:
         full = full_in_words(plan["full_layers"], plan["full_heads"])
         yield f"{full}, with the profile {plan['profile']}" if plan["profile"] else full
     token = plan["bytes_per_token"]
     sliding = f", {token['sliding_window'] / 1024:,g} more inside windows" if token["sliding_window"] else ""
-    yield f"{token['full_attention'] / 1024:8,g} KiB of it a token{sliding}"
+    yield f"{token['full_attention'] / 1024:8,g} KiB a token{sliding}"
 
 
 def _table(plan: Mapping[str, Any]) -> list[str]:
