@@ -31,7 +31,7 @@ SHOWN = (
 
 
 def main() -> None:
-    """Replaces what stands between the marks."""
+    """Replaces the text between the marks."""
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     text, count = re.subn(
         f"{BEGIN}.*?{END}",
@@ -54,9 +54,9 @@ def about(row: dict[str, Any]) -> str:
 
 
 def made(rows: list[dict[str, Any]]) -> str:
-    """Lines are metrics, columns rounds: ours, stock, and ours divided by stock."""
+    """Lines are metrics, columns rounds: vllm-l2kv, stock vLLM, and the first divided by the second."""
     ours, stock, quotients = ({line[0]: line[1:] for line in lines} for lines in (*both(rows), comparison(rows)))
-    lines = [["ours, stock (ours / stock)", *ours[""]], ["---"] * (1 + len(ours[""]))]
+    lines = [["vllm-l2kv, stock (ratio)", *ours[""]], ["---"] * (1 + len(ours[""]))]
     for name in SHOWN:
         nothing = ["-"] * len(ours[""])
         cells = zip(ours.get(name, nothing), stock.get(name, nothing), quotients.get(name, nothing), strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.quality.aggregate import AGGREGATES
 from benchmarks.quality.cells import CELLS, RESULTS
 from benchmarks.quality.pooled import Interval, difference, pooled, retrieval
-from benchmarks.quality.settings import MAIN_LENGTH, METHODS, OPTIONS, WHOLE
+from benchmarks.quality.settings import MAIN_LENGTH, METHODS, OPTIONS, RETRIEVAL, WHOLE
 from vllm_l2kv.tools.evaluation.aggregates import METRICS, estimates, is_whole, moments_of, num_prompts
 from vllm_l2kv.tools.evaluation.report import by_amount, conditions
 from vllm_l2kv.tools.evaluation.rows import read_rows
@@ -58,10 +58,13 @@ def read_cells(name: str) -> list[Row]:
 
 
 def verdict(cells: Sequence[Row]) -> Iterator[str]:
-    """Pooled retrieval at the main length: what each method loses, with the question seen and hidden."""
+    """What each method loses of pooled retrieval at the main length, question seen and hidden; or what is missing."""
     main = [cell for cell in cells if cell["length"] == MAIN_LENGTH]
     whole = retrieval([cell for cell in main if cell["method"] == WHOLE])
     if whole is None:
+        missing = sorted(set(RETRIEVAL) - {cell["task"] for cell in main})
+        if main:
+            yield f"No pooled score: {', '.join(f'`{task}`' for task in missing)} was not measured."
         return
     at = pooled(whole)
     yield (
