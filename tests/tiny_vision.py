@@ -1,0 +1,265 @@
+"""Tiny vision-language models with random weights, and the reference for their prompts with images.
+
+transformers wants torchvision for their processors. PyPI's for Linux is built for CUDA and does not import beside a CPU
+build of PyTorch; see "PyTorch for CPUs" in docs/quick_start.md for an index that has one for CPUs.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from reference import Reference
+from safetensors.torch import load_file, save_file
+from tiny import SHAPE, SLIDING_WINDOW
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, PretrainedConfig
+
+# More rows for words of the models than the demo model's tokenizer has.
+TEXT = {**SHAPE, "vocab_size": 49216, "hidden_size": 128}
+QWEN_WORDS = {
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+}
+GEMMA_WORDS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+
+
+class Family(NamedTuple):
+    """A kind of vision-language model.
+
+    Attributes:
+        make: Configuration and processor, with the words of the tokenizer in a folder and a few of its own.
+        image: What stands in a prompt for an image.
+        num_tokens: Of an image of so many pixels, height and width.
+        ends: Tokens that an image takes beside its own.
+    """
+
+    make: Callable[[Path], tuple[PretrainedConfig, Any]]
+    image: str
+    num_tokens: Callable[[int, int], int]
+    ends: int
+
+
+def tokenizer_of(folder: Path, **words: str) -> Any:
+    """The tokenizer with more words, by the names of its attributes."""
+    return transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens=words)
+
+
+def qwen_tokenizer(folder: Path) -> tuple[Any, dict[str, int]]:
+    tokenizer = tokenizer_of(folder, **QWEN_WORDS)
+    return tokenizer, {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in QWEN_WORDS}
+
+
+def qwen2_5_vl(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """An image takes a token for 28 x 28 pixels; its positions have three dimensions."""
+    tokenizer, tokens = qwen_tokenizer(folder)
+    del tokens["vision_end_token_id"]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=transformers.Qwen2_5_VLTextConfig(**TEXT, rope_parameters=rope).to_dict(),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 1,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [1],
+            "patch_size": 14,
+            "window_size": 112,
+        },
+        tie_word_embeddings=True,
+        **tokens,
+    )
+    images = transformers.Qwen2VLImageProcessor(min_pixels=28**2, max_pixels=400 * 28**2)
+    videos = transformers.Qwen2VLVideoProcessor()
+    return config, transformers.Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=None)
+
+
+def qwen3_vl(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """The same for 32 x 32 pixels, with QK-norm; the first layers also add features of an image (DeepStack)."""
+    tokenizer, tokens = qwen_tokenizer(folder)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    config = transformers.Qwen3VLConfig(
+        text_config=transformers.Qwen3VLTextConfig(**TEXT, rope_parameters=rope).to_dict(),
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 1,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        tie_word_embeddings=True,
+        **tokens,
+    )
+    size = {"shortest_edge": 32**2, "longest_edge": 64 * 32**2}
+    images = transformers.Qwen2VLImageProcessor(patch_size=16, size=size)
+    videos = transformers.Qwen3VLVideoProcessor()
+    return config, transformers.Qwen3VLProcessor(images, tokenizer, videos, chat_template=None)
+
+
+def gemma3(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """Every image takes 16 tokens, between two of their own and line breaks; sliding windows in two of three layers."""
+    tokenizer = tokenizer_of(folder, **GEMMA_WORDS)
+    tokenizer.add_tokens(["\n" * times for times in range(1, 5)])  # vLLM looks for them between images
+    ids = {f"{name}_index": getattr(tokenizer, f"{name}_id") for name in GEMMA_WORDS}
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    text = {
+        **TEXT,
+        "num_hidden_layers": len(types),
+        "layer_types": types,
+        "sliding_window": SLIDING_WINDOW,
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "image_size": 112,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**text).to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=16,
+        tie_word_embeddings=False,
+        **ids,
+    )
+    images = transformers.Gemma3ImageProcessor(size={"height": 112, "width": 112})
+    return config, transformers.Gemma3Processor(images, tokenizer, image_seq_length=16)
+
+
+def llava(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """Llama after a vision tower: every image takes 16 tokens."""
+    tokenizer = tokenizer_of(folder, image_token="<image>")
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 1,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=transformers.SiglipVisionConfig(**vision),
+        image_token_index=tokenizer.image_token_id,
+        image_seq_length=16,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    images = transformers.SiglipImageProcessor(size={"height": 56, "width": 56})
+    return config, transformers.LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="full")
+
+
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+FAMILIES = {
+    "qwen2.5-vl": Family(qwen2_5_vl, QWEN_IMAGE, lambda height, width: height * width // 28**2, ends=2),
+    "qwen3-vl": Family(qwen3_vl, QWEN_IMAGE, lambda height, width: round(height / 32) * round(width / 32), ends=2),
+    "gemma3": Family(gemma3, "<start_of_image>", lambda _height, _width: 16, ends=4),
+    "llava": Family(llava, "<image>", lambda _height, _width: 16, ends=0),
+}
+
+
+def write(folder: Path, family: str, tokenizer: Path, chat_template: str | None = None) -> Path:
+    """Writes a model with random weights, a processor, and the words of another model's tokenizer.
+
+    Args:
+        folder: Where to.
+        family: Of `FAMILIES`.
+        tokenizer: Folder of the other model.
+        chat_template: Of the processor.
+
+    Returns:
+        The folder.
+    """
+    config, processor = FAMILIES[family].make(tokenizer)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+            elif "visual" in name or "vision" in name or "projector" in name:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    # As in the files of real models: vLLM knows the vision tower's weights by no other name.
+    weights = load_file(folder / "model.safetensors")
+    named = {
+        re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): weights[name] for name in weights
+    }
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    processor.chat_template = chat_template
+    processor.save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int, height: int, width: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+class VisionReference(Reference):
+    """The reference for one prompt with images at a time; attention is causal in an image too, as vLLM's for CPUs."""
+
+    auto_class = AutoModelForImageTextToText
+    attention = {"text_config": "any_rows", "vision_config": "sdpa"}  # noqa: RUF012
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.new_cache = lambda: DynamicCache(config=self.model.config.get_text_config())
+
+    @torch.inference_mode()
+    def see(self, text: str, images: Sequence[Image.Image]) -> list[int]:
+        """Embeds the prompt of the next calls, as the model itself does, and returns its tokens."""
+        self._begun.clear()
+        inputs = self.processor(images=list(images), text=text, return_tensors="pt")
+        seen: dict[str, Any] = {}
+        language = self.model.model.language_model
+        hook = language.register_forward_pre_hook(lambda _module, _args, given: seen.update(given), with_kwargs=True)
+        self.model(**inputs)
+        hook.remove()
+        self._embeddings, self._positions = seen["inputs_embeds"], seen["position_ids"]
+        if self._positions is None:
+            self._positions = torch.arange(self._embeddings.shape[1])[None]
+        self._images, self._deep = seen.get("visual_pos_masks"), seen.get("deepstack_visual_embeds")
+        return inputs["input_ids"][0].tolist()
+
+    def _forward(self, cache, tokens, position, num_logits):
+        n = self._embeddings.shape[1]
+        first = max(position, n)  # of the answer
+        answered = torch.tensor([tokens[first:]], dtype=torch.long)
+        embeddings = self.model.get_input_embeddings()(answered)
+        after = self._positions.max() + 1 + torch.arange(first, first + answered.shape[1]) - n
+        positions = self._positions[..., position : len(tokens)]
+        positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
+        hidden = self.model.model.language_model(
+            inputs_embeds=torch.cat([self._embeddings[:, position : len(tokens)], embeddings], 1),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._deep_features(position, len(tokens)),
+        ).last_hidden_state
+        return cache, self.model.lm_head(hidden[0, -num_logits:]).float()
+
+    def _deep_features(self, begin: int, end: int) -> dict[str, Any]:
+        """What the first layers add to the tokens from `begin` to `end`."""
+        if self._images is None:
+            return {}
+        n, before = self._images.shape[1], int(self._images[:, :begin].sum())
+        of_prompt = self._images[:, begin:end]
+        rows = slice(before, before + int(of_prompt.sum()))
+        answer = torch.zeros(1, end - max(begin, n) if end > n else 0, dtype=torch.bool)
+        return {
+            "visual_pos_masks": torch.cat([of_prompt, answer], 1),
+            "deepstack_visual_embeds": [features[rows] for features in self._deep],
+        }
