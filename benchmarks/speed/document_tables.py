@@ -9,8 +9,8 @@ TURNS = (1, 2, 5, 10, 15, 20, 25, 30)
 HEAD = """
 ## Documents and conversations
 
-What a request compresses before the end of its prompt is found by later requests that begin with the same tokens. Stock
-vLLM has its prefix cache, in the same run. {about}
+Later requests with the same beginning find what a request compressed before the end of its prompt. Stock vLLM uses its
+prefix cache. {about}
 
     python -m benchmarks.speed.serving --model FOLDER --out FOLDER --engine-args '{{"max_model_len": 32768}}' \\
         --scenarios document findable popular conversation
@@ -19,35 +19,33 @@ vLLM has its prefix cache, in the same run. {about}
 TEXTS = {
     "first_token": """### The first and the second question
 
-`--scenarios document`. A document of {num_document_tokens:,} tokens (`kv_prefix_tokens`) and questions of
-{num_question_tokens} on an idle engine: time to first token, median, milliseconds.""",
-    "memory": """What askers of one document hold who decode together, beside one copy of the document, compressed where
-it is, and the tokens that they have of their own, not a byte padded:""",
+`--scenarios document`. A document of {num_document_tokens:,} tokens and questions of {num_question_tokens}, idle
+engine: median time to first token, milliseconds.""",
+    "memory": """Memory of requests about one document that decode together, and of one copy of the document and their
+own tokens without padding:""",
     "findable": """### Documents that stay findable
 
-`--scenarios findable`, for no full layers with `--full-layers`. Documents of {num_document_tokens:,} tokens in a cache
-of {cache_gib:.0f} GiB: how many are found if all are asked about in turn, and then again, the latest first. The others
-must fit beside the document that is being computed. It takes its whole size, but with a budget, by which it is
-compressed on the way, little more than its copy. With 2 full layers of 32 a ratio of 0.2 leaves a quarter of the whole
-cache.""",
+`--scenarios findable`. Documents of {num_document_tokens:,} tokens in {cache_gib:.0f} GiB: how many are found if all
+are asked about in turn, and then again, the latest first. The others must fit beside the one that is being computed,
+which takes its whole size by a ratio, and little more than its copy by a budget. With 2 full layers of 32 a ratio of
+0.2 is a quarter of the whole cache. `--full-layers` without numbers: none.""",
     "popular": """### Popular documents
 
-`--scenarios popular`. {num_documents} such documents, popularity by Zipf's law, {num_clients} clients who wait for an
-answer before they ask again, {cache_gib:.0f} GiB, {seconds:.0f} seconds after a warm-up. Hit rate: prompt tokens that
-were found, of all. With a budget of just the rows of a compressed document each answer is compacted again, into a copy
-of its own. Give a budget that has room for question and answer, or none.""",
+`--scenarios popular`. {num_documents} such documents, popularity by Zipf's law, {num_clients} clients that wait for
+their answers, {cache_gib:.0f} GiB, {seconds:.0f} seconds after a warm-up. Hit rate: share of prompt tokens that were
+found. A budget of exactly a compressed document's rows compacts each answer again, into a copy of its own: leave room
+for question and answer, or give none.""",
     "conversation": """### Conversations
 
-`--scenarios conversation --prompt-interval 512`. {num_conversations} conversations at once
-in a cache of {cache_gib:.1f} GiB, which holds 60,000 tokens. A turn adds {turn_tokens:,} tokens, and every request
-repeats all turns before: median time to first token by turn, milliseconds. Where there is no number the engine was
-stopped before that turn. With a budget and an interval of 2,048 rows each the conversations need more than the cache
-together, and each loses its rows while it waits: give budget and interval so that all fit.""",
+`--scenarios conversation --prompt-interval 512`. {num_conversations} conversations in a cache of {cache_gib:.1f} GiB,
+which holds 60,000 tokens. A turn adds {turn_tokens:,} tokens, and each request repeats all earlier turns: median time
+to first token, milliseconds. An empty cell: stopped before that turn. With a budget and an interval of 2,048 rows the
+conversations do not fit together, and each loses its rows while it waits: choose both so that all fit.""",
     "waiting": """### Requests that wait
 
-The scheduler's processor time while one request decodes and another one waits for blocks, without an engine
-(`benchmarks/speed/scheduler.py`, see above), milliseconds a step. Both have prompts of that length. `found`: they
-begin with the same tokens, all but {num_question_tokens:,}, so that the one that waits has them in the cache.""",
+The scheduler's processor time (`benchmarks/speed/scheduler.py`), milliseconds a step, while one request decodes and
+another waits for blocks. Both have prompts of that length; under `found` they share all but {num_question_tokens:,}
+tokens.""",
 }
 
 

@@ -17,43 +17,45 @@ README = ROOT / "README.md"
 HEADLINE_BEGIN, HEADLINE_END = "<!-- headline: benchmarks/speed/tables.py -->", "<!-- end of headline -->"
 TWO_GPU_FILES = ("decode_step", "memory_bound", "ample_memory", "70b_decode_step", "checks")
 ENGINES = ("stock", "l2kv")
+RATIOS = (0.5, 0.25, 0.1)
 FIRST_TOKEN = "median_first_token_ms"
 
 TEMPLATE = """# Benchmarks
 
-Made by `python -m benchmarks.speed.tables` from the rows in `benchmarks/speed/results`; each row names its GPU, the
-version of vLLM, the commit and the engine's block sizes. Where nothing else is said the shape is that of Llama-3.1-8B
-with made-up weights, bf16, full layers {{0, 1}}, on one {gpu}, vLLM {vllm};
-async scheduling, prefix caching and full CUDA graphs are on in both engines. The rows of engines are made by
+What compression gains and costs in speed, for those who decide whether to use it or who change the code. The shape is
+that of Llama-3.1-8B with made-up weights, bf16, full layers {{0, 1}}, on one {gpu}, vLLM {vllm}, unless a section
+names another. Async scheduling, prefix caching and full CUDA graphs are on.
+
+{verdict}
+
+`python -m benchmarks.speed.tables` makes this page from the rows in `benchmarks/speed/results`, each with its GPU,
+version of vLLM, commit and block sizes. One command runs stock vLLM and then vllm-l2kv; `--scenarios` picks some:
 
     python -m benchmarks.speed.serving --model FOLDER_WITH_CONFIG_JSON --out FOLDER
 
-which starts stock vLLM and then vllm-l2kv; `--scenarios` picks some.
-
 ## Decode step
 
-`--scenarios decode_step`. Median of {num_steps} steps in which the whole batch decodes, milliseconds; requests x prompt
-tokens, then the keep ratio if there is one. The ratio compares with stock vLLM uncompressed. The floor is what the step
-would take if reading the kept keys and values cost as much a token as it costs stock vLLM, and nothing else were added:
-the stock step of 8 requests x 128 tokens, plus the share 2/32 + 30/32 x keep ratio of what 15,000 tokens add to it.
+`--scenarios decode_step`. Median of {num_steps} steps in milliseconds. Cases are requests x prompt tokens, and @ the
+keep ratio; `ratio` is to uncompressed stock vLLM. The floor is the step if kept rows cost what they cost stock vLLM
+and nothing else were added: stock's step of 8 x 128, plus the share 2/32 + 30/32 x keep ratio of what its long prompts
+add.
 
 {steps}
 
 ![decode step by keep ratio](img/decode_step.svg)
 
-With an fp8 (e4m3) KV cache (`--engine-args '{{"kv_cache_dtype": "fp8_e4m3"}}'`), vllm-l2kv alone:
+With an fp8 KV cache (`--engine-args '{{"kv_cache_dtype": "fp8_e4m3"}}'`), vllm-l2kv alone:
 
 {fp8_steps}
 
 ## Time to first token
 
-`--scenarios first_token`. One request on an idle engine, milliseconds. The first token is sampled from the full cache,
-so compression is not in it.
+`--scenarios first_token`. One request on an idle engine, milliseconds. A ratio compacts after the first token:
 
 {first_token}
 
-With a budget of {first_token_budget:,} rows (`kv_max_tokens`) the prompt is compacted on the way, so a chunk of it
-attends to the budget and the prompt interval at most:
+With a budget of {first_token_budget:,} rows (`kv_max_tokens`) the prompt is compacted on the way, so a chunk attends
+to the budget and the prompt interval at most:
 
 {budget_first_token}
 
@@ -61,45 +63,41 @@ attends to the budget and the prompt interval at most:
 
 ## Ample memory
 
-`--scenarios ample_memory`. Prompts of 256 tokens and 256 generated ones, the whole GPU for the cache, {ample_requests}
-requests at once, the engine core in a process of its own; output tokens per second of three runs, and their median
-beside stock vLLM's.
+`--scenarios ample_memory`. {ample_requests} requests at once, 256 + 256 tokens, the whole GPU for the cache, the
+engine core in its own process. Three runs; the ratio is of medians.
 
 {ample}
 
-Where the host is the limit, the scheduler decides. Its processor time alone, without an engine, for 256 requests that
-decode (on another machine, so only the ratio counts):
+Where the host is the limit, the scheduler decides. Its processor time for 256 decoding requests, without an engine, on
+another machine:
 
     PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 python -m benchmarks.speed.scheduler --model FOLDER --out FILE
 
 {scheduler}
 
-vLLM asks each group of layers several times a step what a request needs, and here there are two groups; a decoding
-request that needs nothing is not asked about (`scheduler.decode_fast_path`).
+vLLM asks each group of layers several times a step what a request needs. `scheduler.decode_fast_path` skips requests
+that need nothing.
 
 ## A cache too small for its requests
 
-`--scenarios memory_bound`. Prompts of 8,000 tokens, 1,000 generated ones, always eight requests in the queue, in steady
-state for 40 seconds (20 with an fp8 cache). First token: from joining the queue. The bound is how many requests of
-average length, half of their tokens generated, fit the cache if not a byte were padded: full layers keep all their
-tokens, and generated tokens stay everywhere, so it is well below "stock / keep ratio". In so short a time the average
-may lie a little above it.
+`--scenarios memory_bound`. Prompts of 8,000 tokens, answers of 1,000, always eight requests in the queue, 40 seconds
+of steady state (20 with an fp8 cache). First token: from joining the queue. The bound is how many requests of average
+length fit without padding; full layers and generated tokens keep it well below "stock / keep ratio". A short average
+may exceed it.
 
 {memory}
 
 ## Long answers
 
-`--scenarios long_answers`. Prompts of 512 tokens, answers of 8,000, always eight requests in the queue, in steady state
-for 60 seconds: the requests that fill the cache are part way through their answers. The gap is the time between two
-tokens of a request. Compactions: their time on the device, of all time.
+`--scenarios long_answers`. Prompts of 512 tokens, answers of 8,000, always eight requests in the queue, 60 seconds of
+steady state. Gap: time between two tokens of a request. Compactions: their share of the time, on the device.
 
 {long_answers}
 
 ## Bursts
 
-`--scenarios bursts`. 64 requests of 128 prompt tokens that begin together reach their compaction points together: with
-a budget of 1,024 and an answer interval of 256, all 64 are compacted in one step, every 256 steps. Milliseconds; the
-time of compactions is that on the device, and the step of a burst includes it.
+`--scenarios bursts`. The worst case: 64 requests of 128 tokens begin together, so with a budget of 1,024 and an answer
+interval of 256 all are compacted in the same step. Milliseconds; compactions are a part of the burst step.
 
 {bursts}
 {documents}
@@ -107,13 +105,12 @@ time of compactions is that on the device, and the step of a burst includes it.
 
     python -m benchmarks.speed.compaction --out h100_compaction.jsonl
 
-All 30 compressed layers of one or eight prompts, on the device, beside a device-to-device copy of the bytes that must
-be touched (keys read once, kept rows read and written). Owed: at most twice the copy, and at most 0.5 % of the prefill,
-for which the time to first token above stands.
+All 30 compressed layers of one or eight prompts, on the device. Copy: a device-to-device copy of the bytes that must
+be touched (keys read once, kept rows read and written). Targets: at most twice the copy, and 0.5 % of the prefill.
 
 {compaction}
 
-Where the time goes, by PyTorch's profiler, for one prompt at 0.25 (microseconds):
+By kernel, for one prompt at 0.25 (microseconds, PyTorch's profiler):
 
 {compaction_kernels}
 {scorers}
@@ -122,22 +119,21 @@ Where the time goes, by PyTorch's profiler, for one prompt at 0.25 (microseconds
     python -m benchmarks.speed.attention --out h100_attention.jsonl
 
 Decode attention of 8 requests x 15,000 tokens, FlashAttention 3, microseconds a layer. `compressed` and `full` are the
-places that `vllm_l2kv.kv_cache_spec.pack` chose when the rows were made (on the H200 it padded by units of 4 KiB then,
-it is 32 KiB now).
+layouts of `vllm_l2kv.kv_cache_spec.pack` when the rows were made (padding unit 4 KiB on the H200, 32 KiB today).
 
 {attention}
 
-What decides is the stride: on an H100 its multiples of 5 are slow, on an H200 its multiples of 47. All strides are
-multiples of 64 KiB here, 16 tokens a block, each point a number of layers in a block.
+The stride decides: multiples of 5 are slow on an H100, multiples of 47 on an H200, in units of 64 KiB at 16 tokens a
+block:
 
 ![decode attention by stride](img/attention.svg)
 
-Paddings of the 8B shape's 1,920 KiB, same units:
+Padding of the 8B shape's 1,920 KiB:
 
 {padding}
 
-The order of heads and tokens inside a block (`BLHNC` or `BLNHC`) makes no difference, and joined blocks none beyond
-that of longer reads:
+The order of heads and tokens in a block (`BLHNC` or `BLNHC`) makes no difference, and joined blocks only that of
+longer reads:
 
 {joined}
 
@@ -146,9 +142,9 @@ that of longer reads:
     python -m benchmarks.speed.attention --out h100_attention_loads.jsonl --shapes 8b --loads 24x6000 100x700 64x256 \\
         4x24000 --only stock compressed full [--fresh]
 
-The benchmarks above run in an engine that has just started. There stock vLLM gives a request blocks that are adjacent
-in memory, and attention reads them faster. In a server that has been running they are scattered, and the difference is
-gone. A block of vllm-l2kv holds all layers, so one layer's blocks are apart from the start. Microseconds a layer:
+A new stock engine gives a request adjacent blocks, which attention reads faster; the runs above have this advantage.
+In a server that has been running blocks are scattered, and the difference is gone. A block of vllm-l2kv holds all
+layers, so one layer's blocks are never adjacent. Microseconds a layer:
 
 {loads}
 
@@ -156,13 +152,20 @@ gone. A block of vllm-l2kv holds all layers, so one layer's blocks are apart fro
 
     python -m benchmarks.speed.heads_attention --out h100_heads_attention.jsonl
 
-Cache write and decode attention of one layer in a CUDA graph, FlashAttention 3, microseconds on one {heads_gpu};
-requests x tokens. {full_heads} of 8 KV heads hold every token, the others a share of them. `plain` is vLLM's call where
-every head holds every token, `equal counts` where each holds as many as all of them do on average. Outputs of one call
-and of two differ by {heads_difference:.3f} at most.
+Cache write and decode attention of one layer in a CUDA graph, FlashAttention 3, microseconds on one {heads_gpu}.
+{full_heads} of 8 KV heads hold every token, the others a share. `plain`: vLLM with every token in every head. `equal
+counts`: the same rows spread evenly. Outputs of one call and of two differ by {heads_difference:.3f} at most.
 
 {heads_attention}
 {two_gpus}"""
+
+VERDICT = """- **A cache too small**: {memory} x stock's output tokens a second at keep 1, {ratios}.
+- **Long answers**: {answers} x with budgets of {budgets}.
+- **Ample memory**: {ample} x at keep 1, {ratios}.
+- **Decode step**: {idle} x stock's time with nothing compressed; {compressed} x at {ratios} (8 x 15,000 tokens).
+- **First token**: not changed by a ratio; {first:.2f} x with a budget of {budget:,} at {length:,} tokens.
+- **Compaction**: {shares} % of the prompt's prefill.
+- **Documents**: see [choosing](choosing.md#one-document-many-questions)."""
 
 SCORERS = """
 ## Scorers and blocks of tokens
@@ -170,9 +173,8 @@ SCORERS = """
     python -m benchmarks.speed.scorers --out h100_scorers.jsonl
 
 One prompt of the 8B shape, keep ratio {keep_ratio}: milliseconds on the device, in brackets the multiple of `l2` by
-tokens. Then the longest of {repeats} times that the host was held up while the device was busy with {busy_ms} ms of
-other work, over these lengths. Owed: at most 3 x `l2`, and less than 2 ms. All kernels were compiled in
-{warm_up_s:.0f} s, once on a machine: Triton keeps them on disk.
+tokens. Host: the longest of {repeats} times that it waited while the device had {busy_ms} ms of other work. Targets:
+at most 3 x `l2`, less than 2 ms. All kernels compile in {warm_up_s:.0f} s, once on a machine.
 
 {table}
 """
@@ -181,14 +183,14 @@ TWO_GPUS = """
 ## Two GPUs
 
 Tensor parallelism of 2 on two {gpu}, vLLM {vllm}, commit {commit}, NVLink multicast off: `serving.py` with
-`--engine-args '{{"tensor_parallel_size": 2, "max_model_len": 32768}}'`, both engines in one run on one machine.
+`--engine-args '{{"tensor_parallel_size": 2, "max_model_len": 32768}}'`, both engines in one run.
 
 {sections}
 """
 
 TWO_GPU_SECTIONS = {
-    "decode_step": "Decode step, milliseconds; the table of one GPU above says what the columns are.",
-    "memory_bound": "A cache too small for its requests, 8 GiB on each GPU, so as many tokens as on one GPU above.",
+    "decode_step": "Decode step, milliseconds, as [on one GPU](#decode-step).",
+    "memory_bound": "A cache too small for its requests, 8 GiB on each GPU.",
     "ample_memory": "Ample memory.",
     "70b_decode_step": (
         "Decode step of Llama-3.1-70B's shape, {num_layers} layers, as many as fit (`benchmarks/speed/shapes.py`). The "
@@ -196,10 +198,9 @@ TWO_GPU_SECTIONS = {
         "vLLM, and {requests} in vllm-l2kv at 1, 0.5 and 0.25."
     ),
     "agreement": (
-        "Greedy answers of 16 tokens on two GPUs beside one GPU (`tests/gpu/test_two_gpus.py`). bf16 rounds sums "
-        "differently when they are cut in two, so the table has the differences between the logits of likely tokens, "
-        "root mean square: between two GPUs and one, between two GPUs and the Hugging Face reference in fp32, and "
-        "between the reference in bf16 and in fp32."
+        "Greedy answers of 16 tokens on two GPUs and on one (`tests/gpu/test_two_gpus.py`). Sums of bf16 that are "
+        "split round differently, so the table has root mean squares of differences between logits of likely "
+        "tokens: two GPUs to one, two GPUs to the Hugging Face reference in fp32, and that reference in bf16 to fp32."
     ),
     "findings": "What else was run:",
 }
@@ -232,6 +233,7 @@ def page() -> str:
         gpu=steps[0]["gpu"],
         vllm=steps[0]["vllm"],
         num_steps=steps[0]["num_steps"],
+        verdict=verdict(rows, compaction),
         steps=step_table(bf16),
         fp8_steps=table("case step,(ms)", ([r["case"], f"{r['median_step_ms']:.2f}"] for r in steps if r not in bf16)),
         first_token=first_token_table(first),
@@ -259,6 +261,34 @@ def page() -> str:
     )
 
 
+def verdict(rows: dict[str, list[Row]], compaction: list[Row]) -> str:
+    """What is gained and lost, one line a section, all beside stock vLLM."""
+    first, long_answers = rows["first_token"], rows["long_answers"]
+    steps, memory = ([r for r in rows[n] if r["kv_cache_dtype"] == "auto"] for n in ("decode_step", "memory_bound"))
+    stock, ours = (by_engine(steps, engine, "case", "median_step_ms") for engine in ENGINES)
+    idle, shares = idle_steps(steps), prefill_shares(compaction, first)
+    (of_stock,) = (row["output_tokens_per_s"] for row in memory if row["engine"] == "stock")
+    speeds = [row["output_tokens_per_s"] / of_stock for row in memory if row["engine"] == "l2kv"]
+    (of_stock,) = (row["output_tokens_per_s"] for row in long_answers if row["engine"] == "stock")
+    of_budget = {row["budget"]: row["output_tokens_per_s"] / of_stock for row in long_answers if row["budget"]}
+    longest = max((row for row in first if row.get("budget")), key=lambda row: row["num_prompt_tokens"])
+    whole = by_engine([row for row in first if not row.get("budget")], "stock", "num_prompt_tokens", FIRST_TOKEN)
+    _, *of_ample = ample_shares(rows["ample_memory"])
+    return VERDICT.format(
+        ratios=values(RATIOS, "g"),
+        memory=values(speeds, ".2f"),
+        answers=values(of_budget.values(), ".2f"),
+        budgets=values(of_budget, ",d"),
+        ample=values(of_ample, ".2f"),
+        idle=f"{min(idle):.3f} to {max(idle):.3f}",
+        compressed=values((ours[f"8x15000@{ratio}"] / stock["8x15000"] for ratio in RATIOS), ".2f"),
+        first=longest[FIRST_TOKEN] / whole[longest["num_prompt_tokens"]],
+        budget=longest["budget"],
+        length=longest["num_prompt_tokens"],
+        shares=f"{min(shares):.2f} to {max(shares):.2f}",
+    )
+
+
 def headline_of_rows() -> str:
     """The headline, from the rows."""
     rows = {name: read(f"h100_{name}") for name in SCENARIOS if name not in DOCUMENTS}
@@ -278,16 +308,15 @@ def headline(
     bf16 = [row for row in steps if row["kv_cache_dtype"] == "auto"]
     stock = by_engine(bf16, "stock", "case", "median_step_ms")
     ours = by_engine(bf16, "l2kv", "case", "median_step_ms")
-    idle = [ours[case] / stock[case] for case in stock]
+    idle = idle_steps(bf16)
     long = [stock["8x15000"], *(ours["8x15000" + ratio] for ratio in ("", "@0.5", "@0.25", "@0.1"))]
-    prefill = by_engine(first_token, "stock", "num_prompt_tokens", "median_first_token_ms")
-    shares = [row["us"] / 10 / prefill[row["num_prompt_tokens"]] / row["num_prompts"] for row in compaction]
+    shares = prefill_shares(compaction, first_token)
     multiples = [row["multiple"] for row in compaction]
     running, speed = (
         {(row["engine"], row["kv_cache_dtype"], row["keep_ratio"]): row[name] for row in memory}
         for name in ("mean_running", "output_tokens_per_s")
     )
-    of_memory = [("stock", "auto", 1.0), *(("l2kv", "auto", ratio) for ratio in (1.0, 0.5, 0.25, 0.1))]
+    of_memory = [("stock", "auto", 1.0), *(("l2kv", "auto", ratio) for ratio in (1.0, *RATIOS))]
     of_fp8 = [("l2kv", dtype, ratio) for dtype in ("auto", "fp8_e4m3") for ratio in (1.0, 0.5)]
     _, *shares_of_stock = ample_shares(ample)
     fast, slow = min(idle), max(idle)
@@ -306,6 +335,18 @@ def headline(
         ],
     ]
     return table("what one,H100 command", lines)
+
+
+def idle_steps(rows: list[Row]) -> list[float]:
+    """Decode steps with nothing compressed, over those of stock vLLM."""
+    stock, ours = (by_engine(rows, engine, "case", "median_step_ms") for engine in ENGINES)
+    return [ours[case] / stock[case] for case in stock]
+
+
+def prefill_shares(compaction: list[Row], first_token: list[Row]) -> list[float]:
+    """Time of each compaction, in percent of the prefill of its prompts."""
+    prefill = by_engine(first_token, "stock", "num_prompt_tokens", FIRST_TOKEN)
+    return [row["us"] / 10 / prefill[row["num_prompt_tokens"]] / row["num_prompts"] for row in compaction]
 
 
 def values(numbers: Iterable[float], form: str) -> str:
@@ -518,10 +559,8 @@ def agreement_table(rows: list[Row]) -> str:
 
 def compaction_table(rows: list[Row], first_token: list[Row]) -> str:
     """One line a measurement."""
-    prefill = by_engine(first_token, "stock", "num_prompt_tokens", "median_first_token_ms")
     lines = []
-    for row in rows:
-        share = row["us"] / 10 / prefill[row["num_prompt_tokens"]] / row["num_prompts"]
+    for row, share in zip(rows, prefill_shares(rows, first_token), strict=True):
         size = f"{row['num_prompts']} x {row['num_prompt_tokens']:,}"
         lines.append(
             [size, row["keep_ratio"], f"{row['us']:,.0f}", f"{row['copy_us']:,.0f}", row["multiple"], f"{share:.2f} %"]
@@ -568,7 +607,7 @@ def gpu_of(row: Row) -> str:
 
 
 def attention_table(rows: list[Row]) -> str:
-    """The places that somebody chose."""
+    """Layouts of stock vLLM and of `pack`; those of the scan have their own tables."""
     lines = []
     for row in rows:
         if row["what"] != "scan":
@@ -612,7 +651,7 @@ def plot_steps(rows: list[Row]) -> None:
     """The step by keep ratio, beside stock vLLM and the floor."""
     stock = by_engine(rows, "stock", "case", "median_step_ms")
     ours = by_engine(rows, "l2kv", "case", "median_step_ms")
-    ratios = [1.0, 0.5, 0.25, 0.1]
+    ratios = [1.0, *RATIOS]
     with plot(
         "decode_step", xlabel="keep ratio", ylabel="decode step, ms", ylim=(0, None), title="8 requests x 15,000 tokens"
     ) as axes:

@@ -152,7 +152,7 @@ def test_questions_and_what_askers_hold(documents):
         ]
     )
     assert "NVIDIA H100 80GB HBM3, commit abc1234." in page
-    assert "A document of 30,000 tokens (`kv_prefix_tokens`) and questions of\n200" in page
+    assert "A document of 30,000 tokens and questions of 200" in page
     assert "| l2kv | 0.25 | 1,100.0 | 25.0 | 1.25 | 30,000 |" in page
     assert "| l2kv | 0.25 | 32 | 1.500 | 1.000 | 1.500 |" in page
     assert "### Documents that stay findable" not in page, "nothing was measured"
