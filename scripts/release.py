@@ -1,0 +1,90 @@
+"""The three places that name a version, for a release.
+
+    python scripts/release.py prepare 0.2.0    # writes them, before the commit that is tagged
+    python scripts/release.py check v0.2.0     # fails unless all of them name the version of this tag
+    python scripts/release.py notes v0.2.0     # prints the changelog's section
+
+pyproject.toml has the version of the package, docker/compose.yaml the tags of its images, and CHANGELOG.md a section.
+Standard library only: .github/workflows/release.yml runs it before anything is installed.
+"""
+
+import argparse
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSION = r"\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?"
+UNRELEASED = "## [Unreleased]\n"
+
+
+def prepare(root: Path, version: str) -> None:
+    """Writes a version everywhere; what is unreleased becomes its section, with today's date.
+
+    Raises:
+        ValueError: Nothing is unreleased, or the version has a section already.
+    """
+    changelog = (root / "CHANGELOG.md").read_text()
+    head, unreleased, body = changelog.partition(UNRELEASED)
+    if not unreleased or not re.match(r"\s*[^\s#]|\s*###", body):
+        raise ValueError("CHANGELOG.md has no changes under [Unreleased].")
+    if f"## [{version}]" in changelog:
+        raise ValueError(f"CHANGELOG.md has a section [{version}] already.")
+    today = datetime.now(UTC).date().isoformat()
+    (root / "CHANGELOG.md").write_text(f"{head}{UNRELEASED}\n## [{version}] - {today}\n{body}")
+    for path, place in places(root).items():
+        path.write_text(place.sub(rf"\g<1>{version}", path.read_text()))
+
+
+def check(root: Path, version: str) -> None:
+    """Looks at every place.
+
+    Raises:
+        ValueError: One names another version.
+    """
+    for path, place in places(root).items():
+        found = {match[2] for match in place.finditer(path.read_text())}
+        if found != {version}:
+            raise ValueError(f"{path.relative_to(root)} names {', '.join(sorted(found))}, not {version}.")
+    notes(root, version)
+
+
+def notes(root: Path, version: str) -> str:
+    """The changelog's section of a version, without its heading.
+
+    Raises:
+        ValueError: There is none, or it is empty.
+    """
+    sections = re.split(r"^## \[(.+?)\].*\n", (root / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    found = dict(zip(sections[1::2], sections[2::2], strict=True)).get(version, "").strip()
+    if not found:
+        raise ValueError(f"CHANGELOG.md has no section [{version}].")
+    return f"{found}\n"
+
+
+def places(root: Path) -> dict[Path, re.Pattern[str]]:
+    """Files to where they name a version: what comes before it, and the version."""
+    return {
+        root / "pyproject.toml": re.compile(r'(^version = ")([^"]+)', re.MULTILINE),
+        root / "docker" / "compose.yaml": re.compile(r"(^    image: vllm-l2kv:)([^\s-]+)", re.MULTILINE),
+    }
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("prepare", "check", "notes"))
+    parser.add_argument("version", help="such as 0.2.0, or a tag: v0.2.0")
+    options = parser.parse_args()
+    version = options.version.removeprefix("v")
+    if not re.fullmatch(VERSION, version):
+        parser.error(f"argument version: must be such as 0.2.0 or 0.3.0rc1, got {options.version!r}.")
+    try:
+        sys.stdout.write({"prepare": prepare, "check": check, "notes": notes}[options.what](ROOT, version) or "")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
