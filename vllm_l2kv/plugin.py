@@ -4,13 +4,12 @@ vLLM imports this module in every environment that has it, stock servers include
 the version is known: another one may not have the names.
 """
 
-import logging
 from typing import Any
 
+from vllm_l2kv.log import logger_of
 from vllm_l2kv.supported_vllm import UnsupportedVLLMError, check_vllm
 
-# vLLM configures logging below its own name only.
-logger = logging.getLogger(f"vllm.{__name__}")
+logger = logger_of(__name__)
 
 SCHEDULER_CLS = "vllm_l2kv.scheduler.scheduler.L2KVScheduler"
 CPU_WORKER_CLS = "vllm_l2kv.worker.cpu.L2KVCPUWorker"

@@ -18,10 +18,10 @@ import torch
 from benchmarks.speed.rows import append, where
 from vllm_l2kv.profile import Profile, Shape, local_folder
 from vllm_l2kv.scorers import Heads, Weights, bind
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.calibration import asked_samples
 from vllm_l2kv.tools.profile.choices import Choice, answerable, losses_of_cases
 from vllm_l2kv.tools.profile.model import load
+from vllm_l2kv.tools.progress import Progress
 
 MEMORIES = (0.5, 0.25)
 SCORERS = ("l2", "learned")

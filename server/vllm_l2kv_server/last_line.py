@@ -1,11 +1,14 @@
-"""How a server ended, and the last line of one that could not start or lost its engine: a sentence after all logs."""
+"""How a server ended, and its last line: a sentence after all logs."""
 
 import atexit
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import NoReturn
+
+from vllm_l2kv_server.screen import Screen
 
 WAIT_SECONDS = 5.0
 """Time for the child processes to end; vLLM has sent them a signal before."""
@@ -31,15 +34,20 @@ class LastLine:
 
     Make it before vLLM is imported: `atexit` runs last what was registered first, after vLLM and `multiprocessing` have
     stopped what they started.
+
+    Args:
+        screen: Where it is printed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
         self._line: str | None = None
         self._status = 0
+        start_silent_resource_tracker()
         atexit.register(self._write)
 
     def end(self, status: int, sentence: str) -> NoReturn:
-        """Ends the process.
+        """Ends the process; further signals change nothing, since it ends within seconds.
 
         Args:
             status: Its exit status.
@@ -48,6 +56,8 @@ class LastLine:
         Raises:
             SystemExit: Always.
         """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         self._line, self._status = f"vllm-l2kv: {sentence}\n", status
         sys.exit(status)
 
@@ -55,11 +65,28 @@ class LastLine:
         if self._line is None:
             return
         _wait_for_children()
-        sys.stderr.write(self._line)
+        self._screen.close(self._line, failed=self._status == 1)
         sys.stdout.flush()
         sys.stderr.flush()
         # Destructors of C++ libraries would run now, and some of them write to standard error.
         os._exit(self._status)
+
+
+def start_silent_resource_tracker() -> None:
+    """Starts Python's resource tracker, which all processes share, without a standard error.
+
+    vLLM kills its processes at the end. The tracker frees the semaphores and the shared memory that they leave, and
+    would warn of a leak after the last line.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            resource_tracker.ensure_running()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _wait_for_children() -> None:

@@ -19,8 +19,9 @@ from vllm_l2kv.settings import CONFIG_KEY
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, is_demo_model, model_folder
 from vllm_l2kv_server.config_file import ConfigFileError, nearest, option_names, read_config_file
 from vllm_l2kv_server.last_line import LastLine, Outcome
+from vllm_l2kv_server.screen import Screen, open_screen
 from vllm_l2kv_server.serve_options import PROG, own_options
-from vllm_l2kv_server.start_checks import StartError, check_parsed, check_words
+from vllm_l2kv_server.start_checks import DEFAULT_PORT, StartError, check_parsed, check_words
 from vllm_l2kv_server.start_signals import Stopped, signals_that_stop
 
 PLUGIN = "l2kv"
@@ -52,12 +53,13 @@ def serve(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: With 2 if the options are refused, before an engine starts; with 1 if the server failed, at its
             start or later; with 128 plus the signal's number if a signal came before the server was ready. The last
-            line on standard error says which.
+            line says which.
     """
-    last_line, outcome = LastLine(), Outcome()
+    screen = _opened_screen(argv)
+    last_line, outcome = LastLine(screen), Outcome()
     try:
         with signals_that_stop():
-            args = _checked_options(argv)
+            args = _checked_options(argv, screen)
             args.outcome = outcome
             _run(args)
     except (Stopped, KeyboardInterrupt) as interrupt:
@@ -66,26 +68,39 @@ def serve(argv: Sequence[str]) -> None:
         last_line.end(stopped.code, f"stopped by {stopped.name} before it was ready.")
     except Exception as error:
         traceback.print_exc()
-        last_line.end(1, _what_failed(error))
+        last_line.end(1, _what_failed(error, screen.log))
     if outcome.engine_lost:
-        last_line.end(1, "the engine ended by itself, and so did the server; the log above says why.")
+        last_line.end(1, f"the engine ended by itself, and so did the server; {screen.log} says why.")
+    last_line.end(0, "stopped.")
 
 
-def _checked_options(argv: Sequence[str]) -> Namespace:
-    """Parses and checks the options, as far as possible without an engine.
+def _opened_screen(argv: Sequence[str]) -> Screen:
+    """Checks the options as far as possible without vLLM, and begins to print what they ask for.
 
     Raises:
         SystemExit: They are refused, with one line on standard error.
     """
     own = own_options()
-    _, words = own.parse_known_args(argv)
-    if not any(word == "-h" or word.partition("=")[0] == "--help" for word in words):
-        try:
-            check_words(words, option_names(own))
-        except ConfigFileError as error:
-            own.error(f"argument --config: {error}")
-        except StartError as error:
-            own.error(str(error))
+    named, words = own.parse_known_args(argv)
+    if any(word == "-h" or word.partition("=")[0] == "--help" for word in words):
+        return Screen()
+    try:
+        given = check_words(words, option_names(own))
+    except ConfigFileError as error:
+        own.error(f"argument --config: {error}")
+    except StartError as error:
+        own.error(str(error))
+    # A node without an HTTP server is never ready.
+    verbose = given.get("verbose") if named.verbose is None else named.verbose
+    return open_screen(True if given.get("headless") else verbose, given.get("port") or DEFAULT_PORT)
+
+
+def _checked_options(argv: Sequence[str], screen: Screen) -> Namespace:
+    """Parses and checks the options, as far as possible without an engine.
+
+    Raises:
+        SystemExit: They are refused, with one line on the screen.
+    """
     name_plugin(os.environ)
     # vLLM is imported late: it reads VLLM_PLUGINS, and it takes seconds.
     from vllm.logger import configure_logging_from_args
@@ -94,7 +109,7 @@ def _checked_options(argv: Sequence[str]) -> Namespace:
 
     load_routes()
     cli_env_setup()
-    parser = make_parser()
+    parser = make_parser(screen)
     args = parse(parser, argv)
     configure_logging_from_args(args)
     try:
@@ -113,13 +128,20 @@ def _checked_options(argv: Sequence[str]) -> Namespace:
 def _run(args: Namespace) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    ServeSubcommand.cmd(args)
+    try:
+        ServeSubcommand.cmd(args)
+    except Stopped:
+        raise
+    except SystemExit as ended:
+        # So vLLM ends several API servers at a signal.
+        if ended.code:
+            raise
 
 
-def _what_failed(error: Exception) -> str:
+def _what_failed(error: Exception, log: str) -> str:
     said = " ".join(str(error).split())
     if said.startswith("Engine core initialization failed"):
-        return "the engine ended during its start; the first ERROR in the log above says why."
+        return f"the engine ended during its start; the first ERROR in {log} says why."
     return f"the server failed: {textwrap.shorten(f'{type(error).__name__}: {said}', 300, placeholder=' ...')}"
 
 
@@ -148,8 +170,12 @@ def load_routes() -> None:
     import_module("vllm_l2kv_server.routes")
 
 
-def make_parser() -> Any:
-    """Returns vLLM's parser of `vllm serve`, with the options of vllm-l2kv."""
+def make_parser(screen: Screen | None = None) -> Any:
+    """Returns vLLM's parser of `vllm serve`, with the options of vllm-l2kv.
+
+    Args:
+        screen: Where it says what it refuses, by default standard error.
+    """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_l2kv_server.seams import make_arg_parser
@@ -164,19 +190,19 @@ def make_parser() -> Any:
         allow_abbrev=False,
     )
     make_arg_parser(parser)
-    parser.error = partial(_fail, parser)
+    parser.error = partial(_fail, parser, screen or Screen())
     # What is still None after parsing was not given.
     parser.set_defaults(model=None, scheduler_cls=None, worker_cls=None, block_size=None)
     return parser
 
 
-def _fail(parser: Any, message: str) -> NoReturn:
+def _fail(parser: Any, screen: Screen, message: str) -> NoReturn:
     """Ends the process with one line; for an unknown option it names the nearest one."""
     _, found, words = message.partition("unrecognized arguments: ")
     if found and words.startswith("--"):
         name = words.split()[0].partition("=")[0]
         message = f"unrecognized option {name}; did you mean --{nearest(name[2:], option_names(parser))}?"
-    sys.stderr.write(f"{parser.prog}: error: {message}\n")
+    screen.close(f"{parser.prog}: error: {message}\n")
     sys.exit(2)
 
 

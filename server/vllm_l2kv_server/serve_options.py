@@ -79,6 +79,13 @@ def own_options() -> argparse.ArgumentParser:
         help="serve a page at /playground that compares two keep ratios; the page needs no API key, what it asks does "
         "(default: on)",
     )
+    group = parser.add_argument_group("Output")
+    group.add_argument(
+        "--verbose",
+        action=argparse.BooleanOptionalAction,
+        help="print the log of all processes; otherwise it goes to a file, and phases of the start, requests and "
+        "errors are shown (default: off on a terminal, on everywhere else)",
+    )
     return parser
 
 
@@ -135,6 +142,11 @@ def config_schema() -> str:
         "description": "Serve a page at /playground that compares two keep ratios.",
         "type": "boolean",
         "default": True,
+    }
+    keys["verbose"] = {
+        "description": "Print the log of all processes; otherwise it goes to a file, and phases of the start, requests "
+        "and errors are shown. Without this key: off on a terminal, on everywhere else.",
+        "type": "boolean",
     }
     schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",

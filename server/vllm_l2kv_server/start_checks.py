@@ -41,12 +41,15 @@ class StartError(ValueError):
     """The server cannot start with these options; one sentence that names the option and says what to do."""
 
 
-def check_words(words: Sequence[str], own_options: Collection[str]) -> None:
+def check_words(words: Sequence[str], own_options: Collection[str]) -> Mapping[str, Any]:
     """Refuses what can be refused without vLLM.
 
     Args:
         words: Of the command line, without the options of vllm-l2kv.
         own_options: Names of the options of vllm-l2kv, without leading dashes.
+
+    Returns:
+        What the config file says, and over it those of `VALUES` and `SWITCHES` that the words say, by name.
 
     Raises:
         StartError: An unknown option that begins with `kv-`, here or in the config file, a folder without a model,
@@ -74,6 +77,7 @@ def check_words(words: Sequence[str], own_options: Collection[str]) -> None:
         # A word before the first option is no option's value. For later ones only vLLM's parser knows.
         given["model"] = rest[0]
     _check_all(given)
+    return given
 
 
 def check_parsed(args: Namespace) -> None:

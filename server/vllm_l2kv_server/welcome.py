@@ -10,8 +10,13 @@ from starlette.datastructures import State
 
 from vllm_l2kv_server.playground import has_playground
 
+READY = "vllm-l2kv is ready"
+"""The text begins with it."""
+LAST_LINE = "Ctrl-C ends the server."
 TEMPLATE = """
-Ready. {page}About half of this prompt's KV cache is kept; `usage.kv_cache` of the answer has the numbers. By default a
+{ready} at {url}.{page}
+
+About half of this prompt's KV cache is kept; `usage.kv_cache` of the answer has the numbers. By default a
 prompt as short as this one is protected as a whole, so the request protects less:
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} -d '{body}'
@@ -29,6 +34,7 @@ answer = client.chat.completions.create(
 )
 print(answer.choices[0].message.content, answer.usage)
 
+{last}
 """
 
 
@@ -47,20 +53,20 @@ def welcome_text(args: Namespace, model: str) -> str:
     }
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
     return TEMPLATE.format(
+        ready=READY,
+        last=LAST_LINE,
         url=url,
         auth=" -H 'Authorization: Bearer YOUR_API_KEY'" if needs_key else "",
         key="YOUR_API_KEY" if needs_key else "none",
         model=json.dumps(model),
         body=json.dumps(body),
-        page=f"A page to try keep ratios: {url}/playground\n\n" if has_playground(args) else "",
+        page=f" A page to try it: {url}/playground" if has_playground(args) else "",
     )
 
 
 async def announce_when_ready(state: State, args: Namespace, model: str) -> None:
     """Prints the text once the server is ready, after vLLM's start-up log."""
-    if args.uds:
-        return
     while not getattr(getattr(state, "server", None), "started", False):
         await asyncio.sleep(0.1)
-    sys.stdout.write(welcome_text(args, model))
+    sys.stdout.write(f"\n{READY} at {args.uds}.\n\n{LAST_LINE}\n" if args.uds else welcome_text(args, model))
     sys.stdout.flush()

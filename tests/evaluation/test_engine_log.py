@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from vllm_l2kv.tools.evaluation.engine_log import NUM_LAST_LINES, last_lines, output_to
+from vllm_l2kv.tools.engine_log import NUM_LAST_LINES, last_lines, output_to
 
 SCRIPT = """
 import os, subprocess, sys
 from pathlib import Path
-from vllm_l2kv.tools.evaluation.engine_log import output_to
+from vllm_l2kv.tools.engine_log import output_to
 
 print("before")
 with output_to(Path("engine.log")) as terminal:

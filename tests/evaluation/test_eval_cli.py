@@ -16,9 +16,9 @@ from vllm_l2kv.profile import Target
 from vllm_l2kv.settings import FullHeads
 from vllm_l2kv.tools.evaluation import cli, run
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.evaluation.rows import about_heads
 from vllm_l2kv.tools.evaluation.tasks.ruler import TASKS as SUBTASKS
+from vllm_l2kv.tools.progress import Progress
 
 
 class Mute:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.progress import Progress
 
 
 class Clock:

@@ -9,7 +9,6 @@ from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
 from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.scorers import Heads, bind
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile import choices as choices_module
 from vllm_l2kv.tools.profile import recommend as module
 from vllm_l2kv.tools.profile.calibration import ASKED_KINDS, Question, Sample, asked_samples
@@ -25,6 +24,7 @@ from vllm_l2kv.tools.profile.recommend import (
     choice_of,
     recommend,
 )
+from vllm_l2kv.tools.progress import Progress
 
 NUM_LAYERS = 20
 NEEDED = {(4, 0): 3.0, (11, 1): 2.0, (17, 0): 1.0}

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -406,14 +407,37 @@ class TestMain:
             main(["demo-model"])
 
 
-def test_serve_hands_over_to_vllm(monkeypatch):
+@pytest.fixture
+def ends(monkeypatch) -> Iterator[list[tuple[int, str]]]:
+    """Exit statuses and last lines, in place of the end of this process."""
+    ends = []
+
+    class Recorded(LastLine):
+        def _write(self):
+            """Nothing, at the end of these tests."""
+
+        def end(self, status, sentence):
+            ends.append((status, sentence))
+            super().end(status, sentence)
+
+    monkeypatch.setattr(serve, "LastLine", Recorded)
+    monkeypatch.setattr(serve, "check_parsed", lambda args: None)
+    monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield ends
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_serve_hands_over_to_vllm(monkeypatch, ends):
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     handed = []
-    monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
     monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(handed.append))
-    monkeypatch.setattr(serve, "check_parsed", lambda args: None)
-    main(["serve", "some/model", "--port", "8123"])
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "some/model", "--port", "8123"])
+    assert ended.value.code == 0
+    assert ends == [(0, "stopped.")]
     (args,) = handed
     assert (args.model, args.model_tag, args.port) == ("some/model", None, 8123)
     assert json.dumps(args.additional_config)
@@ -439,24 +463,12 @@ def raising(error):
         (raising(ValueError("long " * 200)), 1, "failed: ValueError: long long "),
         (raising(Stopped(signal.SIGINT)), 130, "stopped by SIGINT before it was ready."),
         (raising(KeyboardInterrupt("terminated")), 143, "stopped by SIGTERM before it was ready."),
+        (raising(SystemExit()), 0, "stopped."),  # so vLLM ends several API servers
     ],
 )
-def test_a_server_that_fails_ends_with_a_sentence(monkeypatch, cmd, status, said):
+def test_a_server_ends_with_a_sentence(monkeypatch, ends, cmd, status, said):
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    ends = []
-
-    class Recorded(LastLine):
-        def _write(self):
-            """Nothing, at the end of these tests."""
-
-        def end(self, status, sentence):
-            ends.append((status, sentence))
-            super().end(status, sentence)
-
-    monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
-    monkeypatch.setattr(serve, "LastLine", Recorded)
-    monkeypatch.setattr(serve, "check_parsed", lambda args: None)
     monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(cmd))
     with pytest.raises(SystemExit) as caught:
         main(["serve", "some/model", "--port", "0"])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from starlette.datastructures import State
-from vllm_l2kv_server.welcome import announce_when_ready, welcome_text
+from vllm_l2kv_server.welcome import LAST_LINE, READY, announce_when_ready, welcome_text
 
 
 def arguments(**given) -> Namespace:
@@ -30,7 +30,7 @@ def test_curl_and_python_can_be_pasted(monkeypatch):
     assert '"kv_keep_ratio": 0.5, "kv_protect_last": 16}' in text[text.index("extra_body") :]
     assert json.loads(curl[-1])["model"] == 'a "model"'
     assert "Authorization" not in text
-    python = text[text.index("from openai") :]
+    python = text[text.index("from openai") : text.index(LAST_LINE)]
     assert 'base_url="http://localhost:8123/v1"' in ast.unparse(ast.parse(python)).replace("'", '"')
 
 
@@ -72,4 +72,7 @@ def test_printed_once_the_server_has_started(capsys):
         await task
 
     asyncio.run(run())
-    assert "curl http://localhost:8123" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "curl http://localhost:8123" in text
+    # `screen` finds the text by both.
+    assert (text.splitlines()[1].startswith(READY), text.splitlines()[-1]) == (True, LAST_LINE)

@@ -19,17 +19,22 @@ STDLIB_ONLY = [
     "kv_heads",
     "cli_types",
     "supported_vllm",
+    "log",
 ]
 WITH_TORCH = ["profile", "scorers", "token_groups", "kernels"]
 WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals", "seams"]
+WATCHED = ("engine_log", "options", "progress")
+"""Of commands that take long."""
 TOOLS = {
     "bench": {"tools.evaluation", "tools.html_report"},
     "demo_model": {"tools.user_cache"},
-    "evaluation": {"tools.demo_model", "tools.html_report", "tools.options", "tools.plan", "engine_args"},
+    "engine_log": {"tools.options", "tools.progress"},
+    "evaluation": {"engine_args", *(f"tools.{name}" for name in ("demo_model", "html_report", "plan", *WATCHED))},
     "html_report": set(),
     "options": {"tools.demo_model"},
-    "user_cache": set(),
-    "profile": {"__version__", "tools.demo_model", "tools.evaluation", "tools.html_report", "tools.options"},
+    "user_cache": {"log"},
+    "progress": set(),
+    "profile": {"__version__", *(f"tools.{name}" for name in ("demo_model", "evaluation", "html_report", *WATCHED))},
     "plan": {"tools.demo_model", "tools.options", "kv_cache_spec", "plugin", "refusals", "seams"},
 }
 """They use the plain modules, as a user would, and these beside them."""
@@ -122,8 +127,9 @@ def test_imports_of(module):
 def test_the_server_sees_only_the_surface(module):
     inside = {part_of(name) for name in imports_of(modules()[module]) if name.startswith("vllm_l2kv.")}
     plain = {"field_kinds", "params", "policy", "capacity", "messages", "settings", "cli_types", "supported_vllm"}
-    plain |= {"profile", "compression", "engine_args", "__version__"}
-    assert inside <= plain | {"tools.demo_model", "refusals"}
+    plain |= {"log", "profile", "compression", "engine_args", "__version__"}
+    tools = {f"tools.{name}" for name in ("demo_model", "engine_log", "progress", "user_cache")}
+    assert inside <= plain | tools | {"refusals"}
 
 
 def test_importing_the_package_loads_neither_vllm_nor_torch():

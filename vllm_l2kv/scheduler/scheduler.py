@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllm import envs
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -17,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_l2kv.capacity import DoesNotFitError
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_cache_spec import capacity_of
+from vllm_l2kv.log import logger_of
 from vllm_l2kv.messages.orders import CompactionOrder, attach_compacted_hits, attach_orders, seconds_of
 from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, attach_usage, why_whole
@@ -39,8 +39,7 @@ from vllm_l2kv.scheduler.stats_counter import StatsCounter
 from vllm_l2kv.scheduler.superseded_blocks import SupersededBlocks
 from vllm_l2kv.settings import Settings
 
-# vLLM configures logging below its own name only.
-logger = init_logger(f"vllm.{__name__}")
+logger = logger_of(__name__)
 
 
 class L2KVScheduler(AsyncScheduler):

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from vllm_l2kv.log import MARK
+
 
 def default_cache() -> Path:
     """Our folder in the user's cache: below `XDG_CACHE_HOME`, or `~/.cache` without it."""
@@ -40,5 +42,5 @@ def make_once(folder: Path, gather: Callable[[Path], Path]) -> None:
 
 def say(message: str) -> None:
     """Writes a line to standard error; standard output belongs to the caller."""
-    sys.stderr.write(f"{message}\n")
+    sys.stderr.write(f"{MARK} {message}\n")
     sys.stderr.flush()

@@ -1,6 +1,5 @@
 """The worker for NVIDIA GPUs."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from vllm_l2kv.kernels.group_cache import GroupCache
 from vllm_l2kv.kernels.scratch import Scratch, scratch_bytes
 from vllm_l2kv.kernels.triton_compactor import TritonCompactor
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, Geometry, full_name, key_dtype, mixed
+from vllm_l2kv.log import logger_of
 from vllm_l2kv.scorers import bytes_of_a_head
 from vllm_l2kv.worker.by_head import (
     Room,
@@ -28,8 +28,7 @@ from vllm_l2kv.worker.runner import Runner
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 from vllm_l2kv.worker.worker import AlikeLayers, CompactionWorker, Layer
 
-# vLLM configures logging below its own name only.
-logger = logging.getLogger(f"vllm.{__name__}")
+logger = logger_of(__name__)
 
 
 class L2KVGPUWorker(CompactionWorker, Worker):

@@ -1,6 +1,5 @@
 """Base of the workers for all devices: declares layer classes and carries out orders."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -31,6 +30,7 @@ from vllm_l2kv.kv_cache_spec import (
     mixed,
 )
 from vllm_l2kv.kv_heads import advice, classes_of, heads_of_rank
+from vllm_l2kv.log import logger_of
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, partly_filled, with_seconds
 from vllm_l2kv.profile import Profile
 from vllm_l2kv.refusals import check_profile, check_supported
@@ -41,8 +41,7 @@ from vllm_l2kv.worker.clock import Clock
 from vllm_l2kv.worker.heads import check_split, split_attention
 from vllm_l2kv.worker.runner import Runner
 
-# vLLM configures logging below its own name only.
-logger = logging.getLogger(f"vllm.{__name__}")
+logger = logger_of(__name__)
 
 
 class Layer(NamedTuple):

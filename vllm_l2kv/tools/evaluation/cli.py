@@ -29,12 +29,12 @@ from vllm_l2kv.policy import Intervals
 from vllm_l2kv.profile import setting_of
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.tools.demo_model import DEMO_NAME
+from vllm_l2kv.tools.engine_log import progress_beside_log
 from vllm_l2kv.tools.evaluation.cases import Case
-from vllm_l2kv.tools.evaluation.engine_log import progress_beside_log
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.evaluation.texts import SAMPLES, read_text
 from vllm_l2kv.tools.evaluation.variants import QUESTIONS, SEEN
 from vllm_l2kv.tools.options import RefusedError, add_budgets, add_verbose, folder_of
+from vllm_l2kv.tools.progress import Progress
 
 ROWS = "rows.jsonl"
 NUM_ANSWER_TOKENS = 256

@@ -12,9 +12,9 @@ from vllm_l2kv.params import EVALUATION_SCORERS, OFFERED_SCORERS, CompressionPar
 from vllm_l2kv.policy import CompactionPoints, Intervals, num_keep
 from vllm_l2kv.settings import FullHeads, Settings
 from vllm_l2kv.tools.evaluation.cases import Answer, Case
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.evaluation.rows import about_heads
 from vllm_l2kv.tools.evaluation.variants import HIDDEN, SEEN
+from vllm_l2kv.tools.progress import Progress
 
 CPU_CACHE_BYTES = 2 * 2**30
 INTERVALS = Intervals()

@@ -18,9 +18,9 @@ from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
 from vllm_l2kv.profile import Shape
 from vllm_l2kv.scorers import Rows, Scorers
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.calibration import Sample
 from vllm_l2kv.tools.profile.masked import Context, Losses, answer_losses, read
+from vllm_l2kv.tools.progress import Progress
 
 
 class Choice(NamedTuple):

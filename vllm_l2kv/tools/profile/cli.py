@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_l2kv.cli_types import OneLineParser, positive
 from vllm_l2kv.tools.demo_model import DEMO_NAME
-from vllm_l2kv.tools.evaluation.engine_log import progress_beside_log
+from vllm_l2kv.tools.engine_log import progress_beside_log
 from vllm_l2kv.tools.evaluation.texts import read_text
 from vllm_l2kv.tools.options import RefusedError, add_verbose, folder_of
 

@@ -20,7 +20,7 @@ from torch.nn.functional import gelu
 
 from vllm_l2kv.profile import Rope
 from vllm_l2kv.scorers.learned import HIDDEN, features, scores_of, slow_pairs_of
-from vllm_l2kv.tools.evaluation.progress import Progress
+from vllm_l2kv.tools.progress import Progress
 
 PROTECTED = 4
 """Rows at the beginning of a text that are not learned from: every compaction keeps them."""

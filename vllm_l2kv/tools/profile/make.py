@@ -13,7 +13,6 @@ import torch
 from vllm_l2kv import __version__
 from vllm_l2kv.profile import LEARNED, Profile, Shape, fingerprint, local_folder
 from vllm_l2kv.scorers import Heads, Scorers, Weights, bind
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.calibration import asked_samples, samples
 from vllm_l2kv.tools.profile.choices import answerable
 from vllm_l2kv.tools.profile.learned import Examples, train
@@ -21,6 +20,7 @@ from vllm_l2kv.tools.profile.measure import Measured, measure
 from vllm_l2kv.tools.profile.model import layout, load, longest_context, slow_frequencies
 from vllm_l2kv.tools.profile.recommend import Recommendation, recommend
 from vllm_l2kv.tools.profile.units import check_num_ranks
+from vllm_l2kv.tools.progress import Progress
 
 MEASURED, SEARCHED, JUDGED = 0, 1, 2
 """Seeds of the texts that are measured on, of those that settings are searched with, and of those that judge them."""

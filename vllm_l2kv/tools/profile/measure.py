@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from vllm_l2kv.profile import Shape
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.evaluation.texts import encode
 from vllm_l2kv.tools.profile import norms
 from vllm_l2kv.tools.profile.calibration import Sample
 from vllm_l2kv.tools.profile.masked import read
 from vllm_l2kv.tools.profile.observe import Seen
 from vllm_l2kv.tools.profile.ranks import REPEAT, Answers, Rows, answers, pooled_shares, repetition
+from vllm_l2kv.tools.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.scorers import Scorers
 from vllm_l2kv.settings import HEADS, LAYERS, FullHeads
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.choices import Case, Choice, kinds_of, losses, losses_of_cases, rank
 from vllm_l2kv.tools.profile.units import Order, Unit, Units, head_units, layer_units
+from vllm_l2kv.tools.progress import Progress
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 SCORERS = ("l2", "keydiff_value", "learned")

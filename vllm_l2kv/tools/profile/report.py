@@ -9,12 +9,12 @@ import torch
 from vllm_l2kv.cli_types import aligned, heads_in_words
 from vllm_l2kv.profile import Profile, Target
 from vllm_l2kv.settings import CLASSES, HEADS, LAYERS
-from vllm_l2kv.tools.evaluation.progress import duration
 from vllm_l2kv.tools.html_report import embedded, write_html
 from vllm_l2kv.tools.profile.make import Made
 from vllm_l2kv.tools.profile.norms import JUDGED, KEEP_RATIOS, NUM_PEAKS
 from vllm_l2kv.tools.profile.ranks import POOLED
 from vllm_l2kv.tools.profile.recommend import NAMES, Outcome
+from vllm_l2kv.tools.progress import duration
 
 USED_MEMORY = 0.5
 """Of the command that a summary ends with."""

@@ -1,5 +1,6 @@
 """How far a long command is: one line that changes in place on a terminal, elsewhere a line every few seconds."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import Self, TextIO
 IN_PLACE_S = 1.0
 LINES_S = 10.0
 """Seconds between two states of the line on a terminal, and between two lines elsewhere."""
+MAX_COLUMNS = 200
+"""Of a line that changes, where the width is unknown."""
 
 
 class Progress:
@@ -64,6 +67,16 @@ class Progress:
         self.part(what)
         self._write(self.line())
 
+    def say(self, line: str) -> None:
+        """Writes a line that stays, above the one that changes."""
+        self._write(line, stays=True)
+
+    def end(self) -> None:
+        """Ends the step; the line that changes goes."""
+        self._what = ""
+        if self._in_place:
+            self._write("")
+
     def part(self, what: str, total: int = 0, unit: str = "") -> None:
         """Goes on to another part of the step.
 
@@ -103,13 +116,23 @@ class Progress:
             if self._what:
                 self._write(self.line())
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: str, stays: bool = False) -> None:
         if self._stream is None:
             return
         with self._lock:
-            # Back to the beginning of the line, which is then cleared to its end.
-            self._stream.write(f"\r\x1b[K{line}" if self._in_place else f"{line}\n")
+            if self._in_place:
+                # Back to the beginning of the line, which is then cleared to its end. A longer one would wrap.
+                self._stream.write("\r\x1b[K" + (f"{line}\n" if stays else line[: _columns(self._stream) - 1]))
+            else:
+                self._stream.write(f"{line}\n")
             self._stream.flush()
+
+
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or MAX_COLUMNS
+    except (OSError, ValueError):
+        return MAX_COLUMNS
 
 
 def duration(seconds: float) -> str:
