@@ -59,22 +59,6 @@ def test_an_engine_that_fails_on_a_terminal(without_weights, tmp_path, monkeypat
     assert "Traceback" in log.read_text()
 
 
-@pytest.mark.slow  # a start more; `tests/server/test_screen.py` has its parts
-def test_an_engine_that_fails_on_a_terminal(without_weights, tmp_path, monkeypatch):
-    """The reason is shown without the log."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    server = Server(tmp_path / "terminal", str(without_weights), "--no-verbose", *OPTIONS)
-    lines = ended(server)
-    assert server.process.returncode == 1
-    log = tmp_path / "vllm-l2kv" / f"serve-{server.port}.log"
-    assert lines[-1] == f"vllm-l2kv: the engine ended during its start; the first ERROR in {log} says why."
-    heading, _, error = lines[-4:-1]
-    assert heading == f"The first error in {log}:"
-    assert error.startswith("  RuntimeError: Cannot find any model weights")
-    assert not any("Traceback" in line for line in lines)
-    assert "Traceback" in log.read_text()
-
-
 @pytest.mark.slow  # a start more, of which the test before has most
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_the_engine_starts(llama, tmp_path, number, status):
