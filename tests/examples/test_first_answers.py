@@ -32,6 +32,8 @@ SETTINGS = sorted(
 BLOCK = re.compile(r"^(?:<!-- .*? -->\n)?```(?P<language>\w+)\n(?P<code>(?:.*\n)*?)```$", re.MULTILINE)
 ASKING = {"create", "SamplingParams", "ChatOpenAI", "OpenAILike"}
 """Last parts of the names of Python calls that say how an answer is made."""
+HERE_DOCUMENT = re.compile(r"<<(?P<end>\w+)\n(?P<document>.*?)^(?P=end)$", re.MULTILINE | re.DOTALL)
+"""What a command of a shell reads from the lines after it."""
 PLACEHOLDER = re.compile(r"(?<![\w$./{-])[A-Z][A-Z0-9_]{2,}\b(?!=)")
 """A word in capitals that the reader must replace; not the name of a variable that a command sets."""
 
@@ -54,9 +56,11 @@ def is_refused(body: dict[str, Any]) -> bool:
 
 def shell_requests(code: str) -> Iterator[tuple[str, bool]]:
     """Each JSON body of a curl that asks for an answer, likewise."""
+    documents = [found["document"] for found in HERE_DOCUMENT.finditer(code)]
     for command in re.findall(r"^\s*curl (?:[^'\n\\]|\\\n|\\.|'[^']*')*", code, re.MULTILINE):
         words = shlex.split(command)
-        for body in (json.loads(words[i + 1]) for i, word in enumerate(words) if word in ("-d", "--data", "--json")):
+        for sent in (words[i + 1] for i, word in enumerate(words) if word in ("-d", "--data", "--json")):
+            body = json.loads(documents.pop(0) if sent == "@-" else sent)
             assert "extra_body" not in body, "extra_body is an argument of the Python client: the fields go in the body"
             if not is_refused(body) and "/tokenize" not in command:
                 yield command, "temperature" in body
@@ -134,6 +138,7 @@ def test_requests_are_found_in_every_kind_of_source():
         ("console", '$ curl URL \\\n  -d \'{"prompt": "a", "temperature": 0}\'', [True]),
         ("bash", 'curl URL -d \'{"prompt": "a", "kv_keep_ratio": 2}\'', []),
         ("bash", "curl URL/metrics | grep a", []),
+        ("bash", 'curl URL -d @- <<END\n{"prompt": "a"}\nEND', [False]),
         ("mjs", "create({ model, messages: [{ role: 'user' }], max_tokens: 1 })", [False]),
         ("mjs", "create({ model, messages: [{ role: 'user' }], temperature: 0 })", [True]),
     ],
@@ -152,10 +157,11 @@ COMMANDS = [
 
 
 def typed(block: re.Match[str]) -> str:
-    """The commands of a block, without prompts and output."""
+    """The commands of a block, without prompts, output and here-documents."""
+    code = HERE_DOCUMENT.sub("", block["code"])
     if block["language"] == "bash":
-        return block["code"]
-    return "\n".join(re.findall(r"^\$ ((?:.*\\\n)*.*)$", block["code"], re.MULTILINE))
+        return code
+    return "\n".join(re.findall(r"^\$ ((?:.*\\\n)*.*)$", code, re.MULTILINE))
 
 
 @pytest.mark.parametrize(("block", "text"), COMMANDS)
