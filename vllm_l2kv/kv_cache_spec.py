@@ -132,13 +132,6 @@ def mixed(names: Collection[str]) -> list[str]:
 class RecurrentLayerSpec(MambaSpec):
     """A layer that keeps a state in place of rows (Mamba, gated delta net, short convolution); it never compacts."""
 
-    @property
-    def max_blocks(self) -> int:
-        """Blocks that a request holds at most; where states are cached, also the one of the step before."""
-        if self.mamba_cache_mode == "none":
-            return 1 + self.num_speculative_blocks
-        return 2 + self.num_speculative_blocks + self.num_prefill_checkpoint_blocks
-
 
 def classify_layers(
     specs: Mapping[str, KVCacheSpec],
@@ -391,7 +384,14 @@ def group_capacity(spec: KVCacheSpec, block_bytes: int, max_in_flight_tokens: in
     max_blocks = None
     if isinstance(spec, (SlidingWindowSpec, ChunkedLocalAttentionSpec)):
         max_blocks = spec.max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
-    elif isinstance(spec, RecurrentLayerSpec):
-        max_blocks = spec.max_blocks
+    elif isinstance(spec, MambaSpec):
+        max_blocks = _blocks_of_states(spec)
     token_bytes = block_bytes // spec.block_size
     return GroupCapacity(spec.block_size, isinstance(spec, CompressedLayerSpec), max_blocks, token_bytes)
+
+
+def _blocks_of_states(spec: MambaSpec) -> int:
+    """Blocks that a request holds at most; where states are cached, also the one of the step before."""
+    if spec.mamba_cache_mode == "none":
+        return 1 + spec.num_speculative_blocks
+    return 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks

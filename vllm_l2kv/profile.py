@@ -28,6 +28,10 @@ FULL_ATTENTION = "full_attention"
 """What `transformers` calls layers of the kind that compresses."""
 SLIDING_ATTENTION = "sliding_attention"
 """Those with a sliding window."""
+RECURRENT = frozenset({"linear_attention", "conv"})
+"""Those that keep a state in place of keys: Mamba, gated delta nets, short convolutions."""
+WITHOUT_CACHE = frozenset({"mlp", "moe"})
+"""Feed-forward layers that count as layers."""
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors allows."""
 SHAPE_FIELDS = (

@@ -1,5 +1,6 @@
 """Models some of whose layers keep a state in place of rows: those are left alone, full-attention layers compress."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,8 @@ from engine import keep, tokens_of
 from reference import check_numbers
 from rules import INTERVALS
 from tiny import HybridReference
+
+from vllm_l2kv.tools.plan import cli
 
 
 def spoil(engine) -> None:
@@ -78,6 +81,35 @@ class TestShortConvolution:
             assert tokens_of(output) == reference.generate(prompt, 12, full_layers=(1,), **rule)
             assert tokens_of(output) != reference.generate(prompt, 12, full_layers=(1,))
             assert check_numbers(output, **rule)["found_tokens"] == 0
+
+    def test_the_plan_is_of_these_blocks(self, engine, model, text_ids, capsys):
+        """States are bounded, not told exactly: with a prefix cache a request holds one or two of a layer."""
+        config, num_tokens = engine.scheduler.kv_cache_config, 40
+        size = config.kv_cache_tensors[0].size
+        capsys.readouterr()
+        words = ["--context=600", f"--output={num_tokens}", "--ratio=0.25", "--protect=0:0", "--budgets=60"]
+        words += ["--full-layers=0,1", "--device=cpu", "--dtype=float32", f"--kv-cache-gib={size / 2**30}", "--json"]
+        words += [f"--prompt-interval={INTERVALS[0]}", f"--answer-interval={INTERVALS[1]}"]
+        cli.plan([str(model), *words, "--max-num-batched-tokens=512"])
+        planned = json.loads(capsys.readouterr().out)["engines"][1]
+        assert (planned["num_blocks"], planned["block_bytes"]) == (config.num_blocks, size // config.num_blocks)
+        assert [(group["layers"], group["block_size"]) for group in planned["groups"]] == [
+            (len(group.layer_names), group.kv_cache_spec.block_size) for group in config.kv_cache_groups
+        ]
+        num_states = sum(group["kind"] == "recurrent" for group in planned["groups"])
+        assert num_states
+        for row in planned["rows"]:
+            assert engine.kv_cache_manager.reset_prefix_cache()
+            params = keep(row["keep_ratio"], budget=row["max_tokens"], num_tokens=num_tokens)
+            req_id = engine.add("a", text_ids[:600], params)
+            held = []
+            while engine.llm.llm_engine.has_unfinished_requests():
+                engine.step()
+                tables = [manager.req_to_blocks.get(req_id, ()) for manager in engine.managers]
+                held.append(sum(not block.is_null for table in tables for block in table))
+            answering = held[-num_tokens + 1 : -1]
+            assert row["prompt_blocks"] - num_states <= max(held) <= row["prompt_blocks"]
+            assert row["answer_blocks"] - num_states <= max(answering) <= row["answer_blocks"]
 
 
 @pytest.mark.slow  # each of them another engine

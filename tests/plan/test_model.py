@@ -6,8 +6,16 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3NextConfig, T5Config
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
+from transformers import (
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    NemotronHConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, MambaSpec, SlidingWindowSpec
 
 from vllm_l2kv.tools.plan.model import model_of, read_config, weight_bytes
 
@@ -23,7 +31,7 @@ def folder_of(tmp_path):
 
 def test_a_plain_model(folder_of):
     model = model_of(read_config(folder_of(tiny.llama(dtype="bfloat16"))), "auto")
-    assert (model.windows, model.num_kv_heads, model.head_size) == ((None,) * 4, 2, 32)
+    assert (model.layer_types, model.num_kv_heads, model.head_size) == (("full_attention",) * 4, 2, 32)
     assert model.dtype == torch.bfloat16
     specs = model.specs(16, "auto", num_gpus=1)
     assert [type(spec) for spec in specs.values()] == [FullAttentionSpec] * 4
@@ -32,14 +40,16 @@ def test_a_plain_model(folder_of):
 
 def test_windows(folder_of):
     model = model_of(read_config(folder_of(tiny.gemma3())), "float32")
-    assert model.windows == (tiny.SLIDING_WINDOW, tiny.SLIDING_WINDOW, None) * 2
+    assert model.layer_types == ("sliding_attention", "sliding_attention", "full_attention") * 2
+    assert model.window == tiny.SLIDING_WINDOW
     types = [type(spec) for spec in model.specs(32, "auto", num_gpus=1).values()]
     assert types == [SlidingWindowSpec, SlidingWindowSpec, FullAttentionSpec] * 2
 
 
 def test_a_window_for_every_layer(folder_of):
     config = MistralConfig(num_hidden_layers=2, sliding_window=4096)
-    assert model_of(read_config(folder_of(config)), "auto").windows == (4096, 4096)
+    model = model_of(read_config(folder_of(config)), "auto")
+    assert (model.layer_types, model.window) == (("sliding_attention",) * 2, 4096)
 
 
 @pytest.mark.parametrize(
@@ -82,15 +92,43 @@ def test_kv_heads_that_the_engine_refuses(folder_of):
     ("config", "message"),
     [
         (DeepseekV3Config(num_hidden_layers=2), "MLA"),
-        (Qwen3NextConfig(num_hidden_layers=4), "layers of type linear_attention"),
+        (tiny.llama4(), "layers of type chunked_attention"),
         (T5Config(num_layers=2), "encoder-decoder"),
         (LlamaConfig(num_hidden_layers=2, global_head_dim=512), "its config has global_head_dim"),
     ],
-    ids=["mla", "linear", "t5", "uneven"],
+    ids=["mla", "chunks", "t5", "uneven"],
 )
 def test_models_that_are_refused(folder_of, config, message):
     with pytest.raises(ValueError, match=message):
         model_of(read_config(folder_of(config)), "auto")
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "shape"),
+    [
+        # Where a config's defaults are of a model in `MODELS`.
+        pytest.param(Qwen3NextConfig, "Qwen3NextForCausalLM", "Qwen3-Next-80B", id="Qwen3-Next"),
+        pytest.param(NemotronHConfig, "NemotronHForCausalLM", "Nemotron-H-8B", id="Nemotron-H"),
+    ],
+)
+def test_states_and_rows_have_blocks_of_one_size(folder_of, config, name, shape):
+    """As vLLM's engines have them, `tests/scheduler/test_hybrid_blocks.py` says the sizes."""
+    shape = MODELS[shape]
+    attention = {"num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_size}
+    folder = folder_of(config(dtype="bfloat16", architectures=[name], **attention))
+    model = model_of(read_config(folder), "auto")
+    specs, expected = model.specs(16, "auto", num_gpus=1), shape.specs(has_prefix_cache=True)
+    kinds = {type(spec): spec for spec in specs.values()}
+    assert kinds == {type(spec): spec for spec in expected.values()}
+    assert len(specs) == len(model.layer_types) - model.layer_types.count("mlp")
+    of_two = {type(spec): spec for spec in model.specs(16, "auto", num_gpus=2).values()}
+    assert of_two[MambaSpec].shapes != kinds[MambaSpec].shapes, "ranks share a state"
+
+
+def test_recurrent_layers_that_vllm_does_not_know(folder_of):
+    model = model_of(read_config(folder_of(tiny.qwen3_next())), "auto")
+    with pytest.raises(ValueError, match="vLLM does not say what a recurrent layer of qwen3_next keeps"):
+        model.specs(16, "auto", num_gpus=1)
 
 
 def test_no_config(tmp_path):
@@ -131,4 +169,4 @@ def test_gemma_3_270m_compresses_three_layers(folder_of):
     types = (["sliding_attention"] * 5 + ["full_attention"]) * 3
     config = Gemma3TextConfig(num_hidden_layers=18, layer_types=types, sliding_window=512, num_key_value_heads=1)
     model = model_of(read_config(folder_of(config)), "auto")
-    assert [i for i, window in enumerate(model.windows) if window is None] == [5, 11, 17]
+    assert model.shape.compressible == (5, 11, 17)

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from vllm.config import DeviceConfig, VllmConfig
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MambaSpec, SlidingWindowSpec
 
 from vllm_l2kv.capacity import Capacity
 from vllm_l2kv.field_kinds import MAX_TOKENS
@@ -45,10 +45,9 @@ class Group(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What its layers hold of a request: `compressed`, `sliding` or `full`."""
-        if isinstance(self.spec, CompressedLayerSpec):
-            return "compressed"
-        return "sliding" if isinstance(self.spec, SlidingWindowSpec) else "full"
+        """What its layers hold of a request: `compressed`, `sliding`, `recurrent` or `full`."""
+        kinds = {CompressedLayerSpec: "compressed", SlidingWindowSpec: "sliding", MambaSpec: "recurrent"}
+        return next((kind for of_class, kind in kinds.items() if isinstance(self.spec, of_class)), "full")
 
 
 @dataclass(frozen=True)
@@ -189,10 +188,10 @@ class Cache:
         The last one is computed beside the others: it is whole until a compaction, which then happens in place.
 
         Returns:
-            Their number; `None` for models with sliding windows, which do not share compressed documents, and of which
-            ordinary prefixes are found by what is left of the windows.
+            Their number; `None` for models with sliding windows or recurrent layers, which do not share compressed
+            documents, and of which ordinary prefixes are found by what is left of windows and states.
         """
-        if any(group.kind == "sliding" for group in self.groups):
+        if any(group.kind in ("sliding", "recurrent") for group in self.groups):
             return None
         num_tokens = document.num_tokens
         whole = [(compaction.position, compaction.num_rows) for compaction in document.compactions]

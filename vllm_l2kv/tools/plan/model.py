@@ -1,6 +1,8 @@
 """What a model's config says of its KV cache, and what its weights weigh."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,74 +12,95 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import AutoModelForCausalLM
 from vllm.config.model import MODEL_ARCH_CONFIG_CONVERTORS, ModelArchConfigConvertorBase
 from vllm.transformers_utils.config import get_config, get_hf_text_config
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.kv_cache_interface import (
-    AttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    MambaSpec,
     SlidingWindowSpec,
     get_kv_quant_mode,
 )
 
-from vllm_l2kv.profile import FULL_ATTENTION, SLIDING_ATTENTION, Shape
+from vllm_l2kv.profile import FULL_ATTENTION, RECURRENT, SLIDING_ATTENTION, WITHOUT_CACHE, Shape
 from vllm_l2kv.refusals import check_kv_heads
+from vllm_l2kv.tools.plan.states import state_of
 
 STORED_FLOATS = ("BF16", "F16", "F32")
 """Types of safetensors that vLLM turns into the model's own; others, of quantized weights, stay as they are."""
-UNEVEN = ("global_head_dim", "num_global_key_value_heads", "num_kv_shared_layers", "layers_block_type", "ssm_cfg")
-"""Entries of configs whose layers differ in more than a window, or keep something else than keys and values."""
+UNEVEN = ("global_head_dim", "num_global_key_value_heads", "num_kv_shared_layers")
+"""Entries of configs whose layers with keys differ in more than a window."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder whose layers cache alike, apart from windows.
+    """A decoder whose layers with keys cache alike, apart from windows.
 
     Attributes:
-        windows: For each layer the tokens of its sliding window, or `None` for full attention.
+        layer_types: Of each layer, as `transformers` names them.
+        window: Tokens of the sliding windows; `None` for none.
         num_heads: Query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_size: Elements of a key, and of a value.
         dtype: Of weights and activations.
+        state_of: Tensor-parallel size to the state of a recurrent layer on one GPU.
     """
 
-    windows: tuple[int | None, ...]
+    layer_types: tuple[str, ...]
+    window: int | None
     num_heads: int
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
+    state_of: Callable[[int], MambaSpec]
 
     @property
     def shape(self) -> Shape:
         """As a profile has it."""
-        types = (FULL_ATTENTION if window is None else SLIDING_ATTENTION for window in self.windows)
-        return Shape(len(self.windows), self.num_kv_heads, self.head_size, tuple(types))
+        return Shape(len(self.layer_types), self.num_kv_heads, self.head_size, self.layer_types)
 
     def specs(self, block_size: int, kv_cache_dtype: str, num_gpus: int) -> dict[str, KVCacheSpec]:
-        """vLLM's specs of the layers on one GPU, as its workers would find them.
+        """vLLM's specs of the layers on one GPU, as its workers would find them with a prefix cache.
 
         Args:
-            block_size: Tokens in a block.
+            block_size: Tokens in a block; of a model with recurrent layers the least number.
             kv_cache_dtype: `auto`, `fp8` or `fp8_e4m3`.
             num_gpus: Tensor-parallel size; KV heads are shared out, or repeated where there are fewer.
 
         Raises:
-            ValueError: Heads that cannot be shared out.
+            ValueError: Heads that cannot be shared out, or recurrent layers that vLLM does not know.
         """
         if self.num_heads % num_gpus:
             raise ValueError(f"--tensor-parallel-size must divide the model's {self.num_heads} heads, got {num_gpus}.")
         check_kv_heads(self.num_kv_heads, num_gpus)
         cache: dict[str, Any] = {
-            "block_size": block_size,
             "num_kv_heads": max(1, self.num_kv_heads // num_gpus),
             "head_size": self.head_size,
             "dtype": self.dtype if kv_cache_dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[kv_cache_dtype],
             "kv_quant_mode": get_kv_quant_mode(kv_cache_dtype),
         }
-        return {f"layers.{i}.attn": _spec(window, cache) for i, window in enumerate(self.windows)}
+        rows = FullAttentionSpec(block_size=block_size, **cache)
+        of_type: dict[str, KVCacheSpec] = {}
+        if not RECURRENT.isdisjoint(self.layer_types):
+            rows, state = beside(rows, self.state_of(num_gpus))
+            of_type |= dict.fromkeys(RECURRENT, state)
+        of_type[FULL_ATTENTION] = rows
+        if self.window is not None:
+            window = SlidingWindowSpec(block_size=rows.block_size, sliding_window=self.window, **cache)
+            of_type[SLIDING_ATTENTION] = window
+        return {f"layers.{i}.attn": of_type[kind] for i, kind in enumerate(self.layer_types) if kind in of_type}
 
 
-def _spec(window: int | None, cache: dict[str, Any]) -> AttentionSpec:
-    return FullAttentionSpec(**cache) if window is None else SlidingWindowSpec(**cache, sliding_window=window)
+def beside(rows: FullAttentionSpec, state: MambaSpec) -> tuple[FullAttentionSpec, MambaSpec]:
+    """Blocks of one size for rows and states, as vLLM makes them with a prefix cache: the fewest that hold a state.
+
+    Args:
+        rows: Of a layer with keys, in the smallest blocks.
+        state: Of a recurrent layer.
+    """
+    rows = replace(rows, block_size=rows.block_size * cdiv(state.page_size_bytes, rows.page_size_bytes))
+    padded = replace(state, block_size=rows.block_size, page_size_padded=rows.page_size_bytes, mamba_cache_mode="align")
+    return rows, padded
 
 
 def read_config(name: str) -> Any:
@@ -112,20 +135,22 @@ def model_of(config: Any, dtype: str) -> Model:
     # vLLM computes in bf16 what is stored in fp32, unless another type is set.
     automatic = torch.bfloat16 if stored == torch.float32 else stored
     return Model(
-        windows=_windows(text, convertor.get_num_hidden_layers()),
+        layer_types=_layer_types(text, convertor.get_num_hidden_layers()),
+        window=getattr(text, "sliding_window", None),
         num_heads=convertor.get_total_num_attention_heads(),
         num_kv_heads=convertor.get_total_num_kv_heads(),
         head_size=convertor.get_head_size(),
-        dtype=automatic if dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[dtype],
+        dtype=(computed := automatic if dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[dtype]),
+        state_of=partial(state_of, config, text, computed),
     )
 
 
-def _windows(text: Any, num_layers: int) -> tuple[int | None, ...]:
+def _layer_types(text: Any, num_layers: int) -> tuple[str, ...]:
     window = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None) or [SLIDING_ATTENTION if window else FULL_ATTENTION] * num_layers
-    if strange := set(types) - {FULL_ATTENTION, SLIDING_ATTENTION}:
+    if strange := set(types) - {FULL_ATTENTION, SLIDING_ATTENTION} - RECURRENT - WITHOUT_CACHE:
         raise ValueError(f"its config has layers of type {min(strange)}, which plan does not know.")
-    return tuple(window if kind == SLIDING_ATTENTION else None for kind in types)
+    return tuple(types)
 
 
 def weight_bytes(name: str, config: Any, dtype: torch.dtype) -> tuple[int, str]:

@@ -2,12 +2,12 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec, SlidingWindowSpec
 
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, Geometry, classify_layers
 from vllm_l2kv.messages.usage import MEMORY_RATIO_DIGITS
@@ -77,6 +77,7 @@ def report(options: Namespace) -> dict[str, Any]:
         "num_gpus": options.tensor_parallel_size,
         "memory_of_a_gpu": memory,
         "bytes_per_token": _bytes_per_token(specs(1)),
+        "state_bytes": _state_bytes(specs(1)),
         "full_layers": sorted(options.full_layers),
         "full_heads": settings.as_config()["full_heads"],
         "profile": options.kv_profile,
@@ -123,9 +124,18 @@ def _memory(options: Namespace, config: Any, dtype: torch.dtype) -> dict[str, An
 
 
 def _bytes_per_token(specs: Mapping[str, KVCacheSpec]) -> dict[str, int]:
-    """Bytes on one GPU of a token in all layers of a kind, which have blocks of one token here."""
-    full = sum(spec.page_size_bytes for spec in specs.values() if isinstance(spec, FullAttentionSpec))
-    return {"full_attention": full, "sliding_window": sum(spec.page_size_bytes for spec in specs.values()) - full}
+    """Bytes on one GPU of a token in all layers of a kind."""
+    of_class = {"full_attention": FullAttentionSpec, "sliding_window": SlidingWindowSpec}
+    return {
+        name: sum(spec.page_size_bytes // spec.block_size for spec in specs.values() if isinstance(spec, kind))
+        for name, kind in of_class.items()
+    }
+
+
+def _state_bytes(specs: Mapping[str, KVCacheSpec]) -> int:
+    """Bytes on one GPU of the states of a request in all recurrent layers, whatever its length."""
+    states = (replace(spec, page_size_padded=None) for spec in specs.values() if isinstance(spec, MambaSpec))
+    return sum(state.page_size_bytes for state in states)
 
 
 def _layout(cache: Cache) -> dict[str, Any]:

@@ -22,7 +22,8 @@ Prompts share nothing, and --max-num-seqs is ignored. docs/sizing.md has the for
 DOCUMENT_COLUMNS = ("engine", "kept", "rows", "document GiB", "documents")
 DOCUMENT_REMARK = """\
 documents: how many stay findable if they are warmed up one after the other and nothing else runs; document GiB: of one.
-none: with sliding windows compressed documents are not shared, and uncompressed ones are not planned."""
+none: with sliding windows or recurrent layers compressed documents are not shared, and uncompressed ones are not
+planned."""
 
 
 def as_table(plan: Mapping[str, Any]) -> str:
@@ -54,6 +55,8 @@ def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
     token = plan["bytes_per_token"]
     sliding = f", {token['sliding_window'] / 1024:,g} more inside windows" if token["sliding_window"] else ""
     yield f"{token['full_attention'] / 1024:8,g} KiB a token{sliding}"
+    if plan["state_bytes"]:
+        yield f"{plan['state_bytes'] / 1024:8,g} KiB a request for states, each of which takes a whole block"
 
 
 def _table(plan: Mapping[str, Any]) -> list[str]:
@@ -91,6 +94,6 @@ def _layouts(plan: Mapping[str, Any]) -> Iterator[str]:
 
 def _counted(plan: Mapping[str, Any], group: Mapping[str, Any]) -> str:
     """What is in a group: layers, or heads where a layer may be in two groups."""
-    if plan["full_heads"]:
+    if plan["full_heads"] and group["heads"]:
         return f"{group['heads']} {group['kind']} heads of {group['layers']} layers"
     return f"{group['layers']} {group['kind']} layers"
