@@ -107,8 +107,9 @@ class TestShortConvolution:
                 engine.step()
                 tables = [manager.req_to_blocks.get(req_id, ()) for manager in engine.managers]
                 held.append(sum(not block.is_null for table in tables for block in table))
-            answering = held[-num_tokens + 1 : -1]
-            assert row["prompt_blocks"] - num_states <= max(held) <= row["prompt_blocks"]
+            assert held.pop() == 0
+            prompt, answering = held[: 2 - num_tokens], held[2 - num_tokens :]
+            assert row["prompt_blocks"] - num_states <= max(prompt) <= row["prompt_blocks"]
             assert row["answer_blocks"] - num_states <= max(answering) <= row["answer_blocks"]
 
 

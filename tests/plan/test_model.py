@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from hybrid_shapes import MODELS
 from safetensors.torch import save_file
 from transformers import (
     DeepseekV3Config,
@@ -112,7 +113,7 @@ def test_models_that_are_refused(folder_of, config, message):
     ],
 )
 def test_states_and_rows_have_blocks_of_one_size(folder_of, config, name, shape):
-    """As vLLM's engines have them, `tests/scheduler/test_hybrid_blocks.py` says the sizes."""
+    """As vLLM's engines have them, `hybrid_shapes` says the sizes."""
     shape = MODELS[shape]
     attention = {"num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_size}
     folder = folder_of(config(dtype="bfloat16", architectures=[name], **attention))
@@ -120,14 +121,14 @@ def test_states_and_rows_have_blocks_of_one_size(folder_of, config, name, shape)
     specs, expected = model.specs(16, "auto", num_gpus=1), shape.specs(has_prefix_cache=True)
     kinds = {type(spec): spec for spec in specs.values()}
     assert kinds == {type(spec): spec for spec in expected.values()}
-    assert len(specs) == len(model.layer_types) - model.layer_types.count("mlp")
+    assert len(specs) == sum(kind not in ("mlp", "moe") for kind in model.layer_types)
     of_two = {type(spec): spec for spec in model.specs(16, "auto", num_gpus=2).values()}
     assert of_two[MambaSpec].shapes != kinds[MambaSpec].shapes, "ranks share a state"
 
 
 def test_recurrent_layers_that_vllm_does_not_know(folder_of):
     model = model_of(read_config(folder_of(tiny.qwen3_next())), "auto")
-    with pytest.raises(ValueError, match="vLLM does not say what a recurrent layer of qwen3_next keeps"):
+    with pytest.raises(ValueError, match="vLLM does not say what a recurrent layer of Qwen3NextModel keeps"):
         model.specs(16, "auto", num_gpus=1)
 
 

@@ -12,7 +12,6 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import AutoModelForCausalLM
 from vllm.config.model import MODEL_ARCH_CONFIG_CONVERTORS, ModelArchConfigConvertorBase
 from vllm.transformers_utils.config import get_config, get_hf_text_config
-from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -98,7 +97,7 @@ def beside(rows: FullAttentionSpec, state: MambaSpec) -> tuple[FullAttentionSpec
         rows: Of a layer with keys, in the smallest blocks.
         state: Of a recurrent layer.
     """
-    rows = replace(rows, block_size=rows.block_size * cdiv(state.page_size_bytes, rows.page_size_bytes))
+    rows = replace(rows, block_size=rows.block_size * -(-state.page_size_bytes // rows.page_size_bytes))
     padded = replace(state, block_size=rows.block_size, page_size_padded=rows.page_size_bytes, mamba_cache_mode="align")
     return rows, padded
 
