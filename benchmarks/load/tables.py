@@ -1,4 +1,4 @@
-"""Writes the table of docs/load_testing.md from the rows in benchmarks/load/results.
+"""Writes the tables of docs/load_testing.md and, about routers, of docs/operating.md from benchmarks/load/results.
 
 python -m benchmarks.load.tables
 """
@@ -12,8 +12,8 @@ from vllm_l2kv.tools.bench.report import comparison, table
 from vllm_l2kv.tools.bench.servers import OURS, STOCK
 
 ROOT = Path(__file__).parents[2]
-ROWS = Path(__file__).parent / "results" / "cpu.jsonl"
-DOCUMENT = ROOT / "docs" / "load_testing.md"
+RESULTS = Path(__file__).parent / "results"
+DOCS = ROOT / "docs"
 BEGIN, END = "<!-- table: benchmarks/load/tables.py -->", "<!-- end of table -->"
 SHOWN = (
     "output tok/s",
@@ -31,17 +31,50 @@ SHOWN = (
 
 
 def main() -> None:
-    """Replaces the text between the marks."""
-    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    text, count = re.subn(
-        f"{BEGIN}.*?{END}",
-        lambda _: f"{BEGIN}\n{about(rows[0])}\n\n{made(rows)}\n{END}",
-        DOCUMENT.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
+    """Replaces what is between the marks of each page."""
+    for page, text_of in {"load_testing.md": of_load, "operating.md": of_routers}.items():
+        path = DOCS / page
+        text, count = re.subn(
+            f"{BEGIN}.*?{END}",
+            lambda _, text_of=text_of: f"{BEGIN}\n{text_of()}\n{END}",
+            path.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
+        )
+        if count != 1:
+            raise SystemExit(f"{path} must hold the marks once.")
+        path.write_text(text, encoding="utf-8")
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """Rows of a file of results."""
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def of_load() -> str:
+    """vllm-l2kv beside stock vLLM."""
+    rows = read("cpu.jsonl")
+    return f"{about(rows[0])}\n\n{made(rows)}"
+
+
+def of_routers() -> str:
+    """What policies of a router find: lines are policies, columns the ways to serve a document."""
+    rows = {(row["policy"], row["way"]): row for row in read("routing.jsonl")}
+    policies, ways = ({key[i]: None for key in rows} for i in range(2))
+    any_row = next(iter(rows.values()))
+    lines = [["policy", *(f"{way}: found, busiest replica" for way in ways)], ["---"] * (1 + len(ways))]
+    lines += [[f"`{policy}`", *(shown(rows[policy, way]) for way in ways)] for policy in policies]
+    about = (
+        f"{len(any_row['requests_of_replicas'])} replicas of the demo model on {any_row['machine']}, vllm-router "
+        f"{any_row['router']}, `{any_row['options']}`.\n{any_row['num_documents']} documents, "
+        f"{any_row['num_questions']} questions about each in an order of chance, three clients."
     )
-    if count != 1:
-        raise SystemExit(f"{DOCUMENT} must hold the marks once.")
-    DOCUMENT.write_text(text, encoding="utf-8")
+    return f"{about}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Share of prompt tokens that were found, and the share of requests that one replica had to serve."""
+    requests = row["requests_of_replicas"]
+    return f"{row['found_tokens'] / row['prompt_tokens']:.2f}, {max(requests) / sum(requests):.2f}"
 
 
 def about(row: dict[str, Any]) -> str:

@@ -14,10 +14,12 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
+from vllm_l2kv import __version__
 from vllm_l2kv.messages.stats import take_stats
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import Kind
 from vllm_l2kv.settings import Settings
+from vllm_l2kv.supported_vllm import vllm_version
 
 PREFIX = "vllm_l2kv:"
 LABELS = ("model_name", "engine")
@@ -130,7 +132,7 @@ class EngineMetrics(AggregateStatLoggerBase):
 
 
 class RequestMetrics:
-    """Keep ratios, budgets and latencies of the requests that this process answers.
+    """Versions, and keep ratios, budgets and latencies of the requests that this process answers.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -138,6 +140,13 @@ class RequestMetrics:
 
     def __init__(self, vllm_config: Any) -> None:
         self._model = vllm_config.model_config.served_model_name
+        versions = Gauge(
+            f"{PREFIX}versions",
+            "1; the versions of a server are in the labels.",
+            ["vllm_l2kv", "vllm"],
+            multiprocess_mode="max",
+        )
+        versions.labels(__version__, vllm_version()).set(1)
         self._keep_ratio = Histogram(
             f"{PREFIX}request_keep_ratio", "Keep ratio of each request.", ["model_name"], buckets=[0.01, 0.05, *TENTHS]
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from itertools import chain
@@ -259,6 +260,13 @@ def test_with_a_budget_a_document_is_never_whole(plan, llama_8b):
     assert documents == 1 + (usable - (313 + 417) - 1) // (250 + 417)
 
 
+def test_copies_of_a_model_share_the_gpus_of_a_fleet(plan, capsys, llama_8b):
+    assert plan(llama_8b, gpu_gib=80)["num_replicas"] is None
+    assert plan(llama_8b, gpu_gib=80, gpus=12, tensor_parallel_size=4)["num_replicas"] == 3
+    cli.plan([llama_8b, "--context=8000", "--output=1000", "--gpu-gib=80", "--gpus=4", "--tensor-parallel-size=4"])
+    assert "\n4 GPUs, 1 copy of the model\n" in capsys.readouterr().out
+
+
 def test_without_documents_nothing_is_said_of_them(capsys, plan, llama_8b):
     assert "documents" not in row_of(plan(llama_8b, kv_cache_gib=16), "vllm-l2kv", 0.25)
     cli.plan([llama_8b, "--context=8000", "--output=1000", "--kv-cache-gib=16"])
@@ -306,6 +314,7 @@ def test_the_table(capsys, llama_8b):
         (["--gpu-gib", "16"], "-3.24 GiB are left for the KV cache"),
         (["--gpu-gib", "80", "--kv-cache-dtype", "int8"], "--kv-cache-dtype: invalid choice: 'int8'"),
         (["--gpu-gib", "80", "--tensor-parallel-size", "3"], "--tensor-parallel-size must divide"),
+        (["--gpu-gib", "80", "--tensor-parallel-size", "4", "--gpus", "10"], "a multiple of --tensor-parallel-size 4"),
     ],
 )
 def test_errors_are_one_line(capsys, llama_8b, words, message):
@@ -359,6 +368,17 @@ class TestDocumentation:
         out = capsys.readouterr().out.replace(llama_8b, "Llama-3.1-8B")
         table = out[out.index("Documents of") : out.index("\n\nstock: ")]
         assert f"plan Llama-3.1-8B {DOCUMENTS}\n...\n{table}\n..." in self.text
+
+    @pytest.mark.parametrize("num_gpus", [1, 10, 1000])
+    def test_a_fleet(self, capsys, llama_8b, num_gpus):
+        """The table of docs/operating.md."""
+        text = (Path(__file__).parents[2] / "docs/operating.md").read_text()
+        (words,) = re.findall(r"^\$ \.venv/bin/vllm-l2kv plan MODEL (.*) --gpus 10$", text, re.MULTILINE)
+        cli.plan([llama_8b, *words.split(), "--gpus", str(num_gpus)])
+        fleet = capsys.readouterr().out.split("of the model\n")[1].split("\n\n")[0].splitlines()
+        (stock, _, half, quarter) = ([line.split()[place] for place in (2, 4)] for line in fleet[1:])
+        cells = [", ".join(counts) for counts in zip(stock, half, quarter, strict=True)]
+        assert f"| {num_gpus:,} | {' | '.join(cells)} |" in text
 
     def test_memory_of_requests_about_one_document(self, plan, llama_8b):
         """The table of docs/choosing.md, from the blocks of the plan."""

@@ -13,9 +13,11 @@ from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics, add_metrics, budget_label, tenth_of
 
+import vllm_l2kv
 from vllm_l2kv.messages.stats import CompactionEvent, CompactionStats, attach_stats
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.settings import Settings
+from vllm_l2kv.supported_vllm import vllm_version
 
 CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
 
@@ -49,6 +51,12 @@ def test_all_metrics_are_there_before_anything_happens():
             assert value("compaction_kept_rows_count", engine=engine, kind=kind) == 0
         assert value("compaction_device_seconds_count", engine=engine) == 0
         assert value("memory_ratio", engine=engine) == 1
+
+
+def test_the_versions_of_a_server():
+    RequestMetrics(CONFIG)
+    labels = {"vllm_l2kv": vllm_l2kv.__version__, "vllm": vllm_version()}
+    assert REGISTRY.get_sample_value(f"{PREFIX}versions", labels) == 1
 
 
 def test_the_fake_server_of_load_tests_has_real_metrics():

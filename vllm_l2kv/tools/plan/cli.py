@@ -54,6 +54,9 @@ def plan(argv: Sequence[str]) -> None:
     if options.kv_cache_gib is None and (options.gpu_gib is None or options.device == "cpu"):
         needed = "--kv-cache-gib" if options.device == "cpu" else "--gpu-gib or --kv-cache-gib"
         parser.error(f"{needed} must say how much memory there is.")
+    if options.gpus and options.gpus % options.tensor_parallel_size:
+        size = options.tensor_parallel_size
+        parser.error(f"argument --gpus: must be a multiple of --tensor-parallel-size {size}, got {options.gpus}.")
     with _silent_vllm():
         from vllm_l2kv.tools.plan.report import report
         from vllm_l2kv.tools.plan.table import as_table
@@ -131,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         help="estimate of what else one GPU holds",
     )
     add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs that share the model")
+    add(
+        "--gpus",
+        type=positive,
+        metavar="N",
+        help="also says what a fleet of N GPUs holds, a copy of the model on each --tensor-parallel-size of them",
+    )
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="as vLLM's")
     add("--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="as vLLM's")
     add("--max-num-batched-tokens", type=positive, default=BATCH_TOKENS, metavar="N", help="as vLLM's")

@@ -75,6 +75,7 @@ def report(options: Namespace) -> dict[str, Any]:
         "num_output_tokens": options.output,
         "num_document_tokens": options.document_tokens,
         "num_gpus": options.tensor_parallel_size,
+        "num_replicas": options.gpus // options.tensor_parallel_size if options.gpus else None,
         "memory_of_a_gpu": memory,
         "bytes_per_token": _bytes_per_token(specs(1)),
         "state_bytes": _state_bytes(specs(1)),

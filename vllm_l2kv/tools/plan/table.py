@@ -25,6 +25,11 @@ documents: how many stay findable if they are warmed up one after the other and 
 none: with sliding windows or recurrent layers compressed documents are not shared, and uncompressed ones are not
 planned."""
 
+FLEET_COLUMNS = ("engine", "kept", "at once", "on average", "documents")
+FLEET_REMARK = """\
+Of all copies: requests spread evenly; documents if a router sends those who ask about one to one copy, else as many as
+one copy holds."""
+
 
 def as_table(plan: Mapping[str, Any]) -> str:
     """Lines to print.
@@ -33,8 +38,9 @@ def as_table(plan: Mapping[str, Any]) -> str:
         plan: As from `report.report`.
     """
     documents = [*_documents(plan), ""] if plan["num_document_tokens"] else []
-    remarks = [REMARKS, *([DOCUMENT_REMARK] if documents else [])]
-    return "\n".join([*_heading(plan), "", *_table(plan), "", *documents, *_layouts(plan), *remarks]) + "\n"
+    fleet = [*_fleet(plan), ""] if plan["num_replicas"] else []
+    remarks = [REMARKS, *([DOCUMENT_REMARK] if documents else []), *([FLEET_REMARK] if fleet else [])]
+    return "\n".join([*_heading(plan), "", *_table(plan), "", *documents, *fleet, *_layouts(plan), *remarks]) + "\n"
 
 
 def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -80,6 +86,19 @@ def _documents(plan: Mapping[str, Any]) -> list[str]:
             documents = "none" if row["documents"] is None else f"{row['documents']:,}"
             lines.append((engine["engine"], _kept(row), f"{row['document_rows']:,}", memory, documents))
     return [f"Documents of {plan['num_document_tokens']:,} tokens", *aligned(lines)]
+
+
+def _fleet(plan: Mapping[str, Any]) -> list[str]:
+    replicas = plan["num_replicas"]
+    lines: list[tuple[str, ...]] = [FLEET_COLUMNS]
+    for engine in plan["engines"]:
+        for row in engine["rows"]:
+            documents = row.get("documents")
+            shown = "" if documents is None else f"{documents * replicas:,}"
+            counts = (f"{row['at_once'] * replicas:,}", f"{row['on_average'] * replicas:,.0f}", shown)
+            lines.append((engine["engine"], _kept(row), *counts))
+    gpus = replicas * plan["num_gpus"]
+    return [f"{gpus:,} GPUs, {replicas:,} {'copy' if replicas == 1 else 'copies'} of the model", *aligned(lines)]
 
 
 def _kept(row: Mapping[str, Any]) -> str:
