@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_l2kv_server.welcome import welcome_text
+from vllm_l2kv_server.welcome import LAST_LINE, welcome_text
 
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import FIELDS, CompressionParams
@@ -107,7 +107,7 @@ def sources() -> Iterator[tuple[str, str, str]]:
         yield str(path.relative_to(ROOT)), "bash", "\n".join(comments)
     printed = printed_when_ready()
     yield "printed curl", "bash", printed
-    yield "printed Python", "python", printed[printed.index("from openai") :]
+    yield "printed Python", "python", printed[printed.index("from openai") : printed.index(LAST_LINE)]
 
 
 FOUND = [
