@@ -26,21 +26,21 @@ own tokens without padding:""",
     "findable": """### Documents that stay findable
 
 `--scenarios findable`. Documents of {num_document_tokens:,} tokens in {cache_gib:.0f} GiB: how many are found if all
-are asked about in turn, and then again, the latest first. The others must fit beside the one that is being computed,
-which takes its whole size by a ratio, and little more than its copy by a budget. With 2 full layers of 32 a ratio of
-0.2 is a quarter of the whole cache. `--full-layers` without numbers: none.""",
+are asked about in turn, and then again, the latest first. They must fit beside the one that is being computed, which
+is whole by a ratio, and hardly more than its copy by a budget. With 2 full layers of 32 a ratio of 0.2 is a quarter of
+the cache.""",
     "popular": """### Popular documents
 
 `--scenarios popular`. {num_documents} such documents, popularity by Zipf's law, {num_clients} clients that wait for
 their answers, {cache_gib:.0f} GiB, {seconds:.0f} seconds after a warm-up. Hit rate: share of prompt tokens that were
-found. A budget of exactly a compressed document's rows compacts each answer again, into a copy of its own: leave room
-for question and answer, or give none.""",
+found. A budget of just the compressed rows compacts each answer into a copy of its own: leave room for question and
+answer.""",
     "conversation": """### Conversations
 
 `--scenarios conversation --prompt-interval 512`. {num_conversations} conversations in a cache of {cache_gib:.1f} GiB,
-which holds 60,000 tokens. A turn adds {turn_tokens:,} tokens, and each request repeats all earlier turns: median time
-to first token, milliseconds. An empty cell: stopped before that turn. With a budget and an interval of 2,048 rows the
-conversations do not fit together, and each loses its rows while it waits: choose both so that all fit.""",
+or 60,000 tokens. A turn adds {turn_tokens:,} tokens to all earlier ones: median time to first token, milliseconds, up
+to where the engine was stopped. With a budget and an interval of 2,048 rows the conversations do not fit together, and
+lose their rows while they wait: choose both so that all fit.""",
     "waiting": """### Requests that wait
 
 The scheduler's processor time (`benchmarks/speed/scheduler.py`), milliseconds a step, while one request decodes and

@@ -22,9 +22,9 @@ FIRST_TOKEN = "median_first_token_ms"
 
 TEMPLATE = """# Benchmarks
 
-What compression gains and costs in speed, for those who decide whether to use it or who change the code. The shape is
-that of Llama-3.1-8B with made-up weights, bf16, full layers {{0, 1}}, on one {gpu}, vLLM {vllm}, unless a section
-names another. Async scheduling, prefix caching and full CUDA graphs are on.
+What compression gains and costs in speed. Unless a section says otherwise: the shape of Llama-3.1-8B with made-up
+weights, bf16, full layers {{0, 1}}, one {gpu}, vLLM {vllm}, with async scheduling, prefix caching and full CUDA
+graphs.
 
 {verdict}
 
@@ -68,22 +68,20 @@ engine core in its own process. Three runs; the ratio is of medians.
 
 {ample}
 
-Where the host is the limit, the scheduler decides. Its processor time for 256 decoding requests, without an engine, on
+Short steps are bound by the host. The scheduler's processor time for 256 decoding requests, without an engine, on
 another machine:
 
     PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 python -m benchmarks.speed.scheduler --model FOLDER --out FILE
 
 {scheduler}
 
-vLLM asks each group of layers several times a step what a request needs. `scheduler.decode_fast_path` skips requests
-that need nothing.
+`scheduler.decode_fast_path` skips the work for each group of layers where a request needs no block.
 
 ## A cache too small for its requests
 
 `--scenarios memory_bound`. Prompts of 8,000 tokens, answers of 1,000, always eight requests in the queue, 40 seconds
 of steady state (20 with an fp8 cache). First token: from joining the queue. The bound is how many requests of average
-length fit without padding; full layers and generated tokens keep it well below "stock / keep ratio". A short average
-may exceed it.
+length fit without padding; full layers and generated tokens count whole.
 
 {memory}
 
@@ -142,9 +140,9 @@ longer reads:
     python -m benchmarks.speed.attention --out h100_attention_loads.jsonl --shapes 8b --loads 24x6000 100x700 64x256 \\
         4x24000 --only stock compressed full [--fresh]
 
-A new stock engine gives a request adjacent blocks, which attention reads faster; the runs above have this advantage.
-In a server that has been running blocks are scattered, and the difference is gone. A block of vllm-l2kv holds all
-layers, so one layer's blocks are never adjacent. Microseconds a layer:
+A new stock engine, as above, gives a request adjacent blocks, which attention reads faster. In a server that has been
+running they are scattered, and the difference is gone. Blocks of vllm-l2kv hold all layers, so one layer's are never
+adjacent. Microseconds a layer:
 
 {loads}
 
