@@ -25,7 +25,7 @@ EXTRAS = {
     ],
 }
 """Modules that only an extra makes work."""
-WITH_VLLM = {"tokenizers", "torch", "transformers", "triton", "vllm"}
+WITH_VLLM = {"PIL", "tokenizers", "torch", "transformers", "triton", "vllm"}
 """Imports that come with vLLM, in the versions that it works with."""
 
 
@@ -75,6 +75,6 @@ def test_a_command_looks_for_the_packages_of_its_extra(extra):
 
 def test_vllm_asks_for_what_is_left_to_it():
     vllm = declared(requires(packages_distributions()["vllm"][0]) or ())
-    assert WITH_VLLM - {"vllm", "triton"} <= vllm
+    assert distributions(WITH_VLLM - {"vllm", "triton"}) <= vllm
     assert "xgrammar" in vllm
     assert "triton" in declared(requires("xgrammar") or ())

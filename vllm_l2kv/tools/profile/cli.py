@@ -14,6 +14,8 @@ from vllm_l2kv.tools.options import RefusedError, add_verbose, folder_of
 
 DEFAULTS = {"cpu": (12, 512, 4), "cuda": (112, 1536, 128)}
 """Texts, their tokens, and questions to search with. A CPU needs minutes for a small model with so many."""
+DRAWN = "drawn"
+"""What `--images` calls the pictures that come along."""
 
 
 def profile(argv: Sequence[str]) -> None:
@@ -50,6 +52,7 @@ def _make(options: Namespace) -> Any:
     options.report = options.report or options.output.with_name(f"{options.output.stem}-report")
     try:
         texts = [read_text(name) for name in options.text]
+        pictures = _pictures(options.images)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.report.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -67,7 +70,7 @@ def _make(options: Namespace) -> Any:
         amounts = Amounts(*(number or default for number, default in zip(given, defaults, strict=True)))
         try:
             ranks = options.tensor_parallel_size
-            return make(options.model, options.output, texts, amounts, device, ranks, progress)
+            return make(options.model, options.output, texts, pictures, amounts, device, ranks, progress)
         except torch.OutOfMemoryError as error:
             raise RefusedError(
                 f"the GPU's memory is too small for {options.model}: give --device auto with several GPUs, or --tokens "
@@ -75,6 +78,15 @@ def _make(options: Namespace) -> Any:
             ) from error
         except (ImportError, OSError, ValueError) as error:
             raise RefusedError(" ".join(str(error).split())) from error
+
+
+def _pictures(where: str | None) -> list[Any]:
+    """Of PIL."""
+    if where is None:
+        return []
+    from vllm_l2kv.tools.profile.pictures import drawn, of_folder
+
+    return drawn() if where == DRAWN else of_folder(Path(where))
 
 
 def _parser() -> OneLineParser:
@@ -107,6 +119,12 @@ def _parser() -> OneLineParser:
         metavar="FILE",
         help="a text like those that the model will read; may be given several times, and half of the prose is then "
         "drawn from them",
+    )
+    add(
+        "--images",
+        metavar="DIR",
+        help="folder of pictures that a vision-language model is shown, to compare norms of their keys with those of "
+        f"text; {DRAWN} for four that are drawn here",
     )
     helps = {
         "samples": "texts to read",

@@ -4,7 +4,9 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from vllm_l2kv.profile import LEARNED, Profile, Shape, fingerprint, local_folder
 from vllm_l2kv.scorers import Heads, Scorers, Weights, bind
 from vllm_l2kv.tools.profile.calibration import asked_samples, samples
 from vllm_l2kv.tools.profile.choices import answerable
+from vllm_l2kv.tools.profile.images import image_norms, processor_of
 from vllm_l2kv.tools.profile.learned import Examples, train
 from vllm_l2kv.tools.profile.measure import Measured, measure
 from vllm_l2kv.tools.profile.model import layout, load, longest_context, slow_frequencies
@@ -55,6 +58,7 @@ def make(
     model: str,
     path: Path,
     own_texts: Sequence[str],
+    pictures: Sequence[Any],
     amounts: Amounts,
     device: str,
     num_ranks: int,
@@ -66,6 +70,7 @@ def make(
         model: Folder or name on the Hugging Face hub.
         path: The file; its folder exists.
         own_texts: Of the user.
+        pictures: That the model is shown, of PIL; none for a model that sees no images.
         amounts: How much is read.
         device: As of `model.load`.
         num_ranks: Tensor-parallel size that full heads are to suit.
@@ -86,12 +91,18 @@ def make(
     context = longest_context(loaded)
     _check_length(context, amounts.tokens)
     check_num_ranks(shape, num_ranks)
+    processor = processor_of(loaded, model) if pictures else None
     clock.lap("loading")
 
     progress.begin("making up texts and questions")
     texts = samples(tokenizer, amounts.tokens, amounts.texts, MEASURED, own_texts)
     examples = Examples(rope, slow_frequencies(loaded, rope.rotary_dim // 2), context or 0)
     measured = measure(loaded, tokenizer, shape, texts, progress, lambda rows: examples.add(*rows))
+    image_tokens = 0
+    if processor is not None:
+        words = list(chain.from_iterable(text.token_ids for text in texts))
+        images, image_tokens = image_norms(loaded, processor, shape, pictures, words, progress)
+        measured = replace(measured, images=images)
     clock.lap("measuring")
     trained = train(examples, shape.num_layers, loaded.device, progress=progress)
     clock.lap("training")
@@ -116,6 +127,8 @@ def make(
         about={
             "kinds": dict(Counter(text.kind for text in texts)),
             "own_texts": len(own_texts),
+            "pictures": len(pictures),
+            "image_tokens": image_tokens,
             **amounts._asdict(),
             "asked": measured.num_questions,
             "answered": measured.num_answered,

@@ -32,6 +32,7 @@ class Measured:
         whole_loss: Nats a token of answers with all rows.
         num_answered: Questions that the model answers with all rows.
         num_questions: Of those that were asked.
+        images: Of `images.image_norms`; empty where no picture was shown.
     """
 
     retrieval: torch.Tensor
@@ -42,6 +43,7 @@ class Measured:
     whole_loss: float
     num_answered: int
     num_questions: int
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, torch.Tensor]:
@@ -50,7 +52,8 @@ class Measured:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As a profile stores them."""
-        return self.ranks | {f"norms.{name}": value for name, value in self.norms.items()}
+        groups = {"norms": self.norms, "images": self.images}
+        return self.ranks | {f"{group}.{name}": groups[group][name] for group in groups for name in groups[group]}
 
 
 def measure(
@@ -90,11 +93,11 @@ def measure(
         progress.reached(number / len(samples))
     asked = _ask(model, shape, samples, progress)
     return Measured(
-        retrieval=_mean(each.retrieval for each in asked),
-        repetition=_spread(_mean(shares), shape),
-        loss=_mean(each.loss for each in asked),
-        head_loss=_mean(each.head_loss for each in asked),
-        norms={name: _spread(_mean(each[name] for each in of_norms), shape) for name in of_norms[0]},
+        retrieval=mean(each.retrieval for each in asked),
+        repetition=spread(mean(shares), shape),
+        loss=mean(each.loss for each in asked),
+        head_loss=mean(each.head_loss for each in asked),
+        norms={name: spread(mean(each[name] for each in of_norms), shape) for name in of_norms[0]},
         whole_loss=sum(each.whole_loss for each in asked) / len(asked),
         num_answered=sum(each.answered for each in asked),
         num_questions=len(asked),
@@ -126,12 +129,13 @@ def _ask(model: Any, shape: Shape, samples: Sequence[Sample], progress: Progress
     return found
 
 
-def _mean(values: Iterable[torch.Tensor]) -> torch.Tensor:
+def mean(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Of tensors of one shape."""
     return torch.stack(list(values)).mean(0)
 
 
-def _spread(values: torch.Tensor, shape: Shape) -> torch.Tensor:
+def spread(values: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Values of layers that may compress, `[..., l, H]`, among all layers: `[..., L, H]`."""
-    spread = values.new_full((*values.shape[:-2], shape.num_layers, values.shape[-1]), torch.nan)
-    spread[..., list(shape.compressible), :] = values
-    return spread
+    among = values.new_full((*values.shape[:-2], shape.num_layers, values.shape[-1]), torch.nan)
+    among[..., list(shape.compressible), :] = values
+    return among

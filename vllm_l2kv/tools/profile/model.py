@@ -19,7 +19,7 @@ SLOW_ANGLE = math.pi / 2
 
 
 def load(folder: str, device: str) -> Any:
-    """A model, on GPUs in bf16 and on a CPU in fp32.
+    """A model, on GPUs in bf16 and on a CPU in fp32; one that sees images with the part that does.
 
     Args:
         folder: That of the model.
@@ -30,13 +30,19 @@ def load(folder: str, device: str) -> Any:
         ImportError: `auto` without the package accelerate.
         ValueError: There is no such device, or it is no causal language model that `transformers` knows.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     _check(device)
+    kind = AutoModelForImageTextToText if sees(AutoConfig.from_pretrained(folder)) else AutoModelForCausalLM
     options = {"dtype": torch.bfloat16 if uses_gpu(device) else torch.float32, "attn_implementation": "sdpa"}
     if device == "auto":
-        return AutoModelForCausalLM.from_pretrained(folder, device_map=device, **options).eval()
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval().to(device)
+        return kind.from_pretrained(folder, device_map=device, **options).eval()
+    return kind.from_pretrained(folder, **options).eval().to(device)
+
+
+def sees(config: Any) -> bool:
+    """Whether a model of this configuration takes images."""
+    return hasattr(config, "vision_config")
 
 
 def uses_gpu(device: str) -> bool:

@@ -175,6 +175,7 @@ def write_report(made: Made, folder: Path) -> Path:
             "plots": _drawn(_direction_maps(made), folder),
             "table": _peak_table(made),
         },
+        *_images(made, folder),
         {
             "title": "How it was made",
             "text": "\n".join(f"{name}: {value}" for name, value in profile.about.items() if name != "search"),
@@ -302,6 +303,46 @@ def _direction_maps(made: Made) -> Iterator[_Map]:
         1.0,
         f"Share of the attention that goes elsewhere when the {NUM_PEAKS} largest elements of low-norm keys are zeroed "
         "in all keys, less the share when as many random elements are. Red: these few elements decide.",
+    )
+
+
+def _images(made: Made, folder: Path) -> Iterator[dict[str, Any]]:
+    """The section on images, if there were some."""
+    images, about = made.measured.images, made.profile.about
+    if not images:
+        return
+    lines = [["layer", "norm of text", "of images", "variation of text", "of images", "images kept"]]
+    names = ("text_norm", "image_norm", "text_variation", "image_variation", "kept")
+    for layer in made.profile.shape.compressible:
+        lines.append([str(layer), *(f"{images[name][layer].mean().item():.2f}" for name in names)])
+    yield {
+        "title": "Norms of images",
+        "note": f"{about['pictures']} pictures, {about['image_tokens']} tokens, each in the middle of as many tokens "
+        "of text. Means over heads in the table. If l2 kept half of such a prompt, it would keep this share of the "
+        "image's rows; 0.5 if norms did not tell them from text.",
+        "plots": _drawn(_image_maps(images), folder),
+        "table": lines,
+    }
+
+
+def _image_maps(images: dict[str, torch.Tensor]) -> Iterator[_Map]:
+    yield _Map(
+        "image_norms",
+        "norm of image keys / norm of text keys",
+        images["image_norm"] / images["text_norm"],
+        "PuOr_r",
+        0.0,
+        2.0,
+        "White: keys of images are as long as those of text. Orange: longer, so l2 evicts them first. Purple: shorter.",
+    )
+    yield _Map(
+        "images_kept",
+        "share of image rows kept at 0.5",
+        images["kept"],
+        "RdBu",
+        0.0,
+        1.0,
+        "White is what a choice keeps that does not tell images from text. Red heads lose the image, blue ones text.",
     )
 
 
