@@ -62,7 +62,7 @@ class CompressionParams:
     """How much of a request stays in the KV cache of compressed layers.
 
     The defaults here are those of every entrance: an engine, a server, `eval` and `plan` read them from this class.
-    docs/quality.md says how they were chosen. The rule of the paper protects nothing, see configs/paper.yaml.
+    docs/choosing.md says why they were chosen. The rule of the paper protects nothing, see configs/paper.yaml.
 
     Attributes:
         keep_ratio: Share of the prompt's tokens kept, in (0, 1].

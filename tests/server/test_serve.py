@@ -33,7 +33,7 @@ def test_defaults(parser):
     assert (args.scheduler_cls, args.worker_cls) == (ours["scheduler_cls"], ours["worker_cls"])
     assert args.block_size == ours["block_size"]
     assert args.additional_config == ours["additional_config"]
-    # Chosen in docs/quality.md.
+    # docs/choosing.md says why.
     config = args.additional_config[CONFIG_KEY]
     assert (config["kv_protect_first"], config["kv_protect_last"], config["kv_scorer"]) == (4, 64, "l2")
 
