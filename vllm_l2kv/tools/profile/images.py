@@ -11,11 +11,11 @@ import torch
 
 from vllm_l2kv.profile import Shape
 from vllm_l2kv.scorers import norms
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.attention import variation
 from vllm_l2kv.tools.profile.measure import mean, spread
 from vllm_l2kv.tools.profile.model import sees
 from vllm_l2kv.tools.profile.norms import FIRST
+from vllm_l2kv.tools.progress import Progress
 
 KEEP_RATIO = 0.5
 

@@ -10,10 +10,10 @@ from tiny_vision import FAMILIES, write
 
 from vllm_l2kv.cli import main
 from vllm_l2kv.profile import Profile
-from vllm_l2kv.tools.evaluation.progress import Progress
 from vllm_l2kv.tools.profile.images import image_norms, processor_of
 from vllm_l2kv.tools.profile.model import layout, load
 from vllm_l2kv.tools.profile.pictures import drawn, of_folder
+from vllm_l2kv.tools.progress import Progress
 
 PARTS = "{% for part in message.content %}{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}"
 TEMPLATE = "{% for message in messages %}USER: " + PARTS + "{% endfor %}"
