@@ -29,7 +29,7 @@ PIP = $(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation
 
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-fast test-e2e test-engines test-next test-gpu soak check fmt docs lock dist clean
+.PHONY: help setup serve test test-fast test-e2e test-engines test-next test-gpu soak check fmt docs notebooks lock dist clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -105,6 +105,10 @@ fmt: setup ## Format, and fix what can be fixed
 
 docs: setup ## Build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
+
+notebooks: setup ## Execute examples/notebooks and write their outputs; some with ARGS=FILE
+	$(BIN)/vllm-l2kv demo-model
+	$(BIN)/python scripts/notebooks.py $(ARGS)
 
 lock: setup ## Write requirements/*.txt anew; newest versions with ARGS=--upgrade
 	$(BIN)/python scripts/lock.py $(ARGS)

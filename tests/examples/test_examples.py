@@ -180,6 +180,6 @@ def test_offline_documents(demo_model, tokenizer):
 
 
 def test_no_example_is_left_out():
-    scripts = {file.name for file in EXAMPLES.iterdir() if file.suffix != ".txt"}
+    scripts = {file.name for file in EXAMPLES.iterdir() if file.is_file() and file.suffix != ".txt"}
     others = {"agent_loop.py", "curl.sh", "documents.sh", "offline.py", "offline_documents.py"}
     assert scripts == {*ASKED, *DOCUMENTS, *others}

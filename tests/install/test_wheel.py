@@ -16,6 +16,8 @@ from vllm_l2kv import cli
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ["vllm_l2kv", "server", "pyproject.toml", "README.md", "LICENSE"]
+BESIDE = ["MANIFEST.in", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "configs", "examples", "requirements"]
+"""Part of the source distribution, of no wheel."""
 NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.egg-info")
 # What a developer's shell and configuration say is not what is tested.
 UV = [sys.executable, "-m", "uv", "--quiet", "--offline", "--no-cache", "--no-config"]
@@ -37,7 +39,7 @@ def checked(*command: object, **options: object) -> str:
 def sources(tmp_path_factory) -> Path:
     """A copy of what a build reads, because a build writes beside it."""
     folder = tmp_path_factory.mktemp("sources")
-    for name in SOURCES:
+    for name in (*SOURCES, *BESIDE):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=NOT_SOURCES)
         else:
@@ -83,6 +85,9 @@ def test_the_source_distribution_holds_what_a_build_reads(dist, files):
         names = {member.name.partition("/")[2] for member in tar if member.isfile()}
     server = {f"server/{name}" if name.startswith("vllm_l2kv_server/") else name for name in files}
     assert server | {"pyproject.toml", "README.md", "LICENSE"} <= names
+    beside = {name for name in BESIDE if (ROOT / name).is_file()}
+    beside |= {f"configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    assert beside | {"examples/lighthouse.txt", "examples/notebooks/4_writing_a_scorer.ipynb"} <= names
 
 
 def test_it_imports(environment):
