@@ -1,21 +1,23 @@
-"""The three places that name a version, for a release.
+"""The places that name a version, for a release.
 
     python scripts/release.py prepare 0.2.0    # writes them, before the commit that is tagged
     python scripts/release.py check v0.2.0     # fails unless all of them name the version of this tag
     python scripts/release.py notes v0.2.0     # prints the changelog's section
+    python scripts/release.py next 0.3.0.dev0  # writes what comes after it, without a section
 
-pyproject.toml has the version of the package, docker/compose.yaml the tags of its images, and CHANGELOG.md a section.
+pyproject.toml has the version of the package, files in docker/ the tags of its images, and CHANGELOG.md a section.
 Standard library only: .github/workflows/release.yml runs it before anything is installed.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSION = r"\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?"
+VERSION = r"\d+\.\d+\.\d+(?:(?:a|b|rc|\.dev)\d+)?"
 UNRELEASED = "## [Unreleased]\n"
 
 
@@ -33,6 +35,11 @@ def prepare(root: Path, version: str) -> None:
         raise ValueError(f"CHANGELOG.md has a section [{version}] already.")
     today = datetime.now(UTC).date().isoformat()
     (root / "CHANGELOG.md").write_text(f"{head}{UNRELEASED}\n## [{version}] - {today}\n{body}")
+    write(root, version)
+
+
+def write(root: Path, version: str) -> None:
+    """Writes a version everywhere but into the changelog."""
     for path, place in places(root).items():
         path.write_text(place.sub(rf"\g<1>{version}", path.read_text()))
 
@@ -65,23 +72,35 @@ def notes(root: Path, version: str) -> str:
 
 def places(root: Path) -> dict[Path, re.Pattern[str]]:
     """Files to where they name a version: what comes before it, and the version."""
+    image = re.compile(r"(^ +image: vllm-l2kv:)([^\s-]+)", re.MULTILINE)
+    docker = root / "docker"
     return {
         root / "pyproject.toml": re.compile(r'(^version = ")([^"]+)', re.MULTILINE),
-        root / "docker" / "compose.yaml": re.compile(r"(^    image: vllm-l2kv:)([^\s-]+)", re.MULTILINE),
+        docker / "compose.yaml": image,
+        docker / "kubernetes" / "server.yaml": image,
+        docker / "kubernetes" / "production-stack-values.yaml": re.compile(r"(^ +tag: )(\S+)", re.MULTILINE),
     }
+
+
+COMMANDS: dict[str, Callable[[Path, str], str | None]] = {
+    "prepare": prepare,
+    "check": check,
+    "notes": notes,
+    "next": write,
+}
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "check", "notes"))
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("version", help="such as 0.2.0, or a tag: v0.2.0")
     options = parser.parse_args()
     version = options.version.removeprefix("v")
     if not re.fullmatch(VERSION, version):
         parser.error(f"argument version: must be such as 0.2.0 or 0.3.0rc1, got {options.version!r}.")
     try:
-        sys.stdout.write({"prepare": prepare, "check": check, "notes": notes}[options.what](ROOT, version) or "")
+        sys.stdout.write(COMMANDS[options.what](ROOT, version) or "")
     except ValueError as error:
         parser.error(str(error))
 

@@ -19,7 +19,7 @@ def copy(root, tmp_path) -> Path:
     """The files that name a version, with a changelog of two sections."""
     for path in places(root):
         there = tmp_path / path.relative_to(root)
-        there.parent.mkdir(exist_ok=True)
+        there.parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(path, there)
     (tmp_path / "CHANGELOG.md").write_text(CHANGELOG)
     return tmp_path
@@ -50,7 +50,10 @@ def test_a_tag_of_another_version_is_refused(copy):
 
 
 def test_all_places_name_one_version(root):
-    assert len({match[2] for path, place in places(root).items() for match in place.finditer(path.read_text())}) == 1
+    """And no other file names it."""
+    (version,) = {match[2] for path, place in places(root).items() for match in place.finditer(path.read_text())}
+    files = [path for folder in ("docker", "configs") for path in (root / folder).rglob("*.yaml")]
+    assert {path for path in files if version in path.read_text()} <= places(root).keys()
 
 
 class TestTheWorkflow:

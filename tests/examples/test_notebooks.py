@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("nbclient", reason="nbclient is not installed: run make setup")
+
 from scripts.notebooks import NOTEBOOKS, VARIES, asks_a_server, execute, read
 
 ROOT = Path(__file__).parents[2]
