@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
     resolve_kv_cache_block_sizes,
 )
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MambaSpec
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -24,7 +24,6 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_l2kv.kv_cache_spec import classify_layers
 from vllm_l2kv.params import FIELDS
 from vllm_l2kv.plugin import register
-from vllm_l2kv.scheduler.scheduler import L2KVScheduler
 from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm_l2kv.settings import Settings
 
@@ -34,14 +33,13 @@ OUR_ARGUMENTS = {"prompt_interval", "answer_interval", *(field.argument for fiel
 class Plan(NamedTuple):
     """What schedulers are made of; making it takes a second, a scheduler of it nothing."""
 
-    is_ours: bool
     config: VllmConfig
     kv_cache_config: KVCacheConfig
     block_size: int
     hash_block_size: int
 
-    def make(self, log_stats: bool = False) -> AsyncScheduler:
-        return (L2KVScheduler if self.is_ours else AsyncScheduler)(
+    def make(self, log_stats: bool = False) -> Scheduler:
+        return self.config.scheduler_config.get_scheduler_cls()(
             vllm_config=self.config,
             kv_cache_config=self.kv_cache_config,
             structured_output_manager=StructuredOutputManager(self.config),
@@ -95,11 +93,11 @@ def plan(
     kv_cache_config = generate_scheduler_kv_cache_config([worker_config])
     config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
     config.cache_config.block_size = block_size
-    return Plan(is_ours, config, kv_cache_config, *resolve_kv_cache_block_sizes(kv_cache_config, config))
+    return Plan(config, kv_cache_config, *resolve_kv_cache_block_sizes(kv_cache_config, config))
 
 
 def add_request(
-    scheduler: AsyncScheduler, req_id: str, prompt: Sequence[int], params: SamplingParams, **about: Any
+    scheduler: Scheduler, req_id: str, prompt: Sequence[int], params: SamplingParams, **about: Any
 ) -> Request:
     """Adds a request as the engine core does, its blocks hashed."""
     request = Request(

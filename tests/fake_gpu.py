@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.utils import AttentionGroup
@@ -289,7 +290,7 @@ class FakeGPUWorker(CompactionWorker, Device):
         Device.__init__(self, runner, num_in_flight)
         self.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
         self._compressed = tuple(compressed)
-        self.initialize_from_config(SimpleNamespace(kv_cache_groups=[], needs_kv_cache_zeroing=False))
+        self.initialize_from_config(KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=[]))
 
     def _make_compactors(self, layers):
         return []

@@ -32,13 +32,11 @@ class GroupCapacity:
         block_size: Tokens in a block.
         compressed: Whether its layers are compacted.
         max_blocks: Blocks that a request holds at most, for a sliding window or a recurrent state; `None` for others.
-        token_bytes: Bytes of a token in all layers of the group, on one tensor-parallel rank.
     """
 
     block_size: int
     compressed: bool
     max_blocks: int | None = None
-    token_bytes: int = 1
 
     def num_blocks(self, num_tokens: int, num_rows: int) -> int:
         """Blocks for computed tokens of which compressed layers hold `num_rows`."""
@@ -55,12 +53,16 @@ class Capacity:
         groups: Its KV-cache groups, which share the blocks.
         max_model_len: Tokens of the longest request.
         num_drafts: Draft tokens that need slots beside a request's own.
+        compressed_bytes: Bytes of a token in all heads that compact, on one tensor-parallel rank.
+        full_bytes: The same in all full heads; neither counts sliding windows and recurrent states.
     """
 
     num_blocks: int
     groups: tuple[GroupCapacity, ...]
     max_model_len: int
     num_drafts: int = 0
+    compressed_bytes: int = 1
+    full_bytes: int = 0
 
     def as_plain(self) -> dict[str, Any]:
         """A form of plain values, for the way from a worker to the front end."""
@@ -86,12 +88,8 @@ class Capacity:
             num_tokens: Tokens in full layers, at least 1.
             num_rows: Rows of them that compressed layers hold.
         """
-        held = whole = 0
-        for group in self.groups:
-            if group.max_blocks is None:
-                held += group.token_bytes * (num_rows if group.compressed else num_tokens)
-                whole += group.token_bytes * num_tokens
-        return held / whole
+        held = self.compressed_bytes * num_rows + self.full_bytes * num_tokens
+        return held / ((self.compressed_bytes + self.full_bytes) * num_tokens)
 
     def max_tokens(self, num_prompt_tokens: int, max_tokens: int, points: CompactionPoints | None) -> int:
         """The bound that the answer of a request gets: its own, if the cache can hold so many tokens.

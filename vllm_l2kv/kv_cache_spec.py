@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
     KVQuantMode,
@@ -24,7 +25,6 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
     replace_as,
 )
-from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.capacity import Capacity, GroupCapacity
@@ -98,7 +98,22 @@ class _OneClassSpec(FullAttentionSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedLayerSpec(_OneClassSpec):
-    """Heads of a full-attention layer whose cache is compacted."""
+    """Heads of a full-attention layer whose cache is compacted.
+
+    Attributes:
+        compressed_bytes: Bytes of a token in all such heads of the model, on one tensor-parallel rank. vLLM tells its
+            scheduler of one layer in each group, on the first pipeline rank.
+        full_bytes: The same in all full heads.
+    """
+
+    compressed_bytes: int = 0
+    full_bytes: int = 0
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Same contract as `_OneClassSpec`; vLLM's takes over the fields that it knows."""
+        first = specs[0]
+        return replace(super().merge(specs), compressed_bytes=first.compressed_bytes, full_bytes=first.full_bytes)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Same contract as upstream; a default budget bounds what the longest request holds."""
@@ -140,48 +155,72 @@ def classify_layers(
     num_heads: int | None = None,
     degree: int = 1,
 ) -> dict[str, KVCacheSpec]:
+    """`classify_ranks` of a model whose layers are all on one pipeline rank."""
+    return classify_ranks([specs], settings, geometry, num_heads, degree)[0]
+
+
+def classify_ranks(
+    ranks: Sequence[Mapping[str, KVCacheSpec]],
+    settings: Settings,
+    geometry: Geometry | None = None,
+    num_heads: int | None = None,
+    degree: int = 1,
+) -> list[dict[str, KVCacheSpec]]:
     """Turns a model's full-attention specs into compressed and full ones.
 
     Layers that attend to a window or a chunk stay as they are: they hold no more already. Recurrent layers hold a
     state, without rows.
 
     Args:
-        specs: Layer names to the specs that vLLM found, of any tensor-parallel rank.
+        ranks: Of each pipeline rank, layer names to the specs that vLLM found, of any tensor-parallel rank.
         settings: Which layers and heads stay full.
         geometry: What the attention kernel wants of packed blocks; `None` if it reads any stride equally fast.
         num_heads: KV heads of a layer in the model; `None` if the specs are not of a rank, and say it themselves.
         degree: Tensor-parallel size.
 
     Returns:
-        Layer names, in the same order, to specs. A layer with heads of both classes has its own name, for those that
-        compact, and `full_name`.
+        Of each pipeline rank, layer names, in the same order, to specs. A layer with heads of both classes has its own
+        name, for those that compact, and `full_name`.
 
     Raises:
         ValueError: A layer whose cache we cannot compact, full layers or heads that the model does not have or ranks
             hold in different numbers, or nothing left to compact.
     """
+    specs = {name: spec for rank in ranks for name, spec in rank.items()}
     _check_specs(specs)
     settings = _of_attending_layers(settings, specs)
     num_heads = num_heads or max(spec.num_kv_heads for spec in specs.values() if isinstance(spec, AttentionSpec))
     check_full(settings, [extract_layer_index(name) for name in specs], num_heads, degree)
-    classified: dict[str, KVCacheSpec] = {}
-    for name, spec in specs.items():
-        classified |= _classified(name, spec, settings, heads_of_rank(num_heads, 0, degree))
-    full = [spec for spec in classified.values() if type(spec) is FullLayerSpec]
-    compressed = [spec for spec in classified.values() if type(spec) is CompressedLayerSpec]
-    if not compressed:
+    heads = heads_of_rank(num_heads, 0, degree)
+    classified: list[dict[str, KVCacheSpec]] = [{} for _ in ranks]
+    for found, rank in zip(classified, ranks, strict=True):
+        for name, spec in rank.items():
+            found |= _classified(name, spec, settings, heads)
+    of_class = {each: _of_class(each, classified) for each in (FullLayerSpec, CompressedLayerSpec)}
+    full, compressed = of_class.values()
+    if not any(compressed):
         raise ValueError("No full-attention layer is left to compress; name fewer layers in --kv-full-layers.")
-    if not full:
-        return classified
-    smaller, larger = sorted((full, compressed), key=_bytes)
-    sizes = pack(smaller, larger, geometry)
-    size_of = {type(smaller[0]): sizes.smaller, type(larger[0]): sizes.larger}
-    return {
-        name: replace(spec, block_size=size_of[type(spec)], block_stride_alignment=sizes.stride)
-        if type(spec) in size_of
-        else spec
-        for name, spec in classified.items()
-    }
+    changes: dict[type, dict[str, Any]] = {each: {} for each in of_class}
+    if any(full):
+        smaller, larger = sorted(of_class, key=lambda each: _most_bytes(of_class[each]))
+        sizes = pack(of_class[smaller], of_class[larger], geometry)
+        changes[smaller]["block_size"], changes[larger]["block_size"] = sizes.smaller, sizes.larger
+        for each in changes.values():
+            each["block_stride_alignment"] = sizes.stride
+    changes[CompressedLayerSpec] |= {"compressed_bytes": token_bytes(compressed), "full_bytes": token_bytes(full)}
+    return [
+        {name: replace(spec, **changes.get(type(spec), {})) for name, spec in found.items()} for found in classified
+    ]
+
+
+def _of_class(spec_class: type[AttentionSpec], ranks: Iterable[Mapping[str, KVCacheSpec]]) -> list[list[AttentionSpec]]:
+    """Specs of this class on each rank."""
+    return [[spec for spec in rank.values() if type(spec) is spec_class] for rank in ranks]
+
+
+def token_bytes(ranks: Iterable[Iterable[KVCacheSpec]]) -> int:
+    """Bytes of a token in all these layers."""
+    return sum(spec.page_size_bytes // spec.block_size for rank in ranks for spec in rank)
 
 
 def _of_attending_layers(settings: Settings, specs: Mapping[str, KVCacheSpec]) -> Settings:
@@ -233,8 +272,9 @@ def _classified(name: str, spec: KVCacheSpec, settings: Settings, heads: range) 
     }
 
 
-def _bytes(specs: Sequence[AttentionSpec]) -> int:
-    return sum(spec.page_size_bytes for spec in specs)
+def _most_bytes(ranks: Iterable[Iterable[AttentionSpec]]) -> int:
+    """Bytes of a block on the rank with most of them."""
+    return max(sum(spec.page_size_bytes for spec in rank) for rank in ranks)
 
 
 class PackedSizes(NamedTuple):
@@ -251,7 +291,9 @@ class PackedSizes(NamedTuple):
     stride: int | None
 
 
-def pack(smaller: Sequence[AttentionSpec], larger: Sequence[AttentionSpec], geometry: Geometry | None) -> PackedSizes:
+def pack(
+    smaller: Sequence[Sequence[AttentionSpec]], larger: Sequence[Sequence[AttentionSpec]], geometry: Geometry | None
+) -> PackedSizes:
     """Block sizes at which a block weighs about the same in both classes.
 
     The smaller class has few heads, so its blocks hold more tokens. Their number is a multiple of the other class's:
@@ -259,23 +301,24 @@ def pack(smaller: Sequence[AttentionSpec], larger: Sequence[AttentionSpec], geom
     multiple, at which prefix-cache hits of a two-group model land, is no larger than need be. What the division leaves
     over is lost (`kv_heads.waste`).
 
+    Pipeline ranks have as many blocks as the one with the heaviest can hold. So a class counts by the rank that has
+    most of it, and blocks of the other ranks may be lighter.
+
     Args:
-        smaller: Specs of the class with fewer bytes of a token, all of one block size.
+        smaller: On each pipeline rank, specs of the class with fewer bytes of a token, all of one block size.
         larger: Specs of the other class, of the same block size.
         geometry: What the attention kernel wants, or `None`.
     """
-    block_size, times = larger[0].block_size, _bytes(larger) // _bytes(smaller)
-    page = min(
-        *(times * spec.page_size_bytes for spec in smaller),
-        *(spec.page_size_bytes for spec in larger),
-    )
+    small, large = ([spec for rank in ranks for spec in rank] for ranks in (smaller, larger))
+    block_size, times = large[0].block_size, _most_bytes(larger) // _most_bytes(smaller)
+    page = min(*(times * spec.page_size_bytes for spec in small), *(spec.page_size_bytes for spec in large))
     factor = 1
     while geometry is not None and factor * page < geometry.page:
         factor *= 2
     return PackedSizes(
         smaller=factor * block_size * times,
         larger=factor * block_size,
-        stride=geometry.padded(factor * _bytes(larger)) if geometry else None,
+        stride=geometry.padded(factor * _most_bytes(larger)) if geometry else None,
     )
 
 
@@ -332,12 +375,19 @@ def _check_specs(specs: Mapping[str, KVCacheSpec]) -> None:
 def group_layer_specs(group: KVCacheGroupSpec) -> dict[str, KVCacheSpec]:
     """Each layer's own spec in a group; vLLM wraps packed groups in one spec for all their layers.
 
-    Layers that share another layer's cache have no spec and are left out.
+    Layers that share another layer's cache have no spec and are left out; so are those of other pipeline ranks, whose
+    specs vLLM leaves where a rank has none of a group's layers.
     """
     spec = group.kv_cache_spec
     if isinstance(spec, UniformTypeKVCacheSpecs):
-        return dict(spec.kv_cache_specs)
+        return {name: spec.kv_cache_specs[name] for name in group.layer_names if name in spec.kv_cache_specs}
     return dict.fromkeys(group.layer_names, spec)
+
+
+def group_spec(group: KVCacheGroupSpec) -> KVCacheSpec:
+    """The spec of one of a group's layers, on this pipeline rank or another; they are of one class."""
+    spec = group.kv_cache_spec
+    return next(iter(spec.kv_cache_specs.values())) if isinstance(spec, UniformTypeKVCacheSpecs) else spec
 
 
 def group_window(group: KVCacheGroupSpec) -> int | None:
@@ -345,8 +395,18 @@ def group_window(group: KVCacheGroupSpec) -> int | None:
 
     vLLM puts layers of different windows into different groups.
     """
-    spec = next(iter(group_layer_specs(group).values()))
+    spec = group_spec(group)
     return spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
+
+
+def with_own_layers(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
+    """A rank's part of vLLM's plan, without places for layers that it does not have.
+
+    vLLM plans such places where a packed group has layers on other pipeline ranks only, and then fails to make them.
+    """
+    own = {name for group in kv_cache_config.kv_cache_groups for name in group.layer_names}
+    places = [place for place in kv_cache_config.kv_cache_tensors if own.issuperset(place.layers)]
+    return replace(kv_cache_config, kv_cache_tensors=places)
 
 
 def capacity_of(kv_cache_config: Any, vllm_config: Any) -> Capacity:
@@ -357,27 +417,23 @@ def capacity_of(kv_cache_config: Any, vllm_config: Any) -> Capacity:
         vllm_config: vLLM's configuration.
     """
     max_model_len = vllm_config.model_config.max_model_len
-    # vLLM tells its scheduler one spec for all layers of a group, however many heads they have; but also where their
-    # parts of a block begin.
-    is_packed = vllm_config.cache_config.get_resolved_kv_cache_layout() is KVCacheLayout.BLHNC
-    placed = kv_cache_config.kv_cache_tensors if is_packed else ()
-    bytes_of = {name: tensor.layer_stride for tensor in placed for name in tensor.layers}
-    groups = []
-    for group in kv_cache_config.kv_cache_groups:
-        specs = group_layer_specs(group)
-        block_bytes = sum(bytes_of.get(name, spec.page_size_bytes) for name, spec in specs.items())
-        spec = next(iter(specs.values()))
-        groups.append(group_capacity(spec, block_bytes, vllm_config.max_in_flight_tokens, max_model_len))
-    num_blocks = kv_cache_config.num_blocks - 1  # one is vLLM's null block
-    return Capacity(num_blocks, tuple(groups), max_model_len, vllm_config.num_speculative_tokens)
+    specs = [group_spec(group) for group in kv_cache_config.kv_cache_groups]
+    compressed = next(spec for spec in specs if isinstance(spec, CompressedLayerSpec))
+    return Capacity(
+        num_blocks=kv_cache_config.num_blocks - 1,  # one is vLLM's null block
+        groups=tuple(group_capacity(spec, vllm_config.max_in_flight_tokens, max_model_len) for spec in specs),
+        max_model_len=max_model_len,
+        num_drafts=vllm_config.num_speculative_tokens,
+        compressed_bytes=compressed.compressed_bytes,
+        full_bytes=compressed.full_bytes,
+    )
 
 
-def group_capacity(spec: KVCacheSpec, block_bytes: int, max_in_flight_tokens: int, max_model_len: int) -> GroupCapacity:
+def group_capacity(spec: KVCacheSpec, max_in_flight_tokens: int, max_model_len: int) -> GroupCapacity:
     """What a KV-cache group needs of a request.
 
     Args:
         spec: Of one of its layers, which are of one class.
-        block_bytes: What all of them have in a block.
         max_in_flight_tokens: Tokens of a request that may be under way at once.
         max_model_len: Tokens of the longest request.
     """
@@ -386,8 +442,7 @@ def group_capacity(spec: KVCacheSpec, block_bytes: int, max_in_flight_tokens: in
         max_blocks = spec.max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
     elif isinstance(spec, MambaSpec):
         max_blocks = _blocks_of_states(spec)
-    token_bytes = block_bytes // spec.block_size
-    return GroupCapacity(spec.block_size, isinstance(spec, CompressedLayerSpec), max_blocks, token_bytes)
+    return GroupCapacity(spec.block_size, isinstance(spec, CompressedLayerSpec), max_blocks)
 
 
 def _blocks_of_states(spec: MambaSpec) -> int:

@@ -142,7 +142,7 @@ def chosen(shape: Shape) -> Iterator[Place]:
     spec = FullAttentionSpec(
         block_size=16, num_kv_heads=shape.num_kv_heads, head_size=shape.head_size, dtype=shape.dtype
     )
-    sizes = pack([spec] * 2, [spec] * (shape.num_layers - 2), FLASH_ATTENTION)
+    sizes = pack([[spec] * 2], [[spec] * (shape.num_layers - 2)], FLASH_ATTENTION)
     yield Place("compressed", "BLHNC", shape.num_layers - 2, sizes.larger, sizes.stride)
     yield Place("full", "BLHNC", 2, sizes.smaller, sizes.stride)
     yield Place("scan", "BLNHC", 2, sizes.smaller, sizes.stride)

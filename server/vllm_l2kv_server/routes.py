@@ -2,6 +2,7 @@
 
 import asyncio
 from argparse import Namespace
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -81,8 +82,8 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
     config = engine_client.vllm_config
     settings = Settings.from_config(config.additional_config)
     try:
-        groups, capacity = [
-            (await engine_client.collective_rpc(method))[0] for method in ("kv_cache_groups", "kv_capacity")
+        of_ranks, (capacity, *_) = [
+            await engine_client.collective_rpc(method) for method in ("kv_cache_groups", "kv_capacity")
         ]
     except Exception as error:
         raise RuntimeError(
@@ -90,7 +91,7 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
             "or pass --scheduler-cls and --worker-cls, or take l2kv out of VLLM_PLUGINS."
         ) from error
     models = [path.name for path in state.openai_serving_models.base_model_paths]
-    state.kv_compression = _describe(models, settings, groups)
+    state.kv_compression = _describe(models, settings, groups_of(of_ranks))
     state.kv_settings = settings
     # One for each response that vLLM stores; vLLM deletes none.
     responses = getattr(state, "openai_serving_responses", None)
@@ -131,6 +132,14 @@ async def refuse_deep_text(request: Request, error: Exception) -> Response:
     """Answers 400 if JSON inside a string, such as the arguments of a tool call, is too deep for vLLM to parse."""
     text = "A string of the body holds JSON, such as arguments of a tool call, nested too deeply."
     return refusal(VLLMValidationError(text), request.scope)
+
+
+def groups_of(ranks: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The engine's KV-cache groups, from what each rank says: pipeline ranks have the same ones with their layers."""
+    return [
+        {**of_group[0], "layers": list(dict.fromkeys(name for group in of_group for name in group["layers"]))}
+        for of_group in zip(*ranks, strict=True)
+    ]
 
 
 def _describe(models: list[str], settings: Settings, groups: list[dict[str, Any]]) -> KVCompressionInfo:

@@ -33,6 +33,19 @@ def run() -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture(scope="module")
+def unbound_threads() -> Iterator[None]:
+    """Without it vLLM wants a NUMA node for each rank."""
+    from vllm import envs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # Engines that started before made vLLM remember the environment, and this one's is nothing for those to come.
+        envs.disable_envs_cache()
+        yield
+    envs.disable_envs_cache()
+
+
 @pytest.fixture(scope="session")
 def llama_reference(llama):
     from reference import Reference

@@ -6,7 +6,6 @@ from engine import keep
 from ranks import MixedLoad, start_profile, stop_profile
 from reference import Reference, check_numbers, expected_compactions
 from rules import INTERVALS
-from vllm import envs
 from widened import widened
 
 RULES = [
@@ -15,16 +14,6 @@ RULES = [
     {"ratio": "0.25", "budget": 80, "first": 4, "last": 16},
     {"ratio": "0.4", "document": 200},
 ]
-
-
-@pytest.fixture
-def unbound_threads(monkeypatch):
-    """Without it vLLM wants a NUMA node for each rank."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # Engines that started before made vLLM remember the environment, and this one's is nothing for those to come.
-    envs.disable_envs_cache()
-    yield
-    envs.disable_envs_cache()
 
 
 @pytest.mark.parametrize(

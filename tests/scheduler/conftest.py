@@ -138,7 +138,8 @@ def make_harness(demo_model):
     given = {"max_num_batched_tokens": 64, "max_num_seqs": 64, "max_model_len": 2048}
 
     def make(num_blocks: int, full_layers=(0,), depth: int = 1, log_stats: bool = False, **arguments) -> Harness:
-        what = planned(num_blocks, tuple(full_layers), is_async=depth > 1, **{**given, **arguments})
+        arguments = {**given, "is_async": depth > 1, **arguments}
+        what = planned(num_blocks, full_layers if full_layers is None else tuple(full_layers), **arguments)
         harness = Harness(what.make(log_stats), depth)
         assert harness.pool.get_num_free_blocks() == num_blocks
         return harness

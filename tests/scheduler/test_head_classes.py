@@ -161,4 +161,4 @@ def planner(is_packed: bool) -> SimpleNamespace:
 
 def test_the_class_with_fewer_bytes_has_the_longer_blocks():
     wide, narrow = (FullAttentionSpec(**SHAPE, num_kv_heads=heads) for heads in (8, 1))
-    assert pack([narrow] * 4, [wide], None)[:2] == (32, 16)
+    assert pack([[narrow] * 4], [[wide]], None)[:2] == (32, 16)

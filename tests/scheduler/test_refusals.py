@@ -116,7 +116,10 @@ def test_an_ordinary_configuration_passes():
         ({"speculative_config": SimpleNamespace(method="eagle")}, "set its method to ngram"),
         ({"speculative_config": SimpleNamespace(method="mtp")}, "set its method to ngram"),
         ({"speculative_config": SimpleNamespace(method="ngram_gpu")}, "set its method to ngram"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        (
+            {"parallel_config__pipeline_parallel_size": 2, "speculative_config": SimpleNamespace(method="ngram")},
+            "speculative decoding with pipeline parallelism",
+        ),
         ({"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         ({"model_config__runner_type": "pooling"}, "pooling"),
@@ -145,6 +148,10 @@ def test_unsupported_settings_are_named(changes, setting):
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 6, 12])
 def test_heads_are_dealt_out_or_replicated(num_ranks):
     check_supported(config(parallel_config__tensor_parallel_size=num_ranks))
+
+
+def test_pipeline_parallelism_passes():
+    check_supported(config(parallel_config__pipeline_parallel_size=2, parallel_config__tensor_parallel_size=2))
 
 
 @pytest.mark.parametrize("num_ranks", [4, 5, 9])
@@ -357,7 +364,7 @@ def test_classes_never_merge():
 )
 def test_packing_without_a_wish_for_strides(num_smaller, num_larger, size):
     spec = FullAttentionSpec(**SHAPE)
-    assert pack([spec] * num_smaller, [spec] * num_larger, None) == (size, 16, None)
+    assert pack([[spec] * num_smaller], [[spec] * num_larger], None) == (size, 16, None)
 
 
 @pytest.mark.parametrize(
@@ -373,13 +380,14 @@ def test_packing_without_a_wish_for_strides(num_smaller, num_larger, size):
 )
 def test_packing_for_flash_attention(heads, head_size, num_smaller, num_larger, smaller, larger, stride_kib):
     spec = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=head_size, dtype=torch.bfloat16)
-    assert pack([spec] * num_smaller, [spec] * num_larger, FLASH_ATTENTION) == (smaller, larger, stride_kib * 1024)
+    sizes = pack([[spec] * num_smaller], [[spec] * num_larger], FLASH_ATTENTION)
+    assert sizes == (smaller, larger, stride_kib * 1024)
 
 
 @given(heads=st.integers(1, 16), head_size=st.sampled_from([64, 80, 128]), num_larger=st.integers(1, 100))
 def test_strides_spread_blocks_over_the_memory(heads, head_size, num_larger):
     spec = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=head_size, dtype=torch.bfloat16)
-    sizes = pack([spec], [spec] * num_larger, FLASH_ATTENTION)
+    sizes = pack([[spec]], [[spec] * num_larger], FLASH_ATTENTION)
     used = sizes.larger * num_larger * spec.page_size_bytes // 16
     assert sizes.larger * spec.page_size_bytes // 16 >= 32 * 1024
     assert sizes.stride % 2**15 == 0

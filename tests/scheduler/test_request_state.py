@@ -13,8 +13,8 @@ from vllm_l2kv.policy import CompactionPoints, Intervals
 from vllm_l2kv.scheduler.request_state import RequestState
 
 INTERVALS = Intervals(20, 10)
-LAYERS = GroupCapacity(448, False, token_bytes=1), GroupCapacity(32, True, token_bytes=4)
-CACHE = Capacity(1000, LAYERS, max_model_len=1000)
+LAYERS = GroupCapacity(448, False), GroupCapacity(32, True)
+CACHE = Capacity(1000, LAYERS, max_model_len=1000, compressed_bytes=4, full_bytes=1)
 
 
 @dataclass

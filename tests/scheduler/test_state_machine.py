@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from v2_model import MAX_MODEL_LEN, RunnerV2Model
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
+from vllm.v1.worker.gpu import buffer_utils
 from worker_model import STOP, Rule, Tokens, WorkerModel
 
 from vllm_l2kv.block_math import num_blocks_for
@@ -40,6 +41,13 @@ FULL = (
     {"full_layers": (0,), "full_heads": ((1, (0,)), (2, (1,)))},
 )
 """Of three layers with two heads. Their blocks hold 8, 20 and 4 tokens, the others' 4, and 8 beside the last."""
+STEPS = (
+    {"depth": 1},
+    {"depth": 2},
+    {"depth": 2, "is_async": False, "pipeline_parallel_size": 2},
+    {"depth": 3, "pipeline_parallel_size": 2},
+)
+"""Steps in flight, as vLLM has them without and with async scheduling, the last two with pipeline parallelism."""
 INTERVALS = ((9, 4), (3, 8), (30, 12), (2, 1))
 """Of prompts and answers. A group of the smallest pool holds 64 rows."""
 SQUEEZE = "another holder"
@@ -100,16 +108,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.sampled_from(POOL_SIZES),
         full=st.sampled_from(FULL),
-        depth=st.sampled_from([2, 1]),
+        steps=st.sampled_from(STEPS),
         runner_v2=st.booleans(),
         intervals=st.sampled_from(INTERVALS),
         default_budget=st.sampled_from([None, 10]),
     )
-    def start(self, num_blocks, full, depth, runner_v2, intervals, default_budget) -> None:
+    def start(self, num_blocks, full, steps, runner_v2, intervals, default_budget) -> None:
         self.num_blocks = num_blocks
         self.harness = self.make_harness(
             num_blocks,
-            depth=depth,
+            **steps,
             **full,
             num_layers=3,
             block_size=BLOCK_SIZE,
@@ -126,10 +134,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._count_waits()
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.compressed = [manager for manager in self.managers if isinstance(manager, CompressedLayerManager)]
-        self.worker = (RunnerV2Model if runner_v2 else WorkerModel)(
+        groups = (
             [manager.block_size for manager in self.managers],
             {manager.kv_cache_group_id for manager in self.compressed},
         )
+        self.worker = RunnerV2Model(*groups, steps["depth"]) if runner_v2 else WorkerModel(*groups)
         self.harness.execute = self.worker.execute
 
     @rule(
@@ -375,6 +384,7 @@ profiles = [
 @pytest.mark.parametrize("profile", profiles)
 def test_every_request_finds_its_own_rows_whatever_happens(make_harness, policy, profile, caplog, monkeypatch):
     patch_vllm(monkeypatch)
+    monkeypatch.setattr(buffer_utils, "_DEFAULT_MAX_CONCURRENCY", 2)  # each history sets its own
     caplog.set_level(logging.CRITICAL, logger="vllm")  # thousands of lines about resets and refusals
     seen: Counter[str] = Counter()
     run_state_machine_as_test(lambda: SchedulerMachine(make_harness, seen, scheduling_policy=policy), settings=profile)

@@ -4,6 +4,7 @@ The model knows where every row of a request is. What the runner gives to the ke
 """
 
 from fake_gpu import FakeGPUWorker, StatefulRunner
+from vllm.v1.worker.gpu import buffer_utils
 from worker_model import WorkerModel
 
 MAX_NUM_REQS, MAX_NUM_TOKENS, MAX_MODEL_LEN = 6, 16, 96
@@ -15,17 +16,19 @@ class RunnerV2Model(WorkerModel):
     Args:
         block_sizes: Tokens in a block, by group.
         compressed: Groups that are compacted.
+        num_in_flight: Steps that may be under way at once.
     """
 
-    def __init__(self, block_sizes: list[int], compressed: set[int]) -> None:
+    def __init__(self, block_sizes: list[int], compressed: set[int], num_in_flight: int) -> None:
         super().__init__(block_sizes, compressed)
+        buffer_utils.set_default_max_concurrency(num_in_flight)  # as vLLM's runner does
         runner = StatefulRunner(
             block_sizes=block_sizes,
             max_num_reqs=MAX_NUM_REQS,
             max_model_len=MAX_MODEL_LEN,
             max_num_tokens=MAX_NUM_TOKENS,
         )
-        self._gpu = FakeGPUWorker(runner, sorted(compressed))
+        self._gpu = FakeGPUWorker(runner, sorted(compressed), num_in_flight)
 
     def execute(self, output) -> list[list[int]]:
         sampled = super().execute(output)

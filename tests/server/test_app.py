@@ -34,6 +34,15 @@ ARGS = Namespace(log_error_stack=False, max_body_mib=1)
 NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compactions": 1, "memory_ratio": 0.6}
 
 
+def of_ranks(groups) -> list[list[dict]]:
+    """What two pipeline ranks of two tensor-parallel ranks each say: the same groups, with their own layers."""
+    halves = [
+        [{**group, "layers": group["layers"][:1]} for group in groups],
+        [{**group, "layers": group["layers"][1:]} for group in groups],
+    ]
+    return [rank for rank in halves for _ in range(2)]
+
+
 class FakeClient:
     """Answers every request as a compressing engine would."""
 
@@ -50,7 +59,7 @@ class FakeClient:
     async def collective_rpc(self, method):
         if self.groups is None:
             raise AttributeError(method)
-        return [{"kv_cache_groups": self.groups, "kv_capacity": CAPACITY.as_plain()}[method]] * 2
+        return {"kv_cache_groups": of_ranks(self.groups), "kv_capacity": [CAPACITY.as_plain()] * 4}[method]
 
     async def generate(self, prompt, sampling_params, request_id):
         yield SimpleNamespace(kv_transfer_params={"kv_cache": NUMBERS}, outputs=[SimpleNamespace(index=0)])

@@ -167,7 +167,7 @@ class TestParsed:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["--pipeline-parallel-size", "2"], "pipeline parallelism (set --pipeline-parallel-size 1)"),
+            (["--decode-context-parallel-size", "2", "--tensor-parallel-size", "2"], "context parallelism"),
             (["--kv-full-layers", "0,99"], "full_layers names layer 99"),
             (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype"),
             (["--disable-hybrid-kv-cache-manager"], "--disable-hybrid-kv-cache-manager"),

@@ -164,10 +164,9 @@ def test_drafts_take_slots_beside_a_request_but_none_beyond_the_context():
 
 
 def test_memory_of_the_whole_cache():
-    """Layers by what their tokens weigh; a sliding window is left out, since it holds the same either way."""
-    full, compressed = GroupCapacity(448, False, token_bytes=2), GroupCapacity(32, True, token_bytes=28)
-    window = GroupCapacity(32, False, max_blocks=3, token_bytes=1000)
-    cache = Capacity(100, (full, window, compressed), max_model_len=4096)
+    """Heads by what their tokens weigh."""
+    groups = GroupCapacity(448, False), GroupCapacity(32, True)
+    cache = Capacity(100, groups, max_model_len=4096, compressed_bytes=28, full_bytes=2)
     assert cache.memory_ratio(1000, 125) == (2 * 1000 + 28 * 125) / (30 * 1000)
     assert cache.memory_ratio(1000, 1000) == 1
-    assert Capacity(100, (compressed, window), max_model_len=4096).memory_ratio(1000, 125) == 0.125
+    assert Capacity(100, groups[1:], max_model_len=4096).memory_ratio(1000, 125) == 0.125

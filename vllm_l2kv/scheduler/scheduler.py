@@ -169,6 +169,22 @@ class L2KVScheduler(AsyncScheduler):
                         attach_usage(output, state.usage())
         return outputs_of_clients
 
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Same contract as upstream. Without async scheduling no request gets a step before its last token is known.
+
+        vLLM takes another class then. With pipeline parallelism steps are in flight there too.
+        """
+        if self.scheduler_config.async_scheduling:
+            super()._update_after_schedule(scheduler_output)
+        else:
+            super(AsyncScheduler, self)._update_after_schedule(scheduler_output)
+
+    def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Same contract as upstream, in either of its classes."""
+        if self.scheduler_config.async_scheduling:
+            return super()._update_request_with_output(request, *args, **kwargs)
+        return super(AsyncScheduler, self)._update_request_with_output(request, *args, **kwargs)
+
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Same contract as upstream, with the statistics of compactions attached."""
         stats = super().make_stats(*args, **kwargs)
@@ -381,8 +397,13 @@ class L2KVScheduler(AsyncScheduler):
         self._stats_counter.freed(pool.get_num_free_blocks() - num_free)
 
     def _is_due(self, request: Request, coming: Compaction) -> bool:
-        """Whether all tokens up to the compaction have been scheduled and another step will follow."""
-        scheduled_output = request.num_output_tokens + request.num_output_placeholders
+        """Whether all tokens up to the compaction have been scheduled and another step will follow.
+
+        Steps may be under way whose tokens are not known yet. A step that ends at the end of the prompt, or after it,
+        gives one.
+        """
+        under_way = request.num_computed_tokens - request.num_prompt_tokens + 1
+        scheduled_output = max(request.num_output_tokens, under_way)
         return (
             request.status == RequestStatus.RUNNING
             and request.num_computed_tokens == coming.position

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from vllm import _custom_ops as ops
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -21,6 +22,17 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
     """vLLM's CPU worker that compacts, with the torch reference."""
 
     attention_backends = ("CPU_ATTN",)
+
+    def determine_available_memory(self) -> int:
+        """Same contract as upstream, which leaves out a warm-up in eager mode.
+
+        That is where a later pipeline rank makes buffers for what it gets from the rank before. Without them vLLM's
+        engine ends at its first step.
+        """
+        available: int = super().determine_available_memory()
+        if not get_pp_group().is_first_rank and self.model_runner.intermediate_tensors is None:
+            self.model_runner.profile_run()
+        return available
 
     def _packed_layouts(self) -> list[KVCacheLayout]:
         # The backend declares LBHNC only, but its kernels read head-major blocks at any stride.

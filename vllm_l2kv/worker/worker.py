@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
 from vllm.model_executor.models.utils import extract_layer_index
@@ -21,13 +21,15 @@ from vllm_l2kv.kv_cache_spec import (
     FullLayerSpec,
     Geometry,
     capacity_of,
-    classify_layers,
+    classify_ranks,
     group_layer_specs,
+    group_spec,
     group_window,
     is_packed,
     key_dtype,
     layer_name,
     mixed,
+    with_own_layers,
 )
 from vllm_l2kv.kv_heads import advice, classes_of, heads_of_rank
 from vllm_l2kv.log import logger_of
@@ -83,12 +85,16 @@ class CompactionWorker(WorkerBase):
         self._weights = None if profile is None else weights_of(Profile.read(profile))
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's specs, as full and compressed heads. By now the model is loaded, and its files are here."""
+        """vLLM's specs, as full and compressed heads. By now the model is loaded, and its files are here.
+
+        Pipeline ranks classify all layers alike: blocks have one size in a group, and any layer may be named full.
+        """
+        # Before anything that may fail on one rank, for which others would wait.
+        pipeline_rank, found = of_pipeline_ranks(super().get_kv_cache_spec())
         check_profile(self.vllm_config)
-        specs: dict[str, KVCacheSpec] = classify_layers(
-            super().get_kv_cache_spec(), self.settings, self._geometry(), self._num_heads_of_model, self._degree
-        )
-        self._is_packed = is_packed(specs.values())
+        ranks = classify_ranks(found, self.settings, self._geometry(), self._num_heads_of_model, self._degree)
+        self._is_packed = is_packed(spec for rank in ranks for spec in rank.values())
+        specs = ranks[pipeline_rank]
         if self._is_packed:
             choose_mamba_kernel(specs, self.vllm_config)
         for name, spec in specs.items():
@@ -98,7 +104,8 @@ class CompactionWorker(WorkerBase):
                 check_block_size(name, self._layers[layer_name(name)].get_attn_backend(), spec)
         for name in mixed(specs):
             check_split(name, self._layers)
-        advise_on_waste(specs)
+        if len(ranks) == 1:
+            advise_on_waste(specs)
         return specs
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
@@ -108,6 +115,7 @@ class CompactionWorker(WorkerBase):
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Same contract as upstream, with attention by class of heads; then makes compactors and adapts the runner."""
+        kv_cache_config = with_own_layers(kv_cache_config)
         # Not sooner: what vLLM captures to measure memory is on caches of whole layers.
         for name in mixed([name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]):
             heads = self._heads(name)
@@ -115,11 +123,11 @@ class CompactionWorker(WorkerBase):
             compressed, full = ([heads.index(head) for head in of_class] for of_class in classes)
             split_attention(self._layers, name, compressed, full, self.device)
         super().initialize_from_config(kv_cache_config)
-        layers: dict[int, list[Layer]] = {}
-        for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
-            for name, spec in group_layer_specs(group).items():
-                if isinstance(spec, CompressedLayerSpec):
-                    layers.setdefault(group_id, []).append(self._layer(name, spec))
+        layers = {
+            group_id: [self._layer(name, spec) for name, spec in group_layer_specs(group).items()]
+            for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
+            if isinstance(group_spec(group), CompressedLayerSpec)
+        }
         self._compressed_group_ids = tuple(layers)
         self._needs_zeroing = kv_cache_config.needs_kv_cache_zeroing
         self._compactors = self._make_compactors(alike(layers))
@@ -141,14 +149,15 @@ class CompactionWorker(WorkerBase):
                     compactor.compact(orders)
         gone = chain(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         self._runner.begin_step(gone, orders, compacted_hits_of(scheduler_output))
-        return self._with_seconds(super().execute_model(scheduler_output))
+        output = super().execute_model(scheduler_output)
+        return None if output is None else self._with_seconds(output)  # None: tokens are sampled in a call to come
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Same contract as upstream, with times of compactions on the output."""
+        """Same contract as upstream, with times of compactions on the output; the last pipeline rank has one."""
         return self._with_seconds(super().sample_tokens(*args, **kwargs))
 
     def kv_cache_groups(self) -> list[dict[str, Any]]:
-        """The KV-cache groups of this engine, for `collective_rpc`."""
+        """The KV-cache groups of this engine with this pipeline rank's layers, for `collective_rpc`."""
         return [
             {
                 "layers": list(group.layer_names),
@@ -169,8 +178,8 @@ class CompactionWorker(WorkerBase):
 
     def _with_seconds(self, output: Any) -> Any:
         """A step's output, with times of compactions if there are new ones; `None` stays `None`."""
-        seconds = self._clock.take() if output is not None else []
-        if not seconds:
+        seconds = self._clock.take()
+        if output is None or not seconds:
             return output
         return (
             TimedOutput(output, seconds)
@@ -230,6 +239,22 @@ class CompactionWorker(WorkerBase):
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
         """Makes the runner's compressed groups physical."""
         raise NotImplementedError
+
+
+def of_pipeline_ranks(specs: dict[str, KVCacheSpec]) -> tuple[int, list[dict[str, KVCacheSpec]]]:
+    """Exchanges specs between pipeline ranks, each of which must call this.
+
+    Args:
+        specs: Of this rank's layers.
+
+    Returns:
+        This rank's place, and the specs of all ranks.
+    """
+    group = get_pp_group()
+    found = [specs] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(found, specs, group=group.cpu_group)
+    return group.rank_in_group, found
 
 
 class TimedOutput(AsyncModelRunnerOutput):

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MambaSpec, Sl
 
 from vllm_l2kv.capacity import Capacity
 from vllm_l2kv.field_kinds import MAX_TOKENS
-from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, group_capacity, group_layer_specs, is_packed
+from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, group_capacity, group_layer_specs, is_packed, token_bytes
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import Compaction, CompactionPoints, Intervals
 from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
@@ -32,11 +32,6 @@ class Group(NamedTuple):
     def spec(self) -> KVCacheSpec:
         """Of one of the layers; they differ in nothing but their number of heads."""
         return self.specs[0]
-
-    @property
-    def block_bytes(self) -> int:
-        """Of all layers in a block."""
-        return sum(spec.page_size_bytes for spec in self.specs)
 
     @property
     def num_heads(self) -> int:
@@ -228,10 +223,11 @@ class Cache:
         return self._capacity(max_in_flight_tokens=1)
 
     def _capacity(self, max_in_flight_tokens: int) -> Capacity:
-        groups = tuple(
-            group_capacity(group.spec, group.block_bytes, max_in_flight_tokens, MAX_TOKENS) for group in self.groups
+        groups = tuple(group_capacity(group.spec, max_in_flight_tokens, MAX_TOKENS) for group in self.groups)
+        compressed, full = (
+            token_bytes(group.specs for group in self.groups if group.kind == kind) for kind in ("compressed", "full")
         )
-        return Capacity(self.num_usable, groups, MAX_TOKENS)
+        return Capacity(self.num_usable, groups, MAX_TOKENS, compressed_bytes=compressed, full_bytes=full)
 
 
 def cache_of(specs: Mapping[str, KVCacheSpec], num_bytes: int, max_in_flight_tokens: int) -> Cache:

@@ -1,0 +1,143 @@
+"""Ranks in processes of their own, each with its layers: answers and numbers are the reference's.
+
+vLLM has as many steps in flight here as there are ranks.
+"""
+
+import pytest
+from engine import bare_rule, keep
+from ranks import MixedLoad
+from reference import Reference, check_numbers, expected_compactions
+from rules import INTERVALS
+from scored import ScoredReference
+from weights import made_up_weights, write_profile
+
+from vllm_l2kv.params import EVALUATION_SCORERS, PROFILE_SCORERS, SCORERS
+from vllm_l2kv.profile import fingerprint
+
+RULES = [
+    *({"ratio": ratio} for ratio in ("1.0", "0.5", "0.25")),
+    {"ratio": "1", "budget": 60},
+    {"ratio": "0.25", "budget": 80, "first": 4, "last": 16},
+    {"ratio": "0.4", "document": 200},
+]
+
+
+class TestTwoRanks:
+    """Layer 0 is full, so the second rank has no full heads, and its pool has a group without layers."""
+
+    @pytest.fixture(scope="class")
+    def weights(self, llama_reference):
+        config = llama_reference.model.config
+        return made_up_weights(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+
+    @pytest.fixture(scope="class")
+    def engine(self, llama, weights, run, unbound_threads, tmp_path_factory):
+        """With every scorer that there is."""
+        profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+        write_profile(profile, weights, fingerprint(llama))
+        intervals = dict(zip(("prompt_interval", "answer_interval"), INTERVALS, strict=True))
+        rule = {"full_layers": (0,), "default_keep_ratio": 1.0, **intervals}
+        rule = bare_rule(profile=profile, evaluation_scorers=EVALUATION_SCORERS, **rule)
+        with run(llama, (0,), pipeline_parallel_size=2, **rule) as engine:
+            yield engine
+            engine.core.shutdown()  # ends the ranks' processes
+
+    def test_rules(self, engine, llama_reference, text_ids):
+        check_rules(engine, llama_reference, text_ids, (0,))
+        check_groups(engine, 2, (0,))
+
+    def test_scorers(self, engine, llama, weights, text_ids):
+        """Those that go by the number of a layer, or by its weights in a profile, take it from the model."""
+        scored, prompt = ScoredReference(llama, 1, weights), text_ids[40:340]
+        names = [*SCORERS, *EVALUATION_SCORERS, *PROFILE_SCORERS]
+        for name, answer in zip(
+            names, engine.tokens([prompt] * len(names), [keep("0.5", scorer=name) for name in names]), strict=True
+        ):
+            scored.scorer = name
+            assert answer == scored.generate(prompt, 12, "0.5", (0,)), name
+
+    def test_many_requests_with_aborts(self, engine, llama_reference, text_ids):
+        """Every rank holds what the scheduler says."""
+        load = MixedLoad(text_ids, RULES, num_requests=40, num_aborted=4, max_prompt=200, num_tokens=8)
+        load.run(engine)
+        assert load.looks["times"] > 3, load.looks
+        assert load.looks["compacted"] > 5, load.looks
+        for number, (prompt, rule) in enumerate(zip(load.prompts, load.chosen, strict=True)):
+            if str(number) not in load.aborted:
+                answer = load.answers[str(number)]
+                expected = llama_reference.greedy(prompt, answer, full_layers=(0,), intervals=INTERVALS, **rule)
+                assert answer == expected, f"{len(prompt)} tokens, {rule}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_ranks", "full_layers", "full_heads"),
+    [
+        pytest.param(2, (), {1: (1,), 2: (0,)}, id="some heads full on both"),
+        pytest.param(2, (), {}, id="none full"),
+        pytest.param(2, (0, 1), {}, id="the first rank has no compressed heads"),
+        pytest.param(3, (2,), {0: (0,)}, id="three ranks"),
+    ],
+)
+def test_more_pipelines(num_ranks, full_layers, full_heads, llama, run, text_ids, unbound_threads):
+    with run(llama, full_layers, full_heads=full_heads, pipeline_parallel_size=num_ranks) as engine:
+        check_rules(engine, Reference(llama, full_heads=full_heads), text_ids, full_layers)
+        check_groups(engine, num_ranks, full_layers, full_heads)
+        engine.core.shutdown()
+
+
+@pytest.mark.slow
+def test_two_ranks_of_two(llama, run, text_ids, unbound_threads):
+    """Tensor parallelism in each of the pipeline's ranks."""
+    full_heads = {1: (0, 1)}
+    with run(llama, (), full_heads=full_heads, pipeline_parallel_size=2, tensor_parallel_size=2) as engine:
+        check_rules(engine, Reference(llama, full_heads=full_heads), text_ids, ())
+        engine.core.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "full_layers"), [("gemma3", (5,)), ("lfm2", (0, 1))])
+def test_layers_of_other_kinds(kind, full_layers, tiny_model, run, text_ids, unbound_threads):
+    """Sliding windows, whose full-attention layers are one on each rank; short convolutions beside attention."""
+    model, num_tokens = tiny_model(kind), 12
+    prompts, rules = [text_ids[i : i + 300] for i in (0, 50)], [{"ratio": "0.25"}, {"ratio": "1", "budget": 60}]
+    named = {"gemma3": full_layers, "lfm2": (1,)}[kind]
+    reference = Reference(model)
+    with run(model, full_layers, pipeline_parallel_size=2) as engine:
+        for prompt, rule, answer in zip(
+            prompts, rules, engine.tokens(prompts, [keep(**r) for r in rules]), strict=True
+        ):
+            assert answer == reference.generate(prompt, num_tokens, full_layers=named, intervals=INTERVALS, **rule), (
+                rule
+            )
+        engine.core.shutdown()
+
+
+def check_rules(engine, reference, text_ids, full_layers) -> None:
+    """Ratios, budgets and documents, at once and again."""
+    prompts = [text_ids[11 * i : 11 * i + 300] for i in range(len(RULES))]
+    outputs = engine.generate(prompts, [keep(**rule) for rule in RULES])
+    for prompt, rule, output in zip(prompts, RULES, outputs, strict=True):
+        answer = list(output.outputs[0].token_ids)
+        assert answer == reference.greedy(prompt, answer, full_layers=full_layers, intervals=INTERVALS, **rule), rule
+        numbers = check_numbers(output, intervals=INTERVALS, **rule)
+        assert (numbers["compactions"] > 2) is ("budget" in rule)
+        (again,) = engine.generate([prompt], [keep(**rule)])
+        assert list(again.outputs[0].token_ids) == answer
+        # Begun after the document, or at the last compaction in the prompt.
+        found = max(expected_compactions(300, 299, intervals=INTERVALS, **rule), default=0)
+        assert check_numbers(again, intervals=INTERVALS, **rule).get("found_tokens", 0) == found
+
+
+def check_groups(engine, num_ranks, full_layers, full_heads=()) -> None:
+    """Every rank has the same groups, and together they have every layer."""
+    ranks = engine.llm.collective_rpc("kv_cache_groups")
+    assert len(ranks) == num_ranks
+    layers = {True: set(), False: set()}
+    for of_group in zip(*ranks, strict=True):
+        assert len({(group["compressed"], group["block_size"]) for group in of_group}) == 1
+        layers[of_group[0]["compressed"]] |= {name for group in of_group for name in group["layers"]}
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(4)]
+    full = {names[i] for i in full_layers} | {f"{names[i]}.full" for i in full_heads}
+    assert layers == {True: {*names} - full, False: full}
+    assert len({str(capacity) for capacity in engine.llm.collective_rpc("kv_capacity")}) == 1
