@@ -4,11 +4,13 @@ import json
 import math
 
 import pytest
-from engine import keep, tokens_of
+from engine import bare_rule, greedy, keep, tokens_of
 from reference import check_numbers
 from rules import INTERVALS
 from tiny import HybridReference
 
+from vllm_l2kv.cli import main
+from vllm_l2kv.profile import Profile
 from vllm_l2kv.tools.plan import cli
 
 
@@ -115,19 +117,38 @@ class TestShortConvolution:
 
 @pytest.mark.slow  # each of them another engine
 @pytest.mark.parametrize(
-    ("kind", "named", "full_layers"),
+    ("kind", "named", "full_layers", "full_heads"),
     [
         # Feed-forward layers count: Mamba is in 0, 2, 4 and 7, attention in 3, 6 and 9.
-        pytest.param("nemotron_h", (0, 1), (3,), id="Nemotron-H"),
-        pytest.param("nemotron_h", (), (), id="Nemotron-H, nothing full"),
-        pytest.param("granite_hybrid", (0, 1), (1,), id="Granite 4"),
-        pytest.param("granite_hybrid", (3, 5), (3, 5), id="Granite 4, two full"),
-        pytest.param("lfm2", (), (), id="LFM2, nothing full"),
+        pytest.param("nemotron_h", (0, 1), (3,), {}, id="Nemotron-H"),
+        pytest.param("nemotron_h", (), (), {}, id="Nemotron-H, nothing full"),
+        pytest.param("nemotron_h", (), (), {6: (1,)}, id="Nemotron-H, a full head"),
+        pytest.param("granite_hybrid", (0, 1), (1,), {}, id="Granite 4"),
+        pytest.param("granite_hybrid", (3, 5), (3, 5), {}, id="Granite 4, two full"),
+        pytest.param("granite_hybrid", (0, 1), (1,), {5: (0,)}, id="Granite 4, a full layer and a full head"),
+        pytest.param("lfm2", (), (), {}, id="LFM2, nothing full"),
     ],
 )
-def test_an_architecture(kind, named, full_layers, tiny_model, run, check_exact):
+def test_an_architecture(kind, named, full_layers, full_heads, tiny_model, run, check_exact):
     """Without a prefix cache, which vLLM's Mamba 2 for CPUs cannot have."""
     model = tiny_model(kind)
-    with run(model, named, enable_prefix_caching=False) as engine:
+    with run(model, named, full_heads, enable_prefix_caching=False) as engine:
         spoil(engine)
-        check_exact(engine, HybridReference(model), full_layers)
+        check_exact(engine, HybridReference(model, full_heads=full_heads), full_layers)
+
+
+@pytest.mark.slow
+def test_a_profile_says_what_stays_full(tiny_model, run, tmp_path, text_ids):
+    """Its settings name attention layers, and its memory counts their rows alone."""
+    model, path = tiny_model("granite_hybrid"), tmp_path / "granite.safetensors"
+    main(["profile", str(model), "-o", str(path), "--samples=3", "--tokens=160", "--questions=2", "--device=cpu"])
+    setting = Profile.read(path).setting(0.5)
+    with run(model, None, **bare_rule(profile=path, memory=0.5), enable_prefix_caching=False) as engine:
+        prompt = text_ids[:600]
+        (output,) = engine.generate([prompt], [greedy(2)])
+        compressed = [group["layers"] for group in engine.worker.kv_cache_groups() if group["compressed"]]
+        layers = {int(name.split(".")[2]) for group in compressed for name in group}
+        assert layers == {1, 3, 5}.difference(setting.full_layers)
+        assert output.kv_transfer_params["kv_cache"]["memory_ratio"] == pytest.approx(0.5, abs=0.01)
+        (learned,) = engine.generate([prompt], [keep(0.5, scorer="learned")])
+        assert len(tokens_of(learned)) == 12

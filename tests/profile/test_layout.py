@@ -35,6 +35,29 @@ def test_layouts_are_seen(tiny_model, kind):
 
 
 @pytest.mark.parametrize(
+    ("kind", "with_keys", "rope"),
+    [
+        ("lfm2", (1, 3, 5), Rope(64, False, 13)),
+        ("nemotron_h", (3, 6, 9), Rope(0, False)),  # no positions but those that recurrent layers know
+        ("granite_hybrid", (1, 3, 5), Rope(32, False, 2)),
+        ("qwen3_next", (1, 3, 5), Rope(8, False)),
+    ],
+)
+def test_layers_with_keys_are_seen_among_others(tiny_model, kind, with_keys, rope):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(kind), dtype=torch.float32).eval()
+    shape, found = layout(model)
+    assert shape.compressible == with_keys
+    assert shape.num_layers == model.config.num_hidden_layers
+    assert found == rope
+
+
+def test_a_model_that_forgets_its_states_is_refused(tiny_model):
+    """Of transformers, not of vLLM: Jamba's scan of several tokens begins at nothing."""
+    with pytest.raises(ValueError, match="JambaForCausalLM forgets what it has read"):
+        layout(AutoModelForCausalLM.from_pretrained(tiny_model("jamba"), dtype=torch.float32).eval())
+
+
+@pytest.mark.parametrize(
     ("parameters", "slow_pairs"),
     [
         ({"rope_type": "linear", "factor": 16.0}, 7),
@@ -76,8 +99,8 @@ def test_pairs_whose_slowness_is_unknown(tiny_model):
         ("llama", {"kv_lora_rank": 8}, "has MLA, whose cache holds no keys"),
         (
             "llama",
-            {"layer_types": ["full_attention"] * 3 + ["linear_attention"]},
-            "has layers of type linear_attention",
+            {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]},
+            "has layers of type chunked_attention",
         ),
         ("llama", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "has layers whose windows"),
     ],

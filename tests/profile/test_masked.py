@@ -1,5 +1,7 @@
 """Masked rows against a cache from which they are really gone."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.nn.functional import log_softmax
@@ -15,16 +17,19 @@ def test_the_cost_of_an_answer_counts_whether_it_is_exact_and_how_likely_it_is()
     assert lost.cost.tolist() == pytest.approx([0, (1 - 0.904837) / 2, 1 - 0.367879 / 2, 1], abs=1e-6)
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma2", "gemma3"])
+@pytest.fixture(params=["llama", "qwen3", "gemma2", "gemma3", "lfm2", "nemotron_h"])
 def model(request, tiny_model):
     folder = tiny_model(request.param)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def compacted(context, keep):
-    """The context in a cache that holds the kept rows alone, where a layer has no window."""
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(zip(context.keys, context.values, strict=True)):
+def compacted(model, context, keep):
+    """The context in a cache that holds the kept rows alone, where a layer has no window, and states."""
+    cache = DynamicCache(config=model.config) if context.states else DynamicCache()
+    for layer, state in context.states.items():
+        cache.layers[layer] = deepcopy(state)
+    for layer, keys in context.keys.items():
+        values = context.values[layer]
         if keys.shape[1] == context.num_tokens:
             rows = keep[layer].nonzero()[:, 1].view(len(keys), -1)
             keys, values = (torch.stack([each[h, rows[h]] for h in range(len(each))]) for each in (keys, values))
@@ -34,7 +39,7 @@ def compacted(context, keep):
 
 def expected(model, context, token_ids, keep):
     """Log probabilities `[NUM_PREDICTED, vocabulary]`, one token after the other."""
-    cache, found = compacted(context, keep), []
+    cache, found = compacted(model, context, keep), []
     for i, token_id in enumerate(token_ids[:-1]):
         position = torch.tensor([[context.num_tokens + i]])
         logits = model(torch.tensor([[token_id]]), past_key_values=cache, position_ids=position).logits
@@ -58,7 +63,7 @@ def test_masking_is_evicting(model):
     chance = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 40_000, (NUM_CONTEXT + NUM_NEW,), generator=chance).tolist()
     context, after = read(model, ids[:NUM_CONTEXT]), ids[NUM_CONTEXT:]
-    shape = len(context.keys), context.keys[0].shape[0], NUM_CONTEXT
+    shape = model.config.num_hidden_layers, model.config.num_key_value_heads, NUM_CONTEXT
     # Every head keeps other rows, and layer 0 of the second choice everything.
     chosen = torch.rand(2, *shape, generator=chance).topk(NUM_KEPT, -1).indices
     keep = torch.zeros(2, *shape, dtype=torch.bool).scatter_(-1, chosen, True)
@@ -78,7 +83,8 @@ def test_masking_is_evicting(model):
 @torch.inference_mode()
 def test_an_answer_is_exact_if_greedy_decoding_says_it(model):
     context = read(model, list(range(100, 100 + NUM_CONTEXT)))
-    keep = torch.ones(1, len(context.keys), context.keys[0].shape[0], NUM_CONTEXT, dtype=torch.bool)
+    size = model.config.num_hidden_layers, model.config.num_key_value_heads, NUM_CONTEXT
+    keep = torch.ones(1, *size, dtype=torch.bool)
     keep[..., 8:50] = False
     said = [7, 7]
     AttentionInterface.register("any_rows_of_one", attend)

@@ -68,6 +68,26 @@ def test_a_profile_is_made(made, llama):
     assert str(llama) not in str(profile.about)
 
 
+def test_of_layers_without_keys_nothing_is_measured(tiny_model, tmp_path):
+    """Nemotron-H: Mamba 2 and feed-forward layers between three of attention, which has no rotary embeddings."""
+    model = tiny_model("nemotron_h")
+    shown, profile = run(model, tmp_path / "hybrid.safetensors")
+    check_model(profile, model)
+    assert profile.shape.compressible == (3, 6, 9)
+    assert sorted(profile.layer_order) == [3, 6, 9]
+    for classes in ("layers", "heads"):
+        full_layers, keep_ratio, _, full_heads = profile.setting(0.75, classes=classes)
+        num_full = profile.shape.num_full(full_layers, full_heads)
+        assert (num_full + (6 - num_full) * keep_ratio) / 6 == pytest.approx(0.75)
+        assert {*full_layers, *full_heads} <= {3, 6, 9}
+    for name in ("retrieval", "repetition", "head_loss"):
+        measured = profile.measures()[name].isfinite().all(-1).nonzero().flatten().tolist()
+        assert measured == [3, 6, 9], name
+    assert profile.weights()["w1"].shape == (10, 2, num_features(32, 32, profile.rope), HIDDEN)
+    text = Path(re.search(r"Report: (.*)", shown)[1]).read_text()
+    assert "nan" not in re.sub('data:image/png;base64,[^"]*', "", text)
+
+
 def test_it_is_the_same_again(made, llama, tmp_path):
     """Also where accelerate places the model, which without a GPU is the same place."""
     device = "cpu" if torch.cuda.is_available() else "auto"

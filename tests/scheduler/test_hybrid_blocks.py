@@ -2,6 +2,7 @@
 
 import pytest
 from hybrid_shapes import MODELS
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, FullLayerSpec, classify_layers
@@ -32,13 +33,19 @@ def depth(request):
     return request.param
 
 
-@pytest.mark.parametrize("full_layers", [(0, 1), ()], ids=["default", "nothing full"])
+@pytest.mark.parametrize(
+    ("full_layers", "num_full_heads"), [((0, 1), 0), ((), 0), ((), 1)], ids=["default", "nothing full", "a full head"]
+)
 @pytest.mark.parametrize("has_prefix_cache", [True, False], ids=["align", "none"])
 @pytest.mark.parametrize("name", ["Qwen3-Next-80B", "Nemotron-H-8B", "LFM2-1.2B"])
-def test_requests_of_mixed_rules_leave_nothing(make_harness, name, has_prefix_cache, full_layers, depth):
+def test_requests_of_mixed_rules_leave_nothing(
+    make_harness, name, has_prefix_cache, full_layers, num_full_heads, depth
+):
     """Blocks are counted after every step, in a pool of little more than the longest request."""
     specs = MODELS[name].specs(has_prefix_cache)
     (block_size,) = {spec.block_size for spec in specs.values() if isinstance(spec, FullAttentionSpec)}
+    with_keys = [extract_layer_index(layer) for layer, spec in specs.items() if isinstance(spec, FullAttentionSpec)]
+    full_heads = ((with_keys[1], (0,)),) * num_full_heads
     harness = make_harness(
         40,
         full_layers,
@@ -51,9 +58,14 @@ def test_requests_of_mixed_rules_leave_nothing(make_harness, name, has_prefix_ca
         max_num_seqs=8,
         prompt_interval=block_size // 2 + 3,
         answer_interval=7,
+        full_heads=full_heads,
     )
     kinds = {type(manager) for manager in harness.scheduler.kv_cache_manager.coordinator.single_type_managers}
-    assert kinds == {CompressedLayerManager, RecurrentLayerManager, *([FullLayerManager] if full_layers else [])}
+    assert kinds == {
+        CompressedLayerManager,
+        RecurrentLayerManager,
+        *([FullLayerManager] if full_layers or full_heads else []),
+    }
     for i in range(12):
         length, rule = block_size * i // 4 + 3, [{}, {"kv_keep_ratio": 0.3}, {"kv_max_tokens": 40}][i % 3]
         prompt = [i % 2] * (length // 2) + [i] * (length - length // 2)

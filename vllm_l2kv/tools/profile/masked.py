@@ -7,6 +7,7 @@ Shapes: L layers, H KV heads of them, T tokens of a context, C choices of rows.
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,13 +23,15 @@ class Context(NamedTuple):
     """The rows of a context, as the model caches them.
 
     Attributes:
-        keys: Of each layer, `[H, t, head_size]`; a layer with a sliding window holds the t last tokens alone.
+        keys: Of each layer with keys, `[H, t, head_size]`; one with a sliding window holds the t last tokens alone.
         values: The same.
+        states: Of each recurrent layer, as `transformers` caches it.
         num_tokens: Tokens T that were read.
     """
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    keys: dict[int, torch.Tensor]
+    values: dict[int, torch.Tensor]
+    states: dict[int, Any]
     num_tokens: int
 
 
@@ -78,8 +81,14 @@ def read(model: Any, token_ids: Sequence[int]) -> Context:
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([token_ids], device=model.device)
     model.get_decoder()(ids, past_key_values=cache, use_cache=True)
-    keys, values = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
-    return Context(keys, values, len(token_ids))
+    layers = dict(enumerate(cache.layers))
+    with_keys = {i: layer for i, layer in layers.items() if hasattr(layer, "keys")}
+    return Context(
+        {i: layer.keys[0] for i, layer in with_keys.items()},
+        {i: layer.values[0] for i, layer in with_keys.items()},
+        {i: layer for i, layer in layers.items() if any(getattr(layer, "has_previous_state", {}).values())},
+        len(token_ids),
+    )
 
 
 @torch.inference_mode()
@@ -123,9 +132,9 @@ def answer_losses(
             logits = model(
                 ids.expand(len(some), -1),
                 position_ids=positions.expand(len(some), -1),
-                use_cache=False,
                 logits_to_keep=num_predicted,
                 masked=masked,
+                **_states_of(model, context, len(some)),
             ).logits.float()
             if len(masked.layers) != len(context.keys):
                 raise ValueError(UNKNOWN.format(type(model).__name__))
@@ -133,6 +142,19 @@ def answer_losses(
             losses.append(cross_entropy(logits.transpose(1, 2), every, reduction="none").mean(-1).cpu())
             exact.append((logits.argmax(-1) == every).all(-1).cpu())
     return Losses(torch.cat(losses), torch.cat(exact))
+
+
+def _states_of(model: Any, context: Context, num_choices: int) -> dict[str, Any]:
+    """Arguments with which recurrent layers go on after a context, the same for each choice of rows."""
+    if not context.states:
+        return {"use_cache": False}
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for i, state in context.states.items():
+        cache.layers[i] = deepcopy(state)
+        cache.layers[i].reorder_cache(torch.zeros(num_choices, dtype=torch.long))
+    return {"use_cache": True, "past_key_values": cache}
 
 
 def _attend(

@@ -1,12 +1,15 @@
 """A model of `transformers`, and what its own keys say of its layout."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 
-from vllm_l2kv.profile import FULL_ATTENTION, SLIDING_ATTENTION, Rope, Shape
+from vllm_l2kv.profile import FULL_ATTENTION, RECURRENT, SLIDING_ATTENTION, WITHOUT_CACHE, Rope, Shape
 from vllm_l2kv.scorers.learned import features
 from vllm_l2kv.tools.profile.observe import Seen, read
 
@@ -68,15 +71,18 @@ def layout(model: Any) -> tuple[Shape, Rope]:
     name, config = type(model).__name__, model.config.get_text_config()
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{name} has MLA, whose cache holds no keys, so nothing of it would compress.")
-    types = getattr(config, "layer_types", None)
-    if strange := set(types or ()) - {FULL_ATTENTION, SLIDING_ATTENTION}:
+    types = list(getattr(config, "layer_types", None) or [])
+    if strange := set(types) - {FULL_ATTENTION, SLIDING_ATTENTION} - RECURRENT - WITHOUT_CACHE:
         raise ValueError(f"{name} has layers of type {min(strange)}, which profile does not know.")
     seen: list[Seen] = []
     # The same tokens at several positions: keys of the first layer differ by their rotation alone.
-    read(model, list(range(10, 10 + NUM_TOKENS)) * 4, seen.append)
-    found = tuple(FULL_ATTENTION if each.window is None else SLIDING_ATTENTION for each in seen)
-    if types is not None and tuple(types) != found:
+    with _without_layers_before_keys(model, types):
+        read(model, list(range(10, 10 + NUM_TOKENS)) * 4, seen.append)
+    windows = {each.layer: FULL_ATTENTION if each.window is None else SLIDING_ATTENTION for each in seen}
+    found = tuple(windows.get(i, kind) for i, kind in enumerate(types)) or tuple(windows.values())
+    if types and tuple(types) != found:
         raise ValueError(f"{name} has layers whose windows its attention does not name, so it cannot be profiled.")
+    _check_states(model, types)
     if FULL_ATTENTION not in found:
         raise ValueError(f"{name} has a sliding window in every layer, so nothing of it would compress.")
     sizes = {each.keys.shape for each in seen}
@@ -86,12 +92,61 @@ def layout(model: Any) -> tuple[Shape, Rope]:
     return Shape(len(found), num_kv_heads, head_size, found), _rope(model, seen[0].keys.float())
 
 
+@torch.inference_mode()
+def _check_states(model: Any, types: Sequence[str]) -> None:
+    """Refuses a model whose recurrent layers forget their state when they go on with more than one token at once.
+
+    Questions are asked so after a text. By the first of these layers, which depends on its own state alone, and with
+    two tokens, since states fade.
+    """
+    from transformers import DynamicCache
+
+    first = next((i for i, kind in enumerate(types) if kind in RECURRENT), None)
+    if first is None:
+        return
+    ids = torch.arange(10, 10 + NUM_TOKENS, device=model.device)[None]
+    found = []
+    for ends in ((NUM_TOKENS,), (NUM_TOKENS - 2, NUM_TOKENS)):
+        cache = DynamicCache(config=model.config)
+        for begin, end in zip((0, *ends), ends, strict=False):
+            positions = torch.arange(begin, end, device=model.device)[None]
+            model.get_decoder()(ids[:, begin:end], past_key_values=cache, use_cache=True, position_ids=positions)
+        states = cache.layers[first].recurrent_states.values()
+        found.append([state.float() for state in states if state is not None])  # a short convolution has none
+    for whole, parts in zip(*found, strict=True):
+        if torch.linalg.vector_norm(whole - parts) > SAME * torch.linalg.vector_norm(whole):
+            raise ValueError(
+                f"{type(model).__name__} forgets what it has read when it goes on with several tokens, in this version "
+                "of transformers, so it cannot be profiled."
+            )
+
+
+@contextmanager
+def _without_layers_before_keys(model: Any, types: Sequence[str]) -> Iterator[None]:
+    """While it is open, layers before the first one with keys, which would mix tokens, hand on what they get."""
+    before = list(takewhile(lambda kind: kind in RECURRENT | WITHOUT_CACHE, types))
+
+    def handed_on(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        states = inputs[0] if inputs else named["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    layers = model.get_decoder().layers[: len(before)] if before else ()
+    hooks = [layer.register_forward_hook(handed_on, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _rope(model: Any, keys: torch.Tensor) -> Rope:
     """How the keys `[H, T, head_size]` of the first layer, of tokens that repeat every `NUM_TOKENS`, are rotated.
 
     So that the magnitudes that the scorer learned sees are the same at every position.
     """
     embedding = getattr(model.get_decoder(), "rotary_emb", None)
+    first, later = keys[:, :NUM_TOKENS], keys[:, -NUM_TOKENS:]
+    ropes = [Rope(0, False)]
     if embedding is not None:
         angles: list[torch.Tensor] = []
         hook = embedding.register_forward_hook(lambda _module, _inputs, output: angles.append(output[0]))
@@ -99,13 +154,12 @@ def _rope(model: Any, keys: torch.Tensor) -> Rope:
             read(model, [10, 11], lambda _seen: None)
         finally:
             hook.remove()
-        first, later = keys[:, :NUM_TOKENS], keys[:, -NUM_TOKENS:]
-        for interleaved in (False, True):
-            rope = Rope(angles[0].shape[-1], interleaved)
-            num_of_keys = keys.shape[-1] - rope.rotary_dim // 2
-            seen, again = (features(each, each, rope)[..., :num_of_keys] for each in (first, later))
-            if torch.linalg.vector_norm(seen - again) <= SAME * torch.linalg.vector_norm(seen):
-                return replace(rope, slow_pairs=len(slow_frequencies(model, rope.rotary_dim // 2)))
+        ropes = [Rope(angles[0].shape[-1], interleaved) for interleaved in (False, True)]
+    for rope in ropes:
+        num_of_keys = keys.shape[-1] - rope.rotary_dim // 2
+        seen, again = (features(each, each, rope)[..., :num_of_keys] for each in (first, later))
+        if torch.linalg.vector_norm(seen - again) <= SAME * torch.linalg.vector_norm(seen):
+            return replace(rope, slow_pairs=len(slow_frequencies(model, rope.rotary_dim // 2)))
     raise ValueError(f"{type(model).__name__} rotates its keys in an unknown way, which a profile cannot describe.")
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from vllm_l2kv.profile import RECURRENT, WITHOUT_CACHE
+
 NAME = "l2kv_attention"
 """Of an attention of this package, where `transformers` looks it up."""
 UNKNOWN = "{} has an attention of an unknown layout, so nothing can be measured in it."
@@ -92,8 +94,17 @@ def read(model: Any, token_ids: Sequence[int], watch: Watch) -> None:
     with attending(model, _attend):
         # The decoder alone: logits are not used.
         model.get_decoder()(ids, use_cache=False, watch=watch, layers=layers)
-    if len(layers) != model.config.get_text_config().num_hidden_layers:
+    if len(layers) != num_with_keys(model):
         raise ValueError(UNKNOWN.format(type(model).__name__))
+
+
+def num_with_keys(model: Any) -> int:
+    """Layers of a model that cache keys: recurrent ones keep a state in their place, feed-forward ones nothing."""
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return int(config.num_hidden_layers)
+    return sum(kind not in RECURRENT | WITHOUT_CACHE for kind in types)
 
 
 @contextmanager
