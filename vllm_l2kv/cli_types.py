@@ -20,8 +20,8 @@ DEFAULT_LAYERS = ",".join(map(str, Settings.full_layers))
 DEFAULT_PROTECTION = f"{CompressionParams.protect_first}:{CompressionParams.protect_last}"
 """Of an engine, as one would type them: for parsers whose help shows their defaults."""
 PROFILE = "file that `vllm-l2kv profile` wrote for this model"
-MEMORY = "share of the whole KV cache, what stays full included, that the profile is set for"
-WHAT_STAYS_FULL = "what of the profile stays full: whole layers, or single KV heads"
+MEMORY = "share of the whole KV cache to use, full layers and heads included, by the profile's setting for it"
+WHAT_STAYS_FULL = "what stays full by the profile: whole layers, or single KV heads"
 """What `--kv-profile`, `--kv-memory` and `--kv-classes` are."""
 
 

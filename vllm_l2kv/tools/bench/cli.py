@@ -252,23 +252,34 @@ def _add_load(parser: OneLineParser) -> None:
     default = ",".join(f"{each:g}" for each in RATIOS)
     add("--ratios", type=list_of(ratio), metavar="R,R", help=f"keep ratios (default: {default})")
     add_profile(add, "--ratios, after 1, and kv_scorer")
-    add("--budgets", type=list_of(positive), default=[], metavar="N,N", help="after them, values of kv_max_tokens")
+    add(
+        "--budgets",
+        type=list_of(positive),
+        default=[],
+        metavar="N,N",
+        help="values of kv_max_tokens, one round each after the ratios",
+    )
     arrivals = group.add_mutually_exclusive_group()
     arrivals.add_argument(
         "--concurrency",
         type=positive,
         default=NUM_CLIENTS,
         metavar="N",
-        help="clients who send the next request when they have an answer (default: %(default)s)",
+        help="clients that send the next request when they have an answer (default: %(default)s)",
     )
     arrivals.add_argument("--rate", type=positive_number, metavar="X", help="requests a second, Poisson arrivals")
     end = group.add_mutually_exclusive_group()
     end.add_argument(
         "--requests", type=positive, default=NUM_REQUESTS, metavar="N", help="of each round (default: %(default)s)"
     )
-    end.add_argument("--duration", type=positive_number, metavar="X", help="seconds to send requests in, instead")
+    end.add_argument(
+        "--duration",
+        type=positive_number,
+        metavar="X",
+        help="seconds in which requests are sent, instead of --requests",
+    )
     add("--prompt-tokens", type=lengths(MIN_TOKENS), default="512", metavar="L", help=f"{FORMS} (default: %(default)s)")
-    add("--output-tokens", type=lengths(1), default="64", metavar="L", help="likewise (default: %(default)s)")
+    add("--output-tokens", type=lengths(1), default="64", metavar="L", help="in the same form (default: %(default)s)")
     add(
         "--shared-prefix",
         type=share,
@@ -291,7 +302,13 @@ def _add_load(parser: OneLineParser) -> None:
         metavar="JSON",
         help='more fields of requests to --url, such as \'{"kv_scorer": "keydiff"}\'',
     )
-    add("--timeout", type=positive_number, default=600.0, metavar="X", help="seconds of a request (default: 600)")
+    add(
+        "--timeout",
+        type=positive_number,
+        default=600.0,
+        metavar="X",
+        help="seconds after which a request has failed (default: 600)",
+    )
 
 
 def _add_results(parser: OneLineParser) -> None:
@@ -303,5 +320,5 @@ def _add_results(parser: OneLineParser) -> None:
         type=positive_number,
         default=1.0,
         metavar="X",
-        help="between looks at /metrics and memory (default: %(default)s)",
+        help="seconds between samples of /metrics and memory (default: %(default)s)",
     )

@@ -104,8 +104,8 @@ def _silent_vllm() -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vllm-l2kv plan",
-        description="Says how many requests of one kind fit the KV cache at once, in stock vLLM and here at keep "
-        "ratios and budgets. Reads the model's config, and runs nothing. What the columns mean: docs/sizing.md.",
+        description="Says how many requests of one kind fit the KV cache at once, in stock vLLM and in vllm-l2kv at "
+        "keep ratios and budgets. Reads the model's config only. docs/sizing.md explains the columns.",
         formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
@@ -117,13 +117,13 @@ def _parser() -> argparse.ArgumentParser:
         "--ratio",
         type=list_of(ratio),
         metavar="R,R",
-        help=f"keep ratios; 1 comes by itself (default: {','.join(map(str, RATIOS))})",
+        help=f"keep ratios; 1 is always included (default: {','.join(map(str, RATIOS))})",
     )
     add_profile(add, "--full-layers or --full-heads, and --ratio,")
     add_budgets(parser)
     add("--document-tokens", type=positive, metavar="N", help="also says how many documents of N tokens stay findable")
     add("--gpu-gib", type=gib, metavar="G", help="memory of one GPU")
-    add("--kv-cache-gib", type=gib, metavar="G", help="memory for the KV cache of one GPU, if you set it yourself")
+    add("--kv-cache-gib", type=gib, metavar="G", help="memory for the KV cache of one GPU, instead of --gpu-gib")
     add("--gpu-memory-utilization", type=ratio, default=UTILIZATION, metavar="R", help="as vLLM's")
     add("--weights-gib", type=gib, metavar="G", help="weights of all GPUs; by default from files or config")
     add(
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         type=real("G", "0 <= G", lambda value: value >= 0),
         default=OVERHEAD_GIB,
         metavar="G",
-        help="estimate of what else one GPU holds",
+        help="estimate of other memory of one GPU: activations, CUDA graphs",
     )
     add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs that share the model")
     add(
@@ -146,6 +146,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--full-layers", type=layers, metavar="I,J", help=f"layers that never compact (default: {DEFAULT_LAYERS})")
     add_full_heads(add, "--full-heads")
     add("--protect", type=protection, default=DEFAULT_PROTECTION, metavar="FIRST:LAST", help="protected tokens")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="block sizes differ")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="device of the server; its block sizes differ")
     add("--json", action="store_true", help="print JSON, not a table")
     return parser

@@ -123,8 +123,8 @@ def _parser() -> OneLineParser:
     add(
         "--images",
         metavar="DIR",
-        help="folder of pictures that a vision-language model is shown, to compare norms of their keys with those of "
-        f"text; {DRAWN} for four that are drawn here",
+        help="folder of pictures, to compare norms of their keys with those of text in a vision-language model; "
+        f"{DRAWN}: four pictures that come with the package",
     )
     helps = {
         "samples": "texts to read",
