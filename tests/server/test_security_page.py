@@ -27,7 +27,7 @@ def test_bounds():
 
 
 def test_what_a_key_guards():
-    (guarded,) = re.findall(r"paths that begin with (.*?)\. Every", KEY, re.DOTALL)
+    (guarded,) = re.findall(r"paths that begin with (.*?)\.\s+Every", KEY, re.DOTALL)
     assert tuple(re.findall(r"`(/\w+)`", guarded)) == GUARDED_PREFIX
 
 
@@ -38,7 +38,9 @@ def test_every_open_path_is_named(monkeypatch):
     app.state.args = parse(make_parser(), ["m"])
     register_api_routers(app.state.args, app, ("generate",), SimpleNamespace(get_pooling_task=lambda tasks: None))
     paths = {route.path for route in app.routes} | {PATH, *GENERATING_PATHS}
-    named = set(re.findall(r"`(/[\w.]+)`", KEY.partition("Every\nother path")[2])) - {"/v1"}  # the advice to a proxy
+    named = set(re.findall(r"`(/[\w.]+)`", re.split(r"Every\s+other\s+path", KEY)[1])) - {
+        "/v1"
+    }  # the advice to a proxy
     assert named == {path for path in paths if not path.startswith((*GUARDED_PREFIX, "/docs/"))}
 
 
