@@ -91,6 +91,7 @@ def test_imports_of(module):
         assert inside <= {"__version__", "supported_vllm", *(f"tools.{name}" for name in TOOLS)}
     elif tool in TOOLS:
         allowed |= {
+            "PIL",
             "httpx",
             "huggingface_hub",
             "jinja2",
