@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from engine import bare_rule
 from vllm import SamplingParams
-from vllm.config import KVEventsConfig, VllmConfig
+from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
@@ -57,19 +57,23 @@ def plan(
     block_size: int = 16,
     is_async: bool = False,
     kv_events: bool = False,
+    cpu_blocks: int = 0,
     full_heads: tuple[tuple[int, tuple[int, ...]], ...] = (),
     specs: tuple[tuple[str, KVCacheSpec], ...] = (),
     **arguments: Any,
 ) -> Plan:
     """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`.
 
-    Layers have two KV heads; `full_heads` are the items of `Settings.full_heads`, so that plans can be remembered.
+    With `cpu_blocks`, vLLM's connector offloads to so many blocks in CPU memory. Layers have two KV heads; `full_heads`
+    are the items of `Settings.full_heads`, so that plans can be remembered.
     `specs` are items of a model's own, in place of `num_layers` alike ones; states of Mamba come into the prefix cache,
     if there is one. Other arguments are those of `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
     """
     register()
     init_none_hash(sha256)
     is_ours = full_layers is not None
+    if cpu_blocks:
+        arguments["kv_transfer_config"] = cpu_memory(0)
     if kv_events:
         arguments["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     rule = {name: arguments.pop(name) for name in OUR_ARGUMENTS & arguments.keys()}
@@ -91,9 +95,20 @@ def plan(
     )
     worker_config = get_kv_cache_config_from_groups(config, groups, bytes_per_block * (num_blocks + 1))
     kv_cache_config = generate_scheduler_kv_cache_config([worker_config])
+    if cpu_blocks:
+        extra = config.kv_transfer_config.kv_connector_extra_config
+        extra["cpu_bytes_to_use"] = cpu_blocks * bytes_per_block
     config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
     config.cache_config.block_size = block_size
     return Plan(config, kv_cache_config, *resolve_kv_cache_block_sizes(kv_cache_config, config))
+
+
+def cpu_memory(num_bytes: int, **extra: Any) -> KVTransferConfig:
+    """What switches offloading to CPU memory on."""
+    extra = {"lazy_offload": True, "cpu_bytes_to_use": num_bytes, **extra}
+    return KVTransferConfig(
+        kv_connector="SimpleCPUOffloadConnector", kv_role="kv_both", kv_connector_extra_config=extra
+    )
 
 
 def add_request(

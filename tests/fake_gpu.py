@@ -295,6 +295,9 @@ class FakeGPUWorker(CompactionWorker, Device):
     def _make_compactors(self, layers):
         return []
 
+    def _wait_for_device(self):
+        """Nothing is in flight."""
+
     def _make_clock(self):
         return HostClock()
 
@@ -307,7 +310,12 @@ class FakeGPUWorker(CompactionWorker, Device):
 
 def step_output(finished=(), preempted=(), orders=(), new=(), hits=()) -> SimpleNamespace:
     """A step as the scheduler describes it, as far as our worker reads it; `new` pairs ids with states."""
-    output = SimpleNamespace(finished_req_ids=set(finished), preempted_req_ids=set(preempted) or None, new=new)
+    output = SimpleNamespace(
+        finished_req_ids=set(finished),
+        preempted_req_ids=set(preempted) or None,
+        new=new,
+        kv_connector_metadata=None,
+    )
     if orders:
         attach_orders(output, tuple(orders))
     if hits:

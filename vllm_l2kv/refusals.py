@@ -25,7 +25,6 @@ def check_supported(config: VllmConfig) -> None:
     on_cpu = current_platform.is_cpu()
     speculator = config.speculative_config and config.speculative_config.method
     refusals = {
-        "KV connectors and KV offloading (drop --kv-transfer-config)": config.kv_transfer_config is not None,
         "context parallelism (set --decode-context-parallel-size and --prefill-context-parallel-size to 1)": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
@@ -69,6 +68,7 @@ def check_supported(config: VllmConfig) -> None:
     for what, found in refusals.items():
         if found:
             raise ValueError(f"vllm-l2kv does not support {what}.")
+    check_connector(config)
     num_heads, degree = model.get_total_num_kv_heads(), parallel.tensor_parallel_size
     check_kv_heads(num_heads, degree)
     # Layers without a cache of their own are seen by the worker alone.
@@ -76,6 +76,38 @@ def check_supported(config: VllmConfig) -> None:
     check_full(Settings.from_config(config.additional_config), layers, num_heads, degree)
     if isdir(model.model):  # the files of a name may not be here yet, so the worker looks once they are
         check_profile(config)
+
+
+CONNECTORS: tuple[str, ...] = ()
+"""KV connectors that work with compression. `SimpleCPUOffloadConnector` comes in once `tests/gpu/test_offload.py` has
+passed: its copies need a GPU."""
+
+
+def check_connector(config: VllmConfig) -> None:
+    """Refuses KV connectors that are not known to hold blocks while they copy them, and settings that are not tested.
+
+    Raises:
+        ValueError: Another connector, or one in another mode.
+    """
+    transfer, cache = config.kv_transfer_config, config.cache_config
+    if transfer is None:
+        return
+    extra = transfer.kv_connector_extra_config
+    refusals = {
+        f"the KV connector {transfer.kv_connector} (drop --kv-transfer-config and --kv-offloading-size)": (
+            transfer.kv_connector not in CONNECTORS
+        ),
+        "CPU offloading without a prefix cache (drop --no-enable-prefix-caching, or --kv-transfer-config)": (
+            not cache.enable_prefix_caching
+        ),
+        'eager CPU offloading (add "lazy_offload": true to kv_connector_extra_config)': (
+            not extra.get("lazy_offload", False)
+        ),
+        'KV offloading to a disk (drop "kv_offload_backend")': extra.get("kv_offload_backend", "cpu") != "cpu",
+    }
+    for what, found in refusals.items():
+        if found:
+            raise ValueError(f"vllm-l2kv does not support {what}.")
 
 
 def check_profile(config: VllmConfig) -> None:

@@ -21,6 +21,8 @@ from benchmarks.speed.rows import append
 DOCUMENTS = ["document", "findable", "popular", "conversation"]
 IN_PROCESS = ["decode_step", "first_token", "memory_bound", "long_answers", "bursts", *DOCUMENTS]
 SCENARIOS = [*IN_PROCESS, "ample_memory"]
+ON_DEMAND = ["offload"]
+"""Need arguments of the engine of their own."""
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--engines", nargs="+", choices=["stock", "l2kv"], default=["stock", "l2kv"])
-    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=SCENARIOS)
+    parser.add_argument("--scenarios", nargs="+", choices=[*SCENARIOS, *ON_DEMAND], default=SCENARIOS)
     parser.add_argument("--only", nargs="+", default=[], help="cases, ratios or lengths, by their names in the rows")
     parser.add_argument(
         "--full-layers", nargs="*", type=int, default=[0, 1], help="layers that vllm-l2kv never compacts"
@@ -39,14 +41,14 @@ def main() -> None:
     parser.add_argument("--inside", choices=["stock", "l2kv"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside is None:
-        for engine, scenarios in product(args.engines, (IN_PROCESS, ["ample_memory"])):
+        for engine, scenarios in product(args.engines, ([*IN_PROCESS, *ON_DEMAND], ["ample_memory"])):
             chosen = [scenario for scenario in scenarios if scenario in args.scenarios]
             if chosen:
                 only = ["--scenarios", *chosen, "--inside", engine]
                 command = [sys.executable, "-m", "benchmarks.speed.serving", *sys.argv[1:], *only]
                 subprocess.run(command, check=True)
         return
-    in_process = args.scenarios[0] in IN_PROCESS
+    in_process = args.scenarios[0] != "ample_memory"
     arguments = {"max_model_len": 131072, **args.engine_args}
     ours = {"full_layers": tuple(args.full_layers), "prompt_interval": args.prompt_interval}
     llm, about = start(args.inside, args.model, in_process, ours, **arguments)

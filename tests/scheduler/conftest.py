@@ -53,10 +53,12 @@ class Harness:
         return output
 
     def schedule(self):
+        from cpu_copies import pinned
+
         from vllm_l2kv.scheduler.integrity import check_block_conservation, check_requests
 
         output = self.scheduler.schedule()
-        check_block_conservation(self.scheduler.kv_cache_manager)
+        check_block_conservation(self.scheduler.kv_cache_manager, pinned(self.scheduler))
         check_requests(self.scheduler)
         self.steps.append(output)
         self.in_flight.append(output)
@@ -71,6 +73,7 @@ class Harness:
             req_ids=req_ids,
             req_id_to_index={req_id: i for i, req_id in enumerate(req_ids)},
             sampled_token_ids=self.execute(output),
+            kv_connector_output=self.transfer(output),
         )
         for client in self.scheduler.update_from_output(output, result).values():
             self.received += client.outputs
@@ -89,6 +92,9 @@ class Harness:
             prompt_done = request is not None and self.computed_after(output, req_id) >= request.num_tokens
             sampled.append([7] if prompt_done else [])
         return sampled
+
+    def transfer(self, output):
+        """What a KV connector's worker reports; put its own method in its place to have one."""
 
     @staticmethod
     def computed_after(output, req_id: str) -> int:

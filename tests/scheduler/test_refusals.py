@@ -48,6 +48,10 @@ from vllm_l2kv.worker.worker import check_attention, check_block_size
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.bfloat16}
 
 
+def transfer(connector="SimpleCPUOffloadConnector", **extra):
+    return SimpleNamespace(kv_connector=connector, kv_connector_extra_config={"lazy_offload": True, **extra})
+
+
 def config(**changes):
     parts = {
         "kv_transfer_config": None,
@@ -72,7 +76,9 @@ def config(**changes):
             get_total_num_hidden_layers=lambda: 4,
         ),
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        "cache_config": SimpleNamespace(cache_dtype="auto", use_replayssm=False, prefix_match_unit=None),
+        "cache_config": SimpleNamespace(
+            cache_dtype="auto", use_replayssm=False, prefix_match_unit=None, enable_prefix_caching=True
+        ),
         "load_config": SimpleNamespace(download_dir=None),
         "use_v2_model_runner": not refusals.current_platform.is_cpu(),
         "additional_config": None,
@@ -112,7 +118,8 @@ def test_an_ordinary_configuration_passes():
 @pytest.mark.parametrize(
     ("changes", "setting"),
     [
-        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"kv_transfer_config": transfer("LMCacheConnectorV1")}, "LMCacheConnectorV1 .drop --kv-transfer-config"),
+        ({"kv_transfer_config": transfer("OffloadingConnector")}, "OffloadingConnector .drop .*--kv-offloading-size"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "set its method to ngram"),
         ({"speculative_config": SimpleNamespace(method="mtp")}, "set its method to ngram"),
         ({"speculative_config": SimpleNamespace(method="ngram_gpu")}, "set its method to ngram"),
@@ -143,6 +150,23 @@ def test_an_ordinary_configuration_passes():
 def test_unsupported_settings_are_named(changes, setting):
     with pytest.raises(ValueError, match=setting):
         check_supported(config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({}, None),
+        ({"kv_transfer_config": transfer(lazy_offload=False)}, '"lazy_offload": true'),
+        ({"kv_transfer_config": transfer(kv_offload_backend="disk")}, '"kv_offload_backend"'),
+        ({"cache_config__enable_prefix_caching": False}, "--no-enable-prefix-caching"),
+        ({"kv_transfer_config": transfer("MultiConnector")}, "the KV connector MultiConnector"),
+    ],
+)
+def test_offloading_to_cpu_memory(monkeypatch, changes, setting):
+    monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
+    about = config(**{"kv_transfer_config": transfer(), **changes})
+    with pytest.raises(ValueError, match=setting) if setting else nullcontext():
+        check_supported(about)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 6, 12])

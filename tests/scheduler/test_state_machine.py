@@ -1,10 +1,12 @@
 """Any order of admissions, steps, aborts, preemptions and resets, against a worker that knows every row by name."""
 
+import contextlib
 import logging
 import sys
 from collections import Counter
 
 import pytest
+from cpu_copies import Copies, pinned
 from fake_gpu import patch_vllm
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.worker.gpu import buffer_utils
 from worker_model import STOP, Rule, Tokens, WorkerModel
 
+from vllm_l2kv import refusals
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
@@ -104,6 +107,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.expected: dict[str, list[int] | None] = {}  # answers, or `None` for a refusal, of all that is not aborted
         self.told: dict[str, int] = {}  # compacted requests that the worker knows of
         self.gone: list[str] = []  # finished request ids
+        self.is_offloading = "cpu_blocks" in arguments
+        self.copies = Copies()
 
     @initialize(
         num_blocks=st.sampled_from(POOL_SIZES),
@@ -140,6 +145,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.worker = RunnerV2Model(*groups, steps["depth"]) if runner_v2 else WorkerModel(*groups)
         self.harness.execute = self.worker.execute
+        self.copies.memory = self.worker._memory
+        if self.is_offloading:
+            self.harness.transfer = self.copies.transfer
 
     @rule(
         document=st.integers(1, 2),
@@ -199,8 +207,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: SQUEEZE not in self.compressed[0].req_to_blocks)
     @rule(running_too=st.booleans())
     def reset_prefix_cache(self, running_too) -> None:
-        """With running requests, vLLM preempts all of them; without, it refuses unless it is idle."""
-        self.scheduler.reset_prefix_cache(reset_running_requests=running_too)
+        """With running requests, vLLM preempts all of them; without, it refuses unless it is idle.
+
+        With a KV connector it raises an error where blocks are being copied.
+        """
+        with contextlib.suppress(RuntimeError) if self.is_offloading else contextlib.nullcontext():
+            self.scheduler.reset_prefix_cache(reset_running_requests=running_too)
 
     @precondition(lambda self: self.harness.pool.get_num_free_blocks() > 0)
     @rule(share=st.floats(0.3, 1))
@@ -222,7 +234,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def check(self) -> None:
-        check_block_conservation(self.scheduler.kv_cache_manager)
+        check_block_conservation(self.scheduler.kv_cache_manager, pinned(self.scheduler))
         self._check_tables()
         check_requests(self.scheduler)
 
@@ -243,8 +255,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for req_id, answer in self.expected.items():
             assert (self.harness.finish_reasons[req_id] == "error") == (answer is None)
             assert answer is None or self.harness.outputs[req_id] == answer
-        assert self.harness.pool.get_num_free_blocks() == self.num_blocks
-        check_nothing_left(self.scheduler)
+        # An idle connector goes on storing what others may find.
+        copied = pinned(self.scheduler)
+        assert self.harness.pool.get_num_free_blocks() == self.num_blocks - len(set(copied))
+        check_nothing_left(self.scheduler, copied)
 
     def _submit(self, prompt, kv_fields, max_tokens, stop_after, priority, reuse_id, salt, skips_cache) -> None:
         req_id, rule = self._free_id(reuse_id), self._rule(kv_fields)
@@ -305,13 +319,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         return again[-1] if reuse and again else f"r{len(self.worker.tokens)}"
 
     def _check_tables(self) -> None:
-        """Running requests hold as many blocks as their slots need, everybody else none."""
+        """Running requests hold as many blocks as their slots need, and so do those that load rows; others none."""
         running = {request.request_id: request for request in self.scheduler.running}
+        loading = {
+            req_id
+            for req_id, request in self.scheduler.requests.items()
+            if self.is_offloading and req_id not in running and request.num_computed_tokens > 0
+        }
         for manager in self.managers:
             holders = {req_id for req_id, blocks in manager.req_to_blocks.items() if blocks}
-            assert holders - {SQUEEZE} == set(running)
+            assert holders - {SQUEEZE} == running.keys() | loading
             num_evicted = manager.num_evicted if manager in self.compressed else {}
-            assert set(num_evicted) <= set(running)
+            assert set(num_evicted) <= holders
             for req_id, request in running.items():
                 num_slots = request.num_computed_tokens - num_evicted.get(req_id, 0)
                 assert len(manager.req_to_blocks[req_id]) == num_blocks_for(num_slots, manager.block_size)
@@ -333,10 +352,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             for move in order.moves:
                 blocks = self.managers[move.group_id].req_to_blocks[order.req_id]
                 assert tuple(block.block_id for block in blocks[: len(move.destination)]) == move.destination
-                assert all(block.ref_cnt == 1 for block in blocks)
+                held = pinned(self.scheduler)  # what others will find is copied as well, into CPU memory
+                assert all(block.ref_cnt == 1 + held.count(block.block_id) for block in blocks)
                 self.seen["published"] += blocks[0].block_hash is not None
+        running = {request.request_id for request in self.scheduler.running}
         for manager in self.compressed:
-            assert manager.num_evicted == self.told
+            assert {req_id: n for req_id, n in manager.num_evicted.items() if req_id in running} == self.told
 
     def _count_waits(self) -> None:
         """Counts requests that are passed over while another computes what they ask for."""
@@ -366,6 +387,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.preempted |= preempted
 
 
+class OffloadingMachine(SchedulerMachine):
+    """The same with CPU memory, into and from which blocks are copied in the background."""
+
+    @initialize(lag=st.sampled_from([0, 2, 6]), is_early=st.booleans())
+    def start_copies(self, lag, is_early) -> None:
+        self.copies.lag, self.copies.is_early = lag, is_early
+
+    def _check_step(self, output) -> None:
+        super()._check_step(output)
+        self.seen["stored"] = max(self.seen["stored"], 0)
+        for transfer in self.scheduler.connector._loading.values():
+            self.seen["loading"] += transfer.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.seen["blocks stored"] += self.copies.num_stored
+        self.seen["blocks loaded"] += self.copies.num_loaded
+
+
 quick = settings(
     max_examples=200,
     stateful_step_count=50,
@@ -390,3 +430,15 @@ def test_every_request_finds_its_own_rows_whatever_happens(make_harness, policy,
     run_state_machine_as_test(lambda: SchedulerMachine(make_harness, seen, scheduling_policy=policy), settings=profile)
     if profile is quick:
         assert seen >= ENOUGH, f"only {seen}"
+
+
+@pytest.mark.parametrize("profile", profiles)
+def test_rows_come_back_from_cpu_memory(make_harness, profile, caplog, monkeypatch):
+    patch_vllm(monkeypatch)
+    monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
+    caplog.set_level(logging.CRITICAL, logger="vllm")
+    seen: Counter[str] = Counter()
+    cpu_blocks = max(POOL_SIZES) + 1  # it may not be less than the largest cache
+    run_state_machine_as_test(lambda: OffloadingMachine(make_harness, seen, cpu_blocks=cpu_blocks), settings=profile)
+    if profile is quick:
+        assert seen >= Counter({"blocks stored": 300, "blocks loaded": 40, "loading": 20, "published": 100}), seen

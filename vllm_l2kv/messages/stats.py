@@ -58,15 +58,16 @@ class CompactionStats:
 
 
 def attach_stats(scheduler_stats: Any, stats: CompactionStats) -> None:
-    """Puts statistics on vLLM's `SchedulerStats`."""
-    scheduler_stats.kv_connector_stats = {_KEY: asdict(stats)}
+    """Puts statistics on vLLM's `SchedulerStats`, beside those of a KV connector."""
+    scheduler_stats.kv_connector_stats = {**(scheduler_stats.kv_connector_stats or {}), _KEY: asdict(stats)}
 
 
 def take_stats(scheduler_stats: Any) -> CompactionStats | None:
     """Takes statistics off vLLM's `SchedulerStats`, if they are there."""
-    stats = (scheduler_stats.kv_connector_stats or {}).get(_KEY)
+    others = dict(scheduler_stats.kv_connector_stats or {})
+    stats = others.pop(_KEY, None)
     if stats is None:
         return None
-    scheduler_stats.kv_connector_stats = None
+    scheduler_stats.kv_connector_stats = others or None
     events = [CompactionEvent(*event) for event in stats.pop("compactions")]
     return CompactionStats(compactions=events, **stats)

@@ -1,6 +1,6 @@
 """What an answer's `usage.kv_cache` says of its request: how many tokens were kept and evicted, and why none were.
 
-Rides on the `kv_transfer_params` of every output of the request: a free dict, idle without a KV connector, which vLLM
+Rides on the `kv_transfer_params` of every output of the request: a free dict, empty without a KV connector, which vLLM
 hands on from `EngineCoreOutput` to `RequestOutput`.
 """
 
@@ -88,13 +88,14 @@ def memory_of_all(usages: Iterable[Mapping[str, Any]]) -> float:
 
 
 def attach_usage(output: Any, usage: RequestUsage) -> None:
-    """Puts a request's usage on an `EngineCoreOutput`."""
-    output.kv_transfer_params = {USAGE_KEY: usage}
+    """Puts a request's usage on an `EngineCoreOutput`, beside what a KV connector has to say."""
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), USAGE_KEY: usage}
 
 
 def take_usage(output: Any) -> RequestUsage | None:
     """Takes a request's usage off a `RequestOutput`, if it is there; vLLM would show the dict to clients."""
-    usage: RequestUsage | None = (output.kv_transfer_params or {}).get(USAGE_KEY)
+    others = dict(output.kv_transfer_params or {})
+    usage: RequestUsage | None = others.pop(USAGE_KEY, None)
     if usage is not None:
-        output.kv_transfer_params = None
+        output.kv_transfer_params = others or None
     return usage

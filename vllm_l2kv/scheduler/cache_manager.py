@@ -123,14 +123,29 @@ class LayerManager(FullAttentionManager):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Same contract as upstream, but counts slots. What follows compacted rows is not for the prefix cache."""
-        num_slots = num_local_computed_tokens - self._num_evicted(request_id)
+        """Same contract as upstream, but counts slots. What follows compacted rows is not for the prefix cache.
+
+        Nothing is local where a KV connector is to bring the compacted rows.
+        """
+        num_slots = max(0, num_local_computed_tokens - self._num_evicted(request_id))
         super().add_local_computed_blocks(request_id, new_computed_blocks, num_slots, *args, **kwargs)
         num_evicted = self.compacted_hits.pop(request_id, None)
         if num_evicted is not None:
             self._begin_compacted(request_id, num_evicted)
             # Not before: vLLM would take the request for one that runs already, and drop what was found.
             stop_prefix_caching(self, request_id)
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Same contract as upstream, but counts slots: compacted rows that a KV connector brings are all of them."""
+        num_slots = num_external_computed_tokens - self._num_evicted(request_id)
+        super().allocate_external_computed_blocks(request_id, num_local_computed_tokens, num_slots, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
         """Same contract as upstream, but counts slots."""

@@ -1,7 +1,7 @@
 """What must hold between steps, and what a scheduler knows of a request. For tests and for debugging a live one."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
@@ -56,10 +56,14 @@ def check_requests(scheduler: L2KVScheduler) -> None:
         assert coming is None or request.num_computed_tokens <= coming.position, f"{req_id} has run past {coming}"
 
 
-def check_nothing_left(scheduler: L2KVScheduler) -> None:
+def check_nothing_left(scheduler: L2KVScheduler, others: Collection[int] = ()) -> None:
     """Checks that an idle scheduler remembers nothing and holds no block.
 
     Call it after the step in which the worker learns what has finished.
+
+    Args:
+        scheduler: Ours.
+        others: As for `check_block_conservation`.
 
     Raises:
         AssertionError: Names what is left.
@@ -67,16 +71,20 @@ def check_nothing_left(scheduler: L2KVScheduler) -> None:
     assert not scheduler.requests, f"{min(scheduler.requests)} is unfinished"
     assert not scheduler.finished_req_ids, "the worker does not know yet what has finished"
     check_requests(scheduler)
-    check_block_conservation(scheduler.kv_cache_manager)
+    check_block_conservation(scheduler.kv_cache_manager, others)
     pool = scheduler.kv_cache_manager.block_pool
-    num_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's null block
+    num_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks() - len(set(others))  # one is vLLM's null block
     assert num_held == 0, f"{num_held} blocks are held"
 
 
-def check_block_conservation(kv_cache_manager: KVCacheManager) -> None:
+def check_block_conservation(kv_cache_manager: KVCacheManager, others: Iterable[int] = ()) -> None:
     """Checks that every block is free or held as often as it is counted.
 
     Call it between steps, when no copy-on-write is under way.
+
+    Args:
+        kv_cache_manager: vLLM's.
+        others: Ids of blocks that are held by no request, one for each time: those that a KV connector copies.
 
     Raises:
         AssertionError: Names the first block that is lost or doubled.
@@ -85,6 +93,7 @@ def check_block_conservation(kv_cache_manager: KVCacheManager) -> None:
     managers = kv_cache_manager.coordinator.single_type_managers
     tables = [(manager, req_id, blocks) for manager in managers for req_id, blocks in manager.req_to_blocks.items()]
     holders = Counter(block.block_id for _, _, blocks in tables for block in blocks if not block.is_null)
+    holders.update(others)
     free = Counter(block.block_id for block in pool.free_block_queue.get_all_free_blocks())
     assert pool.free_block_queue.num_free_blocks == sum(free.values()), "the free list has lost count"
     for block in pool.blocks:

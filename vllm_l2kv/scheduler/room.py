@@ -54,7 +54,8 @@ class Room:
             self._scheduler.running.remove(victim)
             self._scheduler._preempt_request(victim, monotonic())
             self._stats_counter.preempted()
-            if victim is request:
+            # With a KV connector, blocks that a step in flight may write come free once it is done.
+            if victim is request or self._scheduler.deferred_frees:
                 return False
         return True
 

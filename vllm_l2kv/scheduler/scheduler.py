@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllm import envs
+from vllm.distributed.kv_transfer.kv_connector.v1.simple_cpu_offload_connector import SimpleCPUOffloadConnector
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -30,7 +31,9 @@ from vllm_l2kv.scheduler.cache_manager import (
     find_prefixes_inside_blocks,
     stop_prefix_caching,
 )
+from vllm_l2kv.scheduler.cpu_memory import CPUMemory
 from vllm_l2kv.scheduler.decode_fast_path import with_decode_fast_path
+from vllm_l2kv.scheduler.external_hits import ExternalHits
 from vllm_l2kv.scheduler.failed_requests import Refusals
 from vllm_l2kv.scheduler.request_state import RequestState
 from vllm_l2kv.scheduler.room import Room
@@ -67,11 +70,17 @@ class L2KVScheduler(AsyncScheduler):
                 "and if VLLM_PLUGINS is set, add l2kv to it."
             )
         self._shared = SharedPrefixes(self.kv_cache_manager, self.cache_config.prefix_caching_hash_algo)
-        self._superseded = SupersededBlocks(self.kv_cache_manager.block_pool)
+        self._cpu_memory: CPUMemory | None = None
+        if self.connector is not None:
+            self.connector: Any = self._with_bounds(self.connector)
+        self._superseded = SupersededBlocks(
+            self.kv_cache_manager.block_pool, is_offloading=self._cpu_memory is not None
+        )
         self._capacity = capacity_of(self.kv_cache_config, self.vllm_config)
         self._states: dict[str, RequestState] = {}
         self._next: dict[str, Compaction] = {}  # of requests that have begun, oldest first
         self._orders: dict[str, CompactionOrder] = {}  # of the step under way
+        self._ended: set[str] = set()  # and still remembered
         self._refusals = Refusals(self)
         self._stats_counter = StatsCounter()
         self._room = Room(self, self._capacity, self._next, self._stats_counter)
@@ -81,6 +90,18 @@ class L2KVScheduler(AsyncScheduler):
                 "additional_config['l2kv']['metrics'] needs vllm-l2kv's part of the API server, since vLLM's own fails "
                 "on these statistics: set VLLM_PLUGINS=l2kv, or leave metrics out."
             )
+
+    def _with_bounds(self, connector: Any) -> ExternalHits:
+        """The KV connector, of which requests take no more than fits their compactions."""
+        if len(self._layers) < len(self.kv_cache_manager.coordinator.single_type_managers):
+            raise ValueError(
+                "vllm-l2kv does not support KV connectors with models that have sliding windows, chunks or recurrent "
+                "layers beside full attention (drop --kv-transfer-config)."
+            )
+        if not isinstance(connector, SimpleCPUOffloadConnector):
+            return ExternalHits(connector, self._external_bound)
+        self._cpu_memory = CPUMemory(connector, self._external_bound, self._shared, self.kv_cache_manager.block_pool)
+        return self._cpu_memory
 
     def add_request(self, request: Request) -> None:
         """Reads the request's `kv_` fields; otherwise the same contract as upstream.
@@ -148,7 +169,8 @@ class L2KVScheduler(AsyncScheduler):
                 self._publish(order)
         if self._states:
             self._note_hits(output)
-        self._forget(output.finished_req_ids)
+        self._ended |= output.finished_req_ids
+        self._forget_ended()
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
@@ -161,6 +183,7 @@ class L2KVScheduler(AsyncScheduler):
         refused = self._refusals.about_to_fail(self.requests)
         outputs_of_clients = super().update_from_output(scheduler_output, model_runner_output)
         self._refusals.explain(refused, outputs_of_clients)
+        self._forget_ended()
         if self._states:
             for outputs in outputs_of_clients.values():
                 for output in outputs.outputs:
@@ -191,7 +214,8 @@ class L2KVScheduler(AsyncScheduler):
         ours = self._stats_counter.take()
         if stats is not None and self._reports_stats:
             ours.logical_tokens = sum(request.num_computed_tokens for request in self.running)
-            ours.physical_tokens = ours.logical_tokens - sum(self._compressed[0].num_evicted.values())
+            evicted = self._compressed[0].num_evicted  # also of requests whose rows are being loaded
+            ours.physical_tokens = ours.logical_tokens - sum(evicted.get(r.request_id, 0) for r in self.running)
             if ours.logical_tokens:
                 ours.memory_ratio = self._capacity.memory_ratio(ours.logical_tokens, ours.physical_tokens)
             attach_stats(stats, ours)
@@ -201,12 +225,14 @@ class L2KVScheduler(AsyncScheduler):
         """Same contract as upstream, asked whenever a request begins, for the first time or after a preemption.
 
         A compacted beginning of the prompt is a hit of all its tokens. It reaches further than any other: those end
-        before the first compaction.
+        before the first compaction. One in CPU memory is no local hit; the connector is asked for it next.
         """
         state, hit = self._states.get(request.request_id), None
         if state is not None and state.points is not None:
             self._begin(state, state.points, None)
-            hit = self._find_compacted(state, state.points)
+            if self._cpu_memory is not None:
+                self._cpu_memory.choose(request.request_id, None)
+            hit = self._find_compacted(state, state.points) or self._find_in_cpu_memory(state, state.points)
         blocks, num_tokens, *others = hit or self._find_whole(request, *args, **kwargs)
         if self._superseded:
             num_coming = request.num_tokens - num_tokens
@@ -214,7 +240,7 @@ class L2KVScheduler(AsyncScheduler):
         return blocks, num_tokens, *others
 
     def _find_compacted(self, state: RequestState, points: CompactionPoints) -> Any:
-        """A request's hit on compacted rows, in vLLM's form; `None` if there is none."""
+        """A request's hit on compacted rows, in vLLM's form; `None` if there is none, or a longer one in CPU memory."""
         request, manager = state.request, self.kv_cache_manager
         found = self._shared.find(state.prefixes) if manager.prefix_cache_lookup_enabled(request) else None
         if found is None:
@@ -224,10 +250,44 @@ class L2KVScheduler(AsyncScheduler):
         num_held = self._capacity.num_held(request.num_tokens, num_rows) + self._shared.num_partial_blocks(prefix)
         if num_held > self._capacity.num_blocks:
             return None  # it could never be admitted, since blocks that its rows do not fill are copied
+        if self._cpu_memory is not None and self._cpu_memory.find(state.prefixes, prefix.compaction.position):
+            return None
         self._begin(state, points, prefix.compaction)
         if self._reports_hits(request):
             self._shared.announce(request, prefix)
         return manager.create_kv_cache_blocks(blocks), prefix.compaction.position, 0, False
+
+    def _find_in_cpu_memory(self, state: RequestState, points: CompactionPoints) -> Any:
+        """A hit of nothing, in vLLM's form, if the connector is to load what a request begins with; else `None`."""
+        request, manager, memory = state.request, self.kv_cache_manager, self._cpu_memory
+        if memory is None or not manager.prefix_cache_lookup_enabled(request):
+            return None
+        prefix = memory.find(state.prefixes, 0)
+        if prefix is None:
+            return None
+        memory.choose(request.request_id, prefix)
+        self._begin(state, points, prefix.compaction)
+        return manager.empty_kv_cache_blocks, 0, 0, False
+
+    def _external_bound(self, request: Request) -> int:
+        """Tokens of a prompt that a request may take from a KV connector, of whose rows nothing was evicted.
+
+        All of them where its first compaction is at the end of the prompt: vLLM computes the last one again.
+        """
+        state, coming = self._states.get(request.request_id), self._next.get(request.request_id)
+        if state is not None and state.begins_with is not None:
+            return 0
+        if coming is None or coming.position >= request.num_tokens:
+            return request.num_tokens
+        return coming.position - 1
+
+    def _update_waiting_for_remote_kv(self, request: Request) -> None:
+        """Same contract as upstream, called when a connector has loaded rows; others find compacted ones from now."""
+        super()._update_waiting_for_remote_kv(request)
+        memory = self._cpu_memory
+        prefix = memory.take_loaded(request.request_id) if memory is not None else None
+        if memory is not None and prefix is not None:
+            self._shared.publish(request, prefix, memory.blocks_in_use())
 
     def _reports_hits(self, request: Request) -> bool:
         """Whether a request wants KV events of its hits."""
@@ -370,10 +430,14 @@ class L2KVScheduler(AsyncScheduler):
 
         Called once it is certain that the worker will carry out the order.
         """
-        state = self._states[order.req_id]
+        state, memory = self._states[order.req_id], self._cpu_memory
+        in_use = memory.blocks_in_use() if memory is not None else ()
         for prefix in state.prefixes.to_publish:
-            if prefix.compaction.num_evicted == order.num_evicted and self._shared.publish(state.request, prefix):
+            is_left = prefix.compaction.num_evicted == order.num_evicted
+            if is_left and self._shared.publish(state.request, prefix, in_use):
                 self._stats_counter.published()
+                if memory is not None:
+                    memory.store(prefix)
 
     def _compact_due(self) -> None:
         """Compacts every request that has reached its next compaction."""
@@ -492,6 +556,12 @@ class L2KVScheduler(AsyncScheduler):
         logger.error("Request %s is refused: %s", req_id, sentence)
         self._refusals.refuse(req_id, sentence)
 
+    def _forget_ended(self) -> None:
+        """Forgets requests that have ended, but those whose blocks a KV connector still writes: vLLM remembers them."""
+        if self._ended:
+            self._forget(self._ended)
+            self._ended &= self.requests.keys()
+
     def _forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             if req_id not in self.requests:
@@ -500,5 +570,7 @@ class L2KVScheduler(AsyncScheduler):
                 if state is not None:
                     self._shared.forget(req_id, state.prefixes.to_publish)
                 self._next.pop(req_id, None)
+                if self._cpu_memory is not None:
+                    self._cpu_memory.forget(req_id)
                 for manager in self._compressed:
                     manager.max_rows.pop(req_id, None)

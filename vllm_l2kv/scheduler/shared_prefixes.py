@@ -5,11 +5,12 @@ on the compactions so far, and on nothing else. All of that is their name. Their
 cached block is under the hash of its tokens: vLLM's pool holds, shares and evicts them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
     BlockHashWithGroupId,
@@ -103,32 +104,35 @@ class SharedPrefixes:
         A waiting request asks at each step. As long as nothing is published only its last answer is looked at.
         """
         last = prefixes.found
-        if prefixes.found_at == self._num_published and (last is None or self._is_complete(last[0])):
+        if prefixes.found_at == self._num_published and (last is None or self.is_complete(last[0], self._pool)):
             return last
         prefixes.found_at, prefixes.found = self._num_published, None
         for prefix in reversed(prefixes.findable):
-            blocks = self._blocks_of(prefix)
+            blocks = self.blocks_of(prefix)
             if blocks is not None:
                 prefixes.found = prefix, blocks
                 break
         return prefixes.found
 
-    def publish(self, request: Request, prefix: Prefix) -> bool:
+    def publish(self, request: Request, prefix: Prefix, in_use: Collection[int] = ()) -> bool:
         """Makes a beginning findable in the request's own blocks, once it is certain that the worker will compact it.
 
         There is one copy of a name. A complete one stays; what is left of an incomplete one is forgotten first. Rows of
         two copies may differ where rounding decided, so blocks of both together could double a row or lose one.
 
+        Args:
+            request: Its blocks hold the rows.
+            prefix: The beginning.
+            in_use: Ids of blocks that must not be forgotten now; if something of an older copy is there, that stays.
+
         Returns:
             Whether it is new.
         """
-        if self._is_complete(prefix):
+        if self.is_complete(prefix, self._pool) or self._has_left(prefix, in_use):
             return False
-        for group, keys in enumerate(self._keys(prefix)):
+        self.forget_copy(prefix, self._pool)
+        for group, keys in enumerate(self.keys_of(prefix)):
             manager = self._managers[group]
-            for key in keys if isinstance(manager, CompressedLayerManager) else ():
-                while (left := self._find(key)) is not None:
-                    self._pool.evict_blocks({left.block_id})
             added = []
             for key, block in zip(keys, manager.req_to_blocks[request.request_id], strict=False):
                 # A key has one block. What is left of full layers is as good: they hold every token.
@@ -139,9 +143,26 @@ class SharedPrefixes:
         self._num_published += 1
         return True
 
+    def forget_copy(self, prefix: Prefix, pool: BlockPool) -> None:
+        """Makes what is left of a copy's compressed layers unfindable in a pool. Full layers hold every token."""
+        for key in self._copied_keys(prefix):
+            while (left := self._find(key, pool)) is not None:
+                pool.evict_blocks({left.block_id})
+
+    def _has_left(self, prefix: Prefix, block_ids: Collection[int]) -> bool:
+        """Whether something of a copy is in one of these blocks."""
+        left = (self._find(key) for key in self._copied_keys(prefix)) if block_ids else ()
+        return any(block is not None and block.block_id in block_ids for block in left)
+
+    def _copied_keys(self, prefix: Prefix) -> Iterable[BlockHashWithGroupId]:
+        """The keys of compressed layers."""
+        for group, keys in enumerate(self.keys_of(prefix)):
+            if isinstance(self._managers[group], CompressedLayerManager):
+                yield from keys
+
     def announce(self, request: Request, prefix: Prefix) -> None:
         """Publishes the KV events of a beginning that is there. vLLM publishes those of its removal."""
-        for group, keys in enumerate(self._keys(prefix)):
+        for group, keys in enumerate(self.keys_of(prefix)):
             self._announce(request, prefix, group, keys)
 
     def _announce(self, request: Request, prefix: Prefix, group: int, keys: Sequence[BlockHashWithGroupId]) -> None:
@@ -203,7 +224,8 @@ class SharedPrefixes:
         is_compressed = isinstance(self._managers[group], CompressedLayerManager)
         return prefix.compaction.num_keep if is_compressed else prefix.compaction.position
 
-    def _keys(self, prefix: Prefix) -> tuple[list[BlockHashWithGroupId], ...]:
+    def keys_of(self, prefix: Prefix) -> tuple[list[BlockHashWithGroupId], ...]:
+        """Under what its blocks are findable, by group."""
         if prefix.keys is None:
             prefix.keys = tuple(
                 [
@@ -221,22 +243,23 @@ class SharedPrefixes:
         number = (int.from_bytes(prefix.name, "big") + index) % (1 << 8 * length)
         return make_block_hash_with_group_id(BlockHash(number.to_bytes(length, "big")), group)
 
-    def _find(self, key: BlockHashWithGroupId) -> KVCacheBlock | None:
-        block: KVCacheBlock | None = self._pool.cached_block_hash_to_block.get_one_block(key)
+    def _find(self, key: BlockHashWithGroupId, pool: BlockPool | None = None) -> KVCacheBlock | None:
+        block: KVCacheBlock | None = (pool or self._pool).cached_block_hash_to_block.get_one_block(key)
         return block
 
-    def _is_complete(self, prefix: Prefix) -> bool:
-        """Whether all blocks of a beginning are there."""
-        if prefix.keys is None and self._find(self._key(prefix, self._first_group, 0)) is None:
+    def is_complete(self, prefix: Prefix, pool: BlockPool) -> bool:
+        """Whether all blocks of a beginning are findable in a pool."""
+        if prefix.keys is None and self._find(self._key(prefix, self._first_group, 0), pool) is None:
             return False
-        self._keys(prefix)
+        self.keys_of(prefix)
         # One operation on sets: a waiting request comes here at each step, and a document has thousands of blocks.
         # As a key has one block, and gets another only when something is published, the blocks are the same as well.
-        return prefix.key_set <= self._pool.cached_block_hash_to_block._cache.keys()
+        return prefix.key_set <= pool.cached_block_hash_to_block._cache.keys()
 
-    def _blocks_of(self, prefix: Prefix) -> GroupBlocks | None:
-        """The blocks of a beginning, if all are there."""
-        if not self._is_complete(prefix):
+    def blocks_of(self, prefix: Prefix, pool: BlockPool | None = None) -> GroupBlocks | None:
+        """The blocks of a beginning in a pool, vLLM's own one unless it is named, if all are there."""
+        pool = pool or self._pool
+        if not self.is_complete(prefix, pool):
             return None
-        blocks = ([self._find(key) for key in keys] for keys in self._keys(prefix))
+        blocks = ([self._find(key, pool) for key in keys] for keys in self.keys_of(prefix))
         return tuple([block for block in group if block is not None] for group in blocks)

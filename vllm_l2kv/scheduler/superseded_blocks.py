@@ -14,10 +14,12 @@ class SupersededBlocks:
 
     Args:
         pool: vLLM's.
+        is_offloading: Whether a KV connector stores blocks that are about to be reused. These are not worth it.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, is_offloading: bool = False) -> None:
         self._pool = pool
+        self._is_offloading = is_offloading
         # To the hash under which it was findable; the first is reused first. Several requests may free the same.
         self._hashes: dict[int, BlockHashWithGroupId] = {}
 
@@ -47,6 +49,8 @@ class SupersededBlocks:
             queue.remove(block)
         queue.prepend_n(free)
         self._hashes = {}
+        if self._is_offloading:
+            self._pool.evict_blocks({block.block_id for block in free})
 
     def would_evict(self, num_blocks: int) -> bool:
         """Whether one of the next `num_blocks` that are reused is findable."""

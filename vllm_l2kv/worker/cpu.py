@@ -50,6 +50,9 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
             for group_id, group in layers
         ]
 
+    def _wait_for_device(self) -> None:
+        """Nothing is in flight on a CPU."""
+
     def _make_clock(self) -> Clock:
         return HostClock()
 

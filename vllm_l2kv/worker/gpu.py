@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
@@ -101,6 +102,9 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         num_heads = max(self._layers[name].num_kv_heads for name in names)
         scheduler_config, model_config = self.vllm_config.scheduler_config, self.vllm_config.model_config
         return room_shape(num_heads, scheduler_config.max_num_seqs, model_config.max_model_len, page_size)
+
+    def _wait_for_device(self) -> None:
+        torch.cuda.current_stream().synchronize()
 
     def _make_clock(self) -> Clock:
         return CUDAClock()

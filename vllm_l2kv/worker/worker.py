@@ -69,7 +69,8 @@ AlikeLayers = Sequence[tuple[int, Sequence[Layer]]]
 class CompactionWorker(WorkerBase):
     """Mixin for one of vLLM's worker classes.
 
-    A subclass implements for its device: `_packed_layouts`, `_make_compactors`, `_make_clock` and `_adapt_runner`.
+    A subclass implements for its device: `_packed_layouts`, `_make_compactors`, `_make_clock`,
+    `_wait_for_device` and `_adapt_runner`.
 
     Attributes:
         attention_backends: vLLM's names of attention backends that read lengths only where compaction changes them.
@@ -147,6 +148,9 @@ class CompactionWorker(WorkerBase):
                     self._runner.zero(partly_filled(orders))
                 for compactor in self._compactors:
                     compactor.compact(orders)
+            if scheduler_output.kv_connector_metadata is not None:
+                # A KV connector may load into the freed blocks from now on, in no order with the device's own work.
+                self._wait_for_device()
         gone = chain(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         self._runner.begin_step(gone, orders, compacted_hits_of(scheduler_output))
         output = super().execute_model(scheduler_output)
@@ -230,6 +234,10 @@ class CompactionWorker(WorkerBase):
 
     def _make_compactors(self, layers: AlikeLayers) -> Sequence[Compactor]:
         """What moves rows of these layers: one compactor for each entry."""
+        raise NotImplementedError
+
+    def _wait_for_device(self) -> None:
+        """Returns when all work launched so far is done."""
         raise NotImplementedError
 
     def _make_clock(self) -> Clock:
