@@ -21,6 +21,7 @@ def check_supported(config: VllmConfig) -> None:
         ValueError: One sentence that names the setting and says what to do.
     """
     check_vllm()
+    check_connector(config)  # first, since some make vLLM change other settings
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     on_cpu = current_platform.is_cpu()
     speculator = config.speculative_config and config.speculative_config.method
@@ -68,7 +69,6 @@ def check_supported(config: VllmConfig) -> None:
     for what, found in refusals.items():
         if found:
             raise ValueError(f"vllm-l2kv does not support {what}.")
-    check_connector(config)
     num_heads, degree = model.get_total_num_kv_heads(), parallel.tensor_parallel_size
     check_kv_heads(num_heads, degree)
     # Layers without a cache of their own are seen by the worker alone.
@@ -102,6 +102,9 @@ def check_connector(config: VllmConfig) -> None:
         ),
         'eager CPU offloading (add "lazy_offload": true to kv_connector_extra_config)': (
             not extra.get("lazy_offload", False)
+        ),
+        "KV connectors with pipeline parallelism (drop --kv-transfer-config)": (
+            config.parallel_config.pipeline_parallel_size > 1
         ),
         'KV offloading to a disk (drop "kv_offload_backend")': extra.get("kv_offload_backend", "cpu") != "cpu",
     }

@@ -160,6 +160,7 @@ def test_unsupported_settings_are_named(changes, setting):
         ({"kv_transfer_config": transfer(kv_offload_backend="disk")}, '"kv_offload_backend"'),
         ({"cache_config__enable_prefix_caching": False}, "--no-enable-prefix-caching"),
         ({"kv_transfer_config": transfer("MultiConnector")}, "the KV connector MultiConnector"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "KV connectors with pipeline parallelism"),
     ],
 )
 def test_offloading_to_cpu_memory(monkeypatch, changes, setting):
