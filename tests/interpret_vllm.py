@@ -1,7 +1,7 @@
 """A plugin of pytest (`-p interpret_vllm`): vLLM's own kernels in Triton's interpreter too, on machines without a GPU.
 
-vLLM for CPUs uses Triton only if that has a backend of the name, and looks when it is imported. With
-`TRITON_INTERPRET=1` nothing is asked of the backend.
+When it is imported vLLM looks whether Triton has a driver: its build for CPUs for a backend of the name, others for a
+GPU, unless none is to be seen. With `TRITON_INTERPRET=1` nothing is asked of it.
 """
 
 import os
@@ -11,3 +11,4 @@ from triton.backends import backends
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     backends.setdefault("cpu", SimpleNamespace(driver=None, compiler=None))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""

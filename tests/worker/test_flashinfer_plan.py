@@ -45,20 +45,10 @@ class Wrapper:
 def backend(monkeypatch):
     """vLLM's module for FlashInfer, which is not installed here."""
     patch_vllm(monkeypatch)
-    names = {
-        "flashinfer": [
-            "BatchAttentionWithAttentionSinkWrapper", "BatchDecodeWithPagedKVCacheWrapper",
-            "BatchPrefillWithPagedKVCacheWrapper", "BatchPrefillWithRaggedKVCacheWrapper",
-            "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
-        ],
-        "flashinfer.decode": ["fast_decode_plan", "trtllm_batch_decode_with_kv_cache"],
-        "flashinfer.prefill": ["trtllm_batch_context_with_kv_cache"],
-        "flashinfer.utils": ["FP4Tensor"],
-    }  # fmt: skip
-    for module, members in names.items():
-        made = ModuleType(module)
-        vars(made).update(dict.fromkeys(members, Wrapper))
-        monkeypatch.setitem(sys.modules, module, made)
+    for name in ("flashinfer", "flashinfer.decode", "flashinfer.prefill", "flashinfer.utils"):
+        made = ModuleType(name)
+        made.__getattr__ = lambda _name: Wrapper
+        monkeypatch.setitem(sys.modules, name, made)
     sys.modules["flashinfer"].get_seq_lens = lambda indptr, last, page: (indptr[1:] - indptr[:-1] - 1) * page + last
     monkeypatch.delitem(sys.modules, "vllm.v1.attention.backends.flashinfer", raising=False)
     import vllm.v1.attention.backends.flashinfer as module
