@@ -25,10 +25,10 @@ import httpx
 from benchmarks.load.servers import OURS, answering, free_port, machine, serving
 
 POLICIES = ("round_robin", "power_of_two", "cache_aware", "consistent_hash")
-NUM_REPLICAS, NUM_DOCUMENTS, NUM_WORDS, NUM_QUESTIONS, NUM_CLIENTS = 3, 12, 600, 5, 3
-CACHE_MIB = 112
-"""Room for about 2,500 tokens on each replica, of which a document has about 800."""
-ENGINE = f"--served-model-name demo --dtype float32 --enforce-eager --max-model-len 2048 --block-size 32 \
+NUM_REPLICAS, NUM_DOCUMENTS, NUM_WORDS, NUM_QUESTIONS, NUM_CLIENTS = 3, 12, 300, 4, 3
+CACHE_MIB = 56
+"""Room for about 1,250 tokens on each replica, of which a document has about 400."""
+ENGINE = f"--served-model-name demo --dtype float32 --enforce-eager --max-model-len 1024 --block-size 32 \
 --enable-prompt-tokens-details --kv-cache-memory-bytes {CACHE_MIB * 2**20}"
 DOCUMENT = {"kv_keep_ratio": 0.25, "kv_prefix_messages": 1}
 WAYS: Mapping[str, Mapping[str, Any]] = {"whole": {}, "compressed": DOCUMENT}
