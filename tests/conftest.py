@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rows", type=Path, help="folder to which tests/gpu/test_two_gpus.py adds rows of what it found")
     parser.addoption("--no-engines", action="store_true", help="leave out tests marked `engine`, fail others with one")
     parser.addoption("--gpu-engine-args", type=json.loads, default={}, help="more of vLLM's for engines on two GPUs")
-    parser.addoption("--playground-picture", type=Path, help="where tests/e2e/test_playground.py draws its page")
+    parser.addoption("--playground-pictures", type=Path, help="where tests/e2e/test_playground.py draws its page")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at `-m`

@@ -2,35 +2,47 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from chromium import Page, find_chromium
+from chromium import PATIENCE_SECONDS, Page, find_chromium
 from http_server import KEY, Server, expected_usage
+from vllm_l2kv_server.start_phases import PHASES, cache_size
+from vllm_l2kv_server.welcome import READY
 
 from vllm_l2kv.params import FIELDS, CompressionParams
 
 PREFIX = "/llm"
+MODEL = "SmolLM2-135M-Instruct"
 TEXT = " ".join(f"On day {day} the keeper of the lighthouse saw {day * 7 % 11} ships." for day in range(40))
 QUESTION = "How many ships did the keeper see on day 3?"
 PROTECTED = {name: getattr(CompressionParams, name) for name in ("protect_first", "protect_last")}
 COLUMNS = (0, 1)
 ENDED = "document.querySelector('#stop').disabled"
 BROWSER = find_chromium()
+AXE = "axe_playwright_python"
+"""The package that has axe-core; the rest of it is for another driver of browsers."""
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium, such as Debian's package chromium")
 
 
 @pytest.fixture(scope="module")
 def server(demo_model, tmp_path_factory):
-    words = ["--max-model-len", "4096", "--enforce-eager", "--dtype", "float32", "--root-path", PREFIX]
+    words = ["--served-model-name", MODEL, "--max-model-len", "4096", "--enforce-eager", "--dtype", "float32"]
+    words += ["--root-path", PREFIX, "--no-verbose"]
     # What a server protects without options; `Server` has others.
     words += [f"--kv-{name.replace('_', '-')}={value}" for name, value in PROTECTED.items()]
     words += ["--enable-prompt-tokens-details", "--api-key", KEY]
-    with Server(tmp_path_factory.mktemp("playground") / "server.log", *words) as server:
+    folder = tmp_path_factory.mktemp("playground")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(folder))  # its log goes there
+        server = Server(folder / "terminal", str(demo_model), *words)
+    with server:
         yield server
 
 
@@ -74,27 +86,32 @@ def of_column(page: Page, column: int, part: str) -> str:
     return page.evaluate(f"document.querySelectorAll('section')[{column}].querySelector('{part}').textContent")
 
 
-def answer_of(server: Server, ratio: float, max_tokens: int = 24) -> dict:
+def answer_of(server: Server, max_tokens: int = 24, **fields: float) -> dict:
     body = {
-        "model": "SmolLM2-135M-Instruct",
+        "model": MODEL,
         "messages": [{"role": "user", "content": f"{TEXT}\n\n{QUESTION}"}],
         "temperature": 0,
         "max_tokens": max_tokens,
-        "kv_keep_ratio": ratio,
+        **fields,
     }
     headers = {"Authorization": f"Bearer {KEY}"}
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=120).json()
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=PATIENCE_SECONDS).json()
 
 
 @pytest.mark.parametrize("order", ["at-once", "in-turn"])
 def test_two_answers_and_their_numbers(server, page, order):
     page.evaluate(f"document.querySelector('#order').value = '{order}'")
     ask(page)
-    page.wait_for(ENDED, 120)
-    for column, ratio in zip(COLUMNS, (1.0, 0.3), strict=True):
-        answer = answer_of(server, ratio)
+    page.wait_for(ENDED)
+    compare_with_server(server, page, [{"keep_ratio": 1.0}, {"keep_ratio": 0.3}])
+
+
+def compare_with_server(server: Server, page: Page, asked: Sequence[Mapping[str, float]]) -> None:
+    """What the columns show, with what the server answers to the same requests."""
+    for column, fields in zip(COLUMNS, asked, strict=True):
+        answer = answer_of(server, **{f"kv_{name}": value for name, value in fields.items()})
         usage, shown = answer["usage"], figures(page, column)
-        expected = expected_usage(usage["prompt_tokens"], usage["completion_tokens"], keep_ratio=ratio, **PROTECTED)
+        expected = expected_usage(usage["prompt_tokens"], usage["completion_tokens"], **fields, **PROTECTED)
         assert usage["kv_cache"] == expected
         numbers = {name: f"{name}_tokens" for name in ("prompt", "kept", "evicted")} | {"compactions": "compactions"}
         assert {figure: int(shown[figure].replace(",", "")) for figure in numbers} == {
@@ -109,6 +126,27 @@ def test_two_answers_and_their_numbers(server, page, order):
         assert float(page.evaluate(f"{bar}.ariaValueNow")) == pytest.approx(100 * share, abs=0.06)
         drawn = f"[...{bar}.children].map(part => part.getBoundingClientRect().width).reduce((a, b) => a + b)"
         assert page.evaluate(f"{drawn} / {bar}.clientWidth") == pytest.approx(share, abs=0.01)
+
+
+def test_two_budgets(server, page):
+    """One that is longer than the prompt, and one that compacts it."""
+    choose(page, "budgets")
+    for field, value in {
+        "text": TEXT,
+        "question": QUESTION,
+        "kv_max_tokens-A": "2000",
+        "kv_max_tokens-B": "100",
+    }.items():
+        page.fill(f"#{field}", value)
+    page.click("summary")
+    page.fill("#max_tokens", "24")
+    page.click("summary")
+    page.click("#compare")
+    page.wait_for(ENDED)
+    compare_with_server(server, page, [{"max_tokens": 2000}, {"max_tokens": 100}])
+    assert figures(page, 0)["evicted"] == "0" != figures(page, 1)["evicted"]
+    titles = page.evaluate("[...document.querySelectorAll('h2')].map(title => title.textContent)")
+    assert titles == ["Answer A: budget 2000", "Answer B: budget 100"]
 
 
 def choose(page: Page, mode: str) -> None:
@@ -130,7 +168,7 @@ def test_the_second_question_finds_the_document(page, tokenizer):
     document = tokenizer.apply_chat_template([{"role": "system", "content": TEXT}], return_dict=False)
     for _ in range(2):  # by its salt the first question finds nothing the second time either
         ask_twice(page)
-        page.wait_for("document.querySelector('#how').textContent.startsWith('The first answer began after')", 120)
+        page.wait_for("document.querySelector('#how').textContent.startsWith('The first answer began after')")
         first, second = (figures(page, column) for column in COLUMNS)
         assert (first["found"], first["cached"]) == ("0", "0")
         assert second["found"] == second["cached"] == str(len(document))
@@ -141,12 +179,14 @@ def test_the_second_question_finds_the_document(page, tokenizer):
 
 
 def test_each_mode_shows_its_own_fields(page):
-    own = {"ratios": {"kv_keep_ratio-A", "kv_keep_ratio-B", "order", "salted"}}
-    own["document"] = {"second", "kv_keep_ratio-document"}
-    for mode in ("document", "ratios"):
+    sent = {"order", "salted"}
+    own = {"ratios": {"kv_keep_ratio-A", "kv_keep_ratio-B", "kv_max_tokens", *sent}}
+    own["budgets"] = {"kv_max_tokens-A", "kv_max_tokens-B", "kv_keep_ratio", *sent}
+    own["document"] = {"second", "kv_keep_ratio-document", "kv_max_tokens"}
+    for mode in ("document", "budgets", "ratios"):
         choose(page, mode)
         page.evaluate("void document.querySelector('#more').setAttribute('open', '')")
-        for name in own["ratios"] | own["document"]:
+        for name in set().union(*own.values()):
             seen = page.evaluate(f"document.getElementById('{name}').getClientRects().length > 0")
             assert seen is (name in own[mode]), (mode, name)
     assert not page.evaluate("document.querySelectorAll('[id^=kv_prefix_]').length")
@@ -157,12 +197,14 @@ def test_two_questions_need_a_document_and_both_questions(page):
         ask_twice(page, **{field: " "})
         assert page.text(f"#{field}-error") == message
         assert page.evaluate("document.activeElement.id") == field
+        page.fill(f"#{field}", "Something.")
+        assert page.text(f"#{field}-error") == ""
     assert not [url for url in page.urls if url.endswith("/chat/completions")]
 
 
 def test_a_bad_ratio_of_a_document_is_told_at_its_field(page):
     ask_twice(page, **{"kv_keep_ratio-document": "7"})
-    page.wait_for(ENDED, 120)
+    page.wait_for(ENDED)
     assert page.text("#kv_keep_ratio-document-error").startswith("kv_keep_ratio must satisfy 0 < kv_keep_ratio <= 1")
     assert not page.text("#how").startswith("The first answer began")
     take_refusals(page, 400)
@@ -194,7 +236,7 @@ def test_bounds_are_read_as_the_server_writes_them(page):
 
 def test_everything_is_asked_of_this_server_under_its_prefix(server, page):
     ask(page, max_tokens=2)
-    page.wait_for(ENDED, 120)
+    page.wait_for(ENDED)
     page.click("#sample")
     page.wait_for("document.querySelector('#text').value.startsWith('The Lighthouse')")
     assert page.urls
@@ -206,7 +248,7 @@ def test_everything_is_asked_of_this_server_under_its_prefix(server, page):
 
 def test_the_key_is_kept_nowhere(page):
     ask(page, max_tokens=2)
-    page.wait_for(ENDED, 120)
+    page.wait_for(ENDED)
     assert KEY not in " ".join(page.urls)
     assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
@@ -214,7 +256,7 @@ def test_the_key_is_kept_nowhere(page):
 def test_answers_stream(page):
     """Text is there while the answer goes on."""
     ask(page, max_tokens=400, question="Tell a long story about the keeper.")
-    page.wait_for("[...document.querySelectorAll('.text')].every(text => text.textContent.length > 20)", 120)
+    page.wait_for("[...document.querySelectorAll('.text')].every(text => text.textContent.length > 20)")
     assert not page.evaluate(ENDED)
     assert {of_column(page, column, ".state") for column in COLUMNS} == {"Streaming …"}
     page.click("#stop")
@@ -225,7 +267,7 @@ def test_answers_stream(page):
 
 def test_a_bad_ratio_is_told_at_its_field(page):
     ask(page, ratios=("7", "0.3"))
-    page.wait_for(ENDED, 120)
+    page.wait_for(ENDED)
     assert page.text("#kv_keep_ratio-A-error").startswith("kv_keep_ratio must satisfy 0 < kv_keep_ratio <= 1, got 7.")
     assert page.evaluate("document.activeElement.id") == "kv_keep_ratio-A"
     assert page.text("#kv_keep_ratio-B-error") == ""
@@ -233,6 +275,10 @@ def test_a_bad_ratio_is_told_at_its_field(page):
     assert of_column(page, 0, ".state") == "Failed."
     assert of_column(page, 1, ".state").startswith("Done")
     take_refusals(page, 400)
+    # It was about another value.
+    page.fill("#kv_keep_ratio-A", "0.7")
+    assert page.text("#kv_keep_ratio-A-error") == ""
+    assert page.evaluate("document.querySelector('#kv_keep_ratio-A').ariaInvalid") == "false"
 
 
 def test_a_bad_option_opens_its_place(page):
@@ -281,6 +327,16 @@ def test_a_prompt_that_is_too_long_is_told_at_the_answers(page):
     page.wait_for(ENDED)
     assert all("4096" in of_column(page, column, ".error") for column in COLUMNS)
     take_refusals(page, 400)
+    page.fill("#text", TEXT)
+    assert {of_column(page, column, ".error") for column in COLUMNS} == {""}
+
+
+def test_a_short_prompt_that_is_kept_whole_says_why(page):
+    ask(page, text="", question="What is a KV cache?", max_tokens=4)
+    page.wait_for(ENDED)
+    assert of_column(page, 0, ".reason") == "", "a ratio of 1 asks for nothing"
+    assert of_column(page, 1, ".reason").startswith("Kept whole: ")
+    assert "kv_protect_last" in of_column(page, 1, ".reason")
 
 
 def test_a_wrong_key_is_told_at_its_field(page):
@@ -343,9 +399,64 @@ def test_by_keyboard_alone(page):
         "compare",
     ]
     page.press("Enter")
-    page.wait_for("document.querySelector('.text').textContent", 120)
-    page.click("#stop")
+    page.wait_for("document.querySelector('.text').textContent")
+    # A disabled button would lose the focus.
+    assert page.evaluate("document.activeElement.id") == "stop"
+    page.press("Enter")
     page.wait_for(ENDED)
+    assert page.evaluate("document.activeElement.id") == "compare"
+
+
+def test_answers_are_in_view_on_a_small_laptop(page):
+    """All of both, with their numbers, and the button, while nothing is scrolled; also beside a form that is longer."""
+    resize(page, 1280, 900)
+    page.click("#sample")
+    page.wait_for("document.querySelector('#question').value")
+    page.click("#compare")
+    page.wait_for(ENDED)
+    assert page.evaluate("scrollY") == 0
+    assert not out_of_view(page, ".answer, #compare")
+    page.click("summary")
+    page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+    assert page.evaluate("scrollY") > 0
+    assert not out_of_view(page, ".answer")
+
+
+def out_of_view(page: Page, selector: str) -> list[list[float]]:
+    """Top and bottom of the parts that are not wholly seen."""
+    boxes = f"[...document.querySelectorAll('{selector}')].map(part => part.getBoundingClientRect())"
+    return page.evaluate(f"{boxes}.filter(b => b.top < 0 || b.bottom > innerHeight).map(b => [b.top, b.bottom])")
+
+
+@pytest.mark.skipif(not find_spec(AXE), reason=f"needs {AXE}")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(page, scheme):
+    """The rules of axe-core, for all modes, with answers and with errors."""
+    page.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.evaluate(f"void {(files(AXE) / 'axe.min.js').read_text()}")
+    page.click("summary")
+    for mode in ("ratios", "budgets", "document"):
+        choose(page, mode)
+        assert violations(page) == [], mode
+    ask_twice(page, **{"kv_keep_ratio-document": "7"})
+    page.wait_for("document.querySelector('#kv_keep_ratio-document-error').textContent")
+    assert violations(page) == [], "an error"
+    page.wait_for(ENDED)
+    take_refusals(page, 400)
+    page.fill("#max_tokens", "4")
+    ask_twice(page)
+    page.wait_for(ENDED)
+    assert violations(page) == [], "answers"
+
+
+def violations(page: Page) -> list[str]:
+    """Rules that the page breaks, and where."""
+    found = "axe.run().then(({ violations }) => violations.map(({ id, nodes }) => [id, nodes.map(node => node.html)]))"
+    return [f"{rule}: {places}" for rule, places in page.evaluate(found)]
+
+
+def resize(page: Page, width: int, height: int) -> None:
+    page.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -373,18 +484,35 @@ def take_refusals(page: Page, status: int) -> None:
     page.complaints[:] = [complaint for complaint in page.complaints if not complaint.startswith(expected)]
 
 
-def test_picture(page, request):
-    """Draws the picture of docs/playground.md, if it is told where."""
-    file: Path | None = request.config.getoption("--playground-picture")
-    if file is None:
-        pytest.skip("draws a picture with --playground-picture FILE")
-    page.command("Emulation.setDeviceMetricsOverride", width=1000, height=1310, deviceScaleFactor=1, mobile=False)
+def test_the_start_was_quiet(server):
+    """What a terminal shows of this server, whose log is in a file."""
+    lines = server.log.read_text().splitlines()
+    log = Path(lines[0].removeprefix("Log: ").partition(" (")[0])
+    assert "Starting vLLM server" in log.read_text()
+    assert [line.split("  ")[-1] for line in lines if line.startswith("  ")][:6] == [
+        *(phase.done for phase in PHASES[:3]),
+        next(size for line in log.read_text().splitlines() if (size := cache_size(line))),
+        *(phase.done for phase in PHASES[4:]),
+    ]
+    assert any(line.startswith(f"{READY} at http://localhost:{server.port}") for line in lines)
+    assert not any("INFO" in line or "WARNING" in line for line in lines)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_picture(page, request, scheme):
+    """Draws the pictures of docs/playground.md, if it is told where."""
+    folder: Path | None = request.config.getoption("--playground-pictures")
+    if folder is None:
+        pytest.skip("draws pictures with --playground-pictures FOLDER")
+    resize(page, 1280, 900)
+    page.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.evaluate("void document.querySelector('#key-form').setAttribute('hidden', '')")
     page.click("#sample")
     page.wait_for("document.querySelector('#question').value")
     page.click("#compare")
     page.evaluate("document.activeElement.blur()")
-    page.wait_for("[...document.querySelectorAll('.text')].every(text => text.textContent.length > 60)", 120)
-    page.screenshot(file)
+    page.wait_for("[...document.querySelectorAll('.text')].every(text => text.textContent.length > 60)")
+    page.screenshot(folder / f"playground_{scheme}.png")
     assert not page.evaluate(ENDED)
     page.click("#stop")
     page.wait_for(ENDED)

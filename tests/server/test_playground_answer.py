@@ -86,7 +86,7 @@ def test_rows_of_prompt_and_answer_are_counted(tmp_path):
     """The answer of 81 tokens has evicted more than its prompt has."""
     parts = shown(tmp_path, BUDGET)
     assert (parts["kept"], parts["evicted"], parts["compactions"]) == ("30", "90", "3")
-    assert parts[".caption"] == "KV memory: 25.0% of uncompressed"
+    assert parts[".caption"] == "Memory of the whole KV cache: 25.0% of uncompressed"
 
 
 def test_what_was_found_and_cached(tmp_path):

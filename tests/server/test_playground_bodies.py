@@ -43,13 +43,14 @@ def test_two_questions_share_a_salt_that_is_new_each_time(tmp_path):
 
 
 @pytest.mark.parametrize("salted", [True, False])
-def test_two_ratios_share_a_prompt_and_no_salt(tmp_path, salted):
-    sent = bodies(tmp_path, "atTwoRatios", text=TEXT, question=FIRST, ratios=[1, 0.5], salted=salted)
+@pytest.mark.parametrize(("name", "values"), [("kv_keep_ratio", [1, 0.5]), ("kv_max_tokens", [100, 200])])
+def test_two_values_share_a_prompt_and_no_salt(tmp_path, name, values, salted):
+    sent = bodies(tmp_path, "atTwoValues", text=TEXT, question=FIRST, name=name, values=values, salted=salted)
     salts = {body.pop("cache_salt") for body in sent if salted}
     assert len(salts) == (2 if salted else 0)
     messages = [{"role": "user", "content": f"{TEXT}\n\n{FIRST}"}]
     shared = {**OPTIONS, "temperature": 0, "messages": messages}
-    assert sent == [{**shared, "kv_keep_ratio": ratio} for ratio in (1, 0.5)]
+    assert sent == [{**shared, name: value} for value in values]
 
 
 def test_a_field_that_was_left_empty_is_not_sent(tmp_path):

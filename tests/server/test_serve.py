@@ -201,6 +201,19 @@ def test_playground(parser, tmp_path):
     assert parse(parser, ["m", "--config", str(config)]).playground is False
 
 
+@pytest.mark.parametrize(
+    ("words", "is_offline"),
+    [
+        ([], True),
+        (["--no-enable-offline-docs"], False),
+        (["--root-path", "/llm"], False),
+        (["--root-path", "/llm", "--enable-offline-docs"], True),
+    ],
+)
+def test_docs_work_offline(parser, words, is_offline):
+    assert parse(parser, ["m", *words]).enable_offline_docs is is_offline
+
+
 def test_model_option(parser):
     assert parse(parser, ["--model", "m"]).model == "m"
     assert parse(parser, []).model is None

@@ -25,6 +25,7 @@ export class Answer {
   /** Empties the column. Everything in it is set as text: a model's answer is never read as HTML. */
   reset(title) {
     this.#part("h2").textContent = title;
+    this.#part(".text").setAttribute("aria-label", title);
     for (const name of [".state", ".error", ".reasoning", ".text", ".caption", ".reason"]) this.#part(name).textContent = "";
     for (const figure of Object.values(this.figures)) figure.textContent = "–";
     this.#hideMemory(true);
@@ -85,7 +86,7 @@ export class Answer {
 
   #showMemory(numbers, groups) {
     const { uncompressed, compressed } = sharesOf(groups, numbers);
-    const caption = `KV memory: ${PERCENT.format(numbers.memory_ratio)} of uncompressed`;
+    const caption = `Memory of the whole KV cache: ${PERCENT.format(numbers.memory_ratio)} of uncompressed`;
     const bar = this.#part(".bar");
     this.figures.kept.textContent = NUMBER.format(numbers.kept_tokens);
     this.figures.evicted.textContent = NUMBER.format(numbers.evicted_tokens);

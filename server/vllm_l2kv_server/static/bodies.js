@@ -1,13 +1,16 @@
 // What the page compares: two bodies for `/v1/chat/completions`, from what its reader typed. Knows nothing of the page.
 
-/** One question about one text, at two keep ratios. With `salted` neither finds the prompt in the prefix cache. */
-export function atTwoRatios({ text, question, ratios, options, salted }) {
+/**
+ * One question about one text, at two values of the field `name`. With `salted` neither finds the prompt in the prefix
+ * cache.
+ */
+export function atTwoValues({ text, question, name, values, options, salted }) {
   const content = [text, question].filter(Boolean).join("\n\n");
-  return ratios.map((ratio) => ({
+  return values.map((value) => ({
     ...options,
     messages: [{ role: "user", content }],
     temperature: 0,
-    kv_keep_ratio: ratio,
+    [name]: value,
     ...(salted && { cache_salt: newSalt() }),
   }));
 }

@@ -12,6 +12,7 @@ export class Field {
     this.control = makeControl(spec, value);
     this.control.id = id;
     this.control.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
+    this.control.addEventListener("input", () => this.showError("")); // it was about another value
     this.error = element("p", { id: `${id}-error`, className: "error", role: "alert" });
     this.root = element("div", { className: "field" });
     const bounds = boundsOf(spec.bounds).choices ? "" : spec.bounds; // a list shows its choices

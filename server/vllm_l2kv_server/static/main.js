@@ -2,14 +2,22 @@
 
 import { Answer, secondsOf } from "./answer.js";
 import { getInfo, getSample, ServerError } from "./api.js";
-import { aboutOneDocument, atTwoRatios } from "./bodies.js";
+import { aboutOneDocument, atTwoValues } from "./bodies.js";
 import { Field } from "./fields.js";
 import { countLayers } from "./memory.js";
 
 const RATIO = "kv_keep_ratio";
-const RATIOS = { A: 1, B: 0.5 };
-const DOCUMENT_RATIO = 0.25;
+const BUDGET = "kv_max_tokens";
+const COLUMNS = ["A", "B"];
+/** Modes in which the columns differ by a field, and what it starts with; empty is the server's default. */
+const COMPARED = {
+  ratios: { name: RATIO, starts: [1, 0.5], legend: "Keep ratio", says: (value) => `keep ${value}` },
+  budgets: { name: BUDGET, starts: [1024, 256], legend: "Budget", says: (value) => `budget ${value}` },
+};
 const DOCUMENT = "document"; // the mode of two questions; the page itself says what the document is
+const DOCUMENT_RATIO = 0.25;
+/** In which modes these fields are the same for both requests. */
+const SHARED_IN = { [RATIO]: "budgets", [BUDGET]: `ratios ${DOCUMENT}` };
 const DOCUMENT_FIELDS = "kv_prefix_";
 const MAX_TOKENS = {
   name: "max_tokens",
@@ -29,11 +37,14 @@ const HOW_ASKED =
 const byId = (id) => document.getElementById(id);
 
 const page = { info: null, columns: [], documentRatio: null, options: [], controller: null };
+const specOf = (name) => page.info.fields.find((field) => field.name === name);
 
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   connect();
 });
+byId("ask").addEventListener("input", () => page.columns.forEach(({ answer }) => answer.showError("")));
+for (const id of [...Object.keys(MISSING), "key"]) byId(id).addEventListener("input", () => showInputError(id, ""));
 byId("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!byId("compare").disabled) compare();
@@ -62,38 +73,38 @@ async function connect() {
 }
 
 function makeFields() {
-  const { fields } = page.info;
-  const ratio = fields.find((field) => field.name === RATIO);
-  byId("ratios-hint").textContent = ratio.description;
-  page.columns = Object.entries(RATIOS).map(([name, value]) => {
-    const field = addRatio(ratio, "ratios", { id: `${RATIO}-${name}`, label: `${RATIO} ${name}`, value });
+  page.columns = COLUMNS.map((name, index) => {
     const root = byId("answer").content.firstElementChild.cloneNode(true);
     const answer = new Answer(root);
     byId("answers").append(root);
     answer.reset(`Answer ${name}`);
-    return { name, field, answer };
+    const fields = Object.entries(COMPARED).map(([ofMode, { name: field, starts }]) => {
+      const shown = { id: `${field}-${name}`, label: `${field} ${name}`, value: starts[index] };
+      return [ofMode, addCompared(field, ofMode, shown)];
+    });
+    return { name, answer, fields: Object.fromEntries(fields) };
   });
-  page.documentRatio = addRatio(ratio, DOCUMENT, { id: `${RATIO}-document`, label: RATIO, value: DOCUMENT_RATIO });
-  page.options = [
-    new Field(MAX_TOKENS, { value: 128 }),
-    ...fields
-      .filter(({ name }) => name !== RATIO && !name.startsWith(DOCUMENT_FIELDS))
-      .map((field) => new Field(field)),
-  ];
+  page.documentRatio = addCompared(RATIO, DOCUMENT, { id: `${RATIO}-document`, label: RATIO, value: DOCUMENT_RATIO });
+  const shared = page.info.fields.filter(({ name }) => !name.startsWith(DOCUMENT_FIELDS));
+  page.options = [new Field(MAX_TOKENS, { value: 128 }), ...shared.map((field) => new Field(field))];
+  for (const { name, root } of page.options) if (name in SHARED_IN) root.dataset.mode = SHARED_IN[name];
   byId("options").append(...page.options.map((field) => field.root));
   showMode();
 }
 
-function addRatio(spec, ofMode, shown) {
-  const field = new Field({ ...spec, description: "" }, shown);
+function addCompared(name, ofMode, shown) {
+  const field = new Field({ ...specOf(name), description: "" }, shown);
   field.root.dataset.mode = ofMode;
-  byId("ratios").append(field.root);
+  byId("compared").append(field.root);
   return field;
 }
 
-/** Hides what belongs to the other mode. */
+/** Hides what belongs to other modes. */
 function showMode() {
-  for (const part of document.querySelectorAll("[data-mode]")) part.hidden = part.dataset.mode !== mode();
+  for (const part of document.querySelectorAll("[data-mode]")) part.hidden = !part.dataset.mode.split(" ").includes(mode());
+  const { name, legend } = COMPARED[mode()] ?? COMPARED.ratios;
+  byId("compared-legend").textContent = legend;
+  byId("compared-hint").textContent = page.info ? specOf(name).description : "";
 }
 
 /** Sends both requests and waits until both have ended, well or not. */
@@ -103,16 +114,21 @@ async function compare() {
   const bodies = readBodies(isDocument);
   if (!bodies) return;
   page.controller = new AbortController();
-  byId("compare").disabled = true;
-  byId("stop").disabled = false;
+  enable("stop", "compare");
   const atOnce = !isDocument && byId("order").value === "at-once";
   byId("how").textContent = isDocument ? HOW_ASKED : howSent(atOnce);
   const runs = page.columns.map((column, index) => () => run(column, bodies[index]));
   const seconds = atOnce ? await Promise.all(runs.map((start) => start())) : await inTurn(runs);
   if (isDocument) showWait(seconds);
   page.controller = null;
-  byId("compare").disabled = false;
-  byId("stop").disabled = true;
+  enable("compare", "stop");
+}
+
+/** Enables a button in place of another one, with the focus, which a disabled button would lose. */
+function enable(id, other) {
+  byId(id).disabled = false;
+  if (document.activeElement === byId(other)) byId(id).focus();
+  byId(other).disabled = true;
 }
 
 async function inTurn(runs) {
@@ -139,19 +155,31 @@ function readBodies(isDocument) {
     showInputError(missing, MISSING[missing]);
     return null;
   }
-  const ratios = readFields(isDocument ? [page.documentRatio] : page.columns.map(({ field }) => field));
-  const values = ratios && readFields(page.options);
-  if (!values) return null;
-  const options = { model: page.info.models[0] };
-  page.options.forEach(({ name }, index) => (options[name] = values[index]));
+  const { name: compared, says } = COMPARED[mode()] ?? COMPARED.ratios;
+  const values = readFields(comparedFields());
+  const options = values && readOptions();
+  if (!options) return null;
   const text = byId("text").value;
   const bodies = isDocument
-    ? aboutOneDocument({ text, questions: [typed("question"), typed("second")], ratio: ratios[0], options })
-    : atTwoRatios({ text, question: typed("question"), ratios, options, salted: byId("salted").checked });
-  page.columns.forEach(({ name, answer }, index) =>
-    answer.reset(`Answer ${name}: keep ${bodies[index][RATIO] ?? "the server's default"}`),
-  );
+    ? aboutOneDocument({ text, questions: [typed("question"), typed("second")], ratio: values[0], options })
+    : atTwoValues({ text, question: typed("question"), name: compared, values, options, salted: byId("salted").checked });
+  page.columns.forEach(({ name, answer }, index) => {
+    const value = bodies[index][compared];
+    answer.reset(`Answer ${name}: ${value === undefined ? `the server's ${compared}` : says(value)}`);
+  });
   return bodies;
+}
+
+/** The fields of this mode beside the questions. */
+function comparedFields() {
+  return mode() === DOCUMENT ? [page.documentRatio] : page.columns.map(({ fields }) => fields[mode()]);
+}
+
+/** What both bodies have, or nothing if a field holds what cannot be sent. */
+function readOptions() {
+  const shown = page.options.filter(({ root }) => !root.hidden);
+  const values = readFields(shown);
+  return values && Object.fromEntries([["model", page.info.models[0]], ...shown.map(({ name }, index) => [name, values[index]])]);
 }
 
 /** What the fields hold, or nothing if one holds what cannot be sent. */
@@ -186,17 +214,15 @@ function showWait([first, second]) {
   byId("how").textContent = `${waited} ${HOW_ASKED}`;
 }
 
-function showError(error, { field: ratio, answer }) {
-  const shown = ratio.root.hidden ? page.documentRatio : ratio;
-  const field = [shown, ...page.options].find(({ name }) => name === error.param);
+function showError(error, { answer, fields }) {
+  const field = [fields[mode()] ?? page.documentRatio, ...page.options].find(({ name }) => name === error.param);
   if (field) field.showError(error.message);
   else if (isUnauthorized(error)) showKeyError(error);
   else answer.showError(error.message);
 }
 
 function clearErrors() {
-  const ratios = [page.documentRatio, ...page.columns.map(({ field }) => field)];
-  for (const field of [...page.options, ...ratios]) field.showError("");
+  for (const field of [...page.options, ...comparedFields()]) field.showError("");
   showKeyError("");
   for (const id of Object.keys(MISSING)) showInputError(id, "");
 }
@@ -233,6 +259,7 @@ function typed(id) {
 async function useSample() {
   byId("text").value = await getSample();
   for (const [id, question] of Object.entries(SAMPLE_QUESTIONS)) byId(id).value = question;
+  for (const id of Object.keys(MISSING)) showInputError(id, "");
   showLength();
 }
 

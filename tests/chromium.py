@@ -14,7 +14,8 @@ import httpx
 from websockets.sync.client import connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-START_SECONDS = 60
+PATIENCE_SECONDS = 180
+"""For the browser, which has to wait for its turn on a busy machine."""
 KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Backspace": (8, "")}
 """Key codes, and the text that a key types."""
 
@@ -43,7 +44,7 @@ class Page:
         with (folder / "chromium.log").open("w") as log:
             self._process = subprocess.Popen([browser, *words], stdout=log, stderr=log)
         try:
-            self._socket = connect(self._address(folder), max_size=None)
+            self._socket = connect(self._address(folder), max_size=None, open_timeout=PATIENCE_SECONDS)
             for domain in ("Page", "Runtime", "Network", "Log"):
                 self.command(f"{domain}.enable")
         except BaseException:
@@ -56,14 +57,14 @@ class Page:
     def __exit__(self, *error: object) -> None:
         self._socket.close()
         self._process.terminate()
-        self._process.wait(30)
+        self._process.wait(PATIENCE_SECONDS)
 
     def command(self, method: str, **params: Any) -> dict[str, Any]:
         """Its result; events that came meanwhile are noted."""
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
-            message = json.loads(self._socket.recv(timeout=60))
+            message = json.loads(self._socket.recv(timeout=PATIENCE_SECONDS))
             if message.get("id") == number:
                 assert "error" not in message, (method, message["error"])
                 return message["result"]
@@ -80,7 +81,7 @@ class Page:
         assert "exceptionDetails" not in result, (expression, result["exceptionDetails"])
         return result["result"].get("value")
 
-    def wait_for(self, condition: str, seconds: float = 60) -> None:
+    def wait_for(self, condition: str, seconds: float = PATIENCE_SECONDS) -> None:
         """Until an expression is true."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(f"Boolean({condition})"):
@@ -117,13 +118,13 @@ class Page:
 
     def _address(self, folder: Path) -> str:
         """Of the page's own socket, once the browser has said on which port it listens."""
-        told, deadline = folder / "DevToolsActivePort", time.monotonic() + START_SECONDS
+        told, deadline = folder / "DevToolsActivePort", time.monotonic() + PATIENCE_SECONDS
         while not (told.exists() and told.read_text().count("\n")):
             log = (folder / "chromium.log").read_text()
             has_time = self._process.poll() is None and time.monotonic() < deadline
             assert has_time, f"Chromium did not start:\n{log}"
             time.sleep(0.1)
-        pages = httpx.get(f"http://127.0.0.1:{told.read_text().split()[0]}/json/list", timeout=30).json()
+        pages = httpx.get(f"http://127.0.0.1:{told.read_text().split()[0]}/json/list", timeout=PATIENCE_SECONDS).json()
         return next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
 
     def _note(self, event: str | None, params: dict[str, Any]) -> None:
