@@ -26,7 +26,7 @@ FOLDER = ROOT / "requirements"
 # Text models never use these, and their PyPI builds do not import beside a CPU build of torch.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 
-# Tests call functions of the former and read a script in the latter, which need nothing of what their metadata asks for.
+# Tests call functions of the one and read a script of the other; neither needs what its metadata asks for.
 WITHOUT_DEPENDENCIES = ["kvpress==0.5.5", "axe-playwright-python==0.1.8"]
 
 PYTHONS = ("3.11", "3.12")

@@ -1,5 +1,6 @@
 """The command line of the server, down to what vLLM is given."""
 
+import gc
 import json
 import signal
 import sys
@@ -451,6 +452,7 @@ def test_serve_hands_over_to_vllm(monkeypatch, ends):
         main(["serve", "some/model", "--port", "8123"])
     assert ended.value.code == 0
     assert ends == [(0, "stopped.")]
+    assert gc.isenabled()
     (args,) = handed
     assert (args.model, args.model_tag, args.port) == ("some/model", None, 8123)
     assert json.dumps(args.additional_config)
