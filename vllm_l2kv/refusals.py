@@ -29,6 +29,9 @@ def check_supported(config: VllmConfig) -> None:
         "context parallelism (set --decode-context-parallel-size and --prefill-context-parallel-size to 1)": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
+        "pipeline parallelism on GPUs, where it was never run (set --pipeline-parallel-size 1)": (
+            parallel.pipeline_parallel_size > 1 and not on_cpu
+        ),
         "speculative decoding with pipeline parallelism (drop --speculative-config)": (
             speculator is not None and parallel.pipeline_parallel_size > 1
         ),

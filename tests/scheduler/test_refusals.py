@@ -175,8 +175,12 @@ def test_heads_are_dealt_out_or_replicated(num_ranks):
     check_supported(config(parallel_config__tensor_parallel_size=num_ranks))
 
 
-def test_pipeline_parallelism_passes():
-    check_supported(config(parallel_config__pipeline_parallel_size=2, parallel_config__tensor_parallel_size=2))
+def test_pipeline_parallelism_is_taken_on_cpus_alone(monkeypatch):
+    piped = config(parallel_config__pipeline_parallel_size=2, parallel_config__tensor_parallel_size=2)
+    check_supported(piped)
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match="pipeline parallelism on GPUs"):
+        check_supported(piped)
 
 
 @pytest.mark.parametrize("num_ranks", [4, 5, 9])
