@@ -29,6 +29,8 @@ def check_supported(config: VllmConfig) -> None:
         "context parallelism (set --decode-context-parallel-size and --prefill-context-parallel-size to 1)": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
+        "experts of several data-parallel engines on CPUs, where vLLM cannot exchange tokens between them "
+        "(set --data-parallel-size 1)": on_cpu and parallel.data_parallel_size > 1 and model.is_moe,
         "pipeline parallelism on GPUs, where it was never run (set --pipeline-parallel-size 1)": (
             parallel.pipeline_parallel_size > 1 and not on_cpu
         ),

@@ -61,6 +61,7 @@ def config(**changes):
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
             tensor_parallel_size=1,
+            data_parallel_size=1,
         ),
         "model_config": SimpleNamespace(
             model="some/model",
@@ -69,6 +70,7 @@ def config(**changes):
             is_encoder_decoder=False,
             rswa_window=None,
             use_mla=False,
+            is_moe=False,
             is_mm_prefix_lm=False,
             has_inner_state=False,
             is_hybrid=False,
@@ -173,6 +175,16 @@ def test_offloading_to_cpu_memory(monkeypatch, changes, setting):
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 6, 12])
 def test_heads_are_dealt_out_or_replicated(num_ranks):
     check_supported(config(parallel_config__tensor_parallel_size=num_ranks))
+
+
+def test_experts_of_several_engines_are_taken_on_gpus_alone(monkeypatch):
+    """vLLM's `CpuCommunicator` has no `all_gatherv`: its engines would end at their first request."""
+    experts = config(parallel_config__data_parallel_size=2, model_config__is_moe=True)
+    with pytest.raises(ValueError, match="experts of several data-parallel engines on CPUs"):
+        check_supported(experts)
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    experts.use_v2_model_runner = True
+    check_supported(experts)
 
 
 def test_pipeline_parallelism_is_taken_on_cpus_alone(monkeypatch):
