@@ -117,3 +117,15 @@ def test_times_ride_on_the_output_of_a_step_once(worker, monkeypatch, is_async):
     assert seconds_of(first) == [0.5]
     assert second is output
     assert seconds_of(output) == []
+
+
+def test_an_early_pipeline_rank_keeps_no_times(worker, monkeypatch):
+    """It has no output for them. Between the two calls of a step there is none either, and they stay."""
+    worker._compactors, worker._runner = [], SimpleNamespace(begin_step=lambda *_: None)
+    worker._clock = FakeClock()
+    monkeypatch.setattr(Worker, "execute_model", lambda *_: None)
+    monkeypatch.setattr(Worker, "sample_tokens", lambda *_: None)
+    assert worker.execute_model(step_output()) is None
+    assert worker._clock.seconds == [0.5]
+    assert worker.sample_tokens(None) is None
+    assert worker._clock.seconds == []
