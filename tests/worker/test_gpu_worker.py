@@ -14,6 +14,7 @@ from weights import made_up_weights
 from vllm_l2kv.kernels.scratch import scratch_bytes
 from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, FullLayerSpec
 from vllm_l2kv.messages.orders import seconds_of
+from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.gpu import L2KVGPUWorker
 from vllm_l2kv.worker.worker import CompactionWorker
 
@@ -29,6 +30,7 @@ def worker() -> L2KVGPUWorker:
         model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN),
     )
     worker._weights = None
+    worker.settings = Settings(profile="p.safetensors")
     return worker
 
 
