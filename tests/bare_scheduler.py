@@ -58,14 +58,15 @@ def plan(
     is_async: bool = False,
     kv_events: bool = False,
     cpu_blocks: int = 0,
+    kv_connector: str | None = None,
     full_heads: tuple[tuple[int, tuple[int, ...]], ...] = (),
     specs: tuple[tuple[str, KVCacheSpec], ...] = (),
     **arguments: Any,
 ) -> Plan:
     """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`.
 
-    With `cpu_blocks`, vLLM's connector offloads to so many blocks in CPU memory. Layers have two KV heads; `full_heads`
-    are the items of `Settings.full_heads`, so that plans can be remembered.
+    With `cpu_blocks`, vLLM's connector offloads to so many blocks in CPU memory; `kv_connector` names another. Layers
+    have two KV heads; `full_heads` are the items of `Settings.full_heads`, so that plans can be remembered.
     `specs` are items of a model's own, in place of `num_layers` alike ones; states of Mamba come into the prefix cache,
     if there is one. Other arguments are those of `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
     """
@@ -74,6 +75,8 @@ def plan(
     is_ours = full_layers is not None
     if cpu_blocks:
         arguments["kv_transfer_config"] = cpu_memory(0)
+    elif kv_connector:
+        arguments["kv_transfer_config"] = KVTransferConfig(kv_connector=kv_connector, kv_role="kv_both")
     if kv_events:
         arguments["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     rule = {name: arguments.pop(name) for name in OUR_ARGUMENTS & arguments.keys()}

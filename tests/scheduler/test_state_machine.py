@@ -1,6 +1,7 @@
 """Any order of admissions, steps, aborts, preemptions and resets, against a worker that knows every row by name."""
 
 import contextlib
+import functools
 import logging
 import sys
 from collections import Counter
@@ -120,6 +121,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, num_blocks, full, steps, runner_v2, intervals, default_budget) -> None:
         self.num_blocks = num_blocks
+        if self.is_offloading:
+            steps = {"depth": min(steps["depth"], 2)}  # without pipeline parallelism, which is refused with a connector
         self.harness = self.make_harness(
             num_blocks,
             **steps,
@@ -396,7 +399,6 @@ class OffloadingMachine(SchedulerMachine):
 
     def _check_step(self, output) -> None:
         super()._check_step(output)
-        self.seen["stored"] = max(self.seen["stored"], 0)
         for transfer in self.scheduler.connector._loading.values():
             self.seen["loading"] += transfer.status == RequestStatus.WAITING_FOR_REMOTE_KVS
 
@@ -439,6 +441,7 @@ def test_rows_come_back_from_cpu_memory(make_harness, profile, caplog, monkeypat
     caplog.set_level(logging.CRITICAL, logger="vllm")
     seen: Counter[str] = Counter()
     cpu_blocks = max(POOL_SIZES) + 1  # it may not be less than the largest cache
-    run_state_machine_as_test(lambda: OffloadingMachine(make_harness, seen, cpu_blocks=cpu_blocks), settings=profile)
+    machine = functools.partial(OffloadingMachine, make_harness, seen, cpu_blocks=cpu_blocks)
+    run_state_machine_as_test(machine, settings=settings(quick, max_examples=80) if profile is quick else profile)
     if profile is quick:
-        assert seen >= Counter({"blocks stored": 300, "blocks loaded": 40, "loading": 20, "published": 100}), seen
+        assert seen >= Counter({"blocks stored": 200, "blocks loaded": 40, "loading": 20, "published": 60}), seen

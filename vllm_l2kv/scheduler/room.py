@@ -1,6 +1,6 @@
 """Blocks for compactions: whether there are enough, and who is preempted if not."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from time import monotonic
 from typing import Any
 
@@ -22,15 +22,22 @@ class Room:
         capacity: Of its KV cache.
         coming: Requests that have begun or were looked at last, to their next compactions; the scheduler changes it.
         stats_counter: Counts preemptions.
+        blocks_in_use: Ids of blocks that a KV connector reads, for some steps.
     """
 
     def __init__(
-        self, scheduler: Any, capacity: Capacity, coming: Mapping[str, Compaction], stats_counter: StatsCounter
+        self,
+        scheduler: Any,
+        capacity: Capacity,
+        coming: Mapping[str, Compaction],
+        stats_counter: StatsCounter,
+        blocks_in_use: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self._scheduler = scheduler
         self._capacity = capacity
         self._next = coming
         self._stats_counter = stats_counter
+        self._blocks_in_use = blocks_in_use
         self._pool = scheduler.kv_cache_manager.block_pool
         self._managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self._compressed = [manager for manager in self._managers if isinstance(manager, CompressedLayerManager)]
@@ -48,7 +55,8 @@ class Room:
             until then.
         """
         while not self.has_free_blocks(coming) and not self.fits_in_place(request, coming):
-            if room_is_coming:
+            # Its own blocks will do once they are stored; a preempted request would publish and store them again.
+            if room_is_coming or self._is_stored(request):
                 return False
             victim = self._next_to_preempt()
             self._scheduler.running.remove(victim)
@@ -88,6 +96,12 @@ class Room:
     def fits_in_place(self, request: Request, coming: Compaction) -> bool:
         """Whether the request's own first blocks could take them."""
         return all(manager.fits_in_place(request.request_id, coming.num_keep) for manager in self._compressed)
+
+    def _is_stored(self, request: Request) -> bool:
+        """Whether a KV connector reads some of the request's blocks."""
+        in_use = self._blocks_in_use()
+        tables = (manager.req_to_blocks[request.request_id] for manager in self._compressed) if in_use else ()
+        return any(block.block_id in in_use for table in tables for block in table)
 
     def _num_blocks_to_regrow(self, newcomer: Request) -> int:
         """Blocks that compacted requests take until they are compacted again, or end.

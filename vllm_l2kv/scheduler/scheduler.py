@@ -83,7 +83,8 @@ class L2KVScheduler(AsyncScheduler):
         self._ended: set[str] = set()  # and still remembered
         self._refusals = Refusals(self)
         self._stats_counter = StatsCounter()
-        self._room = Room(self, self._capacity, self._next, self._stats_counter)
+        in_use = self._cpu_memory.blocks_in_use if self._cpu_memory is not None else tuple
+        self._room = Room(self, self._capacity, self._next, self._stats_counter, in_use)
         self._reports_stats = self.settings.metrics and self.log_stats
         if self._reports_stats and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(

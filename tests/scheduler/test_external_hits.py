@@ -1,0 +1,79 @@
+"""Whole prompts that a KV connector brings, as to the engine of a pair that decodes.
+
+vLLM's `DecodeBenchConnector` has all of a prompt but its last token. Engines refuse it; this asks the scheduler alone.
+"""
+
+import pytest
+from cpu_copies import pinned
+from test_shared_prefixes import DOCUMENT, WHOLE, fields
+from vllm.v1.outputs import KVConnectorOutput
+
+from vllm_l2kv import refusals
+from vllm_l2kv.messages.orders import orders_of
+from vllm_l2kv.scheduler.integrity import check_nothing_left
+
+PROMPT = [*DOCUMENT, *range(700, 800)]
+RATIO = {"kv_keep_ratio": 0.5, "kv_protect_first": 0, "kv_protect_last": 0}
+BUDGET = {"kv_max_tokens": 64, "kv_protect_first": 0, "kv_protect_last": 0}
+
+
+@pytest.fixture(params=[False, True], ids=["in the step", "in the background"])
+def harness(make_harness, monkeypatch, request):
+    monkeypatch.setattr(refusals, "check_connector", lambda config: None)
+    harness = make_harness(100, kv_connector="DecodeBenchConnector", prompt_interval=32, answer_interval=16)
+    if request.param:
+        receive_in_background(harness)
+    return harness
+
+
+def receive_in_background(harness) -> None:
+    """As NIXL does: a request waits for its rows while others run."""
+    connector, expected = harness.scheduler.connector.connector, []
+    look = connector.get_num_new_matched_tokens
+
+    def look_and_wait(request, num_computed_tokens):
+        num_tokens, _ = look(request, num_computed_tokens)
+        return num_tokens, num_tokens > 0
+
+    def order(request, blocks, num_external_tokens):
+        if num_external_tokens:
+            expected.append(request.request_id)
+            connector.connector_scheduler._filled_requests.add(request.request_id)
+
+    def transfer(output):
+        received = {expected.pop()} if expected else set()
+        return KVConnectorOutput(finished_recving=received)
+
+    connector.get_num_new_matched_tokens, connector.update_state_after_alloc = look_and_wait, order
+    harness.transfer = transfer
+
+
+def begin_of(harness, asked, num_tokens: int = 4) -> int:
+    """Tokens that a request has when it begins to compute, once it is answered."""
+    harness.submit("asks", PROMPT, asked, num_tokens)
+    harness.run()
+    (begin,) = [step for step in harness.steps if step.scheduled_new_reqs]
+    return begin.scheduled_new_reqs[0].num_computed_tokens
+
+
+@pytest.mark.parametrize("asked", [None, WHOLE, RATIO], ids=str)
+def test_a_prompt_is_taken_whole_and_compacted_at_its_end(harness, asked):
+    assert begin_of(harness, asked) == len(PROMPT) - 1
+    orders = [order for step in harness.steps for order in orders_of(step)]
+    assert [(order.num_rows, order.num_keep) for order in orders] == ([(200, 100)] if asked == RATIO else [])
+    assert not pinned(harness.scheduler)
+    check_nothing_left(harness.scheduler)
+
+
+def test_a_budget_compacts_in_the_answer(harness):
+    """Nothing is due inside the prompt, so all of it is taken."""
+    assert begin_of(harness, {**BUDGET, "kv_max_tokens": 190}, num_tokens=30) == len(PROMPT) - 1
+    assert [order.num_keep for step in harness.steps for order in orders_of(step)] == [190, 190]
+
+
+@pytest.mark.parametrize("asked", [BUDGET, fields()], ids=["budget", "document"])
+def test_a_prompt_that_is_compacted_inside_is_computed_here(harness, asked):
+    """What follows a compaction was computed on compacted rows, and a sender knows nothing of them."""
+    assert begin_of(harness, asked) == 0
+    assert harness.usage["asks"]["evicted_tokens"] > 0
+    check_nothing_left(harness.scheduler)
