@@ -61,6 +61,7 @@ def plan(
     kv_connector: str | None = None,
     full_heads: tuple[tuple[int, tuple[int, ...]], ...] = (),
     specs: tuple[tuple[str, KVCacheSpec], ...] = (),
+    drafter: tuple[tuple[str, Any], ...] = (),
     **arguments: Any,
 ) -> Plan:
     """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`.
@@ -68,7 +69,8 @@ def plan(
     With `cpu_blocks`, vLLM's connector offloads to so many blocks in CPU memory; `kv_connector` names another. Layers
     have two KV heads; `full_heads` are the items of `Settings.full_heads`, so that plans can be remembered.
     `specs` are items of a model's own, in place of `num_layers` alike ones; states of Mamba come into the prefix cache,
-    if there is one. Other arguments are those of `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
+    if there is one. `drafter` are items of vLLM's speculative configuration. Other arguments are those of
+    `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
     """
     register()
     init_none_hash(sha256)
@@ -77,6 +79,10 @@ def plan(
         arguments["kv_transfer_config"] = cpu_memory(0)
     elif kv_connector:
         arguments["kv_transfer_config"] = KVTransferConfig(kv_connector=kv_connector, kv_role="kv_both")
+    if drafter:
+        # A draft model is not loaded here; it only has to be one.
+        of_model = {"model": str(model)} if "draft_model" in dict(drafter).values() else {}
+        arguments["speculative_config"] = {**dict(drafter), **of_model}
     if kv_events:
         arguments["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     rule = {name: arguments.pop(name) for name in OUR_ARGUMENTS & arguments.keys()}

@@ -201,7 +201,11 @@ class HostRunner:
 
 
 class StatefulRunner(HostRunner):
-    """With vLLM's request states too, so that it executes what a scheduler says."""
+    """With vLLM's request states too, so that it executes what a scheduler says.
+
+    Attributes:
+        num_computed: Requests to what they have computed, which the host does not know while drafts are under way.
+    """
 
     def __init__(self, **sizes: Any) -> None:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -215,6 +219,7 @@ class StatefulRunner(HostRunner):
             add_request=lambda *_: None, remove_request=lambda *_: None, apply_staged_writes=lambda: None
         )
         self.model_state = self.lora_state = nothing
+        self.num_computed: dict[str, int] = {}
         self.is_last_pp_rank = False
         self.kv_caches: list[torch.Tensor] = []
         self.kv_cache_config = SimpleNamespace(num_blocks=1)
@@ -235,7 +240,9 @@ class StatefulRunner(HostRunner):
         req_ids = sorted(output.num_scheduled_tokens, key=lambda req_id: (output.num_scheduled_tokens[req_id], req_id))
         states = [self.req_states.req_id_to_index[req_id] for req_id in req_ids]
         lengths = [output.num_scheduled_tokens[req_id] for req_id in req_ids]
-        begins = self.req_states.num_computed_tokens_np[states]
+        bounds = self.req_states.num_computed_tokens_np[states]
+        begins = np.array([self.num_computed.get(req_id, bound) for req_id, bound in zip(req_ids, bounds, strict=True)])
+        assert (begins <= bounds).all(), "what the host counts is a bound"
         positions = torch.from_numpy(np.concatenate([b + np.arange(n) for b, n in zip(begins, lengths, strict=True)]))
         starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         idx_mapping = torch.tensor(states)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from reference import Reference
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -264,6 +265,26 @@ def write(folder: Path, config: PretrainedConfig, tokenizer: Path) -> Path:
     for file in TOKENIZER_FILES:
         if (tokenizer / file).exists():
             shutil.copy(tokenizer / file, folder)
+    return folder
+
+
+def write_eagle(folder: Path, config: PretrainedConfig) -> Path:
+    """Writes an EAGLE head with random weights: a layer of the target's shape, with its embeddings and its output.
+
+    Args:
+        folder: Where to.
+        config: Of the target, a Llama.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(0)
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]})
+    layers = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.layers.state_dict(prefix="layers.")
+    weights = {name: weight for name, weight in layers.items() if "input_layernorm" not in name}
+    weights["fc.weight"] = torch.randn(config.hidden_size, 2 * config.hidden_size) * config.initializer_range
+    save_file(weights, folder / "model.safetensors")
+    config.save_pretrained(folder)
     return folder
 
 

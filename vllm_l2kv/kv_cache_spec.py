@@ -154,9 +154,10 @@ def classify_layers(
     geometry: Geometry | None = None,
     num_heads: int | None = None,
     degree: int = 1,
+    drafts: Collection[str] = (),
 ) -> dict[str, KVCacheSpec]:
     """`classify_ranks` of a model whose layers are all on one pipeline rank."""
-    return classify_ranks([specs], settings, geometry, num_heads, degree)[0]
+    return classify_ranks([specs], settings, geometry, num_heads, degree, drafts)[0]
 
 
 def classify_ranks(
@@ -165,11 +166,13 @@ def classify_ranks(
     geometry: Geometry | None = None,
     num_heads: int | None = None,
     degree: int = 1,
+    drafts: Collection[str] = (),
 ) -> list[dict[str, KVCacheSpec]]:
     """Turns a model's full-attention specs into compressed and full ones.
 
     Layers that attend to a window or a chunk stay as they are: they hold no more already. Recurrent layers hold a
-    state, without rows.
+    state, without rows. Layers of a draft model are full, whatever their numbers: what drafts finds its slots and
+    lengths without us, by positions.
 
     Args:
         ranks: Of each pipeline rank, layer names to the specs that vLLM found, of any tensor-parallel rank.
@@ -177,25 +180,32 @@ def classify_ranks(
         geometry: What the attention kernel wants of packed blocks; `None` if it reads any stride equally fast.
         num_heads: KV heads of a layer in the model; `None` if the specs are not of a rank, and say it themselves.
         degree: Tensor-parallel size.
+        drafts: Names of layers that draft for the others.
 
     Returns:
-        Of each pipeline rank, layer names, in the same order, to specs. A layer with heads of both classes has its own
+        Of each pipeline rank, layer names to specs, those of drafts first: vLLM's runner V1 drafts with the block
+        tables of the first group. The others are in the same order. A layer with heads of both classes has its own
         name, for those that compact, and `full_name`.
 
     Raises:
         ValueError: A layer whose cache we cannot compact, full layers or heads that the model does not have or ranks
             hold in different numbers, or nothing left to compact.
     """
-    specs = {name: spec for rank in ranks for name, spec in rank.items()}
+    drafting = {name: spec for rank in ranks for name, spec in rank.items() if name in drafts}
+    specs = {name: spec for rank in ranks for name, spec in rank.items() if name not in drafts}
     _check_specs(specs)
     settings = _of_attending_layers(settings, specs)
     num_heads = num_heads or max(spec.num_kv_heads for spec in specs.values() if isinstance(spec, AttentionSpec))
     check_full(settings, [extract_layer_index(name) for name in specs], num_heads, degree)
     heads = heads_of_rank(num_heads, 0, degree)
-    classified: list[dict[str, KVCacheSpec]] = [{} for _ in ranks]
+    of_drafts = _of_drafts(drafting)
+    classified: list[dict[str, KVCacheSpec]] = [
+        {name: spec for name, spec in of_drafts.items() if name in rank} for rank in ranks
+    ]
     for found, rank in zip(classified, ranks, strict=True):
         for name, spec in rank.items():
-            found |= _classified(name, spec, settings, heads)
+            if name not in drafting:
+                found |= _classified(name, spec, settings, heads)
     of_class = {each: _of_class(each, classified) for each in (FullLayerSpec, CompressedLayerSpec)}
     full, compressed = of_class.values()
     if not any(compressed):
@@ -205,12 +215,29 @@ def classify_ranks(
         smaller, larger = sorted(of_class, key=lambda each: _most_bytes(of_class[each]))
         sizes = pack(of_class[smaller], of_class[larger], geometry)
         changes[smaller]["block_size"], changes[larger]["block_size"] = sizes.smaller, sizes.larger
-        for each in changes.values():
-            each["block_stride_alignment"] = sizes.stride
+        sized = (replace(spec, **changes[each]) for each in of_class for rank in of_class[each] for spec in rank)
+        if is_packed(sized):  # vLLM would apply a stride to each layer otherwise
+            for each in changes.values():
+                each["block_stride_alignment"] = sizes.stride
     changes[CompressedLayerSpec] |= {"compressed_bytes": token_bytes(compressed), "full_bytes": token_bytes(full)}
     return [
         {name: replace(spec, **changes.get(type(spec), {})) for name, spec in found.items()} for found in classified
     ]
+
+
+def _of_drafts(specs: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """Specs of layers that draft.
+
+    Raises:
+        ValueError: A layer with another cache than keys and values of all tokens before it.
+    """
+    for name, spec in specs.items():
+        if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
+            raise ValueError(
+                f"Layer {name} of the draft model does not attend to all tokens before it; drop --speculative-config, "
+                "or name a draft model with full attention alone."
+            )
+    return {name: replace_as(spec, FullLayerSpec) for name, spec in specs.items()}
 
 
 def _of_class(spec_class: type[AttentionSpec], ranks: Iterable[Mapping[str, KVCacheSpec]]) -> list[list[AttentionSpec]]:
@@ -419,11 +446,13 @@ def capacity_of(kv_cache_config: Any, vllm_config: Any) -> Capacity:
     max_model_len = vllm_config.model_config.max_model_len
     specs = [group_spec(group) for group in kv_cache_config.kv_cache_groups]
     compressed = next(spec for spec in specs if isinstance(spec, CompressedLayerSpec))
+    # Those of each step under way, which the model may still reject, and those that a draft model writes ahead.
+    num_drafts = vllm_config.max_concurrent_batches * vllm_config.num_speculative_tokens
     return Capacity(
         num_blocks=kv_cache_config.num_blocks - 1,  # one is vLLM's null block
         groups=tuple(group_capacity(spec, vllm_config.max_in_flight_tokens, max_model_len) for spec in specs),
         max_model_len=max_model_len,
-        num_drafts=vllm_config.num_speculative_tokens,
+        num_drafts=num_drafts + vllm_config.num_lookahead_tokens,
         compressed_bytes=compressed.compressed_bytes,
         full_bytes=compressed.full_bytes,
     )

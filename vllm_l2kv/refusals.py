@@ -13,6 +13,9 @@ from vllm_l2kv.profile import Profile, check_model, local_folder
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.supported_vllm import check_vllm
 
+DRAFTERS = {"CPUs": ("ngram", "draft_model", "eagle"), "GPUs": ()}
+"""Methods of speculative decoding that were run together with compaction, by device."""
+
 
 def check_supported(config: VllmConfig) -> None:
     """Rejects configurations that are not tested with compaction.
@@ -24,7 +27,6 @@ def check_supported(config: VllmConfig) -> None:
     check_connector(config)  # first, since some make vLLM change other settings
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     on_cpu = current_platform.is_cpu()
-    speculator = config.speculative_config and config.speculative_config.method
     refusals = {
         "context parallelism (set --decode-context-parallel-size and --prefill-context-parallel-size to 1)": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
@@ -34,13 +36,7 @@ def check_supported(config: VllmConfig) -> None:
         "pipeline parallelism on GPUs, where it was never run (set --pipeline-parallel-size 1)": (
             parallel.pipeline_parallel_size > 1 and not on_cpu
         ),
-        "speculative decoding with pipeline parallelism (drop --speculative-config)": (
-            speculator is not None and parallel.pipeline_parallel_size > 1
-        ),
-        "speculative decoding other than by n-grams (drop --speculative-config, or set its method to ngram)": (
-            speculator not in (None, "ngram")
-        ),
-        "speculative decoding on GPUs (drop --speculative-config)": (speculator is not None and not on_cpu),
+        **_refused_drafts(config, "CPUs" if on_cpu else "GPUs"),
         "this KV-cache type (set --kv-cache-dtype to auto or fp8_e4m3)": (
             is_quantized_kv_cache(cache.cache_dtype) and cache.cache_dtype not in ("fp8", "fp8_e4m3")
         ),
@@ -56,9 +52,6 @@ def check_supported(config: VllmConfig) -> None:
         ),
         "models with recurrent layers alone (serve them with stock vLLM)": model.has_inner_state
         and not model.is_hybrid,
-        "speculative decoding of models with recurrent layers (drop --speculative-config)": (
-            speculator is not None and model.is_hybrid
-        ),
         "ReplaySSM (drop --use-replayssm)": cache.use_replayssm,
         "prefix-cache hits inside a block of recurrent layers (drop --prefix-match-unit)": (
             model.is_hybrid and cache.prefix_match_unit is not None
@@ -116,6 +109,30 @@ def check_connector(config: VllmConfig) -> None:
     for what, found in refusals.items():
         if found:
             raise ValueError(f"vllm-l2kv does not support {what}.")
+
+
+def _refused_drafts(config: VllmConfig, devices: str) -> dict[str, bool]:
+    """What is refused of speculative decoding, to whether it is asked for."""
+    speculative = config.speculative_config
+    if speculative is None:
+        return {}
+    taken = DRAFTERS[devices]
+    instead = f", or set its method to {' or '.join(taken)}" if taken else ""
+    return {
+        f"speculative decoding by {speculative.method} on {devices} (drop --speculative-config{instead})": (
+            speculative.method not in taken
+        ),
+        "adaptive verification of drafts (drop enable_adaptive_verification from --speculative-config)": (
+            speculative.enable_adaptive_verification
+        ),
+        "speculative decoding of models with recurrent layers (drop --speculative-config)": (
+            config.model_config.is_hybrid
+        ),
+        "speculative decoding with pipeline parallelism (drop --speculative-config)": (
+            config.parallel_config.pipeline_parallel_size > 1
+        ),
+        "speculative decoding with a KV connector (drop --speculative-config)": config.kv_transfer_config is not None,
+    }
 
 
 def check_profile(config: VllmConfig) -> None:

@@ -4,12 +4,21 @@ Found by feature, not by number. Each seam says what differs, and when it can go
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.outputs import RequestError
 from vllm.v1.core.block_pool import BlockPool
 
-__all__ = ["fail_request", "get_kv_cache_config_from_groups", "get_kv_cache_groups", "spare_request", "stored_event"]
+__all__ = [
+    "draft_layers",
+    "fail_request",
+    "get_kv_cache_config_from_groups",
+    "get_kv_cache_groups",
+    "num_hash_lookahead",
+    "spare_request",
+    "stored_event",
+]
 
 # Moved in 0.33. The second goes with 0.32.
 try:
@@ -22,6 +31,19 @@ _NO_LOOKAHEAD: dict[str, None] = (
     if "lookahead_token_ids" in inspect.signature(BlockPool._build_block_stored_event).parameters
     else {}
 )
+
+
+def draft_layers(runner: Any, layers: Mapping[str, Any]) -> set[str]:
+    """Names of the layers that a model for drafts has among vLLM's, once it is loaded.
+
+    vLLM marks them, but in 0.32 not for runner V1, whose drafter knows them. The second line goes with 0.32.
+
+    Args:
+        runner: vLLM's, of any version.
+        layers: vLLM's, by name.
+    """
+    marked = {name for name, layer in layers.items() if getattr(layer, "is_draft_layer", False)}
+    return marked or set(getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", ()))
 
 
 def fail_request(scheduler: Any, req_id: str, sentence: str) -> None:
@@ -46,10 +68,20 @@ def spare_request(scheduler: Any, req_id: str) -> None:
         failing.discard(req_id)
 
 
-def stored_event(pool: BlockPool, *args: Any, **kwargs: Any) -> Any:
+def num_hash_lookahead(pool: BlockPool) -> int:
+    """Tokens after a block that its hash covers too, since what drafts has read them. Since 0.33, and 0 in 0.32."""
+    return getattr(pool, "num_hash_lookahead_tokens", 0)
+
+
+def stored_event(pool: BlockPool, request: Any, *, block_hashes: list[Any], end_token_idx: int, **others: Any) -> Any:
     """A KV event of blocks that are findable.
 
-    Since 0.33 it also wants the tokens behind a block that its hash covers. Those are for drafts by a model, which we
-    refuse, so there are none. Written out at its caller once 0.32 goes.
+    Since 0.33 it also wants the tokens after a block that its hash covers. Written out at its callers once 0.32 goes.
     """
-    return pool._build_block_stored_event(*args, **kwargs, **_NO_LOOKAHEAD)
+    lookahead: dict[str, Any] = dict(_NO_LOOKAHEAD)
+    if num_ahead := num_hash_lookahead(pool):
+        ahead = request.all_token_ids[end_token_idx : end_token_idx + num_ahead]
+        lookahead["lookahead_token_ids"] = [ahead] * len(block_hashes)
+    return pool._build_block_stored_event(
+        request, block_hashes=block_hashes, end_token_idx=end_token_idx, **others, **lookahead
+    )

@@ -15,7 +15,7 @@ RATIOS = (None, 0.5, 0.25, 0.1)
 def start(
     engine: str, model: str, in_process: bool, settings: dict[str, Any] | None = None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Starts vLLM with made-up weights.
+    """Starts vLLM, with made-up weights unless `load_format` says otherwise.
 
     Args:
         engine: `stock` or `l2kv`.
@@ -38,10 +38,16 @@ def start(
     ours = unprotected if engine == "l2kv" else {}
     llm = vllm.LLM(
         model,
-        load_format="dummy",
         disable_log_stats=True,
         skip_tokenizer_init=True,
-        **{"dtype": "bfloat16", "max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 8192, **ours, **arguments},
+        **{
+            "load_format": "dummy",
+            "dtype": "bfloat16",
+            "max_num_seqs": MAX_NUM_SEQS,
+            "max_num_batched_tokens": 8192,
+            **ours,
+            **arguments,
+        },
     )
     parallel = llm.llm_engine.vllm_config.parallel_config
     about = {

@@ -28,8 +28,12 @@ SHAPE = {"block_size": 16, "head_size": 64, "dtype": torch.bfloat16}
 
 
 def layers(num_layers: int, num_heads: int, **changes):
+    return layers_of("model", range(num_layers), num_heads, **changes)
+
+
+def layers_of(model: str, numbers, num_heads: int, **changes):
     spec = FullAttentionSpec(**{**SHAPE, "num_kv_heads": num_heads, **changes})
-    return {f"model.layers.{i}.attn": spec for i in range(num_layers)}
+    return {f"{model}.layers.{i}.attn": spec for i in numbers}
 
 
 def short(name: str) -> str:
@@ -162,3 +166,47 @@ def planner(is_packed: bool) -> SimpleNamespace:
 def test_the_class_with_fewer_bytes_has_the_longer_blocks():
     wide, narrow = (FullAttentionSpec(**SHAPE, num_kv_heads=heads) for heads in (8, 1))
     assert pack([[narrow] * 4], [[wide]], None)[:2] == (32, 16)
+
+
+def test_classes_of_one_page_size_are_not_spread():
+    """Their blocks need no common pool, and vLLM would apply its stride to each layer."""
+    classified = classify_layers(layers(4, 2), Settings((0, 1)), FLASH_ATTENTION)
+    assert len({spec.page_size_bytes for spec in classified.values()}) == 1
+    assert {spec.block_stride_alignment for spec in classified.values()} == {None}
+
+
+DRAFTS = {
+    "EAGLE": layers_of("model", range(16, 17), 4),
+    "a small model": layers_of("draft_model.model", range(6), 1),
+    "the model itself": layers_of("draft_model.model", range(16), 4),
+    "another head size": layers_of("draft_model.model", range(5), 2, head_size=32),
+}
+
+
+@pytest.mark.parametrize("drafts", DRAFTS.values(), ids=DRAFTS)
+@pytest.mark.parametrize("geometry", [None, FLASH_ATTENTION])
+@pytest.mark.parametrize("full_layers", [(), (0, 1)])
+def test_layers_of_a_draft_model_are_full_whatever_their_numbers(drafts, geometry, full_layers):
+    """One group for each class, that of the drafts first."""
+    target = layers(16, 4)
+    classified = classify_layers({**target, **drafts}, Settings(full_layers), geometry, 4, drafts=drafts)
+    full = {name for name, spec in classified.items() if type(spec) is FullLayerSpec}
+    assert full == {*drafts, *(f"model.layers.{i}.attn" for i in full_layers)}
+    assert {type(spec) for name, spec in classified.items() if name not in full} == {CompressedLayerSpec}
+    register()
+    of_full, *of_compressed = get_kv_cache_groups(planner(is_packed(classified.values())), dict(classified))
+    assert set(of_full.layer_names) == full
+    assert len(of_compressed) == 1
+
+
+def test_settings_name_layers_of_the_target():
+    drafts = DRAFTS["EAGLE"]
+    with pytest.raises(ValueError, match=r"full_layers names layer 16, but .* 0 to 15"):
+        classify_layers({**layers(16, 4), **drafts}, Settings((16,)), None, 4, drafts=drafts)
+
+
+def test_drafts_that_see_a_window_are_refused():
+    window = SlidingWindowSpec(**SHAPE, num_kv_heads=4, sliding_window=512)
+    specs = {**layers(2, 4), "draft_model.layers.0.attn": window}
+    with pytest.raises(ValueError, match="does not attend to all tokens before it; drop --speculative-config"):
+        classify_layers(specs, Settings((0,)), None, 4, drafts={"draft_model.layers.0.attn"})

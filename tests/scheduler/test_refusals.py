@@ -94,6 +94,10 @@ def config(**changes):
     return SimpleNamespace(**parts)
 
 
+def drafting(method, enable_adaptive_verification=False):
+    return SimpleNamespace(method=method, enable_adaptive_verification=enable_adaptive_verification)
+
+
 def test_a_profile_is_compared_with_the_files_of_a_name(llama, tmp_path):
     """Which may come after the first check, so the worker asks again once the model is loaded."""
     path, memory = tmp_path / "p.safetensors", (Target(0.5, (0,), 0.333333, "l2"),)
@@ -122,11 +126,11 @@ def test_an_ordinary_configuration_passes():
     [
         ({"kv_transfer_config": transfer("LMCacheConnectorV1")}, "LMCacheConnectorV1 .drop --kv-transfer-config"),
         ({"kv_transfer_config": transfer("OffloadingConnector")}, "OffloadingConnector .drop .*--kv-offloading-size"),
-        ({"speculative_config": SimpleNamespace(method="eagle")}, "set its method to ngram"),
-        ({"speculative_config": SimpleNamespace(method="mtp")}, "set its method to ngram"),
-        ({"speculative_config": SimpleNamespace(method="ngram_gpu")}, "set its method to ngram"),
+        ({"speculative_config": drafting("mtp")}, "by mtp on CPUs .*set its method to ngram or draft_model or eagle"),
+        ({"speculative_config": drafting("ngram_gpu")}, "by ngram_gpu on CPUs"),
+        ({"speculative_config": drafting("ngram", enable_adaptive_verification=True)}, "enable_adaptive_verification"),
         (
-            {"parallel_config__pipeline_parallel_size": 2, "speculative_config": SimpleNamespace(method="ngram")},
+            {"parallel_config__pipeline_parallel_size": 2, "speculative_config": drafting("ngram")},
             "speculative decoding with pipeline parallelism",
         ),
         ({"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
@@ -137,7 +141,7 @@ def test_an_ordinary_configuration_passes():
         ({"model_config__use_mla": True}, r"models with MLA, .*stock vLLM; see docs/mla\.md"),
         ({"model_config__has_inner_state": True}, "recurrent layers alone"),
         (
-            {"model_config__is_hybrid": True, "speculative_config": SimpleNamespace(method="ngram")},
+            {"model_config__is_hybrid": True, "speculative_config": drafting("ngram")},
             "speculative decoding of models with recurrent layers",
         ),
         ({"cache_config__use_replayssm": True}, "--use-replayssm"),
@@ -201,12 +205,17 @@ def test_heads_that_do_not_divide_evenly_are_refused(num_ranks):
         check_supported(config(parallel_config__tensor_parallel_size=num_ranks))
 
 
-def test_drafts_of_ngrams_are_taken_on_cpus_alone(monkeypatch):
-    drafting = config(speculative_config=SimpleNamespace(method="ngram"))
-    check_supported(drafting)
+@pytest.mark.parametrize("method", refusals.DRAFTERS["CPUs"])
+def test_drafts_are_taken_where_their_method_was_run(monkeypatch, method):
+    asked = {"speculative_config": drafting(method)}
+    check_supported(config(**asked))
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
-    with pytest.raises(ValueError, match="on GPUs"):
-        check_supported(drafting)
+    monkeypatch.setattr(refusals, "DRAFTERS", {"GPUs": ("ngram_gpu",)})
+    with pytest.raises(ValueError, match=rf"by {method} on GPUs \(drop --.*, or set its method to ngram_gpu\)"):
+        check_supported(config(**asked))
+    monkeypatch.setattr(refusals, "DRAFTERS", {"GPUs": ()})
+    with pytest.raises(ValueError, match=rf"by {method} on GPUs \(drop --speculative-config\)"):
+        check_supported(config(**asked))
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])

@@ -52,6 +52,10 @@ STEPS = (
     {"depth": 3, "pipeline_parallel_size": 2},
 )
 """Steps in flight, as vLLM has them without and with async scheduling, the last two with pipeline parallelism."""
+NGRAMS = (("method", "ngram"), ("num_speculative_tokens", 3), ("prompt_lookup_min", 1), ("prompt_lookup_max", 2))
+MODEL = (("method", "draft_model"), ("num_speculative_tokens", 2))
+DRAFTERS = ((), (), NGRAMS, MODEL)
+"""That of a model also has slots for what it writes ahead."""
 INTERVALS = ((9, 4), (3, 8), (30, 12), (2, 1))
 """Of prompts and answers. A group of the smallest pool holds 64 rows."""
 SQUEEZE = "another holder"
@@ -64,6 +68,8 @@ ENOUGH = Counter(
         "resumed on compacted rows": 7,
         "passed over": 300,
         "turns": 17,
+        "accepted": 300,
+        "rejected": 200,
     }
 )
 """What all histories of the quick profile must see of shared rows at least: half as often as in the thinnest run."""
@@ -118,11 +124,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         runner_v2=st.booleans(),
         intervals=st.sampled_from(INTERVALS),
         default_budget=st.sampled_from([None, 10]),
+        drafter=st.sampled_from(DRAFTERS),
     )
-    def start(self, num_blocks, full, steps, runner_v2, intervals, default_budget) -> None:
+    def start(self, num_blocks, full, steps, runner_v2, intervals, default_budget, drafter) -> None:
         self.num_blocks = num_blocks
         if self.is_offloading:
             steps = {"depth": min(steps["depth"], 2)}  # without pipeline parallelism, which is refused with a connector
+        # Drafts are refused with either.
+        drafter = () if self.is_offloading or "pipeline_parallel_size" in steps else drafter
+        self.num_ahead = dict(drafter).get("num_speculative_tokens", 0) * (steps["depth"] + (drafter == MODEL))
         self.harness = self.make_harness(
             num_blocks,
             **steps,
@@ -135,6 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prompt_interval=intervals[0],
             answer_interval=intervals[1],
             default_max_tokens=default_budget,
+            drafter=drafter,
             **self.arguments,
         )
         self.scheduler = self.harness.scheduler
@@ -243,6 +254,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever happened, everybody gets an answer, and nothing is left behind."""
+        if hasattr(self, "worker"):
+            self.seen.update(self.worker.drafts)
         if sys.exc_info()[0] is not None or not hasattr(self, "worker"):
             return
         if SQUEEZE in self.compressed[0].req_to_blocks:
@@ -306,6 +319,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         def fits(length: int) -> bool:
             num_tokens = num_prompt_tokens + length - 1
             num_rows = rule.most_rows(num_prompt_tokens, num_tokens)
+            num_tokens = min(num_tokens + self.num_ahead, MAX_MODEL_LEN)
+            num_rows = min(num_rows + self.num_ahead, num_tokens)
             of_group = [num_rows if manager in self.compressed else num_tokens for manager in self.managers]
             blocks = [num_blocks_for(n, manager.block_size) for n, manager in zip(of_group, self.managers, strict=True)]
             return sum(blocks) <= self.num_blocks
@@ -336,7 +351,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert set(num_evicted) <= holders
             for req_id, request in running.items():
                 num_slots = request.num_computed_tokens - num_evicted.get(req_id, 0)
-                assert len(manager.req_to_blocks[req_id]) == num_blocks_for(num_slots, manager.block_size)
+                num_held = len(manager.req_to_blocks[req_id])
+                fewest, most = (num_blocks_for(num_slots + n, manager.block_size) for n in (0, self.num_ahead))
+                assert fewest <= num_held <= most
                 num_tokens = request.num_computed_tokens
                 assert not manager.get_num_blocks_to_allocate(
                     req_id, num_tokens, (), num_tokens, num_tokens, num_tokens
@@ -351,6 +368,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for order in orders_of(output):
             assert self.scheduler.requests[order.req_id].status == RequestStatus.RUNNING
             assert order.num_evicted > self.told.get(order.req_id, 0)
+            self.seen["compacted with drafts"] += self.num_ahead > 0
             self.told[order.req_id] = order.num_evicted
             for move in order.moves:
                 blocks = self.managers[move.group_id].req_to_blocks[order.req_id]

@@ -32,6 +32,7 @@ class RunnerV2Model(WorkerModel):
 
     def execute(self, output) -> list[list[int]]:
         sampled = super().execute(output)
+        self._gpu.model_runner.num_computed = self.begun
         self._gpu.execute_model(output)
         self._gpu.check_in_flight()
         if self._gpu.seen is not None:
@@ -42,7 +43,9 @@ class RunnerV2Model(WorkerModel):
 
     def _compare(self, i: int, req_id: str, group: int, num_tokens: int) -> None:
         seen, size = self._gpu.seen, self._block_sizes[group]
-        table, num_rows = self._states[req_id].tables[group], len(self._states[req_id].rows[group])
+        table, num_rows = self._states[req_id].tables[group], self.begun[req_id] + num_tokens
+        if group in self._compressed:
+            num_rows -= self._states[req_id].num_evicted
         assert seen.tables[group][i, : len(table)].tolist() == table, f"{req_id}: table of group {group}"
         assert not seen.tables[group][i, len(table) :].any(), f"{req_id}: blocks behind its table"
         found = [self._where(req_id, group, slot) for slot in range(num_rows - num_tokens, num_rows)]

@@ -137,7 +137,8 @@ class Rule(NamedTuple):
 class RequestState:
     """What a worker knows of a request, and in `rows` what the request should find, by group and slot.
 
-    `due` is the next compaction; before it comes no token after its position may be computed.
+    `due` is the next compaction; before it comes no token after its position may be computed. Accepted and rejected are
+    drafts of the last step.
     """
 
     tokens: Tokens
@@ -149,6 +150,8 @@ class RequestState:
     rows: list[list[Row]] = field(default_factory=list)
     num_evicted: int = 0
     history: History | None = None
+    num_accepted: int = 0
+    num_rejected: int = 0
 
     def compute(self, position: int) -> None:
         """Adds the rows up to a position."""
@@ -183,6 +186,8 @@ class WorkerModel:
         self._memory: dict[tuple[int, int], Row | None] = {}
         self._states: dict[str, RequestState] = {}
         self._compactions = itertools.count()
+        self.begun: dict[str, int] = {}  # of the last step, requests to the tokens that they had computed before it
+        self.drafts: Counter[str] = Counter()  # accepted and rejected
         self._hits: Mapping[str, int] = {}  # of the step, requests that begin on compacted rows, to evicted slots
 
     def execute(self, output) -> list[list[int]]:
@@ -193,11 +198,16 @@ class WorkerModel:
         self._copy(output.kv_cache_block_copies or [])
         self._hits = compacted_hits_of(output)
         self._update(output)
+        self.begun = {req_id: self._states[req_id].num_computed for req_id in output.num_scheduled_tokens}
         written: dict[int, set[int]] = {}
+        rejected: list[int] = []
         for req_id, num_tokens in output.num_scheduled_tokens.items():
-            for block, offset in self._write(req_id, num_tokens):
+            num_drafts = len(output.scheduled_spec_decode_tokens.get(req_id, ()))
+            for block, offset in self._write(req_id, num_tokens - num_drafts, num_drafts):
                 written.setdefault(block, set()).add(offset)
+            rejected += self._write_rejected(req_id, num_tokens)
         self._check_written(written)
+        self._check_private(rejected)
         return [self._attend(req_id) for req_id in output.num_scheduled_tokens]
 
     def _check_private(self, blocks: Iterable[int]) -> None:
@@ -263,8 +273,10 @@ class WorkerModel:
                 self._begin(req_id, cached.new_block_ids[i], cached.num_computed_tokens[i], num_known)
                 continue
             state = self._states[req_id]
-            assert state.num_computed == cached.num_computed_tokens[i]
-            state.num_known = num_known
+            # The scheduler counts drafts as computed and known until it hears that they are rejected.
+            num_uncertain = cached.num_computed_tokens[i] - state.num_computed
+            assert 0 <= num_uncertain <= state.num_rejected
+            state.num_known = num_known - num_uncertain
             for table, blocks in zip(state.tables, cached.new_block_ids[i] or [], strict=False):
                 table.extend(blocks)
 
@@ -298,14 +310,18 @@ class WorkerModel:
                 state.rows[group] = [row._replace(copy=copy) for row in state.rows[group]]
             self._check_rows(req_id, group)
 
-    def _write(self, req_id: str, num_tokens: int) -> list[tuple[int, int]]:
-        """Computes tokens, and returns where it writes them."""
+    def _write(self, req_id: str, num_tokens: int, num_drafts: int) -> list[tuple[int, int]]:
+        """Computes tokens and some of the drafts, as good as random, and returns where it writes them."""
         state = self._states[req_id]
         if state.due is not None:
             assert state.num_computed < state.due.position, f"{req_id} runs without its compaction"
-            assert state.num_computed + num_tokens <= state.due.position, f"{req_id} runs past its compaction"
+            end = state.num_computed + num_tokens + num_drafts
+            assert end <= state.due.position, f"{req_id} runs past its compaction"
         num_rows = [len(rows) for rows in state.rows]
-        state.compute(state.num_computed + num_tokens)
+        num_accepted = zlib.crc32(b"%d %d" % (state.num_computed, num_drafts)) % (num_drafts + 1)
+        self.drafts.update(accepted=num_accepted, rejected=num_drafts - num_accepted)
+        state.num_accepted, state.num_rejected = num_accepted, num_drafts - num_accepted
+        state.compute(state.num_computed + num_tokens + num_accepted)
         written = []
         for group, rows in enumerate(state.rows):
             for slot in range(num_rows[group], len(rows)):
@@ -313,12 +329,27 @@ class WorkerModel:
                 self._memory[written[-1]] = rows[slot]
         return written
 
+    def _write_rejected(self, req_id: str, num_tokens: int) -> list[int]:
+        """Writes rows of drafts that are then rejected, and returns their blocks."""
+        state, blocks = self._states[req_id], []
+        num_written = num_tokens - state.num_rejected
+        assert state.num_computed == self.begun[req_id] + num_written
+        for group, rows in enumerate(state.rows):
+            for i in range(state.num_rejected):
+                where = self._where(req_id, group, len(rows) + i)
+                self._memory[where] = None
+                blocks.append(where[0])
+        return blocks
+
     def _attend(self, req_id: str) -> list[int]:
-        """Reads all rows of a request; samples once all known tokens are computed."""
+        """Reads all rows of a request; samples once all known tokens are computed, after each accepted draft too."""
         state = self._states[req_id]
         for group in range(len(state.tables)):
             self._check_rows(req_id, group)
-        return [state.tokens[state.num_computed]] if state.num_computed >= state.num_known else []
+        if state.num_computed < state.num_known:
+            return []
+        end = state.num_computed
+        return [state.tokens[position] for position in range(end - state.num_accepted, end + 1)]
 
     def _check_rows(self, req_id: str, group: int) -> None:
         for slot, row in enumerate(self._states[req_id].rows[group]):

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-NAMES = ("test_runner_v2.py", "test_by_head.py", "test_triton_attention.py", "test_flashinfer_plan.py")
+NAMES = (
+    "test_runner_v2.py",
+    "test_runner_v2_drafts.py",
+    "test_by_head.py",
+    "test_triton_attention.py",
+    "test_flashinfer_plan.py",
+)
 TESTS = [str(Path(__file__).with_name(name)) for name in NAMES]
 PLUGINS = Path(__file__).parents[1]
 

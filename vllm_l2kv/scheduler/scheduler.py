@@ -247,6 +247,8 @@ class L2KVScheduler(AsyncScheduler):
         if found is None:
             return None
         prefix, blocks = found
+        if self._would_cross(request, prefix.compaction.position, points.after(prefix.compaction)):
+            return None
         num_rows = points.max_rows(self._max_num_computed(request), prefix.compaction)
         num_held = self._capacity.num_held(request.num_tokens, num_rows) + self._shared.num_partial_blocks(prefix)
         if num_held > self._capacity.num_blocks:
@@ -319,7 +321,8 @@ class L2KVScheduler(AsyncScheduler):
         """Same contract as upstream, asked for each chunk of tokens: it ends at the request's next compaction."""
         coming, is_running = self._next.get(request.request_id), request.status is RequestStatus.RUNNING
         if coming is None and is_running and num_new_tokens > 0:
-            # Asked for every request at every step. Upstream's answer differs for drafts by a model, which are refused.
+            # Asked for every request at every step. Upstream's answer differs for chains of draft modules, which are
+            # refused.
             return num_new_tokens
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if not is_running and self._room.would_lack(request, coming, num_computed_tokens):
@@ -327,10 +330,17 @@ class L2KVScheduler(AsyncScheduler):
         if coming is None:
             return num_new_tokens
         limit = coming.position - num_computed_tokens
-        if not is_running and request.num_tokens - num_computed_tokens <= limit:
-            # With n-gram drafts vLLM pads a last token with rows that it rejects after the step; so they may stay.
-            return num_new_tokens
+        if num_new_tokens > limit and not is_running and self._is_padded(request, num_computed_tokens):
+            # All of it or nothing: vLLM does not take fewer. It pads no request that runs alone.
+            return 0
         return min(num_new_tokens, limit)
+
+    def _is_padded(self, request: Request, num_computed_tokens: int) -> bool:
+        """Whether vLLM adds made-up drafts to a request that would begin with so many tokens.
+
+        So batches that decode stay uniform. The model may accept such drafts.
+        """
+        return self.num_spec_tokens > 0 and request.num_tokens - num_computed_tokens == 1
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Same contract as upstream; the worker must not get an order for blocks that others may hold by now."""
@@ -377,10 +387,18 @@ class L2KVScheduler(AsyncScheduler):
         first = self._next.get(request.request_id)
         if first is not None:
             num_tokens = min(num_tokens, first.position - 1)  # so that a step lies between
+        if self._would_cross(request, num_tokens, first):
+            num_tokens -= 1
         num_rows = self._compressed[0].max_rows.get(request.request_id, request.num_tokens)
         if self._capacity.num_held(request.num_tokens, num_rows) >= self._capacity.num_blocks:
             num_tokens -= num_tokens % self.block_size  # a hit inside a block would need one more, for its copy
         return num_tokens
+
+    def _would_cross(self, request: Request, num_computed_tokens: int, coming: Compaction | None) -> bool:
+        """Whether a request that begins with so many tokens would have made-up drafts after its next compaction."""
+        if coming is None or not self._is_padded(request, num_computed_tokens):
+            return False
+        return coming.position <= num_computed_tokens + self.num_spec_tokens
 
     def _begin(self, state: RequestState, points: CompactionPoints, last: Compaction | None) -> None:
         """Notes where a request begins if it is admitted: after the compaction whose rows it found, or at its start."""
@@ -466,7 +484,13 @@ class L2KVScheduler(AsyncScheduler):
 
         Steps may be under way whose tokens are not known yet. A step that ends at the end of the prompt, or after it,
         gives one.
+
+        While a step with drafts is under way, vLLM counts them as computed, and takes those back that the model
+        rejects. With drafts a request has one step under way when the next one is planned, and more than one
+        placeholder: what it has computed is not certain then, so the compaction waits for that step.
         """
+        if self.num_spec_tokens and request.num_output_placeholders > 1:
+            return False
         under_way = request.num_computed_tokens - request.num_prompt_tokens + 1
         scheduled_output = max(request.num_output_tokens, under_way)
         return (

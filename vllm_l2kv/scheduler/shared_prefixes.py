@@ -209,11 +209,11 @@ class SharedPrefixes:
     def _name(self, request: Request, position: int, history: bytes) -> BlockHash:
         """Hash of the tokens up to `position`, of what vLLM's hashes know beside them, and of what we know.
 
-        vLLM's chain of block hashes ends before the last tokens, which may fill no block. It knows adapters, salts and
-        images.
+        vLLM's chain of block hashes ends before the last tokens, which may fill no block, and before a block whose hash
+        covers tokens after `position`. It knows adapters, salts and images.
         """
         unit = self._pool.hash_block_size
-        begin = position // unit * unit
+        begin = max(position - seams.num_hash_lookahead(self._pool), 0) // unit * unit
         before = request.block_hashes[begin // unit - 1] if begin else None
         extra_keys, _ = generate_block_hash_extra_keys(request, begin, position, 0)
         return hash_block_tokens(

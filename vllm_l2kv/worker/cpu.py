@@ -1,6 +1,7 @@
 """The worker for CPUs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
@@ -11,6 +12,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_l2kv.kernels import Compactor
 from vllm_l2kv.kernels.reference import ReferenceCompactor
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec
+from vllm_l2kv.seams import draft_layers
 from vllm_l2kv.worker.clock import Clock, HostClock
 from vllm_l2kv.worker.rows import cpu_rows
 from vllm_l2kv.worker.runner import Runner
@@ -33,6 +35,11 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
         if not get_pp_group().is_first_rank and self.model_runner.intermediate_tensors is None:
             self.model_runner.profile_run()
         return available
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Same contract as `CompactionWorker`."""
+        check_draft_groups(kv_cache_config, draft_layers(self.model_runner, self._layers))
+        super().initialize_from_config(kv_cache_config)
 
     def _packed_layouts(self) -> list[KVCacheLayout]:
         # The backend declares LBHNC only, but its kernels read head-major blocks at any stride.
@@ -58,6 +65,25 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
 
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
         return RunnerV1(self.model_runner, group_ids)
+
+
+def check_draft_groups(kv_cache_config: Any, drafts: Collection[str]) -> None:
+    """Refuses drafts that runner V1 would write into blocks of other layers.
+
+    A draft model gets the tables of the first KV-cache group, whichever its layers are in.
+
+    Args:
+        kv_cache_config: vLLM's.
+        drafts: Names of layers that draft.
+
+    Raises:
+        ValueError: They are in other groups too.
+    """
+    if not set(drafts).issubset(kv_cache_config.kv_cache_groups[0].layer_names):
+        raise ValueError(
+            f"vLLM deals the {len(drafts)} layers of the draft model out to several KV-cache groups, which it cannot "
+            "draft with on CPUs; name more or fewer layers in --kv-full-layers, or a draft model with fewer layers."
+        )
 
 
 def check_cpu_layout(isa: str, spec: CompressedLayerSpec) -> None:

@@ -38,6 +38,7 @@ from vllm_l2kv.profile import Profile
 from vllm_l2kv.refusals import check_profile, check_supported
 from vllm_l2kv.scorers import Heads, Scorers, bind
 from vllm_l2kv.scorers.learned import weights_of
+from vllm_l2kv.seams import draft_layers
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
 from vllm_l2kv.worker.heads import check_split, split_attention
@@ -93,7 +94,9 @@ class CompactionWorker(WorkerBase):
         # Before anything that may fail on one rank, for which others would wait.
         pipeline_rank, found = of_pipeline_ranks(super().get_kv_cache_spec())
         check_profile(self.vllm_config)
-        ranks = classify_ranks(found, self.settings, self._geometry(), self._num_heads_of_model, self._degree)
+        drafts = draft_layers(self.model_runner, self._layers)
+        of_model = self.settings, self._geometry(), self._num_heads_of_model, self._degree
+        ranks = classify_ranks(found, *of_model, drafts)
         self._is_packed = is_packed(spec for rank in ranks for spec in rank.values())
         specs = ranks[pipeline_rank]
         if self._is_packed:
@@ -105,7 +108,7 @@ class CompactionWorker(WorkerBase):
                 check_block_size(name, self._layers[layer_name(name)].get_attn_backend(), spec)
         for name in mixed(specs):
             check_split(name, self._layers)
-        if len(ranks) == 1:
+        if len(ranks) == 1 and not drafts:
             advise_on_waste(specs)
         return specs
 

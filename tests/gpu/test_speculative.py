@@ -1,0 +1,129 @@
+"""Drafts on a GPU: bf16, CUDA graphs, async scheduling where vLLM has it for the method.
+
+The demo model drafts for itself, on its whole cache. The EAGLE head has random weights, so that most of its drafts are
+rejected. Judged as in `test_engine`: by what bf16 moves in the reference.
+"""
+
+from collections import Counter
+
+import pytest
+import tiny
+from agreement import likely_differences, rms, steps_of, tokens_of
+from engine import bare_rule, keep
+from ranks import MixedLoad
+from reference import check_numbers
+from transformers import AutoConfig
+from vllm.config import CUDAGraphMode
+
+from vllm_l2kv import refusals
+
+pytestmark = pytest.mark.gpu
+
+METHODS = ("ngram", "ngram_gpu", "draft_model", "eagle")
+INTERVALS = (300, 20)
+RULES = {
+    **{f"keep {ratio}": {"ratio": ratio} for ratio in ("1.0", "0.5", "0.25")},
+    "budget 200": {"ratio": "1", "budget": 200, "first": 4, "last": 64},
+    "document 300": {"ratio": "0.3", "document": 300},
+}
+LENGTHS = (33, 449, 1000, 1700)
+NUM_TOKENS = 48
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def drafting(method, demo_model, start_small, tmp_path_factory):
+    speculative = {"method": method, "num_speculative_tokens": 3}
+    if "ngram" in method:
+        speculative |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    elif method == "draft_model":
+        speculative["model"] = str(demo_model)
+    else:
+        config = AutoConfig.from_pretrained(demo_model)
+        speculative["model"] = str(tiny.write_eagle(tmp_path_factory.mktemp("eagle"), config))
+    rule = bare_rule(full_layers=(0, 1), prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # Until this has passed on a GPU.
+        monkeypatch.setitem(refusals.DRAFTERS, "GPUs", METHODS)
+        sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}}
+        engine = start_small(demo_model, max_num_seqs=32, speculative_config=speculative, **sizes, **rule)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture
+def counted(drafting, monkeypatch) -> Counter:
+    """Draft tokens scheduled and accepted from now on."""
+    counts: Counter = Counter()
+    update = drafting.scheduler.update_from_output
+
+    def count(scheduler_output, model_output):
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        counts["drafts"] += sum(map(len, drafted.values()))
+        sampled = zip(model_output.req_ids, model_output.sampled_token_ids, strict=True)
+        counts["accepted"] += sum(len(tokens) - 1 for req_id, tokens in sampled if req_id in drafted and tokens)
+        return update(scheduler_output, model_output)
+
+    monkeypatch.setattr(drafting.scheduler, "update_from_output", count)
+    return counts
+
+
+def test_it_runs_as_vllm_would_run_it(method, drafting):
+    config = drafting.llm.llm_engine.vllm_config
+    assert config.use_v2_model_runner
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+    assert config.scheduler_config.async_scheduling is (method != "ngram")
+
+
+def test_layers_that_draft_are_full(method, drafting):
+    full, compressed = (
+        {name for group in drafting.worker.kv_cache_groups() if group["compressed"] is kind for name in group["layers"]}
+        for kind in (False, True)
+    )
+    assert len(compressed) == 28
+    assert len(full) == 2 + {"draft_model": 30, "eagle": 1}.get(method, 0)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_answers(name, method, drafting, counted, exact, rounded, text_ids):
+    """All lengths in one batch, twice: the second time with what the first left in the prefix cache."""
+    rule = RULES[name]
+    asked = {**rule, "intervals": INTERVALS, "full_layers": (0, 1)}
+    prompts = [text_ids[9 * i : 9 * i + n] for i, n in enumerate(LENGTHS) if n > rule.get("document", 0)]
+    moved, reach, other = [], [], []
+    for _ in range(2):
+        outputs = drafting.generate(prompts, [keep(**rule, num_tokens=NUM_TOKENS, logprobs=20)] * len(prompts))
+        for prompt, output in zip(prompts, outputs, strict=True):
+            check_numbers(output, **rule, intervals=INTERVALS)
+            steps = steps_of(output)
+            assert len(steps) == NUM_TOKENS
+            right, bf16 = (reference.logits(prompt, tokens_of(steps), **asked) for reference in (exact, rounded))
+            likely = right.topk(20).indices
+            moved += likely_differences(steps, right)
+            reach += (right - bf16).gather(1, likely).flatten().tolist()
+            if name != "keep 1.0":
+                whole = exact.logits(prompt, tokens_of(steps), full_layers=(0, 1))
+                other += (right - whole).gather(1, likely).flatten().tolist()
+    acceptance = counted["accepted"] / counted["drafts"]
+    sizes = [f"{rms(differences):.4f}" for differences in (moved, reach, other or [0.0])]
+    print(f"{method}, {name}: {counted['drafts']} drafts, {acceptance:.0%} accepted")
+    print(f"logits differ by {sizes[0]}, bf16 moves them by {sizes[1]}, the rule by {sizes[2]}")
+    assert rms(moved) <= 2 * rms(reach)
+    assert name == "keep 1.0" or rms(other) > 2 * rms(moved), "what is compared must depend on the rule"
+    assert counted["drafts"] > 100
+    if method == "draft_model":
+        assert acceptance > (0.8 if name == "keep 1.0" else 0.1)
+
+
+def test_200_requests_of_mixed_rules_with_aborts_hold_what_the_scheduler_says(drafting, text_ids):
+    load = MixedLoad(text_ids, [*RULES.values(), RULES["document 300"]], max_prompt=1800, num_tokens=48)
+    load.run(drafting)
+    print(load.looks)
+    assert load.looks["times"] > 20, load.looks
+    assert load.looks["compacted"] > 20, load.looks
+    assert load.looks["aborted"] > 10, load.looks
+    drafting.check_whole()
