@@ -75,9 +75,9 @@ def wait_for(client: httpx.Client) -> None:
         time.sleep(0.2)
 
 
-def ask(client: httpx.Client, prompt: list[int] | None = None, **fields) -> httpx.Response:
+def ask(client: httpx.Client, prompt: list[int] | None = None, headers: dict[str, str] | None = None, **fields):
     body = {"model": MODEL, "prompt": prompt or list(range(100, 100 + NUM_TOKENS)), "max_tokens": 4, "ignore_eos": True}
-    return client.post("/v1/completions", json={**body, **fields})
+    return client.post("/v1/completions", json={**body, **fields}, headers=headers)
 
 
 def asked(replicas: list[Server]) -> list[float]:
@@ -132,15 +132,18 @@ def test_the_page_about_compression(client, replicas):
     assert page == httpx.get(f"{replicas[0].url}/v1/kv_compression", timeout=30).json()
 
 
-def test_requests_with_one_beginning_stay_on_one_replica(router, replicas):
-    """So that they find it in the prefix cache; in turns each replica would have to compute it."""
-    document = list(range(2000, 2600))
-    with router("cache_aware") as client:
+def test_a_document_stays_on_one_replica(router, replicas):
+    """By the header that names it, so that it is compressed once; several documents are on both."""
+    documents = [list(range(start, start + 600)) for start in range(2000, 7000, 600)]
+    with router("consistent_hash") as client:
         before = asked(replicas)
-        for question in range(6):
-            assert ask(client, [*document, 100 + question], kv_keep_ratio=0.5).is_success
-        grown = sorted(after - there for after, there in zip(asked(replicas), before, strict=True))
-    assert grown == [0, 6 * (len(document) + 1)]
+        for question in range(3):
+            for number, document in enumerate(documents):
+                fields = {"kv_keep_ratio": 0.5, "kv_prefix_tokens": len(document)}
+                headers = {"X-Session-ID": f"document {number}"}
+                answer = ask(client, [*document, 100 + question], headers, **fields).json()
+                assert answer["usage"]["kv_cache"]["found_tokens"] == (len(document) if question else 0)
+        assert all(after > there for after, there in zip(asked(replicas), before, strict=True))
 
 
 def test_a_replica_that_ends_is_gone_around(router, replicas):
