@@ -18,8 +18,6 @@ what a draft model costs beside compression, whose layers never compact.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.rows import append
+from benchmarks.speed.variants import run_each
 
 VARIANTS = ("l2kv_model", "stock_model", "l2kv_ngrams", "l2kv", "stock", "stock_ngrams")
 RATIOS = (1.0, 0.5, 0.25)
@@ -43,18 +42,7 @@ def main() -> None:
     if args.inside is not None:
         measure(args)
         return
-    expected = len(args.variants) * (START_SECONDS + len(RATIOS) * RATIO_SECONDS)
-    sys.stdout.write(f"{len(args.variants)} engines, about {expected} seconds\n")
-    failed = []
-    for variant in args.variants:
-        begin = time.monotonic()
-        command = [sys.executable, "-m", "benchmarks.speed.drafts", *sys.argv[1:], "--inside", variant]
-        if subprocess.run(command, check=False).returncode:
-            failed.append(variant)
-        sys.stdout.write(f"{variant}: {time.monotonic() - begin:.0f} seconds\n")
-        sys.stdout.flush()
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    run_each("benchmarks.speed.drafts", args.variants, START_SECONDS + len(RATIOS) * RATIO_SECONDS)
 
 
 def parse() -> argparse.Namespace:

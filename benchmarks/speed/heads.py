@@ -19,14 +19,13 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.rows import append
+from benchmarks.speed.variants import run_each
 
 VARIANTS = ("one_call", "equal", "stock", "two_calls")
 CASES = {"decode": 35, "first_token": 10, "load": 40}
@@ -55,18 +54,7 @@ def main() -> None:
     if args.inside is not None:
         measure(args)
         return
-    expected = len(args.variants) * (START_SECONDS + sum(CASES[case] for case in args.cases))
-    sys.stdout.write(f"{len(args.variants)} engines, about {expected} seconds\n")
-    failed = []
-    for variant in args.variants:
-        command = [sys.executable, "-m", "benchmarks.speed.heads", *sys.argv[1:], "--inside", variant]
-        begin = time.monotonic()
-        if subprocess.run(command, check=False).returncode:
-            failed.append(variant)
-        sys.stdout.write(f"{variant}: {time.monotonic() - begin:.0f} seconds\n")
-        sys.stdout.flush()
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    run_each("benchmarks.speed.heads", args.variants, START_SECONDS + sum(CASES[case] for case in args.cases))
 
 
 def parse() -> argparse.Namespace:

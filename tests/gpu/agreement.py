@@ -1,10 +1,12 @@
 """When two runs of one request in bf16 agree: token by token until logits too close to tell let them part."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from engine import keep
+from reference import check_numbers
 
 
 class Step(NamedTuple):
@@ -70,3 +72,39 @@ def likely_differences(steps: Sequence[Step], logits: torch.Tensor) -> list[floa
 def rms(differences: Iterable[float]) -> float:
     values = list(differences)
     return math.sqrt(sum(value * value for value in values) / len(values))
+
+
+def check_rules(
+    engine: Any, references: Sequence[Any], cases: Sequence[tuple[Sequence[int], Mapping[str, Any]]], **asked: Any
+) -> str:
+    """Checks answers of an engine by the logits of a reference, moved no further than bf16 moves that.
+
+    Args:
+        engine: As of `engine.Engine`, with `LOGITS`.
+        references: In fp32, and in bf16.
+        cases: Prompts, and by which rule; rules may evict nothing.
+        asked: `full_layers`, `intervals` and `num_tokens`, of all.
+
+    Returns:
+        What was found, to print.
+    """
+    num_tokens = asked.pop("num_tokens")
+    params = [keep(**rule, num_tokens=num_tokens, logprobs=20) for _, rule in cases]
+    moved, reach, other = [], [], []
+    for (prompt, rule), output in zip(cases, engine.generate([prompt for prompt, _ in cases], params), strict=True):
+        numbers = check_numbers(output, **rule, intervals=asked["intervals"])
+        steps = steps_of(output)
+        tokens = tokens_of(steps)
+        assert len(tokens) == num_tokens
+        right, bf16 = (reference.logits(prompt, tokens, **rule, **asked) for reference in references)
+        likely = right.topk(20).indices
+        moved += likely_differences(steps, right)
+        reach += (right - bf16).gather(1, likely).flatten().tolist()
+        if numbers["compactions"]:
+            whole = references[0].logits(prompt, tokens, full_layers=asked["full_layers"])
+            other += (right - whole).gather(1, likely).flatten().tolist()
+    sizes = [f"{rms(differences):.4f}" if differences else "nothing" for differences in (moved, reach, other)]
+    found = f"logits differ by {sizes[0]}, bf16 moves them by {sizes[1]}, the rule by {sizes[2]}"
+    assert rms(moved) <= 2 * rms(reach), found
+    assert not other or rms(other) > 2 * rms(moved), f"what is compared must depend on the rule: {found}"
+    return found
