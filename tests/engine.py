@@ -75,6 +75,15 @@ class Engine:
     def shutdown(self) -> None:
         self.core.shutdown()
 
+    def free_memory(self) -> None:
+        """Takes away weights and cache, which references from elsewhere may keep for long."""
+        tensors = [*self.worker.model_runner.model.parameters()]
+        for layer in self.layers.values():
+            cache = layer.kv_cache
+            tensors += cache if isinstance(cache, (tuple, list)) else [cache]
+        for tensor in tensors:
+            tensor.untyped_storage().resize_(0)
+
     # --- whole requests
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Any]:
@@ -186,3 +195,4 @@ def running(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments
     engine = Engine(model, **{**defaults, **ours, **arguments})
     engine.llm.llm_engine.engine_core._finalizer.detach()
     yield engine
+    engine.free_memory()

@@ -25,6 +25,7 @@ RULES = [
 ]
 
 
+@pytest.mark.slow  # two more processes, beside all that `make test` has in memory already
 class TestTwoRanks:
     """Layer 0 is full, so the second rank has no full heads, and its pool has a group without layers."""
 

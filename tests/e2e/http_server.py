@@ -158,8 +158,9 @@ def free_port() -> int:
     A port that the kernel dealt out and got back can even be taken by the question whether the server is ready: a
     connection to a port where nobody listens succeeds if the kernel gives it the same port to come from.
     """
+    chance = random.SystemRandom()  # engines seed Python's own, in each process of `make test` with the same number
     while True:
-        port = random.randrange(10_000, 32_000)
+        port = chance.randrange(10_000, 32_000)
         with socket.socket() as listener:
             try:
                 listener.bind(("127.0.0.1", port))

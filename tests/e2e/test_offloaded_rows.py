@@ -9,7 +9,7 @@ from engine import bare_rule, draw, running
 from host_copies import cpu_memory, open_connector
 from scored import ScoredReference
 from test_documents import DOCUMENT, INTERVALS, LENGTHS_AND_RULES, NUM_BATCHED, RULE, Documents
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group
 
 from vllm_l2kv.block_math import num_blocks_for
 
@@ -25,6 +25,7 @@ def documents(request, llama):
         with running(llama, **rule, **small, max_num_seqs=64, kv_transfer_config=cpu_memory(1 << 28)) as engine:
             scorer = "l2" if request.param else "keydiff"
             yield Documents(engine, ScoredReference(llama, len(request.param)), request.param, scorer)
+        ensure_kv_transfer_shutdown()  # or the next engine of this process would have this connector too
 
 
 def copies():
