@@ -180,6 +180,7 @@ class Loaded(CompactionWorker):
     """A worker after it has loaded a model."""
 
     attention_backends = ()
+    model_runner = None
 
     def __init__(self, settings: Settings, specs: dict) -> None:
         self.settings, self._specs = settings, specs

@@ -83,7 +83,7 @@ def test_a_stock_server_hears_one_line(python_with_newer_vllm):
     )
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith(REFUSAL)
+    assert line.startswith(f"vllm-l2kv: {REFUSAL}")
 
 
 def test_asking_for_our_routes_is_refused(python_with_newer_vllm):
