@@ -2,6 +2,7 @@
 
 import inspect
 from collections import Counter
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,10 @@ def models(draw):
     return num_layers, counts, window
 
 
+@pytest.mark.skipif(
+    "global_kv_cache_groups" in signature(get_kv_cache_configs).parameters,
+    reason="vLLM 0.33 is for GPUs alone, where pipelines are refused; its planner is asked in another way",
+)
 def test_vllm_plans_one_pool_for_all_ranks(config):
     @settings(max_examples=60, deadline=None)
     @given(models())
@@ -166,6 +171,10 @@ def caches_of(kv_cache_config: KVCacheConfig, layout: KVCacheLayout) -> dict[str
     return allocate_kv_cache(kv_cache_config, torch.device("cpu"), layout)
 
 
+@pytest.mark.skipif(
+    "global_kv_cache_groups" in signature(get_kv_cache_configs).parameters,
+    reason="vLLM 0.33 is for GPUs alone, where pipelines are refused; its planner is asked in another way",
+)
 def test_without_us_vllm_plans_places_for_layers_of_another_rank(config):
     """Once it does not, `with_own_layers` can go."""
     classified = classify_ranks(ranks_of(2, 2), Settings((0,)))

@@ -68,8 +68,8 @@ ENOUGH = Counter(
         "resumed on compacted rows": 7,
         "passed over": 300,
         "turns": 17,
-        "accepted": 120,
-        "rejected": 65,
+        "accepted": 45,
+        "rejected": 17,
     }
 )
 """What all histories of the quick profile must see of shared rows at least: half as often as in the thinnest run."""
