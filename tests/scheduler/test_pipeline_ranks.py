@@ -2,7 +2,6 @@
 
 import inspect
 from collections import Counter
-from inspect import signature
 from types import SimpleNamespace
 
 import pytest
@@ -122,7 +121,7 @@ def models(draw):
 
 
 @pytest.mark.skipif(
-    "global_kv_cache_groups" in signature(get_kv_cache_configs).parameters,
+    "global_kv_cache_groups" in inspect.signature(get_kv_cache_configs).parameters,
     reason="vLLM 0.33 is for GPUs alone, where pipelines are refused; its planner is asked in another way",
 )
 def test_vllm_plans_one_pool_for_all_ranks(config):
@@ -172,7 +171,7 @@ def caches_of(kv_cache_config: KVCacheConfig, layout: KVCacheLayout) -> dict[str
 
 
 @pytest.mark.skipif(
-    "global_kv_cache_groups" in signature(get_kv_cache_configs).parameters,
+    "global_kv_cache_groups" in inspect.signature(get_kv_cache_configs).parameters,
     reason="vLLM 0.33 is for GPUs alone, where pipelines are refused; its planner is asked in another way",
 )
 def test_without_us_vllm_plans_places_for_layers_of_another_rank(config):
