@@ -67,12 +67,13 @@ ENOUGH = Counter(
         "preempted after a hit": 5,
         "resumed on compacted rows": 7,
         "passed over": 300,
-        "turns": 17,
-        "accepted": 45,
-        "rejected": 17,
+        "turns": 1,
     }
 )
-"""What all histories of the quick profile must see of shared rows at least: half as often as in the thinnest run."""
+"""What all histories of the quick profile must see of shared rows at least: half as often as in the thinnest run.
+
+Drafts are in few histories, and on vLLM 0.33 in one run in none; `test_drafts.py` has some always.
+"""
 
 REFUSED = 7  # a keep ratio
 DOCUMENTS = (13, 16, 30)
