@@ -74,6 +74,14 @@ def rms(differences: Iterable[float]) -> float:
     return math.sqrt(sum(value * value for value in values) / len(values))
 
 
+def cases_of(
+    text_ids: Sequence[int], lengths: Sequence[int], rules: Sequence[Mapping[str, Any]]
+) -> list[tuple[Sequence[int], Mapping[str, Any]]]:
+    """A prompt of each length by each rule, none with the beginning of another; documents end before their prompt."""
+    each = enumerate((length, rule) for length in lengths for rule in rules)
+    return [(text_ids[9 * i : 9 * i + n], rule) for i, (n, rule) in each if rule.get("document", 0) < n]
+
+
 def check_rules(
     engine: Any, references: Sequence[Any], cases: Sequence[tuple[Sequence[int], Mapping[str, Any]]], **asked: Any
 ) -> str:

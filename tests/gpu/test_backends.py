@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from agreement import check_rules
+from agreement import cases_of, check_rules
 from engine import bare_rule
 from reference import Reference
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
@@ -110,11 +110,7 @@ def test_the_engine_attends_with_what_was_asked(kind, engine):
 
 def test_answers(kind, engine, references, text_ids):
     """All in one batch, twice: the second time with what the first left in the prefix cache."""
-    cases = [
-        (text_ids[9 * i : 9 * i + n], rule)
-        for i, (n, rule) in enumerate((n, rule) for n in LENGTHS for rule in RULES)
-        if rule.get("document", 0) < n
-    ]
+    cases = cases_of(text_ids, LENGTHS, RULES)
     asked = {"full_layers": KINDS[kind].full_layers, "intervals": INTERVALS, "num_tokens": 24}
     for _ in range(2):
         print(f"{kind}: {check_rules(engine, references, cases, **asked)}")

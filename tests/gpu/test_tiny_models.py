@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from agreement import check_rules
+from agreement import cases_of, check_rules
 from engine import bare_rule
 from tiny import ChunkedReference, HybridReference
 from vllm.config import CUDAGraphMode
@@ -86,11 +86,7 @@ def test_decoding_runs_in_graphs(engine):
 
 def test_answers(kind, engine, references, text_ids):
     """All in one batch, twice: the second time with what the first left in the prefix cache."""
-    cases = [
-        (text_ids[9 * i : 9 * i + n], rule)
-        for i, (n, rule) in enumerate((n, rule) for n in LENGTHS for rule in RULES)
-        if rule.get("document", 0) < n
-    ]
+    cases = cases_of(text_ids, LENGTHS, RULES)
     asked = {"full_layers": KINDS[kind].full_layers, "intervals": INTERVALS, "num_tokens": 16}
     for _ in range(2):
         print(f"{kind}: {check_rules(engine, references, cases, **asked)}")
