@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 import vllm_l2kv
 from vllm_l2kv.scheduler.integrity import check_block_conservation, check_nothing_left, num_evicted
@@ -72,11 +73,16 @@ class Engine:
         """vLLM's attention layers by name."""
         return self.worker.vllm_config.compilation_config.static_forward_context
 
+    @property
+    def has_ranks(self) -> bool:
+        """Whether its workers are processes of their own."""
+        return isinstance(self.core.model_executor, MultiprocExecutor)
+
     def shutdown(self) -> None:
         self.core.shutdown()
 
     def free_memory(self) -> None:
-        """Takes away weights and cache, which references from elsewhere may keep for long."""
+        """Takes away weights and cache, which references from elsewhere may keep for long; not of ranks."""
         tensors = [*self.worker.model_runner.model.parameters()]
         for layer in self.layers.values():
             cache = layer.kv_cache
@@ -179,8 +185,8 @@ class Engine:
 def running(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments: Any) -> Iterator[Engine]:
     """An engine for a while; without us if `full_layers` is `None`.
 
-    It is dropped, not shut down: that would take away the process groups of every other engine in this process. So
-    would vLLM's finalizer, at whatever moment the garbage collector comes by.
+    One in this process is dropped, not shut down: that would take away the process groups of every other engine here.
+    So would vLLM's finalizer, at whatever moment the garbage collector comes by.
     """
     ours = {"block_size": 32} if full_layers is None else bare_rule(full_layers=full_layers)
     defaults = {
@@ -194,5 +200,10 @@ def running(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments
     }
     engine = Engine(model, **{**defaults, **ours, **arguments})
     engine.llm.llm_engine.engine_core._finalizer.detach()
-    yield engine
-    engine.free_memory()
+    try:
+        yield engine
+    finally:
+        if engine.has_ranks:
+            engine.shutdown()
+        else:
+            engine.free_memory()

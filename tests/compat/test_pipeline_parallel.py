@@ -44,7 +44,6 @@ class TestTwoRanks:
         rule = bare_rule(profile=profile, evaluation_scorers=EVALUATION_SCORERS, **rule)
         with run(llama, (0,), pipeline_parallel_size=2, **rule) as engine:
             yield engine
-            engine.core.shutdown()  # ends the ranks' processes
 
     def test_rules(self, engine, llama_reference):
         check_rules(engine, llama_reference, (0,))
@@ -87,7 +86,6 @@ def test_more_pipelines(num_ranks, full_layers, full_heads, llama, run, unbound_
     with run(llama, full_layers, full_heads=full_heads, pipeline_parallel_size=num_ranks) as engine:
         check_rules(engine, Reference(llama, full_heads=full_heads), full_layers)
         check_groups(engine, num_ranks, full_layers, full_heads)
-        engine.core.shutdown()
 
 
 @pytest.mark.slow
@@ -96,7 +94,6 @@ def test_two_ranks_of_two(llama, run, unbound_threads):
     full_heads = {1: (0, 1)}
     with run(llama, (), full_heads=full_heads, pipeline_parallel_size=2, tensor_parallel_size=2) as engine:
         check_rules(engine, Reference(llama, full_heads=full_heads), ())
-        engine.core.shutdown()
 
 
 @pytest.mark.slow
@@ -114,7 +111,6 @@ def test_layers_of_other_kinds(kind, full_layers, tiny_model, run, unbound_threa
             assert answer == reference.generate(prompt, num_tokens, full_layers=named, intervals=INTERVALS, **rule), (
                 rule
             )
-        engine.core.shutdown()
 
 
 def prompts_of(number: int) -> list[list[int]]:

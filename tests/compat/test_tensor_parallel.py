@@ -52,8 +52,6 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, full_heads, tiny_model, 
                 found = max(expected_compactions(300, 299, intervals=INTERVALS, **RULES[i]), default=0)
                 assert check_numbers(again, intervals=INTERVALS, **RULES[i]).get("found_tokens", 0) == found
             engine.check_whole()
-            if num_ranks > 1:
-                engine.core.shutdown()  # ends the ranks' processes
     reference = Reference(model, full_heads=full_heads)
     rules = [{**rule, "full_layers": full_layers, "intervals": INTERVALS} for rule in RULES]
     expected = [reference.generate(prompt, 12, **rule) for prompt, rule in zip(prompts, rules, strict=True)]
@@ -71,7 +69,6 @@ def test_many_requests_on_two_ranks_which_hold_the_same(tiny_model, run, text_id
     room = {"max_num_seqs": load.num_requests, "max_num_batched_tokens": 8192, "num_gpu_blocks_override": 3000}
     with run(model, (0,), tensor_parallel_size=2, **room) as engine:
         load.run(engine)
-        engine.core.shutdown()
     assert load.looks["requests"] > 100, load.looks
     assert load.looks["compacted"] > 50, load.looks
     assert load.looks["aborted"] > 10, load.looks
@@ -98,7 +95,6 @@ def test_compaction_adds_no_communication(tiny_model, run, text_ids, unbound_thr
             if full_layers:
                 compactions = [output.kv_transfer_params["kv_cache"]["compactions"] for output in outputs]
                 assert compactions == [1, 1, 1, 4]
-            engine.core.shutdown()
     stock, ours = profiles[None], profiles[(0,)]
     assert sum(stock[0].values()) > 12, stock  # at least one for each token
     assert ours == stock

@@ -348,9 +348,27 @@ def test_a_wrong_key_is_told_at_its_field(page):
     page.wait_for(ENDED)
     assert page.text("#key-error") == "The server does not take this API key (401 Unauthorized)."
     give_key(page, "salt")
-    page.wait_for("document.activeElement.id === 'key'")
+    page.wait_for("document.querySelector('#key-error').textContent")
     give_key(page, KEY)
-    page.wait_for("!document.querySelector('#key-error').textContent")
+    page.wait_for("!document.querySelector('#compare').disabled")
+    assert page.text("#key-error") == ""
+    take_refusals(page, 401)
+
+
+def test_a_late_refusal_of_a_wrong_key_says_nothing_of_the_next(page):
+    page.evaluate(
+        "void (window.fetch = (fetch => async (...request) => {"
+        " const answer = await fetch(...request);"
+        " if (answer.status === 401) await new Promise(resolve => (window.letThrough = resolve));"
+        " return answer; })(window.fetch))"
+    )
+    give_key(page, "pepper")
+    page.wait_for("window.letThrough")
+    give_key(page, KEY)
+    page.wait_for("document.querySelector('#server').textContent.endsWith('layers are compressed.')")
+    page.evaluate("letThrough(), new Promise(resolve => setTimeout(resolve))")
+    assert page.text("#key-error") == ""
+    assert page.text("#server").endswith("layers are compressed.")
     take_refusals(page, 401)
 
 

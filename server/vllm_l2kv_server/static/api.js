@@ -12,8 +12,8 @@ export class ServerError extends Error {
 }
 
 /** `GET /v1/kv_compression`: fields, bounds, defaults, KV-cache groups, models. */
-export async function getInfo(key) {
-  return (await call("v1/kv_compression", key)).json();
+export async function getInfo(key, signal) {
+  return (await call("v1/kv_compression", key, { signal })).json();
 }
 
 /** The bundled text. */

@@ -36,7 +36,7 @@ const HOW_ASKED =
   "first finds nothing, the second the compressed document. Temperature 0: the likeliest token is taken each time.";
 const byId = (id) => document.getElementById(id);
 
-const page = { info: null, columns: [], documentRatio: null, options: [], controller: null };
+const page = { info: null, columns: [], documentRatio: null, options: [], controller: null, connection: null };
 const specOf = (name) => page.info.fields.find((field) => field.name === name);
 
 byId("key-form").addEventListener("submit", (event) => {
@@ -58,9 +58,12 @@ connect();
 /** Asks the server what it takes, and makes the fields for it. */
 async function connect() {
   showKeyError("");
+  page.connection?.abort(); // a late answer to an earlier key would speak of this one
+  const { signal } = (page.connection = new AbortController());
   try {
-    page.info = await getInfo(key());
+    page.info = await getInfo(key(), signal);
   } catch (error) {
+    if (signal.aborted) return;
     byId("server").textContent = `The server does not say what it takes: ${error.message}`;
     if (isUnauthorized(error)) showKeyError(error);
     return;
