@@ -165,3 +165,15 @@ def test_pages_and_sections_that_comments_name_exist():
         assert (ROOT / page).exists(), f"{name} names {page}"
         headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text().replace("`", ""), re.MULTILINE)
         assert not section or section in headings, f"{name} names a section {section!r} that {page} does not have"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_the_tests_that_a_page_names_exist(page):
+    """Such as `compat/test_lora.py`, or `tests/e2e/test_documents.py::test_a`, `::test_b` for two tests of one file."""
+    path, lost = ROOT, []
+    for named in re.findall(r"\b(?:tests|compat)/[\w/]+\.py(?:::\w+)*|(?<=`)(?:::\w+)+", page.read_text()):
+        name, *tests = named.split("::")
+        path = ROOT / "tests" / name.removeprefix("tests/") if name else path
+        text = path.read_text() if path.is_file() else ""
+        lost += [named] if not all(re.search(rf"\b{test}\b", text) for test in (*tests, "import")) else []
+    assert not lost
