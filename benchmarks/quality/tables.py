@@ -24,8 +24,8 @@ MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M"}
 """Folders of results, and the names of their models."""
 LONG_ANSWERS = "long_answers"
 """Aggregates of the task `copy` under budgets."""
-SHOWN = {"perplexity": "loss above that of the whole cache in nats a token, less is better"}
-SCORE = "score from 0 to 1, more is better"
+SHOWN = {"perplexity": "loss above that of the whole cache in nats a token, lower is better"}
+SCORE = "score from 0 to 1, higher is better"
 NOTHING_YET = "Not measured, or not to its end."
 Row = Mapping[str, Any]
 
@@ -68,8 +68,7 @@ def verdict(cells: Sequence[Row]) -> Iterator[str]:
         return
     at = pooled(whole)
     yield (
-        f"{main[0]['model']}, {MAIN_LENGTH:,} tokens: pooled retrieval minus that of the whole cache, which is "
-        f"{_shown(at)}. {num_settings(cells)}"
+        f"Pooled retrieval at {MAIN_LENGTH:,} tokens minus that of the whole cache, {_shown(at)}. {num_settings(cells)}"
     )
     for question in QUESTIONS:
 
@@ -87,21 +86,23 @@ def num_settings(cells: Sequence[Row]) -> str:
     num_answers = sum(len(cell["scores"]) for cell in cells)
     return (
         f"{len(compared)} settings were compared in {len(tasks)} tasks at {len(lengths)} lengths, by {num_answers:,} "
-        "answers; the best of so many is flattered."
+        "answers; the best of so many look better than they are."
     )
 
 
 def tables(cells: Sequence[Row]) -> Iterator[str]:
-    """Where it was measured, the settings, and every task at every length."""
+    """Where it was measured, the settings, and every task at every length, the main one first."""
     if not cells:
         return
     yield provenance(cells)
-    yield "Settings, and what requests of the main length held of the whole cache at their end:\n\n" + used(cells)
-    for length in sorted({cell["length"] for cell in cells}):
+    held = f"Settings, and the share of the whole cache that requests of {MAIN_LENGTH:,} tokens held at their end:"
+    yield f"{held}\n\n{used(cells)}"
+    for length in sorted({cell["length"] for cell in cells}, key=lambda length: (length != MAIN_LENGTH, length)):
+        yield f"### {length:,} tokens"
         for task in OPTIONS:
             of_task = [cell for cell in cells if (cell["length"], cell["task"]) == (length, task)]
             if of_task:
-                yield f"**{task}**, {samples(of_task, length)}:"
+                yield f"**{task}**: {samples(of_task)}:"
                 yield from task_tables(of_task)
 
 
@@ -142,14 +143,14 @@ def used(cells: Sequence[Row]) -> str:
     return by_method(main, words) if main else NOTHING_YET
 
 
-def samples(cells: Sequence[Row], length: int) -> str:
-    """What is counted, of how many prompts of which length."""
+def samples(cells: Sequence[Row]) -> str:
+    """What is counted, and of how many prompts."""
     (whole,) = [cell for cell in cells if cell["method"] == WHOLE]
     task, scores = whole["task"], whole["scores"]
     how = average if task == "perplexity" else next(iter(METRICS[task].values()))
     word = "loss" if task == "perplexity" else "score"
     at = _shown(Interval(*how(moments(scores))[:3]))
-    return f"{SHOWN.get(task, SCORE)}; {len(scores)} prompts of {length:,} tokens, {word} of the whole cache {at}"
+    return f"{SHOWN.get(task, SCORE)}; {len(scores)} prompts, {word} with the whole cache {at}"
 
 
 def provenance(cells: Sequence[Row]) -> str:
@@ -171,7 +172,7 @@ def long_answers(cells: Sequence[Row]) -> Iterator[str]:
         lambda estimate: _shown(Interval(*estimate[:3])),
     )
     head = f"{num_prompts(cells)} prompts of {length} tokens, score without compression {whole.mean:.2f}"
-    yield f"Share of items right; {head}:\n\n{table(['', *amounts], ([n, *lines[n]] for n in sorted(lines)))}"
+    yield f"Share of items that are right; {head}:\n\n{table(['', *amounts], ([n, *lines[n]] for n in sorted(lines)))}"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

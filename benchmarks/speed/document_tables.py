@@ -19,33 +19,38 @@ prefix cache. {about}
 TEXTS = {
     "first_token": """### The first and the second question
 
-`--scenarios document`. A document of {num_document_tokens:,} tokens and questions of {num_question_tokens}, idle
-engine: median time to first token, milliseconds.""",
-    "memory": """Memory of requests about one document that decode together, and of one copy of the document and their
-own tokens without padding:""",
+A document of {num_document_tokens:,} tokens and questions of {num_question_tokens}, idle engine: median time to first
+token, milliseconds (scenario `document`).""",
+    "memory": """GiB of requests about one document that decode together, in brackets of one copy of the document and
+their own tokens without padding (scenario `document`):""",
+    "offload": """### A document in CPU memory
+
+The second question to a document of {num_document_tokens:,} tokens, idle engine: median time to first token,
+milliseconds, in brackets of computing it anew (scenario `offload`, with the engine arguments that
+`benchmarks/speed/offload.py` names).""",
     "findable": """### Documents that stay findable
 
-`--scenarios findable`. Documents of {num_document_tokens:,} tokens in {cache_gib:.0f} GiB: how many are found if all
-are asked about in turn, and then again, the latest first. They must fit beside the one that is being computed, which
-is whole by a ratio, and hardly more than its copy by a budget. With 2 full layers of 32 a ratio of 0.2 is a quarter of
-the cache.""",
+Documents of {num_document_tokens:,} tokens in {cache_gib:.0f} GiB: how many are found if all are asked about in turn,
+and then again, the latest first (scenario `findable`). They must fit beside the one that is being computed, which is
+whole by a ratio, and hardly more than its copy by a budget. With 2 full layers of 32 a ratio of 0.2 is a quarter of the
+cache.""",
     "popular": """### Popular documents
 
-`--scenarios popular`. {num_documents} such documents, popularity by Zipf's law, {num_clients} clients that wait for
-their answers, {cache_gib:.0f} GiB, {seconds:.0f} seconds after a warm-up. Hit rate: share of prompt tokens that were
-found. A budget of just the compressed rows compacts each answer into a copy of its own: leave room for question and
-answer.""",
+{num_documents} such documents, popularity by Zipf's law, {num_clients} clients that wait for their answers,
+{cache_gib:.0f} GiB, {seconds:.0f} seconds after a warm-up (scenario `popular`). Hit rate: share of prompt tokens that
+were found. A budget of just the compressed rows compacts each answer into a copy of its own: leave room for question
+and answer.""",
     "conversation": """### Conversations
 
-`--scenarios conversation --prompt-interval 512`. {num_conversations} conversations in a cache of {cache_gib:.1f} GiB,
-or 60,000 tokens. A turn adds {turn_tokens:,} tokens to all earlier ones: median time to first token, milliseconds, up
-to where the engine was stopped. With a budget and an interval of 2,048 rows the conversations do not fit together, and
-lose their rows while they wait: choose both so that all fit.""",
+{num_conversations} conversations in a cache of {cache_gib:.1f} GiB, or 60,000 tokens. A turn adds {turn_tokens:,}
+tokens to all earlier ones: median time to first token, milliseconds, up to where the engine was stopped (scenario
+`conversation`, `--prompt-interval 512`). With a budget and an interval of 2,048 rows the conversations do not fit
+together, and lose their rows while they wait: choose both so that all fit.""",
     "waiting": """### Requests that wait
 
-The scheduler's processor time (`benchmarks/speed/scheduler.py`), milliseconds a step, while one request decodes and
-another waits for blocks. Both have prompts of that length; under `found` they share all but {num_question_tokens:,}
-tokens.""",
+The scheduler's processor time, milliseconds a step, while one request decodes and another waits for blocks. Both have
+prompts of that length; under `found` they share all but {num_question_tokens:,} tokens. Rows: `scheduler.jsonl`, by
+[this command](#ample-memory).""",
 }
 
 
@@ -60,6 +65,7 @@ def documents_section(rows: dict[str, list[Row]], waiting: list[Row]) -> str:
     parts = {
         "first_token": ([row for row in of_document if "num_askers" not in row], first_token_table),
         "memory": ([row for row in of_document if "num_askers" in row], memory_table),
+        "offload": (rows["offload"], offload_table),
         "findable": (rows["findable"], findable_table),
         "popular": (rows["popular"], popular_table),
         "conversation": (rows["conversation"], conversation_table),
@@ -74,8 +80,8 @@ def documents_section(rows: dict[str, list[Row]], waiting: list[Row]) -> str:
     measured = [row for of_scenario in rows.values() for row in of_scenario]
     if not measured:
         return ""
-    places = dict.fromkeys(f"{row['gpu']}, commit {row['commit']}" for row in measured)
-    return HEAD.format(about=f"{'; '.join(places)}.") + "\n\n".join(texts) + "\n"
+    gpus, commits = (", ".join(dict.fromkeys(row[name] for row in measured)) for name in ("gpu", "commit"))
+    return HEAD.format(about=f"{gpus}, commit {commits}.") + "\n\n".join(texts) + "\n"
 
 
 def numbers_of(rows: list[Row]) -> dict[str, Any]:
@@ -98,21 +104,31 @@ def first_token_table(rows: list[Row]) -> str:
 
 
 def memory_table(rows: list[Row]) -> str:
-    """One line a number of askers."""
-    lines = []
+    """One line an engine and ratio, one column a number of requests."""
+    numbers = sorted({row["num_askers"] for row in rows})
+    cells: dict[tuple[str, float], dict[int, str]] = {}
     for row in rows:
         held, needed = row["held_bytes"] / GIB, row["needed_bytes"] / GIB
+        of_case = cells.setdefault((row["engine"], row["keep_ratio"]), {})
+        of_case[row["num_askers"]] = f"{held:.3f} ({held / needed:.3f})"
+    lines = [[*case, *(of_case.get(number, "") for number in numbers)] for case, of_case in cells.items()]
+    heads = (f"{number},request{'s' if number > 1 else ''}" for number in numbers)
+    return table(f"engine keep,ratio {' '.join(heads)}", lines)
+
+
+def offload_table(rows: list[Row]) -> str:
+    """One line an engine and ratio: the question found on the GPU and in CPU memory, and computed anew."""
+    lines = []
+    for row in rows:
+        anew = row["median_computed_ms"]
+        found = [
+            f"{row[f'median_{where}_ms']:,.1f} ({row[f'median_{where}_ms'] / anew:.3f})"
+            for where in ("found_in_cpu_memory", "found_on_gpu")
+        ]
         lines.append(
-            [
-                row["engine"],
-                row["keep_ratio"],
-                row["num_askers"],
-                f"{held:.3f}",
-                f"{needed:.3f}",
-                f"{held / needed:.3f}",
-            ]
+            [row["engine"], row["keep_ratio"], f"{anew:,.1f}", *found, f"{row['found_in_cpu_memory_tokens']:,}"]
         )
-    return table("engine keep,ratio askers GiB,held one,copy,and,questions ratio", lines)
+    return table("engine keep,ratio computed,anew from,CPU,memory on,the,GPU tokens,found,in,CPU,memory", lines)
 
 
 def findable_table(rows: list[Row]) -> str:

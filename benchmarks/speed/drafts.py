@@ -68,7 +68,8 @@ def measure(args: argparse.Namespace) -> None:
     """All ratios of one variant, in this process."""
     begin = time.monotonic()
     llm, about = start_variant(args)
-    about = {"variant": args.inside, "num_drafts": NUM_DRAFTS, "dummy": args.dummy, **about}
+    what = {"variant": args.inside, "model": Path(args.model).name, "dummy": args.dummy, "num_drafts": NUM_DRAFTS}
+    about = {**what, **about}
     about["start_s"] = round(time.monotonic() - begin, 1)
     prompts = prompts_of(args)
     for ratio in RATIOS if about["engine"] == "l2kv" else (None,):

@@ -1,6 +1,7 @@
-"""Parts of pages: tables, plots, and the rows that they show."""
+"""Parts of pages: text, tables, plots, and the rows that they show."""
 
 import json
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 PLOTS = ROOT / "docs" / "img"
 GIB = 2**30
 Row = dict[str, Any]
+AS_IT_IS = ("#", "|", "!", "    ")
+"""How headings, tables, pictures and code begin."""
 
 
 def read(name: str, must_exist: bool = True) -> list[Row]:
@@ -31,6 +34,21 @@ def table(head: str, lines: Iterable[Iterable[Any]]) -> str:
     columns = [word.replace(",", " ") for word in head.split()]
     rows = [columns, ["---"] * len(columns), *lines]
     return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
+
+
+def filled(page: str) -> str:
+    """A page in Markdown with paragraphs and items of lists in lines of up to 120 characters."""
+    return "\n\n".join(_filled(block) for block in page.strip("\n").split("\n\n")) + "\n"
+
+
+def _filled(block: str) -> str:
+    if block.startswith(AS_IT_IS):
+        return block
+    mark = "- " if block.startswith("- ") else ""
+    parts = block.removeprefix(mark).split(f"\n{mark}") if mark else [block]
+    indent = " " * len(mark)
+    lines = {"width": 120, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(part, initial_indent=mark, subsequent_indent=indent, **lines) for part in parts)
 
 
 @contextmanager

@@ -8,9 +8,11 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.speed.attention_tables import attention_sections, plot_attention
 from benchmarks.speed.document_tables import documents_section, plot_conversation
-from benchmarks.speed.page_parts import GIB, PLOTS, ROOT, Row, plot, read, table
-from benchmarks.speed.serving import DOCUMENTS, SCENARIOS
+from benchmarks.speed.draft_tables import drafts_section
+from benchmarks.speed.page_parts import GIB, PLOTS, ROOT, Row, filled, plot, read, table
+from benchmarks.speed.serving import DOCUMENTS, ON_DEMAND, SCENARIOS
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
@@ -29,176 +31,127 @@ graphs.
 {verdict}
 
 `python -m benchmarks.speed.tables` makes this page from the rows in `benchmarks/speed/results`, each with its GPU,
-version of vLLM, commit and block sizes. One command runs stock vLLM and then vllm-l2kv; `--scenarios` picks some:
+version of vLLM, commit and block sizes. Where a section names a scenario, this command made its rows, first with stock
+vLLM and then with vllm-l2kv; they are in `h100_SCENARIO.jsonl`:
 
-    python -m benchmarks.speed.serving --model FOLDER_WITH_CONFIG_JSON --out FOLDER
+    python -m benchmarks.speed.serving --model FOLDER_WITH_CONFIG_JSON --out FOLDER --scenarios SCENARIO
 
 ## Decode step
 
-`--scenarios decode_step`. Median of {num_steps} steps in milliseconds. Cases are requests x prompt tokens, and @ the
-keep ratio; `ratio` is to uncompressed stock vLLM. The floor is the step if kept rows cost what they cost stock vLLM
-and nothing else were added: stock's step of 8 x 128, plus the share 2/32 + 30/32 x keep ratio of what its long prompts
-add.
+Median of {num_steps} steps in milliseconds (scenario `decode_step`). Cases are requests x prompt tokens, and @ the keep
+ratio; `ratio` is to uncompressed stock vLLM. The floor is the step if kept rows cost what they cost stock vLLM and
+nothing else were added: stock's step of 8 x 128, plus the share 2/32 + 30/32 x keep ratio of what its long prompts add.
 
 {steps}
 
+With an fp8 KV cache (`--engine-args '{{"kv_cache_dtype": "fp8_e4m3"}}'`) steps of vllm-l2kv take {fp8_steps}.
+
 ![decode step by keep ratio](img/decode_step.svg)
-
-With an fp8 KV cache (`--engine-args '{{"kv_cache_dtype": "fp8_e4m3"}}'`), vllm-l2kv alone:
-
-{fp8_steps}
 
 ## Time to first token
 
-`--scenarios first_token`. One request on an idle engine, milliseconds. A ratio compacts after the first token:
+One request on an idle engine, milliseconds, in brackets of stock (scenario `first_token`). A ratio compacts after the
+first token. With a budget (`kv_max_tokens`) the prompt is compacted on the way, so a chunk attends to the budget and
+the prompt interval at most:
 
 {first_token}
-
-With a budget of {first_token_budget:,} rows (`kv_max_tokens`) the prompt is compacted on the way, so a chunk attends
-to the budget and the prompt interval at most:
-
-{budget_first_token}
 
 ![time to first token by prompt length](img/first_token.svg)
 
 ## Ample memory
 
-`--scenarios ample_memory`. {ample_requests} requests at once, 256 + 256 tokens, the whole GPU for the cache, the
-engine core in its own process. Three runs; the ratio is of medians.
+{ample_requests} requests at once, 256 + 256 tokens, the whole GPU for the cache, the engine core in its own process
+(scenario `ample_memory`). Three runs; the ratio is of medians.
 
 {ample}
 
-Short steps are bound by the host. The scheduler's processor time for 256 decoding requests, without an engine, on
-another machine:
+Short steps are bound by the host, where `scheduler.decode_fast_path` skips the work for each group of layers in which a
+request needs no block. A step of 256 decoding requests takes {scheduler}. This is the scheduler's processor time
+without an engine, on another machine; rows: `scheduler.jsonl`, by
 
     PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 python -m benchmarks.speed.scheduler --model FOLDER --out FILE
 
-{scheduler}
-
-`scheduler.decode_fast_path` skips the work for each group of layers where a request needs no block.
-
 ## A cache too small for its requests
 
-`--scenarios memory_bound`. Prompts of 8,000 tokens, answers of 1,000, always eight requests in the queue, 40 seconds
-of steady state (20 with an fp8 cache). First token: from joining the queue. The bound is how many requests of average
+Prompts of 8,000 tokens, answers of 1,000, always eight requests in the queue, 40 seconds of steady state, 20 with an
+fp8 cache (scenario `memory_bound`). First token: from joining the queue. The bound is how many requests of average
 length fit without padding; full layers and generated tokens count whole.
 
 {memory}
 
 ## Long answers
 
-`--scenarios long_answers`. Prompts of 512 tokens, answers of 8,000, always eight requests in the queue, 60 seconds of
-steady state. Gap: time between two tokens of a request. Compactions: their share of the time, on the device.
+Prompts of 512 tokens, answers of 8,000, always eight requests in the queue, 60 seconds of steady state (scenario
+`long_answers`). Gap: time between two tokens of a request. Compactions: their share of the time, on the device.
 
 {long_answers}
 
 ## Bursts
 
-`--scenarios bursts`. The worst case: 64 requests of 128 tokens begin together, so with a budget of 1,024 and an answer
-interval of 256 all are compacted in the same step. Milliseconds; compactions are a part of the burst step.
+The worst case: 64 requests of 128 tokens begin together, so with a budget of 1,024 and an answer interval of 256 all
+are compacted in the same step (scenario `bursts`). Milliseconds; compactions are a part of the burst step.
 
 {bursts}
-{documents}
+{documents}{drafts}
 ## Compaction alone
 
-    python -m benchmarks.speed.compaction --out h100_compaction.jsonl
-
-All 30 compressed layers of one or eight prompts, on the device. Copy: a device-to-device copy of the bytes that must
-be touched (keys read once, kept rows read and written). Targets: at most twice the copy, and 0.5 % of the prefill.
+All 30 compressed layers of one or eight prompts, on the device, in microseconds; in brackets the multiple of a
+device-to-device copy of the bytes that must be touched (keys read once, kept rows read and written), and the share of
+the prefill. Targets: at most twice the copy, and 0.5 % of the prefill.
 
 {compaction}
 
-By kernel, for one prompt at 0.25 (microseconds, PyTorch's profiler):
+By kernel, for one prompt at 0.25 (PyTorch's profiler):
 
 {compaction_kernels}
+
+    python -m benchmarks.speed.compaction --out h100_compaction.jsonl
 {scorers}
-## Attention and the stride of KV blocks
-
-    python -m benchmarks.speed.attention --out h100_attention.jsonl
-
-Decode attention of 8 requests x 15,000 tokens, FlashAttention 3, microseconds a layer. `compressed` and `full` are the
-layouts of `vllm_l2kv.kv_cache_spec.pack` when the rows were made (padding unit 4 KiB on the H200, 32 KiB today).
-
-{attention}
-
-The stride decides: multiples of 5 are slow on an H100, multiples of 47 on an H200, in units of 64 KiB at 16 tokens a
-block:
-
-![decode attention by stride](img/attention.svg)
-
-Padding of the 8B shape's 1,920 KiB:
-
-{padding}
-
-The order of heads and tokens in a block (`BLHNC` or `BLNHC`) makes no difference, and joined blocks only that of
-longer reads:
-
-{joined}
-
-### Where the last percent of a decode step goes
-
-    python -m benchmarks.speed.attention --out h100_attention_loads.jsonl --shapes 8b --loads 24x6000 100x700 64x256 \\
-        4x24000 --only stock compressed full [--fresh]
-
-A new stock engine, as above, gives a request adjacent blocks, which attention reads faster. In a server that has been
-running they are scattered, and the difference is gone. Blocks of vllm-l2kv hold all layers, so one layer's are never
-adjacent. Microseconds a layer:
-
-{loads}
-
-## Heads of two classes in a layer
-
-    python -m benchmarks.speed.heads_attention --out h100_heads_attention.jsonl
-
-Cache write and decode attention of one layer in a CUDA graph, FlashAttention 3, microseconds on one {heads_gpu}.
-{full_heads} of 8 KV heads hold every token, the others a share. `plain`: vLLM with every token in every head. `equal
-counts`: the same rows spread evenly. Outputs of one call and of two differ by {heads_difference:.3f} at most.
-
-{heads_attention}
-{two_gpus}"""
+{attention}{two_gpus}"""
 
 VERDICT = """- **A cache too small**: {memory} x stock's output tokens a second at keep 1, {ratios}.
 - **Long answers**: {answers} x with budgets of {budgets}.
 - **Ample memory**: {ample} x at keep 1, {ratios}.
 - **Decode step**: {idle} x stock's time with nothing compressed; {compressed} x at {ratios} (8 x 15,000 tokens).
-- **First token**: not changed by a ratio; {first:.2f} x with a budget of {budget:,} at {length:,} tokens.
+- **First token**: {whole} x with a ratio; {first:.2f} x with a budget of {budget:,} at {length:,} tokens.
 - **Compaction**: {shares} % of the prompt's prefill.
 - **Documents**: see [choosing](choosing.md#one-document-many-questions)."""
 
 SCORERS = """
 ## Scorers and blocks of tokens
 
-    python -m benchmarks.speed.scorers --out h100_scorers.jsonl
-
-One prompt of the 8B shape, keep ratio {keep_ratio}: milliseconds on the device, in brackets the multiple of `l2` by
-tokens. Host: the longest of {repeats} times that it waited while the device had {busy_ms} ms of other work. Targets:
-at most 3 x `l2`, less than 2 ms. All kernels compile in {warm_up_s:.0f} s, once on a machine.
+No scorer takes more than {most:.1f} x as long as `l2`, by token or by block of tokens. One prompt of the 8B shape, keep
+ratio {keep_ratio}: milliseconds on the device, in brackets the multiple of `l2` by tokens. Host: the longest of
+{repeats} times that it waited while the device had {busy_ms} ms of other work. Targets: at most 3 x `l2`, less than 2
+ms. All kernels compile in {warm_up_s:.0f} s, once on a machine.
 
 {table}
+
+    python -m benchmarks.speed.scorers --out h100_scorers.jsonl
 """
 
 TWO_GPUS = """
 ## Two GPUs
 
-Tensor parallelism of 2 on two {gpu}, vLLM {vllm}, commit {commit}, NVLink multicast off: `serving.py` with
-`--engine-args '{{"tensor_parallel_size": 2, "max_model_len": 32768}}'`, both engines in one run.
+{verdict}Tensor parallelism of 2 on two {gpu}, vLLM {vllm}, commit {commit}, NVLink multicast off. Rows:
+`tp2_*.jsonl`, by `serving.py` with `--engine-args '{{"tensor_parallel_size": 2, "max_model_len": 32768}}'`, both engines in one run.
 
 {sections}
 """
 
 TWO_GPU_SECTIONS = {
-    "decode_step": "Decode step, milliseconds, as [on one GPU](#decode-step).",
-    "memory_bound": "A cache too small for its requests, 8 GiB on each GPU.",
-    "ample_memory": "Ample memory.",
+    "decode_step": "Decode step, milliseconds, as [on one GPU](#decode-step):",
+    "memory_bound": "A cache too small for its requests, 8 GiB on each GPU:",
+    "ample_memory": "Ample memory:",
     "70b_decode_step": (
         "Decode step of Llama-3.1-70B's shape, {num_layers} layers, as many as fit (`benchmarks/speed/shapes.py`). The "
         "cache that is left holds {stock_requests} requests of 4,000 prompt tokens and 250 generated ones in stock "
-        "vLLM, and {requests} in vllm-l2kv at 1, 0.5 and 0.25."
+        "vLLM, and {requests} in vllm-l2kv at 1, 0.5 and 0.25:"
     ),
     "agreement": (
-        "Greedy answers of 16 tokens on two GPUs and on one (`tests/gpu/test_two_gpus.py`). Sums of bf16 that are "
-        "split round differently, so the table has root mean squares of differences between logits of likely "
-        "tokens: two GPUs to one, two GPUs to the Hugging Face reference in fp32, and that reference in bf16 to fp32."
+        "Greedy answers of 16 tokens on two GPUs and on one. Split sums of bf16 round differently, so the table has "
+        "root mean squares of differences between logits of likely tokens: two GPUs to one, two GPUs to the Hugging "
+        "Face reference in fp32, and that reference in bf16 to fp32 (`tests/gpu/test_two_gpus.py --rows FOLDER`):"
     ),
     "findings": "What else was run:",
 }
@@ -221,42 +174,36 @@ def main() -> None:
 
 def page() -> str:
     """The page, from the rows."""
-    rows = {name: read(f"h100_{name}", name not in DOCUMENTS) for name in SCENARIOS}
+    may_lack = (*DOCUMENTS, *ON_DEMAND)
+    rows = {name: read(f"h100_{name}", name not in may_lack) for name in (*SCENARIOS, *ON_DEMAND)}
     steps, first, ample, memory = (rows[n] for n in ("decode_step", "first_token", "ample_memory", "memory_bound"))
     compaction, attention, attention_h200 = read("h100_compaction"), read("h100_attention"), read("h200_attention")
     by_class = read("h100_heads_attention")
     decoding, waiting = split_scheduler(read("scheduler"))
     bf16 = [row for row in steps if row["kv_cache_dtype"] == "auto"]
-    return TEMPLATE.format(
+    text = TEMPLATE.format(
         gpu=steps[0]["gpu"],
         vllm=steps[0]["vllm"],
         num_steps=steps[0]["num_steps"],
         verdict=verdict(rows, compaction),
         steps=step_table(bf16),
-        fp8_steps=table("case step,(ms)", ([r["case"], f"{r['median_step_ms']:.2f}"] for r in steps if r not in bf16)),
+        fp8_steps=" and ".join(f"{r['median_step_ms']:.2f} ms ({r['case']})" for r in steps if r not in bf16),
         first_token=first_token_table(first),
-        first_token_budget=max(row.get("budget") or 0 for row in first),
-        budget_first_token=budget_first_token_table(first),
         ample_requests=ample[0]["num_requests"],
         ample=ample_table(ample),
-        scheduler=scheduler_table(decoding),
+        scheduler=scheduler_times(decoding),
         memory=memory_table(memory),
         long_answers=long_answers_table(rows["long_answers"]),
         bursts=bursts_table(rows["bursts"]),
-        documents=documents_section({name: rows[name] for name in DOCUMENTS}, waiting),
+        documents=documents_section({name: rows[name] for name in may_lack}, waiting),
+        drafts=drafts_section(read("h100_drafts", must_exist=False)),
         compaction=compaction_table(compaction, first),
         compaction_kernels=kernel_table(compaction),
         scorers=scorers_section(read("h100_scorers", must_exist=False)),
-        attention=attention_table([*attention, *attention_h200]),
-        padding=padding_table([*attention, *attention_h200]),
-        joined=joined_table([*attention, *attention_h200]),
-        loads=loads_table(read("h100_attention_loads")),
-        heads_gpu=by_class[0]["gpu"],
-        full_heads=by_class[0]["full"],
-        heads_difference=max(row["one call: difference"] for row in by_class),
-        heads_attention=heads_attention_table(by_class),
+        attention=attention_sections([*attention, *attention_h200], read("h100_attention_loads"), by_class),
         two_gpus=two_gpus_section({name: read(f"tp2_{name}", must_exist=False) for name in TWO_GPU_FILES}),
     )
+    return filled(text)
 
 
 def verdict(rows: dict[str, list[Row]], compaction: list[Row]) -> str:
@@ -271,6 +218,7 @@ def verdict(rows: dict[str, list[Row]], compaction: list[Row]) -> str:
     of_budget = {row["budget"]: row["output_tokens_per_s"] / of_stock for row in long_answers if row["budget"]}
     longest = max((row for row in first if row.get("budget")), key=lambda row: row["num_prompt_tokens"])
     whole = by_engine([row for row in first if not row.get("budget")], "stock", "num_prompt_tokens", FIRST_TOKEN)
+    of_whole = [row[FIRST_TOKEN] / whole[row["num_prompt_tokens"]] for row in first if row["keep_ratio"] < 1]
     _, *of_ample = ample_shares(rows["ample_memory"])
     return VERDICT.format(
         ratios=values(RATIOS, "g"),
@@ -280,6 +228,7 @@ def verdict(rows: dict[str, list[Row]], compaction: list[Row]) -> str:
         ample=values(of_ample, ".2f"),
         idle=f"{min(idle):.3f} to {max(idle):.3f}",
         compressed=values((ours[f"8x15000@{ratio}"] / stock["8x15000"] for ratio in RATIOS), ".2f"),
+        whole=f"{min(of_whole):.3f} to {max(of_whole):.3f}",
         first=longest[FIRST_TOKEN] / whole[longest["num_prompt_tokens"]],
         budget=longest["budget"],
         length=longest["num_prompt_tokens"],
@@ -383,31 +332,20 @@ def step_table(rows: list[Row]) -> str:
 
 
 def first_token_table(rows: list[Row]) -> str:
-    """One line a length."""
-    whole = [row for row in rows if not row.get("budget")]
-    stock = by_engine(whole, "stock", "num_prompt_tokens", FIRST_TOKEN)
+    """One line a length: stock vLLM, then vllm-l2kv whole, at a ratio and with a budget, where it was measured."""
+    times: dict[tuple[str, int, float, int | None], float] = {
+        (row["engine"], row["num_prompt_tokens"], row["keep_ratio"], row.get("budget")): row[FIRST_TOKEN]
+        for row in rows
+    }
+    budget = max(row.get("budget") or 0 for row in rows)
+    cases = ((1.0, None), (0.5, None), (1.0, budget))
     lines = []
-    for length, base in stock.items():
-        ours = by_engine(
-            [row for row in whole if row["num_prompt_tokens"] == length], "l2kv", "keep_ratio", FIRST_TOKEN
-        )
-        if 0.5 not in ours:
-            continue
-        lines.append([f"{length:,}", base, *(f"{ours[r]} ({ours[r] / base:.3f})" for r in (1.0, 0.5))])
-    return table("prompt,tokens stock vllm-l2kv vllm-l2kv,at,0.5", lines)
-
-
-def budget_first_token_table(rows: list[Row]) -> str:
-    """One line a length that was measured with a budget."""
-    uncompressed = [row for row in rows if row["keep_ratio"] == 1 and not row.get("budget")]
-    whole = {engine: by_engine(uncompressed, engine, "num_prompt_tokens", FIRST_TOKEN) for engine in ENGINES}
-    lines = []
-    for row in rows:
-        if row.get("budget"):
-            length, ms = row["num_prompt_tokens"], row[FIRST_TOKEN]
-            base, ours = (whole[engine][length] for engine in ENGINES)
-            lines.append([f"{length:,}", base, f"{ours} ({ours / base:.3f})", f"{ms} ({ms / base:.3f})"])
-    return table("prompt,tokens stock vllm-l2kv,whole vllm-l2kv,with,the,budget", lines)
+    for length in sorted({row["num_prompt_tokens"] for row in rows}):
+        stock = times["stock", length, 1.0, None]
+        ours = [times.get(("l2kv", length, *case)) for case in cases]
+        if any(ours[1:]):
+            lines.append([f"{length:,}", stock, *(f"{ms} ({ms / stock:.3f})" if ms else "" for ms in ours)])
+    return table(f"prompt,tokens stock vllm-l2kv vllm-l2kv,at,0.5 budget,of,{budget}", lines)
 
 
 def long_answers_table(rows: list[Row]) -> str:
@@ -437,17 +375,6 @@ def bursts_table(rows: list[Row]) -> str:
     return table(f"engine bursts {steps} compactions", lines)
 
 
-def loads_table(rows: list[Row]) -> str:
-    """One line a load, with blocks as in an engine just started and as in one that has been running."""
-    lines = []
-    for load in dict.fromkeys(row["load"] for row in rows):
-        us = {(row["fresh"], row["what"]): row["us_per_layer"] for row in rows if row["load"] == load}
-        for fresh in (True, False):
-            stock, ours = us[fresh, "stock"], us[fresh, "compressed"]
-            lines.append([load, "in order" if fresh else "shuffled", stock, ours, f"{ours / stock:.3f}"])
-    return table("load blocks stock compressed,layers of,stock", lines)
-
-
 def ample_table(rows: list[Row]) -> str:
     """One line a ratio."""
     lines = []
@@ -469,13 +396,15 @@ def split_scheduler(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     return [row for row in rows if "waiting" not in row], [row for row in rows if "waiting" in row]
 
 
-def scheduler_table(rows: list[Row]) -> str:
-    """One line a case."""
+def scheduler_times(rows: list[Row]) -> str:
+    """How long a step takes, in words."""
     (stock,) = (row["ms_per_step"] for row in rows if row["engine"] == "stock")
-    lines = [
-        [row["engine"], row["keep_ratio"], row["ms_per_step"], f"{row['ms_per_step'] / stock:.2f}"] for row in rows
+    ours = [
+        f"{row['ms_per_step'] / stock:.2f} x that at keep {row['keep_ratio']:g}"
+        for row in rows
+        if row["engine"] == "l2kv"
     ]
-    return table("engine keep,ratio ms,a,step of,stock", lines)
+    return f"{stock} ms in stock vLLM, and {' and '.join(ours)} in vllm-l2kv"
 
 
 def memory_table(rows: list[Row]) -> str:
@@ -500,7 +429,7 @@ def two_gpus_section(rows: dict[str, list[Row]]) -> str:
         "ample_memory": rows["ample_memory"] and ample_table(rows["ample_memory"]),
         "70b_decode_step": of_70b and step_table(of_70b),
         "agreement": agreement and agreement_table(agreement),
-        "findings": "\n".join(f"- {row['check']}: {row['found']}" for row in findings),
+        "findings": "\n".join(findings_lines(findings)),
     }
     measured = [row for of_file in rows.values() for row in of_file]
     if not measured:
@@ -512,7 +441,29 @@ def two_gpus_section(rows: dict[str, list[Row]]) -> str:
         if sections[name]
     ]
     about = {name: values_of(measured, name) for name in ("gpu", "vllm", "commit")}
+    about["verdict"] = two_gpus_verdict(rows["decode_step"], rows["memory_bound"])
     return TWO_GPUS.format(**about, sections="\n\n".join(texts))
+
+
+def two_gpus_verdict(steps: list[Row], memory: list[Row]) -> str:
+    """What is gained and lost; empty before it was measured with both engines."""
+    stock = [row["output_tokens_per_s"] for row in memory if row["engine"] == "stock"]
+    if not (stock and by_engine(steps, "l2kv", "case", "median_step_ms")):
+        return ""
+    idle = idle_steps(steps)
+    speeds = {row["keep_ratio"]: row["output_tokens_per_s"] / stock[0] for row in memory if row["engine"] == "l2kv"}
+    return (
+        f"A decode step takes {min(idle):.3f} to {max(idle):.3f} x stock vLLM's time with nothing compressed; a cache "
+        f"too small gives {values(speeds.values(), '.2f')} x its output tokens a second at keep {values(speeds, 'g')}. "
+    )
+
+
+def findings_lines(rows: list[Row]) -> list[str]:
+    """One line for the checks that found the same."""
+    checks: dict[str, list[str]] = {}
+    for row in rows:
+        checks.setdefault(row["found"], []).append(row["check"])
+    return [f"- {'; '.join(of_finding)}: {found}" for found, of_finding in checks.items()]
 
 
 def values_of(rows: list[Row], name: str) -> str:
@@ -556,14 +507,13 @@ def agreement_table(rows: list[Row]) -> str:
 
 
 def compaction_table(rows: list[Row], first_token: list[Row]) -> str:
-    """One line a measurement."""
-    lines = []
+    """One line a number and length of prompts, one column a keep ratio."""
+    cells: dict[str, dict[float, str]] = {}
     for row, share in zip(rows, prefill_shares(rows, first_token), strict=True):
-        size = f"{row['num_prompts']} x {row['num_prompt_tokens']:,}"
-        lines.append(
-            [size, row["keep_ratio"], f"{row['us']:,.0f}", f"{row['copy_us']:,.0f}", row["multiple"], f"{share:.2f} %"]
-        )
-    return table("prompts,x,tokens keep,ratio microseconds copy multiple of,prefill", lines)
+        of_size = cells.setdefault(f"{row['num_prompts']} x {row['num_prompt_tokens']:,}", {})
+        of_size[row["keep_ratio"]] = f"{row['us']:,.0f} ({row['multiple']}, {share:.2f} %)"
+    lines = [[size, *(of_size.get(ratio, "") for ratio in RATIOS)] for size, of_size in cells.items()]
+    return table(f"prompts,x,tokens {' '.join(f'keep,{ratio:g}' for ratio in RATIOS)}", lines)
 
 
 def kernel_table(rows: list[Row]) -> str:
@@ -583,66 +533,23 @@ def scorers_section(rows: list[Row]) -> str:
         return ""
     lengths = sorted({row["num_prompt_tokens"] for row in rows})
     us = {(row["scorer"], row["granularity"], row["num_prompt_tokens"]): row["us"] for row in rows}
+    multiples = {case: time / us["l2", "token", case[2]] for case, time in us.items()}
+    columns = [("token", length) for length in lengths] + [("block", lengths[-1])]
     lines = []
-    for scorer, granularity in dict.fromkeys((scorer, granularity) for scorer, granularity, _ in us):
-        own = {n: us[scorer, granularity, n] for n in lengths}
-        held_up = [max(r["host_ms"]) for r in rows if (r["scorer"], r["granularity"]) == (scorer, granularity)]
-        cells = [f"{own[n] / 1000:.2f} ({own[n] / us['l2', 'token', n]:.1f})" for n in lengths]
-        lines.append([f"`{scorer}`", granularity, *cells, f"{max(held_up):.1f}"])
-    head = f"scorer by {' '.join(f'{n},tokens' for n in lengths)} host,(ms)"
+    for scorer in dict.fromkeys(row["scorer"] for row in rows):
+        cases = [(scorer, *column) for column in columns]
+        cells = [f"{us[case] / 1000:.2f} ({multiples[case]:.1f})" if case in us else "" for case in cases]
+        waited = max(max(row["host_ms"]) for row in rows if row["scorer"] == scorer)
+        lines.append([f"`{scorer}`", *cells, f"{waited:.1f}"])
+    names = [f"{length},tokens{',by,block' if granularity == 'block' else ''}" for granularity, length in columns]
     return SCORERS.format(
+        most=max(multiples.values()),
         keep_ratio=rows[0]["keep_ratio"],
         repeats=len(rows[0]["host_ms"]),
         busy_ms=rows[0]["busy_ms"],
         warm_up_s=rows[0]["warm_up_s"],
-        table=table(head, lines),
+        table=table(f"scorer {' '.join(names)} host,(ms)", lines),
     )
-
-
-def gpu_of(row: Row) -> str:
-    """`H100` or `H200`."""
-    return row["gpu"].removeprefix("NVIDIA ").split()[0]
-
-
-def attention_table(rows: list[Row]) -> str:
-    """Layouts of stock vLLM and of `pack`; those of the scan have their own tables."""
-    lines = []
-    for row in rows:
-        if row["what"] != "scan":
-            place = gpu_of(row), row["shape"], row["what"], row["layout"], row["block_size"]
-            padding = f"{100 * row['padding']:.1f} %"
-            lines.append([*place, f"{row['stride'] // 1024:,} KiB", padding, row["us_per_layer"], row["ratio"]])
-    return table("GPU shape place layout tokens,a,block stride padding microseconds of,stock", lines)
-
-
-def padding_table(rows: list[Row]) -> str:
-    """The 8B shape at strides a little above its own."""
-    found: dict[int, dict[str, float]] = {}
-    for row in rows:
-        is_padding = row["num_layers"] == 30 and row["block_size"] == 16 and row["layout"] == "BLHNC"
-        if row["shape"] == "8b" and row["what"] == "scan" and is_padding:
-            found.setdefault(row["stride"] // 1024 - 1920, {})[gpu_of(row)] = row["ratio"]
-    lines = [[f"{padding} KiB", on.get("H100", ""), on.get("H200", "")] for padding, on in sorted(found.items())]
-    return table("padding H100,(of,stock) H200,(of,stock)", lines)
-
-
-def joined_table(rows: list[Row]) -> str:
-    """Unpadded places by tokens a block and layout."""
-    found: dict[tuple[str, str, int], dict[str, float]] = {}
-    num_layers = {"8b": 30, "8b-tp4": 30, "1b": 14, "70b-8-layers": 6, "135m": 28}
-    for row in rows:
-        if row["what"] == "scan" and not row["padding"] and row["num_layers"] == num_layers.get(row["shape"]):
-            key = (gpu_of(row), row["shape"], row["block_size"])
-            found.setdefault(key, {})[row["layout"]] = row["ratio"]
-    lines = [[*key, on.get("BLHNC", ""), on.get("BLNHC", "")] for key, on in found.items() if len(on) == 2]
-    return table("GPU shape tokens,a,block BLHNC,(of,stock) BLNHC,(of,stock)", lines)
-
-
-def heads_attention_table(rows: list[Row]) -> str:
-    """Ways to attend to heads of two classes."""
-    ways = "plain", "equal counts", "two calls", "one call"
-    lines = [[row["load"], row["share"], *(f"{row[way]:.1f}" for way in ways)] for row in rows]
-    return table("load share,of,tokens plain equal,counts two,calls one,call", lines)
 
 
 def plot_steps(rows: list[Row]) -> None:
@@ -669,24 +576,6 @@ def plot_first_token(rows: list[Row]) -> None:
             of_case = [r for r in rows if r["engine"] == engine and r.get("budget") == asked and r["keep_ratio"] == 1]
             seconds = {row["num_prompt_tokens"]: row[FIRST_TOKEN] / 1000 for row in of_case}
             axes.plot(sorted(lengths), [seconds[length] for length in sorted(lengths)], ".-", label=name)
-
-
-def plot_attention(rows_of: dict[str, list[Row]]) -> None:
-    """Attention of the 8B shape by stride."""
-    with plot(
-        "attention",
-        xlabel="stride between blocks, KiB",
-        ylabel="time, of stock vLLM's",
-        title="decode attention, one layer",
-    ) as axes:
-        for name, rows in rows_of.items():
-            scan = {
-                row["stride"] // 1024: row["ratio"]
-                for row in rows
-                if row["shape"] == "8b" and row["what"] == "scan" and row["block_size"] == 16 and not row["padding"]
-                if row["layout"] == "BLHNC" and row["stride"] % (64 * 1024) == 0 and row["num_layers"] > 2
-            }
-            axes.plot(sorted(scan), [scan[stride] for stride in sorted(scan)], ".-", label=name)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,10 +126,10 @@ SIZES = {"cache_bytes": 16 << 30, "num_document_tokens": 30_000, "budget": None,
 def documents():
     """The section of documents from some files' rows, the others being absent."""
     from benchmarks.speed import document_tables
-    from benchmarks.speed.serving import DOCUMENTS
+    from benchmarks.speed.serving import DOCUMENTS, ON_DEMAND
 
     return lambda waiting=(), **rows: document_tables.documents_section(
-        {name: rows.get(name, []) for name in DOCUMENTS}, list(waiting)
+        {name: rows.get(name, []) for name in (*DOCUMENTS, *ON_DEMAND)}, list(waiting)
     )
 
 
@@ -154,8 +156,35 @@ def test_questions_and_what_askers_hold(documents):
     assert "NVIDIA H100 80GB HBM3, commit abc1234." in page
     assert "A document of 30,000 tokens and questions of 200" in page
     assert "| l2kv | 0.25 | 1,100.0 | 25.0 | 1.25 | 30,000 |" in page
-    assert "| l2kv | 0.25 | 32 | 1.500 | 1.000 | 1.500 |" in page
+    assert "| engine | keep ratio | 32 requests |" in page
+    assert "| l2kv | 0.25 | 1.500 (1.500) |" in page
     assert "### Documents that stay findable" not in page, "nothing was measured"
+
+
+def test_a_question_found_in_cpu_memory_beside_computing_it(documents, monkeypatch):
+    from benchmarks.speed import offload
+
+    class Client:
+        """Of three questions the first computes the document, the second finds it, the third loads it."""
+
+        def __init__(self, llm, name):
+            self.num_questions = 0
+
+        def ask(self, prompt, num_output_tokens, **asked):
+            self.num_questions += 1
+            ms, found = ((1000.0, 0), (20.0, 30_000), (70.0, 30_000))[(self.num_questions - 1) % 3]
+            return SimpleNamespace(first_token_ms=ms * asked.get("keep_ratio", 1), cached_tokens=found)
+
+    monkeypatch.setattr(offload, "Client", Client)
+    monkeypatch.setattr(offload, "reuse_cache", lambda *_: None)
+    rows = [{**about, **row} for about in (ONE_GPU_STOCK, ONE_GPU_OURS) for row in offload.rows(None, about, [])]
+    assert "### A document in CPU memory" not in documents()
+    page = documents(offload=rows)
+    assert "second question to a document of 30,000 tokens" in page
+    head = "| engine | keep ratio | computed anew | from CPU memory | on the GPU | tokens found in CPU memory |"
+    assert head in page
+    assert "| stock | 1.0 | 1,000.0 | 70.0 (0.070) | 20.0 (0.020) | 30,000 |" in page
+    assert "| l2kv | 0.25 | 250.0 | 17.5 (0.070) | 5.0 (0.020) | 30,000 |" in page
 
 
 def test_findable_documents_by_full_layers(documents):
@@ -219,3 +248,54 @@ def test_requests_that_wait_by_length(documents):
     assert "| engine | asks for | 10000 tokens | 100000 tokens |" in page
     assert "| l2kv | document | 0.090 | 0.110 |" in page
     assert "all but 2,000" in page
+
+
+@pytest.fixture
+def draft(monkeypatch, tmp_path):
+    """Runs a variant of the benchmark of speculative decoding without an engine; returns all rows so far."""
+    from benchmarks.speed import drafts, engines
+
+    def decode(_llm, counts, num_requests):
+        # Three steps of 10 ms. With drafts each gives two tokens a request: one of three drafts is accepted.
+        per_step = 2 if drafter else 1
+        counts.update(tokens=3 * per_step * num_requests, sampled=3 * num_requests)
+        if drafter:
+            counts.update(drafts=9 * num_requests, accepted=3 * num_requests)
+        yield from (0.01, 0.01, 0.01)
+
+    drafter, path = "", tmp_path / "drafts.jsonl"
+    pool = SimpleNamespace(num_gpu_blocks=101, get_num_free_blocks=lambda: 60)
+    scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=pool))
+    for name in ("add_request", "step_until_all_decode", "abort_all"):
+        monkeypatch.setattr(engines, name, lambda *_, **__: None)
+    monkeypatch.setattr(engines, "scheduler_of", lambda _: scheduler)
+    monkeypatch.setattr(drafts, "decode", decode)
+
+    def run(variant, dummy=False):
+        nonlocal drafter
+        engine, _, drafter = variant.partition("_")
+        monkeypatch.setattr(drafts, "start_variant", lambda _: (None, {**WHERE, "engine": engine}))
+        monkeypatch.setattr(drafts, "prompts_of", lambda _: [[0] * 3000] * 16)
+        drafts.measure(Namespace(inside=variant, model="models/a model", dummy=dummy, out=path, output_tokens=384))
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    return run
+
+
+def test_no_section_before_anything_was_drafted():
+    from benchmarks.speed.draft_tables import drafts_section
+
+    assert drafts_section([]) == ""
+
+
+def test_drafts_beside_stock_vllm_without_them(draft):
+    from benchmarks.speed.draft_tables import drafts_section
+
+    for variant in ("stock", "l2kv_model"):
+        draft(variant)
+    page = drafts_section(draft("l2kv_ngrams", dummy=True))
+    assert "with 3 drafts each" in page
+    assert "NVIDIA H100 80GB HBM3, vLLM 0.32.0, commit abc1234." in page
+    assert "| a model | 16x3000 | stock | none | 1.0 | 1,600 | 1.00 | 10.00 | 1.0 |  | 40 |" in page
+    assert "| a model | 16x3000 | l2kv | model | 0.25 | 3,200 | 2.00 | 10.00 | 2.0 | 33% | 40 |" in page
+    assert "| a model, made-up weights | 16x3000 | l2kv | n-grams | 0.5 | 3,200 |  | 10.00 | 2.0 | 33% | 40 |" in page

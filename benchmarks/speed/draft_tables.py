@@ -1,0 +1,57 @@
+"""The section of docs/benchmarks.md about speculative decoding."""
+
+from typing import Any
+
+from benchmarks.speed.page_parts import Row, table
+
+SECTION = """
+## Speculative decoding
+
+Decode steps with {num_drafts} drafts each, beside stock vLLM without drafts (`of stock`). `model`: the model drafts for
+itself, on its whole cache, which makes nothing fast and shows what a draft model costs. `n-grams`: of the request's own
+tokens. With made-up weights the share of accepted drafts means nothing. {about}
+
+{table}
+
+Rows: `h100_drafts.jsonl`, by
+
+    python -m benchmarks.speed.drafts --model MODEL --text FILE --out h100_drafts.jsonl
+    python -m benchmarks.speed.drafts --model FOLDER_WITH_CONFIG_JSON --dummy --out h100_drafts.jsonl
+"""
+DRAFTERS = {"": "none", "model": "model", "ngrams": "n-grams"}
+"""Endings of variants' names, and what the table calls them."""
+
+
+def drafts_section(rows: list[Row]) -> str:
+    """All of it; empty before anything was measured.
+
+    Args:
+        rows: Of `drafts.py`.
+    """
+    if not rows:
+        return ""
+    gpus, versions, commits = (
+        ", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("gpu", "vllm", "commit")
+    )
+    about = f"{gpus}, vLLM {versions}, commit {commits}."
+    return SECTION.format(num_drafts=rows[0]["num_drafts"], about=about, table=drafts_table(rows))
+
+
+def drafts_table(rows: list[Row]) -> str:
+    """One line a model, engine, drafter and keep ratio."""
+    stock = {load_of(row): row["tokens_per_s"] for row in rows if row["variant"] == "stock"}
+    lines: list[list[Any]] = []
+    for row in rows:
+        drafter = DRAFTERS[row["variant"].partition("_")[2]]
+        what = [*load_of(row), row["engine"], drafter, 1.0 if row["ratio"] is None else row["ratio"]]
+        speed, base = row["tokens_per_s"], stock.get(load_of(row))
+        accepted = "" if row["accepted"] is None else f"{row['accepted']:.0%}"
+        speeds = [f"{speed:,.0f}", f"{speed / base:.2f}" if base else "", f"{row['median_step_ms']:.2f}"]
+        lines.append([*what, *speeds, row["tokens_per_request_and_step"], accepted, row["held_blocks"]])
+    measured = "output,tok/s of,stock step,(ms) tokens,a,step accepted blocks"
+    return table(f"model load engine drafts keep,ratio {measured}", lines)
+
+
+def load_of(row: Row) -> tuple[str, str]:
+    """The model, and its requests x prompt tokens: rows of one load are compared."""
+    return f"{row['model']}{', made-up weights' if row['dummy'] else ''}", row["load"]
