@@ -267,14 +267,15 @@ def headline(
     of_fp8 = [("l2kv", dtype, ratio) for dtype in ("auto", "fp8_e4m3") for ratio in (1.0, 0.5)]
     _, *shares_of_stock = ample_shares(ample)
     fast, slow = min(idle), max(idle)
+    ratios = "stock; keep 1, 0.5, 0.25, 0.1"
     lines = [
-        ["decode step, nothing compressed, 1 x 128 to 12 x 15,000 tokens", f"{fast:.3f} to {slow:.3f} x stock", "1"],
-        ["decode step (ms), 8 x 15,000: stock; keep 1, 0.5, 0.25, 0.1", values(long, ".1f"), "1"],
-        ["requests running at once, 16 GiB of cache, 8,000 tokens: the same", pick(running, of_memory, ".1f"), "2"],
-        ["output tok/s there: the same", pick(speed, of_memory, ",.0f"), "2"],
-        ["requests running there: keep 1, 0.5; fp8 cache, keep 1, 0.5", pick(running, of_fp8, ".1f"), "3"],
-        ["compacting a prompt, of copying those bytes", f"{min(multiples)} to {max(multiples)} x", "4"],
-        ["compacting a prompt, of its prefill", f"{min(shares):.2f} to {max(shares):.2f} %", "4"],
+        ["decode step, nothing compressed, 1 x 128 to 12 x 15,000 tokens", f"{fast:.3f} to {slow:.3f} of stock", "1"],
+        [f"decode step (ms), 8 x 15,000 tokens: {ratios}", values(long, ".1f"), "1"],
+        [f"requests running at once, 16 GiB of cache, 8,000 tokens: {ratios}", pick(running, of_memory, ".1f"), "2"],
+        [f"output tok/s of these: {ratios}", pick(speed, of_memory, ",.0f"), "2"],
+        ["requests running at once: keep 1, 0.5; with an fp8 cache keep 1, 0.5", pick(running, of_fp8, ".1f"), "3"],
+        ["time to compact a prompt, of copying its bytes", f"{min(multiples)} to {max(multiples)} x", "4"],
+        ["time to compact a prompt, of its prefill", f"{min(shares):.2f} to {max(shares):.2f} %", "4"],
         [
             "output tok/s of stock, ample memory, 256 + 256 tokens: keep 1, 0.5, 0.25, 0.1",
             values(shares_of_stock, ".2f"),
