@@ -134,8 +134,8 @@ TWO_GPUS = """
 ## Two GPUs
 
 {verdict}Tensor parallelism of 2 on two {gpu}, vLLM {vllm}, commit {commit}, NVLink multicast off. Rows:
-`tp2_*.jsonl`, by `serving.py` with `--engine-args '{{"tensor_parallel_size": 2, "max_model_len": 32768}}'`, both engines
-in one run.
+`tp2_*.jsonl`, by `serving.py` with `--engine-args '{{"tensor_parallel_size": 2, "max_model_len": 32768}}'`, both
+engines in one run.
 
 {sections}
 """
