@@ -40,6 +40,19 @@ def test_the_headline_is_what_the_rows_say(tables):
     assert tables.headline_of_rows() in tables.README.read_text()
 
 
+def test_paragraphs_and_lists_are_filled_and_nothing_else():
+    from benchmarks.speed.page_parts import filled
+
+    words, cells = " ".join(["word"] * 30), f"| {'cell ' * 30}|"
+    page = filled(f"\n# Title\n\n{words}\nend\n\n- {words}\n- b\n\n{cells}\n\n    a command \\\n        goes on\n\n")
+    line, rest = " ".join(["word"] * 24), " ".join(["word"] * 6)
+    item, item_rest = " ".join(["word"] * 23), " ".join(["word"] * 7)
+    assert page == (
+        f"# Title\n\n{line}\n{rest} end\n\n- {item}\n  {item_rest}\n- b\n\n{cells}\n\n"
+        "    a command \\\n        goes on\n"
+    )
+
+
 def test_no_section_before_anything_was_run(section):
     assert section() == ""
 
