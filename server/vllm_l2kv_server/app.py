@@ -1,6 +1,6 @@
 """The endpoint plugin, which vLLM's API server loads if `VLLM_PLUGINS` names it.
 
-Like `vllm_l2kv.plugin` it imports nothing of vLLM before the version is known.
+Like `vllm_l2kv.plugin`, it checks vLLM's version before it imports anything from vLLM.
 """
 
 from argparse import Namespace
@@ -19,10 +19,10 @@ class KVCompressionEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds our routes.
+        """Adds the routes of vllm-l2kv.
 
         Raises:
-            UnsupportedVLLMError: vLLM would serve without them, and ignore the fields.
+            UnsupportedVLLMError: This version of vLLM is not supported.
         """
         check_vllm()
         from vllm_l2kv_server.routes import add_routes
@@ -30,10 +30,10 @@ class KVCompressionEndpoints:
         add_routes(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Connects our routes with the engine.
+        """Connects the routes with the engine.
 
         Raises:
-            RuntimeError: The engine runs without our worker, so the fields would be ignored.
+            RuntimeError: The engine runs without the worker of vllm-l2kv, so the fields would be ignored.
         """
         from vllm_l2kv_server.routes import connect
 

@@ -1,7 +1,7 @@
 """Parsing of request bodies, with 400 for those that vLLM does not handle.
 
-FastAPI would answer some of them with 400 in another format, vLLM others (lone surrogates, integers beyond 64 bits)
-with 500. Some would end the server: nested ones crash the engine core, and millions of bad values fill the memory.
+FastAPI answers some of them with 400 in another format, and vLLM answers others (lone surrogates, integers beyond 64
+bits) with 500. Some end the server: deep nesting crashes the engine core, and millions of bad values fill the memory.
 """
 
 import json
@@ -16,15 +16,15 @@ from starlette.responses import Response
 from vllm.exceptions import VLLMValidationError
 
 MAX_DEPTH = 128
-"""Levels of arrays and objects. Python's parser, and pickle on the way to the engine's workers, recurse once a level.
-If pickle fails, the engine core ends and the server with it.
+"""Levels of arrays and objects. Python's parser recurses once per level, and so does pickle on the way to the workers.
+If pickle fails, the engine core ends, and the server ends with it.
 """
 
 MAX_VALUES = 30_000
-"""Items of arrays and objects in a body, apart from token ids. A bad one can cause 15 pydantic errors of 24 kB."""
+"""Items of arrays and objects in a body, without token ids. A bad item can cause 15 pydantic errors of 24 kB."""
 
 TOKEN_FIELDS = ("prompt", "tokens", "token_ids")
-"""Endings of names of fields that hold token ids, in a list or in a list of lists."""
+"""Fields whose names end so hold token ids, in a list or in a list of lists."""
 
 MAX_DIGITS = len(str(2**64))
 LONG_INTEGER = re.compile(rb"\d{19}")
@@ -35,11 +35,11 @@ class NotJSONError(VLLMValidationError):
 
 
 PARSED = "vllm_l2kv.body"
-"""Key of an ASGI scope for the value of a body that the middleware has parsed, so that it is parsed once."""
+"""Key of an ASGI scope. Its value is a body that the middleware has parsed, so that no body is parsed twice."""
 
 
 def parse_body(body: bytes, **arguments: Any) -> Any:
-    """Returns the JSON value of a body; an integer that does not fit a message to the engine becomes infinite.
+    """Returns the JSON value of a body; an integer that does not fit into a message to the engine becomes infinite.
 
     Args:
         body: UTF-8, UTF-16 or UTF-32.
@@ -50,7 +50,7 @@ def parse_body(body: bytes, **arguments: Any) -> Any:
         VLLMValidationError: Nested too deeply, too many values, or a lone surrogate, which JSON can hold and UTF-8
             cannot; answered with 400.
     """
-    # Token ids are short integers, so prompts keep the fast path.
+    # Token ids are short integers, so a prompt takes the fast path.
     may_be_long = LONG_INTEGER.search(body) or not is_utf8(body)
     try:
         value = json.loads(body, parse_int=_integer if may_be_long else None, **arguments)
@@ -146,7 +146,7 @@ class CheckedBodyRoute(APIRoute):
     """A route whose JSON body is parsed by `parse_body`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Returns a handler that parses the body before FastAPI does, since FastAPI hides what `json()` raises."""
+        """Returns a handler that parses the body before FastAPI does, since FastAPI hides the errors of `json()`."""
         answer = super().get_route_handler()
 
         async def parse_and_answer(request: Request) -> Response:
@@ -154,7 +154,7 @@ class CheckedBodyRoute(APIRoute):
             try:
                 body = await request.body()
             except ClientDisconnect:
-                return Response(status_code=400)  # for the log; the client has gone
+                return Response(status_code=400)  # for the log; the client has disconnected
             if "json" in request.headers.get("content-type", "") and body:
                 await request.json()
             return await answer(request)

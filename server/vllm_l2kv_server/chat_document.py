@@ -1,8 +1,8 @@
 """Where the document of a chat ends: `kv_prefix_messages` becomes `kv_prefix_tokens`.
 
-vLLM renders every chat with one method of its renderer, whichever endpoint it came to. The messages of the document are
-rendered by the same method with the same arguments. If their tokens begin the whole prompt, their number is where the
-document ends. A template need not work that way: it may drop parts of earlier turns, or refuse some messages alone.
+vLLM renders the chats of all endpoints with one method of its renderer. The messages of the document are rendered alone
+by the same method with the same arguments. If the prompt begins with their tokens, the document ends after them. Some
+templates do not work that way: they leave out parts of earlier turns, or refuse some messages alone.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ from vllm_l2kv_server.context import ChatDocument, current
 NAME = PREFIX_MESSAGES.name
 INSTEAD = f"give {PREFIX_TOKENS.name} instead"
 MAX_KNOWN = 1024
-"""Documents that are remembered; some 100 bytes each."""
+"""Number of documents that are remembered; each takes about 100 bytes."""
 WITHOUT_ANSWER = {"add_generation_prompt": False, "continue_final_message": False}
 
 
 class TokenizedDocument(NamedTuple):
-    """What is remembered of a document: enough to recognize its tokens, not the tokens.
+    """A document, as a count and a digest of its tokens: enough to recognize them.
 
     Attributes:
-        num_tokens: Their number.
-        digest: Of their ids.
+        num_tokens: Number of tokens.
+        digest: SHA-256 of the token ids.
     """
 
     num_tokens: int
@@ -38,20 +38,20 @@ class TokenizedDocument(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Sequence[int]) -> Self:
-        """Returns what is remembered of these token ids."""
+        """Returns the count and the digest of these token ids."""
         return cls(len(tokens), hashlib.sha256(array("q", tokens)).digest())
 
     def begins(self, whole: Sequence[int]) -> bool:
-        """Whether a prompt begins with its tokens."""
+        """Whether a prompt begins with the document's tokens."""
         return self.num_tokens > 0 and self == self.of(whole[: self.num_tokens])
 
 
 class DocumentFinder:
-    """Notes on each rendered chat where its document ends, if its request has one.
+    """Adds to each rendered chat the end of its document, if its request has one.
 
-    An error is noted too. It is raised when the prompt goes to the engine, since vLLM also renders chats of its own.
-    Documents are remembered, since each is asked about many times, and to tokenize a long one takes longer than to find
-    its rows.
+    In place of the end it may add an error, which is raised when the prompt goes to the engine: vLLM also renders chats
+    of its own. Documents are remembered, since each is asked about many times, and tokenizing a long one takes longer
+    than finding its rows.
 
     Args:
         render_chat_async: The method of vLLM's renderer.
@@ -59,10 +59,10 @@ class DocumentFinder:
 
     def __init__(self, render_chat_async: Any) -> None:
         self._render = render_chat_async
-        self._known: dict[bytes, TokenizedDocument] = {}  # the one that was asked for last is the last
+        self._known: dict[bytes, TokenizedDocument] = {}  # in order of use, the most recent last
 
     async def render(self, conversations: Sequence[Any], chat_params: Any, tok_params: Any, **others: Any) -> Any:
-        """Returns what vLLM's method does: the conversations, and the prompts for the engine."""
+        """Returns what vLLM's method returns: the conversations, and the prompts for the engine."""
         rendered = await self._render(conversations, chat_params, tok_params, **others)
         compression = current.get()
         if compression is None or compression.document is None:
@@ -85,14 +85,14 @@ class DocumentFinder:
     async def _tokenized(
         self, beginning: list[Any], whole: Sequence[int], *params: Any, **others: Any
     ) -> TokenizedDocument:
-        """Renders the messages of a document alone, unless it is known as the beginning of a whole prompt.
+        """Returns the document of these messages, rendered alone or, if the prompt begins with it, from memory.
 
-        A template may write the date, so a document that was known may have other tokens now.
+        A template may insert the date, so a remembered document may have other tokens now.
 
         Raises:
-            ParamError: The chat template refuses them.
+            ParamError: The chat template refuses the messages.
         """
-        # With all arguments, so that a request with another `cache_salt` cannot tell by the time whether it was known.
+        # The key has all arguments, so that the time of a request with another `cache_salt` does not reveal a document.
         key = hashlib.sha256(repr((beginning, params, others)).encode("utf-8", "backslashreplace")).digest()
         document = self._known.pop(key, None)
         if document is None or not document.begins(whole):
@@ -112,7 +112,7 @@ class DocumentFinder:
 
 
 def find_documents(renderer: Any) -> None:
-    """Lets vLLM's renderer, the one object that all endpoints share, note where documents end."""
+    """Wraps the rendering method of vLLM's renderer, which all endpoints share, in a `DocumentFinder`."""
     renderer.render_chat_async = DocumentFinder(renderer.render_chat_async).render
 
 
@@ -135,14 +135,14 @@ def _messages_of(document: ChatDocument, messages: Sequence[Any]) -> list[Any]:
     """Returns the messages of the document.
 
     Raises:
-        ParamError: They are not known, or hold more than text.
+        ParamError: The chat has fewer messages, or other ones than the request, or these hold more than text.
     """
     last, given = document.num_messages, document.num_given
     if given is not None and given != len(messages):
         raise ParamError(
             NAME,
-            f"{NAME} does not work here: of the {given} messages of this request, the system's counted, vLLM makes a "
-            f"chat of {len(messages)}; {INSTEAD}.",
+            f"{NAME} does not work here: vLLM makes a chat of {len(messages)} messages from the {given} of this "
+            f"request, including the system message; {INSTEAD}.",
         )
     if last > len(messages):
         raise ParamError(NAME, f"{NAME} must be at most {len(messages)}, the number of messages, got {last}.")
@@ -156,17 +156,17 @@ def _checked_end(beginning: Sequence[Any], document: TokenizedDocument, whole: S
     """Returns the document's number of tokens.
 
     Raises:
-        ParamError: They are no strict beginning of the whole prompt's.
+        ParamError: The prompt does not begin with these tokens, or has no others.
     """
     if not document.begins(whole):
         raise ParamError(
             NAME,
-            f"{NAME} does not work here: alone, the first {len(beginning)} messages become other tokens than at the "
-            f"beginning of this prompt, by the chat template or the tokenizer; {INSTEAD}, or let the document end with "
+            f"{NAME} does not work here: the chat template or the tokenizer gives the first {len(beginning)} messages "
+            f"other tokens alone than at the beginning of this prompt; {INSTEAD}, or let the document end with "
             "another message.",
         )
     if document.num_tokens == len(whole):
         raise ParamError(
-            NAME, f"{NAME} names the whole prompt, and at least one token must follow the document; add a message."
+            NAME, f"{NAME} covers the whole prompt, but at least one token must follow the document; add a message."
         )
     return document.num_tokens

@@ -1,6 +1,6 @@
-"""Config files: YAML mappings of option names to values, turned into the words that one would type.
+"""Config files: YAML mappings of option names to values, turned into words of a command line.
 
-The parser of the command line checks both, so a file knows no option and no bound that the command line does not know.
+The command line's parser checks those words, so a file and the command line have the same options and bounds.
 """
 
 import copy
@@ -15,15 +15,15 @@ import yaml
 
 NOT_IN_FILES = ("config", "help", "model-tag")
 PATHS = ("kv-profile",)
-"""Keys whose values are paths that begin at the folder of the config file, which may be read from anywhere."""
+"""Keys whose values are paths relative to the folder of the config file."""
 
 
 class ConfigFileError(ValueError):
-    """The file cannot be read, or a key or value of it is no option; one line that names the file."""
+    """The file cannot be read, or has a wrong key or value; one line that names the file."""
 
 
 def read_config_file(path: str, parser: ArgumentParser) -> list[str]:
-    """Returns the words of the command line that the file stands for.
+    """Returns the file's options as words of a command line.
 
     vLLM's own `--config` is not used: it ignores unknown keys whose value is false or empty, and does not accept
     `--config=FILE`.
@@ -34,8 +34,8 @@ def read_config_file(path: str, parser: ArgumentParser) -> list[str]:
         parser: Parses the command line.
 
     Raises:
-        ConfigFileError: Unreadable, not a mapping, an unknown key (the message has the nearest one), or a value that
-            the option does not take.
+        ConfigFileError: Unreadable, not a mapping, an unknown key (the message suggests the nearest one), or a value
+            that the option does not take.
     """
     words = []
     for key, value in read_yaml(path).items():
@@ -72,18 +72,18 @@ def read_yaml(path: str) -> dict[Any, Any]:
 
 
 def option_names(parser: ArgumentParser) -> list[str]:
-    """Names of the options that a file may set, without leading dashes; those without a default are missing."""
+    """Returns the names of the options that a file may set, without leading dashes or options without a default."""
     names = (name.replace("_", "-") for name in vars(parser.parse_args([])))
     return [name for name in names if name not in NOT_IN_FILES]
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """Returns the known name that a misspelt one is closest to."""
+    """Returns the known name closest to a misspelt one."""
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 class _RefusedError(ValueError):
-    """The parser does not take some words; the message is the parser's, which names the option."""
+    """The parser refuses some words; the message is the parser's and names the option."""
 
 
 def _parse(parser: ArgumentParser, words: list[str]) -> tuple[Namespace, list[str]]:
@@ -102,7 +102,7 @@ def _parse(parser: ArgumentParser, words: list[str]) -> tuple[Namespace, list[st
 
 
 def _is_option(parser: ArgumentParser, name: str) -> bool:
-    # A file says --no-enforce-eager by `enforce-eager: false`.
+    # In a file, --no-enforce-eager is `enforce-eager: false`.
     if name in NOT_IN_FILES or name.startswith("no-") or not name.replace("-", "_").isidentifier():
         return False
     try:
@@ -131,10 +131,10 @@ def _words(parser: ArgumentParser, name: str, value: Any) -> list[str]:
 
 
 def _words_of_list(parser: ArgumentParser, name: str, values: list[Any]) -> list[str]:
-    """The first spelling of a list by which the option has as many values.
+    """Returns the first spelling of a list from which the parser reads all its values.
 
     Raises:
-        _RefusedError: None of them, so the option takes one value, or none of that kind.
+        _RefusedError: No spelling works: the option takes one value, or refuses these values.
     """
     items = [json.dumps(value) if isinstance(value, dict) else str(value) for value in values]
     spellings = (

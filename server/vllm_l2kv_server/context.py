@@ -12,8 +12,9 @@ class ChatDocument:
     """The document of a chat, as its client names it.
 
     Attributes:
-        num_messages: The document ends with this message; the first one is 1.
-        num_given: Messages of the request, where vLLM makes others of them before it renders them; `None` elsewhere.
+        num_messages: The document ends after this many messages.
+        num_given: Number of messages in the request, for endpoints where vLLM turns them into other messages before it
+            renders them; `None` elsewhere.
     """
 
     num_messages: int
@@ -26,7 +27,7 @@ class Compression:
 
     Attributes:
         fields: Checked `kv_` fields of the body, from the top level or from `vllm_xargs`.
-        document: The document of its chat or chats, if it names one by messages.
+        document: The document of its chat or chats, if the request names it by messages.
         box: Collects the numbers of every prompt that the request sends to the engine.
     """
 
@@ -36,4 +37,4 @@ class Compression:
 
 
 current: ContextVar[Compression | None] = ContextVar("current", default=None)
-"""Of the HTTP request being answered; `None` where no numbers are reported."""
+"""Compression of the HTTP request being answered; `None` for one whose numbers are not reported."""

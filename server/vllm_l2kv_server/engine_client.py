@@ -18,19 +18,19 @@ from vllm_l2kv_server.usage import record
 
 
 class EngineCalls:
-    """Gives the engine the fields of a request, collects their numbers, and ends waiting requests at a shutdown.
+    """Gives the engine the fields of a request, collects its numbers, and ends waiting requests at a shutdown.
 
-    The `SamplingParams` of every endpoint pass here last. The fields that the middleware read are added to them, and a
-    field that came another way, such as a form, is refused. The numbers never show as `kv_transfer_params`.
+    The `SamplingParams` of every endpoint pass through here. The fields that the middleware has read are added to them;
+    a field that came another way, such as in a form, is refused. Clients never see the numbers as `kv_transfer_params`.
 
     Args:
         client: vLLM's engine client.
         settings: The engine's.
-        fit: Refuses what the KV cache cannot hold.
+        fit: Refuses prompts that the KV cache cannot hold.
         metrics: Measures requests, if there are metrics.
 
     Attributes:
-        was_shut_down: Whether the server shut the engine down, in contrast to an engine that ended by itself.
+        was_shut_down: Whether the server shut the engine down. If not, an engine that ended did so by itself.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class EngineCalls:
         return record(outputs, {} if compression is None else compression.box.new_prompt())
 
     def check(self, prompt: Any, sampling_params: Any) -> Asked:
-        """Adds the fields of the HTTP request to a prompt's `SamplingParams`, and returns what the prompt asks.
+        """Adds the fields of the HTTP request to a prompt's `SamplingParams`, and returns what the prompt asks for.
 
         Raises:
             VLLMValidationError: A bad value in `extra_args`, a field at an endpoint that reports no numbers, a
-                prompt that the KV cache can never hold, or a document that ends nowhere in it.
+                prompt that the KV cache can never hold, or a document whose end is not found.
         """
         compression = current.get()
         extra_args = sampling_params.extra_args or {}
@@ -90,12 +90,12 @@ class EngineCalls:
         """Shuts the engine down, then ends the requests that wait for it.
 
         The API server calls this in a thread when a signal stops it. vLLM cancels its output handler, often before the
-        handler could pass on that the engine is gone; the waiting requests, and uvicorn with them, would wait for ever.
+        handler has reported that the engine is gone. The waiting requests, and uvicorn with them, would then never end.
         """
         self.was_shut_down = True
         self._shutdown(timeout=timeout)
         handler = self._client.output_handler
-        # vLLM shuts its client down once more when the client is deleted, which may be after the loop.
+        # vLLM shuts its client down again when it deletes the client, perhaps after the loop has closed.
         if handler is not None and not handler.get_loop().is_closed():
             end_requests = self._client.output_processor.propagate_error
             handler.get_loop().call_soon_threadsafe(end_requests, self._client.dead_error)
@@ -105,11 +105,11 @@ def _with_fields(extra_args: dict[str, Any], prompt: Any, compression: Compressi
     """Returns a prompt's `extra_args` with the fields of its HTTP request.
 
     Raises:
-        VLLMValidationError: A document that ends nowhere in the prompt.
+        VLLMValidationError: The end of the document is not found.
     """
     fields = {**extra_args, **compression.fields}
     if compression.document is not None:
-        fields.pop(PREFIX_MESSAGES.name, None)  # from vllm_xargs, which vLLM has copied
+        fields.pop(PREFIX_MESSAGES.name, None)  # vLLM has copied it from vllm_xargs
         try:
             fields[PREFIX_TOKENS.name] = end_of_document(prompt)
         except ParamError as error:
@@ -118,10 +118,10 @@ def _with_fields(extra_args: dict[str, Any], prompt: Any, compression: Compressi
 
 
 async def report_grammar_error(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Yields the outputs of a structured request; an error at their end is an error of the grammar.
+    """Yields the outputs of a request with a grammar; an output that ends in an error means a bad grammar.
 
     vLLM checks a grammar's syntax before it accepts a request, but compiles it in the engine core. If that fails, or
-    the grammar accepts no token at all, the core reports "error" without a reason, which would be answered with 500.
+    the grammar accepts no token at all, the core reports "error" without a reason, and vLLM would answer 500.
 
     Raises:
         VLLMValidationError: Answered with 400.
@@ -130,7 +130,7 @@ async def report_grammar_error(outputs: AsyncIterator[Any]) -> AsyncIterator[Any
         async for output in outputs:
             if any(choice.finish_reason == "error" for choice in output.outputs):
                 raise VLLMValidationError(
-                    "The engine can make nothing of what the output must look like (response_format, "
+                    "The engine cannot compile the grammar that the output must follow (response_format, "
                     "structured_outputs, or parameters of tools); simplify it."
                 )
             yield output
@@ -141,8 +141,8 @@ def wrap_engine_client(
 ) -> EngineCalls:
     """Sets `generate` and `shutdown` of this client to those of `EngineCalls`.
 
-    The methods are set on the one instance that the app and all its serving objects share. A wrapper in its place would
-    have to be found by each of them, and would not be the `AsyncLLM` that `POST /abort_requests` asks for.
+    The methods are set on the one instance that the app and all its serving objects share. A wrapper object would have
+    to replace it in each of them, and would not be the `AsyncLLM` that `POST /abort_requests` requires.
     """
     calls = EngineCalls(client, settings, fit, metrics)
     client.generate, client.shutdown = calls.generate, calls.shutdown
@@ -152,11 +152,11 @@ def wrap_engine_client(
 def check_before_status(responses: Any, calls: EngineCalls) -> None:
     """Lets vLLM's Responses API check a prompt before it begins its answer, as the other endpoints do.
 
-    It calls the engine inside a generator, of which a stream asks after the status and two events were sent.
+    vLLM calls the engine inside a generator, which a stream starts after it has sent the status and two events.
 
     Args:
         responses: vLLM's object that serves the endpoint.
-        calls: Checks.
+        calls: Checks the prompts.
     """
     generate = responses._generate_with_builtin_tools
 

@@ -1,6 +1,6 @@
-"""Refuses a prompt before the status of its answer is sent: one that never fits the KV cache, or is all document.
+"""Refuses a prompt that never fits into the KV cache, or is all document, before the status of its answer is sent.
 
-The scheduler refuses it too, for offline use. Its answer comes after a stream has begun.
+The scheduler refuses it too, for offline use. On a server its refusal would come after a stream has begun.
 """
 
 from typing import Any
@@ -33,12 +33,12 @@ class FitCheck:
 
         Args:
             prompt: As vLLM's endpoints give it to the engine client: rendered, so that it has token ids or embeddings.
-                One that comes in chunks, or as text, is left to the engine.
-            max_tokens: The bound of its answer; `None` for all the rest of the context.
-            params: What applies to it.
+                The engine checks prompts that come in chunks or as text.
+            max_tokens: The bound of its answer; `None` for the rest of the context.
+            params: The request's compression parameters.
 
         Raises:
-            VLLMValidationError: Answered with 400; the parameter is the field that would help.
+            VLLMValidationError: Answered with 400; the parameter is the field to change.
         """
         if not isinstance(prompt, dict) or "type" not in prompt:
             return

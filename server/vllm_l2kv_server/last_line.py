@@ -11,16 +11,16 @@ from typing import NoReturn
 from vllm_l2kv_server.screen import Screen
 
 WAIT_SECONDS = 5.0
-"""Time for the child processes to end; vLLM has sent them a signal before."""
+"""Time for the child processes to end; vLLM has sent them a signal by then."""
 
 
 @dataclass
 class Outcome:
     """How the server ended.
 
-    `serve` makes one and adds it to the parsed options as `outcome`. vLLM passes the options to `init_state` of
-    endpoint plugins, so the app can report here what `serve` reads after vLLM has returned. Several API servers run in
-    processes of their own and report to copies; there vLLM itself raises an error if an engine ends.
+    `serve` adds one to the parsed options as `outcome`. vLLM passes the options to `init_state` of endpoint plugins, so
+    the app can set what `serve` reads after vLLM has returned. With several API servers, each is a process with a copy
+    that `serve` does not read; there vLLM itself raises an error if an engine ends.
 
     Attributes:
         engine_lost: Whether the engine ended by itself.
@@ -32,8 +32,8 @@ class Outcome:
 class LastLine:
     """Ends the process with a sentence that is the last output, after vLLM's logs, tracebacks and child processes.
 
-    Make it before vLLM is imported: `atexit` runs last what was registered first, after vLLM and `multiprocessing` have
-    stopped what they started.
+    Make it before vLLM is imported: `atexit` runs last what was registered first, so this runs after vLLM and
+    `multiprocessing` have stopped what they started.
 
     Args:
         screen: Where it is printed.
@@ -47,7 +47,7 @@ class LastLine:
         atexit.register(self._write)
 
     def end(self, status: int, sentence: str) -> NoReturn:
-        """Ends the process; further signals change nothing, since it ends within seconds.
+        """Ends the process; further signals are ignored, since it ends within seconds.
 
         Args:
             status: Its exit status.
@@ -73,10 +73,10 @@ class LastLine:
 
 
 def start_silent_resource_tracker() -> None:
-    """Starts Python's resource tracker, which all processes share, without a standard error.
+    """Starts Python's resource tracker, which all processes share, and discards its standard error.
 
     vLLM kills its processes at the end. The tracker frees the semaphores and the shared memory that they leave, and
-    would warn of a leak after the last line.
+    would print a warning of a leak after the last line.
     """
     sys.stderr.flush()
     stderr = os.dup(2)
@@ -93,10 +93,10 @@ def _wait_for_children() -> None:
     """Waits until the child processes have ended and written their last lines, at most `WAIT_SECONDS`."""
     try:
         import psutil  # type: ignore[import-untyped]
-    except ModuleNotFoundError:  # it comes with vLLM, so there are none
+    except ModuleNotFoundError:  # without vLLM there is no psutil, and no child process
         return
     if children := psutil.Process().children(recursive=True):
-        # The resource tracker is one of them: it reports leaked shared memory, and ends once its pipe is closed.
+        # The resource tracker is one of them; it ends once its pipe is closed.
         if (pipe := resource_tracker.getfd()) is not None:
             os.close(pipe)
         psutil.wait_procs(children, timeout=WAIT_SECONDS)

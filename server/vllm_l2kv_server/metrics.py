@@ -132,7 +132,7 @@ class EngineMetrics(AggregateStatLoggerBase):
 
 
 class RequestMetrics:
-    """Versions, and keep ratios, budgets and latencies of the requests that this process answers.
+    """Metrics of this process: versions, and keep ratios, budgets and latencies of the requests that it answers.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -177,7 +177,7 @@ class RequestMetrics:
         self._keep_ratio.labels(self._model).observe(params.keep_ratio)
         if params.max_tokens is not None:
             self._budget.labels(self._model).observe(params.max_tokens)
-        # Closed at once when this generator is: by that vLLM learns that the client has gone.
+        # Closed together with this generator, so that vLLM aborts the request of a client that has disconnected.
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
                 if output.finished and output.metrics is not None:
@@ -202,16 +202,16 @@ def add_metrics(engine_client: Any, settings: Settings) -> RequestMetrics | None
     loggers = engine_client.logger_manager
     if loggers is None or not settings.metrics:
         return None
-    # Before vLLM's own loggers, which would read our stats as those of a KV connector.
+    # Before vLLM's own loggers, which would read the stats of vllm-l2kv as those of a KV connector.
     loggers.stat_loggers.insert(0, EngineMetrics(engine_client.vllm_config, loggers.engine_indexes))
     return RequestMetrics(engine_client.vllm_config)
 
 
 def tenth_of(keep_ratio: float) -> str:
-    """Returns the label of a keep ratio: one of ten, so that clients cannot create many series."""
+    """Returns the label of a keep ratio, one of ten, so that clients cannot create many time series."""
     return f"{max(math.ceil(round(keep_ratio * 10, 6)), 1) / 10:.1f}"
 
 
 def budget_label(budget: int | None) -> str:
-    """Returns the label of a budget: `none`, it rounded up to one of `BUDGETS`, or `more`; few, for the same reason."""
+    """Returns the label of a budget: `none`, the budget rounded up to one of `BUDGETS`, or `more`."""
     return "none" if budget is None else next((str(bound) for bound in BUDGETS if budget <= bound), "more")

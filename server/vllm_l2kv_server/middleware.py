@@ -1,8 +1,8 @@
 """Middleware for every request, whatever its endpoint, method and media type.
 
-It checks the body by its bytes, reads the `kv_` fields, and writes the numbers of the compression into the answer. It
-covers all endpoints because vLLM's routes do not know the fields, and because a body that can end the server can do so
-from any of them.
+It checks the bytes of the body, reads the `kv_` fields, and writes the numbers of the compression into the answer. It
+covers all endpoints, because vLLM's routes do not know the fields, and a dangerous body can end the server at any of
+them.
 """
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,8 +22,8 @@ RESPONSES_PATH = "/v1/responses"
 class CompressionMiddleware:
     """Pure ASGI: reads the fields of a request, and adds the numbers to its answer.
 
-    The app's state has the settings of the engine (`kv_settings`), and keeps the numbers of stored
-    responses (`kv_stored_numbers`), if vLLM stores responses.
+    The app's state has the engine's settings (`kv_settings`) and, if vLLM stores responses, their numbers
+    (`kv_stored_numbers`).
     """
 
     def __init__(self, app: ASGIApp) -> None:

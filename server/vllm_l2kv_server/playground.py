@@ -1,4 +1,4 @@
-"""The playground: a page that compares two keep ratios, or two questions about one document, side by side.
+"""The playground: a page that compares two keep ratios or budgets, or asks two questions about one document.
 
 The static files need no API key. The page's requests to `/v1` carry the key that the user types in.
 """
@@ -21,9 +21,9 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain",
 }
-"""Fixed here, since those of the machine differ, and with `nosniff` a browser runs no module of another type."""
+"""Fixed here, since a machine's own types may differ; with `nosniff` a browser runs no module of another type."""
 HEADERS = {
-    # A model's answer stays text even if a script forgets to escape it: no inline script, no HTML from strings.
+    # No inline script and no HTML from strings: a model's answer stays text even if a script does not escape it.
     "Content-Security-Policy": "; ".join(
         (
             "default-src 'none'",
@@ -45,12 +45,12 @@ HEADERS = {
 
 
 def has_playground(args: Namespace) -> bool:
-    """Whether a server started with `args` serves the page; `vllm serve`, which has no --no-playground, always does."""
+    """Whether a server started with `args` serves the page; `vllm serve` has no --no-playground and always does."""
     return getattr(args, "playground", True)
 
 
 def add_playground(app: FastAPI) -> None:
-    """Serves the page at `/playground` and its files below it, to GET and HEAD; no other path is looked up."""
+    """Serves the page at `/playground` and its files below it, for GET and HEAD; there are no other paths."""
     app.add_route(PATH, _serve(INDEX), include_in_schema=False)
     for path in sorted(STATIC.iterdir()):
         if path != INDEX:
@@ -59,7 +59,7 @@ def add_playground(app: FastAPI) -> None:
 
 
 def _serve(path: Path) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of one file."""
+    """Returns the endpoint of one file."""
 
     async def send(request: Request) -> Response:
         return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], headers=HEADERS)

@@ -1,7 +1,7 @@
 """Request bodies of the two endpoints that replace vLLM's, and the answer of `GET /v1/kv_compression`.
 
-The bodies are vLLM's, with 400 where vLLM would fail. The `kv_` fields are not declared here: `request_fields` reads
-them for all endpoints, and `openapi` shows them.
+The bodies are vLLM's, with 400 where vLLM would answer 500. The `kv_` fields are not declared here: `request_fields`
+reads them for all endpoints, and `openapi` shows them.
 """
 
 from typing import Any, Self
@@ -16,16 +16,16 @@ from vllm_l2kv.params import FIELD_NAMES, FieldValue
 from vllm_l2kv_server.request_fields import XARGS
 
 MAX_LENGTH_PENALTY = 50
-"""A million to this power still is a float."""
+"""A million to this power is still a finite float."""
 
 
 class CheckedBody(OpenAIBaseModel):
-    """A body of vLLM whose bad values are answered with 400, not with 500."""
+    """A request body of vLLM whose bad values are answered with 400 in place of 500."""
 
     @model_validator(mode="wrap")
     @classmethod
     def refuse_wrong_types(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Turns the errors by which some of vLLM's checks fail on wrong types, answered with 500, into 400."""
+        """Turns other errors, which some of vLLM's checks raise on wrong types, from 500 into 400."""
         try:
             return validate(data)
         except (ValueError, VLLMError):
@@ -36,7 +36,7 @@ class CheckedBody(OpenAIBaseModel):
     @model_validator(mode="before")
     @classmethod
     def leave_out_null_fields(cls, data: Any) -> Any:
-        """Removes fields that are null from `vllm_xargs`, where vLLM refuses null."""
+        """Removes null fields from `vllm_xargs`, where vLLM refuses null."""
         xargs = data.get(XARGS) if isinstance(data, dict) else None
         if not isinstance(xargs, dict):
             return data
@@ -45,7 +45,7 @@ class CheckedBody(OpenAIBaseModel):
 
     @model_validator(mode="after")
     def check_length_penalty(self) -> Self:
-        """Bounds it, since vLLM's beam search divides by `length ** length_penalty`: neither by 0 nor by infinity."""
+        """Bounds it: vLLM's beam search divides by `length ** length_penalty`, which must not be 0 or infinite."""
         penalty = getattr(self, "length_penalty", 1.0)
         if getattr(self, "use_beam_search", False) and not abs(penalty) <= MAX_LENGTH_PENALTY:
             raise VLLMValidationError(
@@ -65,7 +65,7 @@ class CheckedCompletionRequest(CheckedBody, CompletionRequest):
 
 
 class FieldInfo(BaseModel):
-    """One request field, as this server takes it."""
+    """One request field, with this server's default and bounds."""
 
     name: str
     type: str

@@ -11,9 +11,9 @@ MESSAGES_PATH = "/v1/messages"
 
 
 def refusal(error: VLLMError, scope: Scope) -> JSONResponse:
-    """Returns the answer to a request with this scope; the error says its status.
+    """Returns the answer to a request with this scope; the error has its status.
 
-    Clients of the Anthropic API look for the answer's type at its top level.
+    Clients of the Anthropic API expect `type` at the top level of the answer.
     """
     answer = create_error_response(error)
     content: dict[str, Any] = answer.model_dump()

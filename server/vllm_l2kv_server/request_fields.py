@@ -1,8 +1,8 @@
 """The `kv_` fields of a request body, read from its bytes before vLLM sees it.
 
-vLLM ignores unknown names, so a field that is misspelt, misplaced, given twice or sent to the wrong endpoint would
-silently keep the whole cache. All of these get 400 here, on every path. The fields stay in the body: vLLM copies those
-in `vllm_xargs` itself, and `context` carries the others to the engine client.
+vLLM ignores unknown names, so a request with a field that is misspelt, misplaced, given twice or sent to the wrong
+endpoint would keep its whole cache without a word. It gets 400 here, on every path. The fields stay in the body: vLLM
+copies those in `vllm_xargs` itself, and `context` carries the others to the engine client.
 """
 
 import re
@@ -31,7 +31,7 @@ from vllm_l2kv_server.context import ChatDocument, Compression
 XARGS = "vllm_xargs"
 TRANSFER = "kv_transfer_params"
 TOKENS_PATH = "/inference/v1/generate"
-"""Takes token ids, and `SamplingParams` in place of `vllm_xargs`."""
+"""This endpoint takes token ids, and `SamplingParams` in place of `vllm_xargs`."""
 TOKENS_PLACE = "sampling_params.extra_args"
 GENERATING_PATHS = (
     "/v1/chat/completions",
@@ -42,14 +42,14 @@ GENERATING_PATHS = (
     "/invocations",
     TOKENS_PATH,
 )
-"""Endpoints that generate text and report token usage. Each takes the fields at the top level of its body."""
+"""Endpoints that generate text and report token usage. They take the fields at the top level of the body."""
 CHAT_PATHS = tuple(path for path in GENERATING_PATHS if path not in ("/v1/completions", TOKENS_PATH))
-"""Those that take messages; `/invocations` takes them too."""
+"""Those of them that take messages; `/invocations` is one."""
 MESSAGES_OF = {"/v1/messages": ("system", "messages"), "/v1/responses": ("instructions", "input")}
-"""Endpoints whose messages vLLM turns into those of a chat, with the fields that hold the first one and the others."""
+"""Endpoints whose bodies vLLM turns into a chat, with the fields of the first message and of the others."""
 
 FREE_FORM = frozenset({"metadata"})
-"""Objects of a body whose keys the client chooses."""
+"""Objects in a body whose keys the client chooses."""
 
 BEAM_SEARCH = "use_beam_search"
 MENTIONS_A_FIELD = re.compile(rb'"(\s*kv|use_beam_search")', re.IGNORECASE)
@@ -67,7 +67,8 @@ def look_into(body: bytes) -> Any:
         itself refuses.
 
     Raises:
-        VLLMValidationError: Too deep, too many values, a lone surrogate, or a field twice; answered with 400.
+        VLLMValidationError: Nested too deeply, too many values, a lone surrogate, or a field given twice; answered with
+            400.
     """
     if not may_be_unwieldy(body) and not may_give_fields(body):
         return None
@@ -81,8 +82,8 @@ def read_compression(body: Any, path: str, settings: Settings) -> Compression | 
     """Returns what a request asks of the KV cache.
 
     Args:
-        body: Its JSON value, from `look_into`.
-        path: Of the endpoint, without the server's root path and without a slash at the end.
+        body: The JSON value from `look_into`.
+        path: The endpoint's path, from `path_of`.
         settings: The engine's.
 
     Returns:
@@ -99,11 +100,11 @@ def read_compression(body: Any, path: str, settings: Settings) -> Compression | 
         return None
     if not body.get(BEAM_SEARCH):
         return Compression(fields, document)
-    # vLLM's beam search makes a new engine request for every token, so no request lives long enough to be compacted.
+    # vLLM's beam search makes a new engine request for every token, and none of them lasts until a compaction.
     for param in given:
         raise VLLMValidationError(
             "Beam search generates one token per engine request, so nothing would ever be compressed; "
-            f"drop {BEAM_SEARCH} or {param}.",
+            f"leave out {BEAM_SEARCH} or {param}.",
             parameter=param,
         )
     return None
@@ -115,7 +116,7 @@ def paths_of(field: Field) -> tuple[str, ...]:
 
 
 def may_give_fields(body: bytes) -> bool:
-    """Whether a body could hold one of the fields, by a search through its bytes.
+    """Whether the bytes of a body may hold one of the fields.
 
     A name is visible in the bytes unless ASCII characters are escaped or the encoding is not UTF-8.
     """
@@ -123,10 +124,10 @@ def may_give_fields(body: bytes) -> bool:
 
 
 def read_fields(values: Mapping[str, Any], settings: Settings) -> Asked:
-    """`Settings.read`, for an endpoint.
+    """Reads fields as `Settings.read` does, with errors for an HTTP client.
 
     Raises:
-        VLLMValidationError: A bad value, a wrong name for a field, or a scorer that the engine does not take; answered
+        VLLMValidationError: A bad value, a wrong name for a field, or a scorer that the engine does not offer; answered
             with 400.
     """
     _check_names(values)
@@ -151,8 +152,8 @@ def refuse_elsewhere(values: Mapping[str, Any]) -> None:
 def bad_request(error: ParamError) -> VLLMValidationError:
     """Returns the error that vLLM's handlers answer with 400 and `param`.
 
-    Without the value, which the message has already, shortened. A lone surrogate in a client's field name cannot be
-    sent back as UTF-8, so it is escaped.
+    The value is left out, since the message has it already, shortened. A lone surrogate in a client's field name cannot
+    be sent back as UTF-8, so it is escaped.
     """
     message, param = (text.encode("utf-8", "backslashreplace").decode() for text in (str(error), error.param))
     return VLLMValidationError(message, parameter=param)
@@ -177,7 +178,7 @@ def _document_of(given: Mapping[str, Any], body: Mapping[str, Any], path: str) -
     """Returns the document of a chat, if the client names it by messages.
 
     Raises:
-        VLLMValidationError: A bad value, an endpoint without messages, or `kv_prefix_tokens` beside it.
+        VLLMValidationError: A bad value, an endpoint without messages, or `kv_prefix_tokens` in the same request.
     """
     name = PREFIX_MESSAGES.name
     if name not in given:
@@ -199,9 +200,9 @@ def _document_of(given: Mapping[str, Any], body: Mapping[str, Any], path: str) -
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
-    """Refuses wrong names for fields, and the wrong type for vLLM's own name with their prefix.
+    """Refuses wrong names for fields, and a wrong type of `kv_transfer_params`, a field of vLLM.
 
-    In `vllm_xargs` nothing else checks that type before the engine's client fails.
+    vLLM does not check that type in `vllm_xargs`, and its engine client would fail.
 
     Raises:
         VLLMValidationError: Answered with 400.
@@ -219,7 +220,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _refuse_misplaced(body: dict[str, Any], right: str) -> None:
-    """Refuses a field inside another object of the body than `right`, where vLLM would not look for it."""
+    """Refuses a field inside any object of the body but `right`, since vLLM would ignore it there."""
     for place, value in body.items():
         if not isinstance(value, dict) or place == right or place in FREE_FORM:
             continue
@@ -234,7 +235,7 @@ def _refuse_misplaced(body: dict[str, Any], right: str) -> None:
 
 
 def _field_of(name: str) -> str | None:
-    """Returns the field that a name of a body is, or is meant for."""
+    """Returns the field that a name in a body is or resembles."""
     return name if name in FIELD_NAMES else meant_field(name)
 
 
@@ -252,10 +253,10 @@ def _only_value(name: str, at_top: Any, nested: Any, place: str) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Builds an object of a body; of a duplicate key the last value counts, as in other JSON parsers.
+    """Builds an object of a body; the last value of a duplicate key counts, as in other JSON parsers.
 
     Raises:
-        VLLMValidationError: The duplicate key is a field, or the object that may hold fields.
+        VLLMValidationError: The duplicate key is a field, or `vllm_xargs`, which may hold fields.
     """
     value = dict(pairs)
     if len(value) < len(pairs):

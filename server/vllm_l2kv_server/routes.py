@@ -1,4 +1,4 @@
-"""What the endpoint plugin does: middleware for every route of vLLM, checked bodies, `GET /v1/kv_compression`."""
+"""The routes of the endpoint plugin: middleware for every route of vLLM, checked bodies, `GET /v1/kv_compression`."""
 
 import asyncio
 from argparse import Namespace
@@ -67,7 +67,7 @@ def add_routes(app: FastAPI) -> None:
     show_fields(app)
     app.add_exception_handler(RecursionError, refuse_deep_text)
     app.add_middleware(CompressionMiddleware)
-    # The middleware added last runs first. Both run after the check of the API key, so no body is read without it.
+    # The middleware added last runs first. Both run after the check of the API key, so no body is read before it.
     # `vllm serve` has no --max-body-mib.
     max_mib = getattr(app.state.args, "max_body_mib", DEFAULT_MAX_BODY_MIB)
     app.add_middleware(BodyBoundMiddleware, max_mib=max_mib)
@@ -77,7 +77,7 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
     """Asks the engine for its KV-cache groups and its capacity, and wraps its client.
 
     Raises:
-        RuntimeError: The engine runs without our worker, so the fields would be ignored.
+        RuntimeError: The engine runs without the worker of vllm-l2kv, so the fields would be ignored.
     """
     config = engine_client.vllm_config
     settings = Settings.from_config(config.additional_config)
@@ -93,7 +93,7 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
     models = [path.name for path in state.openai_serving_models.base_model_paths]
     state.kv_compression = _describe(models, settings, groups_of(of_ranks))
     state.kv_settings = settings
-    # One for each response that vLLM stores; vLLM deletes none.
+    # One item for each response that vLLM stores; vLLM never deletes a response.
     responses = getattr(state, "openai_serving_responses", None)
     state.kv_stored_numbers = {} if getattr(responses, "enable_store", False) else None
     fit = FitCheck(config.model_config, settings.intervals, Capacity.from_plain(capacity))
@@ -102,7 +102,7 @@ async def connect(engine_client: Any, state: State, args: Namespace) -> None:
     find_documents(engine_client.renderer)
     if responses is not None:
         check_before_status(responses, calls)
-    # `vllm serve` makes no outcome.
+    # `vllm serve` sets no outcome.
     state.kv_outcome = getattr(args, "outcome", None) or Outcome()
     if config.parallel_config._api_process_rank == 0:
         # The state keeps a reference, without which the task could be garbage-collected while it waits.
@@ -123,19 +123,19 @@ async def create_completion(request: CheckedCompletionRequest, raw_request: Requ
 
 @router.get("/v1/kv_compression")
 async def show_kv_compression(raw_request: Request) -> KVCompressionInfo:
-    """Request fields with defaults and bounds, full layers, intervals, KV-cache groups and models of this server."""
+    """This server's request fields with defaults and bounds, full layers, intervals, KV-cache groups and models."""
     info: KVCompressionInfo = raw_request.app.state.kv_compression
     return info
 
 
 async def refuse_deep_text(request: Request, error: Exception) -> Response:
     """Answers 400 if JSON inside a string, such as the arguments of a tool call, is too deep for vLLM to parse."""
-    text = "A string of the body holds JSON, such as arguments of a tool call, nested too deeply."
+    text = "A string in the body holds JSON, such as the arguments of a tool call, that is nested too deeply."
     return refusal(VLLMValidationError(text), request.scope)
 
 
 def groups_of(ranks: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The engine's KV-cache groups, from what each rank says: pipeline ranks have the same ones with their layers."""
+    """Returns the engine's KV-cache groups, merged over its ranks: pipeline ranks hold different layers of each."""
     return [
         {**of_group[0], "layers": list(dict.fromkeys(name for group in of_group for name in group["layers"]))}
         for of_group in zip(*ranks, strict=True)

@@ -1,4 +1,4 @@
-"""What `vllm-l2kv serve` prints: the log of all its processes, or on a terminal the start's progress instead of it."""
+"""What `vllm-l2kv serve` prints: the log of all its processes or, on a terminal, the progress of the start."""
 
 import re
 import sys
@@ -16,11 +16,11 @@ from vllm_l2kv_server.start_phases import PHASES, cache_size
 from vllm_l2kv_server.welcome import LAST_LINE, READY
 
 READ_SECONDS = 0.1
-"""Between two looks at the log."""
+"""Time between two reads of the log."""
 REQUEST = re.compile(r'"(?P<method>[A-Z]+) (?P<path>\S+) HTTP/[\d.]+" (?P<status>\d{3})')
-"""In a line of uvicorn's access log."""
+"""A request in a line of uvicorn's access log."""
 NOTICE = re.compile(rf"(?:^| (?:WARNING|ERROR) [^\]]*\] )({MARK} .+)")
-"""A line that we print, or a warning that we log."""
+"""A line that vllm-l2kv prints, or a warning that it logs."""
 BAR = re.compile(r"^(?P<what>[^:|]+): +(?P<percent>\d+)%(?:\|| Completed)")
 """A progress bar of tqdm, with its description."""
 LINE_END = re.compile(r"\r\n|\r|\n")
@@ -29,11 +29,11 @@ LINE_END = re.compile(r"\r\n|\r|\n")
 def open_screen(verbose: bool | None, port: int) -> "Screen":
     """Returns a screen that shows progress on a terminal, and the log everywhere else.
 
-    A container's log, a service's and a pipe's are read by programs, later, or by people who look for a cause.
+    The output of a container, a service or a pipe is read by programs, or later to find the cause of an error.
 
     Args:
-        verbose: Whether the log is printed; `None` if the user has not said.
-        port: The server's, by which its log is named.
+        verbose: Whether the log is printed; `None` if the user has not chosen.
+        port: The server's port, which is part of the log's name.
     """
     if verbose is None:
         verbose = not (sys.stdout.isatty() and sys.stderr.isatty())
@@ -48,10 +48,10 @@ def open_screen(verbose: bool | None, port: int) -> "Screen":
 
 
 class Screen:
-    """Everything is printed, by all processes.
+    """Leaves the output of all processes as it is.
 
     Attributes:
-        log: The log's place, as sentences name it.
+        log: Where the log is, as error messages name it.
     """
 
     log = "the log above"
@@ -61,16 +61,16 @@ class Screen:
 
         Args:
             sentence: What happened.
-            failed: Whether the reason is in the log.
+            failed: Whether the log has the reason.
         """
         sys.stderr.write(sentence)
         sys.stderr.flush()
 
 
 class QuietScreen(Screen):
-    """Everything that is printed goes to a file; the phases of the start, requests and warnings of ours are shown.
+    """Sends all output to a file, and shows the phases of the start, requests and the warnings of vllm-l2kv.
 
-    It follows the file, since the engine and its workers, and some API servers, are other processes.
+    It reads them from the file, since the engine, its workers and some API servers are other processes.
 
     Args:
         log: The file.
@@ -107,7 +107,7 @@ class QuietScreen(Screen):
             self._read(line)
 
     def _lines(self) -> Iterator[str]:
-        """Lines of the log as they come, until the end."""
+        """Yields the lines of the log as they come, until the end."""
         with self._path.open(encoding="utf-8", errors="replace", newline="") as file:
             unread = ""
             is_last = False
@@ -142,7 +142,7 @@ class QuietScreen(Screen):
             self._progress.part(f"{PHASES[self._phase].doing} ({bar['what'].strip()}: {bar['percent']} %)")
 
     def _read_request(self, line: str) -> None:
-        """Shows a request that works or fails; the rest are looks at `/health` and `/metrics`, and pages."""
+        """Shows a POST and a request that fails; the others are of `/health`, `/metrics` and pages."""
         request = REQUEST.search(line)
         if request and (request["method"] == "POST" or int(request["status"]) >= 400):
             self._progress.say(f"{time.strftime('%H:%M:%S')} {' '.join(request.groups())}")

@@ -1,4 +1,4 @@
-"""`vllm-l2kv serve`: vLLM's server with the options of vllm-l2kv beside its own."""
+"""`vllm-l2kv serve`: vLLM's server with the options of vLLM and of vllm-l2kv."""
 
 import argparse
 import gc
@@ -34,7 +34,7 @@ DEMO_CACHE_BYTES = 2 * 2**30
 
 DESCRIPTION = """\
 Starts vLLM's OpenAI-compatible server with per-request KV-cache compression.
-Without MODEL, or by its name, it serves the demo model, {demo}.
+Without MODEL it serves the demo model, {demo}.
 
 {own}
 Every option of `vllm serve` works too; they are listed below by section.
@@ -54,8 +54,8 @@ def serve(argv: Sequence[str]) -> None:
 
     Raises:
         SystemExit: With 2 if the options are refused, before an engine starts; with 1 if the server failed, at its
-            start or later; with 128 plus the signal's number if a signal came before the server was ready. The last
-            line says which.
+            start or later; with 128 plus the signal's number if a signal came before the server was ready; otherwise
+            with 0. The last line says which.
     """
     screen = _opened_screen(argv)
     last_line, outcome = LastLine(screen), Outcome()
@@ -66,20 +66,20 @@ def serve(argv: Sequence[str]) -> None:
             args.outcome = outcome
             _run(args)
     except (Stopped, KeyboardInterrupt) as interrupt:
-        # vLLM's handler of SIGTERM raises KeyboardInterrupt, in the moment before ours is back.
+        # vLLM's handler of SIGTERM, which `signals_that_stop` replaces soon, raises KeyboardInterrupt.
         stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGTERM)
         last_line.end(stopped.code, f"stopped by {stopped.name} before it was ready.")
     except Exception as error:
         traceback.print_exc()
         last_line.end(1, _what_failed(error, screen.log))
     if outcome.engine_lost:
-        last_line.end(1, f"the engine ended by itself, and so did the server; {screen.log} says why.")
+        last_line.end(1, f"the engine ended by itself, and the server with it; {screen.log} says why.")
     last_line.end(0, "stopped.")
 
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """For imports, whose objects stay: looking for garbage among them takes a fifth of vLLM's time to import."""
+    """Disables garbage collection during imports, where it finds nothing and takes a fifth of vLLM's import time."""
     gc.disable()
     try:
         yield
@@ -88,10 +88,10 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def _opened_screen(argv: Sequence[str]) -> Screen:
-    """Checks the options as far as possible without vLLM, and begins to print what they ask for.
+    """Checks the options as far as possible without vLLM, and opens the screen that they ask for.
 
     Raises:
-        SystemExit: They are refused, with one line on standard error.
+        SystemExit: The options are refused, with one line on standard error.
     """
     own = own_options()
     named, words = own.parse_known_args(argv)
@@ -112,7 +112,7 @@ def _checked_options(argv: Sequence[str], screen: Screen) -> Namespace:
     """Parses and checks the options, as far as possible without an engine.
 
     Raises:
-        SystemExit: They are refused, with one line on the screen.
+        SystemExit: The options are refused, with one line on the screen.
     """
     name_plugin(os.environ)
     # vLLM is imported late: it reads VLLM_PLUGINS, and it takes seconds.
@@ -146,7 +146,7 @@ def _run(args: Namespace) -> None:
     except Stopped:
         raise
     except SystemExit as ended:
-        # So vLLM ends several API servers at a signal.
+        # With several API servers, vLLM ends this way at a signal.
         if ended.code:
             raise
 
@@ -159,9 +159,9 @@ def _what_failed(error: Exception, log: str) -> str:
 
 
 def name_plugin(environ: MutableMapping[str, str]) -> None:
-    """Adds this plugin to `VLLM_PLUGINS`, which child processes inherit, and keeps all others enabled.
+    """Adds this plugin to `VLLM_PLUGINS`, which child processes inherit, and keeps all other plugins enabled.
 
-    vLLM loads endpoint plugins only when they are named there, and once the variable is set it loads no others.
+    vLLM loads an endpoint plugin only if the variable names it. Once the variable is set, vLLM loads no other plugin.
     """
     named = environ.get("VLLM_PLUGINS")
     if named is None:
@@ -176,7 +176,7 @@ def load_routes() -> None:
     """Imports the routes; if that fails, vLLM would only log it and serve without them.
 
     Raises:
-        ImportError: They, or a package that they need, are broken or missing.
+        ImportError: The routes, or a package that they need, are broken or missing.
     """
     (plugin,) = entry_points(group="vllm.endpoint_plugins", name=PLUGIN)
     plugin.load()
@@ -187,7 +187,7 @@ def make_parser(screen: Screen | None = None) -> Any:
     """Returns vLLM's parser of `vllm serve`, with the options of vllm-l2kv.
 
     Args:
-        screen: Where it says what it refuses, by default standard error.
+        screen: Where errors are printed; by default on standard error.
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -204,7 +204,7 @@ def make_parser(screen: Screen | None = None) -> Any:
     )
     make_arg_parser(parser)
     parser.error = partial(_fail, parser, screen or Screen())
-    # What is still None after parsing was not given.
+    # An option that is still None after parsing was not given.
     parser.set_defaults(model=None, scheduler_cls=None, worker_cls=None, block_size=None, enable_offline_docs=None)
     return parser
 
@@ -220,7 +220,7 @@ def _fail(parser: Any, screen: Screen, message: str) -> NoReturn:
 
 
 def parse(parser: Any, argv: Sequence[str]) -> Namespace:
-    """Parses the options: the command line wins over the config file, then come our defaults, then vLLM's.
+    """Parses the options: from the command line, else the config file, else the defaults of vllm-l2kv, else vLLM's.
 
     Raises:
         SystemExit: A bad option.
@@ -229,12 +229,12 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
     args.model = args.model_tag or args.model
     args.model_tag = None
     if args.grpc or os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        parser.error("--grpc and VLLM_USE_RUST_FRONTEND go around the HTTP fields of vllm-l2kv; leave them out.")
+        parser.error("--grpc and VLLM_USE_RUST_FRONTEND bypass the HTTP fields of vllm-l2kv; leave them out.")
     for option in ("scheduler_cls", "worker_cls"):
         if getattr(args, option) is not None:
             parser.error(f"argument --{option.replace('_', '-')}: set by vllm-l2kv itself; leave it out.")
     if args.enable_offline_docs is None:
-        # Otherwise /docs loads its scripts from another host. vLLM's own copies are not found below a root path.
+        # Otherwise /docs loads its scripts from another host. Under a root path, vLLM's own copies are not found.
         args.enable_offline_docs = not args.root_path
     if CONFIG_KEY in (args.additional_config or {}):
         parser.error(f"argument --additional-config: set {CONFIG_KEY!r} by the --kv- options instead.")
@@ -260,7 +260,7 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
 
 
 def use_demo_model(args: Namespace) -> None:
-    """Sets the demo model, and settings for an ordinary machine where the user has set none."""
+    """Sets the demo model, and on CPUs settings for an ordinary machine where the user has set none."""
     from vllm.platforms import current_platform
 
     args.model = model_folder(DEMO_NAME)
@@ -271,13 +271,13 @@ def use_demo_model(args: Namespace) -> None:
     args.dtype = "float32" if args.dtype == "auto" else args.dtype
     # Eager mode needs no C++ compiler and starts sooner.
     args.enforce_eager = True
-    # By default vLLM takes nearly all memory of the machine.
+    # By default vLLM takes nearly all of the machine's memory.
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or DEMO_CACHE_BYTES
 
 
 def _with_config_file(parser: Any, argv: Sequence[str]) -> list[str]:
-    """Puts the words of the config file, if one is named, before those of the command line; the later ones win."""
+    """Returns the words of the config file, if one is named, before those of the command line; later words win."""
     finder = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     found, words = finder.parse_known_args(argv)
@@ -287,6 +287,6 @@ def _with_config_file(parser: Any, argv: Sequence[str]) -> list[str]:
         from_file = read_config_file(found.config, parser)
     except ConfigFileError as error:
         parser.error(f"argument --config: {error}")
-    # MODEL in front of all options would be one more item of a list at the end of the file.
+    # MODEL stays first: after the file's words it would become one more item of a list at their end.
     num_leading = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     return [*words[:num_leading], *from_file, *words[num_leading:]]

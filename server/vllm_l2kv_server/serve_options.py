@@ -1,6 +1,6 @@
 """Options of `vllm-l2kv serve` that vLLM does not have.
 
-Imports no vLLM and no web framework, since bad options are refused before either is imported.
+This module imports neither vLLM nor a web framework: bad options are refused before either is imported.
 """
 
 import argparse
@@ -28,15 +28,15 @@ INTERVALS = {
     "kv-prompt-interval": ("prompt_interval", "before the end of its prompt"),
     "kv-answer-interval": ("answer_interval", "from the end of its prompt on"),
 }
-"""Options to attributes of `Settings`, and where they apply."""
+"""For each option, its attribute of `Settings` and the part of a request that it applies to."""
 DEFAULT_MAX_BODY_MIB = 64
-"""Room for 48 MiB of pictures or sound as base64, and for a prompt of millions of tokens, as text or as ids."""
+"""Enough for 48 MiB of pictures or sound in base64, or for a prompt of millions of tokens, as text or as ids."""
 
 
 def own_options() -> argparse.ArgumentParser:
     """Returns a parser of the options that vLLM does not have.
 
-    What a profile may set is `None` unless it is given.
+    Options that a profile may set are `None` unless given.
     """
     parser = argparse.ArgumentParser(prog=PROG, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("KV-cache compression")
@@ -76,8 +76,8 @@ def own_options() -> argparse.ArgumentParser:
         "--playground",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="serve a page at /playground that compares two keep ratios; the page needs no API key, what it asks does "
-        "(default: on)",
+        help="serve a page at /playground that compares two keep ratios; the page needs no API key, but its requests "
+        "do (default: on)",
     )
     group = parser.add_argument_group("Output")
     group.add_argument(
@@ -99,14 +99,14 @@ def config_schema() -> str:
             "default": list(Settings.full_layers),
         },
         "kv-full-heads": {
-            "description": "Layers to lists of those of their KV heads that never compact.",
+            "description": "For each layer, a list of its KV heads that never compact.",
             "type": ["object", "string"],
             "additionalProperties": {"type": "array", "items": {"type": "integer", "minimum": 0}},
             "default": {},
         },
         "kv-profile": {
-            "description": "A " + PROFILE + ", relative to the folder of the config file. What is not given comes from "
-            "it: kv-full-layers or kv-full-heads, kv-default-keep-ratio and kv-scorer.",
+            "description": "A " + PROFILE + ", relative to the folder of the config file. It sets those of "
+            "kv-full-layers or kv-full-heads, kv-default-keep-ratio and kv-scorer that are not given.",
             "type": "string",
         },
         "kv-memory": {

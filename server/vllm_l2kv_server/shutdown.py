@@ -1,4 +1,4 @@
-"""Bounded shutdown: the server exits within seconds even with open connections, and reports an engine that was lost."""
+"""Bounded shutdown: the server exits within seconds even with open connections, and reports an engine that failed."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -6,14 +6,14 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 GRACE_SECONDS = 5
-"""For answers to reach slow clients once the engine is gone; uvicorn's default is no bound."""
+"""Time for answers to reach slow clients after the engine has ended; uvicorn's default is unbounded."""
 
 
 @asynccontextmanager
 async def bounded_shutdown(app: FastAPI) -> AsyncIterator[None]:
-    """The lifespan of our router: sets the bound at the start, and notes at the end whether the engine was lost.
+    """Lifespan of the router: sets the bound at the start, and records at the end whether the engine ended by itself.
 
-    Requests in flight get their time before, from `--shutdown-timeout`: vLLM stops the engine first, then uvicorn.
+    Requests in flight get their time earlier, by `--shutdown-timeout`: vLLM stops the engine first, then uvicorn.
     """
     state = app.state
     state.server.config.timeout_graceful_shutdown = GRACE_SECONDS

@@ -1,8 +1,8 @@
-"""Checks before the engine starts, which takes longer to fail.
+"""Checks before the engine starts, so that a bad option is refused early.
 
-`check_words` runs before vLLM is imported, within a second. It knows options by name, and values only where they are
-certain. After vLLM's parser has read all options, `check_parsed` repeats these checks and builds the engine's
-configuration as vLLM will, to run `vllm_l2kv.refusals.check_supported`, as the engine does too.
+`check_words` runs before vLLM is imported, within a second. It checks names of options, and those values that it can
+read without vLLM's parser. After vLLM's parser has read all options, `check_parsed` repeats these checks and builds the
+engine's configuration as vLLM will, to run `vllm_l2kv.refusals.check_supported`, as the engine does too.
 """
 
 import copy
@@ -29,12 +29,12 @@ VLLM_KV_OPTIONS = (
     "kv-sharing-fast-prefill",
     "kv-transfer-config",
 )
-"""Options of vLLM that begin with `kv-` too."""
+"""vLLM's own options that begin with `kv-`."""
 VALUES = ("config", "hf-config-path", "host", "model", "port", "uds")
 SWITCHES = ("data-parallel-multi-port-external-lb", "headless")
-"""With either of them this process does not listen to the address that is named."""
+"""With either of them this process does not listen on the given address."""
 MODEL_FILES = ("config.json", "params.json")
-"""One of them describes a model: Hugging Face's and Mistral's."""
+"""A model's folder has one of them, in the format of Hugging Face or of Mistral."""
 
 
 class StartError(ValueError):
@@ -45,15 +45,15 @@ def check_words(words: Sequence[str], own_options: Collection[str]) -> Mapping[s
     """Refuses what can be refused without vLLM.
 
     Args:
-        words: Of the command line, without the options of vllm-l2kv.
+        words: Words of the command line, without the options of vllm-l2kv.
         own_options: Names of the options of vllm-l2kv, without leading dashes.
 
     Returns:
-        What the config file says, and over it those of `VALUES` and `SWITCHES` that the words say, by name.
+        The options of the config file, and those of `VALUES` and `SWITCHES` in the words, which win; by name.
 
     Raises:
-        StartError: An unknown option that begins with `kv-`, here or in the config file, a folder without a model,
-            or an address that cannot be listened to.
+        StartError: An unknown option that begins with `kv-`, in the words or in the config file, a folder without a
+            model, or an address on which the server cannot listen.
         ConfigFileError: The config file cannot be read.
     """
     finder = ArgumentParser(usage=SUPPRESS, add_help=False, allow_abbrev=False)
@@ -74,7 +74,7 @@ def check_words(words: Sequence[str], own_options: Collection[str]) -> Mapping[s
             raise StartError(f"argument --config: {found.config}: unknown key {key!r}; {hint}")
     given = file | {name.replace("_", "-"): value for name, value in vars(found).items() if value is not None}
     if rest and not rest[0].startswith("-"):
-        # A word before the first option is no option's value. For later ones only vLLM's parser knows.
+        # A word before the first option is the model. Whether a later one is, only vLLM's parser knows.
         given["model"] = rest[0]
     _check_all(given)
     return given
@@ -84,18 +84,18 @@ def check_parsed(args: Namespace) -> None:
     """Repeats the checks on the parsed options, and checks the engine's configuration.
 
     Args:
-        args: Of the command line, with the engine's arguments; not changed.
+        args: The parsed options, with the engine's arguments; not changed.
 
     Raises:
         StartError: As for `check_words`, or a configuration that vLLM or vllm-l2kv refuses.
     """
     _check_all({name: getattr(args, name.replace("-", "_")) for name in (*VALUES, *SWITCHES) if name != "config"})
-    if not args.data_parallel_multi_port_external_lb:  # each of its servers builds a configuration of its own
+    if not args.data_parallel_multi_port_external_lb:  # there each server builds a configuration of its own
         _check_engine(args)
 
 
 def check_model(model: str) -> None:
-    """Refuses a folder that is missing or holds no model; names on the hub are not checked.
+    """Refuses a folder that is missing or holds no model; names on the Hugging Face hub are not checked.
 
     Raises:
         StartError: The folder is missing or holds no model.
@@ -107,13 +107,13 @@ def check_model(model: str) -> None:
     is_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
     if is_path and "://" not in model and not Path(model).is_file():
         raise StartError(
-            f"argument MODEL: there is no folder {model}; name a model's folder, or one of the Hugging Face hub as "
+            f"argument MODEL: there is no folder {model}; name a model's folder, or a model of the Hugging Face hub as "
             "OWNER/NAME."
         )
 
 
 def check_address(host: str | None, port: int, uds: str | None) -> None:
-    """Refuses an address that cannot be listened to.
+    """Refuses an address on which the server cannot listen.
 
     Binds to it and releases it; vLLM binds again later.
 
@@ -139,7 +139,7 @@ def _why_not(error: OSError, host: str, port: int, uds: str | None) -> str:
         return f"argument --uds: cannot listen on {uds} ({error.strerror}); {hint}."
     if error.errno == errno.EADDRINUSE:
         where = host or "this machine"
-        return f"argument --port: {port} is taken on {where}; name another, or stop what listens there."
+        return f"argument --port: {port} is taken on {where}; name another, or stop the process that listens there."
     if error.errno == errno.EACCES:
         return f"argument --port: {port} needs rights that this user does not have; name one above 1023."
     return f"argument --host: cannot listen on {host} ({error.strerror}); name an address of this machine."
@@ -149,7 +149,7 @@ def _check_all(given: Mapping[str, Any]) -> None:
     if given.get("model") and not given.get("hf-config-path"):
         check_model(str(given["model"]))
     port = str(DEFAULT_PORT if given.get("port") is None else given["port"])
-    # The parser refuses what is no port.
+    # The parser refuses a value that is not a port.
     if port.isdecimal() and int(port) < 2**16 and not any(given.get(name) for name in SWITCHES):
         check_address(given.get("host"), int(port), given.get("uds"))
 
@@ -161,8 +161,8 @@ def _check_engine(args: Namespace) -> None:
     from vllm_l2kv.refusals import check_supported
 
     try:
-        # From a copy, since building the configuration fills in arguments. vLLM builds it again later, and takes none
-        # that is ready, so a few lines of its log come twice.
+        # From a copy, since building the configuration fills in arguments. vLLM cannot take this configuration and
+        # builds it again later, so a few lines of its log appear twice.
         engine_args = AsyncEngineArgs.from_cli_args(copy.deepcopy(args))
         check_supported(engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER, headless=args.headless))
     except (OSError, ValueError, NotImplementedError) as error:

@@ -1,10 +1,10 @@
-"""The phases of a start, which vLLM's log tells from each other."""
+"""The phases of a start, recognized by lines of vLLM's log."""
 
 import re
 from dataclasses import dataclass
 
 AT_ONCE = re.compile("(?!)")
-"""Of the first phase, which begins with no line."""
+"""Matches no line; the first phase begins at once."""
 KV_CACHE = re.compile(
     r"KV cache size: (?P<tokens>\S+) tokens, .* for (?P<longest>\S+) tokens per request: (?P<times>[\d.]+)x"
 )
@@ -15,9 +15,9 @@ class Phase:
     """A part of a start.
 
     Attributes:
-        doing: What is being done.
-        done: The same once it is done.
-        begins: Matches lines of vLLM's log, of any process, with which it begins.
+        doing: Text while it runs.
+        done: Text once it is over.
+        begins: Matches the line of vLLM's log, from any process, that begins it.
     """
 
     doing: str
@@ -33,11 +33,11 @@ PHASES = (
     Phase("warming up", "warmed up", KV_CACHE),
     Phase("starting the HTTP server", "HTTP server started", re.compile(r"init engine \(")),
 )
-"""In their order. A line that is missing, as with a higher log level, leaves its phase to the one before."""
+"""In order. If a line is missing, as with a higher log level, its phase counts as part of the one before."""
 
 
 def cache_size(line: str) -> str | None:
-    """What vLLM says of the size of the KV cache in this line of its log."""
+    """Returns the size of the KV cache as text if this line of vLLM's log has it."""
     if not (found := KV_CACHE.search(line)):
         return None
     return f"KV cache of {found['tokens']} tokens, {found['times']} times the longest request ({found['longest']})"

@@ -9,7 +9,7 @@ VLLM_HANDLER = "_interrupt_init"
 """Name of vLLM's handler of SIGTERM during its start.
 
 It raises `KeyboardInterrupt`, which vLLM's `zmq_socket_ctx` swallows while vLLM waits for its engine. vLLM installs it
-after our handler and calls none of our code until the engine is ready, so a timer puts our handler back.
+over the handler of this module and calls no code of vllm-l2kv until the engine is ready, so a timer restores that one.
 """
 LOOK_SECONDS = 0.5
 
@@ -19,7 +19,7 @@ class Stopped(SystemExit):
 
     Attributes:
         code: The exit status, 128 plus the signal's number, as in a shell.
-        name: Of the signal.
+        name: Name of the signal.
     """
 
     code: int
@@ -48,7 +48,7 @@ def _stop(number: int, _frame: object) -> NoReturn:
 
 
 def _take_back(*_: object) -> None:
-    """Replaces vLLM's handler of SIGTERM once; itself a handler, since only the main thread may set handlers."""
+    """Replaces vLLM's handler of SIGTERM, once; a signal handler too, since only the main thread may set handlers."""
     if (handler := signal.getsignal(signal.SIGTERM)) is _stop:
         return
     signal.setitimer(signal.ITIMER_REAL, 0)

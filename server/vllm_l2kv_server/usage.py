@@ -33,9 +33,9 @@ class UsageBox:
     def total(self) -> Numbers | None:
         """Returns the sum over prompts, or `None` if the engine reported nothing.
 
-        Of the choices of a prompt (`n > 1`), which share it, the one that evicted most counts, and of several the
-        longest. The memory ratio is that of all of them together. The bound of the answers' length is the smallest of
-        the prompts'. Each distinct reason is listed once.
+        The choices of a prompt (`n > 1`) share it, so one of them counts: the one that evicted most and, among equals,
+        the longest. The memory ratio is that of all prompts together. The bound on the answer's length is the smallest
+        of the prompts' bounds. Each distinct reason is listed once.
         """
         prompts = [max(prompt.values(), key=_evicted_and_kept) for prompt in self._prompts if prompt]
         if not prompts:
@@ -52,7 +52,7 @@ class UsageBox:
 
 
 async def record(outputs: AsyncIterator[Any], prompt: dict[int, Numbers]) -> AsyncIterator[Any]:
-    """Yields a prompt's engine outputs and takes our numbers out of them.
+    """Yields a prompt's engine outputs and takes the numbers of the compression out of them.
 
     Args:
         outputs: The async generator of the engine client.
@@ -61,7 +61,7 @@ async def record(outputs: AsyncIterator[Any], prompt: dict[int, Numbers]) -> Asy
     Yields:
         The same outputs.
     """
-    # Closed at once when this generator is: by that vLLM learns that the client has gone.
+    # Closed together with this generator, so that vLLM aborts the request of a client that has disconnected.
     async with aclosing(outputs):  # type: ignore[type-var]
         async for output in outputs:
             numbers = take_usage(output)
@@ -76,7 +76,7 @@ class UsageWriter:
     Args:
         send: Sends the answer on.
         box: Read when the `usage` is sent.
-        stored: Receives the box under the id of a response that vLLM stores; `None` if it stores none.
+        stored: Receives the box under the id of a response that vLLM stores; `None` if vLLM stores no responses.
     """
 
     def __init__(self, send: Send, box: UsageBox, stored: dict[str, UsageBox] | None = None) -> None:
@@ -118,7 +118,7 @@ class UsageWriter:
         return events + end, rest
 
     def _event(self, event: bytes) -> bytes:
-        """Returns one server-sent event with its numbers; some APIs name its kind in a line before the data."""
+        """Returns one server-sent event with its numbers; in some APIs a line with its type precedes the data."""
         lines = event.split(b"\n")
         return b"\n".join(
             DATA + self._with_usage(line.removeprefix(DATA)) if line.startswith(DATA) else line for line in lines

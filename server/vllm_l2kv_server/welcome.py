@@ -1,4 +1,4 @@
-"""The first requests to paste, printed when the server is ready."""
+"""First requests for copy and paste, printed when the server is ready."""
 
 import asyncio
 import json
@@ -11,13 +11,13 @@ from starlette.datastructures import State
 from vllm_l2kv_server.playground import has_playground
 
 READY = "vllm-l2kv is ready"
-"""The text begins with it."""
+"""The text begins with this."""
 LAST_LINE = "Ctrl-C ends the server."
 TEMPLATE = """
 {ready} at {url}.{page}
 
-About half of this prompt's KV cache is kept; `usage.kv_cache` of the answer has the numbers. By default a
-prompt as short as this one is protected as a whole, so the request protects less:
+This request keeps about half of its prompt's KV cache; `usage.kv_cache` of the answer has the numbers. It
+sets `kv_protect_last`, since the default would protect the whole of such a short prompt:
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} -d '{body}'
 
@@ -39,7 +39,7 @@ print(answer.choices[0].message.content, answer.usage)
 
 
 def welcome_text(args: Namespace, model: str) -> str:
-    """Returns requests that work for a server started with `args`: by curl and the OpenAI client, without its key."""
+    """Returns requests to a server started with `args`, by curl and by the OpenAI client; they do not show its key."""
     scheme = "https" if args.ssl_certfile else "http"
     host = args.host if args.host not in (None, "", "0.0.0.0", "::") else "localhost"
     needs_key = bool(args.api_key or os.environ.get("VLLM_API_KEY"))

@@ -210,13 +210,13 @@ class TestRefused:
 
     def test_nothing_follows(self, served):
         words = served.refused(CHAT, messages=USERS, kv_prefix_messages=2, add_generation_prompt=False)
-        assert "names the whole prompt, and at least one token must follow the document" in words
+        assert "covers the whole prompt, but at least one token must follow the document" in words
 
     def test_an_answer_that_goes_on(self, served):
         """Alone it would be closed."""
         messages = [*USERS, {"role": "assistant", "content": "The"}]
         more = {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
-        assert "alone, the first 3 messages become other tokens" in served.refused(CHAT, kv_prefix_messages=3, **more)
+        assert "gives the first 3 messages other tokens alone" in served.refused(CHAT, kv_prefix_messages=3, **more)
         assert len(served.documents(CHAT, kv_prefix_messages=2, **more)) == 1
 
     def test_beside_tokens(self, served):
@@ -233,7 +233,7 @@ class TestRefused:
 
     def test_beam_search(self, served):
         body = {"messages": USERS, "use_beam_search": True, "n": 2, "kv_keep_ratio": None}
-        assert "drop use_beam_search or kv_prefix_messages" in served.refused(CHAT, kv_prefix_messages=1, **body)
+        assert "leave out use_beam_search or kv_prefix_messages" in served.refused(CHAT, kv_prefix_messages=1, **body)
 
     def test_messages_of_which_vllm_makes_others(self, served):
         """Results of two tools in one message become two messages, two calls in a row become one."""
@@ -241,11 +241,11 @@ class TestRefused:
         uses = [{"type": "tool_use", "id": name, "name": "f", "input": {}} for name in "ab"]
         messages = [USERS[0], {"role": "assistant", "content": uses}, {"role": "user", "content": results}]
         words = served.refused(MESSAGES, messages=messages, max_tokens=8, kv_prefix_messages=1)
-        assert "of the 3 messages of this request, the system's counted, vLLM makes a chat of 4" in words
+        assert "vLLM makes a chat of 4 messages from the 3 of this request, including the system message" in words
         calls = [{"type": "function_call", "call_id": name, "name": "f", "arguments": "{}"} for name in "ab"]
         outputs = [{"type": "function_call_output", "call_id": name, "output": "1"} for name in "ab"]
         words = served.refused(RESPONSES, input=[USERS[0], *calls, *outputs], kv_prefix_messages=1)
-        assert "of the 5 messages of this request, the system's counted, vLLM makes a chat of 4" in words
+        assert "vLLM makes a chat of 4 messages from the 5 of this request, including the system message" in words
 
 
 LLAMA = """\
@@ -313,14 +313,14 @@ class TestTemplates:
         ("template", "messages", "num", "words"),
         [
             # another turn follows, and the thinking of the one in the document is dropped
-            (QWEN, [USERS[0], THOUGHT, USERS[1]], 2, "alone, the first 2 messages become other tokens"),
+            (QWEN, [USERS[0], THOUGHT, USERS[1]], 2, "gives the first 2 messages other tokens alone"),
             (
                 NO_LONE_SYSTEM,
                 [SYSTEM, *USERS],
                 1,
                 "refuses the first 1 messages alone (No user query found in messages.)",
             ),
-            (JOINED, [{"role": "user", "content": text} for text in ("light", "house")], 1, "become other tokens"),
+            (JOINED, [{"role": "user", "content": text} for text in ("light", "house")], 1, "messages other tokens alone"),
         ],
     )
     def test_no_beginning(self, served, template, messages, num, words):

@@ -87,7 +87,7 @@ class TestGeneratingEndpoints:
     def test_beam_search(self, path):
         error = refused({"use_beam_search": True, "n": 2, **nested_at(path, {"kv_keep_ratio": 0.5})}, path)
         assert error.parameter == "kv_keep_ratio"
-        assert "drop use_beam_search" in str(error)
+        assert "leave out use_beam_search" in str(error)
         assert fields({"use_beam_search": False, "kv_keep_ratio": 0.5}, path) == {"kv_keep_ratio": 0.5}
 
 

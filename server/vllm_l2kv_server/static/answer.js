@@ -1,4 +1,4 @@
-// One column: an answer while it streams, and its numbers.
+// One column of the page: an answer as it streams, and its numbers.
 
 import { streamChat } from "./api.js";
 import { sharesOf } from "./memory.js";
@@ -8,7 +8,7 @@ const FRACTION = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximum
 const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 const ENDS = { stop: "Done.", length: "Done: max_tokens reached." };
 
-/** A time as the page shows it. */
+/** Formats a time for the page. */
 export function secondsOf(seconds) {
   return `${FRACTION.format(seconds)} s`;
 }
@@ -32,8 +32,8 @@ export class Answer {
   }
 
   /**
-   * Streams one answer to its end. Returns the seconds to its first token, or null if none came. Throws what the server
-   * or the network throws, after the column says that it ended.
+   * Streams one answer to its end. Returns the seconds to its first token, or null if none came. Shows that the answer
+   * has ended before it throws an error of the server or the network.
    */
   async run(body, key, signal, groups) {
     const watch = new Stopwatch();
@@ -77,7 +77,7 @@ export class Answer {
       this.setState("Streaming …");
       this.figures.first.textContent = secondsOf(watch.seconds);
     }
-    // Of the chunks of a stream only the last one has it, if the server tells it at all.
+    // Only the last chunk of a stream has it, if the server reports it at all.
     const cached = usage.prompt_tokens_details?.cached_tokens;
     if (cached != null) this.figures.cached.textContent = NUMBER.format(cached);
     if (watch.speed !== null) this.figures.speed.textContent = FRACTION.format(watch.speed);
@@ -110,18 +110,18 @@ export class Answer {
   }
 }
 
-/** When a request was sent, when its first tokens came, and how fast the others followed; in milliseconds. */
+/** Measures, in milliseconds, when a request was sent and when its first tokens came, and how fast the rest followed. */
 class Stopwatch {
   sent = performance.now();
   first = null;
   speed = null; // tokens per second
 
-  /** From sending the request to its first tokens, null before they came. */
+  /** Seconds from sending the request to its first tokens; null before they come. */
   get seconds() {
     return this.first === null ? null : (this.first - this.sent) / 1000;
   }
 
-  /** numTokens: generated so far. */
+  /** numTokens: tokens generated so far. */
   note(numTokens) {
     const now = performance.now();
     if (this.first === null && numTokens > 0) {

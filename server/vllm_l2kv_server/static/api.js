@@ -1,8 +1,8 @@
-// Calls to the server that this page came from. Knows nothing of the page.
+// Calls to the server that sent this page. This module does not touch the page.
 //
-// Addresses are relative to the page, so that they hold behind a proxy with a path of its own.
+// Addresses are relative to the page, so that they also work behind a proxy that adds a path.
 
-/** What the server answered instead of what it was asked for. */
+/** An error in the server's answer. */
 export class ServerError extends Error {
   constructor(status, message, param = null) {
     super(message);
@@ -16,12 +16,12 @@ export async function getInfo(key, signal) {
   return (await call("v1/kv_compression", key, { signal })).json();
 }
 
-/** The bundled text. */
+/** The sample text. */
 export async function getSample() {
   return (await call("playground/lighthouse.txt", "")).text();
 }
 
-/** The chunks of a streamed chat completion; each brings the usage so far, with `kv_cache` in it. */
+/** The chunks of a streamed chat completion; each has the usage so far, with `kv_cache`. */
 export async function* streamChat(body, key, signal) {
   const streamed = {
     ...body,
@@ -51,7 +51,7 @@ async function call(path, key, options = {}) {
   throw errorOf(answer, response.status, response.statusText);
 }
 
-/** vLLM's error handlers send an object, its check of the API key a string. */
+/** vLLM's error handlers send an object; its check of the API key sends a string. */
 function errorOf({ error }, status, fallback = "") {
   if (typeof error === "object" && error !== null) return new ServerError(status, error.message, error.param);
   return new ServerError(status, `${status} ${error ?? fallback}`.trim());

@@ -1,8 +1,8 @@
-// What the page compares: two bodies for `/v1/chat/completions`, from what its reader typed. Knows nothing of the page.
+// The two bodies for `/v1/chat/completions` that the page compares. This module does not touch the page.
 
 /**
- * One question about one text, at two values of the field `name`. With `salted` neither finds the prompt in the prefix
- * cache.
+ * One question about one text, at two values of the field `name`. With `salted`, neither request finds the prompt in
+ * the prefix cache.
  */
 export function atTwoValues({ text, question, name, values, options, salted }) {
   const content = [text, question].filter(Boolean).join("\n\n");
@@ -16,8 +16,8 @@ export function atTwoValues({ text, question, name, values, options, salted }) {
 }
 
 /**
- * Two questions about one document, at one keep ratio. They share a salt that no earlier request had: the first finds
- * nothing, and the second what the first left.
+ * Two questions about one document, at one keep ratio. They share a new cache salt, so the first finds nothing in the
+ * prefix cache, and the second finds the document that the first left.
  */
 export function aboutOneDocument({ text, questions, ratio, options }) {
   const salt = newSalt();
@@ -31,7 +31,7 @@ export function aboutOneDocument({ text, questions, ratio, options }) {
   }));
 }
 
-/** Random, so that no other request has it. Not `randomUUID`, which pages without TLS do not have. */
+/** Random, so that no other request has it. Browsers offer `randomUUID` only to pages with TLS. */
 function newSalt() {
   return Array.from(crypto.getRandomValues(new Uint32Array(4)), (word) => word.toString(16)).join("-");
 }

@@ -1,10 +1,10 @@
-// Form fields made from what the server says of itself. They judge no value but what cannot be sent: the server does.
+// Form fields made from the server's own description of its request fields. The server checks the values.
 
-/** A label, an input or a list, what may stand in it, and room for what the server says of it. */
+/** A label, an input or a list, a hint with its bounds, and a place for an error. */
 export class Field {
   /**
-   * spec: one of `fields` of `/v1/kv_compression`. label: what is shown instead of its name. value: what it starts
-   * with; empty means that the field is not sent, and the server takes its default.
+   * spec: one of `fields` of `/v1/kv_compression`. label: shown in place of its name. value: the initial value; if it
+   * is empty, the field is not sent, and the server uses its default.
    */
   constructor(spec, { id = spec.name, label = spec.name, value = "" } = {}) {
     this.name = spec.name;
@@ -12,7 +12,7 @@ export class Field {
     this.control = makeControl(spec, value);
     this.control.id = id;
     this.control.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
-    this.control.addEventListener("input", () => this.showError("")); // it was about another value
+    this.control.addEventListener("input", () => this.showError("")); // the error was about the old value
     this.error = element("p", { id: `${id}-error`, className: "error", role: "alert" });
     this.root = element("div", { className: "field" });
     const bounds = boundsOf(spec.bounds).choices ? "" : spec.bounds; // a list shows its choices
@@ -25,7 +25,7 @@ export class Field {
     );
   }
 
-  /** What is sent, `undefined` for an empty field. Throws if the input holds no number. */
+  /** The value to send; `undefined` for an empty field. Throws if the input is not a number. */
   read() {
     if (this.control.validity.badInput) throw new Error(`${this.name} must be a number.`);
     const { value } = this.control;
@@ -42,7 +42,7 @@ export class Field {
   }
 }
 
-/** The lower and the upper end, or the choices, in what the server says of a field's bounds. */
+/** The minimum and the maximum, or the choices, from the text of a field's bounds. */
 export function boundsOf(text) {
   const choices = /^one of (.+)$/.exec(text);
   if (choices) return { choices: choices[1].split(", ") };
@@ -59,7 +59,7 @@ function makeControl(spec, value) {
   }
   const placeholder = spec.default === null ? "" : `the server's default, ${spec.default}`;
   const control = element("input", { type: "number", placeholder, value });
-  // For the arrow keys; what is out of bounds goes to the server all the same, which says so.
+  // For the arrow keys. A value out of bounds is sent anyway, and the server answers with the error.
   Object.assign(control, { step: spec.type === "integer" ? 1 : 0.05, min: min ?? "", max: max ?? "" });
   return control;
 }

@@ -1,4 +1,4 @@
-// The page: what its reader typed becomes two requests, whose errors go back to the fields that they name.
+// The page: sends two requests made from its fields, and shows each error at the field that the error names.
 
 import { Answer, secondsOf } from "./answer.js";
 import { getInfo, getSample, ServerError } from "./api.js";
@@ -9,14 +9,14 @@ import { countLayers } from "./memory.js";
 const RATIO = "kv_keep_ratio";
 const BUDGET = "kv_max_tokens";
 const COLUMNS = ["A", "B"];
-/** Modes in which the columns differ by a field, and what it starts with; empty is the server's default. */
+/** Modes in which the columns differ by one field, with its initial value in each; empty means the server's default. */
 const COMPARED = {
   ratios: { name: RATIO, starts: [1, 0.5], legend: "Keep ratio", says: (value) => `keep ${value}` },
   budgets: { name: BUDGET, starts: [1024, 256], legend: "Budget", says: (value) => `budget ${value}` },
 };
-const DOCUMENT = "document"; // the mode of two questions; the page itself says what the document is
+const DOCUMENT = "document"; // the mode of two questions; in it the page sets where the document ends
 const DOCUMENT_RATIO = 0.25;
-/** In which modes these fields are the same for both requests. */
+/** The modes in which these fields have one value for both requests. */
 const SHARED_IN = { [RATIO]: "budgets", [BUDGET]: `ratios ${DOCUMENT}` };
 const DOCUMENT_FIELDS = "kv_prefix_";
 const MAX_TOKENS = {
@@ -24,7 +24,7 @@ const MAX_TOKENS = {
   type: "integer",
   default: null,
   bounds: "",
-  description: "Length of an answer at most; empty for as long as the context allows.",
+  description: "Maximum length of an answer; empty for as long as the context allows.",
 };
 const SAMPLE_QUESTIONS = {
   question: "Who was the first keeper of the lighthouse?",
@@ -32,8 +32,8 @@ const SAMPLE_QUESTIONS = {
 };
 const MISSING = { text: "Paste a document.", question: "Ask something.", second: "Ask something else." };
 const HOW_ASKED =
-  "The second question was sent when the first was answered. Both have a cache salt that no other request has: the " +
-  "first finds nothing, the second the compressed document. Temperature 0: the likeliest token is taken each time.";
+  "The second question was sent after the first answer. Both share a new cache salt, so the first finds nothing in " +
+  "the prefix cache, and the second finds the compressed document. Temperature 0: always the most likely token.";
 const byId = (id) => document.getElementById(id);
 
 const page = { info: null, columns: [], documentRatio: null, options: [], controller: null, connection: null };
@@ -55,16 +55,16 @@ byId("text").addEventListener("input", showLength);
 byId("mode").addEventListener("change", showMode);
 connect();
 
-/** Asks the server what it takes, and makes the fields for it. */
+/** Asks the server for its request fields, and adds them to the page. */
 async function connect() {
   showKeyError("");
-  page.connection?.abort(); // a late answer to an earlier key would speak of this one
+  page.connection?.abort(); // a late answer to an earlier key would look like one to this key
   const { signal } = (page.connection = new AbortController());
   try {
     page.info = await getInfo(key(), signal);
   } catch (error) {
     if (signal.aborted) return;
-    byId("server").textContent = `The server does not say what it takes: ${error.message}`;
+    byId("server").textContent = `The server's settings cannot be read: ${error.message}`;
     if (isUnauthorized(error)) showKeyError(error);
     return;
   }
@@ -102,7 +102,7 @@ function addCompared(name, ofMode, shown) {
   return field;
 }
 
-/** Hides what belongs to other modes. */
+/** Hides the parts of the page that belong to other modes. */
 function showMode() {
   for (const part of document.querySelectorAll("[data-mode]")) part.hidden = !part.dataset.mode.split(" ").includes(mode());
   const { name, legend } = COMPARED[mode()] ?? COMPARED.ratios;
@@ -110,7 +110,7 @@ function showMode() {
   byId("compared-hint").textContent = page.info ? specOf(name).description : "";
 }
 
-/** Sends both requests and waits until both have ended, well or not. */
+/** Sends both requests and waits until both have ended, with or without an error. */
 async function compare() {
   clearErrors();
   const isDocument = mode() === DOCUMENT;
@@ -127,7 +127,7 @@ async function compare() {
   enable("compare", "stop");
 }
 
-/** Enables a button in place of another one, with the focus, which a disabled button would lose. */
+/** Enables one button and disables another, and moves the focus if the other one had it. */
 function enable(id, other) {
   byId(id).disabled = false;
   if (document.activeElement === byId(other)) byId(id).focus();
@@ -140,7 +140,7 @@ async function inTurn(runs) {
   return results;
 }
 
-/** Returns the seconds to the first token, nothing after an error. */
+/** Returns the seconds to the first token; nothing after an error. */
 async function run(column, body) {
   const { signal } = page.controller;
   try {
@@ -150,7 +150,7 @@ async function run(column, body) {
   }
 }
 
-/** The bodies of both requests, or nothing if a field holds what cannot be sent; that field then says so. */
+/** The bodies of both requests; null if a value cannot be sent, and then its field shows an error. */
 function readBodies(isDocument) {
   const asked = isDocument ? ["text", "question", "second"] : ["question"];
   const missing = asked.find((id) => !typed(id));
@@ -173,19 +173,19 @@ function readBodies(isDocument) {
   return bodies;
 }
 
-/** The fields of this mode beside the questions. */
+/** The compared fields of this mode. */
 function comparedFields() {
   return mode() === DOCUMENT ? [page.documentRatio] : page.columns.map(({ fields }) => fields[mode()]);
 }
 
-/** What both bodies have, or nothing if a field holds what cannot be sent. */
+/** The fields that both bodies have; null if a value cannot be sent. */
 function readOptions() {
   const shown = page.options.filter(({ root }) => !root.hidden);
   const values = readFields(shown);
   return values && Object.fromEntries([["model", page.info.models[0]], ...shown.map(({ name }, index) => [name, values[index]])]);
 }
 
-/** What the fields hold, or nothing if one holds what cannot be sent. */
+/** The values of the fields; null if one cannot be sent. */
 function readFields(fields) {
   const values = [];
   for (const field of fields) {
@@ -201,16 +201,16 @@ function readFields(fields) {
 
 function howSent(atOnce) {
   const order = atOnce
-    ? "Both requests were sent at once and share the server's batch: the times of each hold work for the other."
-    : "Request B was sent when A had ended.";
+    ? "Both requests were sent at once and share the server's batch, so each makes the other slower."
+    : "Request B was sent after A had ended.";
   const cache = byId("salted").checked
     ? "Each has a cache salt of its own, so neither finds the prompt in the prefix cache."
-    : "A prompt, or the beginning of one, that the server has seen lately is found in the prefix cache, " +
+    : "A prompt, or its beginning, may be found in the prefix cache if the server has seen it before, " +
       "which shortens the time to the first token.";
-  return `${order} ${cache} Temperature 0: the likeliest token is taken each time.`;
+  return `${order} ${cache} Temperature 0: always the most likely token.`;
 }
 
-/** After two questions: how long each waited. */
+/** Shows the time to the first token of each of two questions. */
 function showWait([first, second]) {
   if (first == null || second == null) return;
   const waited = `The first answer began after ${secondsOf(first)}, the second after ${secondsOf(second)}.`;
@@ -234,7 +234,7 @@ function isUnauthorized(error) {
   return error instanceof ServerError && error.status === 401;
 }
 
-/** Of a server without a key nobody ever sees the field. */
+/** Shows the field for the API key once the server asks for a key. */
 function showKeyError(error) {
   if (error) byId("key-form").hidden = false;
   const asked = key() ? "The server does not take this API key" : "This server asks for an API key";

@@ -1,4 +1,4 @@
-// How much KV memory a request holds of what it would hold uncompressed. Knows nothing of the page.
+// The KV memory that a request holds, relative to uncompressed. This module does not touch the page.
 
 /**
  * The two parts of `memory_ratio`: `uncompressed` for layers that are never compacted, `compressed` for those that are.
