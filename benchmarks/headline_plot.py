@@ -1,4 +1,4 @@
-"""Draws docs/img/memory_and_quality.svg: what compression gains and costs, from the results folders.
+"""Draws docs/img/memory_and_quality.svg, gains and costs of compression, from the folders of results.
 
 python -m benchmarks.headline_plot
 """
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def draw_requests(axes: Axes) -> None:
-    """Requests in one cache, beside stock vLLM."""
+    """Draws the number of requests in one cache, and that of stock vLLM."""
     rows = [row for row in read_rows(REQUESTS) if row["kv_cache_dtype"] == "auto"]
     (stock,) = (row["mean_running"] for row in rows if row["engine"] == "stock")
     points = sorted((memory_of(row), row["mean_running"]) for row in rows if row["engine"] == "l2kv")
@@ -54,14 +54,14 @@ def draw_requests(axes: Axes) -> None:
 
 
 def memory_of(row: Row) -> float:
-    """The share of the whole cache that a prompt keeps: the first group is that of full layers, if there are two."""
+    """Returns the share of the whole cache that a prompt keeps; of two groups the first has the full layers."""
     *full, (compressed, _) = row["groups"]
     num_full = sum(num_layers for num_layers, _ in full)
     return (num_full + compressed * row["keep_ratio"]) / (num_full + compressed)
 
 
 def draw_quality(axes: Axes) -> None:
-    """A line a method for the question seen; the document compressed alone is in docs/quality.md."""
+    """Draws a line for each method, with the question seen; docs/quality.md has the question hidden too."""
     cells = [cell for cell in read_cells("smollm2") if cell["length"] == MAIN_LENGTH]
     whole = pooled(retrieval([cell for cell in cells if cell["method"] == WHOLE]))
     axes.axhline(whole.value, color="0.4", linestyle=":", label="stock vLLM")
@@ -76,7 +76,7 @@ def draw_quality(axes: Axes) -> None:
 
 
 def draw_intervals(axes: Axes, points: Mapping[float, Interval], color: str, label: str) -> None:
-    """A line with a band of 95 %."""
+    """Draws a line with its band of 95 %."""
     memories = sorted(points)
     axes.plot(memories, [points[memory].value for memory in memories], "o-", markersize=4, color=color, label=label)
     low, high = ([getattr(points[memory], end) for memory in memories] for end in ("low", "high"))

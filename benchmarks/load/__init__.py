@@ -1,1 +1,1 @@
-"""Both servers under load: docs/load_testing.md."""
+"""Load tests of vllm-l2kv and stock vLLM, for docs/load_testing.md, and of routers."""

@@ -1,10 +1,10 @@
-"""What a router's policy finds of documents on several replicas, for docs/operating.md.
+"""Prefix-cache hits of documents on several replicas, by the router's policy, for docs/operating.md.
 
 python -m benchmarks.load.routing OUT
 
 Starts replicas of the demo model with small caches, and vllm-router in front of them with one policy after the other.
-Each document is asked about several times, by clients who wait for their answers: once compressed, and once as ordinary
-prompts that only the prefix cache shares. Rows and logs go into the folder OUT; policies that have rows are left out.
+Clients ask about each document several times and wait for each answer: in one run with compressed documents, in another
+with ordinary prompts that share the prefix cache. Rows and logs go into the folder OUT; policies with rows are skipped.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks.load.servers import OURS, answering, free_port, machine, serving
 POLICIES = ("round_robin", "power_of_two", "cache_aware", "consistent_hash")
 NUM_REPLICAS, NUM_DOCUMENTS, NUM_WORDS, NUM_QUESTIONS, NUM_CLIENTS = 3, 12, 300, 4, 3
 CACHE_MIB = 56
-"""Room for about 1,250 tokens on each replica, of which a document has about 400."""
+"""Room for about 1,250 tokens on each replica; a document has about 400."""
 ENGINE = f"--served-model-name demo --dtype float32 --enforce-eager --max-model-len 1024 --block-size 32 \
 --enable-prompt-tokens-details --kv-cache-memory-bytes {CACHE_MIB * 2**20}"
 DOCUMENT = {"kv_keep_ratio": 0.25, "kv_prefix_messages": 1}
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def measured(replicas: Sequence[str], policy: str, way: str, log: Path) -> dict[str, Any]:
-    """One row. The caches hold what the policy before left, and nothing of these documents."""
+    """Returns one row. The caches hold rows of the policy before, but nothing of these documents."""
     router = [str(shutil.which("vllm-router")), "--worker-urls", *replicas, "--policy", policy]
     router += ["--prometheus-port", str(free_port()), "--worker-startup-check-interval", "1"]
     before = [answered(url) for url in replicas]
@@ -79,7 +79,7 @@ def measured(replicas: Sequence[str], policy: str, way: str, log: Path) -> dict[
 
 
 async def ask_all(url: str, fields: Mapping[str, Any], chance: random.Random) -> Counter[str]:
-    """Asks every question, in an order of chance; returns tokens of prompts, and those of them that were found."""
+    """Asks every question, in random order; returns the number of prompt tokens, and of those found in the cache."""
     texts = [" ".join(chance.choices(WORDS, k=NUM_WORDS)) for _ in range(NUM_DOCUMENTS)]
     questions = [(number, i) for number in range(NUM_DOCUMENTS) for i in range(NUM_QUESTIONS)]
     chance.shuffle(questions)
@@ -105,7 +105,7 @@ async def ask_all(url: str, fields: Mapping[str, Any], chance: random.Random) ->
 
 
 def answered(url: str) -> int:
-    """Requests that a server has answered."""
+    """Returns the number of requests that a server has answered."""
     lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     return round(sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total")))
 

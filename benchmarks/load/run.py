@@ -1,9 +1,9 @@
-"""The load of docs/load_testing.md: vllm-l2kv and stock vLLM beside each other on this machine, with the demo model.
+"""The load test of docs/load_testing.md: vllm-l2kv and stock vLLM on this machine, with the demo model.
 
-python -m benchmarks.load.run OUT [words of `vllm-l2kv bench`]
+python -m benchmarks.load.run OUT [options of `vllm-l2kv bench`]
 
-Starts both servers with the same small cache, runs `vllm-l2kv bench --compare`, and ends them. Rows, plots and the
-page go into the folder OUT, and so do the servers' logs.
+Starts both servers with the same small cache, runs `vllm-l2kv bench --compare`, and ends them. Rows, plots, the page
+and the servers' logs go into the folder OUT.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LOAD = "--ratios 1,0.5,0.25,0.25,0.5,1 --requests 16 --concurrency 12 --prompt-t
 
 
 def main() -> None:
-    """Starts the servers, runs the test, and notes the machine in its rows."""
+    """Starts the servers, runs the test, and adds the machine to its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     args, words = parser.parse_known_args()

@@ -1,4 +1,4 @@
-"""Servers of the demo model on this machine, for as long as a measurement takes."""
+"""Servers of the demo model on this machine, for the time of a measurement."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ START_SECONDS = 600
 
 @contextmanager
 def serving(module: Sequence[str], options: str, log: Path) -> Iterator[str]:
-    """A server of the demo model on a free port; its URL, once it answers."""
+    """Runs a server of the demo model on a free port; yields its URL once it answers."""
     command = [sys.executable, "-m", *module, str(ensure_demo_model()), *options.split()]
     with answering(command, log) as url:
         yield url
@@ -28,9 +28,9 @@ def serving(module: Sequence[str], options: str, log: Path) -> Iterator[str]:
 
 @contextmanager
 def answering(command: Sequence[str], log: Path) -> Iterator[str]:
-    """A program that takes `--port` and answers `/health`; its URL, once it answers."""
+    """Runs a program that takes `--port`; yields its URL once it answers `/health`."""
     port = str(free_port())
-    # On a CPU this variable would win over the option of the cache's size.
+    # On a CPU this variable would override the option that sets the size of the cache.
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
     with log.open("w") as out:
         process = psutil.Popen([*command, "--port", port], stdout=out, stderr=subprocess.STDOUT, env=environment)
@@ -45,14 +45,18 @@ def answering(command: Sequence[str], log: Path) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port where nothing listens now."""
+    """Returns a port on which no process listens now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def wait_for(url: str, process: psutil.Popen) -> None:
-    """Until the server answers, or has ended."""
+    """Waits until the server answers.
+
+    Raises:
+        SystemExit: It has ended, or has not answered in time.
+    """
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -65,6 +69,6 @@ def wait_for(url: str, process: psutil.Popen) -> None:
 
 
 def machine() -> str:
-    """Processors, as Linux names them."""
+    """Returns number and name of the processors, as Linux names them."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return f"{os.cpu_count()} x {names[0].partition(':')[2].strip()}"

@@ -31,7 +31,7 @@ SHOWN = (
 
 
 def main() -> None:
-    """Replaces what is between the marks of each page."""
+    """Replaces the text between the marks of each page."""
     for page, text_of in {"load_testing.md": of_load, "operating.md": of_routers}.items():
         path = DOCS / page
         text, count = re.subn(
@@ -46,18 +46,18 @@ def main() -> None:
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """Rows of a file of results."""
+    """Returns the rows of a file of results."""
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
 def of_load() -> str:
-    """vllm-l2kv beside stock vLLM."""
+    """Returns the table that compares vllm-l2kv with stock vLLM."""
     rows = read("cpu.jsonl")
     return f"{about(rows[0])}\n\n{made(rows)}"
 
 
 def of_routers() -> str:
-    """What policies of a router find: lines are policies, columns the ways to serve a document."""
+    """Returns the table of a router's policies: a line for each policy, a column for each way to serve a document."""
     rows = {(row["policy"], row["way"]): row for row in read("routing.jsonl")}
     policies, ways = ({key[i]: None for key in rows} for i in range(2))
     any_row = next(iter(rows.values()))
@@ -72,13 +72,13 @@ def of_routers() -> str:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """Share of prompt tokens that were found, and the share of requests that one replica had to serve."""
+    """Returns the share of prompt tokens found in a cache, and the share of requests at the busiest replica."""
     requests = row["requests_of_replicas"]
     return f"{row['found_tokens'] / row['prompt_tokens']:.2f}, {max(requests) / sum(requests):.2f}"
 
 
 def about(row: dict[str, Any]) -> str:
-    """What was measured on what."""
+    """Returns the machine, the version, the options and the load as text."""
     load = row["load"]
     return (
         f"{row['machine']}, vLLM {row['vllm']}, `{row['options']}`.\n{load['until']} of {load['arrivals']}, prompts of "
@@ -87,7 +87,7 @@ def about(row: dict[str, Any]) -> str:
 
 
 def made(rows: list[dict[str, Any]]) -> str:
-    """Lines are metrics, columns rounds: vllm-l2kv, stock vLLM, and the first divided by the second."""
+    """Returns a table: a line for each metric, a column for each round; cells have vllm-l2kv, stock vLLM and ratio."""
     ours, stock, quotients = ({line[0]: line[1:] for line in lines} for lines in (*both(rows), comparison(rows)))
     lines = [["vllm-l2kv, stock (ratio)", *ours[""]], ["---"] * (1 + len(ours[""]))]
     for name in SHOWN:
@@ -98,7 +98,7 @@ def made(rows: list[dict[str, Any]]) -> str:
 
 
 def both(rows: list[dict[str, Any]]) -> list[list[list[str]]]:
-    """Tables of both engines."""
+    """Returns the tables of both engines."""
     return [table(rows, engine) for engine in (OURS, STOCK)]
 
 

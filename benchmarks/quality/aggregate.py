@@ -1,9 +1,9 @@
-"""Makes aggregates of the rows that `vllm-l2kv eval` wrote, in place of earlier ones of the same.
+"""Makes aggregates of the rows that `vllm-l2kv eval` wrote; they replace earlier aggregates of the same settings.
 
 python -m benchmarks.quality.aggregate MODEL [MODEL ...]
 
 Reads every `rows.jsonl` below benchmarks/quality/rows/MODEL, writes benchmarks/quality/results/MODEL/aggregates.jsonl.
-Git ignores the rows: there are tens of thousands, and nothing that is published needs them one by one.
+Git ignores the rows: there are tens of thousands, and no published number needs single rows.
 """
 
 import argparse
@@ -20,7 +20,7 @@ AGGREGATES = "aggregates.jsonl"
 
 
 def main() -> None:
-    """Adds to the files of models, or begins them."""
+    """Writes the file of each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     for model in parser.parse_args().models:

@@ -1,9 +1,9 @@
-"""Makes cells of the rows that grid.py wrote: of each setting the scores of all prompts, in their order.
+"""Makes cells of the rows that grid.py wrote: for each setting, the scores of all prompts in order.
 
 python -m benchmarks.quality.cells OUT NAME
 
-Reads OUT, writes benchmarks/quality/results/NAME/cells.jsonl. Prompts are the same in all cells of a length and a
-task, so differences can be taken prompt by prompt.
+Reads OUT, writes benchmarks/quality/results/NAME/cells.jsonl. All cells of a length and a task have the same prompts,
+so differences can be taken prompt by prompt.
 """
 
 import argparse
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 CELLS = "cells.jsonl"
 Row = Mapping[str, Any]
 KIND = ("scorer", "keep_ratio", "length", "task", "question")
-"""With full layers and heads, what rows of one cell share."""
+"""Fields that the rows of one cell share, with full layers and heads."""
 
 
 def main() -> None:
@@ -39,12 +39,12 @@ def main() -> None:
 
 
 def cells(settings: Iterable[Setting], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One for each setting, length, task and question that was measured.
+    """Returns a cell for each setting, length, task and question that was measured.
 
     Raises:
-        ValueError: Prompts of a length and a task that only some of its cells have: the grid is not complete.
+        ValueError: Cells of one length and task have different numbers of prompts: the grid is not complete.
     """
-    # The whole cache does not depend on what stays full, and is measured by one engine for all.
+    # With the whole cache it does not matter which layers and heads are full: one engine measures it for all.
     wholes, sets = [row for row in rows if is_whole(row)], {_full(row) for row in rows}
     copies = ({**row, "full_layers": list(layers), "full_heads": heads} for row in wholes for layers, heads in sets)
     answers = with_excess_loss([*({"full_heads": "", **row} for row in rows), *copies])
@@ -64,7 +64,7 @@ def cells(settings: Iterable[Setting], rows: Sequence[Row]) -> list[dict[str, An
 
 
 def _full(row: Row) -> Full:
-    """What stayed full; rows of engines without full heads do not name them."""
+    """Returns full layers and heads; rows of engines without full heads have no such field."""
     return tuple(row["full_layers"]), row.get("full_heads", "")
 
 

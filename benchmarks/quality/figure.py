@@ -1,4 +1,4 @@
-"""Draws docs/img/quality.svg: pooled retrieval over memory of the whole cache, one line a method.
+"""Draws docs/img/quality.svg: pooled retrieval over memory of the whole cache, one line for each method.
 
 python -m benchmarks.quality.figure
 """
@@ -21,13 +21,13 @@ from vllm_l2kv.tools.evaluation.variants import QUESTIONS  # noqa: E402
 
 PLOT = Path(__file__).parents[2] / "docs" / "img" / "quality.svg"
 COLOURS = {"l2": "C0", "keydiff_value": "C2", "learned": "C3", "random": "0.55"}
-"""Of scorers."""
+"""Colours of scorers."""
 STYLES = {EQUAL: "--", PROFILE: "-", PROFILE_HEADS: "-."}
 Row = Mapping[str, Any]
 
 
 def main() -> None:
-    """Writes the plot: a line of panels for each model that was measured."""
+    """Writes the plot: a row of panels for each model that was measured."""
     models = {name: cells for name in MODELS if (cells := at_main_length(read_cells(name)))}
     size = (9, 0.6 + 3 * len(models))
     figure, grid = plt.subplots(len(models), 2, figsize=size, sharex=True, squeeze=False, layout="constrained")
@@ -43,12 +43,12 @@ def main() -> None:
 
 
 def at_main_length(cells: Sequence[Row]) -> list[Row]:
-    """Cells of the figure."""
+    """Returns the cells of the figure's length."""
     return [cell for cell in cells if cell["length"] == MAIN_LENGTH]
 
 
 def draw(axes: Axes, cells: Sequence[Row], question: str) -> None:
-    """One panel; bands are 95 % intervals."""
+    """Draws one panel; bands are 95 % intervals."""
     whole = retrieval([cell for cell in cells if cell["method"] == WHOLE])
     if whole is None:
         return

@@ -1,10 +1,10 @@
-"""Measures what is compared on docs/quality.md, with one engine for each set of full layers and heads.
+"""Measures the settings that docs/quality.md compares, with one engine for each set of full layers and heads.
 
 python -m benchmarks.quality.grid MODEL OUT --profile FILE --commit C [--at-once 3 --cache-gib 16]
 
-Prompts are made first and kept in OUT, since that needs packages which a machine with a GPU may lack (--prompts-only
-does no more). Rows are added to files below OUT/rows as they are measured; the same command goes on where an earlier
-one was cut off.
+Prompts are made first and kept in OUT, since making them needs packages that a machine with a GPU may lack (with
+--prompts-only nothing else is done). Rows are added to files below OUT/rows as they are measured. Run the same command
+again to continue after an interruption.
 """
 
 import argparse
@@ -50,17 +50,17 @@ ANSWER_TOKENS = {
     "chat": chat.NUM_ANSWER_TOKENS,
     "perplexity": OPTIONS["perplexity"]["continued"] + 1,
 }
-"""Of tasks whose lengths are those of prompts alone."""
+"""Tokens of answers, for tasks whose length is that of the prompt alone."""
 QUESTIONS_OF = {"perplexity": (SEEN,), "copy": (SEEN,)}
-"""A text has no question, and a list to copy is asked for in a few words."""
+"""Tasks with the question seen only: a text has no question, and the request to copy a list is short."""
 MAX_REQUESTS = 512
-"""Answers at once."""
+"""Number of requests in one batch."""
 Unit = tuple[int, str]
-"""What is measured before the next: a length and a task."""
+"""Unit of work: a length and a task."""
 
 
 def main() -> None:
-    """Makes prompts, then starts a process for each set of full layers and heads, or is one of them."""
+    """Makes prompts, then starts a process for each set of full layers and heads; or runs as one of them."""
     parser = _parser()
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def main() -> None:
     if args.prompts_only:
         return
     if args.profile is None:
-        parser.error("argument --profile: is needed, what stays full and weights come from it")
+        parser.error("argument --profile: required, since full layers, full heads and weights come from it")
     compared = settings(Profile.read(args.profile), args.methods, args.memory)
     sets = list(dict.fromkeys(setting.full for setting in compared))
     if args.engine is not None:
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, prompts: dict[Unit, list[Case]], compared: Sequence[Setting]) -> None:
-    """Measures what is missing, with one engine."""
+    """Measures the missing rows, with one engine."""
     full = compared[0].full
     (args.out / ROWS).mkdir(exist_ok=True)
     path = args.out / ROWS / f"{_name(full)}.jsonl"
@@ -107,21 +107,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--profile", type=Path, help="of the model, by `vllm-l2kv profile`")
-    parser.add_argument("--commit", default="", help="what is measured, as rows name it")
+    parser.add_argument("--profile", type=Path, help="profile of the model, from `vllm-l2kv profile`")
+    parser.add_argument("--commit", default="", help="commit that is measured, written into rows")
     parser.add_argument("--prompts-only", action="store_true")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="engines that run side by side")
-    parser.add_argument("--cache-gib", type=int, metavar="N", help="KV cache of each of them, on a GPU")
+    parser.add_argument("--cache-gib", type=int, metavar="N", help="KV cache of each engine, on a GPU")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--memory", nargs="+", type=float, default=(*MEMORIES, *TRIAL_MEMORIES))
-    parser.add_argument("--only", nargs="+", metavar="LENGTH/TASK", help="of these alone, such as 2048/needle")
+    parser.add_argument("--only", nargs="+", metavar="LENGTH/TASK", help="only these, such as 2048/needle")
     parser.add_argument("--few", action="store_true", help="one sample for each depth or subtask, to try it out")
     parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def _units(args: argparse.Namespace) -> Iterable[tuple[Unit, int]]:
-    """Lengths and tasks, and how many samples of them."""
+    """Yields lengths and tasks, and the number of samples of each."""
     if args.only:
         asked = [word.split("/") for word in args.only]
         units = [(int(length), task) for length, task in asked]
@@ -135,7 +135,7 @@ def _units(args: argparse.Namespace) -> Iterable[tuple[Unit, int]]:
 
 
 def _prompts(args: argparse.Namespace) -> dict[Unit, list[Case]]:
-    """Those kept in the folder, or new ones."""
+    """Returns the prompts kept in the folder, or makes new ones."""
     path = args.out / PROMPTS
     if path.exists():
         kept: dict[Unit, list[Case]] = pickle.loads(path.read_bytes())
@@ -146,7 +146,7 @@ def _prompts(args: argparse.Namespace) -> dict[Unit, list[Case]]:
     made = {}
     for (length, task), num_samples in _units(args):
         options = _options(task, length - ANSWER_TOKENS.get(task, 0), samples=num_samples)
-        # Rows name the length with the answer, for all tasks.
+        # In rows of all tasks the length includes the answer.
         made[length, task] = [
             replace(case, about={**case.about, "length": length}) for case in cases_of(options, tokenizer)
         ]
@@ -155,7 +155,7 @@ def _prompts(args: argparse.Namespace) -> dict[Unit, list[Case]]:
 
 
 def _options(task: str, length: int, **more: Any) -> argparse.Namespace:
-    """As the command line of `vllm-l2kv eval` would give them."""
+    """Returns options as the command line of `vllm-l2kv eval` gives them."""
     return argparse.Namespace(task=task, lengths=[length], seed=SEED, **OPTIONS[task], **more)
 
 
@@ -164,8 +164,8 @@ def _engine(args: argparse.Namespace, full: Full, max_model_len: int) -> Any:
 
     device: dict[str, Any] = {}
     if args.cache_gib:
-        # CUDA graphs take longer to capture than they save here. vLLM wants its share of the memory to be free at the
-        # start, although the other number decides.
+        # CUDA graphs take longer to capture than they save here. vLLM requires this share of the memory to be free at
+        # the start, although the size in bytes decides.
         device = {
             "enforce_eager": True,
             "max_num_seqs": MAX_REQUESTS,
@@ -181,7 +181,7 @@ def _engine(args: argparse.Namespace, full: Full, max_model_len: int) -> Any:
 
 
 def _run_engine(out: Path, index: int, full: Full) -> int:
-    """The exit status of a process that measures one set of full layers and heads; its output goes to a log."""
+    """Runs a process that measures one set of full layers and heads, with a log; returns its exit status."""
     log = out / f"{_name(full)}.log"
     begun = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.quality.grid", *sys.argv[1:], "--engine", str(index)]
@@ -197,14 +197,14 @@ def _say(line: str) -> None:
 
 
 def _name(full: Full) -> str:
-    """Of files; heads are too many for it."""
+    """Returns a name for files, without heads, which are too many."""
     layers, words = full
     name = f"full-{'-'.join(map(str, layers)) or 'none'}"
     return f"{name}-heads-{sha256(words.encode()).hexdigest()[:8]}" if words else name
 
 
 def _prompt(task: str, about: Any) -> tuple[Any, ...]:
-    """What tells a prompt of one model from the others."""
+    """Returns a key that identifies a prompt of one model."""
     return task, *(about.get(name) for name in ("length", "subtask", "depth", "sample", "turn"))
 
 

@@ -1,7 +1,7 @@
-"""Pooled retrieval: the mean of the means of needles, pass keys and RULER; and what differs from the whole cache.
+"""Pooled retrieval, the mean of the means of needles, pass keys and RULER, and its difference from the whole cache.
 
-Intervals are for 95 %, by the bootstrap over prompts: within each task prompts are drawn again, the same ones for a
-method and for the whole cache, since both have answered the same prompts.
+Intervals are for 95 %, by the bootstrap over prompts: prompts are resampled within each task, the same ones for a
+method and for the whole cache, since both answered the same prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from benchmarks.quality.settings import RETRIEVAL
 
 NUM_DRAWS = 10_000
 Scores = Mapping[str, Sequence[float]]
-"""Of each task, by prompt."""
+"""For each task, a score for each prompt."""
 
 
 class Interval(NamedTuple):
@@ -25,17 +25,17 @@ class Interval(NamedTuple):
 
 
 def pooled(scores: Scores) -> Interval:
-    """Of one setting."""
+    """Returns the pooled score of one setting."""
     return _interval({task: np.asarray(values) for task, values in scores.items()})
 
 
 def difference(scores: Scores, others: Scores) -> Interval:
-    """Of two settings that answered the same prompts, the first minus the second."""
+    """Returns the first setting's pooled score minus the second's; both answered the same prompts."""
     return _interval({task: np.asarray(values) - np.asarray(others[task]) for task, values in scores.items()})
 
 
 def retrieval(cells: Sequence[Mapping[str, Any]]) -> Scores | None:
-    """The scores of one setting, length and question; `None` if a task is missing."""
+    """Returns the scores of one setting, length and question; `None` if a task is missing."""
     scores = {cell["task"]: cell["scores"] for cell in cells}
     return {task: scores[task] for task in RETRIEVAL} if set(RETRIEVAL) <= set(scores) else None
 

@@ -1,4 +1,4 @@
-"""What is compared on docs/quality.md: methods, memories, lengths and numbers of prompts."""
+"""The settings that docs/quality.md compares: methods, memories, lengths and numbers of prompts."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +11,9 @@ from vllm_l2kv.settings import HEADS, LAYERS, FullHeads
 from vllm_l2kv.tools.evaluation.variants import BASELINE
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
-"""Shares of the whole cache: of all layers without a sliding window, full layers included."""
+"""Shares of the whole cache, that is of all layers without a sliding window, with full layers."""
 TRIAL_MEMORIES = (0.533, 0.3)
-"""Of the trial that targets were set by: a half and a quarter of 28 of SmolLM2's 30 layers, with the other two full.
+"""Memories of the trial that set the targets: ratios 0.5 and 0.25 in 28 of SmolLM2's 30 layers, the other two full.
 
 Profiles are measured at them too, in retrieval at the main length.
 """
@@ -28,9 +28,9 @@ METHODS = {
     "heads-l2": (PROFILE_HEADS, "l2"),
     "heads-learned": (PROFILE_HEADS, "learned"),
 }
-"""Where what stays full comes from, and the scorer of the rest. `profile-random` is the control."""
+"""The source of full layers and heads, and the scorer of the others. `profile-random` is the control."""
 EQUAL_LAYERS = (0, 1)
-"""Full layers of equal counts, as an engine without options has them."""
+"""Full layers of the methods without a profile, the default of an engine."""
 NO_HEADS: FullHeads = {}
 WHOLE = "whole cache"
 RETRIEVAL = ("needle", "passkey", "ruler")
@@ -38,7 +38,7 @@ MAIN_LENGTH = 2048
 LENGTHS = (MAIN_LENGTH, 1024, 4096, 8192)
 """Tokens of prompts and answers together, the most important one first."""
 COPY_LENGTH = 450
-"""Of lists and their copies: small models copy no longer ones."""
+"""Tokens of lists and their copies; small models fail at longer lists."""
 SEED = 19
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "passkey": {"depths": DEPTHS},
     "ruler": {
         "text": "state_of_the_union",
-        # What the two models can do; they find hardly anything in the other subtasks with the whole cache.
+        # The subtasks that both models can do; in the others they find hardly anything even with the whole cache.
         "subtasks": [
             "niah_single_1",
             "niah_single_2",
@@ -73,7 +73,7 @@ questions of 10 conversations, 20 texts, 12 lists; 15, 10, 12, 16 and 8 elsewher
 
 
 Full = tuple[tuple[int, ...], str]
-"""Full layers, and full heads as one would type them."""
+"""Full layers, and full heads as on a command line."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class Setting:
     """One method at one memory.
 
     Attributes:
-        method: Of `METHODS`, or `WHOLE`.
-        memory: Of `MEMORIES` or `TRIAL_MEMORIES`; 1 for `WHOLE`.
+        method: One of `METHODS`, or `WHOLE`.
+        memory: One of `MEMORIES` or `TRIAL_MEMORIES`; 1 for `WHOLE`.
         full_layers: Layers that never compact.
-        keep_ratio: Of the others.
-        scorer: Of the others.
-        full_heads: KV heads that never compact, as one would type them.
+        keep_ratio: Ratio of the other layers and heads.
+        scorer: Scorer of the other layers and heads.
+        full_heads: KV heads that never compact, as on a command line.
     """
 
     method: str
@@ -98,12 +98,12 @@ class Setting:
 
     @property
     def full(self) -> Full:
-        """What stays full, for which an engine is started."""
+        """Full layers and heads; an engine is started for each set of them."""
         return tuple(self.full_layers), self.full_heads
 
     @property
     def params(self) -> CompressionParams:
-        """What requests ask for; protection is an engine's default."""
+        """Parameters of requests; protection is the engine's default."""
         if self.method == WHOLE:
             return BASELINE
         return CompressionParams(self.keep_ratio, scorer=self.scorer)
@@ -113,14 +113,14 @@ class Setting:
         return self.memory not in TRIAL_MEMORIES or (length == MAIN_LENGTH and task in RETRIEVAL)
 
     def as_row(self) -> dict[str, Any]:
-        """For a file of rows."""
+        """Returns the setting for a file of rows."""
         return asdict(self)
 
 
 def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]) -> list[Setting]:
-    """The whole cache, then every method at every memory; equal counts at none of the trial's.
+    """Returns the whole cache, then every method at every memory; `equal` methods skip the trial's memories.
 
-    Full heads are left out if the profile has none, as of a model with one KV head a layer.
+    Methods with full heads are left out if the profile has none, as for a model with one KV head in each layer.
     """
     compressible = profile.shape.compressible
     equal_layers = tuple(layer for layer in EQUAL_LAYERS if layer in compressible)

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def with_tables(page: str, text: str) -> str:
-    """A page, with the text between each pair of its marks replaced.
+    """Returns a page with the text between each pair of marks replaced.
 
     Raises:
         ValueError: The page lacks a mark, or has it twice.
@@ -52,13 +52,13 @@ def with_tables(page: str, text: str) -> str:
 
 
 def read_cells(name: str) -> list[Row]:
-    """Those of a model; empty if it was not measured."""
+    """Returns the cells of a model; empty if it was not measured."""
     path = RESULTS / name / CELLS
     return list(read_rows(path)) if path.exists() else []
 
 
 def verdict(cells: Sequence[Row]) -> Iterator[str]:
-    """What each method loses of pooled retrieval at the main length, question seen and hidden; or what is missing."""
+    """Yields each method's loss of pooled retrieval at the main length, question seen and hidden; or missing tasks."""
     main = [cell for cell in cells if cell["length"] == MAIN_LENGTH]
     whole = retrieval([cell for cell in main if cell["method"] == WHOLE])
     if whole is None:
@@ -91,7 +91,7 @@ def num_settings(cells: Sequence[Row]) -> str:
 
 
 def tables(cells: Sequence[Row]) -> Iterator[str]:
-    """Where it was measured, the settings, and every task at every length, the main one first."""
+    """Yields the provenance, the settings, and every task at every length, the main one first."""
     if not cells:
         return
     yield provenance(cells)
@@ -107,7 +107,7 @@ def tables(cells: Sequence[Row]) -> Iterator[str]:
 
 
 def task_tables(cells: Sequence[Row]) -> Iterator[str]:
-    """A table for each way of asking."""
+    """Yields a table for the question seen and one for the question hidden."""
     task = cells[0]["task"]
     how = next(iter(METRICS[task].values()))
     for question in QUESTIONS:
@@ -118,7 +118,7 @@ def task_tables(cells: Sequence[Row]) -> Iterator[str]:
 
 
 def by_method(cells: Sequence[Row], shown: Callable[[Sequence[Row]], str]) -> str:
-    """Lines are methods, columns memories, the largest first; the whole cache is left out."""
+    """Returns a table with a line for each method but the whole cache, and a column for each memory, largest first."""
     compared = [cell for cell in cells if cell["method"] != WHOLE]
     memories = sorted({cell["memory"] for cell in compared}, reverse=True)
     lines = [
@@ -129,7 +129,7 @@ def by_method(cells: Sequence[Row], shown: Callable[[Sequence[Row]], str]) -> st
 
 
 def used(cells: Sequence[Row]) -> str:
-    """What stays full, ratio and measured memory, of one method for each source of it: the others are alike."""
+    """Returns full layers, ratio and measured memory, of one method for each source of full layers and heads."""
     first = {source: method for method, (source, _) in reversed(METHODS.items())}
     main = [cell for cell in cells if cell["length"] == MAIN_LENGTH and cell["method"] in first.values()]
 
@@ -144,7 +144,7 @@ def used(cells: Sequence[Row]) -> str:
 
 
 def samples(cells: Sequence[Row]) -> str:
-    """What is counted, and of how many prompts."""
+    """Returns what is counted, and the number of prompts, as text."""
     (whole,) = [cell for cell in cells if cell["method"] == WHOLE]
     task, scores = whole["task"], whole["scores"]
     how = average if task == "perplexity" else next(iter(METRICS[task].values()))
@@ -154,7 +154,7 @@ def samples(cells: Sequence[Row]) -> str:
 
 
 def provenance(cells: Sequence[Row]) -> str:
-    """Where rows come from."""
+    """Returns devices, types, versions and commits of the rows as text."""
     devices, types, versions, commits = (
         " and ".join(dict.fromkeys(cell[name] for cell in cells)) for name in ("device", "dtype", "vllm", "commit")
     )
@@ -162,7 +162,7 @@ def provenance(cells: Sequence[Row]) -> str:
 
 
 def long_answers(cells: Sequence[Row]) -> Iterator[str]:
-    """Where it was measured, then every scorer by ratio and budget."""
+    """Yields the provenance, then every scorer by ratio and budget."""
     yield conditions(cells)
     whole = moments_of((cell for cell in cells if is_whole(cell)), "score")
     length = cells[0]["length"]
@@ -176,12 +176,12 @@ def long_answers(cells: Sequence[Row]) -> Iterator[str]:
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
+    """Returns a table in Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def _parts(page: str) -> Iterator[tuple[str, list[str]]]:
-    """Names of the marks of a page, and what is between them."""
+    """Yields the names of the marks of a page, and the text between them."""
     for name in MODELS:
         yield name, list((verdict if page == "quality" else tables)(read_cells(name)))
     if page == "quality_tables":
@@ -189,7 +189,7 @@ def _parts(page: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _shown(interval: Interval, signed: bool = False) -> str:
-    # 0 is added for its sign: -0.00 looks like a loss.
+    # Adding 0 removes the sign of -0.00, which looks like a loss.
     form = "+.2f" if signed else ".2f"
     value, low, high = (f"{round(number, 2) + 0.0:{form}}" for number in interval)
     return f"{value} ({low} to {high})"

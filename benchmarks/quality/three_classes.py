@@ -1,10 +1,10 @@
-"""What three classes of layers buy over two at the same memory of the whole cache: losses of held-out answers.
+"""Three classes of layers compared with two at the same memory of the whole cache: losses of held-out answers.
 
 python -m benchmarks.quality.three_classes PROFILE MODEL OUT.jsonl [--questions N] [--device cpu]
 
 Two classes: some layers full, the others at one ratio. Three: some full, some at a higher ratio, the rest at a lower
-one. Rows that a class does not keep are masked, as in `vllm-l2kv profile`. Candidates of both kinds come from the same
-orders of layers, and for each scorer the best one on two thirds of the questions is asked the last third.
+one. Rows that a class evicts are masked, as in `vllm-l2kv profile`. Candidates of both kinds come from the same orders
+of layers. For each scorer the best candidate on two thirds of the questions is evaluated on the last third.
 """
 
 import argparse
@@ -26,22 +26,22 @@ from vllm_l2kv.tools.progress import Progress
 MEMORIES = (0.5, 0.25)
 SCORERS = ("l2", "learned")
 LOWEST = 0.05
-"""Ratio with which the protected rows of a text fill what is kept."""
+"""Ratio at which the protected rows of a text are all that is kept."""
 SEED = 7
-"""Of texts; a profile's own have other ones."""
+"""Seed of the texts; the profile's own texts have another."""
 NUM_TEXTS, NUM_TOKENS = 120, 1536
 SAMPLES = 2000
-"""Of the bootstrap."""
+"""Number of bootstrap samples."""
 
 
 class Layers(NamedTuple):
-    """Ratios of the classes, and the layers of the first ones; the rest has the last ratio."""
+    """Ratios of the classes, and the layers of all classes but the last, which has the remaining layers."""
 
     ratios: tuple[float, ...]
     classes: tuple[tuple[int, ...], ...]
 
     def choice(self, shape: Shape, scorer: str) -> Choice:
-        """With a scorer."""
+        """Returns the choice with a scorer."""
         ratios = [self.ratios[-1]] * shape.num_layers
         for ratio, layers in zip(self.ratios, self.classes, strict=False):
             for layer in layers:
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def orders(profile: Profile) -> list[tuple[int, ...]]:
-    """Layers as the profile orders them, and by each of its measurements."""
+    """Returns the profile's order of layers, and the orders by each of its measurements."""
     measures = profile.measures()
     by = [measures["retrieval"].amax(-1), measures["repetition"].amax(-1), measures["loss"]]
     layers = profile.shape.compressible
@@ -90,7 +90,7 @@ def orders(profile: Profile) -> list[tuple[int, ...]]:
 
 
 def two(profile: Profile, memory: float) -> Iterator[Layers]:
-    """Every number of full layers of each order."""
+    """Yields every number of full layers of each order."""
     num_layers = len(profile.shape.compressible)
     for order in orders(profile):
         for full in range(num_layers):
@@ -100,7 +100,7 @@ def two(profile: Profile, memory: float) -> Iterator[Layers]:
 
 
 def three(profile: Profile, memory: float) -> Iterator[Layers]:
-    """Numbers of full and of middle layers of each order, the rest at one of two ratios."""
+    """Yields numbers of full and of middle layers of each order, with the others at one of two ratios."""
     num_layers = len(profile.shape.compressible)
     for order in orders(profile):
         for lowest in (LOWEST, 2 * LOWEST):
@@ -126,12 +126,12 @@ def report(
 
     Args:
         out: The file.
-        profile: Of the model.
-        memory: Of the settings.
-        scorer: Of all of them.
+        profile: The model's profile.
+        memory: Memory of the settings.
+        scorer: Scorer of the settings.
         tried: Settings by their number of classes, in the order of columns.
-        loss: `[cases, settings]`, hidden and seen in turns.
-        exact: The same.
+        loss: Losses `[cases, settings]`; cases alternate between hidden and seen.
+        exact: Exact answers, in the same shape.
     """
     held_out = torch.tensor([(i // 2) % 3 == 0 for i in range(len(loss))])
     best, first = {}, 0
@@ -160,13 +160,13 @@ def report(
 
 
 def means(loss: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
-    """Of the held-out cases `[n]`, hidden and seen in turns."""
+    """Returns the means of the held-out cases `[n]`, which alternate between hidden and seen."""
     named = {"loss_hidden": loss[::2], "loss_seen": loss[1::2], "exact_hidden": exact[::2], "exact_seen": exact[1::2]}
     return {name: round(values.mean().item(), 4) for name, values in named.items()}
 
 
 def interval(differences: torch.Tensor) -> Sequence[float]:
-    """Mean of paired differences `[n]`, hidden and seen in turns, and its 95 % interval; questions are drawn anew."""
+    """Returns the mean of paired differences `[n]`, alternately hidden and seen, and its bootstrap 95 % interval."""
     of_questions = differences.view(-1, 2).mean(1)
     chance = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(of_questions), (SAMPLES, len(of_questions)), generator=chance)

@@ -1,4 +1,4 @@
-"""Short prompts and more memory than they need: whoever compresses must lose nothing."""
+"""Short prompts and more memory than they need: compression must not make requests slower."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, REPEATS = 256, 256, 3
 
 
 def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
-    """One row for each ratio: as many requests as run at once, until the last is done; ratios take turns."""
+    """Yields a row for each ratio: a full batch of requests until the last one ends; ratios take turns."""
     ratios = [ratio for ratio in RATIOS if is_measured(about, ratio, None, only)]
     seed = 100
     seconds: dict[float | None, list[float]] = {ratio: [] for ratio in ratios}
@@ -29,7 +29,7 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 
 def run(llm: Any, num_requests: int, ratio: float | None, seed: int) -> float:
-    """Seconds until all are done."""
+    """Returns the seconds until all requests have ended."""
     add_requests(llm, num_requests, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, ratio, seed)
     begin = time.perf_counter()
     while llm.llm_engine.has_unfinished_requests():

@@ -1,4 +1,4 @@
-"""Requests to an engine of this process, and when their answers came."""
+"""Requests to an engine in this process, and the times of their answers."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from benchmarks.speed.engines import abort_all, add_request
 
 @dataclass(eq=False)
 class Answer:
-    """One request and what came back.
+    """One request and its answer.
 
     Attributes:
-        num_prompt_tokens: Its prompt.
+        num_prompt_tokens: Length of its prompt.
         asked_at: When it was handed to the engine, in seconds.
         first_token_at: When its first token came; `None` before that.
         cached_tokens: Tokens of the prompt that the engine found in its cache, known with the first token.
-        token_ids: What it has generated.
+        token_ids: The tokens generated so far.
     """
 
     num_prompt_tokens: int
@@ -33,17 +33,17 @@ class Answer:
 
 
 class Client:
-    """Asks an engine and notes when its answers come."""
+    """Sends requests to an engine and records when its answers come."""
 
     def __init__(self, llm: Any, name: str) -> None:
-        """Another name makes other request ids."""
+        """Takes a name, which makes request ids unique among clients."""
         self._llm = llm
         self._name = name
         self._num_asked = 0
         self.unfinished: dict[str, Answer] = {}
 
     def add(self, prompt: list[int], num_output_tokens: int, **asked: Any) -> Answer:
-        """Adds a request, which asks for what `vllm_l2kv.compression` takes."""
+        """Adds a request; `asked` are arguments of `vllm_l2kv.compression`."""
         req_id = f"{self._name}-{self._num_asked}"
         self._num_asked += 1
         answer = self.unfinished[req_id] = Answer(len(prompt), time.perf_counter())
@@ -51,7 +51,7 @@ class Client:
         return answer
 
     def step(self) -> list[Answer]:
-        """Makes a step; returns the answers that ended."""
+        """Runs a step; returns the answers that ended in it."""
         outputs = self._llm.llm_engine.step()
         now = time.perf_counter()
         ended = []
@@ -65,13 +65,13 @@ class Client:
         return ended
 
     def ask(self, prompt: list[int], num_output_tokens: int, **asked: Any) -> Answer:
-        """Adds a request and waits until it and all others are done."""
+        """Adds a request and waits until it and all others have ended."""
         answer = self.add(prompt, num_output_tokens, **asked)
         while self.unfinished:
             self.step()
         return answer
 
     def abort(self) -> None:
-        """Ends all requests and lets the engine come to rest."""
+        """Aborts all requests and runs the engine until it is idle."""
         abort_all(self._llm, list(self.unfinished))
         self.unfinished.clear()

@@ -1,10 +1,10 @@
-"""Decode attention alone, at several places of the KV blocks in memory: what the stride between blocks costs.
+"""Time of decode attention alone for several layouts of the KV blocks in memory, mainly their stride.
 
 python -m benchmarks.speed.attention --out attention.jsonl [--shapes 8b 1b ...] [--loads 8x15000 100x700 ...]
 
 Eight requests of 15,000 tokens unless other loads are named, FlashAttention 3 as vLLM calls it in a full CUDA graph.
-Block tables are shuffled, as in a server that has been running, or with `--fresh` in order, as in one just started.
-Each layer of a pool is read in turn, as a decode step does, so nothing is found in the L2 cache.
+Block tables are shuffled, as in a server that has been running, or with `--fresh` in order, as after a start. The
+layers of a pool are read in turn, as in a decode step, so no read hits the L2 cache.
 """
 
 import argparse
@@ -26,7 +26,7 @@ KIB = 2**10
 
 @dataclass(frozen=True)
 class Shape:
-    """One rank's attention: `num_layers` of them, the first two full."""
+    """Attention of one rank, with `num_layers` layers, of which the first two are full."""
 
     num_layers: int
     num_heads: int
@@ -51,7 +51,7 @@ SHAPES = {
 
 
 class Load(NamedTuple):
-    """Requests of one length each, as they decode, in blocks that are in order or shuffled."""
+    """Decoding requests of one length, in blocks that are in order or shuffled."""
 
     num_requests: int
     num_tokens: int
@@ -59,18 +59,18 @@ class Load(NamedTuple):
 
     @classmethod
     def parse(cls, word: str) -> "Load":
-        """The load that `REQUESTSxTOKENS` names."""
+        """Returns the load that `REQUESTSxTOKENS` names."""
         num_requests, num_tokens = map(int, word.split("x"))
         return cls(num_requests, num_tokens)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one class of layers lies.
+    """Layout in memory of one class of layers.
 
     Attributes:
         what: `stock`; `compressed` or `full` as the plugin places them; `joined` for longer blocks; `scan` for others.
-        layout: vLLM's name; `L...` is compact in each layer.
+        layout: vLLM's name; with `L...` each layer is contiguous.
         num_layers: Layers in the pool.
         block_size: Tokens in a block.
         stride: Bytes between blocks of one layer.
@@ -84,13 +84,13 @@ class Place:
 
 
 def main() -> None:
-    """Measures every place of every shape, at every load."""
+    """Measures every layout of every shape, at every load."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(8, 15_000)])
     parser.add_argument("--fresh", action="store_true", help="blocks in order, not shuffled")
-    parser.add_argument("--only", nargs="+", help="what places to measure, by their names in the rows")
+    parser.add_argument("--only", nargs="+", help="layouts to measure, by their names in the rows")
     args = parser.parse_args()
     pool = torch.empty(60 * 2**30 // 2, dtype=torch.bfloat16, device="cuda").normal_()
     for name, load in product(args.shapes, args.loads):
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def places(shape: Shape) -> Iterator[Place]:
-    """Stock vLLM's place first, then those that the plugin chooses, then a scan."""
+    """Yields stock vLLM's layout, then those that the plugin chooses, then a scan of strides."""
     page = 16 * shape.token_bytes
     num_layers = shape.num_layers - 2
     yield Place("stock", "LBNHC", shape.num_layers, 16, page)
@@ -130,13 +130,13 @@ def places(shape: Shape) -> Iterator[Place]:
             yield Place("scan", layout, num_layers, 16 * factor, num_layers * page * factor)
     for padding in (4, 8, 16, 32, 48, 64, 96, 128):
         yield Place("scan", "BLHNC", num_layers, 16, num_layers * page + padding * KIB)
-    # What decides is the stride, not who lies between: any number of pages.
+    # Only the stride matters, not what lies between the blocks, so any number of pages will do.
     for num_pages in range(max(num_layers - 6, 1), num_layers + 20):
         yield Place("scan", "BLHNC", num_pages, 16, num_pages * page)
 
 
 def chosen(shape: Shape) -> Iterator[Place]:
-    """What `pack` makes of the shape with full layers {0, 1}."""
+    """Yields the layouts that `pack` chooses for the shape with full layers {0, 1}."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     spec = FullAttentionSpec(
@@ -149,17 +149,17 @@ def chosen(shape: Shape) -> Iterator[Place]:
 
 
 def median_us_per_layer(shape: Shape, place: Place, load: Load, pool: torch.Tensor) -> float:
-    """Median over sweeps through all layers of the pool; the lowest of three, for a busy machine disturbs a few."""
+    """Returns the median over sweeps through all layers of the pool, the lowest of three since other work disturbs."""
     launch = [attention_of(shape, load, view) for view in views(shape, place, load, pool)]
     return min(statistics.median(sweeps(launch)) for _ in range(3))
 
 
 def sweeps(launch: list[Callable[[], None]]) -> list[float]:
-    """Microseconds a layer of each sweep."""
+    """Returns the microseconds per layer of each sweep."""
     times = []
     for i in range(REPEATS + 1):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(1_000_000)  # the host runs ahead, so that launches are not what is timed
+        torch.cuda._sleep(1_000_000)  # the host runs ahead, so that launches are not timed
         begin.record()
         for one_layer in launch:
             one_layer()
@@ -188,7 +188,7 @@ def views(shape: Shape, place: Place, load: Load, pool: torch.Tensor) -> list[to
 
 
 def attention_of(shape: Shape, load: Load, view: torch.Tensor) -> Callable[[], None]:
-    """One layer's decode attention, as `FlashAttentionImpl.forward` calls it."""
+    """Returns one layer's decode attention, as `FlashAttentionImpl.forward` calls it."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     (num_requests, num_tokens, is_fresh), block_size = load, view.shape[2]
@@ -197,7 +197,7 @@ def attention_of(shape: Shape, load: Load, view: torch.Tensor) -> Callable[[], N
     out = torch.empty_like(query)
     num_columns = -(-num_tokens // block_size)
     num_blocks = num_requests * num_columns
-    # Shuffled the same way for every place. Block 0 belongs to no request.
+    # Shuffled the same way for every layout. No request has block 0.
     generator = torch.Generator().manual_seed(block_size)
     order = torch.arange(num_blocks) if is_fresh else torch.randperm(num_blocks, generator=generator)
     table = (order.view(num_requests, num_columns) + 1).to(torch.int32).cuda()

@@ -1,4 +1,4 @@
-"""Requests that begin together reach their compaction points together: what the steps in which they do so take.
+"""Duration of steps in which many requests are compacted, since requests that begin together are due together.
 
 64 requests of 128 prompt tokens, one prefill step for all of them, and a budget of 1,024. Every 256 tokens of their
 answers, all 64 are compacted in one step. Stock vLLM answers them too, uncompressed.
@@ -15,7 +15,7 @@ from benchmarks.speed.engines import abort_all, add_requests, step_until_all_dec
 NUM_REQUESTS, NUM_PROMPT_TOKENS, BUDGET = 64, 128, 1024
 NUM_STEPS = 3200
 STEPS_OF_A_BURST = 3
-"""A step is waited for while the next one is under way, so its time may show one or two steps later."""
+"""A step's result is read while the next one runs, so its time may appear one or two steps later."""
 
 
 def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
@@ -42,7 +42,7 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 
 def time_steps(llm: Any, counter: CompactionCounter, budget: int | None) -> tuple[list[float], list[int]]:
-    """Milliseconds of the steps after the prefill, and the compactions that each of them planned."""
+    """Returns the milliseconds of each step after the prefill, and the compactions that it planned."""
     req_ids = add_requests(llm, NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_STEPS + 400, None, 77, budget)
     step_until_all_decode(llm, NUM_REQUESTS)
     steps, compactions = [], []

@@ -1,4 +1,4 @@
-"""Compaction alone, beside a copy of the same bytes.
+"""Time of compaction alone, compared with a copy of the same bytes.
 
 python -m benchmarks.speed.compaction --out compaction.jsonl
 """
@@ -21,7 +21,7 @@ from vllm_l2kv.scorers import Heads, Weights, bind
 
 NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE = 30, 8, 16, 128
 NUM_BLOCKS = 10_000
-STRIDE_BYTES = 1952 * 1024  # what `kv_cache_spec.pack` makes of it
+STRIDE_BYTES = 1952 * 1024  # as `kv_cache_spec.pack` chooses it
 LENGTHS = (1000, 8000, 15_000, 30_000)
 REPEATS = 20
 
@@ -56,11 +56,11 @@ def main() -> None:
 
 
 def compactor_of_8b(max_num_tokens: int, weights: Weights | None = None) -> TritonCompactor:
-    """For the 8B shape with two full layers, random rows in its cache.
+    """Returns a compactor for the 8B shape with two full layers and random rows in its cache.
 
     Args:
-        max_num_tokens: Rows of one launch at most.
-        weights: Of scorers that need some.
+        max_num_tokens: Maximum number of rows in one launch.
+        weights: Weights of scorers that need them.
     """
     content = 2 * HEAD_SIZE
     pool = torch.empty(NUM_BLOCKS, STRIDE_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
@@ -80,7 +80,7 @@ UNPROTECTED = CompressionParams(protect_first=0, protect_last=0)
 def make_orders(
     num_prompts: int, n: int, num_keep: int, params: CompressionParams = UNPROTECTED
 ) -> list[CompactionOrder]:
-    """Orders over shuffled blocks; prompts may share sources, since only reads of them are timed."""
+    """Returns orders over shuffled blocks; prompts may share source blocks, which are only read."""
     blocks = torch.randperm(NUM_BLOCKS).tolist()
     num_source, num_destination = -(-n // BLOCK_SIZE), -(-num_keep // BLOCK_SIZE)
     orders = []
@@ -94,26 +94,26 @@ def make_orders(
 
 
 def moved_bytes(num_prompts: int, n: int, num_keep: int) -> int:
-    """What compaction must touch: keys read once for their norms, kept rows read and written."""
+    """Returns the bytes that compaction must touch: keys read once for their norms, kept rows read and written."""
     row = 2 * HEAD_SIZE * 2
     return num_prompts * NUM_LAYERS * NUM_KV_HEADS * (n * row // 2 + 2 * num_keep * row)
 
 
 def copy_of(num_bytes: int):
-    """A device-to-device copy that reads and writes `num_bytes` together."""
+    """Returns a device-to-device copy that reads and writes `num_bytes` in total."""
     source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def median_us(launch) -> float:
-    """Median device time of a call, between events."""
+    """Returns the median device time of a call, between events."""
     for _ in range(3):
         launch()
     times = []
     for _ in range(REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # The host runs ahead, as it does under async scheduling, so that its launches are not what is timed.
+        # The host runs ahead, as under async scheduling, so that launches are not timed.
         torch.cuda._sleep(10_000_000)
         begin.record()
         launch()
@@ -124,7 +124,7 @@ def median_us(launch) -> float:
 
 
 def host_us(launch) -> float:
-    """Median time that the host needs for a call while the device is busy."""
+    """Returns the median host time of a call while the device is busy."""
     times = []
     for _ in range(REPEATS):
         torch.cuda._sleep(2_000_000)
@@ -136,7 +136,7 @@ def host_us(launch) -> float:
 
 
 def kernel_us(launch) -> dict[str, float]:
-    """Device time of each kernel of a call, from PyTorch's profiler."""
+    """Returns the device time of each kernel of a call, from PyTorch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         launch()
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Counts compactions and their time on the device, in an engine of this process; nothing in stock vLLM."""
+"""Counts compactions and their device time in an engine in this process; counts nothing in stock vLLM."""
 
 import time
 from collections.abc import Iterable
@@ -8,11 +8,11 @@ from benchmarks.speed.engines import scheduler_of
 
 
 class CompactionCounter:
-    """Takes the place of the engine's counter of statistics, which it passes everything on to.
+    """Replaces the engine's counter of statistics, and passes all calls on to it.
 
     Attributes:
-        num_compactions: Since the beginning.
-        seconds: When each time on the device was reported, and the time.
+        num_compactions: Number of compactions so far.
+        seconds: For each report, when it came and the device time in it.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -39,12 +39,12 @@ class CompactionCounter:
         self._counter.compacted(*args)
 
     def measured(self, seconds: Iterable[float]) -> None:
-        """Notes times on the device."""
+        """Records device times."""
         now = time.perf_counter()
         self.seconds += [(now, each) for each in seconds]
         self._counter.measured(seconds)
 
     def seconds_since(self, seconds_ago: float) -> list[float]:
-        """Times on the device that were reported in the last seconds."""
+        """Returns the device times that were reported in the last `seconds_ago` seconds."""
         begin = time.perf_counter() - seconds_ago
         return [seconds for reported, seconds in self.seconds if reported >= begin]

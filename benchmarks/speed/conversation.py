@@ -1,7 +1,7 @@
 """Conversations of 30 turns, 16 at once, in a cache that holds 60,000 tokens: time to first token by turn.
 
 A turn adds 900 tokens of the user and 100 of the answer to the history, which every request repeats. The next turn
-begins when an answer ends. Stock vLLM computes histories again that its cache has lost, so it is stopped after a while.
+begins when an answer ends. Stock vLLM recomputes histories that its cache has lost, so it is stopped after a while.
 """
 
 import statistics
@@ -17,7 +17,7 @@ CACHE_BYTES = 60_000 * 128 * 1024
 """60,000 tokens of the 8B shape."""
 NUM_CONVERSATIONS, NUM_TURNS, NUM_USER_TOKENS, NUM_ANSWER_TOKENS = 16, 30, 900, 100
 BUDGETS = (None, 1024, 2048)
-"""Each conversation holds its budget and up to a prompt interval more: with 2,048 of each that is more than fits."""
+"""Each conversation holds its budget and up to a prompt interval more. With 2,048 of each they do not all fit."""
 MOST_SECONDS = 120.0
 
 
@@ -43,7 +43,7 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 
 def converse(llm: Any, budget: int | None) -> list[list[Answer]]:
-    """The answers of each turn to which all conversations came."""
+    """Returns the answers of each turn that all conversations reached."""
     client = Client(llm, "conversation")
     histories: dict[Answer, tuple[int, list[int]]] = {}
     turns: list[list[Answer]] = [[] for _ in range(NUM_TURNS)]

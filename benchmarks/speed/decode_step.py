@@ -1,4 +1,4 @@
-"""Median decode step of a full batch: only steps in which the whole batch decodes are timed."""
+"""Median decode step of a full batch; only steps in which all requests decode are timed."""
 
 import statistics
 import time
@@ -45,10 +45,10 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 
 def time_steps(llm: Any, num_requests: int, num_prompt_tokens: int, ratio: float | None, seed: int) -> list[float]:
-    """Milliseconds of the steps in which every request decodes.
+    """Returns the milliseconds of the steps in which every request decodes.
 
     Raises:
-        RuntimeError: The KV cache does not hold all of them at once.
+        RuntimeError: The KV cache does not hold all requests at once.
     """
     engine, scheduler = llm.llm_engine, scheduler_of(llm)
     req_ids = add_requests(llm, num_requests, num_prompt_tokens, NUM_STEPS + num_requests * 4 + 60, ratio, seed)

@@ -15,12 +15,12 @@ from benchmarks.speed.engines import is_measured, random_tokens, scheduler_of, s
 NUM_DOCUMENT_TOKENS, NUM_QUESTION_TOKENS, NUM_ANSWER_TOKENS = 30_000, 200, 256
 RATIOS = (None, 0.25)
 REPEATS = 5
-"""Documents; one more warms up."""
+"""Number of documents; one more is a warm-up."""
 ASKERS = (1, 8, 32)
 
 
 def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:
-    """For each ratio one row of times, and one for each number of askers."""
+    """Yields for each ratio a row of times and a row for each number of askers."""
     for number, ratio in enumerate(RATIOS):
         if is_measured(about, ratio, None, only):
             asked = asked_of(NUM_DOCUMENT_TOKENS, ratio)
@@ -33,19 +33,19 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 
 def asked_of(num_document_tokens: int, ratio: float | None, budget: int | None = None) -> dict[str, Any]:
-    """What `vllm_l2kv.compression` takes for a document; nothing for one that is kept whole."""
+    """Returns the arguments of `vllm_l2kv.compression` for a document; none for one that is kept whole."""
     if ratio is None:
         return {}
     return {"keep_ratio": ratio, "max_tokens": budget, "prefix_tokens": num_document_tokens}
 
 
 def question(*seed: int) -> list[int]:
-    """Tokens of a question."""
+    """Returns the tokens of a question."""
     return random_tokens([2, *seed], NUM_QUESTION_TOKENS)
 
 
 def time_questions(llm: Any, number: int, asked: dict[str, Any]) -> dict[str, Any]:
-    """Asks each document twice, one question after another, on an engine that does nothing else."""
+    """Asks about each document twice, one question after another, on an otherwise idle engine."""
     client = Client(llm, f"document-{number}")
     firsts, seconds = [], []
     for i in range(REPEATS + 1):
@@ -63,7 +63,7 @@ def time_questions(llm: Any, number: int, asked: dict[str, Any]) -> dict[str, An
 def hold(
     llm: Any, about: dict[str, Any], document: list[int], num_askers: int, asked: dict[str, Any]
 ) -> dict[str, Any]:
-    """What askers who decode together hold, and what they would if not a byte were padded."""
+    """Returns the memory of askers that decode together, and their memory without any padding."""
     client = Client(llm, f"askers-{num_askers}")
     for i in range(num_askers):
         client.add(document + question(4, num_askers, i), NUM_ANSWER_TOKENS, **asked)
@@ -81,7 +81,7 @@ def hold(
 
 
 def needed_bytes(llm: Any, about: dict[str, Any], num_document_tokens: int, ratio: float, num_own: int) -> int:
-    """Bytes of one copy of a document, and of the tokens that askers have of their own."""
+    """Returns the bytes of one copy of a document and of the askers' own tokens."""
     *full, (num_compressed, _) = sorted(about["groups"], key=lambda group: -group[1])
     num_full = sum(num_layers for num_layers, _ in full)
     copy = num_full * num_document_tokens + num_compressed * math.ceil(ratio * num_document_tokens)
@@ -89,7 +89,7 @@ def needed_bytes(llm: Any, about: dict[str, Any], num_document_tokens: int, rati
 
 
 def token_bytes(llm: Any) -> int:
-    """Bytes of a token's keys and values in one layer, on one GPU."""
+    """Returns the bytes of a token's keys and values in one layer, on one GPU."""
     config = llm.llm_engine.vllm_config
     num_heads = config.model_config.get_num_kv_heads(config.parallel_config)
     return 2 * num_heads * config.model_config.get_head_size() * config.model_config.dtype.itemsize

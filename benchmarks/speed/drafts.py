@@ -1,4 +1,4 @@
-"""Speculative decoding beside decoding without: tokens a second, drafts accepted, and blocks held, at several ratios.
+"""Decoding with and without drafts: tokens per second, drafts accepted, and blocks held, at several ratios.
 
 python -m benchmarks.speed.drafts --model MODEL --text FILE --out drafts.jsonl [--variants ...]
 python -m benchmarks.speed.shapes 8b FOLDER
@@ -10,9 +10,9 @@ Variants, each in a process of its own with one engine for all ratios:
     l2kv_ngrams, stock_ngrams    n-grams of the request's own tokens
     l2kv, stock                  no drafts
 
-Of a model, prompts are passages of `--text`. With `--dummy` weights and prompts are made up: times are those of the
-shape, and the share of accepted drafts means nothing. A draft model as large as the target makes nothing fast; it shows
-what a draft model costs beside compression, whose layers never compact.
+Prompts are passages of `--text`. With `--dummy` weights and prompts are random: times are those of the shape, but the
+share of accepted drafts means nothing. A draft model as large as the target cannot be faster; it shows the cost of a
+draft model, whose layers never compact, together with compression.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from benchmarks.speed.variants import run_each
 VARIANTS = ("l2kv_model", "stock_model", "l2kv_ngrams", "l2kv", "stock", "stock_ngrams")
 RATIOS = (1.0, 0.5, 0.25)
 START_SECONDS, RATIO_SECONDS = 85, 10
-"""Expected on an H100, with a small model."""
+"""Expected seconds of a variant on an H100, with a small model."""
 NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 16, 3000, 384
 NUM_DRAFTS = 3
 MAX_NUM_SEQS = 64
 
 
 def main() -> None:
-    """Starts the variants' processes, or is one of them."""
+    """Starts the variants' processes, or runs as one of them."""
     args = parse()
     if args.inside is not None:
         measure(args)
@@ -46,26 +46,26 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--text", type=Path, help="prompts are passages of it")
-    parser.add_argument("--dummy", action="store_true", help="weights and prompts are made up")
+    parser.add_argument("--text", type=Path, help="file whose passages are the prompts")
+    parser.add_argument("--dummy", action="store_true", help="use random weights and prompts")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:5])
     parser.add_argument("--requests", type=int, default=NUM_REQUESTS)
     parser.add_argument("--prompt-tokens", type=int, default=NUM_PROMPT_TOKENS)
     parser.add_argument("--output-tokens", type=int, default=NUM_OUTPUT_TOKENS)
-    parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's, a JSON object")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="vLLM's engine arguments, a JSON object")
     parser.add_argument("--inside", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.text is None and not args.dummy:
-        parser.error("name a --text for the prompts, or --dummy")
+        parser.error("give --text FILE for the prompts, or --dummy")
     return args
 
 
 def measure(args: argparse.Namespace) -> None:
-    """All ratios of one variant, in this process."""
+    """Measures all ratios of one variant, in this process."""
     begin = time.monotonic()
     llm, about = start_variant(args)
     what = {"variant": args.inside, "model": Path(args.model).name, "dummy": args.dummy, "num_drafts": NUM_DRAFTS}
@@ -73,18 +73,18 @@ def measure(args: argparse.Namespace) -> None:
     about["start_s"] = round(time.monotonic() - begin, 1)
     prompts = prompts_of(args)
     for ratio in RATIOS if about["engine"] == "l2kv" else (None,):
-        run(llm, prompts, ratio, args.output_tokens)  # what a first batch compiles
+        run(llm, prompts, ratio, args.output_tokens)  # warm-up: the first batch compiles kernels
         append(args.out, {**about, "ratio": ratio, **run(llm, prompts, ratio, args.output_tokens)})
 
 
 def start_variant(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The engine in this process, and what a row says of it."""
+    """Starts the engine in this process; returns it, and its fields of a row."""
     import torch
 
     from benchmarks.speed.engines import start
     from vllm_l2kv import refusals
 
-    # To measure what is refused until it has been.
+    # Allows configurations that are refused until they have been measured.
     refusals.DRAFTERS["GPUs"] = ("ngram_gpu", "draft_model")
     engine, _, drafter = args.inside.partition("_")
     method = "ngram_gpu" if torch.cuda.is_available() else "ngram"
@@ -106,7 +106,7 @@ def start_variant(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def prompts_of(args: argparse.Namespace) -> list[list[int]]:
-    """Passages of the text, evenly apart, or tokens by chance."""
+    """Returns evenly spaced passages of the text, or random tokens."""
     if args.dummy:
         from benchmarks.speed.engines import random_tokens
 
@@ -123,7 +123,7 @@ def prompts_of(args: argparse.Namespace) -> list[list[int]]:
 
 
 def run(llm: Any, prompts: Sequence[list[int]], ratio: float | None, num_output_tokens: int) -> dict[str, Any]:
-    """Answers all prompts at once; measured from when all decode to when the first one ends."""
+    """Answers all prompts at once; measures from the first step in which all decode until the first answer ends."""
     from benchmarks.speed.engines import abort_all, add_request, scheduler_of, step_until_all_decode
 
     scheduler, req_ids = scheduler_of(llm), [str(i) for i in range(len(prompts))]
@@ -148,7 +148,7 @@ def run(llm: Any, prompts: Sequence[list[int]], ratio: float | None, num_output_
 
 
 def decode(llm: Any, counts: Counter[str], num_requests: int) -> Iterator[float]:
-    """Seconds of each step as long as all decode; counts tokens, drafts and those accepted."""
+    """Yields the seconds of each step while all decode; counts tokens, drafts and accepted drafts."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     update = scheduler.update_from_output
 

@@ -1,4 +1,4 @@
-"""The two engines that benchmarks compare, and what they are asked."""
+"""The two engines that benchmarks compare, and their requests."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,31 +9,31 @@ from benchmarks.speed.rows import where
 
 MAX_NUM_SEQS = 256
 RATIOS = (None, 0.5, 0.25, 0.1)
-"""Keep ratios to compare; `None` asks for nothing."""
+"""Keep ratios to compare; `None` requests no compression."""
 
 
 def start(
     engine: str, model: str, in_process: bool, settings: dict[str, Any] | None = None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Starts vLLM, with made-up weights unless `load_format` says otherwise.
+    """Starts vLLM, with random weights unless `load_format` is another one.
 
     Args:
         engine: `stock` or `l2kv`.
         model: Folder with a `config.json`.
-        in_process: Run the engine core in this process, its scheduler open to us, instead of in one of its own, as
-            users run it.
-        settings: What `vllm_l2kv.engine_args` takes, for `l2kv`.
-        arguments: More of vLLM's engine arguments.
+        in_process: Run the engine core in this process, so that its scheduler is accessible, and not in a process of
+            its own, as users run it.
+        settings: Arguments of `vllm_l2kv.engine_args`, for `l2kv`.
+        arguments: Further engine arguments of vLLM.
 
     Returns:
-        The `LLM`, and what a result row says about it.
+        The `LLM`, and its fields of a result row.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not in_process))
     import vllm
 
     import vllm_l2kv
 
-    # Unprotected: rows are compared by what their ratio says.
+    # No protected rows, so that the ratio alone decides how many are kept.
     unprotected = vllm_l2kv.engine_args(**(settings or {}), protect_first=0, protect_last=0)
     ours = unprotected if engine == "l2kv" else {}
     llm = vllm.LLM(
@@ -62,7 +62,7 @@ def start(
 
 
 def blocks_of(llm: Any) -> dict[str, Any]:
-    """What a result row says of the KV cache of an engine in this process; bytes are those of one GPU."""
+    """Returns the fields of a result row about the KV cache of an engine in this process; bytes are per GPU."""
     config = scheduler_of(llm).kv_cache_config
     return {
         "groups": [(len(group.layer_names), group.kv_cache_spec.block_size) for group in config.kv_cache_groups],
@@ -72,20 +72,20 @@ def blocks_of(llm: Any) -> dict[str, Any]:
 
 
 def is_measured(about: dict[str, Any], ratio: float | None, name: str | None, only: list[str]) -> bool:
-    """Whether a scenario's case belongs to this run: stock vLLM knows no ratios.
+    """Whether a scenario's case belongs to this run; stock vLLM has no ratios.
 
     Args:
-        about: As from `start`.
+        about: The fields from `start`.
         ratio: The case's keep ratio, or `None`.
-        name: What `--only` calls the case; by default its ratio.
-        only: Names to confine the run to, or none.
+        name: The case's name for `--only`; by default its ratio.
+        only: Names of the cases to run; all if empty.
     """
     name = str(ratio or 1.0) if name is None else name
     return (ratio is None or about["engine"] != "stock") and (not only or name in only)
 
 
 def scheduler_of(llm: Any) -> Any:
-    """The scheduler of an engine in this process."""
+    """Returns the scheduler of an engine in this process."""
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
@@ -98,15 +98,15 @@ def add_requests(
     seed: int,
     budget: int | None = None,
 ) -> list[str]:
-    """Adds greedy requests with random prompts of their own, and returns their ids.
+    """Adds greedy requests, each with a random prompt, and returns their ids.
 
     Args:
         llm: The engine.
-        num_requests: How many.
+        num_requests: Number of requests.
         num_prompt_tokens: Length of each prompt.
-        num_output_tokens: Generated tokens of each.
-        ratio: Keep ratio, or `None` to ask for nothing.
-        seed: Another seed makes other prompts, which share no prefix.
+        num_output_tokens: Length of each answer.
+        ratio: Keep ratio, or `None` for no compression.
+        seed: Seed of the prompts; those of different seeds share no prefix.
         budget: `kv_max_tokens`, or `None` for none.
     """
     tokens = random_tokens(seed, num_requests * num_prompt_tokens)
@@ -118,14 +118,14 @@ def add_requests(
 
 
 def random_tokens(seed: int | Sequence[int], num_tokens: int) -> list[int]:
-    """Token ids that every model has; another seed makes others."""
+    """Returns random token ids that every model has."""
     import numpy as np
 
     return np.random.default_rng(seed).integers(1000, 40_000, num_tokens).tolist()
 
 
 def add_request(llm: Any, req_id: str, prompt: list[int], num_output_tokens: int, **asked: Any) -> None:
-    """Adds a greedy request, which asks for what `vllm_l2kv.compression` takes."""
+    """Adds a greedy request; `asked` are arguments of `vllm_l2kv.compression`."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -143,20 +143,20 @@ def add_request(llm: Any, req_id: str, prompt: list[int], num_output_tokens: int
 
 
 def step_until_all_decode(llm: Any, num_requests: int) -> None:
-    """Steps until every request has some tokens of its answer.
+    """Runs steps until every request has some tokens of its answer.
 
     Raises:
-        RuntimeError: The KV cache does not hold all of them at once.
+        RuntimeError: The KV cache does not hold all requests at once.
     """
     engine, scheduler = llm.llm_engine, scheduler_of(llm)
     while not (len(scheduler.running) == num_requests and all(r.num_output_tokens > 4 for r in scheduler.running)):
         if not engine.has_unfinished_requests():
-            raise RuntimeError(f"{num_requests} requests do not fit the KV cache at once.")
+            raise RuntimeError(f"{num_requests} requests do not fit into the KV cache at once.")
         engine.step()
 
 
 def abort_all(llm: Any, req_ids: list[str]) -> None:
-    """Ends requests and lets the engine come to rest."""
+    """Aborts requests and runs the engine until it is idle."""
     llm.llm_engine.abort_request(req_ids)
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
@@ -164,9 +164,9 @@ def abort_all(llm: Any, req_ids: list[str]) -> None:
 
 @contextmanager
 def cache_of(llm: Any, num_bytes: int, block_bytes: int) -> Iterator[None]:
-    """The engine with a smaller KV cache of `num_bytes` on each GPU: the benchmark holds the other blocks.
+    """Reduces the engine's KV cache to `num_bytes` on each GPU, by holding all other blocks.
 
-    The same for the scheduler as a start with `kv_cache_memory_bytes`, which would take another minute.
+    To the scheduler this is the same as a start with `kv_cache_memory_bytes`, which would take another minute.
     """
     pool = scheduler_of(llm).kv_cache_manager.block_pool
     assert scheduler_of(llm).kv_cache_manager.reset_prefix_cache()

@@ -1,8 +1,8 @@
 """How many documents of 30,000 tokens stay findable in a cache of 16 GiB.
 
-Documents are asked about one after another, then once more, the latest first, until one is not found. With a budget
-they are compacted while they are read, so that the one that is read takes less room. With full layers {0, 1} of 32 a
-ratio of 0.2 leaves a quarter of the whole cache.
+Documents are asked about one after another, then again, the latest first, until one is not found. With a budget a
+document is compacted during its prefill, so it takes less room then. With full layers {0, 1} of 32, a ratio of 0.2
+leaves a quarter of the whole cache.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from benchmarks.speed.engines import cache_of, is_measured, random_tokens
 
 CACHE_BYTES = 16 << 30
 NUM_DOCUMENT_TOKENS, NUM_QUESTION_TOKENS, NUM_SHORT_TOKENS = 30_000, 200, 16
-"""The second question is short, so that it takes next to no room."""
+"""The second question is short, so that it takes hardly any room."""
 # (keep ratio or None, budget or None, documents asked about)
 CASES = ((None, None, 7), (0.25, None, 20), (0.2, None, 20), (0.25, 7500, 20))
 
@@ -41,7 +41,7 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 
 def count_found(client: Client, documents: list[list[int]], asked: dict[str, Any], block_size: int) -> int:
-    """Asks once more, the latest first, until a document is not found; how many were, but for a rest of a block."""
+    """Asks again, the latest first, until a document is not found; returns how many were, up to a partial block."""
     for num_found, document in enumerate(reversed(documents)):
         answer = client.ask(document + random_tokens([7, num_found], NUM_SHORT_TOKENS), 1, **asked)
         if answer.cached_tokens <= len(document) - block_size:

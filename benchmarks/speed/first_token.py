@@ -1,4 +1,4 @@
-"""Time to first token of one request on an idle engine, which is the time of its prefill."""
+"""Time to first token of one request on an idle engine, that is, of its prefill."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ from benchmarks.speed.engines import abort_all, add_requests, is_measured
 
 LENGTHS = {1000: 9, 8000: 5, 15_000: 5, 30_000: 3}
 LONG_LENGTHS = {30_000: 3, 60_000: 2, 120_000: 2}
-"""Prompt tokens, and how often each is measured."""
+"""Prompt tokens, and the number of measurements of each."""
 RATIOS = (None, 0.5)
 BUDGET = 4096
 
@@ -41,7 +41,7 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 
 def run(llm: Any, num_prompt_tokens: int, ratio: float | None, budget: int | None, seed: int) -> float:
-    """Milliseconds from the request to its first token."""
+    """Returns the milliseconds from the request to its first token."""
     req_ids = add_requests(llm, 1, num_prompt_tokens, 8, ratio, seed, budget)
     begin = time.perf_counter()
     while not any(output.outputs[0].token_ids for output in llm.llm_engine.step()):

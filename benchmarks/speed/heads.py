@@ -1,4 +1,4 @@
-"""Engines with full KV heads beside engines without: decode steps, first tokens, and a cache too small.
+"""Engines with and without full KV heads: decode steps, first tokens, and a cache too small for its requests.
 
 python -m benchmarks.speed.shapes 8b FOLDER
 python -m benchmarks.speed.heads --model FOLDER --out heads.jsonl [--variants ...] [--cases ...] [--rate 0.1]
@@ -10,9 +10,9 @@ Variants, each in a process of its own with one engine for all cases:
     stock       vLLM
     two_calls   as one_call, with a call for each class; not by default
 
-The model needs a `config.json`; weights are made up. What `--rate` is the ratio of the heads that compact, `equal`
-keeps of every head as much as makes the same memory. Each row is written when it is measured, so a run that is cut off
-goes on with `--variants` and `--cases`.
+The model needs a `config.json`; weights are random. `--rate` is the keep ratio of the heads that compact; `equal` keeps
+in every head the share that takes the same memory. Each row is written as soon as it is measured, so a run that was cut
+off can be continued with `--variants` and `--cases`.
 """
 
 import argparse
@@ -29,27 +29,27 @@ from benchmarks.speed.variants import run_each
 
 VARIANTS = ("one_call", "equal", "stock", "two_calls")
 CASES = {"decode": 35, "first_token": 10, "load": 40}
-"""Seconds that each is expected to take on an H100, with an 8B shape."""
+"""Expected seconds of each case on an H100, with an 8B shape."""
 START_SECONDS = 80
 DECODE = ((1, 128, False), (64, 256, False), (64, 256, True), (24, 6000, False), (24, 6000, True))
 DECODE += ((8, 15_000, False), (8, 15_000, True))
 """Requests, prompt tokens, and whether they are compacted."""
 LENGTHS = {8000: 3, 30_000: 1}
-"""Prompt tokens, and how often a first token is measured."""
+"""Prompt tokens, and the number of first tokens measured."""
 MEMORY, CACHE_BYTES, ASKED = 0.25, 16 << 30, (8000, 1000)
-"""Of the load: what a compressed request keeps of its whole cache, the cache, and tokens of prompts and answers."""
+"""The load: share of its cache that a compressed request keeps, size of the cache, tokens of prompt and answer."""
 SETTLE_SECONDS, MEASURED_SECONDS = 2.0, 15.0
 MAX_NUM_SEQS = 128
 ENGINE_ARGS = {
     "max_model_len": 131_072,
     "max_num_seqs": MAX_NUM_SEQS,
-    # Those of vLLM, as far as batches go here: a start captures fewer graphs, and is sooner over.
+    # vLLM's sizes up to the largest batch here, so that a start captures fewer graphs and is faster.
     "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, *range(8, MAX_NUM_SEQS + 1, 8)]},
 }
 
 
 def main() -> None:
-    """Starts the variants' processes, or is one of them."""
+    """Starts the variants' processes, or runs as one of them."""
     args = parse()
     if args.inside is not None:
         measure(args)
@@ -58,24 +58,24 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:3])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(
-        "--rate", type=float, default=0.1, help="keep ratio of heads that compact, of decode and first_token"
+        "--rate", type=float, default=0.1, help="keep ratio of heads that compact, in decode and first_token"
     )
-    parser.add_argument("--every", type=int, default=2, help="a layer of so many has full heads")
-    parser.add_argument("--full", type=int, default=2, help="full heads of such a layer")
-    parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's, a JSON object")
+    parser.add_argument("--every", type=int, default=2, help="one layer of every N has full heads")
+    parser.add_argument("--full", type=int, default=2, help="number of full heads in such a layer")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="vLLM's engine arguments, a JSON object")
     parser.add_argument("--inside", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measure(args: argparse.Namespace) -> None:
-    """All cases of one variant, in this process."""
+    """Measures all cases of one variant, in this process."""
     config = json.loads((Path(args.model) / "config.json").read_text())
     full_heads = chosen(config["num_hidden_layers"], config["num_key_value_heads"], args.every, args.full)
     share = sum(map(len, full_heads.values())) / (config["num_hidden_layers"] * config["num_key_value_heads"])
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def chosen(num_layers: int, num_heads: int, every: int, num_full: int) -> dict[int, tuple[int, ...]]:
-    """Full heads of every so many layers: any of them, as a profile finds them."""
+    """Returns full heads in one layer of `every`; which heads varies by layer, as in a profile."""
     chance = random.Random(0)
     return {layer: tuple(sorted(chance.sample(range(num_heads), num_full))) for layer in range(0, num_layers, every)}
 
@@ -98,12 +98,12 @@ def chosen(num_layers: int, num_heads: int, every: int, num_full: int) -> dict[i
 def start_variant(
     variant: str, model: str, full_heads: dict[int, tuple[int, ...]], engine_args: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The engine in this process, and what a row says of it."""
+    """Starts the engine in this process; returns it, and its fields of a row."""
     from benchmarks.speed.engines import start
     from vllm_l2kv.worker import gpu
 
     if variant == "two_calls":
-        # Only to compare: as if no layer could decode in one call.
+        # Only for the comparison: no layer decodes in one call.
         gpu.takes_one_call = lambda _: False
     settings = {"full_layers": ()}
     if variant in ("one_call", "two_calls"):
@@ -113,12 +113,12 @@ def start_variant(
 
 
 def ratio_of(variant: str, share: float, rate: float) -> float | None:
-    """What a request asks of a variant, so that it keeps the same memory; `None` for stock vLLM, which keeps all."""
+    """Returns the keep ratio at which a variant keeps the same memory; `None` for stock vLLM, which keeps all."""
     return {"stock": None, "equal": share + (1 - share) * rate}.get(variant, rate)
 
 
 def decode(llm: Any, about: dict[str, Any], share: float, rate: float) -> Iterator[dict[str, Any]]:
-    """Median steps in which all requests decode."""
+    """Yields rows of median steps in which all requests decode."""
     from benchmarks.speed.decode_step import time_steps
 
     for seed, (num_requests, num_tokens, is_compacted) in enumerate(DECODE):
@@ -135,7 +135,7 @@ def decode(llm: Any, about: dict[str, Any], share: float, rate: float) -> Iterat
 
 
 def first_token(llm: Any, about: dict[str, Any], share: float, rate: float) -> Iterator[dict[str, Any]]:
-    """Median times to the first token of one request on an idle engine."""
+    """Yields rows of median times to the first token of one request on an idle engine."""
     from benchmarks.speed.first_token import run
 
     ratio = ratio_of(about["variant"], share, rate)
@@ -145,7 +145,7 @@ def first_token(llm: Any, about: dict[str, Any], share: float, rate: float) -> I
 
 
 def load(llm: Any, about: dict[str, Any], share: float, rate: float) -> Iterator[dict[str, Any]]:
-    """Requests running and output tokens a second, of a cache that a few whole requests fill."""
+    """Yields rows of requests running and output tokens per second, in a cache that a few whole requests fill."""
     from benchmarks.speed.engines import cache_of
     from benchmarks.speed.steady_state import Asked, Server
 

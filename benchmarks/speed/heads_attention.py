@@ -1,9 +1,9 @@
-"""Cache write and decode attention of one layer whose heads are of two classes, by every way to do it.
+"""Cache write and decode attention of one layer with heads of two classes, in each possible way.
 
 python -m benchmarks.speed.heads_attention --out heads_attention.jsonl [--loads 8x15000 ...] [--full 2]
 
 An 8B shape in bf16, in full CUDA graphs; each graph runs 12 layers, whose blocks are shuffled. Full heads hold every
-token, the others a share of them. Every row also says how far the outputs of a way lie from those of two calls.
+token, the others a share of them. Each row also has the difference of a way's outputs from those of two calls.
 """
 
 import argparse
@@ -26,16 +26,16 @@ GROUP = NUM_HEADS // NUM_KV_HEADS
 PAGE, MAX_SPLITS = 16, 32
 LOADS = ["1x128", "64x256", "24x6000", "8x15000", "128x1000", "256x500", "1x100000"]
 SHARES = (1.0, 0.1)
-"""Of the tokens that compressed heads hold."""
+"""Shares of the tokens that compressed heads hold."""
 
 
 class Class(NamedTuple):
-    """Some heads of every layer, in blocks of their own.
+    """A class of heads: some heads of every layer, with their own blocks.
 
     Attributes:
-        heads: Their numbers, by layer.
+        heads: Numbers of the heads, by layer.
         caches: `[num_blocks, num_heads, block_size, 2 * HEAD]`, by layer.
-        held: What requests hold.
+        held: The rows that requests hold.
     """
 
     heads: Sequence[Sequence[int]]
@@ -44,7 +44,7 @@ class Class(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of one layer; the same for every way."""
+    """Inputs of one layer; the same for every way."""
 
     query: torch.Tensor
     keys: torch.Tensor
@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
 
 
 def main() -> None:
-    """One row for each load and share."""
+    """Writes a row for each load and share."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--loads", nargs="+", default=LOADS)
@@ -71,7 +71,7 @@ def main() -> None:
 def measure(
     pool: torch.Tensor, num_requests: int, num_tokens: int, num_full: int, share: float
 ) -> Iterator[tuple[str, float]]:
-    """Names of ways to microseconds a layer, and of differences to numbers."""
+    """Yields each way's name and microseconds per layer, and names and values of differences."""
     num_kept = max(int(num_tokens * share), 1)
     mean = max((num_full * num_tokens + (NUM_KV_HEADS - num_full) * num_kept) // NUM_KV_HEADS, 1)
     query, packed = torch.randn(2, num_requests, NUM_HEADS * HEAD, device="cuda", dtype=torch.bfloat16)
@@ -100,7 +100,7 @@ def place(
     pool: torch.Tensor, heads: Sequence[Sequence[int]], num_requests: int, num_tokens: int, block_size: int,
     stride: int, ids: Iterator[int],
 ) -> Class:  # fmt: skip
-    """A class whose heads lie side by side in each block, `stride` elements apart."""
+    """Returns a class whose heads lie side by side in each block; blocks are `stride` elements apart."""
     content = 2 * HEAD
     num_columns = -(-num_tokens // block_size)
     table = torch.tensor([next(ids) for _ in range(num_requests * num_columns)], dtype=torch.int32)
@@ -118,7 +118,7 @@ def place(
 
 
 def shuffled(pool: torch.Tensor, stride: int) -> Iterator[int]:
-    """Ids of the pool's blocks but 0."""
+    """Returns the ids of all blocks of the pool except 0, shuffled."""
     ids = list(range(1, pool.numel() // stride))
     random.Random(0).shuffle(ids)
     return iter(ids)
@@ -127,7 +127,7 @@ def shuffled(pool: torch.Tensor, stride: int) -> Iterator[int]:
 def two_classes(
     pool: torch.Tensor, num_requests: int, num_tokens: int, num_kept: int, num_full: int
 ) -> tuple[Class, Class]:
-    """Other heads are full in each layer, as a profile finds them."""
+    """Returns both classes; which heads are full varies by layer, as in a profile."""
     chance = random.Random(1)
     full = [sorted(chance.sample(range(NUM_KV_HEADS), num_full)) for _ in range(NUM_LAYERS)]
     compressed = [[head for head in range(NUM_KV_HEADS) if head not in of_layer] for of_layer in full]
@@ -142,7 +142,7 @@ def two_classes(
 
 
 def one_class(pool: torch.Tensor, num_requests: int, num_tokens: int) -> Class:
-    """All heads of every layer, as in an engine without full heads."""
+    """Returns one class of all heads of every layer, as in an engine without full heads."""
     of_all = NUM_LAYERS * NUM_KV_HEADS * PAGE * 2 * HEAD
     stride = FLASH_ATTENTION.padded(of_all * pool.itemsize) // pool.itemsize
     heads = [range(NUM_KV_HEADS)] * NUM_LAYERS
@@ -169,18 +169,18 @@ def call(
 
 @cache
 def starts(num_requests: int) -> torch.Tensor:
-    """Where each request's query begins."""
+    """Returns the offset of each request's query."""
     return torch.arange(num_requests + 1, dtype=torch.int32, device="cuda")
 
 
 @cache
 def one() -> torch.Tensor:
-    """The scale of keys and values."""
+    """Returns the scale of keys and values, 1."""
     return torch.ones(1, device="cuda")
 
 
 def schedule_of(of_class: Class, longest: int) -> torch.Tensor:
-    """What vLLM's builder makes once a step, outside of graphs."""
+    """Returns the schedule that vLLM's builder makes once per step, outside of graphs."""
     from vllm.vllm_flash_attn import get_scheduler_metadata
 
     num_requests, cache = of_class.held.lengths.shape[0], of_class.caches[0]
@@ -192,7 +192,7 @@ def schedule_of(of_class: Class, longest: int) -> torch.Tensor:
 
 
 def store(of_class: Class, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Cache write as vLLM does it."""
+    """Writes to the cache as vLLM does."""
     from vllm import _custom_ops as ops
 
     of_keys, of_values = of_class.caches[layer].transpose(1, 2).split(HEAD, dim=-1)
@@ -200,7 +200,7 @@ def store(of_class: Class, layer: int, keys: torch.Tensor, values: torch.Tensor)
 
 
 def plain(everything: Class, inputs: Inputs, out: torch.Tensor, longest: int) -> Way:
-    """What vLLM does where all heads are of one class."""
+    """Returns vLLM's way for layers with one class of heads."""
     schedule = schedule_of(everything, longest)
 
     def launch(layer: int) -> None:
@@ -211,7 +211,7 @@ def plain(everything: Class, inputs: Inputs, out: torch.Tensor, longest: int) ->
 
 
 def two_calls(full: Class, compressed: Class, inputs: Inputs, out: torch.Tensor, longest: int, num_kept: int) -> Way:
-    """A cache write and a call for each class, with copies of its heads."""
+    """Returns the way with a cache write and a call for each class, on copies of its heads."""
     num_requests = out.shape[0]
     parts = []
     for of_class, length in ((full, longest), (compressed, num_kept)):
@@ -236,11 +236,11 @@ class ByHead:
 
     Args:
         full: The full heads.
-        compressed: The others.
-        inputs: Of every layer.
-        out: What every layer writes.
+        compressed: The other heads.
+        inputs: Inputs of every layer.
+        out: Output of every layer.
         longest: Tokens of the longest request.
-        num_rooms: 1 as in an engine, or one a layer, so that tables of all layers stand at once.
+        num_rooms: Buffers for tables: 1 as in an engine, or one per layer, to hold the tables of all layers at once.
     """
 
     def __init__(
@@ -255,38 +255,38 @@ class ByHead:
         self.rooms = [Room.of(*sizes, inputs.query.device) for _ in range(num_rooms)]
 
     def room(self, layer: int) -> Room:
-        """Where the layer's table is."""
+        """Returns the buffer of the layer's table."""
         return self.rooms[layer % len(self.rooms)]
 
     def write(self, layer: int) -> None:
-        """The first launch of a layer."""
+        """Runs the first launch of a layer."""
         inputs = self.inputs
         self.pages[layer].write(self.room(layer).sequences, inputs.keys, inputs.values, *self.held, one(), one())
 
     def attend(self, layer: int, is_first: bool) -> None:
-        """The second; the first layer also makes the schedule of all."""
+        """Runs the second launch; the first layer also makes the schedule for all layers."""
         kind = Kind(HEAD**-0.5, 0.0, is_first)
         attend(self.pages[layer], kind, self.room(layer), self.inputs.query, self.out, MAX_SPLITS, self.longest, {})
 
     def layer(self, layer: int) -> None:
-        """As in an engine."""
+        """Runs a layer as in an engine."""
         self.write(layer)
         self.attend(layer, layer == 0)
 
     def layer_without_schedule(self, layer: int) -> None:
-        """FlashAttention makes a schedule itself, in each layer."""
+        """Runs a layer in which FlashAttention makes its own schedule."""
         self.write(layer)
         self.rooms[0].schedules.update(dict.fromkeys([self.pages[0].num_full]))
         self.attend(layer, False)
 
     def attention_alone(self, layer: int) -> None:
-        """Of tables that stand already; there is a room for each layer."""
+        """Runs attention on a table that exists already, in the layer's own buffer."""
         self.room(layer).schedules.update(self.room(0).schedules)
         self.attend(layer, layer == 0)
 
 
 def time_layers(way: Way) -> float:
-    """Microseconds a layer in a CUDA graph, the median of several replays."""
+    """Returns the microseconds per layer in a CUDA graph, the median of several replays."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,7 +1,7 @@
-"""Long answers in a small cache, in steady state: how many run at once, and how fast.
+"""Long answers in a small cache, in steady state: number of running requests, and throughput.
 
 512 prompt tokens and 8,000 generated ones, 8 GiB of KV cache, always eight requests in the queue. The first requests,
-which fill the cache, have a part of their answer in their prompt, as if the server had been running for long.
+which fill the cache, have a part of their answer in the prompt, as on a server that has been running for long.
 """
 
 import random
@@ -32,6 +32,6 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 
 def part_way(chance: random.Random) -> tuple[int, int]:
-    """Prompt and answer tokens of a request that has generated some of its answer."""
+    """Returns prompt and answer tokens of a request that has generated part of its answer."""
     generated = chance.randrange(NUM_OUTPUT_TOKENS)
     return NUM_PROMPT_TOKENS + generated, NUM_OUTPUT_TOKENS - generated

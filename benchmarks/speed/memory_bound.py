@@ -1,8 +1,8 @@
-"""A cache too small for its requests, in steady state: how many run at once, and how fast.
+"""A cache too small for its requests, in steady state: number of running requests, and throughput.
 
 8,000 prompt tokens and 1,000 generated ones, 16 GiB of KV cache on all GPUs together, always eight requests in the
-queue. The first requests, which fill the cache, generate fewer tokens, evenly spread from 1 to 1,000, as if the server
-had been running for long.
+queue. The first requests, which fill the cache, generate fewer tokens, evenly spread from 1 to 1,000, as on a server
+that has been running for long.
 """
 
 from collections.abc import Iterator

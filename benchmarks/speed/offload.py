@@ -1,6 +1,6 @@
-"""A second question about a document: found in CPU memory, found on the GPU, and computed anew.
+"""A second question about a document that is found in CPU memory, found on the GPU, or computed again.
 
-Needs vLLM's connector for CPU memory, with more of it than the GPU's cache, which should be small:
+Needs vLLM's connector for CPU memory, with more CPU memory than GPU cache, which should be small:
 
     --engine-args '{"kv_cache_memory_bytes": 8589934592, "kv_transfer_config": {"kv_connector":
     "SimpleCPUOffloadConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"lazy_offload": true,
@@ -18,7 +18,7 @@ from benchmarks.speed.document import NUM_DOCUMENT_TOKENS, RATIOS, REPEATS, aske
 from benchmarks.speed.engines import is_measured, random_tokens, scheduler_of
 
 NUM_BLOCKS_A_STEP = 128
-"""Blocks that others take while the connector makes a step; it stores what comes next."""
+"""Blocks taken in each step; the connector stores the blocks that come next."""
 NUM_STRANGER_TOKENS = 100_000
 
 
@@ -42,14 +42,14 @@ def time_questions(llm: Any, number: int, asked: dict[str, Any]) -> dict[str, An
             found.append(client.ask(document + question(5, number, i, seed), 1, **asked))
     row: dict[str, Any] = {}
     for where, found in answers.items():
-        times = [round(answer.first_token_ms, 2) for answer in found[1:]]  # the first document warms up
+        times = [round(answer.first_token_ms, 2) for answer in found[1:]]  # the first document is a warm-up
         cached = min(answer.cached_tokens for answer in found)
         row |= {f"{where}_ms": times, f"median_{where}_ms": statistics.median(times), f"{where}_tokens": cached}
     return row
 
 
 def reuse_cache(llm: Any, client: Client, *seed: int) -> None:
-    """Takes every block of the GPU's cache once, a few in each step of a stranger's answer, then gives all back."""
+    """Takes every block of the GPU's cache once, a few in each step of another request, then frees all."""
     pool, connector = scheduler_of(llm).kv_cache_manager.block_pool, scheduler_of(llm).connector
     client.add(random_tokens([6, *seed], 64), NUM_STRANGER_TOKENS)
     client.step()

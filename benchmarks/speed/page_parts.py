@@ -1,4 +1,4 @@
-"""Parts of pages: text, tables, plots, and the rows that they show."""
+"""Text, tables and plots of the pages, and the rows that they show."""
 
 import json
 import textwrap
@@ -24,20 +24,20 @@ AS_IT_IS = ("#", "|", "!", "    ")
 
 
 def read(name: str, must_exist: bool = True) -> list[Row]:
-    """The rows of one result file; none if it need not exist and does not."""
+    """Returns the rows of one result file; none for a missing file that need not exist."""
     file = RESULTS / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if must_exist or file.exists() else []
 
 
 def table(head: str, lines: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; words of the head are columns, commas in them spaces."""
+    """Returns a Markdown table; each word of the head names a column, with commas for spaces."""
     columns = [word.replace(",", " ") for word in head.split()]
     rows = [columns, ["---"] * len(columns), *lines]
     return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
 
 
 def filled(page: str) -> str:
-    """A page in Markdown with paragraphs and items of lists in lines of up to 120 characters."""
+    """Returns a Markdown page with paragraphs and items of lists wrapped at 120 characters."""
     return "\n\n".join(_filled(block) for block in page.strip("\n").split("\n\n")) + "\n"
 
 
@@ -53,7 +53,7 @@ def _filled(block: str) -> str:
 
 @contextmanager
 def plot(name: str, **labels: Any) -> Iterator[Axes]:
-    """Axes to draw on, saved in the end; labels are those of `Axes.set`."""
+    """Yields axes to draw on and saves the plot; labels are arguments of `Axes.set`."""
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     yield axes
     axes.set(**labels)

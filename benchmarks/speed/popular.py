@@ -1,7 +1,7 @@
-"""Questions to 12 documents of 30,000 tokens, some more popular than others, in a cache of 16 GiB.
+"""Questions about 12 documents of 30,000 tokens, some more popular than others, in a cache of 16 GiB.
 
-Each of 32 clients asks 200 tokens about a document, waits for an answer of 64, and asks again. Documents are chosen by
-Zipf's law, the second half as often as the first, the third a third as often.
+Each of 32 clients sends a question of 200 tokens, waits for an answer of 64, and asks again. Documents are chosen by
+Zipf's law: the second half as often as the first, the third a third as often.
 """
 
 import random
@@ -18,7 +18,7 @@ CACHE_BYTES = 16 << 30
 NUM_DOCUMENTS, NUM_DOCUMENT_TOKENS, NUM_QUESTION_TOKENS, NUM_ANSWER_TOKENS = 12, 30_000, 200, 64
 NUM_CLIENTS = 32
 CASES = ((None, None), (0.25, None), (0.25, 7500))
-"""Keep ratio and budget; stock vLLM has none."""
+"""Keep ratio and budget; `None` for none."""
 SETTLE_SECONDS, MEASURED_SECONDS = 20.0, 60.0
 
 
@@ -42,7 +42,7 @@ def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str,
 
 
 class Loop:
-    """Clients who each wait for an answer before they ask again."""
+    """Clients that each wait for an answer before they ask again."""
 
     def __init__(self, llm: Any, asked: dict[str, Any]) -> None:
         self._client, self._asked = Client(llm, "popular"), asked
@@ -51,13 +51,13 @@ class Loop:
         self._num_asked = 0
 
     def warm_up(self) -> None:
-        """Asks about each document once, the most popular one last, and then as it is measured."""
+        """Asks about each document once, the most popular one last, then as in the measurement."""
         for number in reversed(range(NUM_DOCUMENTS)):
             self._client.ask(self._prompt(number), 1, **self._asked)
         self._run_for(SETTLE_SECONDS)
 
     def measure(self) -> dict[str, Any]:
-        """Counts for a while, then ends all."""
+        """Counts for a while, then ends all requests."""
         begin = time.perf_counter()
         begun, num_tokens = self._run_for(MEASURED_SECONDS)
         seconds = time.perf_counter() - begin
@@ -74,7 +74,7 @@ class Loop:
         }
 
     def _run_for(self, seconds: float) -> tuple[list[Answer], int]:
-        """Steps for that long; the answers that began meanwhile, and how many tokens came."""
+        """Runs steps for that long; returns the answers that began, and the number of tokens."""
         begin = time.perf_counter()
         answers = list(self._client.unfinished.values())
         num_before = sum(len(answer.token_ids) for answer in answers)

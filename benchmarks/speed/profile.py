@@ -1,8 +1,8 @@
-"""How long a profile of a large model takes and how much GPU memory, with made-up weights.
+"""Time and GPU memory of making a profile of a large model, with random weights.
 
 python -m benchmarks.speed.profile 8b FOLDER --tokenizer MODEL --out profile.jsonl
 
-Writes the weights into FOLDER, 16 GB for the 8B shape. Settings that such a model is given mean nothing.
+Writes the weights into FOLDER, 16 GB for the 8B shape. The settings in such a profile mean nothing.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from vllm_l2kv.profile import Profile
 from vllm_l2kv.tools.profile.cli import profile
 
 LEFT_OUT = ("kinds", "search", "learned")
-"""Of what a profile says of itself: weights that are made up answer nothing."""
+"""Parts of a profile's description that rows leave out, since a model with random weights answers nothing."""
 
 
 def main() -> None:
-    """Makes a profile of one shape, with the amounts that the command has on this device."""
+    """Makes a profile of one shape, with the command's default amounts for this device."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("folder", type=Path)
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def write(folder: Path, shape: str, tokenizer: str, device: str) -> None:
-    """Writes a model of a shape with random weights in bf16, and the tokenizer of another one."""
+    """Writes a model of a shape with random weights in bf16, and the tokenizer of another model."""
     config = LlamaConfig(**{**LLAMA, **SHAPES[shape]})
     torch.manual_seed(0)
     with torch.device("cpu" if device == "cpu" else "cuda"):

@@ -1,4 +1,4 @@
-"""Result rows: one JSON object a line, each naming where it was measured."""
+"""Result rows: one JSON object per line, each with the device and commit that it was measured on."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def where() -> dict[str, str]:
-    """The GPU, and the commit as the variable `COMMIT` names it."""
+    """Returns the GPU, and the commit from the variable `COMMIT`."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -16,7 +16,7 @@ def where() -> dict[str, str]:
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
-    """Adds a row to a file and shows it."""
+    """Adds a row to a file and prints it."""
     line = json.dumps(row)
     with file.open("a") as out:
         out.write(line + "\n")

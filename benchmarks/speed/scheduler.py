@@ -1,11 +1,11 @@
-"""Processor time of the scheduler alone, without an engine: stock vLLM's and that of vllm-l2kv.
+"""Processor time of the schedulers of stock vLLM and of vllm-l2kv, without an engine.
 
 For requests that all decode, and for one that decodes while another waits because the cache is full.
 
 PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 python -m benchmarks.speed.scheduler --model FOLDER --out scheduler.jsonl
 
-No device is needed; the model needs a `config.json` with a context of 131,072 tokens, as `shapes.py` writes it. Each of
-those that decode has 256 prompt tokens and generates 256.
+No device is needed; the model needs a `config.json` with a context of 131,072 tokens, as `shapes.py` writes it. Each
+decoding request has 256 prompt tokens and generates 256.
 """
 
 import argparse
@@ -39,7 +39,7 @@ WAITING: dict[str, Callable[[int], dict[str, Any]]] = {
     "document": lambda num_tokens: {"keep_ratio": 0.25, "prefix_tokens": num_tokens - NUM_QUESTION_TOKENS},
     "budget": lambda _: {"max_tokens": 2048},
 }
-"""What a request that waits asks for, by the length of its prompt."""
+"""Arguments of a waiting request's `compression`, by the length of its prompt."""
 WAITING_CASES = [
     (engine, what, num_tokens, is_found)
     for num_tokens in (10_000, 100_000)
@@ -50,7 +50,7 @@ NUM_QUESTION_TOKENS, NUM_FREE_BLOCKS, NUM_STEPS = 2000, 64, 300
 
 
 def main() -> None:
-    """Times all cases in turn, so that a slow moment of the machine strikes each."""
+    """Times all cases in turn, so that a slow moment of the machine affects all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def time_decoding(model: str) -> Iterator[dict[str, Any]]:
-    """One row for each case of requests that all decode."""
+    """Yields a row for each case of requests that all decode."""
     schedulers = {engine: planned.make() for engine, planned in plans(model, 2048).items()}
     milliseconds: dict[Any, list[float]] = {case: [] for case in CASES}
     for repeat in range(REPEATS + 1):  # the first warms up
@@ -73,7 +73,7 @@ def time_decoding(model: str) -> Iterator[dict[str, Any]]:
 
 
 def time_waiting(model: str) -> Iterator[dict[str, Any]]:
-    """One row for each case of a request that waits."""
+    """Yields a row for each case of a request that waits."""
     of_engine = plans(model, 131_072)
     milliseconds: dict[Any, list[float]] = {case: [] for case in WAITING_CASES}
     for repeat in range(REPEATS + 1):  # the first warms up
@@ -88,7 +88,7 @@ def time_waiting(model: str) -> Iterator[dict[str, Any]]:
 
 
 def plans(model: str, max_model_len: int) -> dict[str, Any]:
-    """What schedulers of both engines are made of."""
+    """Returns the plans from which the schedulers of both engines are made."""
     arguments = {**ENGINE_ARGS, "max_model_len": max_model_len}
     return {
         engine: plan(model, NUM_BLOCKS, full_layers, NUM_LAYERS, is_async=True, **arguments)
@@ -97,7 +97,7 @@ def plans(model: str, max_model_len: int) -> dict[str, Any]:
 
 
 def run(scheduler: Any, ratio: float | None, seed: int) -> float:
-    """Milliseconds a step, from the first prefill to the last token."""
+    """Returns the milliseconds per step, from the first prefill to the last token."""
     tokens = random_tokens(seed, NUM_REQUESTS * NUM_PROMPT_TOKENS)
     for i in range(NUM_REQUESTS):
         prompt = tokens[i * NUM_PROMPT_TOKENS : (i + 1) * NUM_PROMPT_TOKENS]
@@ -112,12 +112,12 @@ def run(scheduler: Any, ratio: float | None, seed: int) -> float:
 
 
 def wait(scheduler: Any, num_tokens: int, asked: dict[str, Any], is_found: bool) -> float:
-    """Milliseconds of a median step in which one request decodes, and another one waits for blocks.
+    """Returns the milliseconds of a median step in which one request decodes and another waits for blocks.
 
     Args:
-        scheduler: A new one.
-        num_tokens: Prompt of each.
-        asked: What both ask for.
+        scheduler: A new scheduler.
+        num_tokens: Length of each prompt.
+        asked: Arguments of both requests' `compression`.
         is_found: Whether both ask about the same document, so that its rows are in the cache.
     """
     document, *questions = (
@@ -137,7 +137,7 @@ def wait(scheduler: Any, num_tokens: int, asked: dict[str, Any], is_found: bool)
 
 
 def step(scheduler: Any, in_flight: deque[Any]) -> float:
-    """Schedules a step and takes back one that is done; milliseconds of both."""
+    """Schedules a step and processes the result of an earlier one; returns the milliseconds of both."""
     begin = time.thread_time()
     output = scheduler.schedule()
     elapsed = time.thread_time() - begin
@@ -150,14 +150,14 @@ def step(scheduler: Any, in_flight: deque[Any]) -> float:
 
 
 def ask(scheduler: Any, req_id: str, prompt: list[int], num_output_tokens: int, **asked: Any) -> None:
-    """Adds a request, which asks for what `vllm_l2kv.compression` takes."""
+    """Adds a request; `asked` are arguments of `vllm_l2kv.compression`."""
     extra_args = vllm_l2kv.compression(**asked) or None
     params = SamplingParams(max_tokens=num_output_tokens, ignore_eos=True, extra_args=extra_args)
     add_request(scheduler, req_id, prompt, params)
 
 
 def sampled(scheduler: Any, output: Any) -> Any:
-    """What a worker answers: one token for every request whose prefill ends or is over."""
+    """Returns a worker's result: one token for every request whose prefill ends or is over."""
     req_ids = list(output.num_scheduled_tokens)
     requests = [scheduler.requests[req_id] for req_id in req_ids]
     return ModelRunnerOutput(

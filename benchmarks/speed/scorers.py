@@ -1,4 +1,4 @@
-"""Compaction by every scorer that requests can ask for, and by blocks of tokens, beside `l2`.
+"""Time of compaction by each scorer that requests can name, by single tokens and blocks, relative to `l2`.
 
 python -m benchmarks.speed.scorers --out h100_scorers.jsonl
 python -m benchmarks.speed.scorers --out again.jsonl --scorers keydiff_value --granularities token
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def made_up_weights() -> Weights:
-    """Random weights of the scorer `learned`, with as many slow pairs as Llama 3.1 8B has."""
+    """Returns random weights of the scorer `learned`, with as many slow pairs as Llama 3.1 8B has."""
     rope = Rope(HEAD_SIZE, interleaved=False, slow_pairs=18)
     f = num_features(HEAD_SIZE, HEAD_SIZE, rope)
     tensors = {
@@ -70,7 +70,7 @@ def made_up_weights() -> Weights:
 
 
 def cycles_of_ms(ms: float, probe: int = 50_000_000) -> int:
-    """What `torch.cuda._sleep` takes to keep the device busy so long."""
+    """Returns the argument with which `torch.cuda._sleep` keeps the device busy for so long."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(probe)
     begin.record()
@@ -81,7 +81,7 @@ def cycles_of_ms(ms: float, probe: int = 50_000_000) -> int:
 
 
 def host_ms(launch, cycles: int) -> list[float]:
-    """How long calls hold up the host while the device is busy, in ascending order."""
+    """Returns how long calls block the host while the device is busy, in ascending order."""
     times = []
     for _ in range(REPEATS):
         torch.cuda._sleep(cycles)

@@ -1,10 +1,11 @@
-"""Engine benchmarks, vLLM with and without vllm-l2kv, each engine in a process of its own.
+"""Engine benchmarks of vLLM with and without vllm-l2kv, each engine in a process of its own.
 
-Two starts an engine: `ample_memory` runs as users run it, with the engine core apart, and all others look into it.
+Each engine is started twice: `ample_memory` has the engine core in its own process, as users run it; the other
+scenarios need access to it.
 
 python -m benchmarks.speed.serving --model FOLDER --out FOLDER [--engines stock l2kv] [--scenarios ...]
 
-The model needs a `config.json`; weights are made up. Appends to one file a scenario in the folder.
+The model needs a `config.json`; weights are random. Appends to one file per scenario in the folder.
 """
 
 import argparse
@@ -22,11 +23,11 @@ DOCUMENTS = ["document", "findable", "popular", "conversation"]
 IN_PROCESS = ["decode_step", "first_token", "memory_bound", "long_answers", "bursts", *DOCUMENTS]
 SCENARIOS = [*IN_PROCESS, "ample_memory"]
 ON_DEMAND = ["offload"]
-"""Need arguments of the engine of their own."""
+"""Scenarios that need engine arguments of their own, so they run only if named."""
 
 
 def main() -> None:
-    """Starts the engines' processes, or is one of them."""
+    """Starts the engines' processes, or runs as one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -36,8 +37,8 @@ def main() -> None:
     parser.add_argument(
         "--full-layers", nargs="*", type=int, default=[0, 1], help="layers that vllm-l2kv never compacts"
     )
-    parser.add_argument("--prompt-interval", type=int, default=2048, help="that of vllm-l2kv")
-    parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's, a JSON object")
+    parser.add_argument("--prompt-interval", type=int, default=2048, help="prompt interval of vllm-l2kv")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="vLLM's engine arguments, a JSON object")
     parser.add_argument("--inside", choices=["stock", "l2kv"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside is None:

@@ -1,8 +1,8 @@
-"""Writes the `config.json` of a shape, which is all that engines with made-up weights need.
+"""Writes the `config.json` of a shape, which is all that an engine with random weights needs.
 
 python -m benchmarks.speed.shapes 70b FOLDER [--gpus 2 --gpu-gib 79]
 
-Names the number of layers on standard output: as many as fit beside a small KV cache, at most the shape's own.
+Prints the number of layers: as many as fit on the GPUs with a small KV cache, at most the shape's own.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
 }
 SPARE_GIB = 9.0
-"""Of each GPU, for what is no weight: a small KV cache, activations, CUDA graphs, buffers of NCCL, and a margin."""
+"""Memory of each GPU that is not for weights: a small KV cache, activations, CUDA graphs, NCCL's buffers, a margin."""
 
 
 def main() -> None:
@@ -50,15 +50,15 @@ def main() -> None:
 
 
 def layers_that_fit(config: dict[str, Any], num_gpus: int, gpu_gib: float) -> int:
-    """Layers whose bf16 weights fit, at most as many as the shape has.
+    """Returns the number of layers whose bf16 weights fit, at most as many as the shape has.
 
     Args:
-        config: Of the model.
-        num_gpus: The weights are dealt out among them.
-        gpu_gib: Memory of each.
+        config: The model's configuration.
+        num_gpus: Number of GPUs that share the weights.
+        gpu_gib: Memory of each GPU.
 
     Raises:
-        ValueError: Not three fit, so nothing would be left to compress beside two full layers.
+        ValueError: Fewer than three fit, so no layer would be left to compress beside two full layers.
     """
     hidden, heads = config["hidden_size"], config["num_attention_heads"] + config["num_key_value_heads"]
     of_layer = hidden * (2 * heads * config["head_dim"] + 3 * config["intermediate_size"])
@@ -66,7 +66,7 @@ def layers_that_fit(config: dict[str, Any], num_gpus: int, gpu_gib: float) -> in
     room = num_gpus * (gpu_gib - SPARE_GIB) * 2**30 / 2 - outside
     fit = min(int(room / of_layer), config["num_hidden_layers"])
     if fit < 3:
-        raise ValueError(f"{num_gpus} GPUs of {gpu_gib} GiB hold fewer than 3 layers; name more with --gpus.")
+        raise ValueError(f"{num_gpus} GPUs of {gpu_gib} GiB hold fewer than 3 layers; raise --gpus or --gpu-gib.")
     return fit
 
 

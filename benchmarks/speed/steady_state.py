@@ -1,4 +1,4 @@
-"""An engine whose queue never runs dry, as a server that has been running for long."""
+"""An engine whose queue is never empty, like a server that has been running for long."""
 
 import random
 import statistics
@@ -11,16 +11,16 @@ from benchmarks.speed.engines import abort_all, add_requests, scheduler_of
 
 NUM_QUEUED = 8
 STEPS_TO_FILL = 12
-"""Steps without a request that begins, after which the cache counts as full."""
+"""The cache counts as full after this many steps in which no request begins."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What every request asks.
+    """Parameters of every request.
 
     Attributes:
-        num_prompt_tokens: Its prompt.
-        num_output_tokens: Its answer.
+        num_prompt_tokens: Length of its prompt.
+        num_output_tokens: Length of its answer.
         ratio: Keep ratio, or `None` for none.
         budget: `kv_max_tokens`, or `None` for none.
     """
@@ -33,13 +33,13 @@ class Asked:
 
 @dataclass
 class Server:
-    """An engine with requests that wait.
+    """An engine with requests in its queue.
 
     Attributes:
         llm: The engine, in this process.
-        asked: What its requests ask.
-        part_way: Prompt and answer tokens of a request that fills the cache at the start, as if it had been running.
-        seed: For the prompts.
+        asked: Parameters of its requests.
+        part_way: Returns prompt and answer tokens of one of the first requests, as if it had been running.
+        seed: Seed of the prompts.
     """
 
     llm: Any
@@ -55,7 +55,7 @@ class Server:
     num_tokens: int = 0
 
     def measure(self, settle_seconds: float, measured_seconds: float) -> dict[str, Any]:
-        """Fills the cache, lets it settle, then counts."""
+        """Fills the cache, waits for a steady state, then counts."""
         scheduler = scheduler_of(self.llm)
         chance = random.Random(self.seed)
         running, steps_without = 0, 0
@@ -81,7 +81,7 @@ class Server:
         }
 
     def run_for(self, seconds: float) -> tuple[float, list[int]]:
-        """Steps for that long; the seconds it took, and how many requests ran in each step."""
+        """Runs steps for that long; returns the seconds it took, and the number of running requests in each step."""
         num_running = []
         begin = time.perf_counter()
         while (elapsed := time.perf_counter() - begin) < seconds:
@@ -90,7 +90,7 @@ class Server:
         return elapsed, num_running
 
     def step(self, lengths: tuple[int, int]) -> None:
-        """Fills the queue up with requests of these prompt and answer tokens, and makes a step."""
+        """Fills the queue with requests of these prompt and answer tokens, and runs a step."""
         scheduler = scheduler_of(self.llm)
         while len(scheduler.waiting) < NUM_QUEUED:
             self.seed += 1000

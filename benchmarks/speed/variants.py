@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 
 def run_each(module: str, variants: Sequence[str], seconds: float) -> None:
-    """Runs a benchmark once for each variant, with this process's words and `--inside VARIANT`.
+    """Runs a benchmark once for each variant, with this process's arguments and `--inside VARIANT`.
 
     Args:
-        module: The benchmark, which measures one variant if it gets `--inside`.
-        variants: What to run, in this order.
-        seconds: Expected of one.
+        module: The benchmark; with `--inside` it measures one variant.
+        variants: The variants, in the order to run.
+        seconds: Expected seconds of one variant.
 
     Raises:
-        SystemExit: Some have failed; all were run.
+        SystemExit: Some variants failed; all were run.
     """
     sys.stdout.write(f"{len(variants)} engines, about {len(variants) * seconds:.0f} seconds\n")
     failed = []

@@ -116,7 +116,7 @@ def test_layers_that_fit(tables, gpus, gib, layers):
 def test_too_small_a_gpu_is_refused(tables):
     import shapes
 
-    with pytest.raises(ValueError, match="1 GPUs of 14 GiB hold fewer than 3 layers; name more with --gpus"):
+    with pytest.raises(ValueError, match="1 GPUs of 14 GiB hold fewer than 3 layers; raise --gpus or --gpu-gib"):
         shapes.layers_that_fit({**shapes.LLAMA, **shapes.SHAPES["70b"]}, 1, 14)
 
 
