@@ -10,21 +10,21 @@ CONFIG ?= configs/demo-cpu.yaml
 ARGS ?=
 PIP_ARGS ?=
 
-# Folders all of whose tests count as marked `engine`; the first takes as long as all others.
+# Folders in which every test counts as marked `engine`; the first takes as long as the others together.
 ENGINES := $(addprefix tests/,e2e compat gpu)
-# The others, in which those that start an engine are marked.
+# The other folders; in them, tests that start an engine are marked.
 FAST := $(filter-out $(ENGINES),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py)))))
-# Those of them with a marked test.
+# The other folders that have marked tests.
 MARKED := $(addprefix tests/,evaluation examples plan server)
 
-# What runs on Python files of vLLM alone; the one left out asks for a CPU kernel.
+# Tests that need only vLLM's Python files; the ignored one needs a CPU kernel.
 NEXT := $(addprefix tests/,contract scheduler worker server plan/test_model.py plan/test_plan_command.py) \
   --ignore tests/worker/test_rows.py
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-# Without isolation, a package that has no wheel is built with what the lock names.
+# Without isolation, a package that has no wheel is built with the packages of the lock.
 PIP = $(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation
 
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest
@@ -35,9 +35,9 @@ help: ## List the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@printf '%s\n' '' \
 	  'Variables: PYTHON (to make $(VENV) with), PIP_ARGS (for every pip install), PORT and CONFIG (of serve),' \
-	  'ARGS (more arguments of serve or test): make serve PORT=9000 ARGS="--api-key secret"'
+	  'ARGS (further arguments of serve or test): make serve PORT=9000 ARGS="--api-key secret"'
 
-setup: $(STAMP) ## Make .venv with every dependency (again only after the lock or pyproject.toml changed)
+setup: $(STAMP) ## Make .venv with every dependency; does nothing until the lock or pyproject.toml changes
 
 $(STAMP): $(addprefix requirements/,build.txt cpu.txt cpu-torch.txt) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 12) else \
@@ -47,7 +47,7 @@ $(STAMP): $(addprefix requirements/,build.txt cpu.txt cpu-torch.txt) pyproject.t
 	$(PIP) --require-hashes -r requirements/cpu.txt
 	$(PIP) -r requirements/cpu-torch.txt
 	$(PIP) -e .
-	@# A CUDA build of torch has the same version, so pip would leave it in place the next time: take it away.
+	@# A CUDA build of torch has the same version, so pip would keep it the next time: uninstall it.
 	@$(BIN)/python -c 'import torch; raise SystemExit(3 if torch.version.cuda else 0)' || { \
 	  test $$? = 3 || exit 1; \
 	  $(BIN)/python -m pip uninstall --quiet --yes torch; \
@@ -58,13 +58,13 @@ $(STAMP): $(addprefix requirements/,build.txt cpu.txt cpu-torch.txt) pyproject.t
 	$(BIN)/python -c 'from vllm.platforms import current_platform; assert current_platform.is_cpu(), current_platform'
 	@touch $@
 
-serve: setup ## Serve the demo model on port 8000; another one with ARGS=MODEL
+serve: setup ## Serve the demo model on port 8000, or another model with ARGS=MODEL
 	$(BIN)/vllm-l2kv serve $(ARGS) --config $(CONFIG) --port $(PORT)
 
 test: setup ## Run all tests, or those that ARGS names; those that need a GPU are skipped without one
 	$(BIN)/vllm-l2kv demo-model
 ifeq ($(ARGS),)
-	@# Two at a time, the longest first: tests with engines leave most of a second core idle.
+	@# Two at a time, the longest first: a test with an engine leaves most of a second core idle.
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-e2e test-engines test-fast
 else
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -82,15 +82,15 @@ test-engines: setup ## Run the other half
 	$(BIN)/vllm-l2kv demo-model
 	$(PYTEST) -m "engine and not slow" $(wordlist 2,9,$(ENGINES)) $(MARKED) $(ARGS)
 
-test-next: setup ## Run the tests without compiled code on the newest vLLM that we support, whose wheel it fetches once
+test-next: setup ## Run the tests without compiled code on the newest supported vLLM, whose wheel it downloads once
 	$(BIN)/vllm-l2kv demo-model
 	vllm=$$($(BIN)/python scripts/next_vllm.py) && export PYTHONPATH=$$vllm VLLM_TARGET_DEVICE=cpu && \
 	  $(PYTEST) -m "not slow" --no-engines $(NEXT) $(ARGS)
 
-test-gpu: ## Run the tests that need a GPU, in an environment of yours: PYTHON with vllm-l2kv[cuda,dev] installed
+test-gpu: ## Run the tests that need a GPU, with a PYTHON that has vllm-l2kv[cuda,dev] installed
 	$(PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(ARGS)
 
-soak: setup ## Thousands of requests from clients that come and go, in a small cache; ten minutes
+soak: setup ## Send thousands of requests from clients that come and go, in a small cache, for ten minutes
 	$(BIN)/vllm-l2kv demo-model
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest tests/e2e/test_churn.py -s --timeout 7200 --soak-requests 1000 $(ARGS)
 
@@ -106,17 +106,17 @@ fmt: setup ## Format, and fix what can be fixed
 docs: setup ## Build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
 
-notebooks: setup ## Execute examples/notebooks and write their outputs; some with ARGS=FILE
+notebooks: setup ## Execute examples/notebooks, or ARGS=FILE, and write their outputs
 	$(BIN)/vllm-l2kv demo-model
 	$(BIN)/python scripts/notebooks.py $(ARGS)
 
-lock: setup ## Write requirements/*.txt anew; newest versions with ARGS=--upgrade
+lock: setup ## Write requirements/*.txt again, with the newest versions if ARGS=--upgrade
 	$(BIN)/python scripts/lock.py $(ARGS)
 
-dist: setup ## Build a source distribution in dist/, and from it the wheel
+dist: setup ## Build a source distribution and, from it, the wheel in dist/
 	rm -rf dist
 	$(BIN)/python -m uv build --no-config --no-build-isolation --python $(BIN)/python
 
-clean: ## Remove .venv and everything made by tools
+clean: ## Remove .venv and everything that tools have made
 	rm -rf $(VENV) build dist site node_modules *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

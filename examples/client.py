@@ -1,6 +1,6 @@
 """One question about one text at several keep ratios, with OpenAI's Python client.
 
-With a server running (`make serve`):
+Needs a running server (`make serve`):
 
 .venv/bin/python examples/client.py [TEXT_FILE] [QUESTION]
 """
@@ -15,7 +15,7 @@ RATIOS = (1.0, 0.7, 0.5)
 
 
 def main() -> None:
-    """Asks, and prints each answer with the KV usage that the server reports."""
+    """Prints each answer with the KV usage that the server reports."""
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("lighthouse.txt")
     question = sys.argv[2] if len(sys.argv) > 2 else "Summarize this text in two sentences."
     client = OpenAI(
@@ -29,7 +29,7 @@ def main() -> None:
             messages=[{"role": "user", "content": f"{file.read_text()}\n\n{question}"}],
             max_tokens=60,
             temperature=0,
-            # The question stands at the end, among the 64 tokens that the server protects.
+            # The question is at the end, among the 64 tokens that the server protects.
             extra_body={"kv_keep_ratio": ratio},
         )
         print(f"--- kv_keep_ratio {ratio}: {answer.usage.model_extra['kv_cache']}")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The same with curl. With a server running (`make serve`): examples/curl.sh [URL]
+# Requests with curl. Needs a running server (`make serve`): examples/curl.sh [URL]
 set -euo pipefail
 url=${1:-http://localhost:8000}
 
-echo "What this server takes:"
+echo "Fields and settings of this server:"
 curl --fail-with-body --silent --show-error "$url/v1/kv_compression"
 
-# The server protects the 4 first and the 64 last tokens of a prompt, of this one all; so the request says otherwise.
+# The server protects the first 4 and the last 64 tokens of a prompt: here, all of them. So the request protects fewer.
 echo -e "\n\nHalf of the prompt's KV cache is kept:"
 curl --fail-with-body --silent --show-error "$url/v1/completions" -H 'Content-Type: application/json' -d '{
   "prompt": "The keeper of the lighthouse wrote the direction of the wind in her book every evening, and so",
@@ -16,7 +16,7 @@ curl --fail-with-body --silent --show-error "$url/v1/completions" -H 'Content-Ty
   "kv_protect_last": 4
 }'
 
-echo -e "\n\nA bad value is refused by name (400):"
+echo -e "\n\nA bad value gets 400, with the name of the field:"
 curl --silent --show-error "$url/v1/completions" -H 'Content-Type: application/json' -d '{
   "prompt": "Hello",
   "kv_keep_ratio": 2

@@ -1,6 +1,6 @@
 """Several questions about one document, which is compressed once, with OpenAI's Python client.
 
-With a server running (`make serve`):
+Needs a running server (`make serve`):
 
 .venv/bin/python examples/document_questions.py [TEXT_FILE]
 """
@@ -17,12 +17,12 @@ QUESTIONS = (
     "What was the lid of the coal bunker used for?",
     "When was the light made automatic?",
 )
-# The same for all questions: rows are found again by the document's tokens and these fields.
+# The same for all questions: a request finds rows by the document's tokens and these fields.
 FIELDS = {"kv_keep_ratio": 0.25, "kv_prefix_messages": 1}
 
 
 def ask(client: OpenAI, model: str, document: str, question: str, max_tokens: int) -> None:
-    """Streams one answer, then prints what was found of the document and how long the first token took."""
+    """Streams one answer, then prints the cached tokens of the document and the time to first token."""
     sent, first, words, usage = time.monotonic(), None, [], None
     stream = client.chat.completions.create(
         model=model,
@@ -39,14 +39,14 @@ def ask(client: OpenAI, model: str, document: str, question: str, max_tokens: in
         if chunk.choices:
             first = first or time.monotonic() - sent
             words.append(chunk.choices[0].delta.content or "")
-    # vLLM tells cached tokens if the server was started with --enable-prompt-tokens-details.
+    # vLLM reports cached tokens if the server was started with --enable-prompt-tokens-details.
     cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else "unknown"
     print(f"--- {question}\n{''.join(words)}")
     print(f"first token after {first:.2f} s, cached_tokens {cached}, {usage.model_extra['kv_cache']}")
 
 
 def main() -> None:
-    """Warms the document up, then asks."""
+    """Puts the document into the cache, then asks."""
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("lighthouse.txt")
     client = OpenAI(
         base_url=os.environ.get("OPENAI_BASE_URL", "http://localhost:8000/v1"),

@@ -1,6 +1,6 @@
-"""How much of the KV cache one request holds while it is answered, at several keep ratios, from `/metrics`.
+"""The share of the KV cache that one request holds during its answer, at several keep ratios, from `/metrics`.
 
-With a server running (`make serve`):
+Needs a running server (`make serve`):
 
 .venv/bin/python examples/kv_usage.py [TEXT_FILE] [QUESTION]
 """
@@ -18,14 +18,14 @@ GAUGE = "vllm:kv_cache_usage_perc{"
 
 
 def kv_cache_in_use() -> float:
-    """Share of the server's KV-cache blocks that requests hold."""
+    """Returns the share of the server's KV-cache blocks that requests hold."""
     metrics = urllib.request.urlopen(BASE_URL.removesuffix("/v1") + "/metrics").read().decode()
     (line,) = [line for line in metrics.splitlines() if line.startswith(GAUGE)]
     return float(line.split()[-1])
 
 
 def main() -> None:
-    """Streams one answer a ratio; a request alone on the server holds all that is in use."""
+    """Streams one answer for each ratio; a request alone on the server holds all blocks in use."""
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("lighthouse.txt")
     question = sys.argv[2] if len(sys.argv) > 2 else "Who was the first keeper of the lighthouse?"
     client = OpenAI(base_url=BASE_URL, api_key=os.environ.get("OPENAI_API_KEY", "none"))
@@ -38,7 +38,7 @@ def main() -> None:
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
-            # The question stands at the end, among the 64 tokens that the server protects.
+            # The question is at the end, among the 64 tokens that the server protects.
             extra_body={"kv_keep_ratio": ratio},
         )
         words, in_use, usage = [], 0.0, None

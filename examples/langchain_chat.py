@@ -1,6 +1,6 @@
 """LangChain, with half of the prompt kept.
 
-With a server running (`make serve`), in an environment of its own:
+Needs a running server (`make serve`) and a separate environment:
 
 pip install langchain-openai
 python examples/langchain_chat.py [TEXT_FILE]
@@ -16,7 +16,7 @@ from langchain_openai import ChatOpenAI
 
 
 def main() -> None:
-    """Prints a chain's answer, then what a message says of the KV cache."""
+    """Prints a chain's answer, then a message's numbers of the KV cache."""
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("lighthouse.txt")
     model = ChatOpenAI(
         model=os.environ.get("MODEL", "SmolLM2-135M-Instruct"),
@@ -29,7 +29,7 @@ def main() -> None:
     prompt = ChatPromptTemplate([("user", "{text}\n\nWho was the first keeper of the lighthouse?")])
     print((prompt | model | StrOutputParser()).invoke({"text": file.read_text()}))
 
-    # `usage_metadata` has LangChain's own fields only; what the server said stands here.
+    # `usage_metadata` has only LangChain's own fields; the server's fields are in `response_metadata`.
     message = (prompt | model.bind(extra_body={"kv_keep_ratio": 0.25})).invoke({"text": file.read_text()})
     print(message.response_metadata["token_usage"]["kv_cache"])
 

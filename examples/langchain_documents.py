@@ -1,6 +1,6 @@
 """LangChain: a chain that asks several questions about one document, which is compressed once.
 
-With a server running (`make serve`), in an environment of its own:
+Needs a running server (`make serve`) and a separate environment:
 
 pip install langchain-openai
 python examples/langchain_documents.py [TEXT_FILE]
@@ -21,7 +21,7 @@ QUESTIONS = (
 
 
 def main() -> None:
-    """Prints each answer and what it found of the document."""
+    """Prints each answer and the tokens of the document that it found."""
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("lighthouse.txt")
     model = ChatOpenAI(
         model=os.environ.get("MODEL", "SmolLM2-135M-Instruct"),
@@ -31,10 +31,10 @@ def main() -> None:
         max_tokens=40,
         extra_body={"kv_keep_ratio": 0.25, "kv_prefix_messages": 1},
     )
-    # The document is a message of its own, and the first one.
+    # The document is the first message, and that message holds nothing else.
     prompt = ChatPromptTemplate([("system", "{document}"), ("user", "{question}")])
     chain = prompt.partial(document=file.read_text()) | model
-    # All at once: one of them computes the document, the others wait for it.
+    # All at once: one request computes the document, the others wait for it.
     answers = chain.batch([{"question": question} for question in QUESTIONS])
     for question, message in zip(QUESTIONS, answers, strict=True):
         print(f"--- {question}\n{message.content}")

@@ -1,6 +1,6 @@
 """LlamaIndex, with half of the prompt kept.
 
-With a server running (`make serve`), in an environment of its own:
+Needs a running server (`make serve`) and a separate environment:
 
 pip install llama-index-llms-openai-like
 python examples/llama_index_chat.py [TEXT_FILE]
@@ -15,7 +15,7 @@ from llama_index.llms.openai_like import OpenAILike
 
 
 def main() -> None:
-    """Prints the answer and what it says of the KV cache."""
+    """Prints the answer and its numbers of the KV cache."""
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("lighthouse.txt")
     model = OpenAILike(
         model=os.environ.get("MODEL", "SmolLM2-135M-Instruct"),

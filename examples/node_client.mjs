@@ -1,7 +1,7 @@
-// The npm client from Node, with half of the prompt kept. It sends fields that it does not know as they are, and leaves
-// what it does not know in an answer where it is, so nothing like `extra_body` is needed.
+// OpenAI's npm client, with half of the prompt kept. It passes unknown fields of requests and answers on unchanged, so
+// nothing like `extra_body` is needed.
 //
-// With a server running (`make serve`):
+// Needs a running server (`make serve`):
 //
 //   npm install --no-save openai
 //   node examples/node_client.mjs [TEXT_FILE]

@@ -18,7 +18,7 @@ QUESTIONS = (
 
 
 def main() -> None:
-    """Generates an answer to each question and prints what it found of the document."""
+    """Generates an answer to each question and prints how much of the document it found."""
     if len(sys.argv) > 1:
         model = sys.argv[1]
     else:
@@ -38,7 +38,7 @@ def main() -> None:
     extra_args = vllm_l2kv.compression(0.25, prefix_tokens=num_tokens)
     params = SamplingParams(max_tokens=40, temperature=0, extra_args=extra_args)
     prompts = [[document, {"role": "user", "content": question}] for question in QUESTIONS]
-    # One of them computes the document, the others wait for it.
+    # One request computes the document, the others wait for it.
     for question, output in zip(QUESTIONS, llm.chat(prompts, params), strict=True):
         print(f"--- {question}\n{output.outputs[0].text}")
         print(f"cached_tokens {output.num_cached_tokens}, {output.kv_transfer_params['kv_cache']}")

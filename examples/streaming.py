@@ -1,6 +1,6 @@
-"""A streamed answer: text as it comes, and what was kept of the prompt in the last chunk.
+"""A streamed answer: text as it comes, and the numbers of the KV cache in the last chunk.
 
-With a server running (`make serve`):
+Needs a running server (`make serve`):
 
 .venv/bin/python examples/streaming.py [TEXT_FILE]
 """

@@ -1,11 +1,11 @@
-"""A tool call from a prompt of which half is kept.
+"""A tool call, with half of the prompt kept.
 
-With a server running that knows how its model calls tools:
+Needs a server that can parse its model's tool calls:
 
 make serve ARGS="--enable-auto-tool-choice --tool-call-parser hermes"
 .venv/bin/python examples/tools.py [TEXT_FILE]
 
-The demo model is too small to call tools of its own accord. The tool is named in the request, so it has to.
+The demo model is too small to call tools by itself, so the request names the tool to call.
 """
 
 import os

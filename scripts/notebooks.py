@@ -1,8 +1,8 @@
 """Executes the notebooks of examples/notebooks/ and writes their outputs into them (`make notebooks`).
 
-Outputs are kept because readers on a code host see them without running anything. tests/examples/test_notebooks.py
-executes the notebooks again and compares what does not vary: a cell with the tag `varies` prints times or what a model
-says, and every other cell prints the same on each machine.
+Outputs are kept so that readers on a code host see them without running anything. tests/examples/test_notebooks.py
+executes the notebooks again and compares outputs, except those of cells with the tag `varies`, which print times or a
+model's words. All other cells print the same on each machine.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 BASE_URL = "OPENAI_BASE_URL"
-"""What a notebook that asks a server reads its address from."""
+"""Variable from which a notebook reads the address of its server."""
 VARIES = "varies"
 PORT = 8765
 START_SECONDS, CELL_SECONDS = 900, 3600
 
 
 def read(path: Path) -> NotebookNode:
-    """A notebook of the format that it is written in."""
+    """Returns a notebook in the format in which it is written."""
     return nbformat.read(path, as_version=4)
 
 
 def asks_a_server(notebook: NotebookNode) -> bool:
-    """Whether it needs one."""
+    """Whether a notebook needs a server."""
     return any(BASE_URL in cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
@@ -45,12 +45,12 @@ def execute(notebook: NotebookNode, folder: Path, base_url: str | None = None) -
     Args:
         notebook: As read; its outputs are replaced.
         folder: Where the kernel runs, as Jupyter runs it in the notebook's own folder.
-        base_url: Address of the server that it asks, ending in `/v1`; `None` if it asks none.
+        base_url: Address of the notebook's server, ending in `/v1`; `None` if it needs none.
 
     Raises:
         nbclient.exceptions.CellExecutionError: A cell failed.
     """
-    # The programs of this Python, as in an environment that was activated.
+    # This Python's programs come first, as in an activated environment.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if base_url is not None:
         environment[BASE_URL] = base_url
@@ -58,7 +58,7 @@ def execute(notebook: NotebookNode, folder: Path, base_url: str | None = None) -
     client = NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=resources)
     client.coalesce_streams = True
     client.execute(env=environment)
-    # Neither times, nor the version of Python, nor what libraries say of this machine's processor on standard error.
+    # Remove times, the version of Python, and standard error, where libraries report this machine's processor.
     notebook.metadata.language_info = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -68,7 +68,7 @@ def execute(notebook: NotebookNode, folder: Path, base_url: str | None = None) -
 
 @contextmanager
 def demo_server() -> Iterator[str]:
-    """A server like that of `make serve`; yields its address, ending in `/v1`."""
+    """Runs a server like that of `make serve`; yields its address, ending in `/v1`."""
     config = ROOT / "configs" / "demo-cpu.yaml"
     command = [sys.executable, "-m", "vllm_l2kv.cli", "serve", "--config", str(config), "--port", str(PORT)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -85,7 +85,7 @@ def demo_server() -> Iterator[str]:
 
 
 def is_healthy(server: subprocess.Popen[bytes]) -> bool:
-    """Whether it answers; ends the script if it has ended."""
+    """Whether the server answers; ends the script if the server has ended."""
     if server.poll() is not None:
         sys.exit("The server did not start.")
     try:
@@ -96,7 +96,7 @@ def is_healthy(server: subprocess.Popen[bytes]) -> bool:
 
 
 def main() -> None:
-    """Executes all notebooks, or those that are named."""
+    """Executes all notebooks, or those named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, default=NOTEBOOKS, help="files (default: all)")
     paths = parser.parse_args().notebooks
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def write(path: Path, base_url: str | None = None) -> None:
-    """Executes one notebook in its place."""
+    """Executes one notebook and writes it back."""
     notebook = read(path)
     execute(notebook, path.parent, base_url)
     nbformat.write(notebook, path)

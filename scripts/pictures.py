@@ -1,4 +1,4 @@
-"""Draws the pictures of README and docs that are computed from the code, not measured: docs/img/{rows,pool,life}.svg.
+"""Draws the pictures of README and docs that the code itself determines: docs/img/{rows,pool,life}.svg.
 
 python scripts/pictures.py
 """
@@ -22,7 +22,7 @@ from vllm_l2kv.policy import CompactionPoints, Intervals, num_keep  # noqa: E402
 
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
 FULL, COMPRESSED, OTHER, FREE = "#1f4e79", "#6baed6", "#f2b872", "#ffffff"
-"""Blocks of full layers, of compressed layers, of a second request, of nobody."""
+"""Colours of blocks: of full layers, of compressed layers, of a second request, free."""
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         draw().savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
 
 
-# Rows that a request holds, by the policy itself.
+# Rows that a request holds, computed by the policy.
 
 PROMPT, ANSWER, DOCUMENT = 8_000, 3_000, 6_000
 REQUESTS = {
@@ -42,7 +42,7 @@ REQUESTS = {
 
 
 def draw_rows() -> Figure:
-    """Rows of a compressed layer over the tokens of a request, one panel a rule."""
+    """Draws the rows of a compressed layer over the tokens of a request, one panel for each rule."""
     figure, panels = plt.subplots(1, len(REQUESTS), figsize=(11, 3), sharey=True, layout="constrained")
     for axes, (title, params) in zip(panels, REQUESTS.items(), strict=True):
         axes.axvspan(0, PROMPT, color="0.95")
@@ -59,7 +59,7 @@ def draw_rows() -> Figure:
 
 
 def held_rows(params: CompressionParams) -> Iterator[tuple[int, int]]:
-    """Corners of the line: tokens computed, rows held."""
+    """Yields the corners of the line: tokens computed, rows held."""
     num_tokens, num_evicted = PROMPT + ANSWER, 0
     yield 0, 0
     for compaction in CompactionPoints(PROMPT, params, Intervals()).until(num_tokens):
@@ -78,19 +78,19 @@ COLUMNS = 16
 
 
 class Held(NamedTuple):
-    """Blocks of one request: of full layers, of compressed layers."""
+    """Number of blocks that one request holds, of full and of compressed layers."""
 
     full: int
     compressed: int
 
     @classmethod
     def by(cls, num_rows: int) -> "Held":
-        """Those of a prompt of `TOKENS` that holds so many rows in compressed layers."""
+        """Returns the blocks of a prompt of `TOKENS` that holds so many rows in compressed layers."""
         return cls(num_blocks_for(TOKENS, FULL_SIZE), num_blocks_for(num_rows, COMPRESSED_SIZE))
 
 
 def draw_pool() -> Figure:
-    """The same pool before a compaction, after it, and with a second request in it."""
+    """Draws a pool before a compaction, after it, and with a second request."""
     whole, half = Held.by(TOKENS), Held.by(num_keep(TOKENS, CompressionParams(keep_ratio=0.5)))
     freed = [FREE] * (whole.compressed - half.compressed)
     before = [FULL] * whole.full + [COMPRESSED] * whole.compressed
@@ -118,14 +118,14 @@ def draw_pool() -> Figure:
 
 
 def second_in(colors: Sequence[str], second: Sequence[str]) -> list[str]:
-    """The pool's blocks, the second request's in the free ones first; any block may be of either class."""
+    """Returns the pool's blocks with the second request in the free ones; any block can hold either class."""
     waiting = list(second)
     filled = [waiting.pop() if color == FREE and waiting else color for color in colors]
     return filled + waiting
 
 
 def draw_blocks(axes: Axes, colors: Iterable[str]) -> None:
-    """One square a block, line by line."""
+    """Draws a square for each block, line by line."""
     for index, color in enumerate(colors):
         line, column = divmod(index, COLUMNS)
         axes.add_patch(Rectangle((column, -line), 0.86, 0.86, facecolor=color, edgecolor="0.4", linewidth=0.6))
@@ -154,12 +154,12 @@ LIFE = [
     (3, 0, "further tokens, computed on 500 rows and their own"),
     (1, 0, "usage.kv_cache: kept, evicted, memory"),
 ]
-"""From one process to another, or within one; what."""
+"""Steps: the process where each begins, the process where it ends, and its text."""
 ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
 def draw_life() -> Figure:
-    """A request from top to bottom, one column a process."""
+    """Draws a request from top to bottom, one column for each process."""
     figure, axes = plt.subplots(figsize=(11, 6.4), layout="constrained")
     bottom = -len(LIFE) - 0.3
     for column, (name, package) in enumerate(PROCESSES.items()):
@@ -174,7 +174,7 @@ def draw_life() -> Figure:
 
 
 def draw_step(axes: Axes, height: float, start: int, end: int, text: str) -> None:
-    """An arrow from one process to another, or a box on the line of one."""
+    """Draws an arrow from one process to another, or a box for a step within one."""
     if start == end:
         box = FancyBboxPatch((start - 0.42, height - 0.33), 0.84, 0.66, boxstyle="round,pad=0,rounding_size=.05")
         box.set(facecolor="#e8f1fa", edgecolor=FULL, linewidth=0.8)

@@ -1,7 +1,7 @@
 """Makes Prometheus and promtool available, and prints the folder that has both.
 
-Takes what is installed; else what an earlier run left in the user's cache; else Debian's package, which apt checks and
-dpkg unpacks into that cache, so nothing is installed and nobody need be root. Debian and its descendants only.
+Uses installed programs, else those of an earlier run in the user's cache, else Debian's package, which apt verifies and
+dpkg unpacks into that cache: nothing is installed, and root is not needed. For Debian and its derivatives only.
 """
 
 import os
@@ -16,11 +16,11 @@ PROGRAMS = ("prometheus", "promtool")
 
 
 class PrometheusError(RuntimeError):
-    """Prometheus could not be made available; the message says what failed and what to do."""
+    """Prometheus could not be made available; the message has the failure and the remedy."""
 
 
 def ensure_prometheus(cache: Path | None = None) -> Path:
-    """Returns a folder with both programs, after fetching them if there is none.
+    """Returns a folder with both programs, which it downloads if they are missing.
 
     Safe to interrupt and to run twice at once.
 
@@ -28,7 +28,7 @@ def ensure_prometheus(cache: Path | None = None) -> Path:
         cache: Where to keep them, by default `default_cache()`.
 
     Raises:
-        PrometheusError: They are not installed and cannot be fetched.
+        PrometheusError: They are not installed and cannot be downloaded.
     """
     installed = {Path(found).parent for program in PROGRAMS if (found := shutil.which(program))}
     if len(installed) == 1 and _is_whole(folder := installed.pop()):
@@ -51,7 +51,7 @@ def _unpacked(scratch: Path) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    """Fetches the package by the machine's package lists, or by newer ones of our own."""
+    """Downloads the package by the machine's package lists or, if that fails, by new ones."""
     say("Downloading Debian's package of Prometheus ...")
     lists, packages = scratch / "lists", scratch / "packages"
     for folder in (lists / "partial", packages):
@@ -71,7 +71,7 @@ def _run(*command: str, folder: Path | None = None) -> None:
         command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no word"]
+        lines = done.stderr.strip().splitlines() or ["no message"]
         raise PrometheusError(f"`{' '.join(command)}` failed ({lines[-1]}); install Prometheus, or run again.")
 
 

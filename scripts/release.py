@@ -1,9 +1,9 @@
-"""The places that name a version, for a release.
+"""Writes and checks the version in all files that have it, for a release.
 
-    python scripts/release.py prepare 0.2.0    # writes them, before the commit that is tagged
-    python scripts/release.py check v0.2.0     # fails unless all of them name the version of this tag
+    python scripts/release.py prepare 0.2.0    # writes it, before the commit that is tagged
+    python scripts/release.py check v0.2.0     # fails unless all files have the version of this tag
     python scripts/release.py notes v0.2.0     # prints the changelog's section
-    python scripts/release.py next 0.3.0.dev0  # writes what comes after it, without a section
+    python scripts/release.py next 0.3.0.dev0  # writes the next version, without a section
 
 pyproject.toml has the version of the package, files in docker/ the tags of its images, and CHANGELOG.md a section.
 Standard library only: .github/workflows/release.yml runs it before anything is installed.
@@ -22,10 +22,10 @@ UNRELEASED = "## [Unreleased]\n"
 
 
 def prepare(root: Path, version: str) -> None:
-    """Writes a version everywhere; what is unreleased becomes its section, with today's date.
+    """Writes a version everywhere; the unreleased changes become its section, with today's date.
 
     Raises:
-        ValueError: Nothing is unreleased, or the version has a section already.
+        ValueError: There are no unreleased changes, or the version has a section already.
     """
     changelog = (root / "CHANGELOG.md").read_text()
     head, unreleased, body = changelog.partition(UNRELEASED)
@@ -39,16 +39,16 @@ def prepare(root: Path, version: str) -> None:
 
 
 def write(root: Path, version: str) -> None:
-    """Writes a version everywhere but into the changelog."""
+    """Writes a version everywhere except into the changelog."""
     for path, place in places(root).items():
         path.write_text(place.sub(rf"\g<1>{version}", path.read_text()))
 
 
 def check(root: Path, version: str) -> None:
-    """Looks at every place.
+    """Checks every file.
 
     Raises:
-        ValueError: One names another version.
+        ValueError: A file has another version, or the changelog has no section.
     """
     for path, place in places(root).items():
         found = {match[2] for match in place.finditer(path.read_text())}
@@ -58,10 +58,10 @@ def check(root: Path, version: str) -> None:
 
 
 def notes(root: Path, version: str) -> str:
-    """The changelog's section of a version, without its heading.
+    """Returns the changelog's section of a version, without its heading.
 
     Raises:
-        ValueError: There is none, or it is empty.
+        ValueError: There is no section, or it is empty.
     """
     sections = re.split(r"^## \[(.+?)\].*\n", (root / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     found = dict(zip(sections[1::2], sections[2::2], strict=True)).get(version, "").strip()
@@ -71,7 +71,7 @@ def notes(root: Path, version: str) -> str:
 
 
 def places(root: Path) -> dict[Path, re.Pattern[str]]:
-    """Files to where they name a version: what comes before it, and the version."""
+    """Returns a pattern for each file: group 1 is the text before a version, group 2 the version."""
     image = re.compile(r"(^ +image: vllm-l2kv:)([^\s-]+)", re.MULTILINE)
     docker = root / "docker"
     return {
