@@ -1,4 +1,4 @@
-"""Engines of tiny models: a start takes two seconds, the first of an architecture ten."""
+"""Engines of tiny models: a start takes two seconds, the first start of an architecture ten."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent.parent / "e2e"))
 
 
 class Case(NamedTuple):
-    """A prompt and what is asked of its cache."""
+    """A prompt and its rule of compression."""
 
     prompt: Sequence[int]
     rule: dict[str, Any]
@@ -35,12 +35,12 @@ def run() -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def unbound_threads() -> Iterator[None]:
-    """Without it vLLM wants a NUMA node for each rank."""
+    """Leaves threads unbound; otherwise vLLM needs a NUMA node for each rank."""
     from vllm import envs
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        # Engines that started before made vLLM remember the environment, and this one's is nothing for those to come.
+        # Engines that started earlier made vLLM cache the environment, and later ones must not use this engine's.
         envs.disable_envs_cache()
         yield
     envs.disable_envs_cache()
@@ -55,7 +55,7 @@ def llama_reference(llama):
 
 @pytest.fixture(scope="session")
 def expected(llama_reference) -> Callable[..., list[int]]:
-    """The reference's answer to a prompt by a rule."""
+    """Returns the reference's answer to a prompt by a rule."""
 
     def expected(prompt: Sequence[int], rule: dict[str, Any], num_tokens: int = 12) -> list[int]:
         return llama_reference.generate(prompt, num_tokens, full_layers=(0,), intervals=INTERVALS, **rule)
@@ -72,14 +72,14 @@ def engine(llama, run) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def plain(llama, run) -> Iterator[Any]:
-    """vLLM without us."""
+    """Stock vLLM."""
     with run(llama, full_layers=None) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
 def cases(text_ids) -> list[Case]:
-    """No prompt is the beginning of another one, so nothing comes from the prefix cache."""
+    """Cases in which no prompt begins another one, so the prefix cache has no hits."""
     asked: list[tuple[int, dict[str, Any]]] = [
         (length, {"ratio": ratio}) for length in (1, 33, 97, 200, 700) for ratio in ("1.0", "0.5", "0.25")
     ]
@@ -98,7 +98,7 @@ def cases(text_ids) -> list[Case]:
 
 @pytest.fixture(scope="session")
 def check_exact(cases) -> Callable[..., None]:
-    """All cases in one batch, greedy, each against the reference."""
+    """Compares all cases, greedy and in one batch, with the reference."""
     from engine import keep
     from reference import check_numbers
 

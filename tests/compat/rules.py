@@ -1,11 +1,11 @@
-"""What the tests of this folder ask of a request's cache, in the words of `engine.keep` and of the reference."""
+"""Rules of compression for the tests of this folder, as arguments of `engine.keep` and of the reference."""
 
 from typing import Any
 
 import pytest
 
 INTERVALS = (100, 3)
-"""Of all engines here, in the prompt and in the answer: so few rows that a short answer is compacted several times."""
+"""Intervals of all engines here, in the prompt and in the answer, so short that an answer is compacted repeatedly."""
 
 RULES: list[Any] = [
     pytest.param({"ratio": "0.25"}, id="ratio"),
@@ -13,6 +13,6 @@ RULES: list[Any] = [
     pytest.param({"ratio": "0.25", "budget": 80, "first": 4, "last": 16}, id="both"),
     pytest.param({"ratio": "0.25", "document": 100}, id="document"),
 ]
-"""With prompts of 300 tokens, each budget means two compactions inside the prompt and one at its end. Who asks again
-begins at the last one inside the prompt, or after the document.
+"""In prompts of 300 tokens each budget causes two compactions inside the prompt and one at its end. A second request
+continues from the last one inside the prompt, or after the document.
 """

@@ -1,4 +1,4 @@
-"""How prompts are cut, ordered and shared, with compression on."""
+"""Chunks, order and sharing of prompts, with compression."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from rules import INTERVALS, RULES
 
 @pytest.mark.parametrize("max_num_batched_tokens", [37, pytest.param(64, marks=pytest.mark.slow), 2048])
 def test_chunked_prefill(max_num_batched_tokens, llama, run, llama_reference, check_exact):
-    """37 is no multiple of any block: chunks end inside blocks, and prompts beside decodes get what is left."""
+    """37 is not a multiple of a block size, so chunks end inside blocks, and prompts get what decoding leaves."""
     with run(llama, max_num_batched_tokens=max_num_batched_tokens) as engine:
         check_exact(engine, llama_reference)
 
@@ -35,7 +35,7 @@ def test_without_prefix_caching(llama, run, llama_reference, check_exact, text_i
 
 @pytest.mark.parametrize("length", [33, 95, 96, 97, 130, 400])
 def test_one_prompt_by_many_rules_in_one_step(length, engine, expected, text_ids):
-    """The others find blocks in the prefix cache that the first has yet to write in this very step.
+    """The other requests find blocks in the prefix cache that the first will write in the same step.
 
     One of the last two waits for the document of the other.
     """
@@ -48,7 +48,7 @@ def test_one_prompt_by_many_rules_in_one_step(length, engine, expected, text_ids
 
 
 def test_many_requests_of_mixed_rules_with_aborts(engine, expected, text_ids):
-    """After every third step the worker holds what the scheduler says."""
+    """After every third step the worker's state equals the scheduler's."""
     load = MixedLoad(text_ids, [{"ratio": "1"}, *(rule.values[0] for rule in RULES)], num_requests=60)
     load.run(engine)
     assert load.looks["held"] > 10, load.looks
@@ -62,7 +62,7 @@ def test_many_requests_of_mixed_rules_with_aborts(engine, expected, text_ids):
 
 
 def found_again(rule: dict[str, Any]) -> int:
-    """Tokens that a prompt of 300 begins with when it is asked again: whole blocks, unless it is compacted inside."""
+    """Returns the tokens that a prompt of 300 finds the second time: whole blocks, unless it is compacted inside."""
     return max(expected_compactions(300, 299, intervals=INTERVALS, **rule), default=288)
 
 
@@ -84,7 +84,7 @@ class TestCacheSalt:
         assert engine.kv_cache_manager.reset_prefix_cache()
         assert ask(prompt, whole, "mine") == (0, expected(prompt, whole))
         assert ask(prompt, rule, "yours") == (0, answer)
-        # What was kept whole is found up to the first compaction; then what was left at the last one in the prompt.
+        # Uncompressed rows are found up to the first compaction; then the rows of the last compaction in the prompt.
         first = min(expected_compactions(300, 300, intervals=INTERVALS, **rule))
         num_cached, again = ask(prompt, rule, "mine")
         assert first - 32 <= num_cached < first
@@ -114,10 +114,10 @@ def test_reset_of_the_prefix_cache(rule, engine, text_ids):
 
 @pytest.mark.parametrize("rule", RULES)
 class TestPause:
-    """What is left of sleep mode on a CPU: vLLM stops scheduling, which is level 0."""
+    """Level 0 of sleep mode, the only one on a CPU: vLLM stops scheduling."""
 
     @pytest.mark.parametrize("clear_cache", [False, True])
-    def test_requests_that_were_compacted_go_on(self, rule, clear_cache, engine, expected, text_ids):
+    def test_compacted_requests_continue(self, rule, clear_cache, engine, expected, text_ids):
         """With the cache cleared, as at levels 1 and 2, they are preempted, prefilled and compacted again."""
         prompt = text_ids[:300]
         assert engine.kv_cache_manager.reset_prefix_cache()

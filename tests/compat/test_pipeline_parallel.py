@@ -1,4 +1,4 @@
-"""Ranks in processes of their own, each with its layers: answers and numbers are the reference's.
+"""Pipeline ranks in separate processes, each with its layers: answers and numbers equal the reference's.
 
 vLLM has as many steps in flight here as there are ranks.
 """
@@ -25,9 +25,9 @@ RULES = [
 ]
 
 
-@pytest.mark.slow  # two more processes, beside all that `make test` has in memory already
+@pytest.mark.slow  # two more processes, in addition to those of `make test`
 class TestTwoRanks:
-    """Layer 0 is full, so the second rank has no full heads, and its pool has a group without layers."""
+    """Layer 0 is full, so the second rank has no full heads, and one group of its pool has no layers."""
 
     @pytest.fixture(scope="class")
     def weights(self, llama_reference):
@@ -36,7 +36,7 @@ class TestTwoRanks:
 
     @pytest.fixture(scope="class")
     def engine(self, llama, weights, run, unbound_threads, tmp_path_factory):
-        """With every scorer that there is."""
+        """An engine that offers every scorer."""
         profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
         write_profile(profile, weights, fingerprint(llama))
         intervals = dict(zip(("prompt_interval", "answer_interval"), INTERVALS, strict=True))
@@ -50,7 +50,7 @@ class TestTwoRanks:
         check_groups(engine, 2, (0,))
 
     def test_scorers(self, engine, llama, weights, text_ids):
-        """Those that go by the number of a layer, or by its weights in a profile, take it from the model."""
+        """Scorers that depend on a layer's number, or on its weights in a profile, use the number in the model."""
         scored, prompt = ScoredReference(llama, 1, weights), text_ids[40:340]
         names = [*SCORERS, *EVALUATION_SCORERS, *PROFILE_SCORERS]
         for name, answer in zip(
@@ -60,7 +60,7 @@ class TestTwoRanks:
             assert answer == scored.generate(prompt, 12, "0.5", (0,)), name
 
     def test_many_requests_with_aborts(self, engine, llama_reference, text_ids):
-        """Every rank holds what the scheduler says."""
+        """Every rank's state equals the scheduler's."""
         load = MixedLoad(text_ids, RULES, num_requests=40, num_aborted=4, max_prompt=200, num_tokens=8)
         load.run(engine)
         assert load.looks["times"] > 3, load.looks
@@ -99,7 +99,7 @@ def test_two_ranks_of_two(llama, run, unbound_threads):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "full_layers"), [("gemma3", (5,)), ("lfm2", (0, 1))])
 def test_layers_of_other_kinds(kind, full_layers, tiny_model, run, unbound_threads):
-    """Sliding windows, whose full-attention layers are one on each rank; short convolutions beside attention."""
+    """Sliding windows, with one full-attention layer on each rank; short convolutions and attention."""
     model, num_tokens = tiny_model(kind), 12
     prompts, rules = prompts_of(2), [{"ratio": "0.25"}, {"ratio": "1", "budget": 60}]
     named = {"gemma3": full_layers, "lfm2": (1,)}[kind]
@@ -114,12 +114,12 @@ def test_layers_of_other_kinds(kind, full_layers, tiny_model, run, unbound_threa
 
 
 def prompts_of(number: int) -> list[list[int]]:
-    """No token twice: in layer 0 its keys are as long, so rounding would choose between them."""
+    """Prompts without repeated tokens, whose keys have equal norms in layer 0, so that rounding would decide."""
     return [draw(random.Random(i), 300) for i in range(number)]
 
 
 def check_rules(engine, reference, full_layers) -> None:
-    """Ratios, budgets and documents, at once and again."""
+    """Checks ratios, budgets and documents, in one batch and once more."""
     prompts = prompts_of(len(RULES))
     outputs = engine.generate(prompts, [keep(**rule) for rule in RULES])
     for prompt, rule, output in zip(prompts, RULES, outputs, strict=True):
@@ -129,13 +129,13 @@ def check_rules(engine, reference, full_layers) -> None:
         assert (numbers["compactions"] > 2) is ("budget" in rule)
         (again,) = engine.generate([prompt], [keep(**rule)])
         assert list(again.outputs[0].token_ids) == answer
-        # Begun after the document, or at the last compaction in the prompt.
+        # It continued after the document, or from the last compaction in the prompt.
         found = max(expected_compactions(300, 299, intervals=INTERVALS, **rule), default=0)
         assert check_numbers(again, intervals=INTERVALS, **rule).get("found_tokens", 0) == found
 
 
 def check_groups(engine, num_ranks, full_layers, full_heads=()) -> None:
-    """Every rank has the same groups, and together they have every layer."""
+    """Checks that all ranks have the same groups, and together every layer."""
     ranks = engine.llm.collective_rpc("kv_cache_groups")
     assert len(ranks) == num_ranks
     layers = {True: set(), False: set()}

@@ -1,4 +1,4 @@
-"""What a request may ask of sampling, together with compression."""
+"""Sampling parameters together with compression."""
 
 import json
 import re
@@ -14,17 +14,17 @@ from vllm_l2kv.block_math import num_blocks_for
 
 EOS = 2  # of the demo model's tokenizer
 OF_ONE_CHUNK = [rule for rule in RULES if "document" not in rule.values[0]]
-"""Where a prompt of 150 tokens is computed in one step."""
+"""Rules under which a prompt of 150 tokens is computed in one step."""
 
 
 def check_compactions(output, rule: dict) -> None:
-    """Of one answer to a prompt of 300 tokens; with a budget there are many."""
+    """Checks the compactions of one answer to a prompt of 300 tokens; a budget causes many."""
     numbers = check_numbers(output, intervals=INTERVALS, **rule)
     assert (numbers["compactions"] > 2) is ("budget" in rule)
 
 
 class TestSeveralAnswers:
-    """Those with seeds have prompts of one chunk: vLLM's runner for CPUs fails on a seed and a prompt of several."""
+    """Prompts with seeds have one chunk: vLLM's CPU runner fails for a seed with a prompt of several chunks."""
 
     @pytest.mark.parametrize("rule", OF_ONE_CHUNK)
     def test_each_is_compressed_and_follows_its_seed(self, rule, engine, text_ids):
@@ -45,11 +45,11 @@ class TestSeveralAnswers:
             engine.fresh_tokens(prompt, keep(**rule, num_tokens=10, temperature=1.0, seed=7 + i)) for i in range(3)
         ]
         assert [list(answer.token_ids) for answer in together.outputs] == alone
-        # Or the comparison would say nothing of compression.
+        # Otherwise the comparison would not test compression.
         assert alone[0] != engine.fresh_tokens(prompt, keep("1.0", num_tokens=10, temperature=1.0, seed=7))
 
     def test_a_document_with_a_seed_is_refused_here(self, engine, text_ids):
-        """It would cut the prompt into two chunks."""
+        """A document would cut the prompt into two chunks."""
         rule = RULES[-1].values[0]
         (output,) = engine.generate([text_ids[:150]], [keep(**rule, temperature=1.0, seed=7)])
         assert output.outputs[0].finish_reason == "error"
@@ -57,7 +57,7 @@ class TestSeveralAnswers:
 
     @pytest.mark.parametrize("rule", RULES)
     def test_the_likeliest_tokens_are_those_of_the_reference_in_every_answer(self, rule, engine, expected, text_ids):
-        """vLLM refuses `n > 1` at a temperature of 0; one of the likeliest one token is as greedy."""
+        """vLLM refuses `n > 1` at a temperature of 0; `top_k=1` is equally greedy."""
         prompt = text_ids[:300]
         (output,) = engine.generate([prompt], [keep(**rule, n=2, temperature=1.0, top_k=1)])
         assert [list(answer.token_ids) for answer in output.outputs] == [expected(prompt, rule)] * 2
@@ -76,7 +76,7 @@ class TestSeveralAnswers:
             engine.step()
             if all(engine.scheduler.requests[req_id].num_output_tokens > 1 for req_id in ids):
                 break
-        # Its kept rows and one more, or a few, in the compressed group of each child.
+        # In the compressed group each child holds its kept rows and one or a few more.
         num_blocks = num_blocks_for(expected_numbers(300, 2, intervals=INTERVALS, **rule)["kept_tokens"], 32)
         assert [engine.num_blocks(req_id)[1] for req_id in ids] == [num_blocks] * 3
         engine.drain()
@@ -115,7 +115,7 @@ class TestTheEnd:
         )
         assert list(early.outputs[0].token_ids) == [EOS]
         inside = expected_compactions(300, 299, intervals=INTERVALS, **rule)
-        # It ended before the compaction at the end of its prompt.
+        # The answer ended before the compaction at the end of its prompt.
         assert early.kv_transfer_params["kv_cache"]["compactions"] == len(inside)
         assert len(late.outputs[0].token_ids) == 9
         assert late.outputs[0].token_ids[8] == EOS
@@ -123,7 +123,7 @@ class TestTheEnd:
         assert late.outputs[0].finish_reason == "stop"
         check_compactions(late, rule)
 
-    def test_ignore_eos_goes_on_behind_it(self, rule, engine, text_ids):
+    def test_ignore_eos_continues_after_it(self, rule, engine, text_ids):
         (output,) = engine.generate([text_ids[:300]], [keep(**rule, num_tokens=9, logit_bias={EOS: 100.0})])
         assert list(output.outputs[0].token_ids) == [EOS] * 9
 
@@ -140,7 +140,7 @@ def assert_close(left, right):
 
 
 def check_close(logprobs, expected: torch.Tensor) -> None:
-    """With logprobs of a reference, `[num_tokens, vocabulary]`."""
+    """Compares with logprobs of a reference, `[num_tokens, vocabulary]`."""
     for step, at in enumerate(values(logprobs)):
         for token, logprob in at.items():
             assert logprob == pytest.approx(expected[step, token].item(), abs=2e-3)
@@ -155,8 +155,8 @@ class TestLogprobs:
         assert_close(ours.prompt_logprobs, theirs.prompt_logprobs)
 
     @pytest.mark.parametrize("length", [200, 700])
-    def test_of_a_prompt_do_not_know_of_a_ratio(self, engine, plain, text_ids, length):
-        """They come from the prefill; 700 tokens take two chunks."""
+    def test_of_a_prompt_do_not_depend_on_the_ratio(self, engine, plain, text_ids, length):
+        """Prompt logprobs come from the prefill; 700 tokens take two chunks."""
         prompt = text_ids[:length]
         (ours,) = engine.generate([prompt], [keep("0.25", num_tokens=8, prompt_logprobs=3)])
         (theirs,) = plain.generate([prompt], [greedy(8, prompt_logprobs=3)])
@@ -165,10 +165,10 @@ class TestLogprobs:
         assert ours.kv_transfer_params["kv_cache"]["evicted_tokens"] == length * 3 // 4
 
     def test_of_a_prompt_with_a_budget_equal_the_reference(self, engine, llama_reference, text_ids):
-        """After a compaction inside the prompt, its tokens see what is left; until then, all before them."""
+        """After a compaction inside the prompt, tokens see the kept rows; before it, all earlier tokens."""
         prompt, budget = text_ids[:450], 60
         whole, ours = engine.generate([prompt] * 2, [keep("1", prompt_logprobs=3, budget=b) for b in (None, budget)])
-        # To the reference, what follows the first token is an answer with the interval of a prompt.
+        # For the reference, everything after the first token is an answer with the interval of a prompt.
         rule = {"full_layers": (0,), "budget": budget, "intervals": (INTERVALS[0],) * 2}
         expected = llama_reference.logits(prompt[:1], prompt[1:], **rule).log_softmax(-1)
         assert len(ours.prompt_logprobs) == 450
@@ -179,7 +179,7 @@ class TestLogprobs:
         assert ours.kv_transfer_params["kv_cache"]["compactions"] > 4
 
     def test_of_a_prompt_are_never_left_out(self, engine, text_ids):
-        """A request that asks for them reads nothing from the cache, in vLLM neither."""
+        """A request for prompt logprobs reads nothing from the prefix cache, as in stock vLLM."""
         for rule in (RULES[1].values[0], RULES[3].values[0]):
             outputs = [engine.generate([text_ids[:300]], [keep(**rule, prompt_logprobs=3)])[0] for _ in range(2)]
             assert outputs[1].num_cached_tokens == 0
@@ -218,7 +218,7 @@ class TestStructuredOutput:
         }
         asked = {"num_tokens": 60, "ignore_eos": False, "structured_outputs": StructuredOutputsParams(json=schema)}
         params = [keep("0.25", **asked), keep("1", budget=60, **asked), keep("0.25", budget=80, first=4, **asked)]
-        # Or random weights would write spaces for ever.
+        # Otherwise random weights would write spaces without end.
         config = {"backend": "xgrammar", "disable_any_whitespace": True}
         with run(llama, structured_outputs_config=config) as engine:
             outputs = engine.generate([text_ids[:300]] * len(params), params)
@@ -232,16 +232,16 @@ class TestStructuredOutput:
     def test_constrained_tokens_are_the_likeliest_allowed_ones_of_the_reference(
         self, engine, llama_reference, expected, tokenizer, text_ids
     ):
-        """The masks meet the compressed context's logits, one row for one request."""
+        """Each request's grammar mask applies to its logits of the compressed context."""
         digits = [tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"]
         asked = {"structured_outputs": StructuredOutputsParams(regex=r"[0-9]{12}")}
         rules = [{"ratio": "1"}, *(rule.values[0] for rule in RULES)]
         prompts = [text_ids[7 * i : 7 * i + 300] for i in range(len(rules) + 1)]
-        # And a neighbour without a grammar.
+        # And another request without a grammar.
         *outputs, free = engine.tokens(prompts, [*(keep(**rule, **asked) for rule in rules), keep("0.5")])
         assert free == expected(prompts[-1], {"ratio": "0.5"})
         for prompt, rule, answer in zip(prompts[:-1], rules, outputs, strict=True):
-            # Digits are tokens of their own in this tokenizer.
+            # In this tokenizer each digit is a token.
             assert set(answer) <= set(digits)
             rule = {**rule, "full_layers": (0,), "intervals": INTERVALS}
             logits = llama_reference.logits(prompt, answer, **rule)[:, digits]

@@ -1,4 +1,4 @@
-"""What a request names as its scorer and granularity decides, through the whole engine."""
+"""Each request's own scorer and granularity apply, through the whole engine."""
 
 from dataclasses import replace
 
@@ -21,14 +21,14 @@ FULL_LAYERS = (0,)
 
 
 class HighValues(Scorer):
-    """What a user may write: large values."""
+    """A scorer as a user may write it, which prefers large values."""
 
     def score(self, rows):
         return rows.values.float().norm(dim=-1)
 
 
 class BlockReference(Reference):
-    """The rule of the paper for blocks of 16 tokens that all heads of a layer share, in loops."""
+    """The paper's rule for blocks of 16 tokens that all heads of a layer share, in loops."""
 
     def _kept(self, index, keys, values, num_keep, first, last):
         num_kv_heads, n = keys.shape[:2]
@@ -50,7 +50,7 @@ def weights(llama_reference):
 
 @pytest.fixture(scope="module")
 def engine(llama, weights, run, tmp_path_factory):
-    """With every scorer that there is, and one of a user's own."""
+    """An engine with every scorer, and one of a user's own."""
     profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
     write_profile(profile, weights, fingerprint(llama))
     intervals = dict(zip(("prompt_interval", "answer_interval"), INTERVALS, strict=True))
@@ -67,7 +67,7 @@ def scored(llama, weights):
 
 @pytest.fixture
 def plain_settings(engine, monkeypatch):
-    """Those of an engine that serves, without a profile."""
+    """The settings of a serving engine without a profile."""
     settings = replace(engine.scheduler.settings, profile=None, evaluation_scorers=())
     monkeypatch.setattr(engine.scheduler, "settings", settings)
 
@@ -101,7 +101,7 @@ def test_a_scorer_of_a_user(engine, llama, text_ids):
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (4, 40)])
 def test_all_scorers_of_many_compactions_in_one_batch(engine, scored, text_ids, first, last):
-    """What is left in the end depends on the scorer each time, in the prompt and in the answer."""
+    """The final rows depend on the scorer at each compaction, in the prompt and in the answer."""
     prompt, names = text_ids[40:440], [name for name in SCORERS if name not in ONE_COMPACTION_SCORERS]
     rule = {"ratio": "1", "first": first, "last": last, "budget": 60}
     outputs = engine.generate([prompt] * len(names), [keep(**rule, scorer=name) for name in names])
@@ -118,7 +118,7 @@ def test_all_scorers_of_many_compactions_in_one_batch(engine, scored, text_ids, 
     ("field", "value"), [*(("scorer", name) for name in ONE_COMPACTION_SCORERS), ("granularity", "block")]
 )
 def test_what_one_compaction_alone_defines_is_refused_with_a_budget(engine, text_ids, field, value):
-    """By name and that request alone, also where no front end looked. Without a budget it is fine."""
+    """The error names the scorer and fails that request alone, also without a front end. Without a budget it works."""
     sentence = f"kv_{field} '{value}' is defined for one compaction only"
     with pytest.raises(ParamError, match=sentence):
         compression(0.5, max_tokens=100, **{field: value})
@@ -132,7 +132,7 @@ def test_what_one_compaction_alone_defines_is_refused_with_a_budget(engine, text
 
 
 def test_scorers_that_an_engine_does_not_have_are_refused(plain_settings, engine, text_ids):
-    """By name and that request alone, also where no front end looked."""
+    """The error names the scorer and fails that request alone, also without a front end."""
     names = [*EVALUATION_SCORERS, *PROFILE_SCORERS, OWN]
     outputs = engine.generate([text_ids[:200]] * (len(names) + 1), [keep("0.5"), *(ask(name) for name in names)])
     assert outputs[0].outputs[0].finish_reason == "length"

@@ -1,6 +1,6 @@
-"""A server of several processes that is told to stop, or loses one of them, while it answers.
+"""A server of several processes that gets a signal, or loses a process, while it answers.
 
-As in `tests/e2e/test_faults.py`: it ends as a whole and in time, nobody hangs and nothing is left behind.
+As in `tests/e2e/test_faults.py`: all of it ends in time, no client hangs, and no process is left.
 """
 
 import signal
@@ -19,7 +19,7 @@ TWO_ENGINES_ONE_API_SERVER = "--data-parallel-size 2 --api-server-count 1"
 
 @pytest.fixture
 def server(request, tiny_model, tmp_path, monkeypatch):
-    # vLLM wants a NUMA node for each rank and engine, unless it is told to leave threads alone.
+    # vLLM needs a NUMA node for each rank and engine, unless threads stay unbound.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     words = "--dtype float32 --enforce-eager --max-model-len 4096 --kv-full-layers 0"
     with Server(tmp_path / "server.log", str(tiny_model("llama")), *words.split(), *request.param.split()) as server:
@@ -27,19 +27,19 @@ def server(request, tiny_model, tmp_path, monkeypatch):
 
 
 def is_error(text: str) -> bool:
-    """An error in OpenAI's format, with a status or in a stream that had begun, or a connection that was closed."""
+    """Whether it is an error in OpenAI's format, with a status or in a stream, or a closed connection."""
     return '"error":' in text or text.endswith("Error")
 
 
 def is_aborted(text: str) -> bool:
-    """What vLLM tells the clients of an engine that it stops because of another one: no more than this was answered."""
+    """Whether an answer was cut short as vLLM does when it stops an engine because another one ended."""
     return '"finish_reason":"abort"' in text
 
 
 @pytest.mark.parametrize(
     ("server", "title"),
     [
-        # It takes half of END_SECONDS: vLLM waits twice for the other rank, which waits for this one.
+        # This takes half of END_SECONDS: vLLM waits twice for the other rank, which waits for this one.
         pytest.param(TWO_RANKS, "Worker_TP1", id="one of two ranks"),
         pytest.param(TWO_API_SERVERS, "APIServer_1", id="one of two API servers"),
         pytest.param(TWO_API_SERVERS, "EngineCore", id="the engine of two API servers"),

@@ -1,4 +1,4 @@
-"""One port in front of several processes: every one of them must know the fields, the numbers and the errors."""
+"""Several processes on one port: each must handle the fields, the numbers and the errors."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def server(request, tiny_model, tmp_path_factory):
     words = "--served-model-name tiny --dtype float32 --enforce-eager --max-model-len 2048 --kv-full-layers 0"
     words += " --kv-prompt-interval {} --kv-answer-interval {}".format(*INTERVALS)
     with pytest.MonkeyPatch.context() as patch:
-        # vLLM wants a NUMA node for each engine, unless it is told to leave threads alone.
+        # vLLM needs a NUMA node for each engine, unless threads stay unbound.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         server = Server(log, str(tiny_model("llama")), *words.split(), *request.param)
     with server:
@@ -38,7 +38,7 @@ def server(request, tiny_model, tmp_path_factory):
 
 
 def ask(server, text_ids, number: int, **fields) -> httpx.Response:
-    """A connection of its own for each request, so that any process may take it."""
+    """Uses a new connection for each request, so that any process may accept it."""
     body = {
         "model": "tiny",
         "prompt": text_ids[5 * number : 5 * number + 200 + number],
@@ -91,7 +91,7 @@ def test_numbers_and_tokens(server, text_ids, tiny_model, tokenizer):
 
 
 def check_metrics(before, after, usage: list[dict[str, int]]) -> None:
-    """Whatever process is asked, it answers for all engines and all API processes."""
+    """Checks that each process answers for all engines and all API processes."""
     num_compactions = sum(numbers["compactions"] for numbers in usage)
     expected = {
         "requests_compressed_total": sum(numbers["compactions"] > 0 for numbers in usage),
@@ -106,13 +106,13 @@ def check_metrics(before, after, usage: list[dict[str, int]]) -> None:
     assert {name: after[names[name]] - before[names[name]] for name in names} == expected
 
 
-def test_nothing_asked_nothing_told(server, text_ids):
+def test_no_numbers_without_a_field(server, text_ids):
     for answer in at_once(lambda number: ask(server, text_ids, number), 8):
         assert "kv_cache" not in answer.json()["usage"]
 
 
 def test_streams(server, text_ids):
-    """Some engine has met each prompt already, and with a budget it may find what was left."""
+    """One of the engines has seen each prompt already, and with a budget it may find its rows."""
     options = {"stream": True, "stream_options": {"include_usage": True}}
     answers = at_once(lambda number: ask(server, text_ids, number, **options, **fields_of(number)))
     for number, answer in enumerate(answers):
@@ -142,8 +142,8 @@ def test_the_page_about_compression(server):
     assert pages[0].json()["full_layers"] == [0]
 
 
-def test_every_process_took_its_share_and_still_runs(server, request):
-    """What the tests above say, they say of each process."""
+def test_every_process_answered_requests_and_still_runs(server, request):
+    """So the tests above hold for each process."""
     assert server.is_healthy()
     log = server.log.read_text()
     assert "Traceback" not in log

@@ -1,7 +1,7 @@
-"""Speculative decoding: drafts are written into slots of compacted requests, and many are thrown away.
+"""Speculative decoding: drafts are written into slots of compacted requests, and many are rejected.
 
-By n-grams; by a draft model, which is the model itself on its whole cache; by an EAGLE head with random weights, of
-which most are.
+Drafts come from n-grams, from a draft model (the model itself on its whole cache), or from an EAGLE head with random
+weights, most of whose drafts are rejected.
 """
 
 import sys
@@ -20,14 +20,14 @@ RULES = [
     {"ratio": "0.5", "budget": 70, "first": 4, "last": 16},
     {"ratio": "0.5", "document": 39},
 ]
-"""Among the prompts are some that these budgets compact before their end."""
+"""Rules whose budgets compact some of the prompts before their end."""
 VOCABULARY = 64
-"""So few that a model with random weights runs in circles now and then, and some drafts come true."""
+"""A vocabulary so small that a model with random weights sometimes repeats itself, and some drafts are accepted."""
 
 
 @pytest.fixture(scope="module")
 def model(method, tiny_model):
-    """With six layers, and one or six of a draft model beside them, vLLM gives each class one group."""
+    """A model with six layers: with one or six layers of a draft model, vLLM makes one group for each class."""
     return tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=4 if method == "ngram" else 6)
 
 
@@ -45,7 +45,7 @@ def small_reference(model):
 
 @pytest.fixture(scope="module")
 def answers(small_reference, prompts):
-    """The reference's, by a rule."""
+    """Returns the reference's answers by a rule."""
 
     def answers(rule, num_tokens=NUM_TOKENS):
         rule = {**rule, "full_layers": (0,), "intervals": INTERVALS}
@@ -75,19 +75,19 @@ def drafting(method, model, run, request):
         speculative["model"] = str(model if method == "draft_model" else request.getfixturevalue("eagle"))
     with run(model, speculative_config=speculative) as engine:
         yield engine
-    # N-grams take numba. When an engine starts, vLLM looks into every module's variables, and stumbles over this one's.
+    # N-grams import numba. When an engine starts, vLLM reads the variables of every module, and fails on numba's.
     sys.modules.pop("llvmlite.binding.ffi", None)
 
 
 @pytest.fixture(scope="module")
 def prompts(text_ids):
-    """Of different lengths; none is the beginning of another one."""
+    """Prompts of different lengths; none begins another one."""
     return [[token % VOCABULARY for token in text_ids[17 * i : 17 * i + 40 + 37 * i]] for i in range(8)]
 
 
 @pytest.fixture
 def counted(drafting, monkeypatch) -> Counter:
-    """Draft tokens scheduled and accepted, and requests preempted, from now on."""
+    """Counts draft tokens scheduled and accepted, and requests preempted, from now on."""
     counts: Counter = Counter()
     schedule, update = drafting.scheduler.schedule, drafting.scheduler.update_from_output
 
@@ -110,7 +110,7 @@ def counted(drafting, monkeypatch) -> Counter:
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_answers_equal_the_reference(rule, method, drafting, counted, answers, prompts):
-    """No draft crosses a compaction, so few of a long row come true where one is due every three tokens."""
+    """No draft crosses a compaction, so few drafts are accepted where one is due every three tokens."""
     for _ in range(1 + ("document" in rule)):  # computed, then found
         outputs = drafting.generate(prompts, [keep(**rule, num_tokens=NUM_TOKENS)] * len(prompts))
     assert [list(output.outputs[0].token_ids) for output in outputs] == answers(rule)
@@ -128,14 +128,14 @@ def test_answers_equal_the_reference(rule, method, drafting, counted, answers, p
 
 @pytest.mark.parametrize("num_tokens", [2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize("rule", [RULES[1], RULES[3]], ids=str)
-def test_the_end_comes_among_the_drafts(num_tokens, rule, drafting, answers, prompts):
+def test_an_answer_ends_inside_a_row_of_drafts(num_tokens, rule, drafting, answers, prompts):
     assert drafting.tokens(prompts, [keep(**rule, num_tokens=num_tokens)] * len(prompts)) == answers(rule, num_tokens)
 
 
 def test_a_small_cache_preempts(drafting, counted, answers, prompts):
-    """Who is preempted gives up its drafts with its blocks, and is compacted again at the same position.
+    """A preempted request gives up its drafts with its blocks, and is compacted again at the same position.
 
-    By ratio: with budgets, requests are admitted only where they need not be preempted here.
+    With ratios: with budgets, requests are admitted only if they need not be preempted here.
     """
     rule = RULES[1]
     params = [keep(**rule, num_tokens=NUM_TOKENS)] * len(prompts)
@@ -148,7 +148,7 @@ def test_a_small_cache_preempts(drafting, counted, answers, prompts):
 
 
 def test_no_room_for_a_compaction(drafting, counted, small_reference, prompts):
-    """Its blocks are shared and none is free: it is preempted, drafts and all, and answers as ever."""
+    """Its blocks are shared and none is free: the request is preempted with its drafts, and its answer is the same."""
     prompt = prompts[-1]
     assert drafting.kv_cache_manager.reset_prefix_cache()
     drafting.add("shares its blocks", prompt, keep("1.0", num_tokens=60))

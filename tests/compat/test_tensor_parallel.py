@@ -1,4 +1,4 @@
-"""Two ranks in processes of their own, each with its heads: answers and blocks equal those of one rank."""
+"""Two tensor-parallel ranks in separate processes: answers and blocks equal those of one rank."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, full_heads, tiny_model, 
                     engine.step()
                 held.append(engine.num_blocks(req_id))
                 again = engine.drain()[str(i)]
-                # Begun after the document, or at the last compaction in the prompt.
+                # It continued after the document, or from the last compaction in the prompt.
                 assert list(again.outputs[0].token_ids) == answers[num_ranks][i]
                 found = max(expected_compactions(300, 299, intervals=INTERVALS, **RULES[i]), default=0)
                 assert check_numbers(again, intervals=INTERVALS, **RULES[i]).get("found_tokens", 0) == found
@@ -63,7 +63,7 @@ def test_two_ranks_equal_one(num_kv_heads, full_layers, full_heads, tiny_model, 
 
 
 @pytest.mark.slow
-def test_many_requests_on_two_ranks_which_hold_the_same(tiny_model, run, text_ids, unbound_threads):
+def test_many_requests_on_two_ranks_with_equal_state(tiny_model, run, text_ids, unbound_threads):
     model = tiny_model("llama", num_key_value_heads=2)
     load = MixedLoad(text_ids, RULES)
     room = {"max_num_seqs": load.num_requests, "max_num_batched_tokens": 8192, "num_gpu_blocks_override": 3000}
@@ -102,7 +102,7 @@ def test_compaction_adds_no_communication(tiny_model, run, text_ids, unbound_thr
 
 @pytest.mark.slow
 def test_a_fourth_kv_head_changes_nothing(demo_model, reference, tmp_path, text_ids):
-    """`tests/gpu/test_two_gpus.py` deals the demo model's heads out to two GPUs this way."""
+    """`tests/gpu/test_two_gpus.py` divides the demo model's heads between two GPUs this way."""
     wide = Reference(widened(tmp_path / "widened", demo_model))
     assert wide.model.config.num_key_value_heads == reference.model.config.num_key_value_heads + 1
     prompt, ratio = text_ids[:100], "0.5"

@@ -1,4 +1,4 @@
-"""Tool calls together with compression, over HTTP: the grammar of a call meets the compressed context."""
+"""Tool calls together with compression, over HTTP: grammars on a compressed context."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from http_server import Server, expected_usage
 from vllm_l2kv.policy import Intervals
 
 MODEL = "SmolLM2-135M-Instruct"
-# The demo model's own template knows nothing of tools.
+# The demo model's own template does not support tools.
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 Tools: {{ tools | tojson }}
@@ -56,7 +56,7 @@ NAMED = {"type": "function", "function": {"name": "light_the_lamp"}}
 
 
 def turn(day: int, ships: int) -> list[dict[str, Any]]:
-    """A question, the call of a tool, what that said, the answer."""
+    """A question, the call of a tool, the tool's result, the answer."""
     function = {"name": "count_ships", "arguments": json.dumps({"day": day, "at_night": False})}
     return [
         {"role": "user", "content": f"How many ships on day {day}?"},
@@ -70,14 +70,14 @@ def turn(day: int, ships: int) -> list[dict[str, Any]]:
     ]
 
 
-# Turns that even a model of 135 million parameters goes on with by itself.
+# Turns that even a model with 135 million parameters continues by itself.
 TURNS = [message for day in range(3) for message in turn(day, day * 7 % 11)]
 QUESTION, CALL, RESULT, _ = turn(3, 10)
 
 
 @pytest.fixture(scope="module")
 def client(demo_model, tmp_path_factory):
-    """Of a server with short intervals: with a budget prompts are compacted before their end, and calls on the way."""
+    """A client of a server with short intervals: a budget compacts prompts before their end, and during calls."""
     words = "--max-model-len 4096 --enforce-eager --dtype float32 --enable-auto-tool-choice --tool-call-parser hermes"
     words += " --trust-request-chat-template --kv-prompt-interval {} --kv-answer-interval {}".format(*INTERVALS)
     log = tmp_path_factory.mktemp("server") / "server.log"
@@ -96,7 +96,7 @@ def ask(client, messages: list[dict[str, Any]], rule: dict[str, float] | None, *
 
 
 def call_of_stream(chunks: list[Any]) -> tuple[str, str]:
-    """The name and the arguments of the one call of a stream, put together."""
+    """Returns the name and the joined arguments of the one call in a stream."""
     deltas = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
     assert {call.index for call in deltas} == {0}
     names, arguments = ([getattr(call.function, field) or "" for call in deltas] for field in ("name", "arguments"))
@@ -138,7 +138,7 @@ class TestACall:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_what_a_tool_said_is_answered(client, rule):
+def test_a_tools_result_is_answered(client, rule):
     answer = ask(client, [*TURNS, QUESTION, CALL, RESULT], rule, tool_choice="none")
     assert answer.choices[0].message.content == "He saw 10 ships."
     assert not answer.choices[0].message.tool_calls

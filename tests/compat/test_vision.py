@@ -1,8 +1,8 @@
-"""Images are tokens of a prompt: rows of them are kept, evicted and protected as those of words are.
+"""Images are tokens of a prompt: their rows are kept, evicted and protected like those of text.
 
-Tiny models with random weights: Qwen2.5-VL, whose positions have three dimensions where an image is; Qwen3-VL, whose
-first layers add features of images; Gemma 3, beside sliding windows; LLaVA. Their greedy answers equal those of Hugging
-Face's models on the same embeddings and positions.
+Tiny models with random weights: Qwen2.5-VL, whose positions in an image have three dimensions; Qwen3-VL, whose first
+layers add features of images; Gemma 3, with sliding windows; LLaVA. Their greedy answers equal those of Hugging Face's
+models on the same embeddings and positions.
 """
 
 import copy
@@ -13,7 +13,7 @@ from engine import keep, tokens_of
 from reference import check_numbers
 from rules import INTERVALS
 
-pytestmark = pytest.mark.slow  # one more engine for each
+pytestmark = pytest.mark.slow  # an engine for each
 pytest.importorskip("torchvision")
 
 from tiny_vision import FAMILIES, VisionReference, picture, write  # noqa: E402
@@ -30,7 +30,7 @@ RULES = [
     {"ratio": "0.5"},
     {"ratio": "0.2", "first": 4, "last": 8},
     {"ratio": "1", "budget": 30, "first": 8},
-    # A document that ends after the image, one that ends inside it, and protection that reaches into it.
+    # A document that ends after the image, one that ends inside it, and protected rows inside it.
     {"ratio": "0.4", "document": 45},
     {"ratio": "0.4", "document": 12},
     {"ratio": "0.3", "first": 15},
@@ -73,7 +73,7 @@ def test_answers(prompt, rule, family, engine, reference):
     assert tokens.count(reference.model.config.image_token_id) == num_image_tokens
     asked = {**rule, "intervals": INTERVALS}
     request = {"prompt": text, "multi_modal_data": {"image": copy.deepcopy(images)}}
-    for _ in range(2):  # the second may find a document of the first
+    for _ in range(2):  # the second may find the first one's document
         (output,) = engine.llm.generate([request], [keep(**rule)], use_tqdm=False)
         engine.check_whole()
         assert output.prompt_token_ids == tokens
@@ -82,7 +82,7 @@ def test_answers(prompt, rule, family, engine, reference):
 
 
 def test_another_image_finds_nothing(family, engine, reference):
-    """Where the same words have another image, a document is another one."""
+    """A document with the same words and another image is another document."""
     text, (image,) = inputs(PROMPTS[0], family)
     rule = {"ratio": "0.5", "document": 45}
     found, answers = [], []

@@ -1,4 +1,4 @@
-"""The example of docs/compatibility.md with an image, on a real server with a tiny vision-language model."""
+"""The image example of docs/compatibility.md, on a real server with a tiny vision-language model."""
 
 import json
 import re
