@@ -1,6 +1,6 @@
-"""Every kind of cache that a model of vLLM can ask for is known here: it compacts, is left alone, or is refused.
+"""Every kind of cache that a vLLM model can request is known here: it is compacted, left unchanged, or refused.
 
-Reads vLLM's source, so a kind that comes with a new version fails here before a model that has it starts.
+The test reads vLLM's source, so a kind that a new version adds fails here before a model with it starts.
 """
 
 import ast
@@ -54,20 +54,20 @@ ASK_FOR_THEM = {
     # Attention of ordinary models, and the chunks of Llama 4.
     "model_executor/layers/attention/attention.py Attention",
     "model_executor/layers/attention/chunked_local_attention.py ChunkedLocalAttention",
-    # States, whatever they are of: they are left alone.
+    # States of any kind: they are left unchanged.
     "model_executor/layers/mamba/abstract.py MambaBase",
     *(f"models/qwen4_exp/{device}/model.py Qwen4ExpForCausalLM" for device in ("amd", "nvidia")),
-    # Layers of their own, which `check_attention` refuses: biases by distance, and choices of rows by an index.
+    # Special layers, which `check_attention` refuses: biases by distance, and rows chosen by an index.
     *(f"models/inkling/{device}/attention.py InklingAttention" for device in ("amd", "nvidia")),
     *(f"models/inkling/{device}/sconv_swa_attn.py InklingConvState" for device in ("amd", "nvidia")),
     *(f"models/minimax_m3/{device}/model.py MiniMaxM3SparseAttention" for device in ("amd", "nvidia")),
     *(f"models/qwen4_exp/{device}/qsa.py Qwen4ExpQSAAttention" for device in ("amd", "nvidia")),
     # Summaries of eight tokens, which `classify_layers` refuses.
     "models/step5/nvidia/sparse_summary_cache.py Step5SparseSummaryCacheLayer",
-    # No layers: sizes of blocks.
+    # Not layers, but sizes of blocks.
     "platforms/interface.py Platform",
 }
-"""Who makes a spec of these very classes: file and class. One that is new wants a look at what it caches."""
+"""File and class of each code that makes a spec of exactly these classes. Check what a new one caches."""
 
 
 def subclasses(of: type) -> Iterator[type]:
@@ -125,7 +125,7 @@ def test_a_value_that_is_not_known(changes):
         classified(example(FullAttentionSpec, **changes))
 
 
-def test_fields_that_say_nothing_of_rows():
+def test_fields_that_do_not_affect_rows():
     known = {field.name for field in fields(FullAttentionSpec)} & KNOWN_FIELDS
     assert KNOWN_FIELDS - known <= {"is_draft"}  # new in 0.33
     same = example(FullAttentionSpec, page_size_padded=2**20, max_tp_shards=2, block_stride_alignment=64)
@@ -134,7 +134,7 @@ def test_fields_that_say_nothing_of_rows():
 
 
 def test_every_kind_is_among_them():
-    """A spec that a model or a backend defines where nothing imports it here."""
+    """Also specs that a model or a backend defines in a module that is not imported here."""
     names = {each.__name__ for each in (KVCacheSpec, *of_vllm())}
     defined = {
         name
@@ -148,7 +148,7 @@ def test_every_kind_is_among_them():
     assert all(hasattr(kv_cache_interface, name) for name in defined)
 
 
-def test_who_asks_for_caches_that_compact_or_are_left_alone():
+def test_callers_that_make_caches_which_compact_or_stay():
     wanted = {each.__name__ for each in BECOMES}
     found = {f"{path} {owner}" for path, tree in parsed("Spec(") for owner in makers(tree, wanted)}
     assert found, SOURCE
@@ -163,7 +163,7 @@ def parsed(mark: str) -> Iterator[tuple[str, ast.Module]]:
 
 
 def makers(tree: ast.Module, wanted: set[str]) -> Iterator[str]:
-    """Names of the classes, or functions of the module, that call one of the wanted classes."""
+    """Returns names of classes, or of module-level functions, that call one of the wanted classes."""
     for owner in tree.body:
         for node in ast.walk(owner):
             if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", None)) in wanted:

@@ -1,4 +1,4 @@
-"""What attention by classes of heads relies on in vLLM, for both backends; most machines have no GPU to notice."""
+"""What attention by classes of heads relies on in vLLM, for both backends, checked without a GPU."""
 
 import ast
 import inspect
@@ -26,7 +26,7 @@ BACKENDS = [
 
 
 @pytest.mark.parametrize(("backend", "impl"), BACKENDS)
-def test_an_implementation_is_called_as_ours_is(backend, impl):
+def test_an_implementation_is_called_as_the_split_one_is(backend, impl):
     for name in ("forward", "do_kv_cache_update", "get_impl_variants"):
         ours, theirs = (list(inspect.signature(getattr(of, name)).parameters) for of in (SplitAttention, impl))
         assert ours == theirs
@@ -35,7 +35,7 @@ def test_an_implementation_is_called_as_ours_is(backend, impl):
 
 @pytest.mark.parametrize(("backend", "impl"), BACKENDS)
 def test_keys_are_written_before_attention_and_by_nothing_else(backend, impl):
-    """A fused kernel that writes them would go around us."""
+    """A fused kernel that writes them would bypass the split attention."""
     assert backend.forward_includes_kv_cache_update is False
     fused = [name for name in vars(AttentionImpl) if name.startswith(("fused_", "do_qk", "do_rope"))]
     assert len(fused) > 4
@@ -47,7 +47,7 @@ def test_attention_on_a_cache_needs_no_keys(backend, impl):
     source = inspect.getsource(impl.forward)
     for name in ("key", "value"):
         for place in source.split(f"{name}[:num_actual_tokens]")[:-1]:
-            # Those of encoders and of context parallelism, which we refuse.
+            # Encoders and context parallelism, which are refused.
             assert place.rstrip().endswith(("query[:num_actual_tokens],", "key[:num_actual_tokens],")), place[-200:]
 
 
@@ -71,7 +71,7 @@ def test_a_second_layer_needs_no_more():
 
 
 def test_memory_is_measured_on_whole_layers():
-    """vLLM asks its runner for specs there, not the worker; so attention is split after that."""
+    """There vLLM asks its runner, not the worker, for specs; so attention is split after that."""
     assert "runner.get_kv_cache_spec()" in inspect.getsource(cudagraph_utils._init_minimal_kv_cache_for_profiling)
     source = inspect.getsource(EngineCore._initialize_kv_caches)
     steps = ("get_kv_cache_specs()", "determine_available_memory()", "initialize_from_config(")
@@ -80,8 +80,8 @@ def test_memory_is_measured_on_whole_layers():
     assert places == sorted(places)
 
 
-def test_flash_attentions_operator_takes_what_ours_gives():
-    """vLLM passes all of them, in the operator's order, which a GPU alone can tell."""
+def test_flash_attentions_operator_takes_these_arguments():
+    """vLLM passes all arguments, in the operator's order, which otherwise only a GPU would check."""
     path = Path(vllm.__file__).with_name("vllm_flash_attn") / "flash_attn_interface.py"
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     (call,) = (call for call in calls if ast.unparse(call.func) == "torch.ops._vllm_fa3_C.fwd")

@@ -1,6 +1,6 @@
 """`docs/vllm_hooks.md` names everything of vLLM that the packages touch, and nothing else.
 
-What a failure says is what to do: which row is missing, or which name of which row its modules have no more.
+A failure says what to do: which row is missing, or which name of a row its modules no longer have.
 """
 
 import ast
@@ -21,7 +21,7 @@ TOOLS = ("tools",)
 NOT_OF_VLLM = [
     PACKAGES["vllm_l2kv"] / "tools" / name for name in ("demo_model.py", "bench/cli.py", "evaluation/cli.py")
 ]
-"""Set attributes of a tokenizer and of its model's settings, and of options that our own commands parse."""
+"""Modules that set attributes of a tokenizer, of a model's settings, or of options of the project's commands."""
 REPLACED, CHANGED = "Replaced objects", "Changed attributes"
 
 
@@ -35,8 +35,8 @@ class Row(NamedTuple):
         section: The heading above it.
         line: Its number.
         names: Identifiers of vLLM between backticks.
-        owners: Of these, classes that only say whose attribute is meant, as in `BlockPool.free_blocks`.
-        modules: Where we touch them.
+        owners: Those of them that only qualify an attribute, such as `BlockPool` in `BlockPool.free_blocks`.
+        modules: Modules that touch them.
     """
 
     section: str
@@ -66,7 +66,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def files_of(module: str) -> list[Path]:
-    """`worker.cpu` is a file of either package, `scheduler` a folder, `Makefile` itself."""
+    """Returns the files of a name: `worker.cpu` is a file of either package, `scheduler` a folder."""
     if (ROOT / module).is_file():
         return [ROOT / module]
     found = []
@@ -97,27 +97,27 @@ def where(path: Path, node: ast.AST) -> str:
 
 
 def is_core(path: Path) -> bool:
-    """Runs inside vLLM's engine, so that nearly every object in it is vLLM's or ours."""
+    """Whether a module runs inside vLLM's engine, where nearly every object is vLLM's or the project's."""
     return PACKAGES["vllm_l2kv"] in path.parents and path.relative_to(PACKAGES["vllm_l2kv"]).parts[0] not in TOOLS
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
-            # Modules of one name are told apart by what they are in, as in `completion.api_router`.
+            # Modules with equal names are distinguished by their package, as in `completion.api_router`.
             yield from ((alias.name, node) for alias in node.names)
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[-1], node) for alias in node.names if alias.name.startswith("vllm."))
 
 
 def stands_before(node: ast.AST) -> bool:
-    """Whether a class passes what it does not answer on to another object."""
+    """Whether a class passes unknown attributes on to another object."""
     return isinstance(node, ast.ClassDef) and "__getattr__" in {getattr(child, "name", None) for child in node.body}
 
 
 @cache
 def names_of_vllm(cls: type) -> frozenset[str]:
-    """Attributes that instances have from the classes of vLLM among a class's bases."""
+    """Returns the attributes that instances have from vLLM's classes among a class's bases."""
     names: set[str] = set()
     for base in filter(is_vllms, cls.__mro__):
         names |= {*vars(base), *getattr(base, "__annotations__", {})}
@@ -127,7 +127,7 @@ def names_of_vllm(cls: type) -> frozenset[str]:
 
 @cache
 def own_names(core: bool) -> frozenset[str]:
-    """Attributes that our own classes define, and none of vLLM's that they derive from."""
+    """Returns the attributes that the project's classes define and their bases in vLLM do not."""
     names: set[str] = set()
     of_class = {cls.__qualname__: names_of_vllm(cls) for cls in classes()}
     for path, tree in trees().items():
@@ -157,7 +157,7 @@ def _defined(cls: ast.ClassDef) -> set[str]:
 
 @cache
 def names_of_others() -> frozenset[str]:
-    """Attributes of Python and torch that the core reads."""
+    """Returns the attributes of Python and torch that the core reads."""
     import logging
 
     import numpy
@@ -184,7 +184,7 @@ def names_of_others() -> frozenset[str]:
 
 
 def written(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """Attributes that are set, or whose items are."""
+    """Returns the attributes that are assigned, or whose items are."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
             pending = list(node.targets if isinstance(node, ast.Assign) else [node.target])
@@ -205,7 +205,7 @@ def test_the_page_is_read():
 
 @pytest.mark.parametrize("row", rows(), ids=str)
 def test_every_name_of_a_row_occurs_where_it_says(row):
-    """Strike or mend the row."""
+    """If this fails, remove or correct the row."""
     texts = {module: "".join(path.read_text() for path in files_of(module)) for module in row.modules}
     assert row.modules, "the row names no module"
     missing = [module for module, text in texts.items() if not text]
@@ -232,8 +232,8 @@ def test_every_override_has_a_row():
     assert not lost, "add rows, or modules to rows"
 
 
-def test_every_object_that_stands_before_one_of_vllm_is_counted():
-    """The section of replaced objects has a row for each, and the methods that it answers have one somewhere."""
+def test_every_wrapper_object_has_a_row():
+    """The section of replaced objects has a row for each, and some row has each method that it answers."""
     ours = [(path, node) for path, tree in trees().items() for node in ast.walk(tree) if stands_before(node)]
     listed = {name for row in rows() if row.section == REPLACED for name in row.names}
     assert len(ours) >= 3
@@ -258,12 +258,12 @@ def _vllm_text() -> str:
 
 
 def _is_asked_for(name: str) -> bool:
-    """Whether a method of ours has a name that vLLM calls."""
+    """Whether vLLM calls a method of this name."""
     return re.search(rf"\.{name}\(", _vllm_text()) is not None
 
 
 def test_every_attribute_of_vllm_that_is_set_is_listed():
-    """An assignment to a name that vLLM no longer has is silent, so `Changed attributes` has every one."""
+    """Assigning to a name that vLLM no longer has raises no error, so `Changed attributes` lists every one."""
     lost = [
         f"{where(path, node)} sets {name}"
         for path, tree in trees().items()

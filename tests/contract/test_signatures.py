@@ -1,4 +1,4 @@
-"""What we rely on in vLLM. A failure here after an upgrade names the seam in docs/vllm_hooks.md to look at."""
+"""What the project relies on in vLLM. A failure after an upgrade names the row of docs/vllm_hooks.md to look at."""
 
 import inspect
 from dataclasses import fields, is_dataclass
@@ -99,9 +99,9 @@ WRAPPED = {
     SplitAttention: CPUAttentionBackendImpl,
     DecodeByHead: FlashAttentionImpl,
 }
-"""Ours, and the class of vLLM that it stands before."""
+"""Each wrapper class, and the class of vLLM that it wraps."""
 SET_ON_AN_INSTANCE = {EngineCalls: AsyncLLM}
-"""Ours, and the class of vLLM one instance of which gets its methods."""
+"""Each class, and the class of vLLM of which one instance gets its methods."""
 REPLACING = [(getattr(cls, name), theirs) for (cls, name), several in overrides().items() for theirs in several] + [
     (method, getattr(theirs, name))
     for ours, theirs in (WRAPPED | SET_ON_AN_INSTANCE).items()
@@ -111,8 +111,8 @@ REPLACING = [(getattr(cls, name), theirs) for (cls, name), several in overrides(
 
 
 @pytest.mark.parametrize(("ours", "theirs"), REPLACING, ids=lambda method: method.__qualname__)
-def test_what_replaces_a_method_takes_what_vllm_gives(ours, theirs):
-    """What it names is named and ordered as in vLLM, and it passes on what it does not name."""
+def test_a_replacement_takes_the_arguments_of_vllms_method(ours, theirs):
+    """Its named parameters have vLLM's names and order, and it passes all others on."""
     own = inspect.signature(getattr(ours, "__func__", ours)).parameters.values()
     kinds = {p.kind for p in own}
     positional = [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -125,7 +125,7 @@ def test_what_replaces_a_method_takes_what_vllm_gives(ours, theirs):
     assert not optional & {p.name for p in own if p.default is p.empty}, "vLLM may leave them out"
 
 
-def test_every_class_that_stands_before_one_of_vllm_is_compared():
+def test_every_wrapper_class_is_compared():
     assert {cls for cls in classes() if "__getattr__" in vars(cls)} == set(WRAPPED) - {CPUMemory}
 
 
@@ -171,7 +171,7 @@ def names_assigned_in(function) -> set[str]:
 
 
 def test_the_count_of_cached_blocks_ends_publication():
-    """`stop_prefix_caching` relies on vLLM publishing blocks from this count upward and dropping it with the blocks."""
+    """`stop_prefix_caching` relies on vLLM publishing blocks from this count on and deleting it with the blocks."""
     source = inspect.getsource(SingleTypeKVCacheManager.cache_blocks)
     assert "self.num_cached_block.get(request.request_id, 0)" in source
     assert "if num_cached_blocks >= num_full_blocks" in source
@@ -179,7 +179,7 @@ def test_the_count_of_cached_blocks_ends_publication():
 
 
 def test_hits_inside_blocks_are_a_switch_of_the_coordinator():
-    """`find_prefixes_inside_blocks` throws it; nothing else of the block managers asks for Mamba."""
+    """`find_prefixes_inside_blocks` sets this switch; the block managers use it for nothing else."""
     assert "self.enable_partial_hash_hits" in inspect.getsource(
         HybridKVCacheCoordinator._cache_hit_alignment_tokens.fget
     )
@@ -189,8 +189,8 @@ def test_hits_inside_blocks_are_a_switch_of_the_coordinator():
     assert "self._remove_cached_block_hashes(blk)" in inspect.getsource(BlockPool.cache_full_blocks)
 
 
-def test_our_classes_change_nothing_of_how_vllm_schedules(tiny_model):
-    """Async or not, the scheduler is one of the class that vLLM would take itself."""
+def test_the_scheduler_derives_from_vllms_own_choice(tiny_model):
+    """With and without async scheduling, the scheduler derives from the class that vLLM itself would use."""
     model = str(tiny_model("llama"))
     ours, stock = (EngineArgs(model, **args).create_engine_config() for args in (vllm_l2kv.engine_args(), {}))
     assert ours.max_concurrent_batches == stock.max_concurrent_batches
@@ -200,7 +200,7 @@ def test_our_classes_change_nothing_of_how_vllm_schedules(tiny_model):
         assert stock.scheduler_config.get_scheduler_cls() in ours.scheduler_config.get_scheduler_cls().__mro__
 
 
-def test_what_the_end_of_the_server_relies_on():
+def test_what_the_servers_shutdown_relies_on():
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import OutputProcessor
 
@@ -212,7 +212,7 @@ def test_what_the_end_of_the_server_relies_on():
 
 
 def test_what_the_check_of_a_prompt_relies_on():
-    """An endpoint gives the engine client a dict with a type; the Responses API makes its generator in one call."""
+    """Endpoints give the engine client a dict with a type; the Responses API makes its generator in one call."""
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.inputs import tokens_input
     from vllm.renderers.inputs.preprocess import extract_prompt_len
@@ -226,7 +226,7 @@ def test_what_the_check_of_a_prompt_relies_on():
 
 
 def test_what_the_document_of_a_chat_relies_on():
-    """All endpoints render chats by one method of one object, which returns a conversation and a prompt for each."""
+    """All endpoints render chats by one method of one object, which returns conversations and prompts."""
     from vllm.renderers import BaseRenderer, ChatParams, TokenizeParams
     from vllm.renderers.chat_utils import has_non_text_content
     from vllm.renderers.online_renderer import OnlineRenderer
@@ -245,8 +245,8 @@ def test_what_the_document_of_a_chat_relies_on():
     assert [has_non_text_content(messages) for messages in ([text], [text, image])] == [False, True]
 
 
-def test_loggers_see_one_object_and_others_than_vllms_come_first():
-    """`vllm_l2kv_server.metrics` takes our stats out of it before vLLM's loggers look."""
+def test_loggers_share_one_object_and_plugins_run_before_vllms():
+    """`vllm_l2kv_server.metrics` takes the stats of vllm-l2kv out of it before vLLM's loggers read it."""
     assert parameters(StatLoggerManager.record)[:5] == [
         "self",
         "scheduler_stats",
@@ -260,8 +260,8 @@ def test_loggers_see_one_object_and_others_than_vllms_come_first():
     assert "Any" in str(next(f.type for f in fields(SchedulerStats) if f.name == "kv_connector_stats"))
 
 
-def test_what_a_decoding_request_asks_of_the_manager():
-    """`DecodeFastPath` answers exactly this call."""
+def test_the_call_for_slots_of_a_decoding_request():
+    """`DecodeFastPath` handles exactly this call."""
     source = inspect.getsource(Scheduler.schedule)
     assert "num_lookahead_tokens=self.num_lookahead_tokens" in source
     assert parameters(KVCacheManager.allocate_slots)[:3] == ["self", "request", "num_new_tokens"]

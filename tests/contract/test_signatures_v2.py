@@ -1,4 +1,4 @@
-"""What we rely on in vLLM's runner V2 and GPU worker. Most machines that run these tests have no GPU to notice."""
+"""What the project relies on in vLLM's runner V2 and GPU worker, checked without a GPU."""
 
 import inspect
 from dataclasses import fields
@@ -29,7 +29,7 @@ def parameters(function) -> list[str]:
 
 
 def in_order(function, *parts: str) -> bool:
-    """Whether a function's source has all of these, each after the one before."""
+    """Whether a function's source has all of these, in this order."""
     source, place = inspect.getsource(function), 0
     for part in parts:
         place = source.find(part, place) + 1
@@ -60,19 +60,19 @@ def test_parameters(function, expected):
 
 
 @pytest.mark.parametrize("name", ["compute_slot_mappings", "get_dummy_block_tables"])
-def test_our_tables_are_called_as_vllms(name):
+def test_compressed_tables_are_called_as_vllms(name):
     assert parameters(getattr(CompressedBlockTables, name)) == parameters(getattr(BlockTables, name))
 
 
 @pytest.mark.parametrize("name", ["build_metadata", "build_metadata_for_cudagraph_capture"])
-def test_our_groups_are_called_as_vllms(name):
+def test_physical_groups_are_called_as_vllms(name):
     assert parameters(getattr(AttentionGroup, name))[:2] == ["self", "common_attn_metadata"]
     assert parameters(getattr(PhysicalAttentionGroup, name))[:2] == ["self", "common_attn_metadata"]
     assert f"attn_group.{name}(" in inspect.getsource(build_attn_metadata)
 
 
 def test_what_tables_have(monkeypatch):
-    """Our kernel reads them in these types; `kernels.slots.slot_mappings` names the shapes."""
+    """The kernel `kernels.slots.slot_mappings` reads them in these types and shapes."""
     patch_vllm(monkeypatch)
     tables = BlockTables([4, 8], 6, 64, [16, 8], torch.device("cpu"))
     assert tables.num_kv_cache_groups == 2
@@ -91,8 +91,8 @@ def test_what_tables_have(monkeypatch):
     assert tables.device == torch.device("cpu")
 
 
-def test_a_row_goes_on_where_its_number_of_blocks_says(monkeypatch):
-    """`RunnerV2.begin_step` writes both, and vLLM sends them with its own."""
+def test_a_row_is_appended_to_at_its_number_of_blocks(monkeypatch):
+    """`RunnerV2.begin_step` writes both, and vLLM copies them to the device with its own rows."""
     patch_vllm(monkeypatch)
     tables = BlockTables([4], 6, 64, [16], torch.device("cpu"))
     tables.append_block_ids(3, ([5, 6, 7],), overwrite=True)
@@ -104,8 +104,8 @@ def test_a_row_goes_on_where_its_number_of_blocks_says(monkeypatch):
     assert tables.num_blocks.gpu[0].tolist() == [0, 0, 0, 2, 0, 0]
 
 
-def test_a_buffer_is_used_again_after_as_many_publications_as_there_are_buffers(monkeypatch):
-    """And there are as many as steps in flight: the worker may publish once a step, see `EvictedCountsV2`."""
+def test_buffers_are_used_in_turn(monkeypatch):
+    """There are as many buffers as steps in flight, so the worker may publish once per step; see `EvictedCountsV2`."""
     patch_vllm(monkeypatch)
     for num_buffers in (2, 3):
         pool = UvaBufferPool(4, torch.int32, max_concurrency=num_buffers)
@@ -125,7 +125,7 @@ def test_a_buffer_is_used_again_after_as_many_publications_as_there_are_buffers(
 
 
 def test_the_order_of_a_step():
-    """States go before they come, rows are complete before kernels read them, and slots are made before lengths."""
+    """States are removed before others are added, rows are complete before kernels read them, slots precede lengths."""
     assert in_order(
         GPUModelRunner.execute_model,
         "self.finish_requests(",
@@ -149,7 +149,7 @@ def test_the_order_of_a_step():
     assert in_order(GPUModelRunner.prepare_inputs, "idx_mapping = async_tensor_h2d(", "dtype=torch.int64")
 
 
-def test_dummy_batches_say_so():
+def test_dummy_batches_are_marked():
     assert "get_dummy_block_tables(" in inspect.getsource(GPUModelRunner.prepare_dummy_attn)
     assert "get_dummy_block_tables(" in inspect.getsource(cudagraph_utils.prepare_inputs_to_capture)
 
