@@ -1,4 +1,4 @@
-"""What lies in the cache of an engine, read as attention reads it."""
+"""The rows in an engine's cache, read as attention reads them."""
 
 import torch
 from engine import Engine
@@ -10,7 +10,7 @@ from vllm_l2kv.worker.rows import cpu_rows
 
 
 class CachedRows:
-    """Rows of requests, as the worker's tables lead to them: `[num_kv_heads, num_rows, key and value]`."""
+    """Rows of requests, found by the worker's tables: `[num_kv_heads, num_rows, key and value]`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -29,7 +29,7 @@ class CachedRows:
         return cpu_rows(layer.kv_cache, layer.head_size)
 
     def blocks(self, req_id: str, group_id: int, num_rows: int) -> list[int]:
-        """Of the request's state and, if it was in the last step, of the batch that attention sees."""
+        """Block ids in the request's state and, if it was in the last step, in the batch that attention reads."""
         blocks = self.runner.requests[req_id].block_ids[group_id][: num_blocks_for(num_rows, self.groups[group_id][0])]
         row = self.runner.input_batch.req_id_to_index.get(req_id)
         if row is not None:
@@ -38,7 +38,7 @@ class CachedRows:
         return blocks
 
     def of(self, req_id: str, num_tokens: int, num_evicted: int) -> dict[int, torch.Tensor]:
-        """Copies by layer, in compressed layers without the evicted tokens."""
+        """Returns copies of a request's rows by layer; compressed layers lack the evicted tokens."""
         found = {}
         for group_id, (manager, (_, layers)) in enumerate(zip(self.engine.managers, self.groups, strict=True)):
             num_rows = num_tokens - num_evicted * isinstance(manager, CompressedLayerManager)

@@ -1,4 +1,4 @@
-"""Load over HTTP: many clients at once, some of whom leave in the middle. The same seed asks the same."""
+"""Load over HTTP: many clients at once, some of which disconnect early. A seed always makes the same requests."""
 
 import asyncio
 import json
@@ -17,31 +17,31 @@ from vllm_l2kv.policy import Intervals
 
 RATIOS = (None, 1.0, 0.9, 0.5, 0.3, 0.1)
 BUDGETS = (72, 100, 150)
-"""At least what others protect."""
+"""At least as many as the protected rows."""
 DOCUMENTS = (40, 97, 200)
-"""Their lengths; of all of them the same part is kept."""
+"""Lengths of documents; all keep the same ratio."""
 INTERVALS = Intervals(prompt=64, answer=16)
-"""Of the server."""
+"""Intervals of the server."""
 NUM_SHARED_OFFSETS = 3
-"""Prompts that begin alike begin at one of so many places of the text. They share prefixes, documents, and what budgets
-leave of them.
+"""Number of places in the text at which prompts with shared beginnings start. They share prefixes, documents, and the
+rows that budgets leave.
 """
 QUIET_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What clients ask.
+    """The requests of clients.
 
     Attributes:
         concurrency: Clients at once.
         prompt_lengths: Fewest and most tokens of a prompt.
         answer_lengths: The same of an answer.
-        priorities: As vLLM's: lower ones go first.
-        alike: Share of prompts that begin at one of few places of the text; the others begin anywhere.
+        priorities: vLLM's priorities; lower ones are served first.
+        alike: Share of prompts that begin at one of a few places in the text; the others begin anywhere.
         documents: Share of requests with a document, where the prompt is longer.
         budgets: Share of requests with a budget.
-        cut_off: Share of requests whose client leaves before the answer is complete, if it is quick enough.
+        cut_off: Share of requests whose client disconnects early, unless the answer is complete before.
     """
 
     concurrency: int = 24
@@ -57,11 +57,11 @@ class Mix:
 
 @dataclass(frozen=True)
 class Request:
-    """A body for `/v1/completions`, and when its client leaves.
+    """A body for `/v1/completions`, and when its client disconnects.
 
     Attributes:
-        max_events: Of a stream, after which its client closes it.
-        max_seconds: After which the client closes the connection, whatever has come.
+        max_events: Number of events after which the client closes a stream.
+        max_seconds: Time after which the client closes the connection in any case.
     """
 
     body: dict[str, Any]
@@ -75,12 +75,12 @@ class Request:
 
 @dataclass
 class Answer:
-    """What a client met.
+    """What a client received.
 
     Attributes:
-        status: `None` if the client left before it came.
-        events: Those of a stream, or the whole body as the only one.
-        is_complete: Whether the end of the answer came.
+        status: `None` if the client disconnected before it.
+        events: Events of a stream, or the whole body as the only one.
+        is_complete: Whether the client received the end of the answer.
     """
 
     request: Request
@@ -159,7 +159,7 @@ def _body(random: Random, mix: Mix, request_id: str, prompt: list[int]) -> dict[
 
 
 def _leaving(random: Random, body: dict[str, Any]) -> dict[str, Any]:
-    """Streams are closed after some tokens or, like other answers, at any time, often before the first token."""
+    """Closes streams after some tokens or, like other answers, at any time, often before the first token."""
     if "stream" in body and random.random() < 0.6:
         return {"max_events": random.randint(1, 6)}
     return {"max_seconds": random.uniform(0.005, 0.5)}
@@ -169,13 +169,13 @@ def _leaving(random: Random, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask_all(url: str, requests: Sequence[Request], concurrency: int) -> list[Answer]:
-    """Answers in the order of the requests."""
+    """Returns answers in the order of the requests."""
     return asyncio.run(_ask_all(url, requests, concurrency))
 
 
 async def _ask_all(url: str, requests: Sequence[Request], concurrency: int) -> list[Answer]:
-    # The server closes idle connections after five seconds. On a machine that stands still for a moment, also one that
-    # has just been used again: a connection for each request, then.
+    # The server closes connections after five idle seconds, and on a machine that pauses also one that was just reused.
+    # So each request has its own connection.
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         turns = asyncio.Semaphore(concurrency)
@@ -202,7 +202,7 @@ async def _ask(client: httpx.AsyncClient, request: Request) -> Answer:
 
 
 async def _read(response: httpx.Response, answer: Answer) -> None:
-    """Reads to the end, or until the client has seen enough; whoever returns early closes the connection."""
+    """Reads to the end or to the request's bound; an early return closes the connection."""
     if response.status_code != 200 or "stream" not in answer.request.body:
         body = await response.aread()
         answer.events.append(json.loads(body))
@@ -228,7 +228,7 @@ async def _stream(response: httpx.Response) -> AsyncIterator[str]:
 
 
 def check_answers(answers: Sequence[Answer]) -> None:
-    """Everybody who stayed has exactly one answer, and it is the answer to this request."""
+    """Checks that each client that stayed has exactly one answer, the one to its own request."""
     for answer in answers:
         assert answer.status in ((200, None) if answer.request.is_cut_off else (200,)), answer
         assert answer.is_complete or answer.request.is_cut_off, answer
@@ -251,7 +251,7 @@ def _check_complete(answer: Answer) -> None:
 
 
 def _kv_cache(body: dict[str, Any], found: int) -> dict[str, int | str] | None:
-    """What the answer must say, preempted or not, if it began at a compaction of others."""
+    """Returns the numbers of an answer, preempted or not, that continued from another request's compaction."""
     params = {name.removeprefix("kv_"): value for name, value in body.items() if name.startswith("kv_")}
     if not params:
         return None
@@ -259,7 +259,7 @@ def _kv_cache(body: dict[str, Any], found: int) -> dict[str, int | str] | None:
 
 
 def check_again(url: str, answers: Sequence[Answer]) -> None:
-    """Each alone on the idle server answers with the same tokens."""
+    """Checks that each request, alone on the idle server, gets the same tokens."""
     requests = [Request(answer.request.body) for answer in answers]
     for before, again in zip(answers, ask_all(url, requests, 1), strict=True):
         assert again.token_ids == before.token_ids, before
@@ -273,7 +273,7 @@ def num_preemptions(server: Server) -> int:
 
 
 def wait_until_idle(server: Server) -> None:
-    """Nobody runs or waits, and no block is held."""
+    """Waits until no request runs or waits, and no block is held."""
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     deadline = time.monotonic() + QUIET_SECONDS
     while any(busy := {name: server.metrics()[name] for name in names}.values()):
@@ -282,7 +282,7 @@ def wait_until_idle(server: Server) -> None:
 
 
 def resident_mib(server: Server) -> Counter[str]:
-    """Memory of the server's processes, by their titles."""
+    """Returns the memory of the server's processes, by their titles."""
     mib: Counter[str] = Counter()
     for process in server.family():
         mib[process.name()] += process.memory_info().rss / 2**20

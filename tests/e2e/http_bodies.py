@@ -1,4 +1,4 @@
-"""Bodies that must get 4xx, the same ones in every run."""
+"""Bodies that must get 4xx, the same in every run."""
 
 import json
 import math
@@ -98,7 +98,7 @@ HARMFUL: list[dict[str, Any]] = [
     {"vllm_xargs": {"kv_transfer_params": "text"}},
     {"structured_outputs": "text"},
     {"use_beam_search": True, "length_penalty": -1e300},
-    # Grammars that vLLM takes, and its engine core then cannot compile or follow.
+    # Grammars that vLLM accepts, but its engine core cannot compile or follow.
     _output(grammar="root ::= root"),
     _output(grammar='root ::= root "a" | '),
     _output(regex=r"\p{L}+"),
@@ -135,12 +135,12 @@ HARMFUL_TO_CHAT: list[dict[str, Any]] = [
 
 
 def malformed(good: dict[str, dict[str, Any]], count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """Paths and bodies that no server should take.
+    """Makes paths and bodies that a server must refuse.
 
     Args:
-        good: For each path a body that is fine.
-        count: How many.
-        seed: Of the random choices.
+        good: A valid body for each path.
+        count: Number of bodies.
+        seed: Seed of the random choices.
 
     Yields:
         Path and body.
@@ -163,7 +163,7 @@ def _truncated(rng: random.Random, path: str, body: dict[str, Any]) -> bytes:
 
 def _not_unicode(rng: random.Random, path: str, body: dict[str, Any]) -> bytes:
     text = _text(body)
-    # Behind the brackets, where json looks to tell UTF-8 from UTF-16.
+    # After the brackets, from which json detects UTF-8 or UTF-16.
     cut = rng.randrange(8, len(text))
     return text[:cut] + rng.choice([b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\x80"]) + text[cut:]
 

@@ -24,13 +24,13 @@ from vllm_l2kv.policy import Intervals, num_keep
 START_SECONDS = 240
 STOP_SECONDS = 60
 KEY = "sesame"
-"""Of servers that ask for one."""
+"""The API key of servers that need one."""
 INTERVALS = Intervals()
-"""Of servers that are told nothing else."""
+"""Intervals of servers without other options."""
 
 
 class Server:
-    """`vllm-l2kv serve` on a free port and in a session of its own, its log in a file."""
+    """`vllm-l2kv serve` on a free port and in its own session, with its log in a file."""
 
     def __init__(
         self, log: Path, *words: str, program: Sequence[str] = (sys.executable, "-m", "vllm_l2kv.cli")
@@ -38,7 +38,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        # Tests say what they protect.
+        # Tests name the rows that they protect.
         bare_rule = ["--kv-protect-first", "0", "--kv-protect-last", "0"]
         command = [*program, "serve", "--port", str(self.port), *bare_rule, *words]
         environment = {
@@ -78,7 +78,7 @@ class Server:
             return False
 
     def metrics(self) -> Counter[str]:
-        """Values of `/metrics` by name, labels added up."""
+        """Returns values of `/metrics` by name, summed over labels."""
         values: Counter[str] = Counter()
         for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
             if not line.startswith("#"):
@@ -87,11 +87,11 @@ class Server:
         return values
 
     def family(self) -> list[psutil.Process]:
-        """The server's process and all that it started, also those that have outlived it."""
+        """Returns the server's process and all that it started, also those that outlived it."""
         return [process for process in psutil.process_iter() if _session(process.pid) == self.process.pid]
 
     def stop(self) -> list[psutil.Process]:
-        """Asks the server to end; returns who is still there after it."""
+        """Asks the server to end; returns the processes that outlive it."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -111,15 +111,15 @@ def expected_usage(
     full_share: Fraction = DEMO_SHARE,
     **params: Any,
 ) -> dict[str, Any]:
-    """What `usage.kv_cache` of an answer must say, by a walk over its tokens.
+    """Returns the expected `usage.kv_cache` of an answer, by a walk over its tokens.
 
     Args:
         num_prompt_tokens: The prompt's length.
         num_output_tokens: The answer's length; its last token is never computed on.
         intervals: The server's.
-        found: Tokens whose compressed rows were found; there must be a compaction.
-        full_share: Full layers of all layers.
-        params: As those of `CompressionParams`; nothing is protected by default, as in `Server`.
+        found: Tokens whose compressed rows were found; a compaction must leave them.
+        full_share: Share of full layers in all layers.
+        params: Arguments of `CompressionParams`; no rows are protected by default, as in `Server`.
     """
     asked = CompressionParams(**{"protect_first": 0, "protect_last": 0, **params})
     num_computed = num_prompt_tokens + num_output_tokens - 1
@@ -153,12 +153,12 @@ def expected_usage(
 
 
 def free_port() -> int:
-    """A port below those that the kernel deals out, which no connection of another test takes before a server does.
+    """Returns a free port outside the kernel's range of ephemeral ports, which no connection of another test can take.
 
-    A port that the kernel dealt out and got back can even be taken by the question whether the server is ready: a
-    connection to a port where nobody listens succeeds if the kernel gives it the same port to come from.
+    An ephemeral port can even be taken by the check whether the server is ready: a connection to a port without a
+    listener succeeds if the kernel assigns it the same source port.
     """
-    chance = random.SystemRandom()  # engines seed Python's own, in each process of `make test` with the same number
+    chance = random.SystemRandom()  # engines seed Python's generator with one number in each process of `make test`
     while True:
         port = chance.randrange(10_000, 32_000)
         with socket.socket() as listener:
@@ -173,4 +173,4 @@ def _session(pid: int) -> int | None:
     try:
         return os.getsid(pid)
     except OSError:
-        return None  # it has ended, or is not ours to ask about
+        return None  # it has ended, or belongs to another user

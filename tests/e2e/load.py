@@ -1,4 +1,4 @@
-"""Clients who always wait for an answer, and how a server must end while it answers them."""
+"""Clients that always wait for an answer, and checks of how a server ends under their load."""
 
 import socket
 import time
@@ -13,13 +13,13 @@ from http_server import START_SECONDS, Server
 NUM_STREAMS = 4
 NUM_PLAIN = 2
 END_SECONDS = 20
-"""Until the process is gone and every client has an answer; Kubernetes, for one, kills after 30."""
+"""Time until the process has ended and every client has an answer; Kubernetes kills after 30."""
 
 Answers = list[Future[str]]
 
 
 def ask(url: str, stream: bool) -> str:
-    """Asks again and again until an answer fails; returns a status and the end of a text, or an error of httpx."""
+    """Sends requests until one fails; returns a status and the end of its text, or an error of httpx."""
     body = {"prompt": "The sea was", "max_tokens": 4000, "ignore_eos": True, "stream": stream, "kv_keep_ratio": 0.5}
     try:
         while True:
@@ -33,7 +33,7 @@ def ask(url: str, stream: bool) -> str:
 
 @contextmanager
 def under_load(server: Server) -> Iterator[Answers]:
-    """Requests in flight: streams first, then others."""
+    """Keeps requests in flight: streams first, then others."""
     with ThreadPoolExecutor(NUM_STREAMS + NUM_PLAIN) as pool:
         answers = [pool.submit(ask, server.url, number < NUM_STREAMS) for number in range(NUM_STREAMS + NUM_PLAIN)]
         try:
@@ -45,7 +45,7 @@ def under_load(server: Server) -> Iterator[Answers]:
                 time.sleep(0.2)
             yield answers
         finally:
-            kill(server)  # or the pool would wait for clients that hang
+            kill(server)  # otherwise the pool would wait for clients that hang
 
 
 def kill(server: Server) -> None:
@@ -55,24 +55,24 @@ def kill(server: Server) -> None:
 
 
 def process_named(server: Server, title: str) -> psutil.Process:
-    """The one process of the server whose title, as `ps` shows it, ends so."""
+    """Returns the one process of the server whose title in `ps` ends so."""
     (process,) = [process for process in server.family() if process.name().endswith(title)]
     return process
 
 
 def check_end(server: Server) -> None:
-    """The server ends in time, with all its processes, and its port is free."""
+    """Checks that the server ends in time, with all its processes, and frees its port."""
     server.process.wait(END_SECONDS)
     _, left = psutil.wait_procs(server.family(), timeout=5)
     assert left == []
     with socket.socket() as listener:
-        # As servers do: closed connections to the port may linger.
+        # As servers do, since closed connections to the port may linger.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", server.port))
 
 
 def texts_of(answers: Answers) -> list[str]:
-    """What every client met; nobody hangs."""
+    """Returns the result of every client; none may hang."""
     _, hanging = wait(answers, timeout=5)
     assert not hanging
     return [answer.result() for answer in answers]

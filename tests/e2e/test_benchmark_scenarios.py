@@ -1,4 +1,4 @@
-"""The benchmarks of documents and conversations, in small: what they count, not how fast it is."""
+"""Small runs of the benchmarks of documents and conversations: their counts, not their times."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def about(compressing):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sets constants of scenarios."""
+    """Sets constants of scenarios to small values."""
 
     def change(module, **constants):
         for name, value in constants.items():
@@ -32,8 +32,8 @@ def test_a_document_is_found_and_held_once(compressing, about, small):
     times, one, four = document.rows(compressing.llm, about, ["0.25"])
     assert times["cached_tokens"] == 320
     assert len(times["first_question_ms"]) == len(times["second_question_ms"]) == 1
-    # 80 rows of 320 tokens are 2.5 blocks; each asker copies the half and goes on there. It needs a block of full
-    # layers for itself, since the document's 320 tokens do not fill one.
+    # 80 rows of 320 tokens are 2.5 blocks; each asker copies the partial block and continues there. It also needs its
+    # own block of full layers, since the document's 320 tokens do not fill one.
     assert about["block_bytes"] == BLOCK_OF_TOKENS
     assert one["held_bytes"] <= 5 * BLOCK_OF_TOKENS
     assert one["held_bytes"] < four["held_bytes"] <= (2 + 4 * 3) * BLOCK_OF_TOKENS
@@ -46,7 +46,7 @@ def test_documents_are_counted_until_one_is_not_found(compressing, about, small)
     small(findable, CASES=((None, None, 4), (0.25, None, 9)), NUM_SHORT_TOKENS=4)
     whole, compressed = findable.rows(compressing.llm, about, [])
     assert whole["num_found"] == 2  # 11 blocks each
-    # 4 each; one is computed in 11, beside the others.
+    # 4 each; while it is computed, a document takes 11.
     assert 5 <= compressed["num_found"] <= 6
     compressing.check_whole()
 
@@ -66,7 +66,7 @@ def test_a_conversation_grows_by_a_turn(compressing, about, small):
     small(conversation, CACHE_BYTES=200 * BLOCK_OF_TOKENS, NUM_CONVERSATIONS=1, NUM_TURNS=4, BUDGETS=(64,))
     small(conversation, NUM_USER_TOKENS=790, NUM_ANSWER_TOKENS=10)
     (row,) = conversation.rows(compressing.llm, about, [])
-    # Compacted when 2,048 tokens more than the budget are held, and found from then on.
+    # Compacted once it holds 2,048 tokens more than the budget, and found from then on.
     assert row["median_cached_tokens"] == [0, 768, 1568, 2112]
     assert len(row["median_first_token_ms"]) == 4
     compressing.check_whole()

@@ -22,14 +22,14 @@ POOL = 544
 """Tokens of a request that is kept whole: 17 blocks of 32 tokens in compressed layers, 2 of 448 in full ones."""
 SENTENCES = " ".join(f"On day {day} the keeper of the lighthouse saw {day * 7 % 11} ships." for day in range(120))
 TOO_LARGE = {"kv_max_tokens": 1000}
-"""A budget that is no bound, since the pool is smaller."""
+"""A budget larger than the pool, so it bounds nothing."""
 GENERATES = {
     "/v1/chat/completions": ("messages", "max_tokens"),
     "/v1/completions": ("prompt", "max_tokens"),
     "/v1/responses": ("input", "max_output_tokens"),
     "/v1/messages": ("messages", "max_tokens"),
 }
-"""Where an endpoint takes the prompt and the bound of the answer."""
+"""For each endpoint, the fields of the prompt and of the answer's bound."""
 COUNTS = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 """Names of the counts in `usage`, by API."""
 
@@ -37,7 +37,7 @@ COUNTS = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_token
 @pytest.fixture(scope="module")
 def server(demo_model, tmp_path_factory) -> Iterator[Server]:
     words = f"--max-model-len {MAX_MODEL_LEN} --enforce-eager --dtype float32 --block-size 32"
-    words += f" --num-gpu-blocks-override {NUM_BLOCKS + 1}"  # one is vLLM's null block
+    words += f" --num-gpu-blocks-override {NUM_BLOCKS + 1}"  # plus vLLM's null block
     words += f" --kv-default-max-tokens {BUDGET}"
     words += f" --kv-prompt-interval {INTERVALS.prompt} --kv-answer-interval {INTERVALS.answer}"
     with Server(tmp_path_factory.mktemp("budgets") / "server.log", *words.split()) as server:
@@ -52,14 +52,14 @@ def http(server) -> Iterator[httpx.Client]:
 
 @pytest.fixture(autouse=True)
 def lives_on(http) -> Iterator[None]:
-    """After each test nothing runs or waits, and the server answers."""
+    """Checks after each test that no request runs or waits, and that the server answers."""
     yield
     answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 2})
     assert answer.status_code == 200
 
 
 def body_of(path: str, num_sentences: int, max_tokens: int | None, **fields: Any) -> dict[str, Any]:
-    """A request for this endpoint with so much text."""
+    """Returns a request for this endpoint with so much text."""
     place, bound = GENERATES[path]
     text = SENTENCES[: SENTENCES.index(f"On day {num_sentences} ")]
     prompt = [{"role": "user", "content": text}] if place == "messages" else text
@@ -68,13 +68,13 @@ def body_of(path: str, num_sentences: int, max_tokens: int | None, **fields: Any
 
 
 def counts_of(usage: dict[str, Any]) -> tuple[int, int]:
-    """Tokens of prompt and answer."""
+    """Returns the tokens of prompt and answer."""
     prompt, answer = (next(usage[name] for name in names if name in usage) for names in COUNTS)
     return prompt, answer
 
 
 def numbers_of(usage: dict[str, Any], **params: Any) -> dict[str, int | str]:
-    """What `usage.kv_cache` must be, wherever the request found rows of an earlier one."""
+    """Returns the expected `usage.kv_cache`, wherever the request found rows of an earlier one."""
     found = usage["kv_cache"].get("found_tokens", 0)
     return expected_usage(*counts_of(usage), INTERVALS, found, **{"max_tokens": BUDGET, **params})
 
@@ -98,7 +98,7 @@ class TestAPromptLargerThanThePool:
         assert usage["kv_cache"] == numbers_of(usage, keep_ratio=0.1)
 
     def test_many_at_once(self, http):
-        """Together they would need five pools without their budgets, and the answer of each is that of it alone."""
+        """Without budgets they would need five pools together. Each answer equals that of the request alone."""
         path = "/v1/completions"
         bodies = [body_of(path, 40 + number, 8) for number in range(5)]
         with ThreadPoolExecutor(5) as pool:
@@ -119,7 +119,7 @@ class TestAPromptLargerThanThePool:
 
 
 class TestTheBoundOfAnAnswer:
-    """A request that names none, and a budget that the pool cannot hold: it gets what fits."""
+    """A request without a bound, with a budget that the pool cannot hold, gets what fits."""
 
     @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
     def test_is_what_fits(self, http, path):
@@ -129,7 +129,7 @@ class TestTheBoundOfAnAnswer:
         prompt, generated = counts_of(usage)
         assert usage["kv_cache"] == {**numbers_of(usage, max_tokens=1000), "max_tokens": POOL + 1 - prompt}
         assert 1 < generated <= POOL + 1 - prompt
-        if path != "/v1/responses":  # which takes no `ignore_eos`
+        if path != "/v1/responses":  # which does not take `ignore_eos`
             assert generated == POOL + 1 - prompt
             assert answer.json()["choices"][0]["finish_reason"] == "length"
 
@@ -141,7 +141,7 @@ class TestTheBoundOfAnAnswer:
         assert usage["kv_cache"]["max_tokens"] == usage["completion_tokens"] == POOL + 1 - usage["prompt_tokens"]
 
     def test_all_the_rest_counts_as_none(self, http):
-        """Completions have a bound of 16 where a request names none."""
+        """Completions without a bound have a bound of 16."""
         path = "/v1/completions"
         prompt = body_of(path, 34, None)["prompt"]
         num_tokens = http.post("/tokenize", json={"model": MODEL, "prompt": prompt}).json()["count"]
@@ -157,7 +157,7 @@ class TestTheBoundOfAnAnswer:
         assert usage["kv_cache"]["max_tokens"] == POOL + 1 - num_tokens
         assert usage["completion_tokens"] == 2 * (POOL + 1) - usage["prompt_tokens"]
 
-    def test_one_that_is_named_and_fits_stays(self, http):
+    def test_a_bound_that_fits_is_unchanged(self, http):
         path = "/v1/completions"
         usage = http.post(path, json=body_of(path, 34, 4, **TOO_LARGE)).json()["usage"]
         assert "max_tokens" not in usage["kv_cache"]
@@ -166,10 +166,10 @@ class TestTheBoundOfAnAnswer:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", GENERATES)
 class TestARequestThatNeverFits:
-    """It gets 400 before its answer begins; so it has no chance to wait for ever."""
+    """It gets 400 before its answer begins, so it cannot wait for ever."""
 
     def refusal(self, http, path: str, body: dict[str, Any]) -> tuple[str, str]:
-        """Field and sentence of the error; the Anthropic API has the field in the sentence alone."""
+        """Returns field and message of the error; the Anthropic API has the field only in the message."""
         response = http.post(path, json=body)
         assert response.status_code == 400, response.text
         assert response.headers["content-type"] == "application/json"
@@ -188,7 +188,7 @@ class TestARequestThatNeverFits:
         assert message.endswith("Lower kv_max_tokens, or lower max_tokens.")
 
 
-def test_the_server_says_what_it_does(http):
+def test_the_server_reports_its_settings(http):
     info = http.get("/v1/kv_compression").json()
     assert (info["prompt_interval"], info["answer_interval"]) == INTERVALS
     (default,) = [field["default"] for field in info["fields"] if field["name"] == "kv_max_tokens"]
@@ -211,7 +211,7 @@ def test_metrics_by_kind_and_budget(server, http):
 
 
 def values(http: httpx.Client) -> dict[str, float]:
-    """Our metrics, named with the labels that tell kinds, ratios and budgets apart."""
+    """Returns metrics of vllm-l2kv, named with their labels of kind, ratio and budget."""
     found = {}
     for line in http.get("/metrics").text.splitlines():
         if line.startswith("vllm_l2kv:") and "_bucket" not in line:

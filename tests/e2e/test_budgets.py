@@ -1,5 +1,5 @@
-"""Budgets where memory is short: prompts larger than the cache, refusals, crowds, preemptions. After each the pool is
-whole. Answers equal those of the reference, to each request alone.
+"""Budgets with little memory: prompts larger than the cache, refusals, many requests, preemptions. After each test all
+blocks are free. Answers equal those of the reference to each request alone.
 """
 
 import random
@@ -19,9 +19,9 @@ from vllm_l2kv.scheduler.integrity import check_requests
 BUDGET, INTERVALS = 128, (128, 32)
 MAX_MODEL_LEN = 4096
 NUM_BLOCKS = {(): 20, (0,): 56}
-"""Usable ones, by full layers: about as few as the longest request may need."""
+"""Usable blocks, by full layers: about as few as the longest request needs."""
 TOKENS_OF_A_BLOCK = {(): 32, (0,): 24}
-"""Of a request that nothing is evicted of: with one full layer, 96 tokens need one block more than their three."""
+"""Blocks of a request without evictions: with one full layer, 96 tokens need one block more than their three."""
 
 
 class Bounded(NamedTuple):
@@ -34,11 +34,11 @@ class Bounded(NamedTuple):
 
     @property
     def pool(self) -> int:
-        """Tokens that it would hold in full."""
+        """Number of uncompressed tokens that the pool holds."""
         return NUM_BLOCKS[self.full_layers] * TOKENS_OF_A_BLOCK[self.full_layers]
 
     def answer(self, prompt: list[int], num_tokens: int, **rule: Any) -> list[int] | None:
-        """The reference's, by the engine's defaults; `None` if rounding decides it."""
+        """Returns the reference's answer by the engine's defaults; `None` if rounding decides it."""
         return self.reference.telling_answer(
             prompt, num_tokens, self.scorer, **{"budget": BUDGET, "intervals": INTERVALS, **rule}
         )
@@ -47,7 +47,7 @@ class Bounded(NamedTuple):
 @pytest.fixture(scope="module", params=[(), pytest.param((0,), marks=pytest.mark.slow)], ids=str)
 def module_bounded(request, llama):
     full_layers = request.param
-    # A token's keys in layer 0 differ in direction alone, so norms would tie there.
+    # In layer 0 the keys of a token differ only in direction, so norms would tie.
     scorer = "l2" if full_layers else "keydiff"
     rule = bare_rule(
         full_layers=full_layers,
@@ -69,7 +69,7 @@ def bounded(module_bounded):
 
 
 def test_prompts_of_several_pools(bounded):
-    """Three, and six where no full layer holds every token."""
+    """Three pools, and six where no full layer holds every token."""
     for num_pools in (3,) if bounded.full_layers else (3, 6):
         prompt = draw(random.Random(num_pools), num_pools * bounded.pool)
         (output,) = bounded.engine.generate([prompt], [greedy(40)])
@@ -96,11 +96,11 @@ def test_a_request_that_can_never_fit_is_refused_alone_with_the_numbers(bounded)
 
 
 def test_an_answer_without_a_bound_gets_what_fits(bounded):
-    """The request switches the budget off and names no `max_tokens`."""
+    """The request switches the budget off and has no `max_tokens`."""
     chance = random.Random(1)
     long, short = draw(chance, bounded.pool - 60), draw(chance, 90)
     unbounded, named = bounded.engine.generate([long, short], [keep(1, budget=10**6, num_tokens=None), greedy(50)])
-    # Its last token gets no slot.
+    # The last token needs no slot.
     assert tokens_of(unbounded) == bounded.answer(long, 61, budget=None)
     assert unbounded.outputs[0].finish_reason == "length"
     assert numbers_of(unbounded)["max_tokens"] == 61
@@ -110,18 +110,18 @@ def test_an_answer_without_a_bound_gets_what_fits(bounded):
 
 
 def test_what_is_computed_after_a_compaction_is_never_found(bounded):
-    """A request that begins alike, and is kept whole, finds what was computed before the first one."""
+    """An uncompressed request with the same beginning finds only rows computed before the first compaction."""
     chance = random.Random(6)
     prompt, short = draw(chance, 300), draw(chance, 64)
     (answer,) = bounded.engine.tokens([prompt], [greedy(20)])
     check_found(bounded, [*prompt, *answer], BUDGET + INTERVALS[0])
-    # This one evicts less than a block, so that its block of tokens 64 to 95 would hold rows of most of them.
+    # This request evicts less than a block, so its block for tokens 64 to 95 would hold rows of most of them.
     (answer,) = bounded.engine.tokens([short], [keep("0.8", budget=10**6, num_tokens=90)])
     check_found(bounded, [*short, *answer], 64)
 
 
 def check_found(bounded, prompt: list[int], num_tokens: int) -> None:
-    """Kept whole, it finds so many tokens, and answers as on a fresh engine."""
+    """Checks that an uncompressed request finds so many tokens, and answers as on a fresh engine."""
     (whole,) = bounded.engine.generate([prompt], [keep(1, budget=10**6, num_tokens=20)])
     assert whole.num_cached_tokens == num_tokens
     assert tokens_of(whole) == bounded.answer(prompt, 20, budget=None)
@@ -132,7 +132,7 @@ def test_scorers_of_one_compaction_are_refused_by_name(bounded, scorer):
     with pytest.raises(ParamError, match=f"kv_scorer '{scorer}'"):
         compression(max_tokens=BUDGET, protect_last=0, scorer=scorer)
     prompt = draw(random.Random(2), 200)
-    # Around that check, as an offline user may, with the engine's budget.
+    # Without that check, as an offline user may, with the engine's budget.
     good, bad = bounded.engine.generate([prompt] * 2, [greedy(12), greedy(12, {"kv_scorer": scorer})])
     assert bad.outputs[0].finish_reason == "error"
     assert f"kv_scorer '{scorer}'" in bad.outputs[0].stop_reason
@@ -156,7 +156,7 @@ class Asked(NamedTuple):
 
 
 def crowd(bounded, chance: random.Random, num_requests: int, begin: list[int] = ()) -> list[Asked]:
-    """Requests of small budgets and mixed ratios, all of which the reference answers without doubt."""
+    """Returns requests of small budgets and mixed ratios, of which rounding decides no answer of the reference."""
     asked = []
     while len(asked) < num_requests:
         prompt, num_tokens = [*begin, *draw(chance, chance.randint(100, 240))], chance.randint(30, 80)
@@ -172,7 +172,7 @@ def crowd(bounded, chance: random.Random, num_requests: int, begin: list[int] = 
 
 
 def ask_all(engine, asked: list[Asked], interfere=lambda: None) -> set[int]:
-    """Runs all at once and checks every answer; returns the numbers of those that were preempted."""
+    """Runs all at once and checks every answer; returns the indices of preempted requests."""
     numbers = {engine.add(str(number), each.prompt, each.params): number for number, each in enumerate(asked)}
     outputs, preempted = {}, set()
     for _ in range(5000):
@@ -198,7 +198,7 @@ def test_64_requests_of_ten_pools_run_together(bounded):
 
 
 def test_a_compaction_of_shared_blocks_without_a_free_one(bounded):
-    """Requests that begin alike share blocks at their first compaction. Then nothing is free, so others give way."""
+    """Requests with a shared beginning share blocks at their first compaction, when no block is free: others yield."""
     engine, chance = bounded.engine, random.Random(4)
     asked = crowd(bounded, chance, 3, begin=draw(chance, 100))
     num_squeezes = 0
@@ -226,7 +226,7 @@ def is_due(request, coming) -> bool:
 
 
 def test_preempted_at_any_time(bounded):
-    """Before, at and after compactions, all at once."""
+    """All requests at once, before, at and after compactions."""
     engine = bounded.engine
     asked = crowd(bounded, random.Random(5), 3)
     for num_generated in (0, 1, 3, 20, 31, 32, 33, 45):

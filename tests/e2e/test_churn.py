@@ -1,5 +1,5 @@
-"""Hundreds of clients that come and go, in a cache that is too small for them: nobody's answer is lost, doubled or
-another one's, and afterwards the server is as empty as before. `make soak` asks thousands of times.
+"""Hundreds of clients that come and go, in a cache too small for them: no answer is lost, doubled or mixed up, and
+afterwards the server is as empty as before. `make soak` sends thousands of requests.
 """
 
 import time
@@ -13,23 +13,23 @@ from churn import Mix
 from http_server import Server
 from load import kill
 
-# One prompt and answer of --max-model-len would fit, or vLLM refuses to start: 11 + 32 blocks and the null block.
+# vLLM starts only if a request of --max-model-len fits: 11 + 32 blocks and the null block.
 NUM_BLOCKS = 49
 OPTIONS = (
     "--served-model-name tiny --dtype float32 --enforce-eager --kv-full-layers 0 --scheduling-policy priority "
-    # Chunked prefill all the time. And kernels keep something for every number of tokens that they meet in a step, so
-    # that memory grows until all of them have been met; with few numbers that is soon.
+    # So few that prefill is always chunked. Kernels also allocate memory for every new number of tokens in a step, so
+    # memory grows until all numbers have occurred; if they are few, that is soon.
     "--max-num-batched-tokens 128 "
     f"--max-model-len 1024 --max-num-seqs 16 --num-gpu-blocks-override {NUM_BLOCKS} "
     f"--kv-prompt-interval {churn.INTERVALS.prompt} --kv-answer-interval {churn.INTERVALS.answer}"
 )
-# A request holds most before its compaction, 2 + 6 blocks, and needs as many as 5 more for it: five of them never wait.
+# A request holds most before its compaction, 2 + 6 blocks, and needs up to 5 more for it: five requests never wait.
 CALM = Mix(concurrency=3, prompt_lengths=(1, 150), seed=1)
 REMEMBERED = Mix(concurrency=4, prompt_lengths=(230, 262), alike=1, documents=0.5, budgets=0.6, seed=8)
-"""Most requests leave something that others may find: by each budget, prompts so long have the same last compaction."""
+"""Most requests leave rows that others can find: prompts so long have the same last compaction by each budget."""
 PHASES = {
     "all lengths": Mix(seed=2),
-    # vLLM lets in whoever's prompt has room. So many short prompts and long answers make it preempt all the time.
+    # vLLM admits every request whose prompt fits. So many short prompts and long answers cause constant preemption.
     "long answers": Mix(prompt_lengths=(1, 60), answer_lengths=(80, 200), seed=3),
     "clients that leave": Mix(cut_off=0.5, seed=4),
     "documents and conversations": REMEMBERED,
@@ -37,8 +37,8 @@ PHASES = {
 }
 NUM_AGAIN = 40
 LEAK_MIB = 40
-"""Measured: 19 by 200 requests behind a warm-up of 200 alone, as kernels still meet new numbers of tokens. Behind the
-tests above, 0.3 by 200 and 1.6 by 1,000.
+"""Measured: 19 for 200 requests after a warm-up of 200 alone, since new numbers of tokens still occur. After the tests
+above, 0.3 for 200 and 1.6 for 1,000.
 """
 
 
@@ -50,7 +50,7 @@ def server(llama, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def comes_to_rest(server):
-    """After each test nothing is left of it."""
+    """Checks that each test leaves nothing in the server."""
     yield
     churn.wait_until_idle(server)
     assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
@@ -75,7 +75,7 @@ def ask(server, text_ids):
     return ask
 
 
-def test_undisturbed_answers_are_those_to_each_request_alone(server, ask, num_requests):
+def test_answers_without_preemption_equal_those_of_each_request_alone(server, ask, num_requests):
     before = churn.num_preemptions(server)
     answers = ask(CALM, num_requests // 2)
     assert churn.num_preemptions(server) == before
@@ -86,7 +86,7 @@ def test_undisturbed_answers_are_those_to_each_request_alone(server, ask, num_re
 
 
 @pytest.mark.parametrize("name", PHASES)
-def test_every_client_who_stays_has_one_answer(server, ask, num_requests, name):
+def test_every_client_that_stays_has_one_answer(server, ask, num_requests, name):
     before = churn.num_preemptions(server)
     num_requests = num_requests // 2 if name == "long answers" else num_requests
     answers = ask(PHASES[name], num_requests)
@@ -102,7 +102,7 @@ def test_every_client_who_stays_has_one_answer(server, ask, num_requests, name):
         assert any(not answer.is_complete for answer in answers)
         assert any(answer.events and not answer.is_complete for answer in answers), "somebody leaves in mid-stream"
     churn.wait_until_idle(server)
-    # An answer depends on its request alone: not on preemptions, its own or others'.
+    # An answer depends on its request alone, not on preemptions of itself or others.
     churn.check_again(server.url, [answer for answer in answers if answer.is_complete][:NUM_AGAIN])
 
 
@@ -115,8 +115,8 @@ def test_memory_does_not_grow(server, ask, num_requests):
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_mid_load_finds_nothing_when_it_is_back_and_answers_the_same(llama, text_ids, tmp_path):
-    """What was compressed is gone with the process, and is compressed again. On a server of its own."""
+def test_a_server_killed_under_load_answers_the_same_after_a_restart(llama, text_ids, tmp_path):
+    """Compressed documents end with the process and are compressed again. Uses its own server."""
     requests = churn.make_requests(REMEMBERED, 140, text_ids)
     words = [str(llama), *OPTIONS.split()]
     with Server(tmp_path / "before.log", *words) as server, ThreadPoolExecutor(1) as pool:
@@ -130,7 +130,7 @@ def test_a_server_killed_in_mid_load_finds_nothing_when_it_is_back_and_answers_t
         with pytest.raises(httpx.TransportError):
             load.result()
     with Server(tmp_path / "after.log", *words) as server:
-        # Each prompt begins elsewhere, so none can find what another one of these leaves.
+        # Each prompt begins elsewhere, so none can find rows of another.
         firsts = list({tuple(request.body["prompt"][:40]): request for request in requests}.values())
         assert not any(answer.num_found for answer in churn.ask_all(server.url, firsts, 1))
         after = churn.ask_all(server.url, requests, REMEMBERED.concurrency)

@@ -1,5 +1,5 @@
-"""Documents that are compressed once and found by later questions, and conversations that begin where an earlier turn
-was compacted. Answers equal those of the reference to each request alone, whether rows were found or computed anew.
+"""Documents that are compressed once and found by later questions, and conversations that continue from a compaction of
+an earlier turn. Answers equal those of the reference to each request alone, with rows found or computed.
 """
 
 import random
@@ -25,7 +25,7 @@ NUM_BATCHED = 256
 BLOCK = 32
 """Tokens of a block of compressed layers. Prefix-cache hits end at multiples of it."""
 DOCUMENT, RULE = 397, {"ratio": "0.4", "document": 397}
-"""Leaves 159 rows. Neither is a multiple of a block, so every question writes into a copy of the last one."""
+"""Leaves 159 rows. Neither number is a multiple of a block, so every question writes into a copy of the last one."""
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Documents:
     """An engine of the tiny model, and the reference's answers.
 
     Attributes:
-        scorer: For rules that name none. A token's keys in layer 0 differ in direction alone, so where it is compressed
-            norms would tie.
+        scorer: For rules without one. In layer 0 the keys of a token differ only in direction, so norms would tie if it
+            is compressed.
     """
 
     engine: Engine
@@ -44,7 +44,7 @@ class Documents:
     _answers: dict[Any, list[int] | None] = field(default_factory=dict, repr=False)
 
     def answer(self, prompt: Sequence[int], num_tokens: int = 12, **rule: Any) -> list[int] | None:
-        """The reference's; `None` if rounding decides it."""
+        """Returns the reference's answer; `None` if rounding decides it."""
         rule = {"scorer": self.scorer, "intervals": INTERVALS, **rule}
         asked = (tuple(prompt), num_tokens, *sorted(rule.items()))
         if asked not in self._answers:
@@ -52,7 +52,7 @@ class Documents:
         return self._answers[asked]
 
     def after(self, begin: Sequence[int], seed: int, length: int = 33, num_tokens: int = 12, **rule: Any) -> list[int]:
-        """A prompt that goes on with tokens of its own, such that rounding does not decide its answer."""
+        """Returns a prompt that continues with its own tokens, such that rounding does not decide its answer."""
         chance = random.Random(seed)
         for _ in range(20):
             prompt = [*begin, *draw(chance, length)]
@@ -61,11 +61,11 @@ class Documents:
         raise AssertionError("rounding decides all of them, so probably the document's rows")
 
     def asks(self, num_tokens: int = 12, **rule: Any):
-        """What a request asks."""
+        """Returns the parameters of a request."""
         return keep(**{"scorer": self.scorer, "ratio": "1", **rule}, num_tokens=num_tokens)
 
     def check(self, output, found: int, cached: int | None = None, **rule: Any) -> None:
-        """Answer and numbers of a request that found so many tokens."""
+        """Checks answer and numbers of a request that found so many tokens."""
         prompt, num_tokens = output.prompt_token_ids, len(output.outputs[0].token_ids)
         assert tokens_of(output) == self.answer(prompt, num_tokens, **rule)
         assert output.num_cached_tokens == (found if cached is None else cached)
@@ -74,7 +74,7 @@ class Documents:
         assert numbers == expected_numbers(len(prompt), num_tokens, found=found, intervals=INTERVALS, **rule)
 
     def ask(self, prompt: Sequence[int], found: int, cached: int | None = None, num_tokens: int = 12, **rule: Any):
-        """One request on its own, checked."""
+        """Runs one request alone and checks it."""
         (output,) = self.engine.generate([prompt], [self.asks(num_tokens, **rule)])
         self.check(output, found, cached, **rule)
         return output
@@ -97,7 +97,7 @@ def documents(module_documents):
 
 
 def ordinary_hit(first_compaction: int) -> int:
-    """Tokens that a request finds in the ordinary prefix cache, of those before its first compaction."""
+    """Returns the tokens before its first compaction that a request finds in the ordinary prefix cache."""
     return (first_compaction - 1) // BLOCK * BLOCK
 
 
@@ -109,13 +109,13 @@ LENGTHS_AND_RULES = [
     (20, {"ratio": "0.5"}),  # shorter than a block
     (900, {"ratio": "0.25"}),  # longer than what a step computes
     (320, {"ratio": "0.9", "first": 4, "last": 16}),
-    (101, {"ratio": "0.1", "first": 8, "last": 40}),  # keeps what is protected
+    (101, {"ratio": "0.1", "first": 8, "last": 40}),  # keeps only the protected rows
     (64, {"ratio": "0.5"}),  # whole blocks before and after
 ]
 
 
 def test_every_question_answers_as_on_freshly_compressed_rows(documents):
-    """The first one compresses the document, the others find it; then all of them again in one batch."""
+    """The first question compresses the document, the others find it; then all again in one batch."""
     asked = []
     for seed, (length, rule) in enumerate(LENGTHS_AND_RULES):
         rule = {**rule, "document": length}
@@ -133,7 +133,7 @@ def test_every_question_answers_as_on_freshly_compressed_rows(documents):
 
 
 def test_a_document_that_is_kept_whole_is_an_ordinary_prefix(documents):
-    """Nothing is evicted, so nothing is found but what every request finds."""
+    """Nothing is evicted, so a request finds only the ordinary prefix."""
     document = draw(random.Random(7), 200)
     rule = {"ratio": "0.5", "last": 200, "document": 200}
     output = documents.ask(documents.after(document, 0, **rule), 0, **rule)
@@ -162,11 +162,11 @@ def test_nothing_is_found_after_a_reset(documents):
 
 
 def test_what_others_ask_finds_nothing_compressed_but_the_ordinary_prefix(documents):
-    """Each of them compresses the document for itself, and finds that the next time."""
+    """Each of them compresses the document itself, and finds it the next time."""
     document = draw(random.Random(10), DOCUMENT)
     documents.ask(documents.after(document, 0, **RULE), 0, **RULE)
     others = [{"ratio": "0.5"}, {"first": 4}, {"last": 8}, {"document": DOCUMENT - 1}, {"budget": 100}]
-    # Without a full layer, other scorers tie in layer 0.
+    # Without a full layer, the other scorers tie in layer 0.
     scorers = (
         [{"scorer": name} for name in TELLING_SCORERS if name != documents.scorer] if documents.full_layers else []
     )
@@ -182,7 +182,7 @@ def test_what_others_ask_finds_nothing_compressed_but_the_ordinary_prefix(docume
 
 
 def test_parameters_that_lead_to_the_same_rows_share(documents):
-    """Names are made of what decides the rows."""
+    """The name of a document contains exactly what decides its rows."""
     document = draw(random.Random(11), DOCUMENT)
     documents.ask(documents.after(document, 0, **RULE), 0, **RULE)
     for number, other in enumerate([{"ratio": "0.4001"}, {"budget": 3000}], 1):
@@ -207,7 +207,7 @@ def test_another_salt_finds_nothing(documents):
 
 
 def test_a_request_that_is_kept_whole_never_finds_compressed_rows(documents):
-    """Nor does one that is compressed at the end of its prompt, or with a document that is longer."""
+    """The same holds for a request compressed at the end of its prompt, or with a longer document."""
     document = draw(random.Random(13), DOCUMENT)
     for number in range(2):
         documents.ask(documents.after(document, number, **RULE), DOCUMENT * number, **RULE)
@@ -255,7 +255,7 @@ def test_questions_at_once_hold_the_same_blocks_and_a_copy_of_the_last(documents
         own = [block for table in tables for block in table[num_shared:]]
         assert len({block.block_id for block in own}) == len(own)
         assert {block.ref_cnt for block in own} == {1}
-        # The rows of the document, of the question, and two tokens of the answer.
+        # Rows of the document and of the question, and two tokens of the answer.
         assert [len(table) for table in tables] == [num_blocks_for(num_rows + 35, manager.block_size)] * 3
     assert all(engine.num_evicted(req_id) == engine.worker.num_evicted()[req_id] == DOCUMENT - 159 for req_id in ids)
     for output in engine.drain().values():
@@ -263,7 +263,7 @@ def test_questions_at_once_hold_the_same_blocks_and_a_copy_of_the_last(documents
 
 
 def test_questions_that_come_together_wait_for_one_copy(documents):
-    """Others do not wait: one that comes last begins while the document is being computed."""
+    """Other requests do not wait: the last one begins while the document is being computed."""
     engine, document = documents.engine, draw(random.Random(15), DOCUMENT)
     prompts = [documents.after(document, number, **RULE) for number in (1, 2, 3)]
     ids = [engine.add(str(number), prompt, documents.asks(**RULE)) for number, prompt in enumerate(prompts)]
@@ -278,7 +278,7 @@ def test_questions_that_come_together_wait_for_one_copy(documents):
         documents.check(outputs[str(number)], DOCUMENT if number else 0, **RULE)
 
 
-def test_who_waits_for_a_document_computes_it_when_its_creator_is_gone(documents):
+def test_a_waiting_request_computes_the_document_if_its_creator_is_gone(documents):
     engine, document = documents.engine, draw(random.Random(16), DOCUMENT)
     prompts = [documents.after(document, number, **RULE) for number in (1, 2)]
     for number, prompt in enumerate(prompts):
@@ -287,12 +287,12 @@ def test_who_waits_for_a_document_computes_it_when_its_creator_is_gone(documents
     assert len(engine.scheduler.running) == 1
     engine.llm.llm_engine.abort_request(["0"])
     (output,) = [output for name, output in engine.drain().items() if name == "1"]
-    # What the first one has computed is an ordinary prefix; inside a block of full layers, from the next step on.
+    # The first request's tokens are an ordinary prefix; inside a block of full layers, from the next step on.
     documents.check(output, 0, 192 if documents.full_layers else NUM_BATCHED, **RULE)
 
 
 def test_found_rows_are_those_of_the_first_and_of_a_fresh_engine(documents):
-    """Bit by bit: chunks are the same, so are all sums."""
+    """Rows are equal in every bit, since the chunks and so the order of sums are the same."""
     engine, document = documents.engine, draw(random.Random(17), DOCUMENT)
     prompts, num_evicted = [documents.after(document, number, **RULE) for number in (1, 2)], DOCUMENT - 159
 
@@ -317,7 +317,7 @@ def test_found_rows_are_those_of_the_first_and_of_a_fresh_engine(documents):
 
 
 def test_an_evicted_document_is_compressed_again(documents):
-    """By strangers who need the whole pool, as any prefix is."""
+    """Other requests need the whole pool and evict it like any prefix."""
     engine, document = documents.engine, draw(random.Random(18), DOCUMENT)
     documents.ask(documents.after(document, 1, **RULE), 0, **RULE)
     with engine.filled_up(0):
@@ -327,7 +327,7 @@ def test_an_evicted_document_is_compressed_again(documents):
 
 
 def test_a_document_that_two_rules_compress_in_a_pool_that_is_used_up(documents):
-    """Its full blocks are found and freed again. Strangers reuse each of them once."""
+    """Its full blocks are found and freed again. Other requests reuse each of them once."""
     engine, document = documents.engine, draw(random.Random(29), DOCUMENT)
     with engine.pool_of(36):
         for number, rule in enumerate((RULE, {**RULE, "ratio": "0.5"})):
@@ -342,13 +342,13 @@ def test_a_document_that_two_rules_compress_in_a_pool_that_is_used_up(documents)
 
 
 def test_a_document_larger_than_the_pool(documents):
-    """A budget bounds it on its way, and at its end."""
+    """A budget bounds it while it is computed, and at its end."""
     rule = {"ratio": "0.5", "first": 4, "last": 16, "budget": 128, "document": 1500}
     document = draw(random.Random(19), 1500)
     left = expected_compactions(1600, 1599, **rule, intervals=INTERVALS)
     assert list(left.items())[-1] == (1500, 128)
     assert len(left) > 4
-    # With a full layer, which holds every token, half as many.
+    # Half as many with a full layer, which holds every token.
     num_free = 40 if documents.full_layers else 20
     with documents.engine.pool_of(num_free):
         for number in range(3):
@@ -363,7 +363,7 @@ CONVERSATION = {"first": 4, "last": 16, "budget": 128}
 
 
 def last_in_prompt(num_prompt_tokens: int, **rule: Any) -> int:
-    """Where a conversation with such a prompt goes on in its next turn; 0 for the beginning."""
+    """Returns where the next turn of a conversation with such a prompt continues; 0 for the beginning."""
     return max(expected_compactions(num_prompt_tokens, num_prompt_tokens - 1, **rule, intervals=INTERVALS), default=0)
 
 
@@ -377,7 +377,7 @@ def test_a_conversation_goes_on_at_the_last_compaction_of_an_earlier_prompt(rule
         history.append(found)
         prompt = [*prompt, *tokens_of(output)]
     assert len(set(history)) >= 3
-    # Two go on differently at once, and one that is kept whole finds what every request finds.
+    # Two continue differently at once, and an uncompressed one finds the ordinary prefix.
     prompts = [documents.after(prompt, seed, **rule) for seed in (6, 7)] + [documents.after(prompt, 8)]
     outputs = documents.engine.generate(prompts, [*[documents.asks(**rule)] * 2, greedy(12)])
     for output in outputs[:2]:
@@ -396,7 +396,7 @@ def test_a_conversation_without_a_document_reports_what_it_found(documents):
 
 
 def preempt(engine: Engine, req_id: str) -> None:
-    """As vLLM does when blocks are short."""
+    """Preempts as vLLM does when blocks are short."""
     request = engine.scheduler.requests[req_id]
     engine.scheduler.running.remove(request)
     engine.scheduler._preempt_request(request, monotonic())
@@ -404,7 +404,7 @@ def preempt(engine: Engine, req_id: str) -> None:
 
 @pytest.mark.parametrize("is_reset", [False, True], ids=["the document is found again", "the cache is reset"])
 def test_preempted_questions_answer_the_same(is_reset, documents):
-    """At their beginning, in their answer, and all of them at once."""
+    """Preempted at the beginning, in the answer, and all at once."""
     engine, document = documents.engine, draw(random.Random(22), DOCUMENT)
     prompts = [documents.after(document, number, num_tokens=40, **RULE) for number in (1, 2, 3)]
     for num_generated in (0, 1, 20):
@@ -426,7 +426,7 @@ def test_preempted_questions_answer_the_same(is_reset, documents):
 
 
 def test_a_creator_that_is_preempted_before_its_document_is_published(documents):
-    """When its compaction is due, and in the step after it."""
+    """Preempted when its compaction is due, and in the step after it."""
     engine = documents.engine
     for num_steps in (1, 2, 3, 4):
         document = draw(random.Random(23 + num_steps), DOCUMENT)
@@ -442,7 +442,7 @@ def test_a_creator_that_is_preempted_before_its_document_is_published(documents)
 
 
 def test_questions_in_a_tight_pool(documents):
-    """Each answer grows by blocks that all of them do not have."""
+    """Each answer grows by blocks that the pool does not have for all of them."""
     engine, document, num_tokens = documents.engine, draw(random.Random(28), DOCUMENT), 90
     prompts = [documents.after(document, number, num_tokens=num_tokens, **RULE) for number in range(6)]
     num_preempted = 0
@@ -466,7 +466,7 @@ def test_questions_in_a_tight_pool(documents):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_crowd_with_documents_conversations_and_strangers(documents, seed):
-    """In a pool of a few of them, preempted at random."""
+    """In a pool for a few requests, with random preemptions."""
     engine, chance = documents.engine, random.Random(seed)
     begins = [draw(chance, 600) for _ in range(2)]
     rules = [

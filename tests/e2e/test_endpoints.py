@@ -1,4 +1,4 @@
-"""The fields, their numbers and their errors at every endpoint of the real server that generates text."""
+"""The fields, their numbers and their errors, at every generating endpoint of the real server."""
 
 import json
 from typing import Any
@@ -37,7 +37,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def http(server):
-    # uvicorn closes a connection on which the app failed; that must not look like a dead server to the next request.
+    # uvicorn closes a connection after an error of the app; the next request must not take that for a dead server.
     limits = httpx.Limits(max_keepalive_connections=0)
     headers = {"authorization": f"Bearer {KEY}"}
     with httpx.Client(base_url=server.url, headers=headers, timeout=120, limits=limits) as http:
@@ -45,7 +45,7 @@ def http(server):
 
 
 def numbers_of(usage: dict, num_prompts: int = 1) -> dict[str, Any]:
-    """What `usage.kv_cache` must be at keep ratio 0.5, of equal prompts with equal answers."""
+    """Returns the expected `usage.kv_cache` at keep ratio 0.5, for equal prompts with equal answers."""
     num_tokens = usage.get("prompt_tokens") or usage.get("input_tokens")
     num_generated = usage.get("completion_tokens") or usage.get("output_tokens")
     one = expected_usage(num_tokens // num_prompts, num_generated // num_prompts, keep_ratio=0.5)
@@ -55,7 +55,7 @@ def numbers_of(usage: dict, num_prompts: int = 1) -> dict[str, Any]:
 @pytest.mark.parametrize("path", ENDPOINTS)
 class TestEachEndpoint:
     @pytest.mark.parametrize("fields", [{"kv_keep_ratio": 0.5}, {"vllm_xargs": {"kv_keep_ratio": 0.5}}])
-    def test_compresses_and_says_so(self, http, path, fields):
+    def test_compresses_and_reports_numbers(self, http, path, fields):
         response = http.post(path, json={**ENDPOINTS[path], **fields})
         assert response.status_code == 200, response.text
         usage = response.json()["usage"]
@@ -104,7 +104,7 @@ class TestStreams:
 
     def test_messages(self, server):
         with anthropic.Anthropic(base_url=server.url, auth_token=KEY, max_retries=0, timeout=120) as client:
-            # The client has no argument for the temperature.
+            # This method of the client has no argument `temperature`.
             fields = {"model": MODEL, "messages": MESSAGES, "max_tokens": 8}
             body = {"temperature": 0, "kv_keep_ratio": 0.5}
             whole = client.messages.create(**fields, extra_body=body)
@@ -140,7 +140,7 @@ def test_endpoints_that_generate_nothing(http, path):
 
 
 class TestTheEngineLivesOn:
-    """Each of these ended it, or the connection, before bodies were checked by their bytes."""
+    """Each of these bodies once ended the engine or the connection, before the bytes of bodies were checked."""
 
     @pytest.fixture(autouse=True)
     def _lives_on(self, http):

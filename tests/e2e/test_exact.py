@@ -15,11 +15,11 @@ RATIOS = ("1.0", "0.9", "0.7", "0.5", "0.3", "0.1")
 LENGTHS = (1, 2, 31, 33, 200, 449, 1000)
 NUM_TOKENS = 8
 INTERVALS = (256, 32)
-"""Of the tiny engines; those of the demo model have the defaults."""
+"""Intervals of the tiny engines; engines of the demo model have the defaults."""
 
 
 class Case(NamedTuple):
-    """A request; the fields from `ratio` on are those of `engine.keep`."""
+    """A request; the fields from `ratio` on are arguments of `engine.keep`."""
 
     prompt: Sequence[int]
     num_tokens: int = NUM_TOKENS
@@ -34,20 +34,20 @@ class Case(NamedTuple):
 
     @property
     def rule(self) -> dict[str, Any]:
-        """As the reference takes it."""
+        """The rule as arguments of the reference."""
         return {"ratio": self.ratio, "first": self.first, "last": self.last, "budget": self.budget}
 
 
 def prompts_of(text_ids: list[int]) -> dict[int, list[int]]:
-    # Different beginnings, so that prompts do not find each other in the prefix cache.
+    # Different beginnings, so that no prompt finds another in the prefix cache.
     return {length: text_ids[7 * i : 7 * i + length] for i, length in enumerate(LENGTHS)}
 
 
 def no_token_twice(text_ids: list[int]) -> list[int]:
-    """For engines that compress layer 0.
+    """Returns tokens without repetition, for engines that compress layer 0.
 
-    Rotation leaves norms alone, so there a token's keys are equally long wherever it stands, and fp32 rounding, another
-    on every machine, would decide which of them is kept.
+    Rotation does not change norms, so in layer 0 the keys of a repeated token have equal norms, and fp32 rounding,
+    which differs between machines, would decide which one is kept.
     """
     once = list(dict.fromkeys(text_ids))
     assert len(once) > 720
@@ -55,13 +55,13 @@ def no_token_twice(text_ids: list[int]) -> list[int]:
 
 
 def ask(engine, cases: Sequence[Case]) -> list[Any]:
-    """The outputs to all cases in one batch."""
+    """Returns the outputs of all cases in one batch."""
     params = [keep(case.ratio, *case[3:5], case.num_tokens, case.budget, case.scorer) for case in cases]
     return engine.generate([case.prompt for case in cases], params)
 
 
 def check(cases: Sequence[Case], outputs: Sequence[Any], answers: Sequence[list[int]], intervals=(2048, 256)) -> None:
-    """Tokens and numbers, each against the reference's answer."""
+    """Compares tokens and numbers of each case with the reference's answer."""
     for case, answer, output in zip(cases, answers, outputs, strict=True):
         assert len(output.outputs[0].token_ids) == case.num_tokens
         assert list(output.outputs[0].token_ids) == answer, case
@@ -69,7 +69,7 @@ def check(cases: Sequence[Case], outputs: Sequence[Any], answers: Sequence[list[
 
 
 def check_exact(engine, reference, cases: Sequence[Case], full_layers: Sequence[int]) -> None:
-    """All cases in one batch, each against what the reference finds likeliest."""
+    """Compares all cases, in one batch, with the reference's most likely tokens."""
     outputs = ask(engine, cases)
     answers = [
         reference.greedy(case.prompt, output.outputs[0].token_ids, **case.rule, full_layers=full_layers)
@@ -106,13 +106,13 @@ def test_protected_tokens_are_kept(engine_name, reference, text_ids, request):
     text_ids = no_token_twice(text_ids)
     prompts = [text_ids[:200], text_ids[7:507]]
     cases = [Case(prompt, NUM_TOKENS, ratio, 4, 32) for prompt, ratio in itertools.product(prompts, ("0.5", "0.1"))]
-    # More protection than the ratio keeps, and than the prompt has.
+    # More protected rows than the ratio keeps, and more than the prompt has.
     cases += [Case(text_ids[:200], NUM_TOKENS, "0.1", *protect) for protect in ((100, 50), (0, 60), (300, 0))]
     check_exact(engine, reference, cases, full_layers)
 
 
 def test_budgets_of_the_demo_model(compressing, reference, text_ids):
-    """At the default intervals: inside a prompt and at its end."""
+    """With the default intervals, inside a prompt and at its end."""
     cases = [
         Case(text_ids[5:2395], budget=40, first=4, last=32),
         Case(text_ids[80:680], budget=200, ratio="0.5"),
@@ -142,10 +142,7 @@ def points_of(case: Case, intervals=(2048, 256)) -> dict[int, int]:
 
 
 def tiny_cases(text_ids: list[int], full_layers: tuple[int, ...]) -> list[Case]:
-    """No prompt is the beginning of another one.
-
-    They are chosen so that rounding decides nothing, see `scored`.
-    """
+    """Returns cases in which no prompt begins another one, and rounding decides nothing; see `scored`."""
     if not full_layers:
         text_ids = no_token_twice(text_ids)
     again = [scorer for scorer in TELLING_SCORERS if scorer not in ONE_COMPACTION_SCORERS]
@@ -153,7 +150,7 @@ def tiny_cases(text_ids: list[int], full_layers: tuple[int, ...]) -> list[Case]:
         Case(text_ids[120 + i : 620 + i], 40, first=4, last=8, budget=80, scorer=name) for i, name in enumerate(again)
     ]
     if not full_layers:
-        # An answer repeats tokens. Here their keys differ in direction alone, and scorers of that do not tie.
+        # An answer repeats tokens. Their keys differ only in direction here, so scorers by direction do not tie.
         long = [Case(text_ids[:200], 500, budget=96, scorer="keydiff"), Case(text_ids[7:8], 120, budget=40)]
         return [*long, Case(text_ids[9:709], 24, ratio="0.5"), *scorers]
     return [
@@ -173,7 +170,7 @@ def tiny_cases(text_ids: list[int], full_layers: tuple[int, ...]) -> list[Case]:
 
 
 class Tiny(NamedTuple):
-    """An engine of the tiny model, what it is asked, and the reference's answers."""
+    """An engine of the tiny model, its requests, and the reference's answers."""
 
     engine: Any
     cases: list[Case]
@@ -204,21 +201,21 @@ SLOW_ONES = [pytest.param(param, marks=pytest.mark.slow) for param in (((0,), 20
 
 @pytest.fixture(scope="module", params=[((0,), 64), *SLOW_ONES, ((), 192)], ids=str)
 def tiny(request, llama, expected) -> Tiny:
-    """Different full layers, and tokens in a step."""
+    """Engines with different full layers and numbers of tokens per step."""
     full_layers, num_batched = request.param
     rule = bare_rule(full_layers=full_layers, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     with running(llama, max_model_len=4096, max_num_batched_tokens=num_batched, max_num_seqs=20, **rule) as engine:
         yield Tiny(engine, *expected(full_layers))
 
 
-def test_all_budgets_in_one_batch_and_again_on_what_that_left_in_the_prefix_cache(tiny):
+def test_all_budgets_in_one_batch_and_again_with_the_prefix_cache(tiny):
     outputs = ask(tiny.engine, tiny.cases)
     check(tiny.cases, outputs, tiny.answers, INTERVALS)
     assert not any(output.num_cached_tokens for output in outputs)
     outputs = ask(tiny.engine, tiny.cases)
     check(tiny.cases, outputs, tiny.answers, INTERVALS)
     num_points = [len(points_of(case, INTERVALS)) for case in tiny.cases]
-    # They begin at the last compaction in their prompt; without one, a hit ends before the first.
+    # They continue from the last compaction in their prompt; without one, a hit ends before the first.
     for case, output in zip(tiny.cases, outputs, strict=True):
         points, n = points_of(case, INTERVALS), len(case.prompt)
         in_prompt = [point for point in points if point < n]

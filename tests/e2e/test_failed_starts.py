@@ -1,4 +1,4 @@
-"""Starts that fail once the engine's processes run: the last line is ours, and nothing is left behind."""
+"""Starts that fail after the engine's processes run: the last line is vllm-l2kv's, and no process is left."""
 
 import signal
 import time
@@ -12,7 +12,7 @@ OPTIONS = ["--dtype", "float32", "--enforce-eager"]
 
 
 def ended(server: Server) -> list[str]:
-    """Lines of a server that ends by itself, with all its processes."""
+    """Returns the lines of a server that ends by itself, with all its processes."""
     try:
         server.process.wait(timeout=START_SECONDS)
         _, left = psutil.wait_procs(server.family(), timeout=10)
@@ -24,7 +24,7 @@ def ended(server: Server) -> list[str]:
 
 @pytest.fixture
 def without_weights(tmp_path, llama) -> Path:
-    """What a front end takes for a model, and an engine cannot load."""
+    """A folder that a front end accepts as a model, but an engine cannot load."""
     folder = tmp_path / "model"
     folder.mkdir()
     for path in llama.iterdir():
@@ -43,7 +43,7 @@ def test_an_engine_that_fails(without_weights, tmp_path):
     assert any("ERROR" in line and "weights" in line for line in lines)
 
 
-@pytest.mark.slow  # a start more; `tests/server/test_screen.py` has its parts
+@pytest.mark.slow  # one more start; `tests/server/test_screen.py` has its parts
 def test_an_engine_that_fails_on_a_terminal(without_weights, tmp_path, monkeypatch):
     """The reason is shown without the log."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -59,7 +59,7 @@ def test_an_engine_that_fails_on_a_terminal(without_weights, tmp_path, monkeypat
     assert "Traceback" in log.read_text()
 
 
-@pytest.mark.slow  # a start more, of which the test before has most
+@pytest.mark.slow  # one more start, most of which the test before has
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_the_engine_starts(llama, tmp_path, number, status):
     server = Server(tmp_path / "server.log", str(llama), *OPTIONS)

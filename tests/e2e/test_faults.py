@@ -1,4 +1,4 @@
-"""A server that is told to stop, or loses its engine, while it answers: nobody hangs and nothing is left behind."""
+"""A server that gets a signal, or loses its engine, while it answers: no client hangs, and no process is left."""
 
 import signal
 import socket
@@ -29,9 +29,9 @@ def stalled_upload(server: Server) -> Iterator[None]:
 
 
 def check_errors(answers: Answers) -> None:
-    """Each client has an error in OpenAI's format: with a status, or in the stream that had begun with 200.
+    """Checks that each client has an error in OpenAI's format: with a status, or in a stream that began with 200.
 
-    Or an answer that says it was cut short: an engine that is stopped may abort a request before it is gone.
+    Or an answer with `abort` as its reason: an engine that is stopped may abort a request before it ends.
     """
     texts = texts_of(answers)
     for text, status in zip(texts, ["200"] * NUM_STREAMS + ["500"] * NUM_PLAIN, strict=True):
@@ -39,7 +39,7 @@ def check_errors(answers: Answers) -> None:
 
 
 def test_sigterm(server):
-    """Together with a client that uploads slowly, for whom uvicorn would wait for ever."""
+    """Together with a client that uploads slowly, for which uvicorn would wait for ever."""
     with under_load(server) as answers, stalled_upload(server):
         server.process.send_signal(signal.SIGTERM)
         check_end(server)
@@ -47,9 +47,9 @@ def test_sigterm(server):
     assert server.process.returncode == 0
 
 
-@pytest.mark.slow  # a server start more, and its end is that of SIGTERM
+@pytest.mark.slow  # one more start of a server, and it ends as by SIGTERM
 def test_interrupt(server):
-    """As a terminal sends it, to the whole process group."""
+    """Sent to the whole process group, as by a terminal."""
     with under_load(server) as answers:
         for process in server.family():
             process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Classes of KV heads: layers of which some heads compact and others never do, against the reference, in fp32."""
+"""Classes of KV heads: layers in which some heads compact and others never do, against the reference, in fp32."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 Rule = Mapping[str, Any]
 Case = tuple[Sequence[int], Rule, list[int]]
-"""A prompt, what is asked, and the reference's answer."""
+"""A prompt, its rule, and the reference's answer."""
 
 SPREAD = ((), {0: (1,), 1: (0, 3), 3: (2,)})
-"""In one layer both classes are in a row, in one layer neither; one has no full head."""
+"""One layer in which the heads of each class are contiguous, one in which they are not, one without a full head."""
 MANY = ((0,), {1: (1,), 2: (0, 1, 2, 3), 3: (0, 1)})
-"""Two layers of full heads alone, one of them by its heads; with the others they are more than those that compact."""
+"""Two layers have only full heads, one of them named by its heads. In total more heads are full than compact."""
 HALF = ((), dict.fromkeys(range(4), (1, 2)))
-"""Blocks of both classes are alike, so vLLM keeps its own layout."""
+"""Blocks of both classes are equal, so vLLM keeps its own layout."""
 
 
 class Heads(NamedTuple):
@@ -41,7 +41,7 @@ class Heads(NamedTuple):
     reference: ScoredReference
 
     def cases(self, asked: Sequence[tuple[int, Rule]], seed: int = 0) -> list[Case]:
-        """Prompts of so many tokens, none of them twice, under which rounding decides nothing."""
+        """Returns prompts of so many different tokens, for which rounding decides nothing."""
         chance, found = random.Random(seed), []
         for length, rule in asked:
             answer = None
@@ -56,13 +56,13 @@ class Heads(NamedTuple):
         return self.reference.telling_answer(prompt, **rule)
 
     def specs(self, of_class: type) -> list[Any]:
-        """Of the caches of one class."""
+        """Returns the specs of the caches of one class."""
         groups = self.engine.worker.model_runner.kv_cache_config.kv_cache_groups
         specs = [spec for group in groups for spec in group_layer_specs(group).values()]
         return [spec for spec in specs if isinstance(spec, of_class)]
 
     def check(self, cases: Sequence[Case]) -> list[Any]:
-        """All in one batch; returns the outputs."""
+        """Checks all cases in one batch; returns the outputs."""
         params = [keep(**{"ratio": 1, **rule}) for _, rule, _ in cases]
         outputs = self.engine.generate([prompt for prompt, _, _ in cases], params)
         for (prompt, rule, answer), output in zip(cases, outputs, strict=True):
@@ -72,7 +72,7 @@ class Heads(NamedTuple):
 
 
 def of_counts(rule: Rule) -> dict[str, Any]:
-    """What of a rule decides how many rows are kept."""
+    """Returns the part of a rule that decides how many rows are kept."""
     return {name: value for name, value in rule.items() if name not in ("scorer", "num_tokens")}
 
 
@@ -106,7 +106,7 @@ ASKED = [
 ]
 
 
-def test_all_rules_in_one_batch_and_again_on_what_that_left_in_the_prefix_cache(heads):
+def test_all_rules_in_one_batch_and_again_with_the_prefix_cache(heads):
     cases = heads.cases(ASKED)
     assert not any(output.num_cached_tokens for output in heads.check(cases))
     whole = [heads.answer(prompt, {"num_tokens": len(answer)}) for prompt, _, answer in cases]

@@ -1,4 +1,4 @@
-"""Whatever a client sends, it gets 4xx or an answer; the engine lives on, and strangers learn nothing."""
+"""For any body a client gets 4xx or an answer, the engine survives, and clients without a key learn nothing."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ GOOD = {
 }
 PATHS = sorted(GOOD)
 SHORT = {"max_tokens": 2, "max_completion_tokens": None, "min_tokens": 0, "n": 1}
-"""So that a CPU answers in time."""
+"""Bounds of values, so that a CPU answers in time."""
 
 SECRET = "the treasure lies below the third oak"
 MIB = 2**20
@@ -29,7 +29,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def http(server) -> Iterator[httpx.Client]:
-    # uvicorn closes a connection on which the app failed; that must not look like a dead server to the next request.
+    # uvicorn closes a connection after an error of the app; the next request must not take that for a dead server.
     limits = httpx.Limits(max_keepalive_connections=0)
     with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60, limits=limits) as http:
         yield http
@@ -37,7 +37,7 @@ def http(server) -> Iterator[httpx.Client]:
 
 @pytest.fixture(autouse=True)
 def lives_on(http) -> Iterator[None]:
-    """After each test the server answers as if nothing had happened."""
+    """Checks after each test that the server answers as before."""
     yield
     assert http.get("/health").status_code == 200
     for path in PATHS:
@@ -53,9 +53,9 @@ def api(http):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_openapi(api, server, path):
-    """Bodies out of our own OpenAPI: a half as they come, a half put over a good one, so that they get further."""
+    """Bodies from the server's own OpenAPI: half of them plain, half merged into a valid body to get further."""
 
-    # Not by schemathesis' own decorator, which does not know this pytest.
+    # Not by schemathesis' own decorator, which does not support this pytest.
     @settings(
         max_examples=60,
         deadline=None,
@@ -135,14 +135,14 @@ class TestBound:
         assert "1 MiB" in error["message"]
         assert "--max-body-mib" in error["message"]
 
-    def test_nothing_is_read_once_the_length_is_told(self, server):
+    def test_a_body_is_not_read_if_its_length_is_announced(self, server):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
             client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n".encode())
             client.sendall(b"Content-Length: 999999999999\r\n\r\n{")
             assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
 
     @pytest.mark.parametrize("length", ["-1", "many", "5, 6", "9" * 40])
-    def test_lengths_that_are_none(self, server, length):
+    def test_invalid_lengths(self, server, length):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
             client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n".encode())
             client.sendall(f"Content-Length: {length}\r\n\r\n{{}}".encode())
@@ -155,16 +155,16 @@ class TestBound:
 
 class TestKey:
     @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": KEY}])
-    def test_ours_need_it(self, server, headers):
+    def test_the_routes_of_vllm_l2kv_need_it(self, server, headers):
         for path in PATHS:
             assert httpx.post(f"{server.url}{path}", json=GOOD[path], headers=headers).status_code == 401
         assert httpx.get(f"{server.url}/v1/kv_compression", headers=headers).status_code == 401
 
-    def test_bodies_of_strangers_are_not_judged(self, server):
+    def test_bodies_without_a_key_are_not_checked(self, server):
         body = b"[" * 2 * MIB
         assert httpx.post(f"{server.url}/v1/completions", content=body, headers=JSON).status_code == 401
 
-    def test_nobody_reads_the_prompts_of_others(self, server, http):
+    def test_no_client_reads_the_prompts_of_others(self, server, http):
         fields = {"user": SECRET, "request_id": "oak", "cache_salt": SECRET, "kv_keep_ratio": 0.5}
         answer = http.post("/v1/completions", json={**GOOD["/v1/completions"], "prompt": SECRET, **fields})
         assert answer.status_code == 200

@@ -21,7 +21,7 @@ GOOD = {
 PATHS = sorted(GOOD)
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 8}
 LONG = {"ignore_eos": True}
-"""An answer that is as long as it may be."""
+"""An answer of the maximum length."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def kv_cache(usage) -> dict[str, int] | None:
 
 
 def expected_of(usage, **params) -> dict[str, int | str]:
-    """What `usage.kv_cache` must be of one prompt with one answer."""
+    """Returns the expected `usage.kv_cache` of one prompt with one answer."""
     return expected_usage(usage.prompt_tokens, usage.completion_tokens, **params)
 
 
@@ -82,12 +82,12 @@ class TestUsage:
         assert plain.usage.prompt_tokens == half.usage.prompt_tokens
         assert plain.usage.completion_tokens == half.usage.completion_tokens == 8
 
-    def test_absent_when_nothing_is_asked(self, client):
+    def test_absent_without_a_field(self, client):
         answer = client.chat.completions.create(**GREEDY, messages=MESSAGES, extra_body={"kv_keep_ratio": None})
         assert kv_cache(answer.usage) is None
         assert kv_cache(client.completions.create(**GREEDY, prompt=TEXT).usage) is None
 
-    def test_ratio_of_one_keeps_everything_and_says_so(self, client):
+    def test_ratio_of_one_keeps_everything_and_reports_it(self, client):
         answer = client.completions.create(**GREEDY, prompt=TEXT, extra_body={"kv_keep_ratio": 1})
         assert kv_cache(answer.usage) == expected_of(answer.usage)
         assert answer.choices[0].text == client.completions.create(**GREEDY, prompt=TEXT).choices[0].text
@@ -173,7 +173,7 @@ class TestStream:
         assert usage.completion_tokens <= 12
         assert kv_cache(usage) == expected_of(usage, keep_ratio=0.5)
 
-    def test_absent_when_nothing_is_asked(self, client):
+    def test_absent_without_a_field(self, client):
         chunks = list(
             client.completions.create(**GREEDY, prompt=TEXT, stream=True, stream_options={"include_usage": True})
         )

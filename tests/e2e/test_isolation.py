@@ -1,9 +1,9 @@
-"""Nobody reads what belongs to somebody else: what the tables of running requests lead to, row by row.
+"""No request reads another one's rows: all rows in the tables of running requests are compared.
 
-Hundreds of requests of mixed ratios, budgets and documents go through a cache that holds a few of them. Many begin
-alike, and find what others left, whole or compressed; then each has canaries, tokens that no other request has. The
-rows that it should find come from Hugging Face `transformers`: with full layer 0, those of layers 0 and 1 depend on its
-tokens alone, also after a compaction.
+Hundreds of requests of mixed ratios, budgets and documents go through a cache that holds a few of them. Many have the
+same beginning and find rows of others, whole or compressed; then each has canaries, tokens that no other request has.
+The expected rows come from Hugging Face `transformers`: with full layer 0, those of layers 0 and 1 depend on the
+request's tokens alone, also after a compaction.
 """
 
 import random
@@ -29,18 +29,18 @@ SHARED = {
     95: {"ratio": "0.5", "document": 95, "budget": 40},
     24 + INTERVALS[0]: {"ratio": "1", "budget": 24},
 }
-"""Rules of half of the requests, the same of neighbours, by the tokens after which rows may be found."""
+"""Rules of half of the requests, equal for neighbours, by the tokens after which rows may be found."""
 NUM_NEIGHBOURS = 30
 BEGINNINGS = (0, 31, 100, 100)
-"""Tokens with which a prompt may begin like others. The last is longer than all that may be found."""
+"""Lengths of shared beginnings. The last is longer than anything that can be found."""
 TOLERANCE = 1e-3
-"""Of a row's length. Measured: from its own 0.00001 at most, from another one of the same request 0.09 at least."""
+"""Tolerance relative to a row's norm. Measured: at most 0.00001 to its own row, at least 0.09 to another one."""
 STEPS_BETWEEN_LOOKS = 4
 
 
 @pytest.fixture(scope="module")
 def engine(llama):
-    """Of 70 blocks. A request holds up to 3 + 9 of them, and 30 may run at once."""
+    """An engine with 70 blocks. A request holds up to 3 + 9 of them, and 30 may run at once."""
     small = {"max_model_len": 512, "max_num_batched_tokens": 128, "max_num_seqs": 30, "num_gpu_blocks_override": 70}
     rule = bare_rule(full_layers=(0,), prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     with running(llama, **rule, **small) as engine:
@@ -54,7 +54,7 @@ def reference(llama):
 
 @pytest.fixture(scope="module")
 def prompts(text_ids) -> list[list[int]]:
-    """Beginnings that some share with those next to them, then words and canaries."""
+    """Returns prompts: beginnings that some share with their neighbours, then words and canaries."""
     chance = random.Random(0)
     unused = sorted(set(range(3, VOCAB_SIZE)) - set(text_ids))
     canaries = iter(chance.sample(unused, NUM_REQUESTS * NUM_CANARIES))
@@ -69,7 +69,7 @@ def prompts(text_ids) -> list[list[int]]:
 
 
 class OwnRows:
-    """What each layer computes for a request's tokens and nothing else; at each look only for those that are new."""
+    """Rows that each layer computes from a request's own tokens; each call computes only the new tokens."""
 
     def __init__(self, reference) -> None:
         self.reference = reference
@@ -77,7 +77,7 @@ class OwnRows:
 
     @torch.inference_mode()
     def of(self, req_id: str, tokens: list[int]) -> list[torch.Tensor]:
-        """As `CachedRows.of`; a request that was preempted may have fewer tokens than before, but no others."""
+        """Returns rows like `CachedRows.of`; a preempted request may have fewer tokens than before, but no others."""
         cache = self.caches[req_id]
         new = tokens[cache.get_seq_length() :]
         if new:
@@ -86,25 +86,25 @@ class OwnRows:
 
 
 def distances(found: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Between each row found and each own one, in lengths of the latter."""
+    """Returns the distance of each found row from each own row, relative to the latter's norm."""
     return torch.cdist(found, own, compute_mode="donot_use_mm_for_euclid_dist") / own.norm(dim=-1)[:, None]
 
 
 def check_equal(found: torch.Tensor, own: torch.Tensor) -> None:
-    """Row by row."""
+    """Compares row by row."""
     far = (found - own).norm(dim=-1) / own.norm(dim=-1)
     assert (far < TOLERANCE).all(), f"rows {(far >= TOLERANCE).nonzero().tolist()[:9]} are not its own"
 
 
 def check_kept(found: torch.Tensor, own: torch.Tensor) -> None:
-    """Every row is one of its own, none of them twice, in order."""
+    """Checks that every row is the request's own, in order and without repetition."""
     nearest = distances(found, own).min(dim=-1)
     assert (nearest.values < TOLERANCE).all(), "kept rows are not its own"
     assert all(before < after for head in nearest.indices.tolist() for before, after in pairwise(head))
 
 
 def check_rows(engine, rows: CachedRows, own_rows: OwnRows, request, rule) -> None:
-    """Everything that attention reads for this request, apart from what it cannot know."""
+    """Checks all rows that attention reads for this request, except those that cannot be predicted."""
     req_id, num_tokens = request.request_id, request.num_computed_tokens
     num_evicted = engine.num_evicted(req_id)
     assert engine.worker.num_evicted().get(req_id, 0) == num_evicted
@@ -118,7 +118,7 @@ def check_rows(engine, rows: CachedRows, own_rows: OwnRows, request, rule) -> No
             check_equal(found[layer], expected)
             continue
         assert num_kept
-        # What later tokens are in later layers depends on what was evicted before.
+        # Rows of later tokens in later layers depend on the earlier evictions.
         if layer == 1 or last == min(left):
             check_kept(found[layer][:, :num_kept], expected[:, :last])
         if layer == 1:
@@ -126,7 +126,7 @@ def check_rows(engine, rows: CachedRows, own_rows: OwnRows, request, rule) -> No
 
 
 def check_answer(reference, prompt, answer, rule) -> None:
-    """As alone, preempted or not."""
+    """Checks that the answer equals that of the request alone, preempted or not."""
     assert answer == reference.greedy(prompt, answer, full_layers=(0,), **rule, intervals=INTERVALS)
 
 
@@ -139,7 +139,7 @@ def rule_for(number, prompt, chance) -> dict[str, Any]:
     return shared if chance.random() < 0.5 and shared.get("document", 0) < len(prompt) else chance.choice(RULES)
 
 
-def test_every_row_is_the_requests_own(engine, reference, prompts):
+def test_every_row_belongs_to_its_request(engine, reference, prompts):
     chance = random.Random(1)
     rules = [rule_for(number, prompt, chance) for number, prompt in enumerate(prompts)]
     numbers, preempted, compacted_before, answers, looks = {}, set(), set(), {}, Counter()
@@ -189,7 +189,7 @@ def test_every_row_is_the_requests_own(engine, reference, prompts):
 
 
 def test_users_with_other_salts_share_no_block(engine, text_ids):
-    """Though their prompts are equal. Those of one user do share, or this would say little."""
+    """Their prompts are equal. Requests of one user do share blocks, otherwise this would show little."""
     users: dict[str, str] = {}
     for number in range(40):
         salt = ("mine", "yours")[number % 2]

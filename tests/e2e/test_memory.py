@@ -1,4 +1,4 @@
-"""Blocks that requests hold, and what the freed ones are good for."""
+"""Blocks that requests hold, and requests that use the freed ones."""
 
 from engine import greedy, keep
 from reference import expected_keep
@@ -51,12 +51,12 @@ def test_one_group_holds_exactly_the_blocks_of_the_formula(all_layers, text_ids)
     all_layers.check_whole()
 
 
-def test_the_numbers_that_a_client_is_told(compressing, text_ids):
+def test_the_numbers_that_a_client_gets(compressing, text_ids):
     prompt = text_ids[:333]
     params = [keep("0.5"), keep("1.0"), keep("0.5", num_tokens=1), keep("0.5", 200, 100), greedy()]
     asked, everything, one_token, protected, nothing = compressing.generate([prompt] * 5, params)
     assert asked.kv_transfer_params == {
-        # The last of 12 tokens is not computed on.
+        # The last of 12 tokens is not computed.
         "kv_cache": {
             "prompt_tokens": 333,
             "kept_tokens": 167 + 11,
@@ -103,7 +103,7 @@ def test_a_small_cache_runs_more_requests_at_once_when_compressed(compressing, t
         full = peak_running(compressing, prompts, "1.0")
     with compressing.pool_of(42):
         quarter = peak_running(compressing, prompts, "0.25")
-    # A request needs 1 + 7 blocks in full, 1 + 2 or 3 at a quarter, and 1 + 7 for a moment when it begins.
+    # A request needs 1 + 7 blocks uncompressed, 1 + 2 or 3 at a quarter, and 1 + 7 briefly when it begins.
     assert full <= 5
     assert quarter >= 2 * full
     compressing.check_whole()

@@ -1,5 +1,5 @@
-"""Documents and prompts that come back from CPU memory, by vLLM's connector: scheduler, worker and layout are its own,
-the copies are ours. Answers equal those of the reference to each request alone.
+"""Documents and prompts loaded from CPU memory by vLLM's connector: its scheduler, worker and layout are real, the
+copies are plain ones. Answers equal those of the reference to each request alone.
 """
 
 import random
@@ -25,7 +25,7 @@ def documents(request, llama):
         with running(llama, **rule, **small, max_num_seqs=64, kv_transfer_config=cpu_memory(1 << 28)) as engine:
             scorer = "l2" if request.param else "keydiff"
             yield Documents(engine, ScoredReference(llama, len(request.param)), request.param, scorer)
-        ensure_kv_transfer_shutdown()  # or the next engine of this process would have this connector too
+        ensure_kv_transfer_shutdown()  # otherwise the next engine of this process would have this connector too
 
 
 def copies():
@@ -33,13 +33,13 @@ def copies():
 
 
 def empty_gpu(documents) -> None:
-    """As if all of the GPU's cache had been reused; documents are in CPU memory since they were published."""
+    """Clears the GPU's cache as if all of it had been reused; published documents are in CPU memory."""
     documents.engine.check_whole()
     pool = documents.engine.pool
     pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks()))
 
 
-def test_documents_come_back(documents):
+def test_documents_are_loaded_from_cpu_memory(documents):
     """All of them are stored before the first is loaded; the second question finds them in CPU memory, the third on
     the GPU.
     """
@@ -74,7 +74,7 @@ def test_questions_at_once_share_one_load(documents):
     assert copies().num_loaded - num_loaded == sum(map(num_blocks_for, rows, sizes))
 
 
-def test_a_conversation_comes_back_at_its_last_compaction(documents):
+def test_a_conversation_is_loaded_at_its_last_compaction(documents):
     rule = {"ratio": "1", "budget": 128}
     begin = draw(random.Random(17), 700)
     first = documents.ask(documents.after(begin, 18, **rule), 0, 0, **rule)
@@ -85,8 +85,8 @@ def test_a_conversation_comes_back_at_its_last_compaction(documents):
     documents.ask(documents.after(turn, 19, **rule), last, **rule)
 
 
-def test_whole_prompts_come_back_and_are_compacted(documents):
-    """Stored as their blocks are about to be reused, and found up to the last block's end of all layers."""
+def test_whole_prompts_are_loaded_and_compacted(documents):
+    """Stored when their blocks are about to be reused; found up to the last position where blocks of all layers end."""
     rule = {"ratio": "0.5"}
     prompt = documents.after(draw(random.Random(27), 1200), 28, **rule)
     documents.ask(prompt, 0, 0, **rule)

@@ -1,4 +1,4 @@
-"""Prefix caching stays on: prompts share blocks, compaction never shows through."""
+"""Prefix caching with compaction: prompts share blocks, and no request finds compacted rows by mistake."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from vllm_l2kv.worker.rows import cpu_rows
 def test_the_same_prompt_at_another_ratio_hits_and_answers_as_on_a_fresh_engine(compressing, text_ids):
     prompt = text_ids[:520]
     fresh = {ratio: compressing.fresh_tokens(prompt, keep(ratio)) for ratio in ("0.5", "0.3")}
-    assert fresh["0.5"] != fresh["0.3"]  # or the comparison would say little
+    assert fresh["0.5"] != fresh["0.3"]  # otherwise the comparison would show little
 
     assert compressing.kv_cache_manager.reset_prefix_cache()
     (first,) = compressing.generate([prompt], [keep("0.5")])
@@ -47,7 +47,7 @@ def test_one_group_hits_at_the_granularity_of_its_blocks(all_layers, text_ids):
 
 
 def rows_of(engine, req_id: str) -> list[LayerRows]:
-    """Copies of everything that a request's tables point at in compressed layers."""
+    """Returns copies of all rows that a request's tables point to in compressed layers."""
     copies = []
     groups = engine.worker.model_runner.kv_cache_config.kv_cache_groups
     for manager, group in zip(engine.managers, groups, strict=True):
@@ -86,9 +86,9 @@ def test_an_uncompressed_neighbour_is_not_changed(engine_name, text_ids, request
 
 
 def test_tokens_generated_from_a_compressed_context_are_never_shared(compressing, text_ids):
-    """Their keys and values depend on what was evicted; an uncompressed request must compute its own.
+    """Their keys and values depend on the evictions; an uncompressed request must compute its own.
 
-    Fewer are evicted than a block holds, so that the answer reaches the block after those of the prompt.
+    Fewer rows are evicted than a block holds, so that the answer reaches the block after those of the prompt.
     """
     prompt = text_ids[:440]
     longer = prompt + compressing.fresh_tokens(prompt, keep("0.95", num_tokens=12))

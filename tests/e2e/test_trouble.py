@@ -1,4 +1,4 @@
-"""What goes wrong in production: too little memory, aborts, odd requests. After each the pool is whole."""
+"""Problems of production: too little memory, aborts, unusual requests. After each test all blocks are free."""
 
 import pytest
 from engine import greedy, keep
@@ -17,7 +17,7 @@ def engine(request):
     yield engine
     assert not engine.llm.llm_engine.has_unfinished_requests()
     engine.check_whole()
-    while engine.scheduler.has_finished_requests():  # both sides forget them with the next step
+    while engine.scheduler.has_finished_requests():  # the next step makes both sides forget them
         engine.step()
     check_nothing_left(engine.scheduler)
     assert engine.worker.num_evicted() == {}
@@ -43,7 +43,7 @@ def test_compaction_in_place_when_no_block_is_free(engine, reference, text_ids):
 
 
 def test_a_request_without_room_for_its_compaction_is_preempted(engine, reference, text_ids):
-    """Neither fresh nor private blocks: the newest request, which is this one, begins again when a neighbour ends."""
+    """There are neither free nor private blocks, so the newest request, this one, restarts when another one ends."""
     prompt = text_ids[:465]
     assert engine.kv_cache_manager.reset_prefix_cache()
     neighbour = engine.add("neighbour", prompt, greedy(8))
@@ -85,7 +85,7 @@ def test_preempted_requests_come_back_and_answer_as_if_undisturbed(engine, text_
 
 
 def test_prefix_cache_reset_under_running_requests(engine, text_ids):
-    """Preempts everything in the middle of it."""
+    """The reset preempts all running requests."""
     ids = [engine.add(str(i), text_ids[:200], keep("0.3", num_tokens=10)) for i in range(3)]
     for _ in range(4):
         engine.step()
@@ -122,7 +122,7 @@ def test_a_ratio_that_keeps_one_token(engine, reference, text_ids):
 
 
 def test_a_profile_of_another_model_ends_the_start(engine, tmp_path, monkeypatch):
-    """Whatever was checked before the model was loaded."""
+    """Also if the check before the model was loaded passed."""
     write_profile(tmp_path / "p", made_up_weights(30, 3, 64))
     monkeypatch.setitem(engine.worker.vllm_config.additional_config["l2kv"], "profile", str(tmp_path / "p"))
     with pytest.raises(ValueError, match="is a profile of another model, made up"):
