@@ -1,4 +1,4 @@
-"""Rows of answers that no engine gave."""
+"""Made-up rows of answers."""
 
 from itertools import product
 from typing import Any
@@ -17,7 +17,7 @@ def made_up(
     budgets=(),
     **about: Any,
 ) -> list[dict[str, Any]]:
-    """Rows as `Engine.rows` makes them; the excess loss is `1 - ratio`, every other sample is right unless told."""
+    """Returns rows like `Engine.rows`; the excess loss is `1 - ratio`, and by default every other sample is right."""
     rows = []
     places = {"perplexity": [{}], "copy": [{}], "ruler": [{"subtask": "vt"}, {"subtask": "cwe"}]}
     places["chat"] = [{"turn": 0}, {"turn": 1}]

@@ -1,4 +1,4 @@
-"""Aggregates say what the rows of answers said, and the published tables are made of the committed ones."""
+"""Aggregates have the numbers of the rows, and the published tables are made from the committed aggregates."""
 
 import json
 import re
@@ -21,7 +21,7 @@ WHERE = {"device": "NVIDIA H100", "dtype": "bfloat16", "vllm": "0.32.0", "commit
 
 
 def kept(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """Aggregates as they come out of a file."""
+    """Returns aggregates as read from a file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in aggregates(rows)))
     return read_rows(path)
 
@@ -33,10 +33,10 @@ def cell_of(rows: list[dict[str, Any]], keep_ratio: float, **about: Any) -> dict
 
 
 @pytest.mark.parametrize("task", METRICS)
-def test_nothing_is_shown_otherwise(tmp_path, task):
+def test_aggregates_make_the_same_report_as_rows(tmp_path, task):
     rows = made_up(task, text="moby_dick", seed=7, **WHERE)
     cells = kept(rows, tmp_path / "aggregates.jsonl")
-    # Two lengths; no compression, and two protections of l2 and three controls at two ratios.
+    # Two lengths, each without compression, and with two protections for l2 and three controls at two ratios.
     assert len(cells) == 2 * (1 + 2 * 4 * 2)
     assert summary(cells) == summary(rows)
     page, again = (write_report(given, tmp_path).read_text() for given in (rows, cells))
@@ -53,7 +53,7 @@ def test_an_aggregate_has_number_mean_and_deviation():
 
 
 def test_budgets_are_amounts_of_their_own():
-    """Not the whole cache, whose ratio they have, nor each other."""
+    """They are different from the whole cache, which has their ratio, and from each other."""
     rows = made_up("copy", budgets=(80, 96))
     for row in rows:
         row["score"] = {80: 0.25, 96: 0.75}.get(row["max_tokens"], 1.0)
@@ -103,7 +103,7 @@ class TestRefused:
         tasks = "perplexity, passkey, needle, ruler, copy, chat"
         said = f"task of a row is {row.get('task')!r}; `vllm-l2kv eval` writes {tasks}."
         assert self.line(capsys, tmp_path, [row]).endswith(f"argument ROWS: {said}")
-        # Before an engine is started to add to them.
+        # Before an engine starts and adds to them.
         with pytest.raises(SystemExit):
             cli.evaluate(["passkey", "model", "--out", str(tmp_path)])
         assert capsys.readouterr().err.splitlines()[-1].endswith(f"argument --out: {said}")
@@ -111,7 +111,7 @@ class TestRefused:
 
 @pytest.fixture
 def quality(monkeypatch):
-    """What measures docs/quality.md."""
+    """The module that measures the numbers of docs/quality.md."""
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.quality import cells, pooled, settings
 
@@ -119,7 +119,7 @@ def quality(monkeypatch):
 
 
 class TestCells:
-    """Of rows that two engines made, with full layers {0, 1} and {1}; the first one measured the whole cache."""
+    """Cells from rows of two engines, with full layers {0, 1} and {1}; the first one measured the whole cache."""
 
     def settings(self, quality):
         return [
@@ -144,7 +144,7 @@ class TestCells:
         assert {cell["held"] for cell in found} == {0.6}
         assert quality.cells.cells(self.settings(quality), rows[::-1]) == found
 
-    def test_engines_with_full_heads_are_told_apart(self, quality):
+    def test_engines_with_different_full_heads_have_separate_cells(self, quality):
         settings = [
             *self.settings(quality)[:2],
             quality.settings.Setting("heads-l2", 0.5, (), 0.5, "l2", "7:0,2"),
@@ -185,7 +185,7 @@ class TestPooled:
         assert found == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=0.003)
 
     def test_differences_are_paired(self, quality):
-        """Two settings that fail at the same prompts differ by nothing, however few prompts there are."""
+        """Two settings that fail at the same prompts have a difference of 0, however few prompts there are."""
         scores = self.scores(0.5, 0.25, 0.75)
         assert quality.pooled.difference(scores, scores) == (0, 0, 0)
         turned = {task: values[::-1] for task, values in scores.items()}
@@ -198,8 +198,8 @@ class TestPooled:
         assert quality.pooled.retrieval(cells[:2]) is None
 
 
-def test_settings_cost_what_they_say(quality):
-    """The whole cache: full layers of the profile or of equal counts, and the ratio of the others."""
+def test_settings_take_their_nominal_memory(quality):
+    """Memory of the whole cache follows from full layers and the ratio of the others, with and without a profile."""
     shape = Shape(6, 1, 64, ("sliding_attention", *["full_attention"] * 5))
     targets = Target(0.5, (3,), 0.375, "l2"), Target(0.5, (), 0.375, "l2", {2: (0,)})
     profile = Profile("tiny", "0" * 96, shape, Rope(64, False), (3, 1, 2, 4, 5), targets)

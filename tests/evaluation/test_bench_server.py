@@ -17,7 +17,7 @@ VLLM_BENCH = Path(__file__).parents[2] / "benchmarks" / "load" / "vllm_bench_ser
 
 
 def bench(server, out: Path, *words: str) -> list[dict[str, Any]]:
-    """Rows of the requests, then those of the rounds."""
+    """Returns the rows of the requests, then those of the rounds."""
     command = [sys.executable, "-m", "vllm_l2kv.cli", "bench", "--url", server.url, "--out", str(out), *words]
     done = subprocess.run(
         [*command, "--per-request", "--sample-seconds", "0.1"], capture_output=True, text=True, timeout=200, check=False
@@ -35,7 +35,7 @@ def test_ratios_and_budgets_side_by_side(server, tmp_path):
     assert len(requests) == 18
     for row in requests:
         assert row["error"] is None
-        assert 1 <= len(row["gaps_s"]) <= 5  # a busy server sends tokens together that wait to be sent
+        assert 1 <= len(row["gaps_s"]) <= 5  # a busy server sends several waiting tokens together
         asked = {"keep_ratio": row["keep_ratio"], "max_tokens": row["max_tokens"]}
         assert row["kv_cache"] == expected_usage(row["prompt_tokens"], row["output_tokens"], **asked)
     for row in (whole, quarter, budget):
@@ -43,7 +43,7 @@ def test_ratios_and_budgets_side_by_side(server, tmp_path):
         assert (row["prefix_hits"], row["preemptions"]) == (0, 0)
         assert 1 < row["running"]["max"] <= 3
         assert 0 < row["kv_cache_usage"]["max"] < 1
-        # The engine, with the model and the cache, is a process of its own.
+        # The engine, with the model and the cache, is a separate process.
         assert row["memory"]["tree"] > row["memory"]["process"] > 2**28
         assert row["first_token_s"]["p50"] < row["end_to_end_s"]["p50"] < row["duration_s"]
     assert whole["evicted_tokens"] == 0 < quarter["evicted_tokens"]
@@ -59,7 +59,7 @@ def test_ratios_and_budgets_side_by_side(server, tmp_path):
 def test_a_shared_prefix_is_found(server, tmp_path):
     words = "--ratios 0.5 --requests 4 --concurrency 1 --prompt-tokens 200 --output-tokens 2 --warmup 0 --seed 5"
     row = bench(server, tmp_path, *words.split(), "--shared-prefix", "0.8")[-1]
-    # 160 tokens are five blocks of 32, and the first prompt finds none of them.
+    # 160 tokens are five blocks of 32; the first prompt finds none of them.
     assert row["prefix_hits"] == pytest.approx(3 * 160 / (4 * 200))
 
 
@@ -87,8 +87,8 @@ def test_vllm_bench_serve(server, tmp_path, demo_model):
 
 
 @pytest.mark.slow
-def test_vllm_bench_serve_is_told_of_a_misspelt_field(server, tmp_path, demo_model):
-    """So the fields of `--extra-body` do arrive as fields of the request."""
+def test_vllm_bench_serve_gets_an_error_for_a_misspelt_field(server, tmp_path, demo_model):
+    """This shows that the fields of `--extra-body` arrive as fields of the request."""
     vllm_bench_serve(server, tmp_path, demo_model, '{"kv_keep_rate": 0.5}')
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["completed"], result["failed"]) == (0, 3)

@@ -1,4 +1,4 @@
-"""What an engine prints goes to a file, wherever in the process it comes from, and errors are not lost with it."""
+"""All output of an engine goes to a file, from anywhere in the process, and errors still reach the user."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ print("after")
 
 
 def test_everything_that_is_printed_goes_to_the_file(tmp_path):
-    """In a process of its own: pytest has replaced the streams of this one."""
+    """Runs in a separate process, since pytest has replaced the streams of this one."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("before\nafter\n", "on the terminal\n")
     assert sorted((tmp_path / "engine.log").read_text().splitlines()) == ["by C", "by Python", "by a child"]

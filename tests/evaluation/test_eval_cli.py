@@ -1,4 +1,4 @@
-"""Options of `vllm-l2kv eval`, and what it makes of an engine that is none."""
+"""Options of `vllm-l2kv eval`, and its results with a fake engine."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from vllm_l2kv.tools.progress import Progress
 
 
 class Mute:
-    """Answers nothing, with a loss of 1 for each token."""
+    """An engine with empty answers and a loss of 1 for each token."""
 
     tokenizer: Any = None
 
@@ -68,7 +68,7 @@ def mute(monkeypatch, tokenizer):
 
 
 def refused(capsys, *words: str) -> str:
-    """The last line on standard error."""
+    """Returns the last line on standard error."""
     with pytest.raises(SystemExit) as caught:
         cli.evaluate(words)
     assert caught.value.code == 2
@@ -190,7 +190,7 @@ def test_rows_are_added_and_reported(capsys, tmp_path, task, words):
     assert told.err == f"Log: {tmp_path / 'vllm.log'} (--verbose prints it here instead)\n"
     cli.evaluate(command)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    # Of two samples, without compression, by l2 and by three controls.
+    # Two samples, each without compression, by l2 and by three controls.
     assert len(rows) == 2 * (2 * 5)
     assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
     assert (tmp_path / "report.html").read_text() == report
@@ -219,8 +219,8 @@ def test_budgets_are_measured_beside_ratios(capsys, tmp_path):
     assert "at I more in the answer, at 2048 more in the prompt." in out
 
 
-def test_what_is_learned_needs_a_profile(capsys):
-    """The engine would refuse each request, and each answer would count as a wrong one."""
+def test_the_learned_scorer_needs_a_profile(capsys):
+    """Otherwise the engine would refuse each request, and each answer would count as wrong."""
     line = refused(capsys, "passkey", "model", "--scorers", "l2,learned")
     assert "argument --scorers: learned needs the weights of a profile; give --kv-profile FILE." in line
 
@@ -256,7 +256,7 @@ def test_a_profile_sets_heads(capsys, tmp_path):
 
 
 def test_memory_counts_heads(tmp_path, tiny_model, mute):
-    """Of 4 layers with 2 heads each: one layer and one head."""
+    """One layer and one head are full, of 4 layers with 2 heads each."""
     words = ["--memory", "0.75", "--full-layers", "1", "--full-heads", "0:1", "1:0", "--samples", "1"]
     cli.evaluate(["chat", str(tiny_model("llama")), *words, "--out", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -267,7 +267,7 @@ def test_memory_counts_heads(tmp_path, tiny_model, mute):
 
 @pytest.mark.usefixtures("mute")
 def test_memory_of_the_whole_cache_in_place_of_ratios(tmp_path, tiny_model):
-    """Of four layers one is full, so the others keep two thirds for three quarters of the memory."""
+    """One of four layers is full, so the others keep two thirds for three quarters of the memory."""
     words = ["--memory", "0.75,0.6", "--full-layers", "1", "--questions", "seen,hidden", "--samples", "1"]
     cli.evaluate(["chat", str(tiny_model("llama")), *words, "--out", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -292,7 +292,7 @@ def test_a_memory_beside_ratios_or_below_that_of_full_layers_is_refused(capsys, 
         (["--budgets", "100", "--granularities", "block"], "kv_granularity 'block' is defined for one compaction only"),
     ],
 )
-def test_what_a_budget_excludes_is_told(capsys, tmp_path, words, said):
+def test_variants_that_a_budget_excludes_are_refused(capsys, tmp_path, words, said):
     line = refused(capsys, "copy", "model", *words, "--out", str(tmp_path))
     assert f"argument --budgets: {said}" in line
 
@@ -305,7 +305,7 @@ def test_the_engine_is_as_long_as_needed(tmp_path):
 
 
 @pytest.mark.usefixtures("mute")
-def test_an_engine_too_short_is_told_before_it_works(capsys, tmp_path):
+def test_a_context_too_short_is_refused_before_the_engine_starts(capsys, tmp_path):
     out = tmp_path / "out"
     line = refused(capsys, "passkey", "model", "--max-model-len", "200", "--out", str(out))
     assert "argument --max-model-len: 200 is too short for prompts of 10" in line
@@ -316,8 +316,8 @@ COMMAND = ["passkey", "model", "--lengths", "400", "--samples", "2", "--ratios",
 
 
 @pytest.mark.usefixtures("mute")
-def test_progress_is_told_while_it_works(capfd, tmp_path):
-    """As soon as the command begins, and where standard error is no terminal, in lines."""
+def test_progress_is_shown_during_the_run(capfd, tmp_path):
+    """From the start of the command on, and as lines if standard error is not a terminal."""
     cli.evaluate([*COMMAND, "--out", str(tmp_path)])
     assert capfd.readouterr().err.splitlines()[1:4] == [
         "starting the engine with model, 0 s",
@@ -327,7 +327,7 @@ def test_progress_is_told_while_it_works(capfd, tmp_path):
 
 
 class Talking(Mute):
-    """Prints as vLLM does, then does what a test wants."""
+    """An engine that prints as vLLM does, then does what a test sets."""
 
     end: Exception | KeyboardInterrupt = RuntimeError("Engine core initialization failed. See root cause above.")
 
@@ -375,7 +375,7 @@ def test_an_interrupt_reports_what_was_measured(capsys, tmp_path, talking, monke
 
 @pytest.mark.usefixtures("mute")
 def test_a_run_that_was_killed_is_reported_and_goes_on(capsys, tmp_path):
-    """The half row that a kill leaves at the end of the file was the end of the report too."""
+    """A kill leaves half a row at the end of the file, which once broke the report."""
     command = [*COMMAND, "--out", str(tmp_path)]
     cli.evaluate(command)
     path = tmp_path / "rows.jsonl"
@@ -388,23 +388,23 @@ def test_a_run_that_was_killed_is_reported_and_goes_on(capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("mute")
-def test_bad_texts_are_told(capsys, tmp_path):
+def test_bad_texts_are_refused(capsys, tmp_path):
     path = tmp_path / "text"
     assert str(path) in refused(capsys, "needle", "model", "--text", str(path))
     path.write_text("Short.")
     assert "The text has 2 tokens" in refused(capsys, "perplexity", "model", "--text", str(path))
 
 
-def test_a_broken_row_is_told_before_the_engine_starts(capsys, tmp_path):
-    """Whose absence `no_engine` proves."""
+def test_a_broken_row_is_reported_before_the_engine_starts(capsys, tmp_path):
+    """`no_engine` fails the test if an engine starts."""
     (tmp_path / "rows.jsonl").write_text('{"half": \n{"task": "passkey"}\n')
     line = refused(capsys, *COMMAND, "--out", str(tmp_path))
     assert "argument --out: " in line
     assert "rows.jsonl:1 is no JSON" in line
 
 
-def test_a_fault_of_ours_is_no_bad_option(tmp_path, talking, monkeypatch):
-    """A `ValueError` of the measurement comes with its traceback."""
+def test_an_internal_error_is_not_reported_as_a_bad_option(tmp_path, talking, monkeypatch):
+    """A `ValueError` in the measurement itself is shown with its traceback."""
     monkeypatch.setattr(talking, "end", ValueError("zip() argument 2 is shorter than argument 1"))
     with pytest.raises(ValueError, match="is shorter"):
         cli.evaluate([*COMMAND, "--out", str(tmp_path)])
@@ -423,16 +423,16 @@ def test_an_interrupt_before_the_first_row_ends_quietly(capsys, tmp_path, talkin
     assert not (tmp_path / "report.html").exists()
 
 
-def test_no_rows_are_told(capsys, tmp_path):
+def test_a_run_without_rows_is_an_error(capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     line = refused(capsys, "report", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"))
     assert line.endswith(f"argument ROWS: there are no rows in {tmp_path / 'rows.jsonl'}.")
 
 
-def test_a_folder_that_cannot_be_made_is_told(capsys, tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "argument --out: " in refused(capsys, "passkey", "model", "--out", str(tmp_path / "file" / "out"))
 
 
-def test_rows_that_are_not_there_are_told(capsys, tmp_path):
+def test_missing_rows_are_an_error(capsys, tmp_path):
     assert "rows.jsonl" in refused(capsys, "report", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"))

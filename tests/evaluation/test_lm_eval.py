@@ -1,4 +1,4 @@
-"""The command line of lm-evaluation-harness against the real server, with a task of a few boats, without a network."""
+"""The command line of lm-evaluation-harness against the real server, with a small local task."""
 
 import json
 import os
@@ -36,7 +36,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 
 class Run(NamedTuple):
-    """What lm-evaluation-harness wrote about the task."""
+    """Results that lm-evaluation-harness wrote about the task."""
 
     results: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -113,14 +113,14 @@ def test_answers_are_those_of_direct_requests_with_the_same_ratio(server, runs):
 
 
 def test_the_ratio_shows_in_answers_and_score(runs):
-    """Else equal answers say nothing about what the harness asked for."""
+    """Otherwise equal answers would not show which ratio the harness requested."""
     assert answers(runs[WHOLE]) != answers(runs[QUARTER])
     whole, quarter = (runs[ratio].results["results"]["boats"]["exact_match,number"] for ratio in (WHOLE, QUARTER))
     assert whole > quarter
 
 
 def test_log_likelihoods_are_those_of_the_whole_cache(server):
-    """They are asked for with one token and `echo`, which a ratio cannot change, and the numbers say so."""
+    """The harness requests one token and `echo`, which a ratio cannot change, as the numbers show."""
     body = {"model": MODEL, "prompt": BOOK, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
     whole, quarter = (
         httpx.post(f"{server.url}/v1/completions", json={**body, **fields}, timeout=60).raise_for_status().json()

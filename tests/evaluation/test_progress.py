@@ -20,7 +20,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_what_is_done_how_far_and_how_long(clock):
+def test_the_line_has_work_progress_and_time(clock):
     progress = Progress(clock=clock)
     progress.begin("starting the engine")
     clock.now = 75.4
@@ -35,8 +35,8 @@ def test_what_is_done_how_far_and_how_long(clock):
     assert progress.line() == "passkey: prompts 1 to 5 of 50, 85 answers, 0 of 1,360 tokens, 30 s"
 
 
-def test_what_is_left_is_guessed_where_it_is_like_what_is_done(clock):
-    """Reading and answering cost different times, so not within a group of prompts."""
+def test_the_remaining_time_is_estimated_from_similar_work(clock):
+    """Prefill and decoding take different times, so there is no estimate within a group of prompts."""
     progress = Progress(clock=clock)
     progress.begin("passkey")
     clock.now = 30
@@ -52,8 +52,8 @@ def test_what_is_left_is_guessed_where_it_is_like_what_is_done(clock):
     assert progress.line() == "drawing, 0 s"
 
 
-def test_lines_keep_coming_while_nothing_gets_done():
-    """Not one line when it is over: a step of an engine may take long."""
+def test_lines_appear_while_there_is_no_progress():
+    """They come during the work, not once at its end: a step of an engine may take long."""
     stream = io.StringIO()
     with Progress(stream, interval_s=0.01) as progress:
         progress.begin("answering")
@@ -69,7 +69,7 @@ def test_lines_keep_coming_while_nothing_gets_done():
     assert stream.getvalue() == ended
 
 
-def test_a_terminal_has_one_line_that_is_gone_at_the_end():
+def test_a_terminal_has_one_line_that_is_cleared_at_the_end():
     stream = io.StringIO()
     with Progress(stream, in_place=True, interval_s=60) as progress:
         progress.begin("answering")

@@ -70,7 +70,7 @@ class TestStatistics:
 
 class TestReport:
     @pytest.mark.parametrize("task", NUM_PLOTS)
-    def test_every_task_is_drawn_and_told(self, tmp_path, task):
+    def test_every_task_has_a_plot_and_a_text(self, tmp_path, task):
         rows = made_up(task)
         path = write_report(rows, tmp_path)
         text, plots = html.unescape(path.read_text()), list(tmp_path.glob("*.png"))
@@ -81,7 +81,7 @@ class TestReport:
             assert f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}" in text
         heading, *lines = table(aggregates(rows), task)
         assert heading == ["", "metric", "keep 1", "keep 0.5", "keep 0.25"]
-        # No compression; l2 and three controls, with protection and without.
+        # No compression, and l2 and three controls, each with and without protection.
         assert len(lines) == (1 + 2 * 4) * NUM_METRICS[task]
         assert all(f"<td>{cell}</td>" in text for line in lines for cell in line)
         assert not any("nan" in cell for line in lines for cell in line)
@@ -95,7 +95,7 @@ class TestReport:
         assert "<h2>ruler: tiny, full layers none, full heads 7:0 12:1</h2>" in text
         assert len(list(tmp_path.glob("ruler-tiny-none-2-heads-????????-score.png"))) == 2
 
-    def test_rows_said_again_replace_earlier_ones(self, tmp_path):
+    def test_later_rows_replace_earlier_ones(self, tmp_path):
         old, new = made_up("passkey", score=0.0, num_samples=2), made_up("passkey", score=1.0, num_samples=2)
         again = write_report([*old, *new], tmp_path).read_text()
         assert again == write_report(new, tmp_path).read_text()
@@ -114,12 +114,12 @@ class TestReport:
         )
         assert cells_of(rows, "needle", "no compression", "exact") == [hit, "", ""]
 
-    def test_memory_of_the_whole_cache_is_told_beside_the_ratio(self, tmp_path):
+    def test_memory_of_the_whole_cache_is_shown_beside_the_ratio(self, tmp_path):
         rows = [{**row, "memory": 0.1 + 0.9 * row["keep_ratio"]} for row in made_up("passkey")]
         line = ["memory of the whole cache", "", "1.00", "0.55", "0.33"]
         assert table(aggregates(rows), "passkey")[1] == line
         assert "memory of the whole cache  0.55  0.33" in re.sub(" {2,}", "  ", summary(rows))
-        # Older rows do not say it, and one of them is enough not to know.
+        # Older rows do not have it; with one of them it is unknown.
         del rows[1]["memory"]
         assert line[0] not in summary(rows)
 
@@ -174,7 +174,7 @@ class TestReport:
         assert text.count("<img ") == text.count("<figcaption>") == NUM_PLOTS[task] + NUM_METRICS[task]
         heading, *lines = table(aggregates(rows), task)
         assert heading[2:] == ["keep 1", "keep 0.5", "keep 0.25", "budget 96+16", "budget 80+16"]
-        # No compression; l2 and two controls at every amount, random at ratios; protected and not.
+        # No compression; l2 and two controls at every amount, random at ratios; each with and without protection.
         cells = [cell for line in lines for cell in line[2:]]
         assert sum(cell != "" for cell in cells) == (1 + 2 * (4 * 2 + 3 * 2)) * NUM_METRICS[task]
         assert all(f"<td>{cell}</td>" in text for cell in cells)

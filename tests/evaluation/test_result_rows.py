@@ -1,4 +1,4 @@
-"""Files of rows, and what a run that was killed leaves of them."""
+"""Files of rows, also those of a run that was killed."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def path(tmp_path) -> Path:
 
 
 def half_of_a_third(path: Path) -> None:
-    """What a kill in mid-write leaves: here it cuts a letter of three bytes."""
+    """A kill during a write leaves this: it cuts a letter of three bytes."""
     row = json.dumps(ROWS[0], ensure_ascii=False).encode()
     with path.open("ab") as file:
         file.write(row[: row.index(b"\xe2") + 1])
@@ -35,7 +35,7 @@ def test_half_a_row_at_the_end_is_left_out_with_a_warning(path, capsys):
     assert capsys.readouterr().err == f"{path}:3 is half a row, of a run that was killed; it is left out.\n"
 
 
-def test_a_new_run_does_not_glue_its_first_row_to_half_a_row(path, capsys):
+def test_a_new_run_begins_a_new_line_after_half_a_row(path, capsys):
     append_rows(path, ROWS)
     half_of_a_third(path)
     append_rows(path, ROWS)
@@ -67,6 +67,6 @@ def test_another_line_that_is_no_row_is_refused_by_number(path, line):
         read_rows(path)
 
 
-def test_empty_lines_are_nothing(path):
+def test_empty_lines_are_ignored(path):
     path.write_text(f"\n{json.dumps(ROWS[0])}\n\n")
     assert read_rows(path) == ROWS[:1]

@@ -37,13 +37,13 @@ def folder(tiny_model):
 @pytest.fixture(scope="module")
 def engine(folder):
     engine = Engine(str(folder), FULL_LAYERS, INTERVALS, max_model_len=1024, num_gpu_blocks_override=200)
-    # As in `engine.running`: what vLLM does at its end would end every other engine of this process.
+    # As in `engine.running`: vLLM's own shutdown would end every other engine of this process.
     engine._llm.llm_engine.engine_core._finalizer.detach()
     return engine
 
 
 def test_losses_are_those_of_the_reference(engine, folder):
-    """Of forced text, at every position, before and behind a compaction, with prompts from the prefix cache."""
+    """Losses of forced text at every position, before and after a compaction, with prompts from the prefix cache."""
     reference = Reference(folder)
     cases = list(perplexity.cases(engine.tokenizer, read_text("moby_dick"), [200, 333], 2, num_continued=24))
     rows = list(engine.rows("perplexity", cases, VARIANTS))
@@ -75,13 +75,13 @@ def test_a_variant_changes_nothing_for_another(engine):
 
 
 def test_hidden_questions_are_asked_after_the_document_was_compressed(engine):
-    """And the whole cache, which has seen everything, is measured once."""
+    """The whole cache, which does not depend on that, is measured once."""
     made = perplexity.cases(engine.tokenizer, read_text("moby_dick"), [300], 2, num_continued=24)
     cases = [replace(case, num_document_tokens=200) for case in made]
     rows = list(engine.rows("perplexity", cases, VARIANTS, questions=QUESTIONS))
     assert [row["question"] for row in rows] == ["seen", "seen", "hidden", "seen", "hidden"] * 2
     assert [row["prefix_tokens"] for row in rows[:5]] == [None, None, 200, None, 200]
-    num_tokens = 300 + 24  # the last one of 25 is not computed on
+    num_tokens = 300 + 24  # the last one of 25 is not computed
     for row, num_evicted in zip(rows[:5], [0, 150, 100, 225, 150], strict=True):
         # Two of four layers are full.
         assert row["memory"] == pytest.approx(1 - num_evicted / num_tokens / 2, abs=1e-4)
@@ -89,7 +89,7 @@ def test_hidden_questions_are_asked_after_the_document_was_compressed(engine):
 
 
 def test_budgets_compact_prompt_and_answer_at_the_intervals(engine):
-    """What the scheduler reports of each request, beside the list of the rule."""
+    """The scheduler's report of each request equals the rule's list of compactions."""
     usages = []
 
     def keep_usage(step=engine._llm.llm_engine.step):
@@ -112,7 +112,7 @@ def test_budgets_compact_prompt_and_answer_at_the_intervals(engine):
     assert budget["losses"] != pytest.approx(whole["losses"], abs=2e-3)
 
 
-def test_cases_larger_than_the_cache_come_one_by_one(engine):
+def test_cases_larger_than_the_cache_run_one_by_one(engine):
     """Prompts, copies and answers of a group fit into the cache."""
     prompt = encode(engine.tokenizer, read_text("moby_dick"))[:900]
     cases = [Case(prompt, 8, lambda answer: {}) for _ in range(6)]

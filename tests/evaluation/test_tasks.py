@@ -1,4 +1,4 @@
-"""What stands in prompts, and how answers are scored; texts they are made of, variants they are read under."""
+"""Prompts of tasks, scores of answers, the texts of prompts, and variants."""
 
 import random
 import re
@@ -24,7 +24,7 @@ NUM_EXPECTED = dict(zip(ruler.TASKS, (1, 1, 1, 1, 1, 1, 4, 4, 5, 10, 3), strict=
 
 
 class Words:
-    """A tokenizer without special tokens that makes one of each word."""
+    """A tokenizer without special tokens, with one token for each word."""
 
     bos_token_id = None
 
@@ -54,7 +54,7 @@ class TestTexts:
             assert all(0 < n <= min(high, 2 * threshold + 1) for n in calls)
             assert len(calls) <= 2 * threshold.bit_length() + 1
 
-    def test_bos_stands_in_front(self, tokenizer):
+    def test_bos_is_first(self, tokenizer):
         token_ids = encode(tokenizer, "Call me Ishmael.")
         assert token_ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(token_ids[1:]) == "Call me Ishmael."
@@ -192,7 +192,7 @@ class TestRuler:
             question, start = re.findall(r"special magic \w+ for (.+?) mentioned in the provided text", text)
             assert question == start
             queries = re.split(", and |, ", question)
-            # No other needle has one of these keys.
+            # Other needles have none of these keys.
             assert sorted(value for key, value in needles if key in queries) == sorted(expected)
 
     @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ class TestRuler:
 
     @pytest.mark.parametrize("length", [160, 220, 300, LENGTH])
     def test_the_most_frequent_coded_words_are_expected(self, tokenizer, length):
-        # Too few words to tell may be refused.
+        # If the words are too few to decide, it may be refused.
         with suppress(ValueError):
             (case,) = ruler.cases(tokenizer, ESSAYS, [length], ["fwe"], 1)
             coded = tokenizer.decode(case.prompt).split("coded words. ")[1].split("\nQuestion")[0].split()
@@ -237,7 +237,7 @@ class TestRuler:
         others = ruler.cases(tokenizer, ESSAYS, [LENGTH], ruler.TASKS, 1, seed=1)
         assert not any(case.prompt in prompts for case in others)
 
-    def test_everybodys_generators_stay_as_they_are(self, tokenizer):
+    def test_global_random_generators_are_not_changed(self, tokenizer):
         def state():
             return (
                 random.getstate(),
@@ -286,7 +286,7 @@ class TestCopying:
             assert after == "1."
 
     def test_the_right_answer_fits_and_is_right(self, tokenizer):
-        """With a line after it, so that no word at its end goes on."""
+        """Followed by another line, so that its last word is complete."""
         for case in self.cases(tokenizer):
             (items,) = case.score.args
             right = copying.lines(items).removeprefix("1.")
@@ -318,7 +318,7 @@ class TestCopying:
         prompts = [case.prompt for case in self.cases(tokenizer)]
         assert prompts == [case.prompt for case in self.cases(tokenizer)]
         assert not any(case.prompt in prompts for case in self.cases(tokenizer, seed=1))
-        # One length draws nothing from another.
+        # Lengths use independent random numbers.
         assert [case.prompt for case in copying.cases(tokenizer, [LENGTH], 2)] == prompts[2:]
 
     def test_lists_of_a_thousand_items(self, tokenizer):
@@ -336,7 +336,7 @@ class TestChat:
     def cases(self, tokenizer, seed=0):
         return list(chat.cases(tokenizer, self.TEXT, [512, LENGTH], 2, seed))
 
-    def test_facts_are_told_and_asked_for(self, tokenizer):
+    def test_facts_are_stated_and_asked_about(self, tokenizer):
         cases = self.cases(tokenizer)
         assert [case.about["turn"] for case in cases] == list(range(chat.NUM_FACTS)) * 4
         for case in cases:
@@ -353,7 +353,7 @@ class TestChat:
         assert tokenizer.decode(last.prompt).startswith(answered)
         assert 0.85 * 512 < len(last.prompt) <= 512
 
-    def test_without_a_template_of_its_own(self, tokenizer, monkeypatch):
+    def test_a_tokenizer_without_a_chat_template(self, tokenizer, monkeypatch):
         monkeypatch.setattr(tokenizer, "chat_template", None)
         *_, case = chat.cases(tokenizer, self.TEXT, [512], 1)
         turns = tokenizer.decode(case.prompt[1:]).split("\n\n")
@@ -381,7 +381,7 @@ class TestChat:
 
 
 def test_documents_end_where_questions_begin(tokenizer):
-    """What follows a document asks about it, and says nothing of the answer."""
+    """The part after the document asks about it and does not contain the answer."""
     asked = {
         "needle": (needle.cases(tokenizer, ESSAYS, [LENGTH], [0.5], 1), needle.AFTER),
         "passkey": (passkey.cases(tokenizer, [LENGTH], [0.5], 1), passkey.QUESTION),
@@ -415,7 +415,7 @@ class TestVariants:
             ["l2", "keydiff"], [0.5], [(0, 0), (4, 64)]
         )
         assert {variant.keep_ratio for variant in budgets} == {1}
-        # `random` sees the places of rows in the prompt, so no budget has it.
+        # `random` depends on indices of rows in the prompt, so it has no budgets.
         assert {variant.scorer for variant in budgets} == {"l2", "keydiff", "l2_high", "first_last"}
         assert len(set(budgets)) == len(budgets) == 2 * 4 * 2
 
@@ -437,7 +437,7 @@ class TestVariants:
         assert found[0] == BASELINE
         assert BASELINE.keep_ratio == 1
         assert len(set(found)) == len(found) == 1 + 2 * 2 * (2 * 2 + 2)
-        # Random blocks were asked for.
+        # Random blocks were requested.
         for control in CONTROLS:
             tokens = [variant for variant in found if (variant.scorer, variant.granularity) == (control, "token")]
             assert [(variant.protect_first, variant.protect_last, variant.keep_ratio) for variant in tokens] == [
