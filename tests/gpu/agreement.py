@@ -1,4 +1,4 @@
-"""When two runs of one request in bf16 agree: token by token until logits too close to tell let them part."""
+"""Agreement of two runs of one request in bf16: equal tokens until two logits are too close to decide."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,14 +10,14 @@ from reference import check_numbers
 
 
 class Step(NamedTuple):
-    """One generated token and the logits of the likeliest ones."""
+    """One generated token and the logits of the most likely ones."""
 
     token: int
     logits: dict[int, float]
 
 
 def steps_of(output: Any) -> list[Step]:
-    """Of an output whose engine runs with `logprobs_mode="raw_logits"`."""
+    """Returns the steps of an output whose engine runs with `logprobs_mode="raw_logits"`."""
     completion = output.outputs[0]
     return [
         Step(token, {other: entry.logprob for other, entry in entries.items()})
@@ -33,11 +33,11 @@ class Agreement(NamedTuple):
     """How far two runs agree.
 
     Attributes:
-        num_equal: Tokens before the first that differs.
-        differences: Between the runs' logits of one token, at all steps with the same past.
-        gap: Where they part, how far the two candidates' logits lie apart; 0 if they never part, infinite if one run
-            does not have the other's token among its likeliest.
-        steps: The same, in steps of what bf16 resolves there.
+        num_equal: Tokens before the first difference.
+        differences: Differences between the runs' logits of one token, at all steps with the same past.
+        gap: Distance of the two candidates' logits at the first difference; 0 if there is none, infinite if the most
+        likely tokens of one run lack the other's token.
+        steps: The same distance, in units of bf16's resolution there.
     """
 
     num_equal: int
@@ -60,12 +60,12 @@ def agreement(one: Sequence[Step], other: Sequence[Step]) -> Agreement:
 
 
 def resolution(logit: float) -> float:
-    """What bf16 resolves there: it keeps eight bits."""
+    """Returns the resolution of bf16 at this number; bf16 keeps eight bits."""
     return 2.0 ** (math.floor(math.log2(abs(logit))) - 7)
 
 
 def likely_differences(steps: Sequence[Step], logits: torch.Tensor) -> list[float]:
-    """Between a run's logits and those of a reference, `[num_steps, vocabulary]`, at the run's likeliest tokens."""
+    """Returns the differences of a run's most likely logits from a reference's, `[num_steps, vocabulary]`."""
     return [logit - logits[i, token].item() for i, step in enumerate(steps) for token, logit in step.logits.items()]
 
 
@@ -77,7 +77,7 @@ def rms(differences: Iterable[float]) -> float:
 def cases_of(
     text_ids: Sequence[int], lengths: Sequence[int], rules: Sequence[Mapping[str, Any]]
 ) -> list[tuple[Sequence[int], Mapping[str, Any]]]:
-    """A prompt of each length by each rule, none with the beginning of another; documents end before their prompt."""
+    """Returns a prompt of each length by each rule, with different beginnings; documents end before their prompt."""
     each = enumerate((length, rule) for length in lengths for rule in rules)
     return [(text_ids[9 * i : 9 * i + n], rule) for i, (n, rule) in each if rule.get("document", 0) < n]
 
@@ -85,16 +85,16 @@ def cases_of(
 def check_rules(
     engine: Any, references: Sequence[Any], cases: Sequence[tuple[Sequence[int], Mapping[str, Any]]], **asked: Any
 ) -> str:
-    """Checks answers of an engine by the logits of a reference, moved no further than bf16 moves that.
+    """Checks that an engine's logits differ from a reference's no more than bf16 changes the reference's.
 
     Args:
-        engine: As of `engine.Engine`, with `LOGITS`.
-        references: In fp32, and in bf16.
-        cases: Prompts, and by which rule; rules may evict nothing.
-        asked: `full_layers`, `intervals` and `num_tokens`, of all.
+    engine: An `engine.Engine` with `LOGITS`.
+    references: The reference in fp32, and in bf16.
+    cases: Prompts with their rules, which may evict nothing.
+    asked: `full_layers`, `intervals` and `num_tokens` of all cases.
 
     Returns:
-        What was found, to print.
+    The findings, to print.
     """
     num_tokens = asked.pop("num_tokens")
     params = [keep(**rule, num_tokens=num_tokens, logprobs=20) for _, rule in cases]

@@ -13,14 +13,14 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "speed"))
 
 if torch.cuda.is_available():
-    # vLLM forks the ranks of an engine otherwise, which fails once an engine of one rank used the GPU in this process.
+    # By default vLLM forks the ranks of an engine, which fails once this process has used the GPU for another engine.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": 20}
 
 
 def start_on_gpu(demo_model, rule=MappingProxyType({}), **arguments):
-    """With intervals so short that a budget means several compactions in a prompt and in an answer."""
+    """Starts engines with short intervals, so that a budget causes several compactions in a prompt and in an answer."""
     from engine import Engine, bare_rule
 
     defaults = {
@@ -38,7 +38,7 @@ def start_on_gpu(demo_model, rule=MappingProxyType({}), **arguments):
 
 @pytest.fixture(scope="session")
 def weights(demo_model):
-    """Of the scorer `learned`, made up."""
+    """Made-up weights of the scorer `learned`."""
     from transformers import AutoConfig
     from weights import made_up_weights
 
@@ -48,7 +48,7 @@ def weights(demo_model):
 
 @pytest.fixture(scope="session")
 def on_gpu(demo_model, weights, tmp_path_factory):
-    """With a profile, so that requests may name every scorer that is served."""
+    """An engine with a profile, so that requests may name every scorer that servers offer."""
     from weights import write_profile
 
     from vllm_l2kv.profile import fingerprint
@@ -62,7 +62,7 @@ def on_gpu(demo_model, weights, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def on_gpu_fp8(demo_model):
-    """Started when it is asked for; without graphs, which another engine proves."""
+    """Started on demand; without graphs, which another engine covers."""
     engine = start_on_gpu(demo_model, kv_cache_dtype="fp8_e4m3", enforce_eager=True, gpu_memory_utilization=0.2)
     yield engine
     engine.shutdown()
@@ -70,7 +70,7 @@ def on_gpu_fp8(demo_model):
 
 @pytest.fixture(scope="session")
 def sleepy(demo_model):
-    """Started when it is asked for, with graphs, in memory that vLLM gives back while it sleeps."""
+    """Started on demand, with graphs, in memory that vLLM releases while it sleeps."""
     engine = start_on_gpu(demo_model, enable_sleep_mode=True, max_num_seqs=4, gpu_memory_utilization=0.15)
     yield engine
     engine.shutdown()
@@ -79,7 +79,7 @@ def sleepy(demo_model):
 FULL_HEADS = MappingProxyType(
     {1: (0,), 4: (0, 2), 6: (1,), 9: (1,), 12: (2,), 15: (0, 1, 2), 20: (1, 2), 22: (0,), 26: (0, 2), 29: (2,)}
 )
-"""15 of 90, which waste nothing: in a row and not, and one layer of full heads alone."""
+"""15 of 90 heads, which waste nothing: contiguous ones and others, and one layer with full heads only."""
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,7 @@ def heads_in_graphs(demo_model):
 
 @pytest.fixture(scope="session")
 def heads_in_fp8(demo_model):
-    """Without graphs."""
+    """An engine without graphs."""
     arguments = {"kv_cache_dtype": "fp8_e4m3", "enforce_eager": True, "gpu_memory_utilization": 0.15}
     engine = start_on_gpu(demo_model, {"full_layers": (), "full_heads": FULL_HEADS}, **arguments)
     yield engine
@@ -105,7 +105,7 @@ def heads_in_fp8(demo_model):
 
 @pytest.fixture(scope="session")
 def tight(demo_model):
-    """Started when it is asked for, without graphs: a default budget, and a context far longer than the cache."""
+    """Started on demand, without graphs: a default budget, and a context far longer than the cache."""
     engine = start_on_gpu(
         demo_model,
         {"default_max_tokens": 256},
@@ -128,7 +128,7 @@ def exact(demo_model):
 
 @pytest.fixture(scope="session")
 def rounded(demo_model):
-    """The reference in bf16: how far bf16 alone carries logits away."""
+    """The reference in bf16, which shows how much bf16 alone changes logits."""
     from reference import Reference
 
     return Reference(demo_model, torch.bfloat16, "cuda")
@@ -136,7 +136,7 @@ def rounded(demo_model):
 
 @pytest.fixture(scope="session")
 def learned(demo_model, weights):
-    """The same two with the scorer `learned`: in fp32, and in bf16."""
+    """The references with the scorer `learned`: in fp32, and in bf16."""
     from scored import ScoredReference
 
     references = [
@@ -157,9 +157,9 @@ def rounded_to_fp8(demo_model):
 
 @pytest.fixture(scope="session")
 def start_small(request) -> Callable[..., Any]:
-    """Starts an engine in a corner of the GPUs, with or without us.
+    """Starts a small engine on the GPUs, of vllm-l2kv or of stock vLLM.
 
-    It does not look how much memory is free, so several processes may start some side by side.
+    It does not check free memory, so several processes may start engines at once.
     """
     from engine import Engine
 
@@ -178,7 +178,7 @@ def start_small(request) -> Callable[..., Any]:
 
     def start(model: Path, **arguments: Any) -> Engine:
         engine = Engine(model, **{**defaults, **arguments})
-        # Dropped, it must not take the process groups of other engines in this process away.
+        # When it is deleted, it must not destroy the process groups of other engines in this process.
         engine.llm.llm_engine.engine_core._finalizer.detach()
         return engine
 
@@ -187,7 +187,7 @@ def start_small(request) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def widened_model(demo_model, tmp_path_factory) -> Path:
-    """The demo model with a fourth KV head, which changes nothing."""
+    """The demo model with a fourth KV head, which does not change its answers."""
     from widened import widened
 
     return widened(tmp_path_factory.mktemp("widened"), demo_model)
@@ -201,7 +201,7 @@ def replicated_model(tiny_model) -> Path:
 
 @pytest.fixture(scope="session")
 def note(request) -> Callable[..., None]:
-    """Shows a row of what a test found, and adds it to the folder of `--rows`."""
+    """Prints a row of a test's findings, and adds it to the folder of `--rows`."""
     import vllm
     from rows import append, where
 

@@ -1,6 +1,6 @@
-"""Other attention than FlashAttention 3 on a GPU: bf16, CUDA graphs, an engine for each backend.
+"""Attention backends other than FlashAttention 3 on a GPU: bf16, CUDA graphs, an engine for each backend.
 
-Tiny models with random weights, judged as in `test_tiny_models`. Full heads take a call for each class here.
+Tiny models with random weights, compared as in `test_tiny_models`. Here full heads need a call for each class.
 """
 
 from importlib.util import find_spec
@@ -30,9 +30,9 @@ LENGTHS = (33, 449, 1000, 1700)
 
 
 class Kind(NamedTuple):
-    """What an engine attends with, and the rest of what it is started with.
+    """An attention backend and the engine's other arguments.
 
-    `is_open` says whether users may ask for it; the name of one that they may not is let through here alone.
+    `is_open` says whether users may choose the backend; these tests also allow those that users may not.
     """
 
     backend: str
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
 KINDS = {
     "triton": Kind("TRITON_ATTN", {}, (0,), {2: (1,)}),
     "fa4": Kind("FLASH_ATTN", {"head_dim": 512}, (0,), {2: (1,)}),
-    # Its native path plans by lengths on the host; its kernels read blocks of 64 tokens at most, so no layer is full.
+    # Its native path plans by lengths on the host. Its kernels read blocks of up to 64 tokens, so no layer is full.
     "flashinfer": Kind("FLASHINFER", {"head_dim": 64}, (), {}, is_open=False),
 }
 
@@ -96,12 +96,12 @@ def engine(kind, model, start_small):
 
 @pytest.fixture(scope="module")
 def references(kind, model):
-    """In fp32, and in bf16."""
+    """The references in fp32 and in bf16."""
     full = dict(KINDS[kind].full_heads)
     return [Reference(model, dtype, "cuda", None, full) for dtype in (torch.float32, torch.bfloat16)]
 
 
-def test_the_engine_attends_with_what_was_asked(kind, engine):
+def test_the_engine_uses_the_chosen_backend(kind, engine):
     asked = KINDS[kind]
     layers = [engine.layers[f"model.layers.{i}.self_attn.attn"] for i in range(4)]
     assert {layer.attn_backend.get_name() for layer in layers} == {asked.backend}
@@ -109,10 +109,10 @@ def test_the_engine_attends_with_what_was_asked(kind, engine):
 
 
 def test_answers(kind, engine, references, text_ids):
-    """All in one batch, twice: the second time with what the first left in the prefix cache."""
+    """All cases in one batch, twice: the second time with the prefix cache of the first."""
     cases = cases_of(text_ids, LENGTHS, RULES)
     asked = {"full_layers": KINDS[kind].full_layers, "intervals": INTERVALS, "num_tokens": 24}
     for _ in range(2):
         print(f"{kind}: {check_rules(engine, references, cases, **asked)}")
-    engine.step()  # tells the worker what has finished
+    engine.step()  # so that the worker forgets finished requests
     assert engine.worker.num_evicted() == {}

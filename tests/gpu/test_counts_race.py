@@ -1,4 +1,4 @@
-"""The host prepares a step while the device is busy with the one before, which must find its own counts."""
+"""The host prepares a step while the device runs the one before, which must still read its own counts."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def as_the_worker_does(runner: RunnerV2) -> None:
 
 
 def as_it_once_did(runner: RunnerV2) -> None:
-    """Published after every change. The second publication lands where the step in flight reads."""
+    """Publishes after every change, so the second publication overwrites what the step in flight reads."""
     runner.counts.forget(["finished"])
     runner.counts.publish()
     runner.counts.forget(["preempted"])
@@ -43,7 +43,7 @@ def test_a_step_that_waits_for_the_device_finds_its_own_counts(prepare, is_distu
 
     runner.begin_step([], [order(req_id, num_evicted) for req_id, num_evicted in BEGUN.items()], {})
     vllm_runner.block_tables.apply_staged_writes()
-    torch.cuda._sleep(500_000_000)  # clock cycles: a quarter of a second or so
+    torch.cuda._sleep(500_000_000)  # clock cycles: about a quarter of a second
     waiting = torch.cuda.Event()
     waiting.record()
     physical_lengths(found, lengths, states, runner.counts.on_device)

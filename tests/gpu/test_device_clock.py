@@ -7,10 +7,10 @@ from vllm_l2kv.worker.clock import CUDAClock
 
 
 @pytest.mark.gpu
-def test_nobody_waits_for_the_device():
+def test_the_host_does_not_wait_for_the_device():
     clock = CUDAClock()
     with clock.measure():
-        torch.cuda._sleep(100_000_000)  # clock cycles: a twentieth of a second or so
+        torch.cuda._sleep(100_000_000)  # clock cycles: about a twentieth of a second
     assert clock.take() == []
     with clock.measure():
         torch.cuda._sleep(1000)

@@ -1,10 +1,9 @@
 """The demo model on a GPU in bf16, CUDA graphs, async scheduling and prefix caching on.
 
-bf16 keeps eight bits, so two ways to compute one sum differ, and logits that are equal decide by chance. Nothing is
-waved through for that reason. Two runs must agree token by token until they part, and where they part the candidates'
-logits must lie within two steps of bf16 or within its reach. On the way their logits must agree as well as bf16 can
-make them. How far it carries logits away is not guessed but measured, on the Hugging Face reference in bf16 beside
-itself in fp32.
+bf16 keeps eight bits, so two ways to compute one sum differ, and chance decides between equal logits. The tests are
+still strict. Two runs must have equal tokens up to a first difference, where the candidates' logits must be within two
+steps of bf16 or within its reach. Up to there their logits must agree as well as bf16 allows. The reach of bf16, how
+much it changes logits, is measured: on the Hugging Face reference in bf16 and in fp32.
 """
 
 import random
@@ -29,13 +28,13 @@ SHARED = {
     "document, budget 300": {"ratio": "0.5", "document": 1501, "budget": 300, "first": 4, "last": 64},
     "conversation": {"ratio": "1", "budget": 200, "first": 4, "last": 64},
 }
-"""What leaves rows for others, with prompts that begin with the same 1,501 tokens."""
+"""Rules that leave rows for other requests, whose prompts begin with the same 1,501 tokens."""
 LENGTHS = (1, 33, 200, 449, 1000, 2500)
 NUM_TOKENS = 16
 
 
 def cases_of(text_ids):
-    """Prompts and names of rules."""
+    """Returns prompts and names of rules."""
     prompts = [text_ids[7 * i : 7 * i + length] for i, length in enumerate(LENGTHS)]
     return [(prompt, name) for prompt in prompts for name in RULES]
 
@@ -45,7 +44,7 @@ def asks(name):
 
 
 def moved_by_bf16(exact, rounded, prompt, tokens, **rule):
-    """Of the likely tokens' logits along an answer, by the reference."""
+    """Returns how much bf16 changes the likely tokens' logits along an answer, by the reference."""
     right, bf16 = (reference.logits(prompt, tokens, **rule) for reference in (exact, rounded))
     return (right - bf16).gather(1, right.topk(20).indices).flatten().tolist()
 
@@ -57,7 +56,7 @@ def intervals(on_gpu):
 
 @pytest.fixture(scope="module")
 def outputs(on_gpu, text_ids):
-    """Every length and rule in one batch."""
+    """Outputs of every length and rule, in one batch."""
     cases = cases_of(text_ids)
     return on_gpu.generate([prompt for prompt, _ in cases], [asks(name) for _, name in cases])
 
@@ -69,7 +68,7 @@ def mixed(outputs):
 
 @pytest.fixture(scope="module")
 def reach(exact, rounded, mixed, text_ids, intervals):
-    """By rule, all that bf16 alone moves the likely tokens' logits by, along the generated texts."""
+    """By rule, how much bf16 alone changes the likely tokens' logits along the generated texts."""
     moved = {name: [] for name in RULES}
     for (prompt, name), steps in zip(cases_of(text_ids), mixed, strict=True):
         moved[name] += moved_by_bf16(exact, rounded, prompt, tokens_of(steps), intervals=intervals, **RULES[name])
@@ -123,8 +122,8 @@ def test_answers_equal_the_reference(exact, mixed, reach, text_ids, intervals):
         assert rms(moved[name]) <= 2 * rms(reach[name]), name
 
 
-def test_the_reach_of_bf16_is_no_blank_cheque(exact, reach, text_ids, intervals):
-    """Another rule's logits are out of reach, so a request that was not compacted, or twice, would be noticed."""
+def test_the_reach_of_bf16_excludes_other_rules(exact, reach, text_ids, intervals):
+    """Another rule's logits are out of reach, so the tests would notice a request compacted twice or not at all."""
     prompt = text_ids[28 : 28 + 1000]
     for name, others in (("keep 0.5", ("keep 1.0", "keep 0.3")), ("budget 200", ("keep 1.0", "budget 96"))):
         tokens = exact.generate(prompt, NUM_TOKENS, intervals=intervals, **RULES[name])
@@ -137,7 +136,7 @@ def test_the_reach_of_bf16_is_no_blank_cheque(exact, reach, text_ids, intervals)
 
 @pytest.mark.parametrize("name", ["keep 0.3", "budget 200"])
 def test_a_request_names_the_learned_scorer(name, on_gpu, exact, learned, text_ids, intervals):
-    """Beside requests without a scorer. What keys of low norm alone would say is out of reach."""
+    """In a batch with requests without a scorer. The logits of the scorer `l2` are out of reach."""
     rule = {**RULES[name], "intervals": intervals}
     prompts = [text_ids[begin : begin + 1000] for begin in (14, 28, 100)]
     named = keep(**RULES[name], num_tokens=NUM_TOKENS, logprobs=20, scorer="learned")
@@ -156,7 +155,7 @@ def test_a_request_names_the_learned_scorer(name, on_gpu, exact, learned, text_i
     assert rms(of_l2) > 2 * rms(reach)
 
 
-def test_200_requests_of_mixed_rules_with_aborts_hold_what_the_scheduler_says(on_gpu, text_ids):
+def test_200_requests_of_mixed_rules_with_aborts(on_gpu, text_ids):
     """Counts and block tables on the device, after every third step; documents and conversations are found."""
     load = MixedLoad(text_ids, [*RULES.values(), *SHARED.values(), *SHARED.values()], max_prompt=1800, num_tokens=48)
     load.run(on_gpu)
@@ -172,7 +171,7 @@ def test_200_requests_of_mixed_rules_with_aborts_hold_what_the_scheduler_says(on
 
 
 def test_a_prompt_of_three_caches(tight, exact, rounded, text_ids):
-    """It asks for nothing: the engine's default bounds it, and what it names stays within reach of bf16."""
+    """It sets no field: the engine's default budget bounds it, and its logits stay within the reach of bf16."""
     assert tight.scheduler.settings.defaults.max_tokens == 256
     prompt = text_ids[: 3 * tight.num_usable_blocks * min(manager.block_size for manager in tight.managers)]
     assert 2000 < len(prompt) < 4000
@@ -190,7 +189,7 @@ def test_a_prompt_of_three_caches(tight, exact, rounded, text_ids):
     ("name", "fewest", "most"), [("keep 0.5", 800, 1000), ("budget 200", 800, 801)], ids=["ratio", "budget"]
 )
 def test_prefix_cache_hits_after_compaction(name, fewest, most, on_gpu, reach, text_ids):
-    """They end before the compaction at the end of the prompt, or at the last one before that."""
+    """Hits end before the compaction at the end of the prompt, or at the last compaction before it."""
     prompt = text_ids[100:1100]
     assert on_gpu.kv_cache_manager.reset_prefix_cache()
     (first,) = on_gpu.generate([prompt], [asks(name)])
@@ -203,7 +202,7 @@ def test_prefix_cache_hits_after_compaction(name, fewest, most, on_gpu, reach, t
 
 
 def test_prefix_cache_hits_inside_a_large_block(on_gpu, reach, text_ids):
-    """vLLM copies the part that is shared, on the device, for whoever goes on differently."""
+    """For a request that continues differently, vLLM copies the shared part on the device."""
     large = max(manager.block_size for manager in on_gpu.managers)
     prompt = text_ids[100 : 100 + large + 300]
     fork = prompt[: large - 100] + text_ids[2500:2900]
@@ -223,7 +222,7 @@ def test_prefix_cache_hits_inside_a_large_block(on_gpu, reach, text_ids):
 
 
 def test_a_small_cache_preempts_and_stays_whole(on_gpu, text_ids):
-    """Beside others, questions to one document."""
+    """The requests include questions about one document."""
     rules = list(RULES.values())
     asked = [(text_ids[30 * i : 30 * i + 700], rules[i % len(rules)]) for i in range(24)]
     asked += [(text_ids[: 710 + i], SHARED["document"]) for i in range(12)]
@@ -241,8 +240,8 @@ def test_a_small_cache_preempts_and_stays_whole(on_gpu, text_ids):
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_found_rows_answer_as_freshly_compacted_ones(name, on_gpu, exact, rounded, text_ids, intervals):
-    """Four go on differently: each alone on an empty cache, then all at once, where one leaves rows for the others."""
+def test_answers_from_found_rows_equal_those_from_new_ones(name, on_gpu, exact, rounded, text_ids, intervals):
+    """Four continue differently: each alone on an empty cache, then all at once, where one leaves rows for others."""
     rule = {**SHARED[name], "intervals": intervals}
     begin = text_ids[100 : 100 + (rule.get("document") or 1501)]
     prompts = [begin + text_ids[3000 + 40 * i : 3040 + 40 * i] for i in range(4)]

@@ -1,4 +1,4 @@
-"""An fp8 (e4m3) KV cache on a GPU: half the bytes, and compaction on top."""
+"""Compaction of an fp8 (e4m3) KV cache on a GPU, which has half the bytes."""
 
 import pytest
 from agreement import agreement, likely_differences, rms, steps_of, tokens_of
@@ -21,7 +21,7 @@ def test_a_block_holds_twice_the_tokens(on_gpu_fp8, on_gpu):
 
 @pytest.mark.parametrize("ratio", ["1.0", "0.9", "0.5"])
 def test_answers_equal_the_reference_as_far_as_fp8_allows(on_gpu_fp8, exact, rounded_to_fp8, text_ids, ratio):
-    """fp8 keeps four bits of a number: how far that moves logits is measured on the reference, as for bf16."""
+    """fp8 keeps four bits of a number; how much that changes logits is measured on the reference, as for bf16."""
     moved, reach, wrong = [], [], []
     for begin in (14, 28, 100):
         prompt = text_ids[begin : begin + 1000]
@@ -40,7 +40,7 @@ def test_answers_equal_the_reference_as_far_as_fp8_allows(on_gpu_fp8, exact, rou
     assert rms(wrong) > 2 * rms(reach)
 
 
-def test_compressed_requests_beside_each_other_equal_themselves_alone(on_gpu_fp8, text_ids):
+def test_compressed_requests_in_a_batch_equal_those_alone(on_gpu_fp8, text_ids):
     prompt = text_ids[100:1100]
     params = [keep(ratio, num_tokens=NUM_TOKENS, logprobs=20) for ratio in ("1.0", "0.9", "0.5")]
     together = on_gpu_fp8.generate([prompt] * 3, params)

@@ -1,7 +1,7 @@
 """Drafts on a GPU: bf16, CUDA graphs, async scheduling where vLLM has it for the method.
 
-The demo model drafts for itself, on its whole cache. The EAGLE head has random weights, so that most of its drafts are
-rejected. Judged as in `test_engine`: by what bf16 moves in the reference.
+The demo model drafts for itself, on its whole cache. The EAGLE head has random weights, so most of its drafts are
+rejected. Compared as in `test_engine`, by how much bf16 changes the reference.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ def drafting(method, demo_model, start_small, tmp_path_factory):
         speculative["model"] = str(tiny.write_eagle(tmp_path_factory.mktemp("eagle"), config))
     rule = bare_rule(full_layers=(0, 1), prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     with pytest.MonkeyPatch.context() as monkeypatch:
-        # Until this has passed on a GPU.
+        # Needed until this has passed on a GPU.
         monkeypatch.setitem(refusals.DRAFTERS, "GPUs", METHODS)
         sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}}
         engine = start_small(demo_model, max_num_seqs=32, speculative_config=speculative, **sizes, **rule)
@@ -56,7 +56,7 @@ def drafting(method, demo_model, start_small, tmp_path_factory):
 
 @pytest.fixture
 def counted(drafting, monkeypatch) -> Counter:
-    """Draft tokens scheduled and accepted from now on."""
+    """Counts draft tokens scheduled and accepted from now on."""
     counts: Counter = Counter()
     update = drafting.scheduler.update_from_output
 
@@ -89,7 +89,7 @@ def test_layers_that_draft_are_full(method, drafting):
 
 @pytest.mark.parametrize("name", RULES)
 def test_answers(name, method, drafting, counted, exact, rounded, text_ids):
-    """All lengths in one batch, twice: the second time with what the first left in the prefix cache."""
+    """All lengths in one batch, twice: the second time with the prefix cache of the first."""
     rule = RULES[name]
     prompts = [text_ids[9 * i : 9 * i + n] for i, n in enumerate(LENGTHS) if n > rule.get("document", 0)]
     asked = {"full_layers": (0, 1), "intervals": INTERVALS, "num_tokens": NUM_TOKENS}
@@ -103,7 +103,7 @@ def test_answers(name, method, drafting, counted, exact, rounded, text_ids):
         assert acceptance > (0.8 if name == "keep 1.0" else 0.1)
 
 
-def test_200_requests_of_mixed_rules_with_aborts_hold_what_the_scheduler_says(drafting, text_ids):
+def test_200_requests_of_mixed_rules_with_aborts(drafting, text_ids):
     load = MixedLoad(text_ids, [*RULES.values(), RULES["document 300"]], max_prompt=1800, num_tokens=48)
     load.run(drafting)
     print(load.looks)

@@ -1,6 +1,6 @@
-"""KV heads of both classes in a layer on a GPU: decoding in one call, in graphs and without, in bf16 and fp8.
+"""Layers with KV heads of both classes on a GPU: decoding in one call, with graphs and without, in bf16 and fp8.
 
-Agreement is what `test_engine.py` says: as good as bf16, or fp8, can make it on the reference.
+Compared as in `test_engine.py`, by how much bf16 or fp8 changes the reference.
 """
 
 import pytest
@@ -28,7 +28,7 @@ NUM_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def references(demo_model, full_heads):
-    """In fp32, in bf16, and in bf16 with a cache in fp8; then one in fp32 with other full heads."""
+    """The references in fp32, in bf16, and in bf16 with a cache in fp8; then one in fp32 with other full heads."""
     kinds = (torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float8_e4m3fn)
     right = [Reference(demo_model, dtype, "cuda", cached, full_heads) for dtype, cached in kinds]
     others = {layer: tuple((head + 1) % 3 for head in heads) for layer, heads in full_heads.items()}
@@ -52,7 +52,7 @@ def test_layers_with_both_classes_decode_in_one_call(request, kind, full_heads):
 
 @pytest.mark.parametrize(("kind", "rounded"), [("heads_in_graphs", 1), ("heads_in_fp8", 2)])
 def test_answers_equal_the_reference(request, kind, rounded, references, text_ids):
-    """Every length and rule in one batch, whose prefill takes a call for each class."""
+    """Every length and rule in one batch; its prefill needs a call for each class."""
     engine, exact, other = request.getfixturevalue(kind), references[0], references[-1]
     intervals = engine.scheduler.settings.intervals
     cases = [(text_ids[7 * i : 7 * i + n], name) for i, n in enumerate(LENGTHS) for name in RULES]
@@ -79,7 +79,7 @@ def test_answers_equal_the_reference(request, kind, rounded, references, text_id
         assert name == "keep 1.0" or rms(wrong) > 2 * rms(reach), f"{name}: other heads would not be noticed"
 
 
-def test_200_requests_of_mixed_rules_with_aborts_hold_what_the_scheduler_says(heads_in_graphs, text_ids):
+def test_200_requests_of_mixed_rules_with_aborts(heads_in_graphs, text_ids):
     load = MixedLoad(text_ids, [*RULES.values(), *SHARED, *SHARED], max_prompt=1800, num_tokens=48)
     load.run(heads_in_graphs)
     print(load.looks)

@@ -1,6 +1,6 @@
 """Documents and prompts in CPU memory, by vLLM's connector with its own copies: bf16, CUDA graphs, async scheduling.
 
-Engines refuse the connector as long as this has not been run. If it passes, `refusals.CONNECTORS` gets its name.
+Engines refuse the connector until this has been run. If it passes, add its name to `refusals.CONNECTORS`.
 """
 
 import random
@@ -22,7 +22,7 @@ RULE = {"ratio": "0.25", "document": DOCUMENT}
 
 @pytest.fixture(scope="module")
 def engine(start_small, demo_model):
-    """Its cache holds four documents whole, or half of all of them compressed."""
+    """An engine whose cache holds four whole documents, or half of all of them compressed."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
         sizes = {"kv_cache_memory_bytes": 160 << 20, "max_num_batched_tokens": 2048, "max_num_seqs": 16}
@@ -46,7 +46,7 @@ def ask(engine, prompts, rule, num_tokens=8):
 
 
 def settle(engine) -> None:
-    """Until no copy is under way."""
+    """Waits until no copy is in progress."""
     for _ in range(10_000):
         if not engine.scheduler.connector.has_pending_push_work():
             break
@@ -64,7 +64,7 @@ def likely(output) -> dict[int, float]:
 
 
 def test_a_document_answers_the_same_from_cpu_memory_and_from_the_gpu(engine, documents):
-    """To the bit: both are the same rows, and one question at a time is computed alike."""
+    """Equal in every bit: the rows are the same, and single questions are computed in the same way."""
     for document in documents[:4]:
         question = [*document, *draw(random.Random(99), 30)]
         _, computed = ask(engine, [question], RULE)
@@ -80,7 +80,7 @@ def test_a_document_answers_the_same_from_cpu_memory_and_from_the_gpu(engine, do
 def test_a_whole_prompt_comes_back_and_is_compacted(engine, documents):
     prompt, rule = [*documents[5], *draw(random.Random(98), 200)], {"ratio": "0.5"}
     (first,), _ = ask(engine, [prompt], rule)
-    for document in documents[6:14]:  # use up the cache; what is reused next is stored
+    for document in documents[6:14]:  # fill the cache; blocks about to be reused are stored
         ask(engine, [document], {"ratio": "1.0"}, num_tokens=2)
     settle(engine)
     (again,), _ = ask(engine, [prompt], rule)
@@ -89,8 +89,8 @@ def test_a_whole_prompt_comes_back_and_is_compacted(engine, documents):
 
 
 def test_many_at_once_in_a_cache_that_holds_few(engine, documents):
-    """Stores, loads, preemptions and compactions in the same steps: a load that runs into rows that a compaction still
-    reads, or a block that is reused while it is stored, gives the answer to another document.
+    """Stores, loads, preemptions and compactions in the same steps. A load that overwrites rows of a compaction in
+    flight, or a block that is reused while it is stored, would give the answer to another document.
     """
     chance = random.Random(0)
     asked = [(number, [*document, *draw(random.Random(97), 30)]) for number, document in enumerate(documents)]

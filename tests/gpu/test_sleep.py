@@ -1,4 +1,4 @@
-"""Sleep mode on a GPU: weights and KV cache leave the device, and CUDA graphs find all of it again."""
+"""Sleep mode on a GPU: weights and KV cache leave the device and come back where CUDA graphs expect them."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_answers_after_waking_up(sleepy, text_ids, level, rule):
     prompt = text_ids[100:1100]
     assert sleepy.kv_cache_manager.reset_prefix_cache()
     before = answer(sleepy, prompt, rule)
-    # One that was compacted; the worker hears of its end only when it is awake again.
+    # A compacted request, whose end the worker learns only after it wakes up.
     sleepy.add("compacted", text_ids[200:1200], keep(**rule, num_tokens=200))
     for _ in range(8):
         sleepy.step()
@@ -40,6 +40,6 @@ def test_answers_after_waking_up(sleepy, text_ids, level, rule):
         sleepy.llm.collective_rpc("reload_weights")
     sleepy.drain()
     sleepy.check_whole()
-    after = answer(sleepy, prompt, rule)  # nothing is found of what an earlier request computed
+    after = answer(sleepy, prompt, rule)  # the request finds no rows of an earlier one
     assert after.num_cached_tokens == 0
     assert tokens_of(steps_of(after)) == tokens_of(steps_of(before))

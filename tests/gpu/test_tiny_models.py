@@ -1,7 +1,7 @@
-"""Models some of whose layers keep a state, a window or a chunk, on a GPU: bf16, CUDA graphs, async scheduling.
+"""Models with layers that keep a state, a window or a chunk, on a GPU: bf16, CUDA graphs, async scheduling.
 
-Tiny ones with random weights, of the architectures that vLLM's kernels for CPUs cannot compute, and of those that they
-can. Judged as in `test_engine`: by what bf16 moves in the reference.
+Tiny models with random weights, of architectures that vLLM's CPU kernels support and of others. Compared as in
+`test_engine`, by how much bf16 changes the reference.
 """
 
 import math
@@ -29,7 +29,7 @@ LENGTHS = (33, 449, 1000, 1700)
 
 
 class Kind(NamedTuple):
-    """Named full layers, those that they stand for, and what the model has other than in tests on CPUs."""
+    """The full layers of the setting, those of the model, and the model's differences from tests on CPUs."""
 
     named: tuple[int, ...]
     full_layers: tuple[int, ...]
@@ -37,9 +37,9 @@ class Kind(NamedTuple):
 
 
 SMALL = {"initializer_range": 0.06}
-"""Weights, since bf16 has eight bits for what large ones amplify."""
+"""Scale of the weights, since large ones amplify rounding to bf16's eight bits."""
 KINDS = {
-    # Without a choice of experts, which rounding decides.
+    # Without a choice of experts, which rounding could decide.
     "qwen3_next": Kind((0, 1), (1,), {**SMALL, "mlp_only_layers": tuple(range(6))}),
     "nemotron_h": Kind((0, 1), (3,), SMALL),
     "lfm2": Kind((), (), {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}),
@@ -65,7 +65,7 @@ def engine(kind, model, start_small):
     rule = bare_rule(full_layers=KINDS[kind].named, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "kv_cache_memory_bytes": 1 << 28}
     engine = start_small(model, max_num_seqs=32, max_num_batched_tokens=2048, **sizes, **rule)
-    for layer in engine.layers.values():  # what a state may leave in a block: no numbers
+    for layer in engine.layers.values():  # NaN, which a state may leave in a block
         caches = layer.kv_cache if isinstance(layer.kv_cache, (tuple, list)) else (layer.kv_cache,)
         for cache in caches:
             cache.fill_(math.nan)
@@ -75,7 +75,7 @@ def engine(kind, model, start_small):
 
 @pytest.fixture(scope="module")
 def references(kind, model):
-    """In fp32, and in bf16."""
+    """The references in fp32 and in bf16."""
     make = ChunkedReference if kind == "llama4" else HybridReference
     return [make(model, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.bfloat16)]
 
@@ -85,10 +85,10 @@ def test_decoding_runs_in_graphs(engine):
 
 
 def test_answers(kind, engine, references, text_ids):
-    """All in one batch, twice: the second time with what the first left in the prefix cache."""
+    """All cases in one batch, twice: the second time with the prefix cache of the first."""
     cases = cases_of(text_ids, LENGTHS, RULES)
     asked = {"full_layers": KINDS[kind].full_layers, "intervals": INTERVALS, "num_tokens": 16}
     for _ in range(2):
         print(f"{kind}: {check_rules(engine, references, cases, **asked)}")
-    engine.step()  # tells the worker what has finished
+    engine.step()  # so that the worker forgets finished requests
     assert engine.worker.num_evicted() == {}

@@ -1,10 +1,10 @@
-"""Tensor, pipeline and expert parallelism on two GPUs as users run them, beside one GPU and beside stock vLLM.
+"""Tensor, pipeline and expert parallelism on two GPUs as users run them, compared with one GPU and with stock vLLM.
 
-Sums that are cut in two are rounded differently, so answers are compared as `test_engine.py` says. The demo model has
-three KV heads and nine query heads, which two ranks cannot share; it comes with a fourth KV head that changes nothing.
-A model with made-up weights has one KV head for both ranks.
+Sums split between GPUs are rounded differently, so answers are compared as in `test_engine.py`. Two ranks cannot share
+the demo model's three KV heads and nine query heads, so it gets a fourth KV head that does not change its answers. A
+model with random weights has one KV head for both ranks.
 
-`--rows FOLDER` adds what is found to FOLDER/tp2_checks.jsonl, from which benchmarks/speed/tables.py makes a page.
+`--rows FOLDER` adds the findings to FOLDER/tp2_checks.jsonl, from which benchmarks/speed/tables.py makes a page.
 """
 
 import time
@@ -47,14 +47,14 @@ class Shape(NamedTuple):
     params=[
         pytest.param(WIDENED, id="widened"),
         pytest.param(REPLICATED, id="replicated"),
-        # Layers 0 and 1 are full, so the second rank has no full heads, and a group without layers.
+        # Layers 0 and 1 are full, so the second rank has no full heads, and one of its groups has no layers.
         pytest.param(PIPELINE, id="pipeline", marks=NOT_YET),
     ],
 )
 def shape(request, widened_model, replicated_model, demo_model, text_ids, start_small) -> Iterator[Shape]:
     from reference import Reference
 
-    # The demo model itself: what the fourth head adds must not count.
+    # The demo model itself: the fourth head must not change anything.
     model, right = {
         WIDENED: (widened_model, demo_model),
         REPLICATED: (replicated_model, replicated_model),
@@ -119,7 +119,7 @@ def test_two_gpus_answer_like_one_within_reach_of_bf16(shape, text_ids, ratio, n
     assert rms(of_wrong) > 2 * rms(bf16_of_fp32), "another ratio must be out of reach"
 
 
-def test_200_mixed_requests_with_aborts_on_ranks_that_hold_the_same(shape, text_ids, note):
+def test_200_mixed_requests_with_aborts_on_ranks_with_equal_state(shape, text_ids, note):
     load = MixedLoad(text_ids, LOAD)
     load.run(shape.two_gpus)
     looks = load.looks
@@ -145,7 +145,7 @@ def test_compaction_adds_no_communication(widened_model, text_ids, start_small, 
     for name, ours in (("stock", {}), ("l2kv", bare_rule(full_layers=(0, 1)))):
         engine = start_small(widened_model, tensor_parallel_size=2, **ours)
         params = [keep("0.5") if ours else keep("1.0")] * len(prompts)
-        engine.generate([prompt[50:] for prompt in prompts], params)  # warms up
+        engine.generate([prompt[50:] for prompt in prompts], params)  # warm-up
         engine.llm.collective_rpc(start_profile)
         outputs = engine.generate(prompts, params)
         profiles[name] = engine.llm.collective_rpc(stop_profile)
@@ -190,7 +190,7 @@ def test_refused(tiny_model, start_small, capfd, heads, arguments, sentence, not
 
 
 def test_two_engines_with_expert_parallelism(tiny_model, text_ids, tmp_path, note):
-    """Experts on both GPUs, so engines wait for each other, also when only one has requests."""
+    """With experts on both GPUs engines wait for each other, also when only one has requests."""
     from concurrent.futures import ThreadPoolExecutor
 
     import httpx
