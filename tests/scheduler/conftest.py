@@ -8,7 +8,7 @@ import pytest
 
 
 class Harness:
-    """Schedules like the engine core does, with `depth` steps in flight, and keeps every step's output."""
+    """Schedules as the engine core does, with `depth` steps in flight, and keeps every step's output."""
 
     def __init__(self, scheduler, depth: int) -> None:
         self.scheduler = scheduler
@@ -87,7 +87,7 @@ class Harness:
             self._draft(req_ids)
 
     def _draft(self, req_ids: list[str]) -> None:
-        """Without async scheduling vLLM hands the drafts to its scheduler, and there may be fewer of them or none."""
+        """Without async scheduling vLLM gives the drafts to its scheduler; there may be fewer or none."""
         from vllm.v1.outputs import DraftTokenIds
 
         chances = [zlib.crc32(f"{req_id} {len(self.steps)}".encode()) for req_id in req_ids]
@@ -95,7 +95,7 @@ class Harness:
         self.scheduler.update_draft_token_ids(DraftTokenIds(req_ids, drafts))
 
     def execute(self, output) -> list[list[int]]:
-        """What a worker samples; put a worker's own method in its place to have one."""
+        """Returns a worker's samples; replace it by a worker's method to have a worker."""
         sampled = []
         for req_id in output.num_scheduled_tokens:
             request = self.scheduler.requests.get(req_id)
@@ -104,7 +104,7 @@ class Harness:
         return sampled
 
     def transfer(self, output):
-        """What a KV connector's worker reports; put its own method in its place to have one."""
+        """Returns the report of a KV connector's worker; replace it by its method to have one."""
 
     @staticmethod
     def computed_after(output, req_id: str) -> int:
@@ -119,7 +119,7 @@ class Harness:
             if not self.scheduler.has_unfinished_requests():
                 while self.in_flight:
                     self.finish_one()
-                self.step()  # tells the worker what has finished
+                self.step()  # so that the worker forgets finished requests
                 return
             self.step()
         raise AssertionError("still unfinished")
@@ -132,7 +132,7 @@ class Harness:
         raise AssertionError("it did not happen")
 
     def preempted(self) -> list[str]:
-        """Ids, in the order of steps."""
+        """Returns ids of preempted requests, in the order of steps."""
         return [req_id for output in self.steps for req_id in output.preempted_req_ids or ()]
 
     @property

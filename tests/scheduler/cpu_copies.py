@@ -1,4 +1,4 @@
-"""The worker of vLLM's `SimpleCPUOffloadConnector` without a device: it copies rows of a made-up memory."""
+"""The worker of vLLM's `SimpleCPUOffloadConnector` without a device, which copies rows of a made-up memory."""
 
 from collections import deque
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from vllm.v1.simple_kv_offload.metadata import SimpleCPUOffloadWorkerMetadata
 
 
 class Copy(NamedTuple):
-    """Blocks to be copied, from the GPU (`is_store`) or to it."""
+    """Blocks to copy from the GPU (`is_store`) or to it."""
 
     is_store: bool
     event: int
@@ -17,12 +17,12 @@ class Copy(NamedTuple):
 
 
 class Copies:
-    """Carries out what a step's metadata orders, some steps later, as a GPU's copy streams do.
+    """Carries out the copies of a step's metadata some steps later, as a GPU's copy streams do.
 
     Args:
-        memory: Blocks of the GPU and offsets in them, to what is there.
-        lag: Steps until a copy is done.
-        is_early: Whether it reads and writes when it is ordered; else when it is done. Neither may make a difference.
+    memory: Maps blocks of the GPU and offsets in them to their contents.
+    lag: Steps until a copy is complete.
+    is_early: Whether it reads and writes when it is ordered, or else when it is complete. Both must give equal results.
     """
 
     def __init__(self, memory: dict | None = None, lag: int = 0, is_early: bool = False) -> None:
@@ -39,7 +39,7 @@ class Copies:
         return bool(self._under_way)
 
     def transfer(self, output) -> KVConnectorOutput:
-        """Takes a step's orders, after its forward pass, and reports what is done."""
+        """Takes a step's orders after its forward pass, and reports completed copies."""
         orders = output.kv_connector_metadata
         self._step += 1
         copies = [
@@ -76,7 +76,7 @@ class Copies:
 
 
 def pinned(scheduler) -> list[int]:
-    """Ids of blocks that are held for a copy, or until a step in flight is done, one for each hold."""
+    """Returns ids of blocks held for a copy, or until a step in flight is complete, one for each hold."""
     held = [block.block_id for _, blocks in scheduler.deferred_frees for block in blocks]
     manager = getattr(scheduler.connector, "scheduler_manager", None)
     if manager is not None:

@@ -1,4 +1,4 @@
-"""Documents and prompts in CPU memory, by vLLM's own connector; its worker is made up, and copies when it is asked."""
+"""Documents and prompts in CPU memory, by vLLM's own connector with a made-up worker."""
 
 import pytest
 from cpu_copies import Copies, pinned
@@ -17,7 +17,7 @@ def _opened(monkeypatch):
 
 @pytest.fixture
 def make(make_harness):
-    """Blocks of 64 tokens in the one full layer, of 16 in the four others."""
+    """Blocks have 64 tokens in the one full layer, 16 in the four others."""
 
     def make(num_blocks=100, depth=1, lag=1, cpu_blocks=200, **arguments):
         harness = make_harness(num_blocks, depth=depth, cpu_blocks=cpu_blocks, **arguments)
@@ -29,7 +29,7 @@ def make(make_harness):
 
 
 def fill(harness) -> None:
-    """Drives everything out of the GPU's pool, as slowly as requests do: the connector stores what comes next."""
+    """Evicts everything from the GPU's pool, as slowly as requests do: the connector stores the blocks reused next."""
     pool, tables = harness.pool, harness.compressed.req_to_blocks
     while pool.get_num_free_blocks():
         tables["another holder"] += pool.get_new_blocks(min(3, pool.get_num_free_blocks()))
@@ -41,7 +41,7 @@ def fill(harness) -> None:
 
 
 def begin_of(harness, req_id: str, prompt, asked) -> int:
-    """Tokens that a request has when it begins to compute."""
+    """Returns the tokens that a request has when it begins to compute."""
     num_steps = len(harness.steps)
     harness.submit(req_id, prompt, asked, 4)
     harness.run()
@@ -122,7 +122,7 @@ def test_a_load_that_is_aborted_is_done_again_by_the_next(make):
 
 
 def test_a_new_copy_takes_the_place_of_the_one_in_cpu_memory(make):
-    """Rows of two copies may differ where rounding decided: blocks of both must never be loaded together."""
+    """Rows of two copies may differ if rounding decided: blocks of both must never be loaded together."""
     harness = make()
     ask(harness, "first")
     (prefix,) = harness.scheduler._states["first"].prefixes.to_publish
@@ -140,7 +140,7 @@ def test_a_new_copy_takes_the_place_of_the_one_in_cpu_memory(make):
 
 
 def test_a_copy_that_is_being_stored_is_not_forgotten(make):
-    """The connector asks for the hashes of blocks once they are stored, and would end the engine without them."""
+    """The connector reads the hashes of blocks after they are stored, and would end the engine without them."""
     harness = make(lag=12)
     ask(harness, "first")
     state = harness.scheduler._states["first"]
@@ -151,13 +151,13 @@ def test_a_copy_that_is_being_stored_is_not_forgotten(make):
     at = transfer.gpu_block_ids.index(lost)
     del transfer.gpu_block_ids[at], transfer.cpu_block_ids[at]
     harness.pool.free_blocks([harness.pool.blocks[lost]])
-    harness.pool.evict_blocks({lost})  # as if it had been stored, freed and reused before the others
+    harness.pool.evict_blocks({lost})  # as if the block had been stored, freed and reused before the others
     assert found(harness, "second") == 0
     assert all(harness.pool.blocks[block_id].block_hash for block_id in left)
 
 
-def test_what_is_superseded_is_not_worth_storing(make):
-    """Whole blocks of a document are worth less than its compacted ones, and are four times as many."""
+def test_superseded_blocks_are_not_stored(make):
+    """Whole blocks of a document are less useful than its compacted ones, and four times as many."""
     harness = make()
     found(harness, "first")
     superseded = set(harness.scheduler._superseded._hashes)
@@ -187,7 +187,7 @@ def test_cpu_memory_smaller_than_the_cache_is_refused(make):
         make(cpu_blocks=50)
 
 
-def test_nothing_is_asked_of_it_without_leave(make):
+def test_offloading_does_nothing_unless_requested(make):
     harness = make()
     found(harness, "first")
     fill(harness)

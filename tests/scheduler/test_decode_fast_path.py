@@ -1,4 +1,4 @@
-"""Requests that decode get their slots on a short way; nothing else may change by it."""
+"""Decoding requests get their slots by a fast path, which must not change anything else."""
 
 import random
 
@@ -20,9 +20,9 @@ def seen_in(step):
     return new, dict(zip(cached.req_ids, cached.new_block_ids, strict=True)), step.num_scheduled_tokens
 
 
-@pytest.mark.parametrize("num_blocks", [40, 400])  # the smaller pool preempts
+@pytest.mark.parametrize("num_blocks", [40, 400])  # the smaller pool causes preemptions
 @pytest.mark.parametrize("depth", [1, 2])
-def test_steps_and_prefix_cache_are_those_of_the_long_way(make_harness, num_blocks, depth):
+def test_steps_and_prefix_cache_equal_those_of_the_slow_path(make_harness, num_blocks, depth):
     short, long = (make_harness(num_blocks, full_layers=(0,), depth=depth) for _ in range(2))
     assert isinstance(short.scheduler.kv_cache_manager, DecodeFastPath)
     long.scheduler.kv_cache_manager = long.scheduler.kv_cache_manager.manager
@@ -47,12 +47,12 @@ def test_a_decoding_request_takes_it(make_harness, monkeypatch):
 
     monkeypatch.setattr(shortcut.manager, "allocate_slots", count)
     harness.run()
-    # The prefill, then whenever a block of 16 tokens is full or could be found.
+    # The slow path at the prefill, then whenever a block of 16 tokens is full or becomes findable.
     assert len(harness.steps) >= 40
     assert 3 <= len(asked) <= 10
 
 
-def test_layers_that_are_not_ours_bar_it(make_harness):
+def test_other_layers_disable_it(make_harness):
     manager = make_harness(200, full_layers=(0,)).scheduler.kv_cache_manager.manager
     manager.coordinator.single_type_managers = (*manager.coordinator.single_type_managers, object())
     assert with_decode_fast_path(manager) is manager

@@ -1,4 +1,4 @@
-"""Drafts and compactions: none is computed across a compaction, and none counts before it is certain."""
+"""Drafts and compactions: no draft is computed across a compaction, and none counts before it is accepted."""
 
 import pytest
 from worker_model import Rule, Tokens, WorkerModel
@@ -29,7 +29,7 @@ def ask(harness, req_id: str, prompt: list[int], max_tokens: int = 40, ratio: fl
 
 
 def test_each_compaction_is_exact(drafting):
-    """The worker accepts some drafts and rejects others, and knows what it has computed when it is told to compact."""
+    """The worker accepts some drafts and rejects others, and knows its computed tokens when a compaction is ordered."""
     for i in range(6):
         ask(drafting, f"r{i}", [5 + i] * (20 + i))
     drafting.run()
@@ -38,8 +38,8 @@ def test_each_compaction_is_exact(drafting):
     assert min(drafting.worker.drafts.values()) > 30
 
 
-def test_made_up_drafts_cross_no_compaction(drafting):
-    """VLLM pads a request of whose tokens all but one are found, and the model may accept what it is padded with."""
+def test_padding_drafts_cross_no_compaction(drafting):
+    """VLLM pads a request if all its tokens but one are found, and the model may accept the padding tokens."""
     for i in range(2):
         ask(drafting, f"r{i}", [5] * 21)
         drafting.run()
@@ -47,7 +47,7 @@ def test_made_up_drafts_cross_no_compaction(drafting):
 
 
 def test_a_prompt_of_one_token_waits_where_it_would_be_padded_across_a_compaction(make_harness):
-    """It begins as soon as it is alone."""
+    """The request begins as soon as it is alone."""
     harness = make_harness(200, depth=2, block_size=4, drafter=NGRAMS, prompt_interval=64, answer_interval=1)
     harness.add("long", 20, max_tokens=30)
     harness.run_until(lambda: len(harness.outputs.get("long", ())) > 3)
@@ -62,6 +62,6 @@ def test_a_prompt_of_one_token_waits_where_it_would_be_padded_across_a_compactio
     ("depth", "drafter", "num_drafts"), [(1, (), 0), (1, NGRAMS, 3), (2, NGRAMS, 6), (2, MODEL, 9)]
 )
 def test_slots_of_drafts_are_counted(make_harness, depth, drafter, num_drafts):
-    """Those of each step under way, and those that a model writes ahead."""
+    """Slots of each step in flight, and those that a model writes ahead."""
     harness = make_harness(200, depth=depth, block_size=4, drafter=drafter, **INTERVALS)
     assert harness.scheduler._capacity.num_drafts == num_drafts

@@ -1,6 +1,7 @@
-"""Whole prompts that a KV connector brings, as to the engine of a pair that decodes.
+"""Whole prompts loaded by a KV connector, as in the decoding engine of a prefill/decode pair.
 
-vLLM's `DecodeBenchConnector` has all of a prompt but its last token. Engines refuse it; this asks the scheduler alone.
+vLLM's `DecodeBenchConnector` has all of a prompt but its last token. Engines refuse it; these tests use the scheduler
+alone.
 """
 
 import pytest
@@ -27,7 +28,7 @@ def harness(make_harness, monkeypatch, request):
 
 
 def receive_in_background(harness) -> None:
-    """As NIXL does: a request waits for its rows while others run."""
+    """Loads as NIXL does: a request waits for its rows while others run."""
     connector, expected = harness.scheduler.connector.connector, []
     look = connector.get_num_new_matched_tokens
 
@@ -49,7 +50,7 @@ def receive_in_background(harness) -> None:
 
 
 def begin_of(harness, asked, num_tokens: int = 4) -> int:
-    """Tokens that a request has when it begins to compute, once it is answered."""
+    """Returns the tokens that a request had when it began to compute, after it has finished."""
     harness.submit("asks", PROMPT, asked, num_tokens)
     harness.run()
     (begin,) = [step for step in harness.steps if step.scheduled_new_reqs]
@@ -66,14 +67,14 @@ def test_a_prompt_is_taken_whole_and_compacted_at_its_end(harness, asked):
 
 
 def test_a_budget_compacts_in_the_answer(harness):
-    """Nothing is due inside the prompt, so all of it is taken."""
+    """No compaction is due inside the prompt, so all of it is loaded."""
     assert begin_of(harness, {**BUDGET, "kv_max_tokens": 190}, num_tokens=30) == len(PROMPT) - 1
     assert [order.num_keep for step in harness.steps for order in orders_of(step)] == [190, 190]
 
 
 @pytest.mark.parametrize("asked", [BUDGET, fields()], ids=["budget", "document"])
 def test_a_prompt_that_is_compacted_inside_is_computed_here(harness, asked):
-    """What follows a compaction was computed on compacted rows, and a sender knows nothing of them."""
+    """Tokens after a compaction must be computed on compacted rows, which a sender does not have."""
     assert begin_of(harness, asked) == 0
     assert harness.usage["asks"]["evicted_tokens"] > 0
     check_nothing_left(harness.scheduler)

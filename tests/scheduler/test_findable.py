@@ -1,4 +1,4 @@
-"""How many compressed documents a cache keeps findable, by what is reused first."""
+"""The number of compressed documents that stay findable, which depends on the order of reuse."""
 
 import random
 
@@ -7,11 +7,11 @@ import pytest
 DOCUMENT, QUESTION, BLOCK = 240, 5, 4
 KEEP = DOCUMENT // 4
 POOL = 300
-"""Blocks. A document takes 60 of them until it is compacted, and 15 from then on."""
+"""Number of blocks. A document takes 60 of them until it is compacted, then 15."""
 
 
 def ask(harness, name: str, document: list[int], question: int, **fields) -> int:
-    """Asks about a document and returns how many tokens the first step did not compute."""
+    """Asks about a document; returns the number of tokens that the first step did not compute."""
     prompt = document + [question] * QUESTION
     fields = {"kv_keep_ratio": 0.25, "kv_prefix_tokens": DOCUMENT, **fields}
     harness.submit(name, prompt, fields, 2)
@@ -23,10 +23,10 @@ def ask(harness, name: str, document: list[int], question: int, **fields) -> int
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("budget", [None, KEEP])
-def test_as_many_documents_stay_findable_as_there_is_room_for(make_harness, depth, budget):
-    """The rest of the pool holds others' compacted rows while one is computed whole, and its own take its place.
+def test_the_number_of_findable_documents_is_bounded_by_room_alone(make_harness, depth, budget):
+    """While one document is computed whole, the rest of the pool holds the compacted rows of others.
 
-    Under a budget of the same rows it is never held whole, so there is room for more.
+    Under a budget of the same rows a document is never held whole, so there is room for more.
     """
     harness = make_harness(
         POOL, (), depth, block_size=BLOCK, max_num_batched_tokens=64, prompt_interval=20, num_layers=3
@@ -44,7 +44,7 @@ def test_as_many_documents_stay_findable_as_there_is_room_for(make_harness, dept
     assert num_found == others + 1
 
 
-def test_full_blocks_are_findable_as_long_as_nobody_needs_them(make_harness):
+def test_full_blocks_stay_findable_until_they_are_needed(make_harness):
     harness = make_harness(POOL, (), block_size=BLOCK, max_num_batched_tokens=64, num_layers=3)
     document = [*range(DOCUMENT)]
     assert ask(harness, "first", document, 1) == 0

@@ -1,4 +1,4 @@
-"""What vLLM's planner makes of layers with KV heads of both classes: names, groups, block sizes, one pool."""
+"""vLLM's planner with layers that have KV heads of both classes: names, groups, block sizes, one pool."""
 
 import random
 from types import SimpleNamespace
@@ -108,7 +108,7 @@ def test_ranks_with_other_counts_are_refused():
         (8, 128, dict.fromkeys((3, 9, 12, 20), (7,)), 16, 1008),
         # Seven of eight in all: the other class has the longer blocks.
         (8, 128, dict.fromkeys(range(32), tuple(range(7))), 112, 16),
-        # Seven of eight in one layer: blocks are joined until the one head that compacts there has 32 KiB.
+        # Seven of eight in one layer: blocks are joined until the one compressed head there has 32 KiB.
         (8, 128, {9: tuple(range(7))}, 64, 64 * 35),
     ],
 )
@@ -122,7 +122,7 @@ def test_blocks_of_a_page_that_flash_attention_likes(num_heads, head_size, full_
 
 @st.composite
 def choices(draw):
-    """Numbers of full heads in each layer: some, none and all."""
+    """Draws numbers of full heads in each layer: some, none and all."""
     num_heads, num_layers = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([2, 3, 6, 16]))
     counts = draw(st.lists(st.integers(0, num_heads), min_size=num_layers, max_size=num_layers))
     return num_heads, counts
@@ -145,14 +145,14 @@ def test_each_class_is_one_group_of_one_pool(choice, seed):
         assert len({(type(spec), spec.block_size) for spec in specs.values()}) == 1
     if any(0 < count < num_heads for count in counts) or not num_full:
         assert len(groups) == (2 if num_full else 1)
-    # A block has the same bytes in both, but for what is lost.
+    # A block has the same bytes in both groups, except for the loss.
     in_a_block = [sum(spec.page_size_bytes for spec in specs.values()) for specs in of_groups]
     if len(groups) == 2:
         assert 1 - min(in_a_block) / max(in_a_block) == pytest.approx(waste(num_full, total - num_full))
 
 
 def planner(is_packed: bool) -> SimpleNamespace:
-    """vLLM's configuration, as far as its planner reads it."""
+    """Returns the parts of vLLM's configuration that its planner reads."""
     layout = KVCacheLayout.BLHNC if is_packed else KVCacheLayout.LBHNC
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
@@ -169,7 +169,7 @@ def test_the_class_with_fewer_bytes_has_the_longer_blocks():
 
 
 def test_classes_of_one_page_size_are_not_spread():
-    """Their blocks need no common pool, and vLLM would apply its stride to each layer."""
+    """Their blocks need no common pool, and vLLM would apply the stride to each layer."""
     classified = classify_layers(layers(4, 2), Settings((0, 1)), FLASH_ATTENTION)
     assert len({spec.page_size_bytes for spec in classified.values()}) == 1
     assert {spec.block_stride_alignment for spec in classified.values()} == {None}
@@ -187,7 +187,7 @@ DRAFTS = {
 @pytest.mark.parametrize("geometry", [None, FLASH_ATTENTION])
 @pytest.mark.parametrize("full_layers", [(), (0, 1)])
 def test_layers_of_a_draft_model_are_full_whatever_their_numbers(drafts, geometry, full_layers):
-    """One group for each class, that of the drafts first."""
+    """There is one group for each class, with the drafts' group first."""
     target = layers(16, 4)
     classified = classify_layers({**target, **drafts}, Settings(full_layers), geometry, 4, drafts=drafts)
     full = {name for name, spec in classified.items() if type(spec) is FullLayerSpec}

@@ -1,4 +1,4 @@
-"""Models with recurrent layers: groups, blocks and prefix cache, in shapes of real ones and without their kernels."""
+"""Models with recurrent layers: groups, blocks and prefix cache, in shapes of real models without their kernels."""
 
 import pytest
 from hybrid_shapes import MODELS
@@ -41,7 +41,7 @@ def depth(request):
 def test_requests_of_mixed_rules_leave_nothing(
     make_harness, name, has_prefix_cache, full_layers, num_full_heads, depth
 ):
-    """Blocks are counted after every step, in a pool of little more than the longest request."""
+    """Blocks are counted after every step, in a pool slightly larger than the longest request."""
     specs = MODELS[name].specs(has_prefix_cache)
     (block_size,) = {spec.block_size for spec in specs.values() if isinstance(spec, FullAttentionSpec)}
     with_keys = [extract_layer_index(layer) for layer, spec in specs.items() if isinstance(spec, FullAttentionSpec)]
@@ -78,7 +78,7 @@ def test_requests_of_mixed_rules_leave_nothing(
 
 
 def test_rows_become_free_and_states_stay(make_harness):
-    """With a cache of prefixes a request holds the state of the step before, too."""
+    """With a prefix cache a request also holds the state of the step before."""
     specs = MODELS["Qwen3-Next-80B"].specs(has_prefix_cache=True)
     (block_size,) = {spec.block_size for spec in specs.values()}
     assert block_size == 544
@@ -91,13 +91,13 @@ def test_rows_become_free_and_states_stay(make_harness):
         harness.step()
         held.append([sum(not b.is_null for b in manager.req_to_blocks.get("r", ())) for manager in managers])
     rows = [type(manager) is CompressedLayerManager for manager in managers].index(True)
-    assert [counts[rows] for counts in held] == [5, 6, 2, 2, 0]  # vLLM ends a chunk where it keeps a state
+    assert [counts[rows] for counts in held] == [5, 6, 2, 2, 0]  # vLLM ends a chunk at each cached state
     assert {counts[group] for counts in held[:-1] for group in range(4) if group != rows} == {1, 2}
 
 
 @pytest.mark.parametrize("rule", [{"kv_max_tokens": 64}, {"kv_keep_ratio": 0.5, "kv_prefix_tokens": 100}])
 def test_a_state_of_a_compressed_context_is_not_found(make_harness, rule):
-    """vLLM caches the state at the last boundary of a prompt. One that was computed on fewer rows is another state."""
+    """vLLM caches the state at the last boundary of a prompt. A state computed on fewer rows differs."""
     specs = MODELS["LFM2-1.2B"].specs(has_prefix_cache=True)
     (block_size,) = {spec.block_size for spec in specs.values()}
     arguments = {"block_size": block_size, "max_num_batched_tokens": 2048, "specs": tuple(specs.items())}

@@ -1,4 +1,4 @@
-"""What a consumer of KV events believes to be cached, against what the pool can find."""
+"""The cache as a consumer of KV events sees it, compared with the pool."""
 
 import random
 from collections import Counter
@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 
 class Consumer:
-    """Counts blocks by group and hash, from events alone; knows the tokens that a hash stands for."""
+    """Counts blocks by group and hash, from events alone, and keeps the tokens of each hash."""
 
     def __init__(self, harness) -> None:
         self.harness = harness
@@ -35,7 +35,7 @@ class Consumer:
                 self._follow(event)
 
     def _follow(self, event) -> None:
-        """Every stored block continues one that the consumer has heard of.
+        """Checks that every stored block continues one that the consumer knows.
 
         Consumers match prompts by tokens and extra keys, and no prompt has the extra key of compressed rows.
         """
@@ -64,7 +64,7 @@ class Batch:
 
 
 def in_pool(pool) -> Counter:
-    """Blocks that the prefix cache can find, by group and hash."""
+    """Returns the blocks that the prefix cache can find, by group and hash."""
     blocks: Counter = Counter()
     for key, found in pool.cached_block_hash_to_block._cache.items():
         name = get_group_id(key), maybe_convert_block_hash(get_block_hash(key))
@@ -106,7 +106,7 @@ def test_a_consumer_knows_what_is_cached(make_harness, full_layers, depth, seed)
 
 @pytest.mark.parametrize("num_shared", [5, 17, 33, 43])
 def test_a_report_of_what_a_request_found(make_harness, num_shared):
-    """The field `kv_cache_report_mode` of vLLM asks for it; a hit may end inside a block."""
+    """vLLM's field `kv_cache_report_mode` requests it; a hit may end inside a block."""
     harness = make_harness(
         60, (0,), num_layers=5, block_size=4, max_num_batched_tokens=256, max_model_len=128, kv_events=True
     )
@@ -133,7 +133,7 @@ def test_a_report_of_what_a_request_found(make_harness, num_shared):
 
 
 def test_a_report_of_a_compressed_document(make_harness):
-    """A request that finds one reports the blocks in which it lies, in each group."""
+    """A request that finds a document reports its blocks in each group."""
     sizes = {"num_layers": 5, "block_size": 4, "max_num_batched_tokens": 256, "max_model_len": 128, "kv_events": True}
     harness = make_harness(60, (0,), **sizes)
     fields = {"kv_prefix_tokens": 30, "kv_keep_ratio": 0.5, "kv_protect_first": 0, "kv_protect_last": 0}

@@ -1,4 +1,4 @@
-"""Pipeline parallelism without an engine: what ranks make of their layers, and a scheduler with steps in flight."""
+"""Pipeline parallelism without an engine: layers of ranks, and a scheduler with steps in flight."""
 
 import inspect
 from collections import Counter
@@ -39,7 +39,7 @@ get_kv_cache_configs = inspect.getmodule(get_kv_cache_groups).get_kv_cache_confi
 
 
 def ranks_of(*num_layers: int, num_heads: int = NUM_HEADS) -> list[dict[str, FullAttentionSpec]]:
-    """Specs of so many layers on each rank."""
+    """Returns specs of so many layers on each rank."""
     spec, ranks, first = FullAttentionSpec(**SHAPE, num_kv_heads=num_heads), [], 0
     for number in num_layers:
         ranks.append({f"model.layers.{i}.attn": spec for i in range(first, first + number)})
@@ -71,7 +71,7 @@ def test_a_rank_without_compressed_heads():
 
 
 def test_the_first_attention_layer_may_be_on_a_later_rank():
-    """Full layers of a model with recurrent layers stand for the next one with keys."""
+    """In a model with recurrent layers, a full layer without keys means the next one with keys."""
     state = MambaSpec(block_size=16, shapes=((4, 8),), dtypes=(torch.float32,))
     first, second = (dict.fromkeys(rank, state) for rank in ranks_of(2, 2))
     second["model.layers.3.attn"] = FullAttentionSpec(**SHAPE, num_kv_heads=NUM_HEADS)
@@ -86,7 +86,7 @@ def test_the_first_attention_layer_may_be_on_a_later_rank():
 
 
 def test_a_class_counts_by_the_rank_that_has_most_of_it():
-    """32 layers on two ranks: by all layers together a full block would have 15 times as many tokens."""
+    """32 layers on two ranks: counted over all layers, a full block would have 15 times as many tokens."""
     ranks = classify_ranks(ranks_of(16, 16, num_heads=8), Settings((0, 1)), FLASH_ATTENTION)
     sizes = {type(spec): spec.block_size for rank in ranks for spec in rank.values()}
     assert sizes[FullLayerSpec] == 8 * sizes[CompressedLayerSpec]
@@ -96,7 +96,7 @@ def test_a_class_counts_by_the_rank_that_has_most_of_it():
 
 
 def test_every_rank_knows_what_a_token_weighs_in_the_model():
-    """The numbers of a request come from the scheduler, which vLLM tells of the first rank's layers."""
+    """The scheduler, which computes a request's numbers, gets only the first rank's layers from vLLM."""
     ranks = classify_ranks(ranks_of(1, 3), Settings((0,), {2: (1,)}))
     compressed = [spec for rank in ranks for spec in rank.values() if isinstance(spec, CompressedLayerSpec)]
     assert {(spec.compressed_bytes, spec.full_bytes) for spec in compressed} == {(5 * HEAD_BYTES, 3 * HEAD_BYTES)}
@@ -106,13 +106,13 @@ def test_every_rank_knows_what_a_token_weighs_in_the_model():
 
 @pytest.fixture(scope="module")
 def config(demo_model):
-    """An engine's configuration, as vLLM's planner reads it."""
+    """Returns an engine's configuration, as vLLM's planner reads it."""
     return plan(demo_model, 10, max_model_len=512).config
 
 
 @st.composite
 def models(draw):
-    """Layers on two to four ranks, how many of each layer's heads are full, and which layers slide."""
+    """Draws layers on two to four ranks, the number of full heads in each layer, and layers with windows."""
     num_layers = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
     total = sum(num_layers)
     counts = draw(st.lists(st.sampled_from([0, 0, 0, 1, 2, 3]), min_size=total, max_size=total))
@@ -134,14 +134,14 @@ def test_vllm_plans_one_pool_for_all_ranks(config):
 
 
 def check_plan(config, num_layers, counts, window) -> None:
-    """vLLM's planner on what ranks report: the same blocks and groups everywhere, a place for each layer of a rank."""
+    """Checks vLLM's plan of the ranks' reports: equal blocks and groups, and a place for each layer of a rank."""
     ranks = ranks_of(*num_layers, num_heads=3)
     for rank in ranks:
         slides = {f"model.layers.{i}.attn" for i in window} & rank.keys()
         rank.update(dict.fromkeys(slides, SlidingWindowSpec(**SHAPE, num_kv_heads=3, sliding_window=32)))
     attending = [count for i, count in enumerate(counts) if i not in window]
     if min(attending, default=3) == 3:
-        return  # nothing is left to compress
+        return  # no layer is left to compress
     full_heads = {i: tuple(range(count)) for i, count in enumerate(counts) if count}
     classified = classify_ranks(ranks, Settings((), full_heads))
     packed = is_packed(spec for rank in classified for spec in rank.values())
@@ -174,8 +174,8 @@ def caches_of(kv_cache_config: KVCacheConfig, layout: KVCacheLayout) -> dict[str
     "global_kv_cache_groups" in inspect.signature(get_kv_cache_configs).parameters,
     reason="vLLM 0.33 is for GPUs alone, where pipelines are refused; its planner is asked in another way",
 )
-def test_without_us_vllm_plans_places_for_layers_of_another_rank(config):
-    """Once it does not, `with_own_layers` can go."""
+def test_stock_vllm_plans_places_for_layers_of_another_rank(config):
+    """Once vLLM no longer does this, `with_own_layers` can be removed."""
     classified = classify_ranks(ranks_of(2, 2), Settings((0,)))
     config.cache_config.kv_cache_layout = "BLHNC"
     _, second = get_kv_cache_configs(config, [dict(rank) for rank in classified], [1 << 20] * 2)
@@ -205,7 +205,7 @@ class Loaded(CompactionWorker):
 
 
 def test_a_rank_reports_its_layers_as_all_ranks_classify_them(monkeypatch):
-    """Also where its own layers are alike: one layout must hold the groups of every rank."""
+    """Also if its own layers are equal: one layout must fit the groups of every rank."""
     ranks = ranks_of(2, 2)
     monkeypatch.setattr(worker_module.WorkerBase, "get_kv_cache_spec", lambda self: self._specs)
     monkeypatch.setattr(worker_module.WorkerBase, "get_supported_kv_cache_layouts", lambda _: ["LBHNC"])
@@ -242,8 +242,8 @@ def run(harness, load) -> None:
 
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 def test_requests_get_their_steps_when_vllm_gives_them(make_harness, steps, monkeypatch):
-    """Without async scheduling a request waits for its last token, also where other steps are in flight."""
-    monkeypatch.setattr(integrity, "check_requests", lambda _: None)  # vLLM's own scheduler knows nothing of them
+    """Without async scheduling a request waits for its last token, also if other steps are in flight."""
+    monkeypatch.setattr(integrity, "check_requests", lambda _: None)  # vLLM's own scheduler does not have them
     ours, stock = (make_harness(100, full_layers, **steps) for full_layers in ((), None))
     for harness in (ours, stock):
         run(harness, LOAD)
@@ -252,7 +252,7 @@ def test_requests_get_their_steps_when_vllm_gives_them(make_harness, steps, monk
 
 
 def test_numbers_do_not_depend_on_steps_in_flight(make_harness):
-    """A compaction after which no token is computed does not happen, whether that token is known or under way."""
+    """A compaction happens only if a token is computed after it, whether that token is known or in flight."""
     usage = {}
     for name, steps in STEPS.items():
         harness = make_harness(100, prompt_interval=8, answer_interval=3, **steps)

@@ -16,7 +16,7 @@ def hit_tokens(harness, req_id: str, prompt: list[int], **arguments) -> int:
 
 
 def hits_of(harness) -> dict[str, int]:
-    """Tokens that each request found computed when it was first scheduled."""
+    """Returns the computed tokens that each request found when it was first scheduled."""
     hits: dict[str, int] = {}
     for step in harness.steps:
         for new in step.scheduled_new_reqs:
@@ -30,13 +30,13 @@ def different(begin: int, n: int) -> list[int]:
 
 @pytest.fixture(params=[1, 2])
 def harness(make_harness, request):
-    """Blocks of 64 tokens in the one full layer, of 16 in the four others."""
+    """Blocks have 64 tokens in the one full layer, 16 in the four others."""
     return make_harness(200, full_layers=(0,), depth=request.param)
 
 
 @pytest.fixture
 def turned_round(make_harness):
-    """Four full layers, so that the compressed one has the large blocks."""
+    """Four full layers, so that the one compressed layer has the large blocks."""
     return make_harness(200, full_layers=(0, 1, 2, 3))
 
 
@@ -59,7 +59,7 @@ def test_generated_tokens_are_found_unless_the_request_was_compacted(harness):
     prompt = different(0, 60)
     hit_tokens(harness, "plain", prompt, max_tokens=60)
     generated = harness.outputs["plain"]
-    # The last generated token is never computed.
+    # The last generated token is not computed.
     assert hit_tokens(harness, "next turn", [*prompt, *generated, 5000]) == (60 + 59) // 16 * 16
     assert harness.scheduler.kv_cache_manager.reset_prefix_cache()
     hit_tokens(harness, "compacted", prompt, max_tokens=60, ratio=0.5)
@@ -98,7 +98,7 @@ def test_boundaries_are_forgotten_with_the_blocks(make_harness):
 
 
 def test_hit_tokens_of_a_shared_prefix_load_are_those_of_stock_vllm(make_harness):
-    """System prompts of 20 to 400 tokens, each with questions of its own; the pool holds a sixth of all tokens."""
+    """System prompts of 20 to 400 tokens with different questions; the pool holds a sixth of all tokens."""
     chance = random.Random(0)
     systems = [different(10_000 * i, chance.randrange(20, 400)) for i in range(12)]
     prompts = [
@@ -117,7 +117,7 @@ def test_hit_tokens_of_a_shared_prefix_load_are_those_of_stock_vllm(make_harness
         harness.run(3000)
         return sum(hits_of(harness).values())
 
-    # One group of 16-token blocks with nothing compressed hits as stock vLLM does.
+    # One group of 16-token blocks without compression has the hits of stock vLLM.
     stock = total((), 1.0)
     assert stock > 0.3 * sum(map(len, prompts))
     assert total((0,), 1.0) >= 0.95 * stock

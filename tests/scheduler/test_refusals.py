@@ -1,4 +1,4 @@
-"""What is refused at start-up, in one sentence that says what to do."""
+"""Configurations refused at start-up, with one sentence that says what to do."""
 
 import math
 from contextlib import nullcontext
@@ -99,7 +99,7 @@ def drafting(method, enable_adaptive_verification=False):
 
 
 def test_a_profile_is_compared_with_the_files_of_a_name(llama, tmp_path):
-    """Which may come after the first check, so the worker asks again once the model is loaded."""
+    """They may arrive after the first check, so the worker checks again once the model is loaded."""
     path, memory = tmp_path / "p.safetensors", (Target(0.5, (0,), 0.333333, "l2"),)
     write_profile(path, made_up_weights(4, 2, 32), fingerprint(llama), memory)
     about = config(additional_config=engine_args(profile=path)["additional_config"], load_config__download_dir=tmp_path)
@@ -182,7 +182,7 @@ def test_heads_are_dealt_out_or_replicated(num_ranks):
 
 
 def test_experts_of_several_engines_are_taken_on_gpus_alone(monkeypatch):
-    """vLLM's `CpuCommunicator` has no `all_gatherv`: its engines would end at their first request."""
+    """vLLM's `CpuCommunicator` has no `all_gatherv`, so engines would end at their first request."""
     experts = config(parallel_config__data_parallel_size=2, model_config__is_moe=True)
     with pytest.raises(ValueError, match="experts of several data-parallel engines on CPUs"):
         check_supported(experts)
@@ -290,7 +290,7 @@ STATE = MambaSpec(block_size=16, shapes=((4, 8),), dtypes=(torch.float32,))
 
 
 def hybrid(kinds):
-    """Specs of a model by a letter for each layer: M recurrent, * attention, S sliding window, - without a cache."""
+    """Returns specs from a letter for each layer: M recurrent, * attention, S sliding window, - without a cache."""
     spec_of = {"M": STATE, "*": FullAttentionSpec(**SHAPE), "S": SlidingWindowSpec(**SHAPE, sliding_window=512)}
     return {f"model.layers.{i}.x": spec_of[kind] for i, kind in enumerate(kinds) if kind != "-"}
 
@@ -303,10 +303,10 @@ def hybrid(kinds):
         ("M-M-M*-M-M*-", (0, 1), {5}),  # Nemotron-H: feed-forward layers have no cache
         ("M*M*M*", (0, 1), {1}),
         ("M*M*M*", (), set()),
-        ("M*M*M*", (1, 3), {1, 3}),  # an explicit list of attention layers is that list
+        ("M*M*M*", (1, 3), {1, 3}),  # an explicit list of attention layers is used as it is
         ("M*M*M*", (2, 3), {3}),
         ("*M*M*", (0, 1), {0, 2}),
-        ("MS*M*", (0, 1), set()),  # the next one slides
+        ("MS*M*", (0, 1), set()),  # the next one has a window
     ],
 )
 def test_full_layers_of_a_hybrid(kinds, named, full):
@@ -355,11 +355,11 @@ def attention(backend, layer_class=Attention, alibi=None):
 
 
 class NamedAlike(FlashAttentionBackend):
-    """As Step 5 has it: another implementation under the name of vLLM's."""
+    """As in Step 5: another implementation with the name of vLLM's."""
 
 
 class LayerOfAModel:
-    """As Inkling has it, with vLLM's backend."""
+    """As in Inkling, with vLLM's backend."""
 
     def get_attn_backend(self):
         return FlashAttentionBackend
@@ -375,7 +375,7 @@ class LayerOfAModel:
         (LayerOfAModel(), "way of its own .*LayerOfAModel with FlashAttentionBackend.*stock vLLM"),
     ],
 )
-def test_attention_that_compaction_would_mislead(layer, message):
+def test_attention_that_does_not_work_on_compacted_rows(layer, message):
     check_attention("model.layers.3.self_attn.attn", attention(FlashAttentionBackend), ("FLASH_ATTN",))
     with pytest.raises(ValueError, match=f"Layer model.layers.3.self_attn.attn .*{message}"):
         check_attention("model.layers.3.self_attn.attn", layer, ("FLASH_ATTN",))

@@ -19,7 +19,7 @@ CACHE = Capacity(1000, LAYERS, max_model_len=1000, compressed_bytes=4, full_byte
 
 @dataclass
 class Lengths:
-    """What is read of vLLM's request."""
+    """The attributes of vLLM's request that are read."""
 
     num_prompt_tokens: int
     num_tokens: int
@@ -44,7 +44,7 @@ lives = st.fixed_dictionaries(
 
 @given(life=lives, lengths=st.lists(st.integers(1, 100), min_size=1, max_size=8))
 def test_numbers_depend_on_the_length_of_the_answer_alone(life, lengths):
-    """However many tokens come at once, and however often they are asked for."""
+    """They do not depend on how many tokens come at once, or on how often they are computed."""
     state = state_of(**life)
     for length in sorted(lengths):
         assert after(state, length) == after(state_of(**life), length) == after(state, length)
@@ -52,9 +52,9 @@ def test_numbers_depend_on_the_length_of_the_answer_alone(life, lengths):
 
 @given(life=lives, length=st.integers(1, 100))
 def test_a_compaction_counts_once_a_token_follows_it(life, length):
-    """The first token of an answer still comes from what was held before the compaction at the end of the prompt."""
+    """The first token of an answer comes from the rows before the compaction at the end of the prompt."""
     state = state_of(**life)
-    num_computed = life["n"] + length - 1  # the last token of an answer is never computed on
+    num_computed = life["n"] + length - 1  # the last token of an answer is not computed
     past = [c for c in state.points.until(200) if c.position < num_computed] if state.points else []
     evicted = sum(compaction.num_rows - compaction.num_keep for compaction in past)
     told = after(state, length)
@@ -72,7 +72,7 @@ def test_an_answer_under_a_budget():
 
 
 def test_a_prompt_under_a_budget():
-    """At positions 36 and 56; it ends with 20 rows, and the answer's interval is reached at 66."""
+    """At positions 36 and 56; the prompt ends with 20 rows, and the answer's interval is reached at 66."""
     state = state_of(60, max_tokens=16)
     assert after(state, 1) == usage(60, 1, evicted=40, compactions=2)
     assert after(state, 7) == usage(60, 7, evicted=40, compactions=2)

@@ -1,4 +1,4 @@
-"""A request that the cache can hold gets through, and one that it cannot is refused: none waits for ever."""
+"""A request that the cache can hold is served, and one that it cannot hold is refused: none waits for ever."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def set_intervals(harness, prompt: int, answer: int) -> None:
 
 
 def alone(harness, num_prompt_tokens: int, max_tokens: int, fields: dict, preempt_at: int | None = None) -> str:
-    """Runs a request alone in a cache that knows its prompt, and preempts it in its answer; how it finished."""
+    """Runs a request alone in a cache with its prompt, and preempts it in its answer; returns how it finished."""
     prompt = list(range(num_prompt_tokens))
     harness.submit("before", prompt, {}, 1)
     harness.run(3000)
@@ -36,12 +36,12 @@ def alone(harness, num_prompt_tokens: int, max_tokens: int, fields: dict, preemp
 
 
 def test_a_request_of_the_whole_cache_that_begins_inside_a_block(make_harness):
-    """vLLM wants a block for the copy of the one that it begins in, beside all that the request needs."""
+    """vLLM needs a block for the copy of the block that it begins in, in addition to the request's own blocks."""
     assert alone(make_harness(9), 100, 8, {}) == "length"
 
 
 def test_a_request_of_the_whole_cache_is_preempted_in_its_answer(make_harness):
-    """A short prompt never holds the prompt's interval, so room for it is not asked for."""
+    """A short prompt never holds the prompt's interval, so it needs no room for it."""
     harness = make_harness(4, full_layers=())
     set_intervals(harness, 512, 16)
     assert alone(harness, 40, 300, {"kv_max_tokens": 32}, preempt_at=100) == "length"
@@ -56,7 +56,7 @@ def test_full_layers_hold_most_when_compressed_ones_do_not(make_harness):
 
 
 def test_many_requests_whose_full_caches_would_need_ten_pools(make_harness, depth):
-    """64 of them, half with one prompt; the one that came first is never preempted."""
+    """64 requests, half of them with one prompt; the oldest is never preempted."""
     harness = make_harness(100, depth=depth)
     set_intervals(harness, 16, 96)
     for i in range(64):
@@ -73,7 +73,7 @@ def test_many_requests_whose_full_caches_would_need_ten_pools(make_harness, dept
 
 
 def test_blocks_that_a_compaction_has_freed_are_needed_again(make_harness):
-    """Three requests hold 64 to 128 rows each, in 24 of 25 blocks at most: one more would have to go again."""
+    """Three requests hold 64 to 128 rows each, in at most 24 of 25 blocks: a fourth would be preempted."""
     harness = make_harness(25, full_layers=())
     set_intervals(harness, 64, 64)
     for req_id in "abc":

@@ -1,4 +1,4 @@
-"""Decisions on paper, with one step in flight (as on CPUs) and with two (async scheduling)."""
+"""Decisions of the scheduler, with one step in flight (as on CPUs) and with two (async scheduling)."""
 
 from fractions import Fraction
 
@@ -54,7 +54,7 @@ def test_one_order_right_after_the_last_chunk(make_harness, depth):
     check_whole(harness, 100)
 
 
-def test_a_request_that_asks_nothing_is_left_alone(make_harness, depth):
+def test_a_request_without_fields_is_not_changed(make_harness, depth):
     harness = make_harness(100, depth=depth)
     harness.add("r", 150)
     harness.run()
@@ -63,7 +63,7 @@ def test_a_request_that_asks_nothing_is_left_alone(make_harness, depth):
     check_whole(harness, 100)
 
 
-def test_the_operators_default_compresses_and_is_told(make_harness):
+def test_the_operators_default_compresses_and_is_reported(make_harness):
     harness = make_harness(100)
     harness.scheduler.settings = type(harness.scheduler.settings)(
         (0,), defaults=harness.scheduler.settings.defaults.override({"kv_keep_ratio": 0.5})
@@ -115,8 +115,8 @@ def test_freed_blocks_of_one_order_are_no_destination_of_another_in_the_same_ste
 
 
 def test_an_order_is_withdrawn_when_its_request_is_preempted_by_the_same_step(make_harness, depth):
-    """Its blocks may be somebody else's by the time the worker would move rows into them."""
-    # An old request takes the last block in the very step in which a newer one is compacted.
+    """Its blocks may belong to another request when the worker would move rows into them."""
+    # An old request takes the last block in the same step in which a newer one is compacted.
     withdrawn = False
     for length in range(40, 64):
         harness = make_harness(12, depth=depth, max_num_batched_tokens=256)
@@ -137,7 +137,7 @@ def test_an_order_is_withdrawn_when_its_request_is_preempted_by_the_same_step(ma
 
 
 def crowd(harness, ratio=0.9, **about) -> None:
-    """Two requests with one prompt, whose blocks neither may write, and no block free for the copy of one of them."""
+    """Two requests share the blocks of one prompt, which neither may write, and no block is free for a copy."""
     shared = [1] * 160
     harness.submit("first", shared, {}, 30, **about)
     for _ in range(3):
@@ -149,7 +149,7 @@ def crowd(harness, ratio=0.9, **about) -> None:
 
 
 def test_without_room_for_a_compaction_the_newest_request_is_preempted(make_harness, depth):
-    """The request itself here. It begins again when there is room, and is compacted at the same position."""
+    """Here this is the request itself. It restarts when there is room, and is compacted at the same position."""
     harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=256)
     crowd(harness)
     for _ in range(5):
@@ -168,7 +168,7 @@ def test_without_room_for_a_compaction_the_newest_request_is_preempted(make_harn
 
 
 def test_a_request_on_shared_blocks_begins_when_there_is_room_for_its_compaction(make_harness, depth):
-    """Else it would compute its prompt, and be preempted at once."""
+    """Otherwise it would compute its prompt and be preempted at once."""
     harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=256)
     shared = [1] * 160
     harness.submit("first", shared, {}, 30)
@@ -200,7 +200,7 @@ def test_a_request_of_lower_priority_is_preempted_for_a_compaction(make_harness,
 
 
 def test_a_request_preempted_for_a_compaction_repeats_no_token(make_harness, depth):
-    """Its last token may still be in flight; begun again at once, it would compute that twice."""
+    """Its last token may still be in flight, and an immediate restart would compute it twice."""
     harness = make_harness(40, full_layers=(), depth=depth, max_num_batched_tokens=512, scheduling_policy="priority")
     harness.execute = lambda output: [
         [harness.computed_after(output, req_id)] for req_id in output.num_scheduled_tokens
@@ -215,7 +215,7 @@ def test_a_request_preempted_for_a_compaction_repeats_no_token(make_harness, dep
 
 
 def test_no_chunk_runs_past_a_compaction(make_harness, depth):
-    """A preempted request begins again with its prompt and its answer, but is compacted between the two."""
+    """A preempted request restarts with its prompt and its answer, but is compacted between the two."""
     from vllm.v1.request import RequestStatus
 
     harness = make_harness(40, depth=depth, max_num_batched_tokens=64)
@@ -282,7 +282,7 @@ def test_nothing_after_a_compaction_enters_the_prefix_cache(make_harness, depth)
             published |= {(manager.kv_cache_group_id, i) for i, block in enumerate(blocks) if block.block_hash}
         if "r" in harness.compressed.num_evicted:
             assert not [block for block in harness.compressed.req_to_blocks["r"] if block.block_hash]
-    # 60 tokens fill no block of 64 in the full group; later ones would, were they published.
+    # 60 tokens do not fill a block of 64 in the full group; later tokens would, if they were published.
     assert not {entry for entry in published if entry[0] == 0 and entry[1] > 0}
 
 
@@ -299,7 +299,7 @@ def test_a_bad_value_fails_its_request_alone(make_harness, depth):
 
 @pytest.mark.parametrize("ratio", [0.1, 7], ids=["compressed", "refused"])
 def test_a_request_inherits_nothing_from_an_aborted_one_of_the_same_id(make_harness, ratio):
-    """vLLM allows an id again at once, before a step has told anybody that its first owner is gone."""
+    """vLLM allows the same id again before a step has reported that its first request is gone."""
     from vllm.v1.request import RequestStatus
 
     harness = make_harness(40)
@@ -314,7 +314,7 @@ def test_a_request_inherits_nothing_from_an_aborted_one_of_the_same_id(make_harn
 
 
 def test_no_block_is_copied_in_the_step_that_fills_it(make_harness, depth):
-    """A copy for a hit inside a block is made before the step's own rows are written."""
+    """A copy for a hit inside a block is made before the step writes its own rows."""
     harness = make_harness(40, depth=depth, max_num_batched_tokens=256)
     harness.add("first", 60)
     first, second = harness.scheduler.requests["first"], harness.add("second", 60)
@@ -329,7 +329,7 @@ def test_no_block_is_copied_in_the_step_that_fills_it(make_harness, depth):
 
 
 def test_a_step_is_planned_before_the_tokens_of_the_last_one_are_known(make_harness):
-    """Async scheduling, which a subclass of vLLM's other scheduler would lose."""
+    """This is async scheduling, which a subclass of vLLM's synchronous scheduler would lose."""
     harness = make_harness(40, depth=2)
     harness.add("r", 20, ratio=0.5)
     assert [harness.schedule().num_scheduled_tokens for _ in range(2)] == [{"r": 20}, {"r": 1}]
@@ -339,8 +339,8 @@ def test_a_step_is_planned_before_the_tokens_of_the_last_one_are_known(make_harn
 
 
 @pytest.mark.parametrize("way", ["end", "abort", "reset", "no blocks"])
-def test_every_way_to_lose_the_blocks_comes_through_one_door(make_harness, depth, way, monkeypatch):
-    """Where managers forget a compaction, once each time; and the worker is told in the next step."""
+def test_all_ways_to_lose_the_blocks_use_one_method(make_harness, depth, way, monkeypatch):
+    """Managers forget a compaction there, exactly once, and the next step informs the worker."""
     from vllm.v1.request import RequestStatus
 
     harness = make_harness(24 if way == "no blocks" else 60, full_layers=(), depth=depth, max_num_batched_tokens=256)
@@ -352,7 +352,7 @@ def test_every_way_to_lose_the_blocks_comes_through_one_door(make_harness, depth
         return door(manager, request_id)
 
     monkeypatch.setattr(type(harness.compressed), "pop_blocks_for_free", noted)
-    # The younger one is preempted if they cannot both grow.
+    # The newer request is preempted if they cannot both grow.
     harness.add("older", 100, max_tokens=180, ratio=0.9)
     harness.add("r", 100, max_tokens=180 if way == "no blocks" else 8, ratio=0.9)
     while num_evicted(harness.scheduler, "r") == 0:

@@ -28,7 +28,7 @@ def say(harness, chunk: list[int], extra_args: dict | None, req_id: str = "sessi
 
 
 def end(harness, extra_args: dict | None, req_id: str = "session") -> None:
-    """As `AsyncLLM` says that no chunk follows: a request of one token, which is not computed."""
+    """Ends a session as `AsyncLLM` does: by a request of one token, which is not computed."""
     harness.submit(req_id, [0], extra_args, MAX_TOKENS)
 
 
@@ -55,8 +55,8 @@ def check_whole(harness) -> None:
     [(1, None, None), (1, WHOLE, None), (0.5, None, KeptWhole.SESSION), (0.5, WHOLE, None)],
 )
 @pytest.mark.parametrize("ahead", [True, False], ids=["chunks are early", "chunks are late"])
-def test_a_session_that_asks_for_nothing_is_as_stock(harness, keep_ratio, extra_args, reason, ahead):
-    """Its numbers are those of what was computed for an answer: the chunks so far and the answers between them."""
+def test_a_session_without_fields_equals_stock_vllm(harness, keep_ratio, extra_args, reason, ahead):
+    """Its numbers cover the tokens computed for an answer: the chunks so far and the answers between them."""
     defaults(harness, keep_ratio)
     told = []
     for length in (50, 7, 40):
@@ -69,7 +69,7 @@ def test_a_session_that_asks_for_nothing_is_as_stock(harness, keep_ratio, extra_
     assert not [order for output in harness.steps for order in orders_of(output)]
     assert harness.outputs["session"] == [7] * 3 * MAX_TOKENS
     told.append(harness.usage.get("session"))
-    kept = MAX_TOKENS - 1  # the last token of an answer was never computed, and is left out of the next prompt
+    kept = MAX_TOKENS - 1  # the last token of an answer is not computed, and not part of the next prompt
     lengths = [50, 50 + kept + 7, 50 + kept + 7 + kept + 40]
     why = {} if reason is None else {"reason": reason}
     numbers = None if keep_ratio == 1 and extra_args is None else [usage(n, MAX_TOKENS, **why) for n in lengths]
@@ -84,7 +84,7 @@ def test_a_session_that_asks_for_nothing_is_as_stock(harness, keep_ratio, extra_
 @pytest.mark.parametrize("ahead", [True, False], ids=["chunks are early", "chunks are late"])
 @pytest.mark.parametrize("bad", [HALF, {"kv_keep_ratio": 7}, {"kv_kep_ratio": 0.5}], ids=str)
 def test_a_session_that_asks_for_a_ratio_fails_alone(harness, other, which, ahead, bad):
-    """Every chunk gets an answer, or its caller would wait for ever; the end of the session is no new request."""
+    """Every chunk gets an answer, otherwise its caller would wait for ever; the session's end is not a new request."""
     harness.add("neighbour", 60, max_tokens=60, ratio=0.5)
     for i in range(3):
         say(harness, [1] * 30, bad if i == which else other)
@@ -114,15 +114,15 @@ def test_a_failed_session_is_forgotten_when_it_ends(harness, ends):
             iter(["session"]) if ends == "abort" else None, RequestStatus.FINISHED_ABORTED
         )
     check_whole(harness)
-    # The next request of this id is one.
+    # The next request of this id is a new one.
     harness.outputs.clear()
     harness.submit("session", [1] * 30, WHOLE, MAX_TOKENS)
     harness.run()
     assert harness.outputs["session"] == [7] * MAX_TOKENS
 
 
-def test_naming_any_field_is_asking(harness):
-    """With an operator's ratio below 1, a session that names a scorer means to be compressed."""
+def test_any_field_requests_compression(harness):
+    """With an operator's ratio below 1, a session that names a scorer requests compression."""
     defaults(harness, 0.5)
     say(harness, [1] * 30, {"kv_scorer": "keydiff"})
     end(harness, None)
@@ -134,7 +134,7 @@ def test_naming_any_field_is_asking(harness):
     )
 
 
-def test_a_bad_value_says_so_where_the_output_ends(harness):
+def test_the_last_output_reports_a_bad_value(harness):
     harness.add("r", 30, ratio=7)
     harness.run()
     *_, out = harness.received
@@ -144,7 +144,7 @@ def test_a_bad_value_says_so_where_the_output_ends(harness):
 
 
 def read_by_a_client(out: EngineCoreOutput) -> str | int | None:
-    """What `AsyncLLM` makes of an output; since vLLM 0.33 it raises."""
+    """Returns what `AsyncLLM` makes from an output; since vLLM 0.33 it raises an error."""
     request = EngineCoreRequest(
         request_id=out.request_id,
         prompt_token_ids=[1] * 30,

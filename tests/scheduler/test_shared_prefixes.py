@@ -1,4 +1,4 @@
-"""Documents and conversations: what a compaction before the end of a prompt leaves, and who finds it."""
+"""Documents and conversations: rows left by a compaction before the end of a prompt, and requests that find them."""
 
 import pytest
 from vllm.lora.request import LoRARequest
@@ -12,7 +12,7 @@ from vllm_l2kv.messages.orders import orders_of
 DOCUMENT = list(range(100))
 LONG = list(range(300))
 WHOLE = {"kv_keep_ratio": 1.0}
-"""Fields of a request that is kept whole, with numbers."""
+"""Fields of an uncompressed request that reports its numbers."""
 
 
 def fields(**changes):
@@ -26,25 +26,25 @@ def fields(**changes):
 
 
 def ask(harness, req_id: str, document=DOCUMENT, asked=None, **about):
-    """A question of ten tokens, unlike any other, to a document."""
+    """Adds a unique question of ten tokens about a document."""
     question = [1000 + 10 * len(harness.scheduler.requests) + 500 * len(harness.usage) + i for i in range(10)]
     return harness.submit(req_id, [*document, *question], asked or fields(), 4, **about)
 
 
 def image(name: str, offset: int, length: int) -> MultiModalFeatureSpec:
-    """An image of so many tokens of the prompt; its pixels are known by their hash."""
+    """Returns an image of so many tokens of the prompt, identified by the hash of its pixels."""
     return MultiModalFeatureSpec(None, "image", identifier=name, mm_position=PlaceholderRange(offset, length))
 
 
 def found(harness, req_id: str, **about) -> int:
-    """Tokens whose compacted rows a request finds, once it is answered."""
+    """Returns the tokens whose compacted rows a request found, after it has finished."""
     ask(harness, req_id, **about)
     harness.run()
     return harness.usage[req_id].get("found_tokens", 0)
 
 
 def cached(harness, req_id: str, prompt) -> int:
-    """Tokens that a request which is kept whole finds in the prefix cache."""
+    """Returns the tokens that an uncompressed request finds in the prefix cache."""
     harness.submit(req_id, prompt, WHOLE, 1)
     (new,) = harness.step().scheduled_new_reqs
     harness.run()
@@ -56,7 +56,7 @@ def is_running(harness, req_id: str) -> bool:
 
 
 def copy_of(harness, state):
-    """The findable blocks of a request's longest compacted beginning, by group; `None` if there are none."""
+    """Returns the findable blocks of a request's longest compacted beginning, by group; `None` if there are none."""
     state.prefixes.missed_at = -1
     hit = harness.scheduler._shared.find(state.prefixes)
     return None if hit is None else hit[1]
@@ -64,7 +64,7 @@ def copy_of(harness, state):
 
 @pytest.fixture(params=[1, 2])
 def harness(make_harness, request):
-    """Blocks of 64 tokens in the one full layer, of 16 in the four others."""
+    """Blocks have 64 tokens in the one full layer, 16 in the four others."""
     return make_harness(200, full_layers=(0,), depth=request.param)
 
 
@@ -172,7 +172,7 @@ class TestFinding:
         assert found(harness, "third") == 100
 
     def test_a_cache_without_room_for_the_copy(self, make_harness):
-        """95 rows fill six blocks of 16. With 13 more they need all seven, and a copy of the sixth is one more."""
+        """95 rows take six blocks of 16. With 13 more they need all seven, and the copy of the sixth is one more."""
         harness = make_harness(7, full_layers=())
         for req_id in ("first", "second"):
             assert found(harness, req_id, asked=fields(kv_keep_ratio=0.95)) == 0
@@ -233,7 +233,7 @@ class TestWaiting:
         harness.step()
         ask(harness, "second", LONG, fields(kv_prefix_tokens=300))
 
-    def test_others_wait_and_those_behind_them_do_not(self, make_harness):
+    def test_requests_for_the_document_wait_and_later_ones_do_not(self, make_harness):
         harness = make_harness(200, (0,), max_num_batched_tokens=128, long_prefill_token_threshold=64)
         self.begin(harness)
         harness.submit("stranger", [7] * 20, None, 4)
@@ -243,7 +243,7 @@ class TestWaiting:
         harness.run()
         assert harness.usage["second"]["found_tokens"] == 300
 
-    def test_a_request_that_asks_otherwise_does_not_wait(self, make_harness):
+    def test_a_request_with_other_fields_does_not_wait(self, make_harness):
         harness = make_harness(200, (0,), max_num_batched_tokens=128, long_prefill_token_threshold=64)
         self.begin(harness)
         ask(harness, "other ratio", LONG, fields(kv_prefix_tokens=300, kv_keep_ratio=0.3))
@@ -255,7 +255,7 @@ class TestWaiting:
         assert not is_running(harness, "second")
         harness.run()
 
-    def test_whoever_waits_computes_it_if_the_other_goes(self, harness):
+    def test_a_waiting_request_computes_it_if_the_other_is_aborted(self, harness):
         self.begin(harness)
         harness.step()
         assert not is_running(harness, "second")

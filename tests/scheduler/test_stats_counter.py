@@ -1,4 +1,4 @@
-"""What the scheduler tells of its compactions, against the pool and the orders."""
+"""The scheduler's statistics of compactions, compared with the pool and the orders."""
 
 from itertools import chain
 
@@ -11,7 +11,7 @@ from vllm_l2kv.messages.stats import take_stats
 
 @pytest.fixture
 def telling(make_harness, monkeypatch):
-    """A harness whose scheduler tells; all stats are in its list `told`."""
+    """A harness whose scheduler reports statistics; all are in its list `told`."""
 
     set_plugins(monkeypatch, ["l2kv"])  # as the server does
 
@@ -34,7 +34,7 @@ def telling(make_harness, monkeypatch):
 
 
 def set_plugins(monkeypatch, plugins: list[str] | None) -> None:
-    """Not by the environment, which vLLM may have read for good: engines of other tests make it."""
+    """Not by the environment, which vLLM may have cached for engines of other tests."""
     monkeypatch.setitem(vars(envs), "VLLM_PLUGINS", plugins)
 
 
@@ -59,7 +59,7 @@ def test_numbers_are_those_of_the_orders(telling):
 
 
 def test_compactions_by_kind(telling):
-    """Each with the rows that it left and evicted; a request counts once."""
+    """Each compaction has its kept and evicted rows; a request counts once."""
     harness = telling(400, prompt_interval=60, answer_interval=30)
     harness.submit("prompt", [1] * 200, {"kv_max_tokens": 40}, 8)  # at 100 and 160, and at its end with 80 rows
     harness.submit("answer", [2] * 30, {"kv_max_tokens": 40}, 60)  # at 70
@@ -76,7 +76,7 @@ def test_tokens_now(telling):
     harness.add("half", 100, max_tokens=8, ratio=0.5)
     harness.add("whole", 60, max_tokens=30)
     harness.run()
-    # Seven of eight tokens go through the cache; both run when the first is compacted.
+    # Seven of eight tokens are computed; both requests run when the first is compacted.
     compacted = [stats for stats in harness.told if stats.logical_tokens - stats.physical_tokens == 50]
     assert len(compacted) >= 5
     for stats in compacted:
@@ -105,11 +105,11 @@ def test_a_request_that_is_preempted_counts_once(telling):
     orders = [order for step in harness.steps for order in orders_of(step)]
     assert preempted
     assert total(harness, "num_compressed") == 4
-    assert len(total(harness, "compactions")) == len(orders) > 4  # the work is done again
+    assert len(total(harness, "compactions")) == len(orders) > 4  # the work is repeated
 
 
 def test_a_preemption_for_a_compaction_counts(telling):
-    """Two requests share blocks that neither may write, and none is free for the copy of one of them."""
+    """Two requests share blocks that neither may write, and no block is free for a copy."""
     harness = telling(40, full_layers=(), max_num_batched_tokens=256)
     shared = [1] * 160
     harness.submit("first", shared, {}, 30)
@@ -126,7 +126,7 @@ def test_a_preemption_for_a_compaction_counts(telling):
     assert total(harness, "compactions") == [("ratio", 145, 16)]
 
 
-def test_times_ride_on_a_copy():
+def test_times_are_attached_to_a_copy():
     class Output:
         pass
 
@@ -135,7 +135,7 @@ def test_times_ride_on_a_copy():
     assert seconds_of(shared) == []
 
 
-def test_a_front_end_that_is_not_ours_is_not_told(make_harness, monkeypatch):
+def test_a_stock_front_end_gets_no_statistics(make_harness, monkeypatch):
     set_plugins(monkeypatch, None)
     with pytest.raises(ValueError, match="VLLM_PLUGINS=l2kv"):
         make_harness(100, log_stats=True)

@@ -1,6 +1,6 @@
-"""The worker without a model, and beside it our real worker over vLLM's real states and tables of runner V2.
+"""The worker without a model, combined with the real worker over vLLM's states and tables of runner V2.
 
-The model knows where every row of a request is. What the runner gives to the kernels of each step must say the same.
+The model knows where every row of a request is. The arguments of each step's kernels must agree.
 """
 
 from fake_gpu import FakeGPUWorker, StatefulRunner
@@ -16,7 +16,7 @@ class RunnerV2Model(WorkerModel):
     Args:
         block_sizes: Tokens in a block, by group.
         compressed: Groups that are compacted.
-        num_in_flight: Steps that may be under way at once.
+        num_in_flight: Maximum number of steps in flight.
     """
 
     def __init__(self, block_sizes: list[int], compressed: set[int], num_in_flight: int) -> None:

@@ -1,9 +1,9 @@
-"""A worker without a model: its memory holds names of rows instead of numbers.
+"""A worker without a model: its memory holds names of rows in place of numbers.
 
-It obeys a step's output as both of our runners do: forget, compact, copy blocks, write the rows of scheduled tokens,
-read everything that attention would read. A row is named by all that its numbers depend on, so a row of another request
-is right exactly if it could be shared: the same tokens and salt, and either a whole context or the same compactions by
-the same rule. Every row read is compared with what the request should find there.
+It carries out a step's output as both runners do: forget requests, compact, copy blocks, write the rows of scheduled
+tokens, and read everything that attention would read. The name of a row has everything that its numbers depend on. So a
+row of another request is correct exactly if it may be shared: the same tokens and salt, and either a whole context or
+the same compactions by the same rule. Every row that is read is compared with the request's expected row.
 """
 
 import itertools
@@ -22,12 +22,12 @@ STOP = 999
 
 
 class History(NamedTuple):
-    """How a request was compacted so far.
+    """The compactions of a request so far.
 
     Attributes:
         first: Protected rows at the start.
-        last: The same at the end.
-        kept: Positions, and rows kept there.
+        last: Protected rows at the end.
+        kept: Positions of compactions, and rows kept there.
     """
 
     first: int
@@ -36,15 +36,15 @@ class History(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a slot holds.
+    """The content of a slot.
 
     Attributes:
         group: KV-cache group, since a block's bytes mean something else in another one.
         prefix: The salt, and the tokens up to this one.
-        position: Of this token.
-        history: What was compacted before it was computed; `None` if it saw its whole context.
-        copy: The compaction that put it here; `None` if it was written here. Two compactions of one name may keep other
-            rows where rounding decides, so rows of both do not go together.
+        position: Position of this token.
+        history: The compactions before it was computed; `None` if it saw its whole context.
+        copy: The compaction that moved it here; `None` if it was written here. Two compactions of one name may keep
+        different rows if rounding decides, so rows of both must not be mixed.
     """
 
     group: int
@@ -55,10 +55,10 @@ class Row(NamedTuple):
 
 
 class Tokens:
-    """A request's tokens, the coming ones too: its first token over and over, then maybe a stop token.
+    """A request's tokens, including future ones: its first token repeatedly, then perhaps a stop token.
 
-    So a request's answer is the prompt of another one that begins with the same token, which is when sharing is most
-    tempting.
+    So a request's answer equals the prompt of another one that begins with the same token, where wrong sharing is most
+    likely.
     """
 
     def __init__(self, prompt: list[int], stop_after: int | None, salt: str | None = None) -> None:
@@ -84,7 +84,7 @@ class Tokens:
 
 
 class Due(NamedTuple):
-    """A compaction that must come at exactly this position."""
+    """A compaction that must happen at exactly this position."""
 
     position: int
     num_rows: int
@@ -92,7 +92,7 @@ class Due(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a request asks, and from that its compactions, in words of its own."""
+    """A request's parameters and its compactions, implemented independently."""
 
     ratio: str = "1"
     first: int = 0
@@ -103,7 +103,7 @@ class Rule(NamedTuple):
     document: int | None = None
 
     def compactions(self, num_prompt_tokens: int) -> Iterator[Due]:
-        """Adds row after row and looks at each position what is to be kept; never ends with a budget."""
+        """Adds row after row and decides at each position what to keep; with a budget it never ends."""
         rows, end = 0, self.document or num_prompt_tokens
         for position in itertools.count(1):
             rows += 1
@@ -122,7 +122,7 @@ class Rule(NamedTuple):
                 return
 
     def most_rows(self, num_prompt_tokens: int, num_tokens: int) -> int:
-        """The most that a request may hold, where a budget's interval is taken to be reached."""
+        """Returns the most rows that a request may hold, if it reaches its budget's interval."""
         rows, num_evicted = [0], 0
         for due in itertools.takewhile(lambda due: due.position <= num_tokens, self.compactions(num_prompt_tokens)):
             rows.append(due.num_rows)
@@ -135,10 +135,10 @@ class Rule(NamedTuple):
 
 @dataclass
 class RequestState:
-    """What a worker knows of a request, and in `rows` what the request should find, by group and slot.
+    """A worker's state of a request, and in `rows` the expected rows, by group and slot.
 
-    `due` is the next compaction; before it comes no token after its position may be computed. Accepted and rejected are
-    drafts of the last step.
+    `due` is the next compaction; until it happens no token after its position may be computed. Accepted and rejected
+    are drafts of the last step.
     """
 
     tokens: Tokens
@@ -160,7 +160,7 @@ class RequestState:
         self.num_computed = position
 
     def compact(self, rule: Rule) -> list[int]:
-        """Notes that the due compaction happens, and returns the slots that it keeps."""
+        """Records the due compaction, and returns the slots that it keeps."""
         assert self.due is not None
         position, num_rows, num_keep = self.due
         kept = () if self.history is None else self.history.kept
@@ -186,9 +186,9 @@ class WorkerModel:
         self._memory: dict[tuple[int, int], Row | None] = {}
         self._states: dict[str, RequestState] = {}
         self._compactions = itertools.count()
-        self.begun: dict[str, int] = {}  # of the last step, requests to the tokens that they had computed before it
+        self.begun: dict[str, int] = {}  # for requests of the last step, their computed tokens before it
         self.drafts: Counter[str] = Counter()  # accepted and rejected
-        self._hits: Mapping[str, int] = {}  # of the step, requests that begin on compacted rows, to evicted slots
+        self._hits: Mapping[str, int] = {}  # for requests of the step that begin on compacted rows, their evicted slots
 
     def execute(self, output) -> list[list[int]]:
         """Runs a step and returns what it sampled, in the order of `num_scheduled_tokens`."""
@@ -211,15 +211,15 @@ class WorkerModel:
         return [self._attend(req_id) for req_id in output.num_scheduled_tokens]
 
     def _check_private(self, blocks: Iterable[int]) -> None:
-        """A block that is filled with other rows has one holder."""
+        """Checks that a block filled with other rows has one holder."""
         holders = Counter(block for state in self._states.values() for table in state.tables for block in table)
         for block in blocks:
             assert holders[block] <= 1, f"block {block} is overwritten and has {holders[block]} holders"
 
     def _check_written(self, written: dict[int, set[int]]) -> None:
-        """A request writes no block of another one, but for rows that the other has found in this same step.
+        """Checks that a request writes no block of another one, except rows that the other has found in this same step.
 
-        Not even after the other's rows: a hit in a block that they do not fill is a copy of it.
+        It must not even write after the other's rows: a hit in a partial block is a copy of it.
         """
         for req_id, state in self._states.items():
             for group, table in enumerate(state.tables):
@@ -235,7 +235,7 @@ class WorkerModel:
             state, rule = self._states[order.req_id], self.rules[order.req_id]
             assert state.due is not None, f"{order.req_id} has had all its compactions"
             assert (state.num_computed, order.num_rows, order.num_keep) == state.due, f"{order} is not {state.due}"
-            # Counts are set, never added up: they are those of all compactions so far.
+            # Counts are set, not added: they include all compactions so far.
             assert order.num_evicted == state.num_evicted + order.num_rows - order.num_keep
             assert (order.params.protect_first, order.params.protect_last) == (rule.first, rule.last)
             assert {move.group_id for move in order.moves} == self._compressed
@@ -273,7 +273,7 @@ class WorkerModel:
                 self._begin(req_id, cached.new_block_ids[i], cached.num_computed_tokens[i], num_known)
                 continue
             state = self._states[req_id]
-            # The scheduler counts drafts as computed and known until it hears that they are rejected.
+            # The scheduler counts drafts as computed and known until the worker reports their rejection.
             num_uncertain = cached.num_computed_tokens[i] - state.num_computed
             assert 0 <= num_uncertain <= state.num_rejected
             state.num_known = num_known - num_uncertain
@@ -281,7 +281,7 @@ class WorkerModel:
                 table.extend(blocks)
 
     def _begin(self, req_id: str, block_ids: tuple[list[int], ...], num_computed: int, num_known: int) -> None:
-        """A first or a renewed prefill, on rows that saw their whole context or on those of a compaction of its own."""
+        """Begins a first or repeated prefill, on rows with a whole context or of one of its own compactions."""
         assert req_id not in self._states
         tokens, rule = self.tokens[req_id], self.rules[req_id]
         coming = rule.compactions(len(tokens.prompt))
@@ -302,7 +302,7 @@ class WorkerModel:
             self._take_copy(req_id)
 
     def _take_copy(self, req_id: str) -> None:
-        """What a request finds is there before the step writes anything, and all of it is of one compaction."""
+        """Checks that found rows exist before the step writes anything, and that all are from one compaction."""
         state = self._states[req_id]
         (copy,) = {getattr(self._memory.get(self._where(req_id, group, 0)), "copy", None) for group in self._compressed}
         for group in range(len(state.tables)):
@@ -311,7 +311,7 @@ class WorkerModel:
             self._check_rows(req_id, group)
 
     def _write(self, req_id: str, num_tokens: int, num_drafts: int) -> list[tuple[int, int]]:
-        """Computes tokens and some of the drafts, as good as random, and returns where it writes them."""
+        """Computes tokens and a pseudo-random part of the drafts, and returns where it writes them."""
         state = self._states[req_id]
         if state.due is not None:
             assert state.num_computed < state.due.position, f"{req_id} runs without its compaction"
@@ -330,7 +330,7 @@ class WorkerModel:
         return written
 
     def _write_rejected(self, req_id: str, num_tokens: int) -> list[int]:
-        """Writes rows of drafts that are then rejected, and returns their blocks."""
+        """Writes rows of drafts that are rejected later, and returns their blocks."""
         state, blocks = self._states[req_id], []
         num_written = num_tokens - state.num_rejected
         assert state.num_computed == self.begun[req_id] + num_written
@@ -342,7 +342,7 @@ class WorkerModel:
         return blocks
 
     def _attend(self, req_id: str) -> list[int]:
-        """Reads all rows of a request; samples once all known tokens are computed, after each accepted draft too."""
+        """Reads all rows of a request; samples when all known tokens are computed, also after each accepted draft."""
         state = self._states[req_id]
         for group in range(len(state.tables)):
             self._check_rows(req_id, group)
@@ -363,7 +363,7 @@ class WorkerModel:
 
 
 def kept_slots(num_rows: int, num_keep: int, first: int, last: int) -> list[int]:
-    """The protected ones, and others as good as random."""
+    """Returns the protected slots, and a pseudo-random choice of others."""
 
     def rank(slot: int) -> tuple[bool, int]:
         protected = slot < first or slot >= num_rows - last
@@ -373,7 +373,7 @@ def kept_slots(num_rows: int, num_keep: int, first: int, last: int) -> list[int]
 
 
 def check_disjoint(orders: tuple[CompactionOrder, ...]) -> None:
-    """On a GPU the orders of a step run at once: nobody may write what another one reads or writes."""
+    """Checks that no order writes what another one reads or writes: on a GPU a step's orders run at once."""
     moves = [move for order in orders for move in order.moves]
     assert len({order.req_id for order in orders}) == len(orders)
     for move in moves:
