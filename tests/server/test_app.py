@@ -35,7 +35,7 @@ NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compacti
 
 
 def of_ranks(groups) -> list[list[dict]]:
-    """What two pipeline ranks of two tensor-parallel ranks each say: the same groups, with their own layers."""
+    """Reports of two pipeline ranks with two tensor-parallel ranks each: the same groups, with their own layers."""
     halves = [
         [{**group, "layers": group["layers"][:1]} for group in groups],
         [{**group, "layers": group["layers"][1:]} for group in groups],
@@ -65,11 +65,11 @@ class FakeClient:
         yield SimpleNamespace(kv_transfer_params={"kv_cache": NUMBERS}, outputs=[SimpleNamespace(index=0)])
 
     def shutdown(self, timeout=None):
-        """Nothing runs."""
+        """Does nothing."""
 
 
 class FakeServing:
-    """Stands in for vLLM's serving objects: engine calls in the handler, numbers read later."""
+    """Replaces vLLM's serving objects: calls the engine in the handler, and reads numbers later."""
 
     def __init__(self, engine_client):
         self.engine_client = engine_client
@@ -97,7 +97,7 @@ class FakeServing:
 
 
 def make_app(monkeypatch, keep_ratio=1.0, groups=GROUPS, args=ARGS) -> FastAPI:
-    # An engine in this process, of another test, makes vLLM remember the environment of its start.
+    # An engine of another test in this process makes vLLM cache the environment of its start.
     disable_envs_cache()
     monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
     app = FastAPI()
@@ -150,7 +150,7 @@ def test_routes_replace_vllms(app):
 def test_openapi_shows_the_fields_at_every_endpoint(app):
     spec = request(app, "GET", "/openapi.json").json()
     for path in GENERATING_PATHS:
-        if path == "/invocations":  # takes the body of any endpoint, and vLLM describes none
+        if path == "/invocations":  # takes the body of any endpoint, and vLLM has no schema for it
             continue
         content = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         name = content["schema"]["$ref"].rsplit("/", 1)[-1]
@@ -188,14 +188,14 @@ def test_usage_in_the_stream(app):
     assert events[-2:] == ["data: [DONE]", ""]
 
 
-def test_nothing_asked_nothing_added(app):
+def test_nothing_is_added_without_a_field(app):
     assert "kv_cache" not in complete(app).json()["usage"]
 
 
-def test_server_default_counts_as_asking(monkeypatch):
+def test_a_server_default_requests_compression(monkeypatch):
     app = make_app(monkeypatch, keep_ratio=0.5)
     assert complete(app).json()["usage"]["kv_cache"] == NUMBERS
-    # Its engine requests are steps of one token, not prompts.
+    # Engine requests of a beam search are steps of one token, not prompts.
     assert "kv_cache" not in complete(app, use_beam_search=True).json()["usage"]
 
 
@@ -218,7 +218,7 @@ def test_malformed_body_is_400_in_openais_shape(app, path, body):
     assert response.json()["error"]["code"] == 400
 
 
-def test_deep_arguments_of_a_tool_call_are_the_clients_fault(app):
+def test_deep_arguments_of_a_tool_call_are_a_bad_request(app):
     function = {"name": "f", "arguments": "[" * 100_000}
     call = {"id": "c", "type": "function", "function": function}
     messages = [{"role": "assistant", "tool_calls": [call]}]
@@ -249,7 +249,7 @@ def test_vllm_serve_has_the_default_bound(monkeypatch):
 @pytest.mark.parametrize(
     ("errored", "was_shut_down", "lost"), [(True, False, True), (True, True, False), (False, False, False)]
 )
-def test_the_end_is_bounded_and_its_cause_noted(app, errored, was_shut_down, lost):
+def test_shutdown_is_bounded_and_records_its_cause(app, errored, was_shut_down, lost):
     state = app.state
     state.server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=None))
 
@@ -263,7 +263,7 @@ def test_the_end_is_bounded_and_its_cause_noted(app, errored, was_shut_down, los
     assert state.args.outcome.engine_lost is lost
 
 
-def test_only_json_is_taken(app):
+def test_only_json_is_accepted(app):
     body = '{"model": "m", "prompt": "a"}'
     response = request(app, "POST", "/v1/completions", content=body, headers={"content-type": "text/plain"})
     assert response.status_code == 400

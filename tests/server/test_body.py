@@ -1,4 +1,4 @@
-"""Bodies that no handler should meet."""
+"""Bodies that no handler should receive."""
 
 import json
 import math

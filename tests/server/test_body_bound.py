@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 class App:
-    """Counts the bytes that it was given."""
+    """Counts the bytes that it receives."""
 
     def __init__(self):
         self.num_bytes = None
@@ -53,7 +53,7 @@ def post(content, headers=None) -> tuple[httpx.Response, int | None]:
     ],
     ids=["long", "announced", "less announced", "nonsense announced", "chunked"],
 )
-def test_refused_before_the_app_is_asked(content, headers):
+def test_refused_before_the_app_is_called(content, headers):
     response, num_bytes = post(content, headers)
     assert response.status_code == 413
     error = response.json()["error"]

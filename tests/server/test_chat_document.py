@@ -1,4 +1,4 @@
-"""Documents that a chat names by its messages: vLLM's real endpoints and renderer, before a fake engine."""
+"""Documents that a chat names by messages: vLLM's real endpoints and renderer, with a fake engine."""
 
 import asyncio
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ SMOLLM_SYSTEM = SMOLLM.format(
 
 
 class FakeEngine:
-    """Takes prompts as vLLM's engine client does, and keeps them."""
+    """Takes prompts like vLLM's engine client, and keeps them."""
 
     errored = is_stopped = False
     is_running = True
@@ -52,7 +52,7 @@ class FakeEngine:
         return False
 
     def check_admission(self, *args) -> None:
-        """Everything is admitted."""
+        """Admits everything."""
 
     async def generate(self, prompt, sampling_params, request_id, **kwargs):
         tokens = prompt["prompt_token_ids"]
@@ -62,11 +62,11 @@ class FakeEngine:
         yield RequestOutput(request_id, None, tokens, None, [answer], True, kv_transfer_params=numbers)
 
     def shutdown(self, timeout=None) -> None:
-        """Nothing runs."""
+        """Does nothing."""
 
 
 class Served:
-    """vLLM's app with our plugin, and the engine's tokenizer."""
+    """vLLM's app with the plugin of vllm-l2kv, and the engine's tokenizer."""
 
     def __init__(self, model: str) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -93,7 +93,7 @@ class Served:
         return asyncio.run(run())
 
     def documents(self, path: str, **body: Any) -> list[str]:
-        """What the engine is asked to take for a document, one text for each of its prompts."""
+        """Returns the document of each prompt that reaches the engine, as text."""
         answer = self.post(path, **body)
         assert answer.status_code == 200, answer.text
         found = []
@@ -107,7 +107,7 @@ class Served:
         return found
 
     def refused(self, path: str, **body: Any) -> str:
-        """The words of an answer with status 400, which nothing of reached the engine."""
+        """Returns the message of an answer with status 400; checks that nothing reached the engine."""
         answer = self.post(path, **body)
         assert answer.status_code == 400, answer.text
         error, message = answer.json()["error"], answer.json()["error"]["message"]
@@ -125,7 +125,7 @@ def served(demo_model):
 
 
 class TestEndpoints:
-    """Each of them renders the demo model's template, which adds a system message where there is none."""
+    """All endpoints render the demo model's template, which adds a system message if there is none."""
 
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("path", [CHAT, "/invocations"])
@@ -176,12 +176,12 @@ class TestEndpoints:
     def test_in_xargs(self, served):
         assert len(served.documents(CHAT, messages=USERS, vllm_xargs={"kv_prefix_messages": 1})) == 1
 
-    def test_who_names_no_document_is_rendered_once(self, served):
+    def test_a_chat_without_a_document_is_rendered_once(self, served):
         assert served.post(CHAT, messages=USERS).status_code == 200
         assert [asked for _, asked in served.engine.asked] == [{"kv_keep_ratio": 0.5}]
 
     def test_chats_that_vllm_renders_for_itself(self, served):
-        """To find out what a template makes of an effort, it renders one message, fewer than the document has."""
+        """To learn how a template uses an effort, vLLM renders one message, fewer than the document has."""
         body = {"messages": USERS, "max_tokens": 8, "kv_prefix_messages": 2, "thinking": {"type": "disabled"}}
         assert len(served.documents(MESSAGES, **body)) == 1
 
@@ -203,7 +203,7 @@ class TestRefused:
         ],
     )
     def test_beyond_the_last_message(self, served, path, body, most, stream):
-        """Before the status, also of streams."""
+        """Refused before the status, also for streams."""
         body |= {"stream": stream} if "batch" not in path else {}
         words = f"kv_prefix_messages must be at most {most}, the number of messages, got {most + 1}."
         assert words in served.refused(path, kv_prefix_messages=most + 1, **body)
@@ -213,7 +213,7 @@ class TestRefused:
         assert "covers the whole prompt, but at least one token must follow the document" in words
 
     def test_an_answer_that_goes_on(self, served):
-        """Alone it would be closed."""
+        """Rendered alone, the last answer would be closed."""
         messages = [*USERS, {"role": "assistant", "content": "The"}]
         more = {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
         assert "gives the first 3 messages other tokens alone" in served.refused(CHAT, kv_prefix_messages=3, **more)
@@ -235,7 +235,7 @@ class TestRefused:
         body = {"messages": USERS, "use_beam_search": True, "n": 2, "kv_keep_ratio": None}
         assert "leave out use_beam_search or kv_prefix_messages" in served.refused(CHAT, kv_prefix_messages=1, **body)
 
-    def test_messages_of_which_vllm_makes_others(self, served):
+    def test_messages_that_vllm_converts(self, served):
         """Results of two tools in one message become two messages, two calls in a row become one."""
         results = [{"type": "tool_result", "tool_use_id": name, "content": "1"} for name in "ab"]
         uses = [{"type": "tool_use", "id": name, "name": "f", "input": {}} for name in "ab"]
@@ -253,7 +253,7 @@ LLAMA = """\
 {{- '<|im_start|>' + message.role + '\n\n' + message.content | trim + '<|im_end|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif -%}"""
-"""Trims what is said, as that of Llama 3."""
+"""Trims messages, as Llama 3's template does."""
 
 QWEN = """\
 {%- set last = namespace(user=-1) -%}
@@ -263,7 +263,7 @@ QWEN = """\
 {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}"""
-"""Drops the thinking of earlier turns, as that of Qwen 3."""
+"""Leaves out the thinking of earlier turns, as Qwen 3's template does."""
 
 NO_LONE_SYSTEM = """\
 {%- if messages | selectattr('role', 'equalto', 'user') | list | length == 0 -%}
@@ -275,7 +275,7 @@ NO_LONE_SYSTEM = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}"""
 
 JOINED = "{%- for message in messages %}{{ message.content }}{% endfor -%}{{ '!' if add_generation_prompt }}"
-"""Nothing parts one message from the next, so a token may hold the end of one and the beginning of the other."""
+"""Has no separator between messages, so a token may contain the end of one and the beginning of the next."""
 
 WITH_ALL = """\
 {%- for tool in tools or [] %}{{ tool.function.name + ' ' }}{% endfor -%}
@@ -293,7 +293,7 @@ def turn(role: str, content: str, space: str = "\n") -> str:
 
 
 class TestTemplates:
-    """Each is the request's own, which a server may allow."""
+    """Each template comes with the request, which a server may allow."""
 
     @pytest.mark.parametrize(
         ("template", "messages", "num", "expected"),
@@ -312,7 +312,7 @@ class TestTemplates:
     @pytest.mark.parametrize(
         ("template", "messages", "num", "words"),
         [
-            # another turn follows, and the thinking of the one in the document is dropped
+            # another turn follows, so the thinking of the document's turn is left out
             (QWEN, [USERS[0], THOUGHT, USERS[1]], 2, "gives the first 2 messages other tokens alone"),
             (
                 NO_LONE_SYSTEM,
@@ -320,7 +320,7 @@ class TestTemplates:
                 1,
                 "refuses the first 1 messages alone (No user query found in messages.)",
             ),
-            (JOINED, [{"role": "user", "content": text} for text in ("light", "house")], 1, "messages other tokens alone"),
+            (JOINED, [{"role": "user", "content": text} for text in ("light", "house")], 1, "other tokens alone"),
         ],
     )
     def test_no_beginning(self, served, template, messages, num, words):
@@ -328,7 +328,7 @@ class TestTemplates:
         assert words in said
         assert "give kv_prefix_tokens instead, or let the document end with" in said
 
-    def test_all_that_a_template_reads_is_the_same(self, served):
+    def test_both_renderings_have_the_same_arguments(self, served):
         function = {"name": "look", "parameters": {"type": "object", "properties": {}}}
         more = {
             "tools": [{"type": "function", "function": function}],
@@ -341,7 +341,7 @@ class TestTemplates:
 
 
 class FakeRenderer:
-    """One token for each message and one for the answer's beginning; counts what it renders."""
+    """Makes one token for each message and one for the answer's beginning; counts the messages that it renders."""
 
     def __init__(self) -> None:
         self.num_renders = 0
@@ -356,7 +356,7 @@ class FakeRenderer:
         return conversations, prompts
 
     def prompt(self, *messages: dict, num_messages: int = 1, max_tokens: int = 8, salt: str | None = None) -> dict:
-        """That of a request with this document."""
+        """Returns the prompt of a request with this document."""
         params = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
 
         async def run():
@@ -372,7 +372,7 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
 
 
 def test_images_in_the_document():
-    """Their tokens are placeholders, and a second rendering would load them again."""
+    """Tokens of images are placeholders, and a second rendering would load the images again."""
     renderer = FakeRenderer()
     prompt = renderer.prompt(USERS[0], IMAGE, USERS[1], num_messages=2)
     assert renderer.num_renders == 1
@@ -385,7 +385,7 @@ def test_images_after_the_document():
 
 
 def test_a_known_document_is_not_rendered_again():
-    """With another salt, or as other messages, it is."""
+    """With another salt, or in other messages, it is rendered."""
     renderer = FakeRenderer()
     asked = [(USERS[1], None, 2), (USERS[0], None, 3), (USERS[1], "a", 5), (USERS[0], "a", 6)]
     for question, salt, num_renders in asked:
@@ -396,7 +396,7 @@ def test_a_known_document_is_not_rendered_again():
 
 
 def test_a_known_document_that_has_other_tokens_now():
-    """Such as those of another date."""
+    """For example with another date."""
     renderer = FakeRenderer()
     for num_renders in (2, 4):
         renderer.finder._known = dict.fromkeys(renderer.finder._known, TokenizedDocument.of([5]))
@@ -404,7 +404,7 @@ def test_a_known_document_that_has_other_tokens_now():
         assert renderer.num_renders == num_renders
 
 
-def test_the_document_that_was_asked_for_longest_ago_is_forgotten(monkeypatch):
+def test_the_least_recently_used_document_is_forgotten(monkeypatch):
     monkeypatch.setattr(chat_document, "MAX_KNOWN", 2)
     renderer = FakeRenderer()
     documents = [{"role": "user", "content": "a" * length} for length in (1, 2, 3)]
@@ -418,7 +418,7 @@ def test_the_document_that_was_asked_for_longest_ago_is_forgotten(monkeypatch):
 
 @pytest.mark.parametrize("prompt", ["text", {"type": "token", "prompt_token_ids": [1]}, SimpleNamespace()])
 def test_a_prompt_that_no_template_rendered(prompt):
-    """Such as one of gpt-oss, for which vLLM has a renderer of its own."""
+    """For example one of gpt-oss, for which vLLM has a special renderer."""
     with pytest.raises(ParamError, match="needs a chat that vLLM renders") as caught:
         end_of_document(prompt)
     assert caught.value.param == "kv_prefix_messages"

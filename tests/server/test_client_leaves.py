@@ -1,4 +1,4 @@
-"""A client who leaves while its body is still on its way."""
+"""A client that disconnects while it sends its body."""
 
 import asyncio
 
@@ -9,8 +9,8 @@ from vllm_l2kv_server.body import CheckedBodyRoute
 
 
 @pytest.mark.parametrize("route_class", [APIRoute, CheckedBodyRoute])
-def test_is_no_error_of_the_server(route_class):
-    """As with FastAPI's own routes. An exception would be a traceback in the log and a 500 in the metrics."""
+def test_it_is_not_a_server_error(route_class):
+    """As in FastAPI's own routes. An exception would cause a traceback in the log and a 500 in the metrics."""
     router = APIRouter(route_class=route_class)
 
     @router.post("/")

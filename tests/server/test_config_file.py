@@ -10,7 +10,7 @@ from vllm_l2kv.cli_types import add_full_heads, layers, positive, ratio
 
 
 def some_parser() -> argparse.ArgumentParser:
-    """An option of every kind."""
+    """Returns a parser with an option of every kind."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
     add("model_tag", nargs="?")

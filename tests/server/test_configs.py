@@ -1,4 +1,4 @@
-"""The files in configs/: known to the parser, good by the schema, and able to serve."""
+"""The files in configs/: accepted by the parser, valid by the schema, and able to serve."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def schema() -> dict[str, Any]:
 
 
 def test_the_schema_is_current(capsys):
-    """Otherwise: `vllm-l2kv config-schema > configs/schema.json`."""
+    """If this fails, run `vllm-l2kv config-schema > configs/schema.json`."""
     main(["config-schema"])
     assert capsys.readouterr().out == (FOLDER / "schema.json").read_text()
 
@@ -46,7 +46,7 @@ def test_the_schema_has_our_options(schema):
 
 
 def options_of(path: Path) -> dict[str, Any]:
-    """What a file sets, with what its profile sets in the place of the profile."""
+    """Returns the options of a file, with the profile replaced by the options that it sets."""
     options = yaml.safe_load(path.read_text())
     profile, memory = (options.pop(key, None) for key in ("kv-profile", "kv-memory"))
     setting = profile and setting_of(path.parent / profile, memory)
@@ -61,7 +61,7 @@ def options_of(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 class TestEach:
-    def test_the_parser_takes_it(self, parser, path):
+    def test_the_parser_accepts_it(self, parser, path):
         options = options_of(path)
         args = parse(parser, ["--config", str(path)])
         ours = args.additional_config["l2kv"]
@@ -72,34 +72,34 @@ class TestEach:
         assert {"kv_protect_first", "kv_protect_last", "kv_scorer"} <= given.keys()
         assert given.items() <= ours.items()
 
-    def test_it_is_good_by_the_schema(self, schema, path):
+    def test_it_is_valid_by_the_schema(self, schema, path):
         Draft7Validator(schema).validate(yaml.safe_load(path.read_text()))
         assert path.read_text().splitlines()[0] == "# yaml-language-server: $schema=schema.json"
 
     @pytest.mark.engine
     def test_it_serves(self, parser, monkeypatch, path, tiny_model, tmp_path):
-        """An engine of these options, with what a CPU needs and a model of the same kind instead of the real one.
+        """Starts an engine with these options, those that a CPU needs, and a tiny model in place of the real one.
 
-        A profile is the real one's, so what it sets is set without it.
+        A profile belongs to the real model, so its settings are given as options.
         """
         options = options_of(path)
         if options["kv-scorer"] in PROFILE_SCORERS:
             options["kv-scorer"] = "l2"
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
-        # With as many layers as the real ones have; the files name some.
+        # With as many layers as the real model has, since the files name layers.
         num_layers = 30 if "demo" in path.stem else 4
         model = (
             tiny_model("gemma3", num_blocks=6)
             if "gemma" in path.stem
             else tiny_model("llama", num_hidden_layers=num_layers)
         )
-        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would win
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would override the option
         words = ["--dtype=float32", "--enforce-eager", "--kv-cache-dtype=auto", "--kv-cache-memory-bytes=64M"]
-        words += ["--disable-log-stats"]  # the server's front end takes ours off, and there is none here
+        words += ["--disable-log-stats"]  # otherwise only a front end of the server takes its stats out
         words += [] if path.stem == "long-context" else ["--max-model-len=1024"]
         args = parse(parser, [str(model), "--config", str(tmp_path / "config.yaml"), *words])
         engine = LLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
-        engine.engine_core._finalizer.detach()  # the process groups are shared with the engines of other tests
+        engine.engine_core._finalizer.detach()  # other tests' engines share the process groups
         engine.add_request("a", {"prompt_token_ids": PROMPT}, keep(0.5))
         outputs = []
         while engine.has_unfinished_requests():

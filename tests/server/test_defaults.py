@@ -1,4 +1,4 @@
-"""What an engine does that was told nothing: the same, whichever way it was started or measured."""
+"""Defaults of an engine: the same for every way to start or measure it."""
 
 import json
 import re
@@ -35,7 +35,7 @@ EXPECTED = {
     "kv_granularity": "token",
 }
 OF_REQUESTS = {"kv_prefix_tokens": None, "kv_prefix_messages": None}
-"""Fields for which no operator sets a default."""
+"""Fields without an operator's default."""
 
 
 def of(settings: Settings) -> dict[str, Any]:
@@ -63,13 +63,13 @@ def test_the_dataclasses():
 
 
 @pytest.mark.parametrize("config", [None, {}, {"other": {}}, {CONFIG_KEY: {}}, {CONFIG_KEY: None}])
-def test_additional_config_without_a_word(config):
+def test_additional_config_without_settings(config):
     assert of(Settings.from_config(config)) == EXPECTED
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_additional_config_with_one_word(name):
-    """What is not given keeps its default, whatever else is given."""
+def test_additional_config_with_one_setting(name):
+    """Settings that are not given keep their defaults, whatever else is given."""
     other = {
         "full_layers": (3,),
         "full_heads": {3: (1,)},
@@ -84,7 +84,7 @@ def test_additional_config_with_one_word(name):
 
 @pytest.mark.parametrize("name", OF_REQUESTS)
 def test_a_document_has_no_default(name):
-    """Each request has a prompt of its own, so an operator cannot say where its document ends."""
+    """Each request has its own prompt, so an operator cannot set where its document ends."""
     assert name not in Settings().as_config()
     with pytest.raises(ValueError, match=f"Unknown key '{name}'"):
         Settings.from_config({CONFIG_KEY: {name: 7}})
@@ -94,7 +94,7 @@ def test_a_document_has_no_default(name):
         served(f"--{name.replace('_', '-')}", "7")
 
 
-def test_the_expected_are_all():
+def test_all_settings_have_an_expected_default():
     assert {name for name in EXPECTED if name.startswith("kv_")} == {field.name for field in FIELDS_WITH_DEFAULTS}
 
 
@@ -102,7 +102,7 @@ def test_engine_args():
     assert of(Settings.from_config(vllm_l2kv.engine_args()["additional_config"])) == EXPECTED
 
 
-def test_compression_names_only_what_it_is_given():
+def test_compression_returns_only_given_fields():
     assert vllm_l2kv.compression(keep_ratio=0.5) == {"kv_keep_ratio": 0.5}
 
 
@@ -132,7 +132,7 @@ def test_help_of_serve():
 
 
 def test_the_paper_stays_available():
-    """Nothing protected; the rest is as everywhere."""
+    """Without protected rows; all else has the usual defaults."""
     expected = {**EXPECTED, "kv_protect_first": 0, "kv_protect_last": 0}
     assert served("--config", str(ROOT / "configs" / "paper.yaml")) == expected
 
@@ -151,7 +151,7 @@ def test_the_helm_chart():
     assert not {"kv_protect_first", "kv_protect_last"} & config[CONFIG_KEY].keys(), "the default need not be spelled"
 
 
-def test_the_server_describes_what_it_does():
+def test_the_server_describes_its_defaults():
     described = _describe(["m"], Settings.from_config({CONFIG_KEY: {}}), [])
     fields = {field.name: field.default for field in described.fields}
     intervals = {"prompt_interval": described.prompt_interval, "answer_interval": described.answer_interval}
@@ -161,7 +161,7 @@ def test_the_server_describes_what_it_does():
 
 @pytest.mark.parametrize("task", ["perplexity", "passkey", "needle", "ruler"])
 def test_eval(task):
-    """It measures what a server does that was told nothing but the ratio."""
+    """It measures a server's behaviour with only the ratio given."""
     options = _eval_parser().parse_args([task, "m", "--ratios", "0.5"])
     evaluation.take_profile(options)
     assert options.full_layers == EXPECTED["full_layers"]
@@ -185,6 +185,6 @@ def test_plan():
 
 
 def test_bench():
-    """It asks for a ratio, and leaves all else to the server."""
+    """It sets a ratio, and leaves all other fields to the server."""
     body = body_of("m", [1], 4, {"kv_keep_ratio": 0.5})
     assert [name for name in body if name.startswith("kv_")] == ["kv_keep_ratio"]

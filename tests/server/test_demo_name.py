@@ -1,4 +1,4 @@
-"""The demo model by its name, and by none, in every command that takes a model."""
+"""The demo model by its name, and as the default, in every command that takes a model."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ COMMANDS = {
 
 @pytest.fixture(autouse=True)
 def stopped_at_the_model(monkeypatch, tmp_path):
-    """Commands end by telling which model they would have taken."""
+    """Makes commands stop and report the model that they would use."""
 
     def stop(model, *_, **__):
         model = getattr(model, "model", model)
@@ -60,7 +60,7 @@ class TestCommand:
         (tmp_path / "SmolLM2-135M-Instruct" / "config.json").touch()
         assert taken(capsys, command, "SmolLM2-135M-Instruct") == "SmolLM2-135M-Instruct"
 
-    def test_it_cannot_be_had(self, capsys, monkeypatch, command):
+    def test_it_is_unavailable(self, capsys, monkeypatch, command):
         def fail():
             raise demo_model.DemoModelError("The demo model cannot be had: no network.")
 

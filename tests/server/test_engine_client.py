@@ -81,7 +81,7 @@ def test_fields_go_to_the_engine_and_numbers_to_the_request(fake, fields, extra_
 
 
 def test_the_end_of_a_chats_document_is_found_in_its_prompt(fake):
-    """Each prompt of a request has its own; where there is none, or an error, the request is refused."""
+    """Each prompt of a request has its own end; without one, or with an error, the request is refused."""
     client = EngineCalls(fake, Settings(), FIT)
 
     def ask(prompt):
@@ -103,14 +103,14 @@ def test_the_end_of_a_chats_document_is_found_in_its_prompt(fake):
 
 
 def test_a_field_where_no_numbers_are_reported(fake):
-    """Such as in a form, which the middleware does not read."""
+    """For example in a form, which the middleware does not read."""
     with pytest.raises(VLLMValidationError, match=r"works on POST .*/v1/messages") as caught:
         run(EngineCalls(fake, Settings(), FIT), {"kv_keep_ratio": 0.5})
     assert caught.value.parameter == "kv_keep_ratio"
     assert fake.calls == []
 
 
-def test_server_default_counts_as_asking(fake):
+def test_a_server_default_requests_compression(fake):
     compression = Compression({})
     run(EngineCalls(fake, Settings(defaults=CompressionParams(keep_ratio=0.5)), FIT), None, compression)
     assert compression.box.total() == NUMBERS
@@ -121,7 +121,7 @@ def test_numbers_are_hidden_where_none_are_reported(fake):
     assert output.kv_transfer_params is None
 
 
-def test_who_asks_nothing_gets_vllms_generator(fake):
+def test_a_request_without_fields_gets_vllms_generator(fake):
     client = EngineCalls(fake, Settings(), FIT)
     assert client.generate("text", SamplingParams(), "id") is fake.generated
 
@@ -161,7 +161,7 @@ def rendered(num_tokens: int) -> dict:
 
 
 def generate(client, prompt, max_tokens, fields=None):
-    """What the client returns to a request with these fields, before anything is asked of it."""
+    """Returns the client's generator for a request with these fields, before it is started."""
 
     def call():
         current.set(Compression(fields or {}))
@@ -178,7 +178,7 @@ class TestFit:
         [
             (rendered(600), 41, {}),
             (rendered(600), None, {}),  # it gets what fits
-            (rendered(600), 1400, {}),  # which is all the rest of the context, and what vLLM sets for no bound
+            (rendered(600), 1400, {}),  # the rest of the context, which vLLM sets without a bound
             (rendered(1900), 100, {"kv_max_tokens": 576}),
             (rendered(1900), 100, {"kv_max_tokens": 500, "kv_keep_ratio": 0.01}),
             ({"type": "embeds", "prompt_embeds": torch.zeros(600, 4)}, 41, {}),
@@ -187,7 +187,7 @@ class TestFit:
             (chunks(), 5000, {}),
         ],
     )
-    def test_a_prompt_that_fits_or_is_left_to_the_engine(self, fake, prompt, max_tokens, fields):
+    def test_a_prompt_that_fits_or_that_the_engine_checks(self, fake, prompt, max_tokens, fields):
         assert generate(EngineCalls(fake, Settings(), FIT), prompt, max_tokens, fields)
 
     @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ class TestFit:
         ],
     )
     def test_a_prompt_that_never_fits(self, fake, num_tokens, max_tokens, fields, param, words):
-        """A plain call raises, so that no status was sent; nothing reaches the engine."""
+        """The call itself raises, before a status is sent, and nothing reaches the engine."""
         client = EngineCalls(fake, Settings(), FIT)
         with pytest.raises(VLLMValidationError, match=re.escape(words)) as caught:
             generate(client, rendered(num_tokens), max_tokens, fields)
@@ -211,7 +211,7 @@ class TestFit:
     @pytest.mark.parametrize(("num_tokens", "document"), [(10, 10), (10, 11), (1, 1)])
     @pytest.mark.parametrize("others", [{}, {"kv_keep_ratio": 0.5}, {"kv_max_tokens": 100}])
     def test_nothing_follows_the_document(self, fake, num_tokens, document, others):
-        """Also of a request that keeps all: its client would believe that the document is shared."""
+        """Also for a request that keeps everything: its client would believe that the document is shared."""
         client = EngineCalls(fake, Settings(), FIT)
         words = f"less than the prompt's {num_tokens} tokens, got {document}; at least one token must follow"
         with pytest.raises(VLLMValidationError, match=words) as caught:
@@ -230,7 +230,7 @@ class TestFit:
         assert Capacity.from_plain(json.loads(json.dumps(capacity.as_plain()))) == capacity
 
     def test_the_responses_api_checks_before_it_begins(self, fake):
-        """It makes the generator before the status, and asks it for outputs, which calls the engine, after it."""
+        """It makes the generator before the status, but calls the engine with the first output, after the status."""
 
         async def generate(request_id, engine_input, sampling_params, context):
             yield request_id, context
@@ -259,7 +259,7 @@ class TestFit:
 
 
 class DevelopmentClient(AsyncLLM):
-    """vLLM's client without an engine."""
+    """vLLM's client class without an engine."""
 
     def __init__(self):
         self.output_processor = SimpleNamespace(request_states={"a": None}, parent_requests={})
@@ -270,11 +270,11 @@ class DevelopmentClient(AsyncLLM):
         self.aborted += request_ids
 
     def __del__(self):
-        """There is nothing to shut down."""
+        """Does nothing, since there is nothing to shut down."""
 
 
-def test_the_client_stays_vllms_with_two_methods_changed():
-    """`POST /abort_requests`, of vLLM's development mode, asks whether the app's client is an `AsyncLLM`."""
+def test_the_client_is_vllms_object_with_two_methods_replaced():
+    """`POST /abort_requests`, in vLLM's development mode, checks that the app's client is an `AsyncLLM`."""
     client = DevelopmentClient()
     calls = wrap_engine_client(client, Settings(), FIT)
     assert (client.generate, client.shutdown) == (calls.generate, calls.shutdown)
@@ -287,7 +287,7 @@ def test_the_client_stays_vllms_with_two_methods_changed():
 
 
 class StoppedClient(FakeClient):
-    """Leaves its requests waiting, as vLLM's may: its output handler is cancelled before it can tell them."""
+    """Leaves its requests waiting, as vLLM's client may: its output handler is cancelled before it can end them."""
 
     dead_error = RuntimeError("dead")
 
@@ -297,7 +297,7 @@ class StoppedClient(FakeClient):
         self.output_handler: asyncio.Task | None = None
 
 
-def test_requests_in_flight_hear_of_a_shutdown():
+def test_a_shutdown_ends_requests_in_flight():
     async def run():
         stopped.output_handler = asyncio.create_task(asyncio.sleep(0))
         client = EngineCalls(stopped, Settings(), FIT)
@@ -325,7 +325,7 @@ class FailingClient(FakeClient):
 
 
 @pytest.mark.parametrize("extra_args", [None, {"kv_keep_ratio": 0.5}])
-def test_an_error_of_a_structured_request_is_the_fault_of_its_grammar(extra_args):
+def test_an_error_of_a_structured_request_is_reported_as_a_bad_grammar(extra_args):
     async def consume(params):
         current.set(Compression({}))
         client = EngineCalls(FailingClient(), Settings(), FIT)

@@ -1,4 +1,4 @@
-"""Our metrics, from the stats of an engine and from the requests of a process."""
+"""Metrics of vllm-l2kv, from the stats of an engine and from the requests of a process."""
 
 import asyncio
 import inspect
@@ -24,7 +24,7 @@ CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
 
 @pytest.fixture(autouse=True)
 def registry():
-    """Whatever a test registers is gone after it."""
+    """Unregisters a test's metrics after it."""
     before = set(REGISTRY._collector_to_names)
     yield
     for collector in set(REGISTRY._collector_to_names) - before:
@@ -41,7 +41,7 @@ def scheduler_stats(**fields) -> SchedulerStats:
     return stats
 
 
-def test_all_metrics_are_there_before_anything_happens():
+def test_all_metrics_exist_before_the_first_event():
     EngineMetrics(CONFIG, [0, 1])
     for engine in ("0", "1"):
         assert value("requests_compressed_total", engine=engine) == 0
@@ -60,7 +60,7 @@ def test_the_versions_of_a_server():
 
 
 def test_the_fake_server_of_load_tests_has_real_metrics():
-    """Or `bench` would be tested on names that no server has."""
+    """Otherwise `bench` would be tested with names that no server has."""
     fake = (Path(__file__).parents[1] / "bench" / "fake_vllm.py").read_text()
     names = set(re.findall(r"^# TYPE (vllm\w*:\w+) \w+$", fake, re.MULTILINE))
     EngineMetrics(CONFIG, [0])
@@ -105,13 +105,13 @@ def test_stats_of_engines_add_up_and_gauges_follow():
     assert value("memory_ratio", engine="0") == 0.44
 
 
-def test_ours_is_taken_off_before_vllm_looks():
+def test_stats_are_taken_out_before_vllm_reads_them():
     stats = scheduler_stats()
     EngineMetrics(CONFIG, [0]).record(stats, None)
     assert stats.kv_connector_stats is None
 
 
-def test_stats_of_somebody_else_stay():
+def test_other_stats_stay():
     metrics = EngineMetrics(CONFIG, [0])
     stats = SchedulerStats(kv_connector_stats={"Other": {}})
     metrics.record(stats, None)
@@ -164,7 +164,7 @@ def test_one_token_has_no_time_between_tokens_and_an_abort_no_latency():
     assert value("request_budget_rows_count") == 0
 
 
-def test_the_engine_is_left_at_once_when_the_client_goes():
+def test_the_engines_generator_closes_when_the_client_disconnects():
     closed = []
 
     async def outputs():
@@ -199,14 +199,14 @@ def test_budgets_are_rounded_up_to_few(budget, label):
 
 
 @pytest.mark.parametrize(("has_loggers", "tells"), [(False, True), (True, False)])
-def test_no_metrics_where_vllm_has_none_or_the_engine_tells_nothing(has_loggers, tells):
+def test_no_metrics_if_vllm_has_none_or_the_engine_reports_none(has_loggers, tells):
     loggers = SimpleNamespace(stat_loggers=[], engine_indexes=[0]) if has_loggers else None
     client = SimpleNamespace(logger_manager=loggers, vllm_config=CONFIG)
     assert add_metrics(client, Settings(metrics=tells)) is None
     assert not has_loggers or loggers.stat_loggers == []
 
 
-def test_ours_is_asked_before_vllms_loggers():
+def test_its_logger_runs_before_vllms():
     loggers = SimpleNamespace(stat_loggers=["vllm's"], engine_indexes=[0])
     assert add_metrics(SimpleNamespace(logger_manager=loggers, vllm_config=CONFIG), Settings(metrics=True))
     assert isinstance(loggers.stat_loggers[0], EngineMetrics)

@@ -1,4 +1,4 @@
-"""Bodies of every method and media type pass the middleware, in whatever pieces; answers carry numbers."""
+"""Bodies of every method and media type, in any chunks, pass the middleware; answers have numbers."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ NUMBERS = {"prompt_tokens": 10, "kept_tokens": 5, "evicted_tokens": 5, "compacti
 
 
 async def echo(scope, receive, send):
-    """Sends back the chunks that it received, each with its length."""
+    """Sends received chunks back, each with its length."""
     chunks = []
     while True:
         message = await receive()
@@ -34,7 +34,7 @@ async def echo(scope, receive, send):
 
 
 async def generate(scope, receive, send):
-    """Answers with usage, as an endpoint whose engine reports numbers."""
+    """Answers with usage, like an endpoint whose engine reports numbers."""
     compression = current.get()
     if compression is not None:
         compression.box.new_prompt()[0] = NUMBERS
@@ -129,13 +129,13 @@ def test_a_body_is_parsed_once():
 
 
 class TestNumbers:
-    def test_asked(self):
+    def test_with_a_field(self):
         response = ask("/v1/responses", b'{"kv_keep_ratio": 0.5}', generate)
         assert response.json()["usage"] == {"input_tokens": 10, "kv_cache": NUMBERS}
         assert current.get() is None
 
     @pytest.mark.parametrize("by_default", [False, True])
-    def test_not_asked(self, by_default):
+    def test_without_a_field(self, by_default):
         settings = Settings(defaults=CompressionParams(keep_ratio=0.5 if by_default else 1))
         response = ask("/v1/responses", b"{}", generate, kv_settings=settings)
         assert ("kv_cache" in response.json()["usage"]) == by_default

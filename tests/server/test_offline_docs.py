@@ -1,4 +1,4 @@
-"""`/docs` in a browser that reaches no other host."""
+"""`/docs` in a browser without access to other hosts."""
 
 import socket
 import threading
@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture
 def port(monkeypatch) -> Iterator[int]:
-    """Of vLLM's app with our routes, without an engine."""
+    """Port of vLLM's app with the routes of vllm-l2kv, without an engine."""
     monkeypatch.setenv("VLLM_PLUGINS", "l2kv")
     disable_envs_cache()
     app = build_app(parse(make_parser(), ["m"]), ("generate",))
@@ -51,5 +51,5 @@ def test_the_fields_are_shown(port, tmp_path):
         page.evaluate(f"{chat}.querySelector('button').click()")
         page.wait_for(f"{chat}.innerText.includes('kv_keep_ratio')")
         elsewhere = [url for url in page.urls if urlsplit(url).hostname not in ("127.0.0.1", None)]
-        # FastAPI's icon, without which the page works.
+        # FastAPI's icon, which the page does not need.
         assert [url for url in elsewhere if not url.endswith(".png")] == []

@@ -1,4 +1,4 @@
-"""One column of the playground in node, with a page that is none and a stream that is made up."""
+"""One column of the playground in node, with a fake page and a made-up stream."""
 
 import json
 import shutil
@@ -36,10 +36,10 @@ pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs node
 
 
 def shown(tmp_path: Path, *numbers: dict[str, Any], cached: int | None = None) -> dict[str, Any]:
-    """Texts of the column's parts, after a stream with one chunk for each `usage.kv_cache`; and what `run` returned.
+    """Returns the texts of the column after a stream with one chunk for each `usage.kv_cache`, and `run`'s result.
 
     Args:
-        cached: `cached_tokens` of a chunk at the end; `None` for a server that does not tell them.
+    cached: `cached_tokens` of a chunk at the end; `None` for a server that does not report them.
     """
     for script in STATIC.glob("*.js"):
         shutil.copy(script, tmp_path)
@@ -72,25 +72,25 @@ def test_a_prompt_that_is_kept_whole_says_why(tmp_path):
     assert (parts["kept"], parts["evicted"]) == ("40", "0")
 
 
-def test_the_reason_goes_once_the_prompt_is_compressed(tmp_path):
-    """A prompt that waits for its first token has a reason until then."""
+def test_the_reason_disappears_once_the_prompt_is_compressed(tmp_path):
+    """A prompt has a reason until its first token."""
     parts = shown(tmp_path, {**WHOLE, "reason": KeptWhole.FIRST_TOKEN.value}, HALF)
     assert (parts[".reason"], parts["evicted"]) == ("", "20")
 
 
-def test_without_a_reason_nothing_is_said(tmp_path):
+def test_without_a_reason_none_is_shown(tmp_path):
     assert shown(tmp_path, WHOLE)[".reason"] == ""
 
 
 def test_rows_of_prompt_and_answer_are_counted(tmp_path):
-    """The answer of 81 tokens has evicted more than its prompt has."""
+    """The answer of 81 tokens evicts more tokens than its prompt has."""
     parts = shown(tmp_path, BUDGET)
     assert (parts["kept"], parts["evicted"], parts["compactions"]) == ("30", "90", "3")
     assert parts[".caption"] == "Memory of the whole KV cache: 25.0% of uncompressed"
 
 
 def test_what_was_found_and_cached(tmp_path):
-    """A document of 1,200 tokens was found, and an adopter counts its compaction too."""
+    """A document of 1,200 tokens was found; the request that finds it counts its compaction too."""
     parts = shown(tmp_path, {**HALF, "found_tokens": 1200}, cached=1216)
     assert (parts["found"], parts["cached"]) == ("1,200", "1,216")
 
@@ -98,7 +98,7 @@ def test_what_was_found_and_cached(tmp_path):
 NOTHING = "\N{EN DASH}"
 
 
-def test_nothing_found_is_a_number_and_not_told_is_none(tmp_path):
+def test_zero_is_shown_and_an_unknown_number_is_not(tmp_path):
     parts = shown(tmp_path, {**HALF, "found_tokens": 0})
     assert (parts["found"], parts["cached"]) == ("0", NOTHING)
     parts = shown(tmp_path, HALF, cached=0)

@@ -1,4 +1,4 @@
-"""What the playground sends, made in node."""
+"""The playground's request bodies, made in node."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs node
 
 
 def bodies(tmp_path, function: str, **typed: Any) -> list[dict[str, Any]]:
-    """The two bodies, as they are sent."""
+    """Returns the two bodies as they are sent."""
     shutil.copy(STATIC / "bodies.js", tmp_path / "bodies.mjs")
     script = f"import {{ {function} }} from './bodies.mjs'; const typed = JSON.parse(process.argv[1]);"
     script += f"console.log(JSON.stringify({function}(typed)));"
@@ -36,7 +36,7 @@ def test_two_questions_have_the_same_document_and_parameters(tmp_path):
 
 
 def test_two_questions_share_a_salt_that_is_new_each_time(tmp_path):
-    """So the first finds nothing, whatever was asked before, and the second finds what the first left."""
+    """So the first finds nothing, whatever was sent before, and the second finds the first one's document."""
     typed = {"text": TEXT, "questions": [FIRST, SECOND], "ratio": 0.25}
     salts = [body["cache_salt"] for _ in range(2) for body in bodies(tmp_path, "aboutOneDocument", **typed)]
     assert salts[0] == salts[1] != salts[2] == salts[3]
@@ -54,7 +54,7 @@ def test_two_values_share_a_prompt_and_no_salt(tmp_path, name, values, salted):
 
 
 def test_a_field_that_was_left_empty_is_not_sent(tmp_path):
-    """The server then takes its default."""
+    """Then the server uses its default."""
     sent = bodies(tmp_path, "aboutOneDocument", text=TEXT, questions=[FIRST, SECOND])
     assert all("kv_keep_ratio" not in body for body in sent)
 

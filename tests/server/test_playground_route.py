@@ -1,4 +1,4 @@
-"""The playground's files as the server sends them."""
+"""The playground's files and headers, as the server sends them."""
 
 import asyncio
 import re
@@ -40,7 +40,7 @@ def test_served_without_a_key(path):
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_nothing_but_our_own_files_may_run(path):
+def test_only_the_servers_own_files_may_run(path):
     headers = request("GET", path).headers
     policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
     assert (policy["default-src"], policy["script-src"], policy["style-src"]) == ("'none'", "'self'", "'self'")
@@ -73,11 +73,11 @@ def test_off(path):
 @pytest.mark.parametrize(
     "path", ["/playground/index.html", "/playground/nothing.js", "/playground/..%2Fapp.py", "/playground/../app.py"]
 )
-def test_nothing_else(path):
+def test_other_paths_are_not_found(path):
     assert request("GET", path).status_code == 404
 
 
-def test_a_slash_too_much_is_led_back_by_a_relative_address():
+def test_a_trailing_slash_is_redirected_by_a_relative_address():
     response = request("GET", "/playground/")
     assert response.status_code == 307
     assert response.headers["location"] == "../playground"
@@ -88,8 +88,8 @@ def test_not_among_the_calls_that_openapi_shows():
     assert not [path for path in request("GET", "/openapi.json").json()["paths"] if "playground" in path]
 
 
-def test_addresses_are_relative_and_ours():
-    """So that they hold offline, and behind a proxy that gives the server a path of its own."""
+def test_addresses_are_relative_and_on_this_server():
+    """So that they work offline, and behind a proxy that adds a path."""
     linked = re.findall(r'(?:href|src)="([^"]*)"', INDEX.read_text())
     assert {f"/{address}" for address in linked} <= FILES.keys()
     for path in STATIC.iterdir():

@@ -1,4 +1,4 @@
-"""Bodies of the two endpoints that this server answers itself: bad values get 400, where vLLM would answer 500."""
+"""Bodies of the two endpoints that vllm-l2kv replaces: bad values get 400 where vLLM would answer 500."""
 
 import math
 

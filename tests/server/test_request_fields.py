@@ -1,4 +1,4 @@
-"""What a body asks of the KV cache: which fields are read, which names are refused and in which words."""
+"""Fields of a body: which are read, which names are refused, and the error messages."""
 
 import json
 import math
@@ -186,7 +186,7 @@ class TestValues:
 
 
 class TestDocumentOfAChat:
-    """It stays out of the fields for the engine, which knows `kv_prefix_tokens` alone."""
+    """It is not a field of the engine, which has only `kv_prefix_tokens`."""
 
     def document(self, path: str, body: dict) -> ChatDocument | None:
         compression = read_compression(look_into(json.dumps(body).encode()), path, Settings())
@@ -196,7 +196,7 @@ class TestDocumentOfAChat:
     @pytest.mark.parametrize("path", CHAT_PATHS)
     @pytest.mark.parametrize("nested", [False, True])
     def test_read(self, path, nested):
-        """A request that gives nothing else reports its numbers, as for every field."""
+        """As with every field, a request with this field alone reports its numbers."""
         assert self.document(path, placed(nested, {"kv_prefix_messages": 2})).num_messages == 2
 
     @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ class TestDocumentOfAChat:
 
 
 def test_error_that_cannot_be_sent_as_it_is():
-    """Names come here from forms too, whose JSON the middleware does not read."""
+    """Names also come from forms, whose JSON the middleware does not read."""
     with pytest.raises(VLLMValidationError) as caught:
         read_fields({"kv_\ud800": 1}, Settings())
     assert caught.value.parameter.encode() == rb"kv_\ud800"

@@ -1,4 +1,4 @@
-"""What `vllm-l2kv serve` prints on a terminal in place of vLLM's log."""
+"""The output of `vllm-l2kv serve` on a terminal, in place of vLLM's log."""
 
 import os
 import pty
@@ -46,7 +46,7 @@ RuntimeError: Engine core initialization failed. See root cause above.
 
 
 def shown(tmp_path: Path, log: str, failed: bool = False) -> list[str]:
-    """Lines on a terminal that is a file, for a log; without the lines of progress."""
+    """Returns the lines that a log causes on a terminal (here a file), without those of progress."""
     path = tmp_path / "server.log"
     path.write_text(log)
     with (tmp_path / "terminal").open("w") as terminal:
@@ -58,7 +58,7 @@ def shown(tmp_path: Path, log: str, failed: bool = False) -> list[str]:
     return [re.sub(r"^ +\d+ s  ", "<s> ", line) for line in lines[1:-1] if not line.startswith(progress)]
 
 
-def test_phases_of_a_start_and_warnings_of_ours(tmp_path):
+def test_phases_of_a_start_and_warnings_of_vllm_l2kv(tmp_path):
     welcome = f"\n{READY} at http://localhost:8000.\n\ncurl it\n\n{LAST_LINE}\n"
     assert shown(tmp_path, LOG + welcome) == [
         "<s> vLLM imported, options checked",
@@ -83,7 +83,7 @@ def test_bars_are_part_of_the_progress(tmp_path):
 
 
 def test_a_log_without_the_lines_of_the_phases(tmp_path):
-    """Of level WARNING."""
+    """A log of level WARNING."""
     lines = shown(tmp_path, f"{READY} on a.sock.\n{LAST_LINE}\n")
     assert lines == ["<s> vLLM imported, options checked", "<s> in all", "", f"{READY} on a.sock.", LAST_LINE]
 
@@ -102,7 +102,7 @@ def test_a_failure_shows_the_first_error(tmp_path):
     error = [heading, "  WorkerProc failed to start.", "  ValueError: there are no weights"]
     assert shown(tmp_path, LOG + FAILURE, failed=True)[-3:] == error
     assert heading not in shown(tmp_path, LOG + FAILURE)
-    # Not an error that vLLM logs: the end of the log.
+    # Without a logged error, the end of the log is shown.
     assert shown(tmp_path, "Traceback:\nMemoryError\n", failed=True)[-3:] == [
         f"The last lines of {tmp_path / 'server.log'}:",
         "  Traceback:",
@@ -110,8 +110,8 @@ def test_a_failure_shows_the_first_error(tmp_path):
     ]
 
 
-def test_vllm_logs_what_tells_the_phases_from_each_other():
-    """Each of the texts is in vLLM's source."""
+def test_vllm_logs_the_lines_that_begin_the_phases():
+    """vLLM's source contains each of the texts."""
     patterns = [phase.begins.pattern for phase in PHASES[1:] if phase.begins is not KV_CACHE]
     texts = {text.replace("\\", "") for pattern in patterns for text in pattern.split("|")}
     texts |= {"KV cache size: %s tokens, ", "Maximum concurrency for %s tokens per request: %.2fx"}
@@ -124,7 +124,7 @@ def test_vllm_logs_what_tells_the_phases_from_each_other():
 
 
 def on_a_terminal(code: str, home: Path, stdout_too: bool = True) -> tuple[str, str]:
-    """What a script prints on its terminal, and on its standard output where that is another place."""
+    """Returns a script's output on its terminal, and on standard output if that is redirected."""
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -140,7 +140,7 @@ def on_a_terminal(code: str, home: Path, stdout_too: bool = True) -> tuple[str, 
     try:
         while part := os.read(controller, 4096):
             read += part
-    except OSError:  # so a terminal ends whose other side is closed
+    except OSError:  # raised once the other side of the terminal is closed
         pass
     os.close(controller)
     return read.decode(), output or ""
@@ -158,7 +158,7 @@ last_line.end(0, "stopped.")
 
 
 @pytest.mark.parametrize(("verbose", "is_quiet"), [(None, True), (False, True), (True, False)])
-def test_a_terminal_is_quiet_unless_it_is_asked(tmp_path, verbose, is_quiet):
+def test_a_terminal_is_quiet_unless_verbose(tmp_path, verbose, is_quiet):
     printed, _ = on_a_terminal(PRINTS.format(verbose=verbose), tmp_path)
     assert ("by a child" in printed) is ("by Python" in printed) is not is_quiet
     assert printed.endswith("vllm-l2kv: stopped.\r\n")
@@ -168,14 +168,14 @@ def test_a_terminal_is_quiet_unless_it_is_asked(tmp_path, verbose, is_quiet):
         assert log.read_text() == "by Python\nby a child\n"
 
 
-def test_a_log_stays_where_standard_output_is_sent(tmp_path):
+def test_a_redirected_standard_output_gets_the_log(tmp_path):
     """`vllm-l2kv serve > FILE` on a terminal."""
     _, output = on_a_terminal(PRINTS.format(verbose=None), tmp_path, stdout_too=False)
     assert output == "by Python\nby a child\n"
 
 
 def test_without_a_terminal_it_is_the_log(capfd, tmp_path, monkeypatch):
-    """As in a container."""
+    """For example in a container."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert type(open_screen(None, 8123)) is Screen
     assert not list(tmp_path.iterdir())

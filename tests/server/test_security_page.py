@@ -1,4 +1,4 @@
-"""SECURITY.md says what the code does."""
+"""SECURITY.md agrees with the code."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_what_a_key_guards():
 
 
 def test_every_open_path_is_named(monkeypatch):
-    """Those of vLLM's own app for a model that generates text, as it is without variables of developers."""
+    """Paths of vLLM's own app for a generating model, without developer variables."""
     monkeypatch.delenv("VLLM_SERVER_DEV_MODE", raising=False)
     app = FastAPI()
     app.state.args = parse(make_parser(), ["m"])

@@ -1,4 +1,4 @@
-"""The command line of the server, down to what vLLM is given."""
+"""The command line of the server, and the arguments that vLLM gets."""
 
 import gc
 import json
@@ -34,7 +34,7 @@ def test_defaults(parser):
     assert (args.scheduler_cls, args.worker_cls) == (ours["scheduler_cls"], ours["worker_cls"])
     assert args.block_size == ours["block_size"]
     assert args.additional_config == ours["additional_config"]
-    # docs/choosing.md says why.
+    # docs/choosing.md has the reasons.
     config = args.additional_config[CONFIG_KEY]
     assert (config["kv_protect_first"], config["kv_protect_last"], config["kv_scorer"]) == (4, 64, "l2")
 
@@ -63,7 +63,7 @@ def test_own_options(parser):
 class TestProfile:
     @pytest.fixture
     def profile(self, tmp_path) -> Path:
-        """Of 10 layers: 2 of them full cost a half with a ratio of 0.375, one costs a quarter with one of 1 / 6."""
+        """A profile of 10 layers: 2 full layers and a ratio of 0.375 take a half; 1 and a ratio of 1 / 6 a quarter."""
         memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.25, (2,), 0.166667, "learned"))
         write_profile(tmp_path / "p.safetensors", made_up_weights(10, 2, 32), memory=memory)
         return tmp_path / "p.safetensors"
@@ -111,7 +111,7 @@ class TestProfile:
         words = ["--kv-profile", profile, "--kv-memory", 0.25, "--kv-scorer", "l2"]
         assert Settings.from_config(ours["additional_config"]) == self.settings(parser, *words)
 
-    def test_a_config_file_names_one_beside_itself(self, parser, profile):
+    def test_a_config_file_names_a_profile_beside_itself(self, parser, profile):
         config = profile.parent / "config.yaml"
         config.write_text(f"kv-profile: {profile.name}\nkv-memory: 0.25\nkv-scorer: l2\n")
         settings = self.settings(parser, "--config", config)
@@ -315,7 +315,7 @@ class TestConfigFile:
             ("kv-default-keep-ratio: .nan", "argument --kv-default-keep-ratio: R must satisfy 0 < R <= 1, got nan"),
         ],
     )
-    def test_a_bound_that_only_the_parser_knows_is_told_with_the_file(self, parser, tmp_path, capsys, text, message):
+    def test_a_bound_of_the_parser_is_reported_with_the_file(self, parser, tmp_path, capsys, text, message):
         path = tmp_path / "c.yaml"
         path.write_text(text)
         with pytest.raises(SystemExit) as caught:
@@ -368,7 +368,7 @@ class TestDemoModel:
 
 
 class TestMain:
-    def test_bad_option_of_ours_is_told_before_vllm_is_imported(self, capsys, monkeypatch):
+    def test_a_bad_kv_option_is_refused_before_vllm_is_imported(self, capsys, monkeypatch):
         monkeypatch.setattr(serve, "name_plugin", lambda environ: pytest.fail("too late"))
         with pytest.raises(SystemExit) as caught:
             main(["serve", "--kv-default-keep-ratio", "7"])
@@ -423,12 +423,12 @@ class TestMain:
 
 @pytest.fixture
 def ends(monkeypatch) -> Iterator[list[tuple[int, str]]]:
-    """Exit statuses and last lines, in place of the end of this process."""
+    """Collects exit statuses and last lines, in place of ending this process."""
     ends = []
 
     class Recorded(LastLine):
         def _write(self):
-            """Nothing, at the end of these tests."""
+            """Does nothing at the end of these tests."""
 
         def end(self, status, sentence):
             ends.append((status, sentence))
@@ -478,7 +478,7 @@ def raising(error):
         (raising(ValueError("long " * 200)), 1, "failed: ValueError: long long "),
         (raising(Stopped(signal.SIGINT)), 130, "stopped by SIGINT before it was ready."),
         (raising(KeyboardInterrupt("terminated")), 143, "stopped by SIGTERM before it was ready."),
-        (raising(SystemExit()), 0, "stopped."),  # so vLLM ends several API servers
+        (raising(SystemExit()), 0, "stopped."),  # as with several API servers
     ],
 )
 def test_a_server_ends_with_a_sentence(monkeypatch, ends, cmd, status, said):
@@ -502,7 +502,7 @@ def test_a_server_ends_with_a_sentence(monkeypatch, ends, cmd, status, said):
         (["--no-playgrond"], "--no-playgrond; did you mean --playground?"),
     ],
 )
-def test_an_unknown_option_is_told_with_the_nearest_in_one_line(parser, capsys, words, nearest):
+def test_an_unknown_option_is_reported_with_the_nearest_in_one_line(parser, capsys, words, nearest):
     with pytest.raises(SystemExit) as caught:
         parse(parser, ["m", *words])
     assert caught.value.code == 2
@@ -518,7 +518,7 @@ def test_an_unknown_option_is_told_with_the_nearest_in_one_line(parser, capsys, 
         ("bench", "httpx", "the package httpx is missing; install vllm-l2kv[bench]."),
     ],
 )
-def test_a_missing_package_is_told_with_its_extra(monkeypatch, capsys, command, package, said):
+def test_a_missing_package_is_reported_with_its_extra(monkeypatch, capsys, command, package, said):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "m"])

@@ -1,4 +1,4 @@
-"""What ends a start before an engine is started, in one sentence."""
+"""Errors that end a start before the engine starts, in one sentence."""
 
 import json
 import signal
@@ -50,7 +50,7 @@ def refused(*words: str) -> str:
     return str(caught.value)
 
 
-def test_vllms_options_that_begin_as_ours():
+def test_vllms_options_that_begin_with_kv():
     names = option_names(make_parser())
     assert {name for name in names if name.startswith("kv-")} - set(OWN) == set(VLLM_KV_OPTIONS)
 
@@ -101,7 +101,7 @@ class TestWords:
         check_words(["--config", str(config), "--port", "0"], OWN)
 
     @pytest.mark.parametrize("switch", ["--headless", "--data-parallel-multi-port-external-lb"])
-    def test_who_listens_elsewhere(self, taken, switch):
+    def test_servers_that_listen_elsewhere(self, taken, switch):
         check_words(["m", switch, "--host", "127.0.0.1", "--port", str(taken)], OWN)
 
 
@@ -144,13 +144,13 @@ class TestModel:
         check_model(str(tmp_path / "model.gguf"))
 
     @pytest.mark.parametrize("name", ["/no/such", "./no", "../no", "~/no", "models/of/mine"])
-    def test_folders_that_are_none(self, name):
+    def test_folders_that_do_not_exist(self, name):
         with pytest.raises(StartError, match=f"there is no folder {name}"):
             check_model(name)
 
 
 class TestParsed:
-    """By the model's config alone, within a second once vLLM is imported."""
+    """Checks by the model's config alone, within a second after vLLM is imported."""
 
     def refused(self, parser, *words: str) -> str:
         with pytest.raises(StartError) as caught:
@@ -204,7 +204,7 @@ class TestParsed:
         assert self.refused(parser, str(tmp_path)) == said
         assert (Path(__file__).parents[2] / "docs" / "mla.md").exists()
 
-    def test_a_config_that_is_none(self, parser, tmp_path):
+    def test_an_invalid_config(self, parser, tmp_path):
         (tmp_path / "config.json").write_text("{}")
         assert self.refused(parser, str(tmp_path))
 
@@ -223,7 +223,7 @@ class TestParsed:
     ],
 )
 def test_the_whole_command_without_vllm(taken, words, said):
-    """In a process where importing vLLM fails, so that it is known to come first."""
+    """In a process where importing vLLM fails, which proves that the check comes first."""
     words = [str(taken) if word == "TAKEN" else word for word in words]
     code = f"""
 import sys
@@ -248,7 +248,7 @@ class TestLastLine:
         assert self.ended(f"{imports}; LastLine(Screen())") == (0, [])
 
     def test_it_comes_after_children_and_what_they_left(self):
-        """A child that takes its time to end, and shared memory that nothing unlinks: it is freed in silence."""
+        """With a child that ends slowly, and leaked shared memory, which is freed without a message."""
         status, lines = self.ended(
             """
 from vllm_l2kv_server.last_line import LastLine
@@ -284,7 +284,7 @@ def test_a_signal_during_imports(number, status):
 
 
 def wait_for_import(pid: int) -> None:
-    """Until torch's library is in the process: vLLM is being imported."""
+    """Waits until the process has loaded torch's library, that is, imports vLLM."""
     deadline = time.monotonic() + 60
     while "libtorch" not in Path(f"/proc/{pid}/maps").read_text():
         assert time.monotonic() < deadline
@@ -306,7 +306,7 @@ def wait_for_import(pid: int) -> None:
     ],
 )
 def test_options_that_are_refused(words, sentence):
-    """In a process of its own, with the protection of a server without options."""
+    """In a separate process."""
     command = [sys.executable, "-m", "vllm_l2kv.cli", "serve", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2

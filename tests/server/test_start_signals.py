@@ -28,7 +28,7 @@ def test_a_signal_stops(number):
 
 
 def test_vllms_handler_is_replaced_once():
-    """As it is set by vLLM; what it sets later, for a server that is ready, stays."""
+    """Once vLLM has set it; handlers that vLLM sets later, for a server that is ready, stay."""
 
     def _interrupt_init(*_):
         raise KeyboardInterrupt("terminated")
@@ -43,7 +43,7 @@ def test_vllms_handler_is_replaced_once():
 
 
 def test_other_handlers_stay():
-    """Those of several API servers raise SystemExit, and count on it."""
+    """The handlers of several API servers raise SystemExit, which vLLM needs."""
 
     def signal_handler(*_):
         raise SystemExit

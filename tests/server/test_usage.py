@@ -1,4 +1,4 @@
-"""Numbers: gathered from engine outputs, put into JSON answers and streams of events."""
+"""Numbers: collected from engine outputs, and added to JSON answers and event streams."""
 
 import asyncio
 import itertools
@@ -54,11 +54,11 @@ class TestBox:
         assert filled_box((10, 5), (4, 3)).total() == {**numbers(14, 8), "compactions": 2}
 
     def test_memory_is_that_of_all_prompts_together(self):
-        """A long one that holds half, and a short one that is whole: 312.5 of 500 tokens, and 10 of 10."""
+        """A long prompt that holds half, and a short uncompressed one: 312.5 of 500 tokens, and 10 of 10."""
         total = filled_box((500, 250), (10, 10)).total()
         assert total["memory_ratio"] == 0.6324 == round((125 + 0.75 * 250 + 10) / 510, 4)
 
-    def test_found_tokens_are_summed_where_they_are_told(self):
+    def test_found_tokens_are_summed_where_reported(self):
         box = UsageBox()
         for found in (None, 70, 0, 50):
             box.new_prompt()[0] = numbers(10, 5) if found is None else {**numbers(10, 5), "found_tokens": found}
@@ -67,7 +67,7 @@ class TestBox:
         box.new_prompt()[0] = {**numbers(10, 5), "found_tokens": 0}
         assert box.total() == {**numbers(10, 5), "found_tokens": 0}, "a document that was not found"
 
-    def test_reasons_follow_each_other_once(self):
+    def test_each_distinct_reason_is_listed_once(self):
         box = UsageBox()
         for reason in ("One.", None, "Two.", "One."):
             box.new_prompt()[0] = {**numbers(10, 10), "reason": reason} if reason else numbers(10, 5)
@@ -110,7 +110,7 @@ class TestRecord:
         collect(record(generate(outputs), prompt))
         assert prompt == {0: numbers(10, 5), 1: numbers(10, 10)}
 
-    def test_others_words_stay(self):
+    def test_other_fields_stay(self):
         prompt: dict = {}
         outputs = [output(None), output({"theirs": 1})]
         collect(record(generate(outputs), prompt))
@@ -130,7 +130,7 @@ class TestRecord:
 
 
 def written(messages, box, stored=None) -> list:
-    """What reaches the client of an answer."""
+    """Returns the part of an answer that reaches the client."""
     sent: list = []
 
     async def send(message):
@@ -194,7 +194,7 @@ class TestJSON:
         messages = [start_of(media_type), *bodies(body[:3], body[3:])]
         assert written(messages, filled_box((10, 5))) == messages
 
-    def test_a_stored_response_is_noted(self):
+    def test_a_stored_response_is_recorded(self):
         stored: dict = {}
         box = UsageBox()
         self.answer(b'{"id":"resp_1","object":"response","usage":null}', box, stored=stored)
@@ -226,7 +226,7 @@ class TestStream:
         assert streamed[3].endswith(b"}\n\n")
 
     def test_events_with_a_name(self):
-        """As the APIs of responses and of messages send them."""
+        """As in the APIs of responses and of messages."""
         events = [
             b'event: response.completed\ndata: {"response":{"usage":{"input_tokens":10}}}\n\n',
             b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":1}}\n\n',

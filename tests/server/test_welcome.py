@@ -1,4 +1,4 @@
-"""What a new user pastes."""
+"""The first requests that a new user pastes."""
 
 import ast
 import asyncio
@@ -74,5 +74,5 @@ def test_printed_once_the_server_has_started(capsys):
     asyncio.run(run())
     text = capsys.readouterr().out
     assert "curl http://localhost:8123" in text
-    # `screen` finds the text by both.
+    # `screen` recognizes the text by both.
     assert (text.splitlines()[1].startswith(READY), text.splitlines()[-1]) == (True, LAST_LINE)
