@@ -1,4 +1,4 @@
-"""Requests that write rows, are compacted to their budget and go on, beside the positions that each head then holds."""
+"""Requests that write rows, are compacted to their budget and continue, and the positions that each head then holds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,17 +13,17 @@ from vllm_l2kv.scorers import Rows, Scorers
 
 @dataclass
 class Life:
-    """One request in a cache, and what it should hold there.
+    """One request in a cache, and the rows that it should hold there.
 
     Attributes:
         cache: `[num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]`, keys before values.
         contents: Rows of each position in the cache's type, `[num_layers, num_kv_heads, num_positions, 2 * head_size]`.
-        params: With a budget.
-        scorers: Bound to the cache's layers and heads.
-        interval: Rows beyond the budget at which it is compacted.
+        params: Parameters with a budget.
+        scorers: Scorers bound to the cache's layers and heads.
+        interval: Number of rows beyond the budget at which it is compacted.
         free: Blocks of the cache that no request holds.
         table: Blocks of the request.
-        num_evicted: Positions that each head has lost.
+        num_evicted: Number of positions that each head has evicted.
         held: Positions in the order of slots, `[num_layers, num_kv_heads, num_rows]`.
     """
 
@@ -42,7 +42,7 @@ class Life:
         self.budget = self.params.max_tokens or 0
 
     def write(self) -> None:
-        """Fills slots of the request until it holds its budget and the interval."""
+        """Fills slots of the request until it holds its budget and an interval."""
         num_rows, size = self.held.shape[-1], self.cache.shape[3]
         for slot in range(num_rows, self.budget + self.interval):
             if slot == len(self.table) * size:
@@ -53,7 +53,7 @@ class Life:
         self.held = torch.cat([self.held, coming.expand(*self.held.shape[:2], -1)], dim=-1)
 
     def order(self, in_place: bool) -> CompactionOrder:
-        """An order to compact it; from now on it should hold what is left then."""
+        """Returns an order to compact it, and updates the expected rows."""
         self.num_evicted += self.interval
         self.held = torch.stack([self._kept(index) for index in range(self.held.shape[0])])
         source, num_destination = tuple(self.table), -(-self.budget // self.cache.shape[3])
@@ -71,7 +71,7 @@ class Life:
         )
 
     def check(self) -> None:
-        """What it holds after a compaction, row by row."""
+        """Checks the rows after a compaction, one by one."""
         first, end = self.params.protect_first, self.budget + self.num_evicted
         positions = torch.arange(end, device=self.cache.device)
         assert (self.held[..., :first] == positions[:first]).all()
@@ -83,7 +83,7 @@ class Life:
         assert not slots[:, :, self.budget :].any(), "slots after the kept rows are zeroed"
 
     def _kept(self, index: int) -> torch.Tensor:
-        """`[num_kv_heads, budget]` positions that layer `index` keeps of those that it holds."""
+        """Returns the positions that layer `index` keeps, `[num_kv_heads, budget]`."""
         held = self.held[index]
         num_kv_heads, num_rows = held.shape
         keys, values = self.cache[index].chunk(2, dim=-1)
@@ -101,7 +101,7 @@ class Life:
 def check_lives(
     lives: Sequence[Life], compact: Callable[[Sequence[CompactionOrder]], None], ways: Sequence[bool]
 ) -> None:
-    """Compacts requests of one cache together, as often as there are ways: in place or not."""
+    """Compacts requests of one cache together, once for each item of `ways`: in place or not."""
     for in_place in ways:
         for life in lives:
             life.write()

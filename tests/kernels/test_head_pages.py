@@ -1,4 +1,4 @@
-"""Pages of one head against the two caches that they lie in; without a GPU in Triton's interpreter."""
+"""Pages of one head compared with the two caches that hold them; without a GPU in Triton's interpreter."""
 
 import os
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 
 def write(pool: Pool, pages: HeadPages, out: Sequences, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes a token of each request, and returns its keys and values, which lie between other numbers."""
+    """Writes a token of each request, and returns keys and values, which are strided views."""
     generator = torch.Generator().manual_seed(1)
     dtype = torch.bfloat16 if pool.dtype.itemsize == 1 else pool.dtype
     packed = torch.randn(4, HEADS * (HEAD + VALUE) + 5, generator=generator).to(dtype).to(DEVICE)
@@ -30,7 +30,7 @@ def write(pool: Pool, pages: HeadPages, out: Sequences, scale: float = 1.0) -> t
 
 @pytest.fixture(params=[1, 512])
 def tile(request, monkeypatch):
-    """Tables that take one look and those that take several, by several programs."""
+    """Tile sizes for which a table takes several tiles and programs, or one."""
     monkeypatch.setattr(head_pages, "TILE", request.param)
     monkeypatch.setattr(head_pages, "PROGRAMS", 32 if request.param == 1 else 1)
 
@@ -38,7 +38,7 @@ def tile(request, monkeypatch):
 @pytest.mark.parametrize("sizes", [(LARGE, SMALL), (SMALL, LARGE), (SMALL, SMALL)], ids=str)
 @pytest.mark.parametrize("layer", range(len(FULL_HEADS)))
 def test_each_sequence_reads_its_head_of_its_request(layer, sizes, tile):
-    """Every layer uses the same room; what another one left there does not show."""
+    """All layers use the same buffer; rows left by another layer have no effect."""
     pool = Pool(full_size=sizes[0], compressed_size=sizes[1], padding=SMALL * (HEAD + VALUE))
     out = Sequences.of(4 * HEADS + 3, 30, torch.device(DEVICE))
     for previous in range(layer + 1):
@@ -63,7 +63,7 @@ def test_each_sequence_reads_its_head_of_its_request(layer, sizes, tile):
     assert not out.lengths[4 * HEADS :].any()
 
 
-def test_a_token_is_written_once_to_each_head_and_nowhere_else():
+def test_a_token_is_written_exactly_once_to_each_head():
     pool = Pool()
     before = pool.memory.clone()
     write(pool, pages_of(pool, 1), Sequences.of(4 * HEADS, 30, torch.device(DEVICE)))
@@ -71,7 +71,7 @@ def test_a_token_is_written_once_to_each_head_and_nowhere_else():
     assert num_written - 10 < (before != pool.memory).sum() <= num_written
 
 
-def test_an_fp8_cache_takes_quotients():
+def test_an_fp8_cache_stores_quotients_by_the_scales():
     pool = Pool(torch.float8_e4m3fn)
     pages = pages_of(pool, 0)
     keys, values = write(pool, pages, Sequences.of(4 * HEADS, 30, torch.device(DEVICE)), scale=0.25)
@@ -84,7 +84,7 @@ def test_an_fp8_cache_takes_quotients():
         assert (found - right).abs().max() <= 2**-4 * right.abs().max(), "three bits, cut off or rounded"
 
 
-def test_blocks_that_are_no_whole_pages_are_not_taken():
+def test_blocks_that_are_not_whole_pages_are_refused():
     assert pages_of(Pool(padding=8), 0) is None
     assert pages_of(Pool(full_size=10), 0) is None
     full, other = Pool(), Pool()

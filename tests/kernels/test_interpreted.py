@@ -1,6 +1,6 @@
-"""Guards the kernels' index arithmetic on machines without a GPU.
+"""Tests the kernels' index arithmetic on machines without a GPU.
 
-In a process of its own: Triton decides when it is imported whether kernels are interpreted.
+In separate processes, since Triton decides on import whether kernels are interpreted.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 
 TESTS = [str(Path(__file__).with_name(name)) for name in ("test_triton.py", "test_head_pages.py")]
 HALVES = ("scores", "not scores")
-"""Of about the same length, side by side."""
+"""Parts of about the same duration, run side by side."""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton.py runs the compiled kernels here")

@@ -30,7 +30,7 @@ def row(cache: torch.Tensor, table: list[int], head: int, slot: int) -> torch.Te
 
 
 def means_of_blocks(rows: list[list[float]]) -> list[float]:
-    """For each position the mean over its 16 positions, or as many as there are, of all heads."""
+    """Returns for each position the mean over its block of 16 positions (fewer in the last block) and all heads."""
     means = []
     for position in range(len(rows[0])):
         begin = position - position % 16
@@ -81,7 +81,7 @@ def test_protected_rows_stay(first, last):
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (5, 0), (0, 7), (5, 7)])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1])
 def test_blocks_of_tokens(n, first, last, ratio):
-    """In a cache whose blocks are not those: 24 tokens long, and shuffled."""
+    """In a cache with other blocks, of 24 tokens, shuffled."""
     num_keep = min(n, max(int(ratio * n), first + last, 1))
     table = torch.randperm(20, generator=torch.Generator().manual_seed(n)).tolist()
     rows = random_rows(20, 24)
@@ -96,7 +96,7 @@ def test_in_place():
 @pytest.mark.parametrize("ways", [[False] * 3, [True] * 3, [False, True, False]], ids=["fresh", "in place", "mixed"])
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (4, 9), (4, 40)])
 def test_compaction_after_compaction(scorer, ways, first, last):
-    """Two requests with budgets, three times each. What is protected may be longer than what came since."""
+    """Two requests with budgets, three times each. The protected rows may exceed the new ones."""
     generator = torch.Generator().manual_seed(0)
     cache = torch.zeros(2, 24, HEADS, 16, 2 * HEAD_SIZE)
     blocks = torch.randperm(24, generator=generator).tolist()
@@ -135,7 +135,7 @@ def test_heads_choose_for_themselves():
 
 
 def test_blocks_are_chosen_by_the_mean_over_tokens_and_heads():
-    """Blocks of 16, 16 and 3 tokens. Either head alone, sums and extremes would choose otherwise."""
+    """Blocks of 16, 16 and 3 tokens. A single head, sums or extremes would choose differently."""
     scores = torch.zeros(2, 35)
     scores[0, :16], scores[0, 16:32], scores[0, 32:] = 3, 2, 9
     scores[1, :16], scores[1, 16:32], scores[1, 32:] = 0, 2, -4
@@ -174,7 +174,7 @@ def test_protection_beats_any_score_and_counts_in():
 
 
 def test_lowest_norms_are_kept_in_fp32():
-    """Norms that bf16 cannot tell apart."""
+    """Norms that bf16 cannot distinguish."""
     keys = torch.zeros(1, 4, 2, dtype=torch.bfloat16)
     keys[0, :, 0] = 16.0
     keys[0, :, 1] = torch.tensor([0.5, 0.25, 0.75, 0.125], dtype=torch.bfloat16)

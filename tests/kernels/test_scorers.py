@@ -1,4 +1,4 @@
-"""Scorers against loops that a reader can check by eye, and against kvpress where it has them."""
+"""Scorers against loops that a reader can check by eye, and against kvpress where it has the scorer."""
 
 import importlib
 import importlib.util
@@ -27,7 +27,7 @@ def bound(layers=(0,), num_heads: int = NUM_HEADS, rank: int = 0, degree: int = 
 
 
 def rows_of(num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32, num_heads: int = NUM_HEADS) -> Rows:
-    """Keys around a common direction, as real ones lie."""
+    """Returns keys around a common direction, like real ones."""
     generator = torch.Generator().manual_seed(seed)
     keys, values = (torch.randn(num_heads, num_tokens, HEAD_SIZE, generator=generator) for _ in range(2))
     return Rows((keys + 1).to(dtype), values.to(dtype))
@@ -105,13 +105,13 @@ LOOPS = {
 
 
 def test_every_scorer_is_checked():
-    """Chance and what is learned have tests of their own."""
+    """The scorers `random` and `learned` have tests of their own."""
     assert {*LOOPS, "random", "learned"} == {*SCORERS}
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_against_loops(name):
-    rows = rows_of(4 + 3 * 128 + 20, seed=10)  # none at the edge of two levels of `keydiff_value`
+    rows = rows_of(4 + 3 * 128 + 20, seed=10)  # no value at the edge between two levels of `keydiff_value`
     scores = bound()[name].score(rows)
     assert scores.dtype == torch.float32
     for head in range(NUM_HEADS):
@@ -119,8 +119,8 @@ def test_against_loops(name):
         assert torch.allclose(scores[head], torch.tensor(expected, dtype=torch.float32), rtol=1e-4, atol=1e-6)
 
 
-def test_chance_is_even_and_independent():
-    """Between heads, between layers, and between rows of a head."""
+def test_random_scores_are_uniform_and_independent():
+    """Independent between heads, between layers, and between rows of a head."""
     chance, rows = bound((0, 31))["random"], torch.zeros(2, 20_000, 1)
     scores = torch.cat([chance.score(Rows(rows, rows, layer)) for layer in range(2)])
     assert torch.equal(scores[2:], bound((31,))["random"].score(Rows(rows, rows)))
@@ -132,8 +132,8 @@ def test_chance_is_even_and_independent():
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("rotary_dim", "slow_pairs"), [(0, 0), (4, 0), (4, 2), (8, 0), (8, 1), (8, 3)])
-def test_what_is_learned_against_loops(rotary_dim, slow_pairs, interleaved):
-    """In layer 8 of the model and its heads 2 and 3, which are those of the second rank of three."""
+def test_learned_scores_against_loops(rotary_dim, slow_pairs, interleaved):
+    """In layer 8 of the model, heads 2 and 3, which belong to the second of three ranks."""
     weights = made_up_weights(10, 6, HEAD_SIZE, Rope(rotary_dim, interleaved, slow_pairs))
     scorer = bind(Heads.of_rank((3, 8), 6, 1, 3, torch.device("cpu")), weights)["learned"]
     rows = rows_of(40, dtype=torch.bfloat16, num_heads=2)._replace(layer=1)
@@ -157,8 +157,8 @@ def test_what_is_learned_against_loops(rotary_dim, slow_pairs, interleaved):
             assert scores[head, row] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_what_is_learned_sees_the_position_in_slow_pairs_alone():
-    """A key that a rotation turns to another position has the same features but for their elements."""
+def test_learned_scores_depend_on_the_position_only_in_slow_pairs():
+    """A key rotated to another position has the same features, except for their elements."""
     angles = torch.linspace(0.1, 3, HEAD_SIZE // 2)
     keys, values = rows_of(50)[:2]
     first, second = keys.chunk(2, dim=-1)
@@ -169,7 +169,7 @@ def test_what_is_learned_sees_the_position_in_slow_pairs_alone():
         assert [i for i, d in enumerate((before - after).abs().amax((0, 1))) if d > 1e-5] == seen
 
 
-def test_what_is_learned_takes_the_memory_that_it_says():
+def test_the_learned_scorer_takes_its_declared_memory():
     weights = made_up_weights(NUM_LAYERS, 6, HEAD_SIZE)
     scorer = bind(Heads.of_rank(range(2, 9), 6, 1, 2, torch.device("cpu")), weights)["learned"]
     held = sum(
@@ -197,7 +197,7 @@ def test_a_profile_with_other_weights_is_refused(tmp_path, name):
             weights_of(profile)
 
 
-def test_without_a_profile_nothing_is_learned():
+def test_the_learned_scorer_needs_weights():
     assert set(SCORERS) - bind(Heads.of_rank((0,), 1, 0, 1, torch.device("cpu"))).keys() == {"learned"}
 
 
@@ -219,7 +219,7 @@ class TestAScorerOfAUser:
             ("class Recent: pass", "own_scorers has no class Recent"),
         ],
     )
-    def test_what_is_none_is_refused_before_an_engine_starts(self, own, code, message):
+    def test_a_class_that_is_no_scorer_is_refused_before_an_engine_starts(self, own, code, message):
         if code is not None:
             own(code)
         with pytest.raises(ValueError, match=message):
@@ -235,7 +235,7 @@ class TestAScorerOfAUser:
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 40])
 def test_equal_rows_rank_by_their_place(num_tokens):
-    """Two ranks of n - 1 for the first row, and two of 0 for the last."""
+    """The first row has rank n - 1 twice, the last row rank 0 twice."""
     rows = Rows(torch.ones(1, num_tokens, HEAD_SIZE), torch.ones(1, num_tokens, HEAD_SIZE))
     assert bound()["keydiff_value"].score(rows)[0].tolist() == [2 * i for i in reversed(range(num_tokens))]
 
@@ -245,7 +245,7 @@ def test_a_broken_value_ranks_lowest():
     rows.values[:, 7] = torch.nan
     bare = rows._replace(values=torch.ones_like(rows.values))
     of_values = bound()["keydiff_value"].score(rows) - bound()["keydiff_value"].score(bare)
-    # Where all values are equal, row 7 of 40 has the rank 32.
+    # If all values are equal, row 7 of 40 has rank 32.
     assert (of_values[:, 7] == 0 - 32).all()
 
 
@@ -282,7 +282,7 @@ def test_heads_are_scored_by_themselves(name):
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("degree", [2, 3, 6, 12])
 def test_ranks_keep_what_one_rank_keeps(name, degree):
-    """Six heads in parts, or each of them on two ranks; in the second layer of a group that begins elsewhere."""
+    """Six heads divided between ranks, or each on two ranks; in the second layer of a group with an offset."""
     heads = rows_of(300, num_heads=6)
     whole = select(bound((4, 7), 6)[name].score(heads._replace(layer=1)), 100)
     for rank in range(degree):
@@ -294,7 +294,7 @@ def test_ranks_keep_what_one_rank_keeps(name, degree):
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_broken_numbers_break_nothing(name):
-    """Keys and values that are zero, huge or not numbers: any choice will do, as long as it is one."""
+    """Keys and values that are zero, huge or NaN: any valid choice is right."""
     rows = rows_of(300)
     for i, value in enumerate((0.0, 1e30, float("inf"), float("nan"))):
         rows.keys[:, 20 * i : 20 * i + 20] = value
@@ -305,7 +305,7 @@ def test_broken_numbers_break_nothing(name):
 
 @pytest.fixture(scope="module")
 def press():
-    """Classes of kvpress, whose package cannot be imported whole: it wants other versions than vLLM."""
+    """Classes of kvpress. The whole package cannot be imported, since it needs other versions than vLLM."""
     spec = importlib.util.find_spec("kvpress")
     assert spec is not None, "kvpress is part of requirements/cpu.txt"
     package = ModuleType("kvpress")
@@ -329,7 +329,7 @@ def test_kept_sets_equal_those_of_kvpress(press, name, module, cls, num_tokens):
     theirs = press(module, cls).score(None, None, rows.keys[None], rows.values[None], None, {})[0]
     ours = bound()[name].score(rows)
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-    # Ranks of partitions tie, and kvpress leaves ties to chance: both choose by our rule.
+    # Ranks of partitions tie, and kvpress breaks ties at random: here both use this project's rule.
     for num_keep in (num_tokens // 10, num_tokens // 2, num_tokens - 7):
         assert torch.equal(select(ours, num_keep), select(theirs.float(), num_keep))
 

@@ -30,7 +30,7 @@ from vllm_l2kv.kernels.scores import keydiff  # noqa: E402
 from vllm_l2kv.kernels.scratch import Scratch  # noqa: E402
 from vllm_l2kv.kernels.triton_compactor import TritonCompactor  # noqa: E402
 
-# Rows after the last one, and broken ones, divide by zero; the interpreter warns of it, and GPUs do not.
+# Rows after the last one, and NaN, divide by zero; only the interpreter warns of it.
 pytestmark = (
     [pytest.mark.gpu] if ON_GPU else [pytest.mark.filterwarnings("ignore:(invalid|divide|overflow):RuntimeWarning")]
 )
@@ -39,7 +39,7 @@ NUM_KV_HEADS = 2
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """The interpreter pays for each program, not for its size. One that walks over several tiles is met here too."""
+    """Makes programs few, since each takes the interpreter time; some then walk over several tiles."""
     if not ON_GPU:
         monkeypatch.setattr(one_pass, "ROWS", 64)
         monkeypatch.setattr(select_and_move, "MOVE_SPLIT", 3)
@@ -47,7 +47,7 @@ def few_programs(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def rounded_bf16(monkeypatch):
-    """The interpreter cuts bf16 off where GPUs round, and multiplies bits where they multiply matrices of bf16."""
+    """The interpreter truncates to bf16 where GPUs round, and multiplies bits in place of bf16 matrices."""
     if ON_GPU:
         return
     from triton.runtime import interpreter
@@ -70,7 +70,7 @@ def rounded_bf16(monkeypatch):
 
 
 class Pool:
-    """A pool in one of vLLM's layouts, filled with keys whose norms all differ as far as their type can tell."""
+    """A pool in one of vLLM's layouts, filled with keys whose norms all differ in their type."""
 
     def __init__(
         self,
@@ -87,12 +87,12 @@ class Pool:
         sizes = {"B": num_blocks, "L": num_layers, "H": NUM_KV_HEADS, "N": block_size, "C": 2 * head_size}
         pool = torch.randn([sizes[axis] for axis in layout], generator=generator)
         views = pool.permute([layout.index(axis) for axis in "LBHNC"])
-        # Exact in every type, and so far apart that the order of summation cannot matter.
+        # Exact in every type, and so far apart that the order of summation does not matter.
         scale = torch.randint(1, 2**14, (num_layers, num_blocks, NUM_KV_HEADS, block_size), generator=generator)
         views[..., :head_size] = 0
         views[..., 0] = scale / 2**7
         self.key_dtype = dtype
-        # vLLM keeps quantized caches as bytes.
+        # vLLM stores quantized caches as bytes.
         pool = pool.to(dtype).view(torch.uint8 if dtype.itemsize == 1 else dtype).to(DEVICE).flatten(1)
         padded = torch.zeros(pool.shape[0], pool.shape[1] + padding, dtype=pool.dtype, device=DEVICE)
         padded[:, : pool.shape[1]] = pool
@@ -106,7 +106,7 @@ class Pool:
         self.scorers = bind(heads, self.weights)
 
     def leave(self, *heads: tuple[int, ...]) -> None:
-        """Confines each layer to some of its heads; the others are none of the compactor's business."""
+        """Limits each layer to some of its heads; the compactor does not touch the others."""
         self.layers = [view[:, own[0] : own[-1] + 1] for view, own in zip(self.views, heads, strict=True)]
         of_layers = tuple(tuple(NUM_KV_HEADS + head for head in own) for own in heads)
         bound = Heads(tuple(self.numbers), of_layers, 2 * NUM_KV_HEADS, self.views.device)
@@ -116,7 +116,7 @@ class Pool:
         return LayerRows(layer[..., : self.head_size], layer[..., self.head_size :], self.key_dtype)
 
     def lives(self, *intervals: int, budget: int, num_positions: int, **params) -> list[Life]:
-        """Requests with a budget and one of the intervals; what they write is random."""
+        """Returns requests with a budget and one of the intervals, which write random rows."""
         generator = torch.Generator().manual_seed(budget)
         num_layers, num_blocks, _, _, content = self.views.shape
         free = torch.randperm(num_blocks, generator=generator).tolist()
@@ -142,7 +142,7 @@ def order(source, destination, n, num_keep, first=0, last=0, scorer="l2", granul
 
 
 def tables(num_blocks: int, *counts: int) -> list[list[int]]:
-    """Disjoint tables of shuffled blocks."""
+    """Returns disjoint tables of shuffled blocks."""
     blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(num_blocks)).tolist()
     cuts = itertools.accumulate(counts, initial=0)
     return [blocks[begin:end] for begin, end in itertools.pairwise(cuts)]
@@ -183,7 +183,7 @@ def test_types(dtype):
     check(Pool(12, 16, dtype=dtype), [order(source, destination, 90, 40)])
 
 
-# Blocks 2**29 elements apart: offsets leave 32 bits.
+# Blocks 2**29 elements apart: offsets exceed 32 bits.
 @pytest.mark.parametrize("padding", [4096, 2**29] if ON_GPU else [4096])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_padded_blocks(dtype, padding):
@@ -233,7 +233,7 @@ def test_ties_go_to_the_lower_position():
 
 
 def test_norms_of_random_keys_select_as_the_reference():
-    """Summation order may differ in the last bit: kept sets may differ only among keys that close to the edge."""
+    """The order of summation changes last bits, so kept sets may differ, but only among keys that close to the edge."""
     pool = Pool(10, 16, dtype=torch.float32, head_size=64)
     pool.views.copy_(torch.randn(pool.views.shape, generator=torch.Generator().manual_seed(0)))
     source, destination = tables(10, 6, 3)
@@ -247,15 +247,15 @@ def test_norms_of_random_keys_select_as_the_reference():
 
 
 NEAR, NEAR_LEARNED, ERROR = 1e-5, 0.02, 3e-7
-"""How far two scores of which rounding decides may lie apart, those of `learned` because features are rounded to bf16;
-and how far sums in another order do."""
+"""Distance within which rounding may decide between two scores (for `learned`, whose features are rounded to bf16), and
+within which sums in another order may differ."""
 
 
 def near(name: str, rows: Rows) -> float:
-    """How far two scores of which rounding decides may lie apart."""
+    """Returns the distance within which rounding may decide between two scores."""
     if name != "keydiff_value":
         return NEAR_LEARNED if name == "learned" else NEAR
-    # A measure at the edge of two levels may be of either. It then passes their rows, and others pass by it.
+    # A value at the edge between two levels may be in either, and changes its rank by the rows of one level.
     most = 0.0
     cosines, lengths = keydiff_value.keydiff.unlikeness(rows.keys), norms(rows.values)
     for measure, error in ((cosines, ERROR), (lengths, ERROR * lengths)):
@@ -267,7 +267,7 @@ def near(name: str, rows: Rows) -> float:
 
 
 def check_sets(pool: Pool, orders: list[CompactionOrder], compactor: TritonCompactor | None = None) -> None:
-    """As `check`, if all rows differ; but heads may choose otherwise among rows whose scores are that near."""
+    """Checks like `check` if all rows differ, but heads may choose differently among rows whose scores are so close."""
     before = [layer.clone() for layer in pool.layers]
     (compactor or pool.compactor()).compact(orders)
     for o in orders:
@@ -299,7 +299,7 @@ def as_bytes(rows: torch.Tensor) -> list[bytes]:
 
 
 def random_pool(num_blocks: int, **shape) -> Pool:
-    """Random keys and values, so that every scorer has an opinion."""
+    """Returns a pool of random keys and values, for which all scores differ."""
     pool = Pool(num_blocks, 16, **shape)
     rows = torch.randn(pool.views.shape, generator=torch.Generator().manual_seed(0))
     pool.views.copy_(rows.to(pool.key_dtype).view(pool.views.dtype))
@@ -311,7 +311,7 @@ def random_pool(num_blocks: int, **shape) -> Pool:
     ("n", "granularity"), [(1, "token"), (5, "block"), (300, "token"), (300, "block")] + [(2500, "token")] * ON_GPU
 )
 def test_scores(scorer, granularity, n):
-    """Beside an order of another scorer."""
+    """In one launch with an order of another scorer."""
     num_source, num_destination = -(-n // 16), -(-(n // 2 + 4) // 16)
     a, b, c, d = tables(num_source + num_destination + 12, num_source, num_destination, 6, 3)
     pool = random_pool(num_source + num_destination + 12, dtype=torch.float32)
@@ -322,7 +322,7 @@ def test_scores(scorer, granularity, n):
 
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_scores_of_layers_with_unequal_numbers_of_heads(scorer):
-    """In one launch; by the token and by the block, of which each layer makes its own."""
+    """In one launch; by tokens, and by blocks, which each layer forms by itself."""
     a, b, c, d = tables(24, 6, 3, 4, 2)
     pool = random_pool(24, num_layers=3, dtype=torch.float32)
     pool.leave((0, 1), (1,), (0,))
@@ -344,13 +344,13 @@ def test_scores_of_types_and_head_sizes(scorer, dtype, head_size):
     "rope", [Rope(64, True), Rope(32, False), Rope(40, True), Rope(64, True, 9), Rope(40, True, 20), Rope(0, False)]
 )
 def test_learned_scores_of_other_rotary_embeddings(rope):
-    """Interleaved pairs; some, none or all slow; keys of which some elements are not rotated; no powers of two."""
+    """Interleaved pairs; some, none or all slow; partly rotated keys; sizes that are not powers of two."""
     source, destination = tables(12, 6, 3)
     check_sets(random_pool(12, rope=rope), [order(source, destination, 90, 40, scorer="learned")])
 
 
 def test_orders_of_one_scorer_in_one_launch(monkeypatch):
-    """Of lengths that are no whole parts."""
+    """The lengths are not multiples of a tile."""
     monkeypatch.setattr(keydiff, "PART", 64)
     a, b, c, d, e, f = tables(60, 13, 3, 4, 1, 10, 2)
     orders = [order(*o, scorer="keydiff") for o in ((a, b, 200, 40), (c, d, 64, 10), (e, f, 150, 20))]
@@ -360,11 +360,11 @@ def test_orders_of_one_scorer_in_one_launch(monkeypatch):
 def test_ranks_of_several_tiles_and_of_one_selection_at_a_time(monkeypatch):
     monkeypatch.setattr(ranks, "TILE", 32)
     monkeypatch.setattr(ranks, "MOST_BYTES", 1)
-    monkeypatch.setattr(scratch, "MAX_ORDERS", 2)  # or the sums of keydiff would leave room for more
+    monkeypatch.setattr(scratch, "MAX_ORDERS", 2)  # otherwise the sums of keydiff would leave room for more
     a, b, c, d = tables(30, 13, 3, 4, 1)
     orders = [order(*o, 1, 1, scorer="keydiff_value") for o in ((a, b, 200, 40), (c, d, 50, 10))]
     pool = random_pool(30)
-    # Values of very different norms, so that scores differ in every digit.
+    # Values of very different norms, so that scores differ clearly.
     scales = torch.randint(-60, 60, pool.views.shape[:-1], generator=torch.Generator().manual_seed(1))
     pool.views[..., pool.head_size :] *= (2.0**scales).unsqueeze(-1).to(pool.views)
     compactor = pool.compactor(max_num_tokens=250)
@@ -374,7 +374,7 @@ def test_ranks_of_several_tiles_and_of_one_selection_at_a_time(monkeypatch):
 
 
 def test_equal_ranks_go_by_the_place():
-    """Keys and values of few kinds, some of them broken."""
+    """Keys and values have few distinct values, some of them NaN."""
     pool = Pool(12, 16, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randn(5, pool.views.shape[-1], generator=generator)
@@ -401,10 +401,10 @@ WAYS = [
 @pytest.mark.parametrize("ways", WAYS)
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (4, 9), (4, 36)])
 def test_compaction_after_compaction(ways, first, last):
-    """Two requests with a budget in one launch. What is protected may be longer than what came since."""
+    """Two requests with a budget in one launch. The protected rows may exceed the new ones."""
     pool = Pool(20, 16, dtype=torch.float32, head_size=32)
     lives = pool.lives(30, 7, budget=40, num_positions=140, protect_first=first, protect_last=last)
-    # Keys of one number each: their norms are exact, whatever the order of summation.
+    # Keys with one nonzero element: norms are exact in any order of summation.
     for life in lives:
         life.contents[..., 1:32] = 0
     check_lives(lives, pool.compactor().compact, ways)
@@ -412,7 +412,7 @@ def test_compaction_after_compaction(ways, first, last):
 
 @pytest.mark.parametrize("scorer", ["keydiff", "keydiff_value", "learned"])
 def test_scores_after_a_compaction(scorer):
-    """In scratch memory that holds the budget and the longer interval, and no more."""
+    """Scratch memory holds exactly the budget and the longer interval."""
     pool = Pool(20, 16, dtype=torch.float32, head_size=32)
     lives = pool.lives(30, 7, budget=40, num_positions=140, protect_first=4, protect_last=9, scorer=scorer)
     check_lives(lives, pool.compactor(max_num_tokens=40 + 30).compact, [False, True, False])
@@ -421,7 +421,7 @@ def test_scores_after_a_compaction(scorer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("num_keep", [1, 40, 89])
 def test_blocks_of_tokens(dtype, num_keep):
-    """In a cache whose blocks are longer, beside an order of the kernels' own."""
+    """In a cache with longer blocks, in one launch with an order by tokens."""
     a, b, c, d = tables(16, 3, -(-(num_keep + 3) // 32), 2, 1)
     orders = [order(a, b, 90, num_keep, 93, granularity="block"), order(c, d, 50, 10)]
     check(Pool(16, 32, dtype=dtype), orders)
