@@ -1,4 +1,4 @@
-"""A real scheduler without an engine: vLLM's config and block pool, an attention layer's shape made up."""
+"""A real scheduler without an engine: vLLM's config and block pool, with made-up shapes of attention layers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ OUR_ARGUMENTS = {"prompt_interval", "answer_interval", *(field.argument for fiel
 
 
 class Plan(NamedTuple):
-    """What schedulers are made of; making it takes a second, a scheduler of it nothing."""
+    """What schedulers are made from. A plan takes a second to make; a scheduler from it takes almost no time."""
 
     config: VllmConfig
     kv_cache_config: KVCacheConfig
@@ -64,12 +64,12 @@ def plan(
     drafter: tuple[tuple[str, Any], ...] = (),
     **arguments: Any,
 ) -> Plan:
-    """Plans a scheduler with `num_blocks` free blocks; stock vLLM's if `full_layers` is `None`.
+    """Plans a scheduler with `num_blocks` free blocks; that of stock vLLM if `full_layers` is `None`.
 
-    With `cpu_blocks`, vLLM's connector offloads to so many blocks in CPU memory; `kv_connector` names another. Layers
-    have two KV heads; `full_heads` are the items of `Settings.full_heads`, so that plans can be remembered.
-    `specs` are items of a model's own, in place of `num_layers` alike ones; states of Mamba come into the prefix cache,
-    if there is one. `drafter` are items of vLLM's speculative configuration. Other arguments are those of
+    With `cpu_blocks`, vLLM's connector offloads to that many blocks in CPU memory; `kv_connector` names another one.
+    Layers have two KV heads; `full_heads` are the items of `Settings.full_heads`, hashable so that plans can be cached.
+    `specs` are the layers of a particular model, in place of `num_layers` equal ones; Mamba states enter the prefix
+    cache, if there is one. `drafter` are items of vLLM's speculative configuration. Other arguments are those of
     `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
     """
     register()
@@ -80,7 +80,7 @@ def plan(
     elif kv_connector:
         arguments["kv_transfer_config"] = KVTransferConfig(kv_connector=kv_connector, kv_role="kv_both")
     if drafter:
-        # A draft model is not loaded here; it only has to be one.
+        # The draft model is not loaded here, but vLLM reads its config.
         of_model = {"model": str(model)} if "draft_model" in dict(drafter).values() else {}
         arguments["speculative_config"] = {**dict(drafter), **of_model}
     if kv_events:
@@ -113,7 +113,7 @@ def plan(
 
 
 def cpu_memory(num_bytes: int, **extra: Any) -> KVTransferConfig:
-    """What switches offloading to CPU memory on."""
+    """Arguments that switch offloading to CPU memory on."""
     extra = {"lazy_offload": True, "cpu_bytes_to_use": num_bytes, **extra}
     return KVTransferConfig(
         kv_connector="SimpleCPUOffloadConnector", kv_role="kv_both", kv_connector_extra_config=extra
@@ -123,7 +123,7 @@ def cpu_memory(num_bytes: int, **extra: Any) -> KVTransferConfig:
 def add_request(
     scheduler: Scheduler, req_id: str, prompt: Sequence[int], params: SamplingParams, **about: Any
 ) -> Request:
-    """Adds a request as the engine core does, its blocks hashed."""
+    """Adds a request with hashes of its blocks, as the engine core does."""
     request = Request(
         request_id=req_id,
         prompt_token_ids=list(prompt),

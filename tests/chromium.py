@@ -15,13 +15,13 @@ from websockets.sync.client import connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE_SECONDS = 180
-"""For the browser, which has to wait for its turn on a busy machine."""
+"""Time for the browser, which waits for its turn on a busy machine."""
 KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Backspace": (8, "")}
 """Key codes, and the text that a key types."""
 
 
 def find_chromium() -> str | None:
-    """The browser's path, if this machine has one."""
+    """Returns the browser's path, or `None` without a browser."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
@@ -29,15 +29,15 @@ class Page:
     """One page.
 
     Attributes:
-        urls: Every address it asked for, in order.
-        complaints: What it wrote to the console as an error, threw, or reported, such as a refused script.
+        urls: Every address that it requested, in order.
+        complaints: Errors that it wrote to the console, threw, or reported, such as a refused script.
     """
 
     def __init__(self, browser: str, folder: Path, width: int = 1200, height: int = 1200) -> None:
         self.urls: list[str] = []
         self.complaints: list[str] = []
         self._numbers = itertools.count(1)
-        # The name of no host but ours is looked up. Chromium's sandbox refuses to run as root.
+        # No host name is looked up but the server's. Chromium's sandbox refuses to run as root.
         words = ["--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}", "--no-first-run"]
         words += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--hide-scrollbars", "--disable-gpu"]
         words += [f"--window-size={width},{height}", *(["--no-sandbox"] if os.geteuid() == 0 else []), "about:blank"]
@@ -60,7 +60,7 @@ class Page:
         self._process.wait(PATIENCE_SECONDS)
 
     def command(self, method: str, **params: Any) -> dict[str, Any]:
-        """Its result; events that came meanwhile are noted."""
+        """Returns the command's result; events that arrive meanwhile are recorded."""
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
@@ -76,13 +76,13 @@ class Page:
         self.wait_for("document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:
-        """Of JavaScript in the page; must be something that JSON has."""
+        """Returns the value of JavaScript in the page, which JSON must be able to express."""
         result = self.command("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, (expression, result["exceptionDetails"])
         return result["result"].get("value")
 
     def wait_for(self, condition: str, seconds: float = PATIENCE_SECONDS) -> None:
-        """Until an expression is true."""
+        """Waits until an expression is true."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(f"Boolean({condition})"):
             assert time.monotonic() < deadline, (
@@ -94,7 +94,7 @@ class Page:
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).textContent.trim()")
 
     def fill(self, selector: str, text: str) -> None:
-        """Puts the text in the place of a field's content, as pasting does."""
+        """Replaces a field's content with the text, as pasting does."""
         field = f"document.querySelector({json.dumps(selector)})"
         self.evaluate(f"{field}.focus(), {field}.select()")
         assert self.evaluate(f"document.activeElement === {field}"), f"{selector} cannot be typed into"
@@ -107,7 +107,7 @@ class Page:
         self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
 
     def press(self, key: str) -> None:
-        """One key, where the focus is."""
+        """Presses one key, where the focus is."""
         code, typed = KEYS.get(key, (0, ""))
         named = {"key": key, "code": key, "windowsVirtualKeyCode": code}
         self.command("Input.dispatchKeyEvent", type="keyDown", **named, **({"text": typed} if typed else {}))
@@ -117,7 +117,7 @@ class Page:
         path.write_bytes(base64.b64decode(self.command("Page.captureScreenshot", format="png")["data"]))
 
     def _address(self, folder: Path) -> str:
-        """Of the page's own socket, once the browser has said on which port it listens."""
+        """Returns the address of the page's socket, once the browser has printed its port."""
         told, deadline = folder / "DevToolsActivePort", time.monotonic() + PATIENCE_SECONDS
         while not (told.exists() and told.read_text().count("\n")):
             log = (folder / "chromium.log").read_text()

@@ -1,7 +1,7 @@
 """Runner V2 and the GPU worker without a GPU: vLLM's request states, block tables and ring of buffers, on the host.
 
-`HostRunner` is vLLM's runner as far as `RunnerV2` sees it: vLLM's own methods keep the states and the tables. Kernels
-are plain loops here, ours only unless Triton interprets them.
+`HostRunner` has the parts of vLLM's runner that `RunnerV2` uses: vLLM's own methods keep the states and the tables.
+Kernels are plain loops; those of vllm-l2kv can also run in Triton's interpreter.
 """
 
 import ctypes
@@ -35,8 +35,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def patch_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts vLLM's ring of buffers and its staged writes into host memory, and loops in the place of kernels."""
-    from vllm.v1.worker.cpu.buffer_utils import UvaBuffer  # what vLLM's own CPU worker takes
+    """Moves vLLM's ring of buffers and its staged writes into host memory, and replaces kernels by loops."""
+    from vllm.v1.worker.cpu.buffer_utils import UvaBuffer  # the one of vLLM's own CPU worker
 
     monkeypatch.setattr(buffer_utils, "UvaBuffer", UvaBuffer)
     monkeypatch.setattr(buffer_utils.StagedWriteTensor, "apply_write", apply_write)
@@ -70,7 +70,7 @@ def apply_writes(writer, tensors, *where) -> None:
 def slot_mappings(
     out, idx_mapping, query_start_loc, positions, num_evicted, is_compressed, pointers, strides, block_sizes, has_slots
 ) -> None:
-    """As `kernels.slots.slot_mappings`."""
+    """Does in loops what `kernels.slots.slot_mappings` does."""
     out.fill_(PAD_SLOT)
     for group in range(out.shape[0]):
         for i, state in enumerate(idx_mapping.tolist()):
@@ -84,7 +84,7 @@ def slot_mappings(
 
 
 def physical_lengths(out, seq_lens, idx_mapping, num_evicted) -> None:
-    """As `kernels.slots.physical_lengths`."""
+    """Does in loops what `kernels.slots.physical_lengths` does."""
     out.copy_(seq_lens)
     for i, state in enumerate(idx_mapping.tolist()):
         if state >= 0:
@@ -116,7 +116,7 @@ class HostTables(BlockTables):
 
 
 class Builder:
-    """An attention backend that keeps what it is told."""
+    """A metadata builder that keeps its arguments."""
 
     def build(self, common_prefix_len, common_attn_metadata):
         return common_attn_metadata
@@ -127,7 +127,7 @@ class Builder:
 
 @dataclass
 class Seen:
-    """What the kernels of a step are given.
+    """Arguments of the kernels of a step.
 
     Attributes:
         slots: By request, `[num_groups, num_tokens]`.
@@ -143,13 +143,13 @@ class Seen:
 
 
 class HostRunner:
-    """vLLM's runner V2: its states and tables, without a model.
+    """States and tables of vLLM's runner V2, without a model.
 
     Args:
         block_sizes: Tokens in a block, by group.
-        max_num_reqs: Request states.
-        max_model_len: Longest request.
-        max_num_tokens: Most tokens in a step.
+        max_num_reqs: Number of request states.
+        max_model_len: Tokens of the longest request.
+        max_num_tokens: Maximum number of tokens in a step.
         device: Where tensors are; loops run on CPUs only.
     """
 
@@ -173,7 +173,7 @@ class HostRunner:
         self.req_states = SimpleNamespace(req_id_to_index={})
 
     def dummy_metadata(self, num_reqs: int, seq_len: int, capture: bool) -> list[CommonAttentionMetadata]:
-        """Attention's inputs of a dummy batch, as at the capture of a graph."""
+        """Returns attention's inputs of a dummy batch, as during the capture of a graph."""
         self.block_tables.get_dummy_block_tables(num_reqs)
         self.block_tables.get_dummy_slot_mappings(num_reqs)
         return self.build(torch.full((num_reqs,), seq_len, dtype=torch.int32), capture)
@@ -181,7 +181,7 @@ class HostRunner:
     def build(
         self, seq_lens: torch.Tensor, capture: bool = False, states: Sequence[int] = ()
     ) -> list[CommonAttentionMetadata]:
-        """Attention's inputs by group, for `seq_lens` of `[num_reqs]` int32 of requests in these states."""
+        """Returns attention's inputs by group, for `seq_lens`, `[num_reqs]` int32, of requests in these states."""
         num_reqs = seq_lens.shape[0]
         metadata = CommonAttentionMetadata(
             query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32),
@@ -201,10 +201,10 @@ class HostRunner:
 
 
 class StatefulRunner(HostRunner):
-    """With vLLM's request states too, so that it executes what a scheduler says.
+    """Also has vLLM's request states, so that it executes a scheduler's output.
 
     Attributes:
-        num_computed: Requests to what they have computed, which the host does not know while drafts are under way.
+    num_computed: Computed tokens of each request, which the host does not know while drafts are in flight.
     """
 
     def __init__(self, **sizes: Any) -> None:
@@ -230,7 +230,7 @@ class StatefulRunner(HostRunner):
         return self._vllm._remove_request(self, req_id)
 
     def execute(self, output: Any) -> Seen | None:
-        """What `GPUModelRunner.execute_model` does until it launches the model."""
+        """Does what `GPUModelRunner.execute_model` does before it launches the model."""
         self._vllm.finish_requests(self, output)
         self._vllm.add_requests(self, output)
         self._vllm.update_requests(self, output)
@@ -257,11 +257,11 @@ class StatefulRunner(HostRunner):
 
 
 class Device(WorkerBase):
-    """Stands where vLLM's worker does: launches a step's kernels and waits for none of them.
+    """Takes the place of vLLM's worker: launches a step's kernels and does not wait for them.
 
     Attributes:
-        in_flight: Of each step whose kernels have not run yet, counts as they will find them, and as they should.
-        seen: What the last step's kernels were given, if the runner has states.
+    in_flight: For each step whose kernels have not run yet, the counts that they will read, and the right ones.
+    seen: Arguments of the last step's kernels, if the runner has states.
     """
 
     def __init__(self, runner: Any, num_in_flight: int) -> None:
@@ -285,13 +285,13 @@ class Device(WorkerBase):
         self.in_flight.append((on_device, on_device.clone()))
 
     def check_in_flight(self) -> None:
-        """Checks that the host has changed nothing that a step under way has still to read."""
+        """Checks that the host has changed nothing that a step in flight will still read."""
         for found, at_launch in self.in_flight:
             assert torch.equal(found, at_launch), "a later step changed what a step under way has still to read"
 
 
 class FakeGPUWorker(CompactionWorker, Device):
-    """Our worker over `Device`, with nothing that moves rows."""
+    """The GPU worker of vllm-l2kv over `Device`, without compactors."""
 
     def __init__(self, runner: Any, compressed: Sequence[int] = (0,), num_in_flight: int = 2) -> None:
         Device.__init__(self, runner, num_in_flight)
@@ -316,7 +316,7 @@ class FakeGPUWorker(CompactionWorker, Device):
 
 
 def step_output(finished=(), preempted=(), orders=(), new=(), hits=()) -> SimpleNamespace:
-    """A step as the scheduler describes it, as far as our worker reads it; `new` pairs ids with states."""
+    """Returns the parts of a `SchedulerOutput` that the worker reads; `new` pairs ids with states."""
     output = SimpleNamespace(
         finished_req_ids=set(finished),
         preempted_req_ids=set(preempted) or None,
@@ -331,7 +331,7 @@ def step_output(finished=(), preempted=(), orders=(), new=(), hits=()) -> Simple
 
 
 def order(req_id: str, num_evicted: int, destination: tuple[int, ...] = (1,)) -> CompactionOrder:
-    """Of the first group."""
+    """Returns an order for the first group."""
     move = GroupMove(0, (5, 6, 7), destination)
     counts = {"num_rows": num_evicted + 1, "num_keep": 1, "num_evicted": num_evicted}
     return CompactionOrder(req_id=req_id, params=CompressionParams(), moves=(move,), **counts)

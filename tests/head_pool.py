@@ -9,15 +9,15 @@ from vllm_l2kv.kernels.head_pages import HeadPages, Held
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, HEAD, VALUE = 4, 8, 16
 FULL_HEADS = ([1], [0, 3], [0, 1, 2], [2])
-"""Of each layer; so their places in blocks differ from layer to layer, and between the classes."""
+"""Full heads of each layer; so their places in blocks differ between layers, and between the classes."""
 SMALL, LARGE = 4, 12
 LENGTHS = {"full": [1, 50, 0, 37], "compressed": [1, 9, 0, 24]}
-"""Rows of four requests, the written one among them; the third is padding."""
+"""Rows of four requests, including the one just written; the third request is padding."""
 
 
 @dataclass
 class Pool:
-    """A pool of two KV-cache groups, the full heads in large blocks."""
+    """A pool of two KV-cache groups; full heads have the larger blocks."""
 
     dtype: torch.dtype = torch.float32
     full_size: int = LARGE
@@ -62,7 +62,7 @@ class Pool:
         return Held(self.tables[name], lengths, slots)
 
     def rows(self, name: str, layer: int, head: int, request: int) -> torch.Tensor:
-        """What one head of a class holds of one request: `[length, content]`."""
+        """Returns the rows of one request in one head of a class: `[length, content]`."""
         cache, length = self.cache(name, layer), LENGTHS[name][request]
         return cache[self.tables[name][request].long(), head].flatten(0, 1)[:length]
 

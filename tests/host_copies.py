@@ -1,4 +1,4 @@
-"""vLLM's `SimpleCPUOffloadConnector` on a machine without a GPU: its own code, with plain copies for those of CUDA."""
+"""vLLM's `SimpleCPUOffloadConnector` without a GPU: its own code, with plain copies in place of CUDA's."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from vllm_l2kv import refusals
 
 
 class Stream:
-    """Work on a CPU is done when it is launched."""
+    """A stream whose work is complete as soon as it is launched."""
 
     def __init__(self, priority: int = 0) -> None:
         self.priority = priority
@@ -22,7 +22,7 @@ class Stream:
 
 
 class Event:
-    """Done after so many questions, each of which a step asks once."""
+    """An event that is complete after so many queries, one per step."""
 
     def __init__(self, lag: int = 0) -> None:
         self._lag = lag
@@ -39,7 +39,7 @@ class Event:
 
 
 class HostBackend:
-    """Takes the place of `DmaCopyBackend`: caches are `[num_blocks, bytes of a block]` int8, by name of a layer."""
+    """Replaces `DmaCopyBackend`: caches are `[num_blocks, bytes of a block]` int8, by name of a layer."""
 
     num_stored = 0
     num_loaded = 0
@@ -62,7 +62,7 @@ class HostBackend:
 
 
 class Torch:
-    """torch, with streams that are none."""
+    """torch with fake streams."""
 
     Event = Event
     cuda = SimpleNamespace(Stream=Stream, current_stream=Stream)
@@ -72,14 +72,14 @@ class Torch:
 
 
 def open_connector(monkeypatch) -> None:
-    """Lets an engine in this process take the connector, which vLLM-l2kv refuses until it was run on a GPU."""
+    """Lets an engine in this process use the connector, which vllm-l2kv refuses until it has been run on a GPU."""
     monkeypatch.setattr(worker, "torch", Torch())
     monkeypatch.setattr(worker, "DmaCopyBackend", HostBackend)
     monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
 
 
 def cpu_memory(num_bytes: int) -> KVTransferConfig:
-    """What switches offloading to CPU memory on."""
+    """Arguments that switch offloading to CPU memory on."""
     return KVTransferConfig(
         kv_connector="SimpleCPUOffloadConnector",
         kv_role="kv_both",

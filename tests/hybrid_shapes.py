@@ -8,7 +8,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
 
 class Shape(NamedTuple):
-    """A model: a letter for each layer (M recurrent, * attention, - without a cache), and what both kinds keep."""
+    """A model: a letter for each layer (M recurrent, * attention, - without a cache), and the sizes of their caches."""
 
     kinds: str
     num_kv_heads: int
@@ -16,7 +16,7 @@ class Shape(NamedTuple):
     state: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
     def specs(self, has_prefix_cache: bool, max_model_len: int = 4096) -> dict:
-        """As vLLM makes them: attention blocks are as large as a state at least, and states padded to their size."""
+        """Returns specs as vLLM makes them: attention blocks not smaller than a state, and states padded to them."""
         shapes, dtypes = zip(*self.state, strict=True)
         attention = {"num_kv_heads": self.num_kv_heads, "head_size": self.head_size, "dtype": torch.bfloat16}
         state_bytes = MambaSpec(block_size=1, shapes=shapes, dtypes=dtypes).page_size_bytes

@@ -1,7 +1,7 @@
-"""A plugin of pytest (`-p interpret_vllm`): vLLM's own kernels in Triton's interpreter too, on machines without a GPU.
+"""A plugin of pytest (`-p interpret_vllm`): runs vLLM's own kernels too in Triton's interpreter, without a GPU.
 
-When it is imported vLLM looks whether Triton has a driver: its build for CPUs for a backend of the name, others for a
-GPU, unless none is to be seen. With `TRITON_INTERPRET=1` nothing is asked of it.
+On import vLLM checks that Triton has a driver: its CPU build looks for a backend of that name, other builds for a GPU
+unless none is visible. With `TRITON_INTERPRET=1` no driver is needed.
 """
 
 import os

@@ -1,16 +1,16 @@
-"""What keeps `make test-fast` fast."""
+"""Refuses engines in `make test-fast`."""
 
 import functools
 
 import pytest
 
 ENGINE_FOLDERS = {"compat", "e2e", "gpu"}
-"""All of their tests count as marked `engine`."""
+"""Folders in which all tests count as marked `engine`."""
 SENTENCE = "This test starts an engine, which takes half a minute; `make test-fast` leaves out what is marked `engine`."
 
 
 def refuse_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the start of an engine fail, be it in this process or in a server's."""
+    """Makes the start of an engine fail, in this process and in a server's."""
     from http_server import Server
     from vllm.v1.engine.core import EngineCore
 

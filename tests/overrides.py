@@ -1,4 +1,4 @@
-"""Methods of ours that take the place of vLLM's."""
+"""Methods of this project that override vLLM's."""
 
 import importlib
 import inspect
@@ -12,7 +12,7 @@ PACKAGES = ("vllm_l2kv", "vllm_l2kv_server")
 
 @cache
 def classes() -> tuple[type, ...]:
-    """All classes of both packages."""
+    """Returns all classes of both packages."""
     found = []
     for package in PACKAGES:
         for info in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
@@ -27,7 +27,7 @@ def is_vllms(cls: type) -> bool:
 
 @cache
 def overrides() -> dict[tuple[type, str], tuple[Callable[..., Any], ...]]:
-    """Our class and the method's name, to vLLM's methods: one for each class that ours stands beside."""
+    """Maps class and method name to the overridden methods of vLLM, one for each base."""
     found: dict[tuple[type, str], dict[Callable[..., Any], None]] = {}
     for cls in classes():
         theirs: dict[str, Any] = {}
@@ -35,7 +35,7 @@ def overrides() -> dict[tuple[type, str], tuple[Callable[..., Any], ...]]:
             theirs = vars(base) | theirs
         for base in cls.__mro__:
             for name, value in vars(base).items() if base in classes() else ():
-                # Pydantic adds methods of its own.
+                # Pydantic adds its own methods.
                 is_ours = inspect.isroutine(value) and getattr(value, "__module__", "") == base.__module__
                 if is_ours and name in theirs and not name.startswith("__"):
                     found.setdefault((base, name), {})[getattr(theirs[name], "__func__", theirs[name])] = None

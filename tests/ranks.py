@@ -1,4 +1,4 @@
-"""What tests ask of each rank's worker, of runner V1 or V2, and a load under which ranks are compared."""
+"""Functions that run on each rank's worker, of runner V1 or V2, and a load under which ranks are compared."""
 
 import random
 import re
@@ -17,19 +17,19 @@ COLLECTIVE = re.compile(r"c10d|gloo|nccl|shm_|vllm::(all|reduce|gather)|custom_a
 
 NUM_SHARED_STARTS = 3
 
-# What runs on the ranks goes there whole: they cannot import this module.
+# Functions that run on ranks are pickled by value: ranks cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def state_of_rank(worker: Any) -> dict[str, Any]:
-    """Evicted counts, and block tables by group, of every request that a rank holds."""
+    """Returns evicted counts, and block tables by group, of every request that a rank holds."""
     if worker.use_v2_model_runner:
         return {"tables": tables_of_v2(worker.model_runner), "counts": counts_of_v2(worker)}
     return {"tables": tables_of_v1(worker.model_runner), "counts": worker.num_evicted()}
 
 
 def tables_of_v1(runner: Any) -> dict[str, list[list[int]]]:
-    """Of the requests in the batch."""
+    """Returns the tables of the requests in the batch."""
     batch = runner.input_batch
     return {
         req_id: [
@@ -41,7 +41,7 @@ def tables_of_v1(runner: Any) -> dict[str, list[list[int]]]:
 
 
 def tables_of_v2(runner: Any) -> dict[str, list[list[int]]]:
-    """Of all requests, as they are on the device."""
+    """Returns the tables of all requests, as on the device."""
     tables = runner.block_tables
     rows_of_group = [table.gpu.cpu() for table in tables.block_tables]
     return {
@@ -51,14 +51,14 @@ def tables_of_v2(runner: Any) -> dict[str, list[list[int]]]:
 
 
 def counts_of_v2(worker: Any) -> dict[str, int]:
-    """Of all compacted requests, as kernels find them."""
+    """Returns the counts of all compacted requests, as kernels read them."""
     on_device = worker.model_runner.block_tables._counts.on_device.tolist()
     states = worker.model_runner.req_states.req_id_to_index
     return {req_id: on_device[states[req_id]] for req_id in worker.num_evicted()}
 
 
 def start_profile(worker: Any) -> None:
-    """Notes every operator and kernel that a rank runs."""
+    """Starts to record every operator and kernel that a rank runs."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -68,7 +68,7 @@ def start_profile(worker: Any) -> None:
 
 
 def stop_profile(worker: Any) -> dict[str, int]:
-    """How often a rank communicated, by the name of the operation."""
+    """Returns the number of communications of a rank, by operation."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     worker.profile_of_test.stop()
@@ -78,19 +78,19 @@ def stop_profile(worker: Any) -> dict[str, int]:
 
 @dataclass
 class MixedLoad:
-    """Many requests of mixed lengths and rules at once, some of them aborted.
+    """Many concurrent requests of mixed lengths and rules, some of which are aborted.
 
     Half of the prompts begin at one of a few places of the text, so they find prefixes, whole and compacted.
 
     Attributes:
         text: Tokens to cut prompts from.
-        rules: What they ask of the cache, in the words of `engine.keep`.
-        num_requests: How many.
-        num_aborted: How many of them are aborted after the eighth step, unless they are done.
+        rules: Their rules, as arguments of `engine.keep`.
+        num_requests: Number of requests.
+        num_aborted: Number of requests that are aborted after the eighth step, unless they have finished.
         max_prompt: Tokens of the longest prompt.
         num_tokens: Tokens of each answer.
         answers: Tokens of those that finished.
-        looks: How many times the ranks were compared, the most that was seen on them, and how many requests found
+        looks: Number of comparisons of the ranks, the most requests seen on them, and the number of requests that found
             a compacted document or conversation.
     """
 
@@ -115,7 +115,7 @@ class MixedLoad:
         self.aborted = [str(number) for number in chance.sample(range(self.num_requests), self.num_aborted)]
 
     def run(self, engine: Engine) -> None:
-        """Until all are done. After every third step all ranks must hold what the scheduler says; so must the pool."""
+        """Runs until all have finished. After every third step all ranks and the pool must agree with the scheduler."""
         for i, (prompt, rule) in enumerate(zip(self.prompts, self.chosen, strict=True)):
             engine.add(str(i), prompt, keep(**rule, num_tokens=self.num_tokens))
         step = 0

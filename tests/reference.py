@@ -1,6 +1,6 @@
-"""The rule of the paper and that of budgets on Hugging Face `transformers`, sharing no code with vllm_l2kv.
+"""The rules of the paper and of budgets on Hugging Face `transformers`, without code of vllm_l2kv.
 
-Compute tokens up to a compaction with their true positions, compact each compressed layer per head, go on.
+Computes tokens up to a compaction with their true positions, compacts each compressed layer per head, and continues.
 """
 
 import copy
@@ -17,7 +17,7 @@ from usages import numbers_of
 
 
 def expected_keep(n: int, ratio: str, first: int = 0, last: int = 0) -> int:
-    """The count in exact arithmetic, from the ratio as it is written."""
+    """Returns the count in exact arithmetic, from the ratio's decimal text."""
     return min(n, max(math.ceil(Fraction(ratio) * n), first + last, 1))
 
 
@@ -31,20 +31,20 @@ def expected_compactions(
     intervals: tuple[int, int] = (2048, 256),
     document: int | None = None,
 ) -> dict[int, int]:
-    """Numbers of computed tokens at which rows are evicted, to the rows that are left, one token after the other.
+    """Maps numbers of computed tokens at which rows are evicted to the rows left, by a walk over the tokens.
 
-    What follows a document is kept whole, unless a budget evicts of it.
+    Everything after a document is kept whole, unless a budget evicts rows.
 
     Args:
         n: Length of the prompt.
-        num_computed: Tokens that are computed, those of the prompt included.
+        num_computed: Number of computed tokens, including the prompt's.
         ratio: Share of the prompt, or of the document, that is kept at its end.
-        first: Protected rows at the beginning.
-        last: The same at the end.
-        budget: Rows that are left whenever there is an interval more; `None` for no bound.
-        intervals: Before the end of the prompt, and from there on.
-        document: Tokens that the prompt begins with and that are compressed by themselves, at most to the budget;
-            `None` for none.
+        first: Number of protected rows at the beginning.
+        last: Number of protected rows at the end.
+        budget: Rows left whenever a request holds an interval more; `None` for no budget.
+        intervals: Intervals before the end of the prompt, and after it.
+        document: Number of tokens at the beginning of the prompt that are compressed by themselves, at most to the
+        budget; `None` for no document.
     """
     left, rows = {}, 0
     end = n if document is None else document
@@ -63,10 +63,10 @@ def expected_compactions(
 
 
 def expected_numbers(n: int, num_tokens: int, *args: Any, found: int = 0, **kwargs: Any) -> dict[str, int]:
-    """Counts in `usage.kv_cache` of an answer of `num_tokens`; other arguments as those of `expected_compactions`.
+    """Returns counts in `usage.kv_cache` of an answer of `num_tokens`; other arguments as for `expected_compactions`.
 
-    The last token is not computed on, and a compaction happens when a token after it is computed. Those whose rows were
-    `found`, up to this position, count as its own.
+    The last token is not computed, and a compaction happens when a token after it is computed. Compactions up to the
+    position `found`, whose rows were found, count as the request's own.
     """
     num_computed = n + num_tokens - 1
     left = expected_compactions(n, num_computed - 1, *args, **kwargs)
@@ -82,17 +82,17 @@ def expected_numbers(n: int, num_tokens: int, *args: Any, found: int = 0, **kwar
 
 
 def check_numbers(output: Any, **rule: Any) -> dict[str, int]:
-    """Checks what vLLM's `output` says of its cache, wherever it found rows that an earlier request was compacted to.
+    """Checks the numbers in vLLM's `output`, wherever the request found compacted rows of an earlier one.
 
     Args:
-        output: Of one request, finished.
+    output: Output of one finished request.
         rule: Arguments of `expected_compactions`.
 
     Returns:
         The numbers.
 
     Raises:
-        AssertionError: They are wrong, or the request began where none of its compactions is.
+        AssertionError: The numbers are wrong, or the request continued from a position without a compaction.
     """
     n, num_tokens = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
     numbers = {name: value for name, value in numbers_of(output).items() if name != "reason"}
@@ -115,10 +115,10 @@ def attend(
     first_position=None,
     **others,
 ):
-    """Causal attention where layers hold different numbers of rows; `transformers` makes one mask for all of them.
+    """Causal attention for layers with different numbers of rows; `transformers` makes one mask for all layers.
 
-    `s_aux` are learned sinks, a logit for each head. `first_position` is that of the first query, for attention to the
-    chunk of the text that a token lies in.
+    `s_aux` are learned sinks, a logit for each head. `first_position` is the position of the first query, for attention
+    within chunks of the text.
     """
     shape = query.shape[2], key.shape[2]
     num_before = shape[1] - shape[0]
@@ -148,12 +148,12 @@ AttentionInterface.register("any_rows", attend)
 
 
 def _held(keys: torch.Tensor) -> torch.Tensor:
-    """`[1, num_kv_heads, num_rows]`, which rows a head holds; keys of the others, before them, are NaN."""
+    """Returns which rows each head holds, `[1, num_kv_heads, num_rows]`; keys of rows that it lacks are NaN."""
     return keys[..., 0].isnan().logical_not()
 
 
 class RoundedCache(DynamicCache):
-    """A cache whose keys and values went through a smaller type."""
+    """A cache whose keys and values are rounded to a smaller type."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class RoundedCache(DynamicCache):
 
 
 class Reference:
-    """`cache_dtype` is the type that cached keys and values are rounded to, `full_heads` are those of `Settings`."""
+    """`cache_dtype` is the type to which cached keys and values are rounded; `full_heads` are those of `Settings`."""
 
     auto_class = AutoModelForCausalLM
     attention: str | dict[str, str] = "any_rows"
@@ -186,13 +186,13 @@ class Reference:
         self._begun: dict[tuple[int, ...], tuple[DynamicCache, torch.Tensor]] = {}
 
     def generate(self, prompt: Sequence[int], num_tokens: int, *args: Any, **kwargs: Any) -> list[int]:
-        """Greedy tokens; further arguments as those of `logits`."""
+        """Returns greedy tokens; further arguments as for `logits`."""
         return self.logits(prompt, [None] * num_tokens, *args, **kwargs).argmax(-1).tolist()
 
     def greedy(self, prompt: Sequence[int], answer: Sequence[int], *args: Any, **kwargs: Any) -> list[int]:
-        """The likeliest token after the prompt and each beginning of an answer.
+        """Returns the most likely token after the prompt and after each beginning of an answer.
 
-        It equals the answer exactly if `generate` would say it. That takes a pass for each token, this a few.
+        They equal the answer exactly if `generate` would return it. `generate` takes a pass for each token, this a few.
         """
         return self.logits(prompt, answer, *args, **kwargs).argmax(-1).tolist()
 
@@ -209,13 +209,13 @@ class Reference:
         intervals: tuple[int, int] = (2048, 256),
         document: int | None = None,
     ) -> torch.Tensor:
-        """`[len(tokens), vocabulary]` logits of each next token, fp32.
+        """Returns logits of each next token, `[len(tokens), vocabulary]` fp32.
 
-        `tokens` are what was generated; where one is `None`, the likeliest takes its place. What comes of the tokens up
-        to a compaction comes from the cache before it. The other arguments are those of `expected_compactions`.
+        `tokens` are the generated ones; a `None` is replaced by the most likely token. Logits of tokens up to a
+        compaction come from the cache before it. The other arguments are those of `expected_compactions`.
         """
         known, rows, n = [*prompt, *tokens], [], len(prompt)
-        end_of_answer = n + len(tokens) - 1  # the last token is not computed on
+        end_of_answer = n + len(tokens) - 1  # the last token is not computed
         left = expected_compactions(n, end_of_answer, ratio, first, last, budget, intervals, document)
         unknown = {place for place, token in enumerate(known) if token is None}
         cache, position = self.new_cache(), 0
@@ -233,8 +233,8 @@ class Reference:
     def _computed(
         self, cache: DynamicCache, tokens: Sequence[int], position: int, num_logits: int
     ) -> tuple[DynamicCache, torch.Tensor]:
-        """The cache after the tokens from `position` on, and the logits of what follows each of the last ones."""
-        if position == 0:  # remembered, since prompts are asked for several times
+        """Returns the cache after the tokens from `position` on, and logits of the tokens after the last ones."""
+        if position == 0:  # remembered, since prompts are used several times
             if tuple(tokens) not in self._begun:
                 self._begun[tuple(tokens)] = self._forward(self.new_cache(), tokens, 0, num_logits)
             return copy.deepcopy(self._begun[tuple(tokens)])
@@ -254,7 +254,7 @@ class Reference:
         return cache, logits[0].float()
 
     def _more(self, position: int) -> dict[str, Any]:
-        """What the model passes to attention."""
+        """Returns further arguments that the model passes to attention."""
         return {}
 
     def _compacted(
@@ -263,7 +263,7 @@ class Reference:
         compacted = self.new_cache()
         for index, layer in enumerate(cache.layers):
             if not hasattr(layer, "keys") or layer.is_sliding:
-                # As it was, together with its count of the tokens that it has seen.
+                # Unchanged, with its count of seen tokens.
                 compacted.layers[index] = layer
                 continue
             keys, values = layer.keys, layer.values
@@ -276,7 +276,7 @@ class Reference:
                 of_heads = [states.gather(2, kept) for states in of_heads]
                 if len(heads) == keys.shape[1]:
                     keys, values = of_heads
-                else:  # after rows that only the full heads hold
+                else:  # after rows that only full heads hold
                     keys, values = keys.clone(), values.clone()
                     keys[:, heads], values[:, heads] = torch.nan, 0
                     keys[:, heads, -num_keep:], values[:, heads, -num_keep:] = of_heads
@@ -286,7 +286,7 @@ class Reference:
     def _kept(
         self, index: int, keys: torch.Tensor, values: torch.Tensor, num_keep: int, first: int, last: int
     ) -> torch.Tensor:
-        """`[1, num_kv_heads, num_keep]` rows that stay in layer `index`, one head at a time, one row at a time.
+        """Returns the kept rows of layer `index`, `[1, num_kv_heads, num_keep]`, by a loop over heads and rows.
 
         Keys and values are `[num_kv_heads, num_rows, head_size]`, of the heads that are not full, in the order of
         their tokens.

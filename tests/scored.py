@@ -1,4 +1,4 @@
-"""The reference with other scorers, and answers that hold on every machine."""
+"""The reference with other scorers, and answers that are the same on every machine."""
 
 import math
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ from vllm_l2kv.params import OFFERED_SCORERS
 from vllm_l2kv.scorers import Heads, Rows, Weights, bind
 
 TELLING_SCORES, TELLING_LOGITS = 5e-6, 1e-4
-"""What rows kept and rows evicted, and the two likeliest tokens, must lie apart, in parts of a score and in logits.
+"""Minimum distances between kept and evicted rows, relative to a score, and between the two most likely logits.
 
-Engine and reference add up in other orders; beyond thousands of tokens that makes a few 1e-7 and 1e-5.
+Engine and reference sum in different orders; after thousands of tokens that makes a few 1e-7 and 1e-5.
 """
 
 
 TELLING_SCORERS = tuple(name for name in OFFERED_SCORERS if name not in ("keydiff_value", "learned"))
-"""Those of any engine by whose scores one can see that rounding decides nothing: ranks show no distances."""
+"""Scorers of any engine whose scores show that rounding decides nothing; ranks have no such distances."""
 
 
 class ScoredReference(Reference):
-    """Keeps what `scorer` says; scorers themselves are checked in `tests/kernels/test_scorers.py`.
+    """Keeps the rows that `scorer` chooses; `tests/kernels/test_scorers.py` tests scorers.
 
     Attributes:
         scorer: A value of `kv_scorer`.
-        num_full_layers: Layers before the first compressed one.
-        weights: Of the scorer `learned`; `None` without it.
-        full_heads: As of `Reference`.
+        num_full_layers: Number of layers before the first compressed one.
+        weights: Weights of the scorer `learned`; `None` without it.
+        full_heads: The full heads, as in `Reference`.
     """
 
     scorer = "l2"
@@ -45,7 +45,7 @@ class ScoredReference(Reference):
     def telling_answer(
         self, prompt: Sequence[int], num_tokens: int, scorer: str = "l2", **rule: Any
     ) -> list[int] | None:
-        """Greedy tokens; `None` if rounding would decide one of them, or which rows are kept."""
+        """Returns greedy tokens; `None` if rounding would decide one of them, or which rows are kept."""
         self.scorer, self._closest_scores = scorer, math.inf
         logits = self.logits(prompt, [None] * num_tokens, full_layers=range(self.num_full_layers), **rule)
         best, second = logits.topk(2).values.unbind(-1)

@@ -1,4 +1,4 @@
-"""Tiny models with random weights: architectures of real ones, small enough to start in seconds."""
+"""Tiny models with random weights: real architectures, small enough to start in seconds."""
 
 import shutil
 from collections.abc import Callable
@@ -45,7 +45,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 2,
     "tie_word_embeddings": True,
-    # Large weights: attention that picks tokens, and logits far apart.
+    # Large weights make attention select tokens, and logits differ widely.
     "initializer_range": 0.2,
 }
 SLIDING_WINDOW = 48
@@ -66,13 +66,13 @@ def qwen3(**changes: Any) -> PretrainedConfig:
 
 
 def qwen3_moe(**changes: Any) -> PretrainedConfig:
-    """Every layer with experts, two of four for each token."""
+    """Every layer has experts, two of four for each token."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     return Qwen3MoeConfig(**{**SHAPE, **experts, **changes})
 
 
 def mistral(**changes: Any) -> PretrainedConfig:
-    """Without a window, as all but the first one."""
+    """Without a window, like all Mistral models but the first."""
     return MistralConfig(**{**SHAPE, "sliding_window": None, **changes})
 
 
@@ -83,12 +83,12 @@ def phi3(**changes: Any) -> PretrainedConfig:
 
 
 def glm(**changes: Any) -> PretrainedConfig:
-    """Half of each head is rotated, in pairs of neighbours."""
+    """Half of each head is rotated, in interleaved pairs."""
     return GlmConfig(**{**SHAPE, **changes})
 
 
 def glm4(**changes: Any) -> PretrainedConfig:
-    """The same, with more norms."""
+    """Like GLM, with more norms."""
     return Glm4Config(**{**SHAPE, **changes})
 
 
@@ -99,21 +99,21 @@ def gemma2(**changes: Any) -> PretrainedConfig:
 
 
 def gemma3(num_blocks: int = 2, **changes: Any) -> PretrainedConfig:
-    """Two sliding-window layers before each full-attention one, each kind with a RoPE of its own."""
+    """Two sliding-window layers before each full-attention layer, each kind with its own RoPE."""
     types = ["sliding_attention", "sliding_attention", "full_attention"] * num_blocks
     hybrid = {
         "num_hidden_layers": len(types),
         "layer_types": types,
         "sliding_window": SLIDING_WINDOW,
         "query_pre_attn_scalar": 32,
-        # Gemma scales embeddings up; tied to the output they would repeat the last token, whatever the context.
+        # Gemma scales embeddings up; if tied to the output, they would repeat the last token in any context.
         "tie_word_embeddings": False,
     }
     return Gemma3TextConfig(**{**SHAPE, **hybrid, **changes})
 
 
 def gpt_oss(**changes: Any) -> PretrainedConfig:
-    """Every other layer has a sliding window; each head has a sink, a learned logit beside those of the keys."""
+    """Every other layer has a sliding window; each head has a sink, a learned logit besides those of the keys."""
     hybrid = {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
         "num_hidden_layers": 6,
@@ -127,7 +127,7 @@ def gpt_oss(**changes: Any) -> PretrainedConfig:
 
 
 def llama4(**changes: Any) -> PretrainedConfig:
-    """Every other layer attends to the chunk of 64 tokens that a token lies in; the others have no positions."""
+    """Every other layer attends to the token's own chunk of 64 tokens; the others have no positions."""
     hybrid = {
         "layer_types": ["chunked_attention", "full_attention"] * 3,
         "no_rope_layers": [1, 0] * 3,
@@ -148,7 +148,7 @@ def llama4(**changes: Any) -> PretrainedConfig:
 def lfm2(**changes: Any) -> PretrainedConfig:
     """A short convolution before each attention layer.
 
-    One head: vLLM's rotation on CPUs is wrong for several where a model hands it tensors of three dimensions.
+    One head, since vLLM's CPU rotation is wrong for several heads if a model passes tensors of three dimensions.
     """
     hybrid = {
         "num_attention_heads": 1,
@@ -159,7 +159,7 @@ def lfm2(**changes: Any) -> PretrainedConfig:
         "block_auto_adjust_ff_dim": False,
     }
     shape = {**_without_head_dim(), **hybrid, **changes}
-    # Names that files of this model have and `transformers` does not read.
+    # Names in files of this model that `transformers` does not read.
     others = {
         **dict.fromkeys(("conv_dim", "block_dim", "block_ff_dim"), shape["hidden_size"]),
         "block_multiple_of": 32,
@@ -169,7 +169,7 @@ def lfm2(**changes: Any) -> PretrainedConfig:
 
 
 def nemotron_h(**changes: Any) -> PretrainedConfig:
-    """Mamba 2, attention and feed-forward each in a layer of its own; the latter cache nothing."""
+    """Mamba 2, attention and feed-forward in separate layers; the last kind has no cache."""
     hybrid = {
         "hybrid_override_pattern": "M-M*-M*-M*",
         "num_hidden_layers": 10,
@@ -203,7 +203,7 @@ def granite_hybrid(**changes: Any) -> PretrainedConfig:
 
 
 def qwen3_next(**changes: Any) -> PretrainedConfig:
-    """A gated delta net before each attention layer, and experts. vLLM computes it in bf16, on GPUs and some CPUs."""
+    """A gated delta net before each attention layer, and experts. vLLM runs it in bf16, on GPUs and some CPUs."""
     hybrid = {
         "layer_types": ["linear_attention", "full_attention"] * 3,
         "num_hidden_layers": 6,
@@ -223,7 +223,7 @@ def qwen3_next(**changes: Any) -> PretrainedConfig:
 
 
 def jamba(**changes: Any) -> PretrainedConfig:
-    """Mamba 1 before each attention layer, which vLLM computes on GPUs alone."""
+    """Mamba 1 before each attention layer; vLLM runs it on GPUs only."""
     hybrid = {
         "hidden_size": 128,
         "num_hidden_layers": 6,
@@ -243,12 +243,12 @@ def _without_head_dim() -> dict[str, Any]:
 
 
 def write(folder: Path, config: PretrainedConfig, tokenizer: Path) -> Path:
-    """Writes a model with random weights and the tokenizer of another one.
+    """Writes a model with random weights and the tokenizer of another model.
 
     Args:
-        folder: Where to.
-        config: Of the model; weights are made in fp32 and saved in its `dtype`, if it names one.
-        tokenizer: Folder to copy the tokenizer's files from.
+        folder: Destination.
+        config: The model's configuration; weights are made in fp32 and saved in its `dtype`, if it has one.
+        tokenizer: Folder with the tokenizer's files.
 
     Returns:
         The folder.
@@ -257,8 +257,8 @@ def write(folder: Path, config: PretrainedConfig, tokenizer: Path) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Biases begin as zeros, weights of norms as ones. With the latter, keys behind a QK-norm would all be of
-            # one length, and the choice of tokens a matter of rounding.
+            # Biases are initialized to zeros and weights of norms to ones. With the latter, all keys after a QK-norm
+            # would have equal norms, and rounding would choose the tokens.
             if parameter.dim() == 1:
                 parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
     model.to(config.dtype or torch.float32).save_pretrained(folder)
@@ -272,8 +272,8 @@ def write_eagle(folder: Path, config: PretrainedConfig) -> Path:
     """Writes an EAGLE head with random weights: a layer of the target's shape, with its embeddings and its output.
 
     Args:
-        folder: Where to.
-        config: Of the target, a Llama.
+        folder: Destination.
+        config: The target's configuration, a Llama.
 
     Returns:
         The folder.
@@ -289,7 +289,7 @@ def write_eagle(folder: Path, config: PretrainedConfig) -> Path:
 
 
 class HybridReference(Reference):
-    """The reference for models some of whose layers hold a window of rows alone, or a state in place of rows."""
+    """The reference for models with layers that hold a window of rows, or a state in place of rows."""
 
     def __init__(self, model: Path, **options: Any) -> None:
         super().__init__(model, **options)
@@ -297,7 +297,7 @@ class HybridReference(Reference):
 
 
 class ChunkedReference(HybridReference):
-    """The reference for models some of whose layers attend to one chunk of the text."""
+    """The reference for models with layers that attend to one chunk of the text."""
 
     def _more(self, position: int) -> dict[str, Any]:
         return {"first_position": position}

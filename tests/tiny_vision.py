@@ -1,7 +1,7 @@
 """Tiny vision-language models with random weights, and the reference for their prompts with images.
 
-transformers wants torchvision for their processors. PyPI's for Linux is built for CUDA and does not import beside a CPU
-build of PyTorch; see "PyTorch for CPUs" in docs/quick_start.md for an index that has one for CPUs.
+In transformers, their processors need torchvision. PyPI's build for Linux is for CUDA and cannot be imported with a CPU
+build of PyTorch; see "PyTorch for CPUs" in docs/quick_start.md for an index with builds for CPUs.
 """
 
 import re
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SHAPE, SLIDING_WINDOW
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, PretrainedConfig
 
-# More rows for words of the models than the demo model's tokenizer has.
+# More embeddings than words in the demo model's tokenizer.
 TEXT = {**SHAPE, "vocab_size": 49216, "hidden_size": 128}
 QWEN_WORDS = {
     "vision_start_token": "<|vision_start|>",
@@ -33,10 +33,10 @@ class Family(NamedTuple):
     """A kind of vision-language model.
 
     Attributes:
-        make: Configuration and processor, with the words of the tokenizer in a folder and a few of its own.
-        image: What stands in a prompt for an image.
-        num_tokens: Of an image of so many pixels, height and width.
-        ends: Tokens that an image takes beside its own.
+        make: Makes configuration and processor, with the words of a tokenizer's folder and a few more.
+        image: Placeholder of an image in a prompt.
+        num_tokens: Returns the number of tokens of an image, by height and width in pixels.
+        ends: Number of tokens around an image.
     """
 
     make: Callable[[Path], tuple[PretrainedConfig, Any]]
@@ -46,7 +46,7 @@ class Family(NamedTuple):
 
 
 def tokenizer_of(folder: Path, **words: str) -> Any:
-    """The tokenizer with more words, by the names of its attributes."""
+    """Returns the tokenizer with more words, by the names of its attributes."""
     return transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens=words)
 
 
@@ -56,7 +56,7 @@ def qwen_tokenizer(folder: Path) -> tuple[Any, dict[str, int]]:
 
 
 def qwen2_5_vl(folder: Path) -> tuple[PretrainedConfig, Any]:
-    """An image takes a token for 28 x 28 pixels; its positions have three dimensions."""
+    """An image takes one token per 28 x 28 pixels; its positions have three dimensions."""
     tokenizer, tokens = qwen_tokenizer(folder)
     del tokens["vision_end_token_id"]
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
@@ -81,7 +81,7 @@ def qwen2_5_vl(folder: Path) -> tuple[PretrainedConfig, Any]:
 
 
 def qwen3_vl(folder: Path) -> tuple[PretrainedConfig, Any]:
-    """The same for 32 x 32 pixels, with QK-norm; the first layers also add features of an image (DeepStack)."""
+    """One token per 32 x 32 pixels, with QK-norm; the first layers also add features of an image (DeepStack)."""
     tokenizer, tokens = qwen_tokenizer(folder)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
     config = transformers.Qwen3VLConfig(
@@ -105,9 +105,9 @@ def qwen3_vl(folder: Path) -> tuple[PretrainedConfig, Any]:
 
 
 def gemma3(folder: Path) -> tuple[PretrainedConfig, Any]:
-    """Every image takes 16 tokens, between two of their own and line breaks; sliding windows in two of three layers."""
+    """Every image takes 16 tokens, between two special ones and line breaks; two of three layers have windows."""
     tokenizer = tokenizer_of(folder, **GEMMA_WORDS)
-    tokenizer.add_tokens(["\n" * times for times in range(1, 5)])  # vLLM looks for them between images
+    tokenizer.add_tokens(["\n" * times for times in range(1, 5)])  # vLLM searches for them between images
     ids = {f"{name}_index": getattr(tokenizer, f"{name}_id") for name in GEMMA_WORDS}
     types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     text = {
@@ -173,10 +173,10 @@ def write(folder: Path, family: str, tokenizer: Path, chat_template: str | None 
     """Writes a model with random weights, a processor, and the words of another model's tokenizer.
 
     Args:
-        folder: Where to.
-        family: Of `FAMILIES`.
-        tokenizer: Folder of the other model.
-        chat_template: Of the processor.
+    folder: Destination.
+    family: One of `FAMILIES`.
+    tokenizer: Folder of the other model.
+    chat_template: Template of the processor.
 
     Returns:
         The folder.
@@ -191,7 +191,7 @@ def write(folder: Path, family: str, tokenizer: Path, chat_template: str | None 
             elif "visual" in name or "vision" in name or "projector" in name:
                 parameter.normal_(0, 0.2)
     model.save_pretrained(folder)
-    # As in the files of real models: vLLM knows the vision tower's weights by no other name.
+    # As in the files of real models, since vLLM needs these names of the vision tower's weights.
     weights = load_file(folder / "model.safetensors")
     named = {
         re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): weights[name] for name in weights
@@ -208,7 +208,7 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
 
 
 class VisionReference(Reference):
-    """The reference for one prompt with images at a time; attention is causal in an image too, as vLLM's for CPUs."""
+    """The reference for one prompt with images at a time; attention in images is causal too, as in vLLM on CPUs."""
 
     auto_class = AutoModelForImageTextToText
     attention = {"text_config": "any_rows", "vision_config": "sdpa"}  # noqa: RUF012
@@ -220,7 +220,7 @@ class VisionReference(Reference):
 
     @torch.inference_mode()
     def see(self, text: str, images: Sequence[Image.Image]) -> list[int]:
-        """Embeds the prompt of the next calls, as the model itself does, and returns its tokens."""
+        """Embeds the prompt for the next calls as the model does, and returns its tokens."""
         self._begun.clear()
         inputs = self.processor(images=list(images), text=text, return_tensors="pt")
         seen: dict[str, Any] = {}
@@ -236,7 +236,7 @@ class VisionReference(Reference):
 
     def _forward(self, cache, tokens, position, num_logits):
         n = self._embeddings.shape[1]
-        first = max(position, n)  # of the answer
+        first = max(position, n)  # first token of the answer
         answered = torch.tensor([tokens[first:]], dtype=torch.long)
         embeddings = self.model.get_input_embeddings()(answered)
         after = self._positions.max() + 1 + torch.arange(first, first + answered.shape[1]) - n
@@ -252,7 +252,7 @@ class VisionReference(Reference):
         return cache, self.model.lm_head(hidden[0, -num_logits:]).float()
 
     def _deep_features(self, begin: int, end: int) -> dict[str, Any]:
-        """What the first layers add to the tokens from `begin` to `end`."""
+        """Returns the features that the first layers add to the tokens from `begin` to `end`."""
         if self._images is None:
             return {}
         n, before = self._images.shape[1], int(self._images[:, :begin].sum())

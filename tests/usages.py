@@ -1,17 +1,17 @@
-"""`usage.kv_cache` of a finished request, stated for tests by what they know of it."""
+"""Expected `usage.kv_cache` of a finished request, for tests."""
 
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 DEMO_SHARE = Fraction(2, 30)
-"""Full layers of the demo model, by default, of all its layers."""
+"""Share of full layers in the demo model, by default."""
 TINY_SHARE = Fraction(1, 4)
-"""One layer of a tiny model."""
+"""Share of one layer in a tiny model."""
 
 
 def memory_ratio(num_rows: int, num_tokens: int, full_share: Fraction) -> float:
-    """Memory of the whole cache: full layers hold all tokens, the others these rows."""
+    """Returns the memory of the whole cache: full layers hold all tokens, the others these rows."""
     return round(float(full_share + (1 - full_share) * Fraction(num_rows, num_tokens)), 4)
 
 
@@ -23,15 +23,15 @@ def usage(
     full_share: Fraction = Fraction(1, 5),
     **others: Any,
 ) -> dict[str, Any]:
-    """What a request of so many tokens reports: its last token takes no row.
+    """Returns the numbers of a request; its last token takes no row.
 
     Args:
-        prompt: Tokens of its prompt.
-        answer: Tokens of its answer, at least 1.
-        evicted: Tokens that were evicted.
-        compactions: How often it was compacted; once by default if anything was evicted.
-        full_share: Full layers of all layers; by default as schedulers of these tests have them.
-        others: `max_tokens` or `reason`, where it has them.
+    prompt: Number of tokens of its prompt.
+    answer: Number of tokens of its answer, at least 1.
+    evicted: Number of evicted tokens.
+    compactions: Number of compactions; by default one if anything was evicted.
+    full_share: Share of full layers; by default that of schedulers in these tests.
+    others: `max_tokens` or `reason`, if it has them.
     """
     num_tokens = prompt + answer - 1
     return {
@@ -45,7 +45,7 @@ def usage(
 
 
 def numbers_of(output: Any) -> dict[str, Any]:
-    """What vLLM's `output` says of its cache, less the memory ratio, which must lie where any full layers put it."""
+    """Returns the numbers in vLLM's `output` without the memory ratio, which must be possible for some full layers."""
     numbers = dict(output.kv_transfer_params["kv_cache"])
     ratio, kept = numbers.pop("memory_ratio"), numbers["kept_tokens"]
     assert kept / (kept + numbers["evicted_tokens"]) - 5e-5 <= ratio <= 1, numbers
@@ -53,7 +53,7 @@ def numbers_of(output: Any) -> dict[str, Any]:
 
 
 def together(numbers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What an answer to several prompts says, each of which would say one of these: counts alone are added up."""
+    """Returns the numbers of an answer to several prompts with these numbers; only counts are summed."""
     sizes = [one["kept_tokens"] + one["evicted_tokens"] for one in numbers]
     held = sum(one["memory_ratio"] * size for one, size in zip(numbers, sizes, strict=True))
     total = {name: sum(one[name] for one in numbers) for name in numbers[0]}

@@ -1,4 +1,4 @@
-"""Weights of the scorer `learned` that nothing was trained for."""
+"""Made-up weights of the scorer `learned`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from vllm_l2kv.scorers.learned import DTYPES, num_features, shapes_of_a_head
 
 
 def made_up_weights(num_layers: int, num_heads: int, head_size: int, rope: Rope | None = None) -> Weights:
-    """Random ones under which every feature counts, in all layers and heads.
+    """Returns random weights with which every feature matters, in all layers and heads.
 
     Without `rope` all of a key is rotated, a quarter of its pairs slowly.
     """
@@ -32,9 +32,9 @@ def write_profile(
     memory: tuple[Target, ...] = (),
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Profile:
-    """A profile of a model with full attention in all layers.
+    """Writes a profile of a model with full attention in all layers, with these weights and settings.
 
-    It holds these weights and settings; `tensors`, if given, are written in place of those of the weights.
+    `tensors`, if given, replace those of the weights.
     """
     num_layers, num_heads, num_features_of_weights = weights.tensors["wl"].shape
     head_size = (num_features_of_weights - num_features(0, 0, weights.rope)) // 2

@@ -1,4 +1,4 @@
-"""A model with one more KV head that answers the same: two ranks cannot share the demo model's three."""
+"""A model with one more KV head and the same answers, since two ranks cannot share the demo model's three heads."""
 
 import shutil
 from pathlib import Path
@@ -12,8 +12,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def widened(folder: Path, model: Path) -> Path:
     """Writes `model`, of Llama's architecture, with one more KV head and its query heads.
 
-    They are copies of the first ones, and what comes out of them is multiplied by zeros. Heads are compacted one by
-    one, so all that the others compute stays as it was.
+    They are copies of the first ones, and their outputs are multiplied by zeros. Heads are compacted independently, so
+    the other heads compute the same as before.
     """
     llama = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     config = llama.config

@@ -1,4 +1,4 @@
-"""A server that is none: it speaks as vLLM does, and answers at once."""
+"""A fake server with vLLM's API that answers at once."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,7 +8,7 @@ from fake_vllm import Fake
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Fake]]:
-    """Starts servers of `Fake`'s arguments."""
+    """Starts servers with arguments of `Fake`."""
     started: list[Fake] = []
 
     def start(**arguments) -> Fake:

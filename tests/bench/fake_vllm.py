@@ -1,4 +1,4 @@
-"""The HTTP side of vLLM, as far as a load test sees it."""
+"""The part of vLLM's HTTP API that load tests use."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 from usages import usage
 
 Broken = str | tuple[int, str] | None
-"""What becomes of a request: a status and a message instead of an answer, or a way to break it off."""
+"""How a request fails: a status and a message in place of an answer, or a way to break the answer off."""
 METRICS = """\
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0"} 3.0
@@ -49,13 +49,13 @@ class Fake:
     """A server on a free port.
 
     Args:
-        compresses: It is vllm-l2kv and tells what it kept.
-        broken: What becomes of the request with this body.
-        delay_s: Before each event.
-        api_key: What requests must name.
-        token: Adds to token ids, so that two servers may differ in their tokenizers.
-        hits: Share of prompt tokens that its prefix cache had.
-        metrics: Whether there are any.
+        compresses: Whether it is vllm-l2kv and reports what it kept.
+        broken: Returns how the request with a body fails.
+        delay_s: Time before each event.
+        api_key: Key that requests must have.
+        token: Added to token ids, so that two servers can have different tokenizers.
+        hits: Share of prompt tokens found in its prefix cache.
+        metrics: Whether it has metrics.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Fake:
         self._server.server_close()
 
     def measured(self, ratio: float | None, budget: int | None = None) -> list[dict[str, Any]]:
-        """Bodies of one round without its two warm-ups."""
+        """Returns the bodies of one round without its two warm-ups."""
         asked = (ratio, budget)
         return [body for body in self.bodies if (body.get("kv_keep_ratio"), body.get("kv_max_tokens")) == asked][2:]
 
@@ -99,7 +99,7 @@ class Fake:
             self._at_once -= 1
 
     def tokens(self, text: str, special: bool) -> list[int]:
-        """A token for each word, by its first two letters; 1 is the BOS."""
+        """Returns a token for each word, by its first two letters; 1 is the BOS."""
         return [1] * special + [ord(word[0]) * 256 + ord(word[-1]) + self.token for word in text.split()[:5000]]
 
     def usage(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`vllm-l2kv bench` from its options to its page, against servers that are none."""
+"""`vllm-l2kv bench` from its options to its page, against fake servers."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def run(*words: str) -> int:
 
 
 def refused(capsys, *words: str) -> str:
-    """The only line on standard error."""
+    """Returns the only line on standard error."""
     assert run(*words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -66,12 +66,12 @@ def test_bad_options_are_named_in_one_line(capsys, tmp_path, words, said):
 
 
 class TestServersThatCannotBeTested:
-    def test_stock_is_not_ours(self, capsys, start, tmp_path):
+    def test_the_stock_url_is_not_a_server_of_vllm_l2kv(self, capsys, start, tmp_path):
         line = refused(capsys, "--url", start(compresses=False).url, "--out", str(tmp_path))
         assert "argument --url: " in line
         assert "is stock; name a vllm-l2kv server" in line
 
-    def test_ours_is_not_stock(self, capsys, ours, start, tmp_path):
+    def test_the_url_is_not_a_stock_server(self, capsys, ours, start, tmp_path):
         line = refused(capsys, "--url", ours.url, "--compare", start().url, "--out", str(tmp_path))
         assert "argument --compare: " in line
         assert "is vllm-l2kv; name stock vLLM" in line
@@ -148,7 +148,7 @@ class TestRuns:
             assert row["prompt_tokens"] == sum(len(body["prompt"]) for body in asked)
             assert row["output_tokens"] == sum(body["max_tokens"] for body in asked)
             assert row["load"]["prompt_tokens"] == "20:60"
-            assert row["preemptions"] == 6  # as the fake counts them; warm-ups are before
+            assert row["preemptions"] == 6  # as the fake counts them, after the warm-ups
             assert row["num_samples_failed"] == 0
         assert rows[0]["evicted_tokens"] == 0 < rows[1]["evicted_tokens"]
         assert rows[1]["own_metrics"]["vllm_l2kv:rows_evicted_total"] == rows[1]["evicted_tokens"]
@@ -225,14 +225,14 @@ class TestRuns:
         whole, half = (row["num_requests"] for row in rows_of(tmp_path))
         assert whole == half > 3
 
-    def test_fields_go_to_ours_alone(self, ours, start, tmp_path):
+    def test_fields_go_to_vllm_l2kv_alone(self, ours, start, tmp_path):
         stock = start(compresses=False)
         fields = ["--fields", '{"kv_scorer": "keydiff"}']
         run("--url", ours.url, "--compare", stock.url, "--ratios", "0.5", *QUICK, *fields, "--out", str(tmp_path))
         assert {body["kv_scorer"] for body in ours.bodies} == {"keydiff"}
         assert not any("kv_scorer" in body for body in stock.bodies)
 
-    def test_some_failures_are_counted_and_told(self, capsys, start, tmp_path):
+    def test_some_failures_are_counted_and_reported(self, capsys, start, tmp_path):
         fake = start(broken=lambda body: (503, "Full.") if body["max_tokens"] == 2 else None)
         words = ["--url", fake.url, "--ratios", "1", *QUICK, "--requests", "20", "--out", str(tmp_path)]
         assert run(*words) == 0
@@ -243,13 +243,13 @@ class TestRuns:
         assert f"vllm-l2kv, keep 1: {twos} x 503 Full." in capsys.readouterr().err
         assert "503 Full." in (tmp_path / "report.html").read_text()
 
-    def test_nothing_but_failures_is_1(self, capsys, start, tmp_path):
+    def test_the_exit_status_is_1_if_all_requests_fail(self, capsys, start, tmp_path):
         fake = start(broken=lambda body: (500, "Dead."))
         assert run("--url", fake.url, "--ratios", "1,0.5", *QUICK, "--out", str(tmp_path)) == 1
         assert [row["errors"] for row in rows_of(tmp_path)] == [{"500 Dead.": 6}] * 2
         assert (tmp_path / "report.html").exists()
 
-    def test_prompts_that_were_known_are_told(self, capsys, start, tmp_path):
+    def test_prompts_found_in_the_prefix_cache_are_reported(self, capsys, start, tmp_path):
         words = ["--url", start(hits=0.4).url, "--ratios", "1", *QUICK]
         assert run(*words, "--out", str(tmp_path / "a")) == 0
         assert "40% of the prompt tokens were in its prefix cache, 0% are shared" in capsys.readouterr().err
@@ -267,7 +267,7 @@ class TestRuns:
         (tmp_path / "file").write_text("")
         assert "argument --out: " in refused(capsys, "--url", ours.url, "--out", str(tmp_path / "file" / "out"))
 
-    def test_an_interrupt_reports_what_is_there(self, ours, tmp_path, monkeypatch):
+    def test_an_interrupt_reports_the_results_so_far(self, ours, tmp_path, monkeypatch):
         from vllm_l2kv.tools.bench import run as rounds_of
 
         def two(plan, prompts, real=rounds_of.rounds):

@@ -1,4 +1,4 @@
-"""What becomes of requests that go right and wrong, and who is in flight."""
+"""Requests that succeed and that fail, and how many are in flight."""
 
 import asyncio
 import socket
@@ -48,7 +48,7 @@ class TestAnswers:
             "memory_ratio": 0.6923,  # (13 + 4 * 8) / (5 * 13)
         }
 
-    def test_stock_tells_nothing_of_what_is_kept(self, start):
+    def test_stock_reports_nothing_about_kept_rows(self, start):
         assert answer_of(start(compresses=False).url, ratio=None).error is None
 
     @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def driven(url: str, load: Load) -> list[Outcome]:
 
 
 def meet(number: int):
-    """Answers when so many requests are in flight, and fails if they never are."""
+    """Answers once so many requests are in flight; fails if there never are."""
     barrier = threading.Barrier(number)
 
     def wait(body):
@@ -117,7 +117,7 @@ class TestDrive:
         assert sorted(outcome.planned.number for outcome in outcomes) == list(range(12))
         assert {outcome.late_s for outcome in outcomes} == {0.0}
 
-    def test_arrivals_wait_for_nobody(self, start):
+    def test_arrivals_do_not_wait_for_answers(self, start):
         fake = start(broken=meet(20))
         load = Load(LENGTHS, Lengths(1, 1), rate=1000.0, num_requests=20)
         outcomes = driven(fake.url, load)
@@ -127,16 +127,16 @@ class TestDrive:
         begin = min(outcome.answer.start_s - outcome.planned.due_s for outcome in outcomes)
         for outcome in outcomes:
             assert outcome.planned.due_s == due[outcome.planned.number]
-            assert outcome.answer.start_s - begin >= outcome.planned.due_s - 1e-6  # the first one, but for rounding
+            assert outcome.answer.start_s - begin >= outcome.planned.due_s - 1e-6  # the first one, up to rounding
             assert outcome.late_s > 0
 
-    def test_the_time_ends_what_clients_send(self, start):
+    def test_clients_stop_when_the_time_is_over(self, start):
         fake = start(delay_s=0.01)
         outcomes = driven(fake.url, Load(LENGTHS, Lengths(1, 1), concurrency=2, duration_s=0.2))
         assert len(outcomes) == len(fake.bodies) > 2
         assert all(outcome.answer.error is None for outcome in outcomes)
 
-    def test_failures_stop_nobody(self, start):
+    def test_failures_do_not_stop_other_requests(self, start):
         fake = start(broken=lambda body: (500, "no") if body["prompt"][0] % 2 else None)
         outcomes = driven(fake.url, Load(LENGTHS, Lengths(1, 1), concurrency=2, num_requests=10))
         assert len(outcomes) == 10
@@ -177,7 +177,7 @@ class TestWatch:
             assert sample.own["vllm_l2kv:logical_tokens"] == 4
         assert watch.samples[0].at_s < watch.samples[1].at_s
 
-    def test_a_server_without_metrics_is_no_failure(self, start):
+    def test_a_server_without_metrics_is_not_an_error(self, start):
         watch = self.watched(start(metrics=False), looks=3)
         assert watch.counted == {}
         for sample in watch.samples:

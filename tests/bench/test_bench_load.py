@@ -1,4 +1,4 @@
-"""Lengths and arrivals against what their distributions promise; prompts against each other."""
+"""Lengths and arrivals against their distributions; prompts against each other."""
 
 from argparse import ArgumentTypeError
 from itertools import combinations, islice
@@ -20,7 +20,7 @@ def some(load: Load, number: int = 4000):
 
 class TestLengths:
     @pytest.mark.parametrize("text", ["512", "200:2000", "lognormal:500:0.6:4000"])
-    def test_forms_are_read_and_said(self, text):
+    def test_forms_are_parsed_and_printed(self, text):
         assert str(lengths(8)(text)) == text
 
     @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ class TestPlanned:
         due = [request.due_s for request in some(ENDLESS)]
         gaps = [later - earlier for earlier, later in zip([0.0, *due], due, strict=False)]
         assert mean(gaps) == pytest.approx(1 / 4, rel=0.05)
-        # Exponential: as much spread as mean, and no memory.
+        # Exponential: the standard deviation equals the mean, and gaps are independent.
         assert mean(gap**2 for gap in gaps) == pytest.approx(2 / 16, rel=0.1)
         assert min(gaps) > 0
 
@@ -89,7 +89,7 @@ class TestPlanned:
         in_time = list(planned(Load(FIXED, FIXED, rate=4.0, duration_s=10.0)))
         after = some(Load(FIXED, FIXED, rate=4.0))[len(in_time)]
         assert in_time[-1].due_s <= 10 < after.due_s
-        # Who waits for answers is stopped by the clock.
+        # Clients that wait for answers stop by the clock.
         assert len(some(Load(FIXED, FIXED, duration_s=0.1), 50)) == 50
 
 
@@ -133,7 +133,7 @@ class TestPrompts:
         a, b = (prompts.prompt(0, number, 100) for number in range(2))
         assert first_difference(a, b) in (50, 51)
 
-    def test_text_goes_on_as_it_is(self):
+    def test_text_continues_in_order(self):
         prompt = Prompts(self.TEXT, (), 0, seed=0).prompt(0, 0, 100)
         twice = ",".join(map(str, self.TEXT * 2))
         assert ",".join(map(str, prompt[3:])) in twice

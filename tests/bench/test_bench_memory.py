@@ -1,4 +1,4 @@
-"""Which process is behind a URL, and what it holds."""
+"""Finding the process of a URL, and its memory."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def test_addresses_of_this_machine():
     assert not is_local("192.0.2.1")
 
 
-def test_what_a_process_started_counts():
+def test_child_processes_count():
     before = counter(os.getpid())()["tree"]
     child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with child:
@@ -37,7 +37,7 @@ def test_what_a_process_started_counts():
         child.communicate("")
 
 
-def test_nothing_counts_nothing():
+def test_memory_of_no_process():
     assert counter(None)() == {}
     assert "tree" not in counter(2**22 + 1)()  # no such process
 

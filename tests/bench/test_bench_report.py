@@ -1,4 +1,4 @@
-"""Rows of known answers, and what tables and the page make of rows."""
+"""Rows from known answers, and tables and the page made from rows."""
 
 import base64
 import html
@@ -17,7 +17,7 @@ from vllm_l2kv.tools.bench.watch import Sample, Watch
 
 
 def outcome(number: int, start_s: float, first_s: float, gap_s: float, num_tokens: int = 5, **usage: Any) -> Outcome:
-    """A first token after `first_s`, then one every `gap_s`; the stream ends with the last one."""
+    """Returns an answer with its first token after `first_s`, then one every `gap_s`; it ends with the last one."""
     times = [start_s + first_s + i * gap_s for i in range(num_tokens)]
     usage = {"prompt_tokens": 10, "completion_tokens": num_tokens, **usage}
     return Outcome(Planned(number, 0.0, 10, num_tokens), Answer(start_s, times[-1], times, usage), 0.25 * number)
@@ -122,7 +122,7 @@ class TestSummary:
 
 
 def made_up(ratios=(1.0, 0.5), engines=("vllm-l2kv", "stock"), **changes: Any) -> list[dict[str, Any]]:
-    """Ours is twice as fast as stock at a ratio of 0.5, and as fast at 1."""
+    """Returns rows in which vllm-l2kv is twice as fast as stock at a ratio of 0.5, and equally fast at 1."""
     rows = []
     for i, ratio in enumerate(ratios):
         for engine in engines:
@@ -149,12 +149,12 @@ class TestReport:
         assert cells(lines, "memory of all its processes, peak (GiB)") == ["1", "1"]
         assert cells(lines, "requests answered") == ["4", "4"]
 
-    def test_what_nobody_measured_has_no_line(self):
+    def test_metrics_that_were_not_measured_have_no_line(self):
         names = [line[0] for line in table(made_up(), "vllm-l2kv")]
         assert "preemptions" not in names
         assert "memory in use on GPUs, peak (GiB)" not in names
 
-    def test_ours_is_divided_by_stock_of_the_same_round(self):
+    def test_rounds_are_divided_by_stock_of_the_same_round(self):
         lines = comparison(made_up())
         assert cells(lines, "first token, p50 (ms)") == ["1.000", "0.500"]
         assert cells(lines, "requests running, mean") == ["1.000", "2.000"]
@@ -167,7 +167,7 @@ class TestReport:
         assert comparison(rows)[0] == ["", "keep 1", "keep 0.5", "budget 4,096"]
         assert "beside budget 4,096" in write_report(rows, [], tmp_path).read_text()
 
-    def test_rounds_that_are_alone_are_not_compared(self):
+    def test_rounds_of_one_engine_are_not_compared(self):
         assert comparison(made_up()[:-1])[0] == ["", "keep 1"]
 
     @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ class TestReport:
     def test_numbers(self, number, words):
         assert shown(number) == words
 
-    def test_errors_are_told(self, tmp_path):
+    def test_errors_are_reported(self, tmp_path):
         rows = made_up(errors={"503 <full>": 3})
         assert errors(rows).splitlines()[0] == "vllm-l2kv, keep 1: 3 x 503 <full>"
         page = write_report(rows, [], tmp_path).read_text()

@@ -1,4 +1,4 @@
-"""What tests of images, dashboards and replicas share."""
+"""Fixtures for tests of images, dashboards and replicas."""
 
 import os
 import shutil

@@ -1,17 +1,17 @@
-"""Reads as much of a Dockerfile as ours use: instructions, without comments, with continued lines joined."""
+"""Reads the syntax that this project's Dockerfiles use: instructions, without comments, with joined lines."""
 
 from pathlib import Path
 
 
 def instructions(dockerfile: Path) -> list[tuple[str, str]]:
-    """Pairs of an instruction's name and the rest of it, in order."""
+    """Returns pairs of an instruction's name and its arguments, in order."""
     lines = [line for line in dockerfile.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in joined.splitlines())]
 
 
 def stages(dockerfile: Path) -> list[list[tuple[str, str]]]:
-    """The instructions of each stage behind its `FROM`."""
+    """Returns the instructions of each stage after its `FROM`."""
     found: list[list[tuple[str, str]]] = []
     for name, rest in instructions(dockerfile):
         if name == "FROM":

@@ -1,4 +1,4 @@
-"""The alert rules, with the series of alerts.yml instead of a server."""
+"""The alert rules, with the series of alerts.yml in place of a server."""
 
 import subprocess
 

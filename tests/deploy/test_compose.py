@@ -1,4 +1,4 @@
-"""docker/compose.yaml: its schema, and that the files beside it speak of the same things."""
+"""docker/compose.yaml: its schema, and its agreement with the files beside it."""
 
 import subprocess
 

@@ -17,7 +17,7 @@ from http_server import Server, free_port
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "vllm-l2kv.json").read_text())
 PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"] != "row"}
-# What Grafana puts in the place of variables.
+# Values that Grafana substitutes for variables.
 VARIABLES = {"$model_name": ".*", "$instance": ".*", "$__rate_interval": "1m"}
 SCRAPE_SECONDS = 1
 ASKED = [
@@ -30,7 +30,7 @@ MODEL = "SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="module")
 def prometheus(server, prometheus_folder, tmp_path_factory) -> Iterator[httpx.Client]:
-    """Prometheus with our configuration and rules, after two rounds of requests that it saw come in."""
+    """Prometheus with the project's configuration and rules, after it has scraped two rounds of requests."""
     folder = tmp_path_factory.mktemp("prometheus")
     source = ROOT / "docker" / "prometheus"
     config = yaml.safe_load((source / "prometheus.yml").read_text())
@@ -56,7 +56,7 @@ def prometheus(server, prometheus_folder, tmp_path_factory) -> Iterator[httpx.Cl
 
 
 def ask(server: Server) -> None:
-    """Requests at every ratio, with a budget, and one that is refused."""
+    """Sends requests at every ratio, with a budget, and one that is refused."""
     body = {"model": MODEL, "prompt": list(range(100, 400)), "max_tokens": 16, "ignore_eos": True}
     post = lambda more: httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=120)  # noqa: E731
     with ThreadPoolExecutor(4) as pool:
@@ -65,7 +65,7 @@ def ask(server: Server) -> None:
 
 
 def seen(client: httpx.Client, server: Server) -> None:
-    """Waits until Prometheus has scraped what the server counts now."""
+    """Waits until Prometheus has scraped the server's present counts."""
     counted = server.metrics()["vllm:generation_tokens_total"]
     until(lambda: values(client, "sum(vllm:generation_tokens_total)") == [counted], "the counts were scraped")
 
@@ -114,11 +114,11 @@ def test_every_query_of_a_panel_has_data(prometheus, title):
     ],
 )
 @pytest.mark.slow
-def test_panels_tell_apart(prometheus, label, title, told_apart):
+def test_panels_separate_kinds_ratios_and_budgets(prometheus, label, title, told_apart):
     (target,) = PANELS[title]["targets"]
     query = f"count by ({label}) ({filled_in(target['expr'])} > 0)"
     answer = prometheus.get("/query", params={"query": query}).json()
-    # Others may have asked this server for more.
+    # Other tests may have sent requests to this server too.
     assert {series["metric"][label] for series in answer["data"]["result"]} >= told_apart
 
 
@@ -132,7 +132,7 @@ def test_a_document_is_found(prometheus):
 
 
 @pytest.mark.slow
-def test_variables_offer_what_there_is(prometheus, server):
+def test_variables_offer_the_existing_values(prometheus, server):
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
             metric, _, label = variable["definition"].removeprefix("label_values(").removesuffix(")").partition(", ")

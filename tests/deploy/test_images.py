@@ -1,4 +1,4 @@
-"""The Dockerfiles: lint, what is promised of them, and the CPU image's steps replayed. No Docker is needed."""
+"""The Dockerfiles: lint, documented properties, and the CPU image's steps replayed. No Docker is needed."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_the_gpu_image_is_of_the_vllm_that_we_support(root):
     assert version.removeprefix("VLLM_VERSION=") in vllm.specifier
 
 
-def test_the_build_context_holds_what_is_copied(root, dockerfile):
+def test_the_build_context_has_every_copied_file(root, dockerfile):
     let_in = {line[1:] for line in (root / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for name, rest in instructions(dockerfile):
         if name == "COPY" and not rest.startswith("--from"):
@@ -64,9 +64,9 @@ def test_the_build_context_holds_what_is_copied(root, dockerfile):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_cpu_image_step_by_step(root, tiny_model, tmp_path):
-    """Its first stage in a scratch folder, then the server out of it, with that environment and nothing else of ours.
+    """Runs its first stage in a scratch folder, then the server from there, with that environment only.
 
-    Left out are the second stage's steps, which need root: libnuma1, the user, and copying.
+    The second stage's steps need root and are left out: libnuma1, the user, and copying.
     """
     Replay(root, tmp_path).run(stages(root / "docker" / "Dockerfile.cpu")[0])
     words = "--served-model-name tiny --dtype float32 --enforce-eager --max-model-len 2048 --kv-full-layers 0"

@@ -1,4 +1,4 @@
-"""The manifests: schemas, and that they speak of the same things. No cluster is needed."""
+"""The manifests: schemas, and their agreement with each other. No cluster is needed."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def server(folder) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def model(folder) -> dict:
-    """The only model in the values for the chart."""
+    """Returns the only model in the chart's values."""
     (model,) = yaml.safe_load((folder / "production-stack-values.yaml").read_text())["servingEngineSpec"]["modelSpec"]
     return model
 
@@ -50,7 +50,7 @@ def test_names_lead_to_each_other(server, folder):
 
 
 def test_alerts_know_the_job(server, root):
-    """The operator calls a job by its service."""
+    """The operator names a job after its service."""
     (job,) = yaml.safe_load((root / "docker" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     assert server["Service"]["metadata"]["name"] == job["job_name"]
 

@@ -1,4 +1,4 @@
-"""What a tag publishes: the workflow, and the places that name a version."""
+"""Releases: the workflow that a tag starts, and the files that have the version."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ CHANGELOG = "# Changelog\n\n## [Unreleased]\n\n### Added\n\n- B.\n\n## [0.1.0] -
 
 @pytest.fixture
 def copy(root, tmp_path) -> Path:
-    """The files that name a version, with a changelog of two sections."""
+    """A copy of the files that have the version, with a changelog of two sections."""
     for path in places(root):
         there = tmp_path / path.relative_to(root)
         there.parent.mkdir(exist_ok=True, parents=True)
@@ -49,8 +49,8 @@ def test_a_tag_of_another_version_is_refused(copy):
         prepare(copy, "0.1.0")
 
 
-def test_all_places_name_one_version(root):
-    """And no other file names it."""
+def test_all_files_have_one_version(root):
+    """No other file has it."""
     (version,) = {match[2] for path, place in places(root).items() for match in place.finditer(path.read_text())}
     files = [path for folder in ("docker", "configs") for path in (root / folder).rglob("*.yaml")]
     assert {path for path in files if version in path.read_text()} <= places(root).keys()
@@ -89,7 +89,7 @@ class TestTheWorkflow:
         assert (jobs["pypi"]["needs"], jobs["images"]["needs"], jobs["release"]["needs"]) == ("build", "build", "pypi")
         assert ".ci/run" in [step.get("run") for step in jobs["build"]["steps"]]
 
-    def test_what_it_runs_takes_no_word_of_others(self, jobs):
+    def test_commands_contain_no_expressions(self, jobs):
         """Expressions reach a shell as variables only."""
         runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
         assert len(runs) > 5

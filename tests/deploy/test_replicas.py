@@ -26,7 +26,7 @@ def replicas(tiny_model, tmp_path_factory) -> Iterator[list[Server]]:
     words = f"--served-model-name {MODEL} --dtype float32 --enforce-eager --max-model-len 2048 --kv-full-layers 0"
     folder = tmp_path_factory.mktemp("replicas")
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        # Otherwise every server binds its threads to the same cores.
+        # Otherwise all servers bind their threads to the same cores.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         servers = [Server(folder / f"{name}.log", str(tiny_model("llama")), *words.split()) for name in "ab"]
         for server in servers:
@@ -81,7 +81,7 @@ def ask(client: httpx.Client, prompt: list[int] | None = None, headers: dict[str
 
 
 def asked(replicas: list[Server]) -> list[float]:
-    """Prompt tokens that each replica looked up in its prefix cache."""
+    """Returns the prompt tokens that each replica looked up in its prefix cache."""
     return [server.metrics()["vllm:prefix_cache_queries_total"] for server in replicas]
 
 
@@ -133,7 +133,7 @@ def test_the_page_about_compression(client, replicas):
 
 
 def test_a_document_stays_on_one_replica(router, replicas):
-    """By the header that names it, so that it is compressed once; several documents are on both."""
+    """The router goes by the header that names it, so it is compressed once; several documents spread over both."""
     documents = [list(range(start, start + 600)) for start in range(2000, 7000, 600)]
     with router("consistent_hash") as client:
         before = asked(replicas)
@@ -146,7 +146,7 @@ def test_a_document_stays_on_one_replica(router, replicas):
         assert all(after > there for after, there in zip(asked(replicas), before, strict=True))
 
 
-def test_a_replica_that_ends_is_gone_around(router, replicas):
+def test_requests_go_around_a_replica_that_ended(router, replicas):
     with router("round_robin") as client:
         replicas[1].stop()
         assert [ask(client, kv_keep_ratio=0.5).status_code for _ in range(4)] == [200] * 4

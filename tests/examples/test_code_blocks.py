@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell a reader to run does run, against the real server; what does not says why."""
+"""Code blocks in README.md and docs/ run against the real server; a block that cannot run states its reason."""
 
 import ast
 import json
@@ -50,14 +50,14 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def commands_of(session: str) -> str:
-    """What follows the prompts of a console session, less the start of the server, which the fixture stands for."""
+    """Returns the commands of a console session, without the start of the server, which is the fixture's."""
     typed = re.findall(r"^\$ ((?:.*\\\n)*.*)$", session, re.MULTILINE)
     return "\n".join(line for line in typed if not line.startswith("make serve"))
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """What a reader's clone has after `make setup`, and nothing that a command could spoil."""
+    """A copy of what a reader's clone has after `make setup`, so that commands cannot damage this one."""
     for name in ("benchmarks", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").symlink_to(sys.prefix)
@@ -70,14 +70,14 @@ def test_it_runs(server, folder, block):
     code = SERVED.sub(server.url, commands_of(block.code) if block.language == "console" else block.code)
     assert code.strip(), "nothing of it is run, so it needs a reason"
     command = [sys.executable, "-c", code] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", code]
-    # Examples know the server's address from the environment, blocks name it.
+    # Examples take the server's address from the environment; blocks contain it.
     environment = {**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     printed = [ast.literal_eval(found) for found in USAGE.findall(done.stdout)]
-    # The texts of a model may differ from machine to machine, counts of tokens may not.
+    # A model's texts may differ between machines, counts of tokens may not.
     assert [ast.literal_eval(found) for found in USAGE.findall(block.code)] in ([], printed)
 
 
@@ -86,7 +86,7 @@ def test_data_can_be_read(block):
     assert PARSED[block.language](block.code)
 
 
-def test_every_block_is_of_a_kind_that_is_looked_at():
+def test_every_block_is_of_a_tested_kind():
     unknown = {str(block): block.language for block in BLOCKS if block.language not in {*RUN, *PARSED, *SHOWN}}
     assert not unknown, "name the language: it runs, it is data, or it is only shown (text)"
 

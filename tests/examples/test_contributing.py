@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md names files that are there, and commits of this repository's history."""
+"""CONTRIBUTING.md names existing files and commits of this repository's history."""
 
 import re
 import subprocess
@@ -33,8 +33,8 @@ def test_files_exist():
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "A new touch of vLLM"])
-def test_commits_did_it(recipe):
-    """They are in the history, and touched a file that the recipe names."""
+def test_commits_match_their_recipes(recipe):
+    """The commits are in the history, and each touched a file that its recipe names."""
     commits = commits_of(recipe)
     assert commits
     if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":

@@ -1,4 +1,4 @@
-"""Every example against the real server or engine: it ends well and prints what was kept."""
+"""Every example against the real server or engine: it succeeds and prints the kept rows."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 USAGE = re.compile(r"\{[^{}]*evicted_tokens[^{}]*\}")
-"""`kv_cache` as Python, JSON or JavaScript print it."""
+"""`kv_cache` as Python, JSON or JavaScript prints it."""
 ASKED = {
     "client.py": (1.0, 0.7, 0.5),
     "kv_usage.py": (1.0, 0.7, 0.5),
@@ -34,17 +34,17 @@ ASKED = {
 }
 """The keep ratios whose numbers an example prints."""
 DOCUMENTS = {"document_questions.py": 4, "langchain_documents.py": 3}
-"""How often an example asks about its document."""
+"""Number of times that an example asks about its document."""
 MODULES = {
     "langchain_chat.py": "langchain_openai",
     "langchain_documents.py": "langchain_openai",
     "llama_index_chat.py": "llama_index.llms.openai_like",
 }
-"""What an example needs beyond the lock."""
+"""Packages that an example needs beyond the lock."""
 
 
 def interpreter(example: str) -> str:
-    """What runs it; skips the test where something is missing."""
+    """Returns the program that runs an example; skips the test if something is missing."""
     if example.endswith(".mjs"):
         node = shutil.which("node") or pytest.skip("needs node")
         resolve = [node, "--input-type=module", "--eval", "import.meta.resolve('openai')"]
@@ -74,14 +74,14 @@ def printed_usage(text: str) -> list[dict[str, int]]:
 
 
 def expected(found: dict[str, int], /, **params: float) -> dict[str, int | str]:
-    """What an example must print; how long its answer was follows from what it printed."""
+    """Returns what an example must print; the length of its answer follows from its output."""
     num_computed = found["kept_tokens"] + found["evicted_tokens"]
     return expected_usage(found["prompt_tokens"], num_computed + 1 - found["prompt_tokens"], **params)
 
 
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory) -> Path:
-    """Two paragraphs, so that an answer takes a second."""
+    """A text of two paragraphs, so that an answer takes a second."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n".join((EXAMPLES / "lighthouse.txt").read_text().split("\n\n")[1:3]))
     return file
@@ -98,12 +98,12 @@ def test_a_client(server, text_file, example):
 
 
 def num_document_tokens(tokenizer, text: str) -> int:
-    """Tokens of a document that is the first message of a chat."""
+    """Returns the tokens of a document that is the first message of a chat."""
     return len(tokenizer.apply_chat_template([{"role": "system", "content": text}], return_dict=False))
 
 
 def check_one_computed_the_document(numbers: list[dict[str, int]], num_tokens: int) -> None:
-    """And all others found it. The examples keep a quarter."""
+    """Checks that one request computed the document and all others found it; examples keep a quarter."""
     assert sorted(found["found_tokens"] for found in numbers) == [0] + [num_tokens] * (len(numbers) - 1)
     for found in numbers:
         params = {"keep_ratio": 0.25, "prefix_tokens": num_tokens, "found": found["found_tokens"]}
@@ -114,7 +114,7 @@ def check_one_computed_the_document(numbers: list[dict[str, int]], num_tokens: i
 @pytest.mark.parametrize("example", DOCUMENTS)
 def test_a_document_is_compressed_once(server, text_file, tokenizer, tmp_path, example):
     file = tmp_path / "document.txt"
-    file.write_text(f"{example}: {text_file.read_text()}")  # no other test asks about it
+    file.write_text(f"{example}: {text_file.read_text()}")  # no other test uses this text
     command = [interpreter(example), str(EXAMPLES / example), str(file)]
     numbers = printed_usage(run(command, OPENAI_BASE_URL=f"{server.url}/v1"))
     assert len(numbers) == DOCUMENTS[example]
@@ -129,7 +129,7 @@ def test_a_document_by_curl(server, tokenizer):
 
 
 def test_an_agent_begins_a_turn_at_the_last_compaction(server, tmp_path):
-    """Pages that are long enough for the server's interval; the last prompt is the second one beyond it."""
+    """The pages are long enough for the server's interval; the last prompt is the second one beyond it."""
     file = tmp_path / "book.txt"
     text = (EXAMPLES / "lighthouse.txt").read_text() + (EXAMPLES.parent / "LICENSE").read_text()
     file.write_text(" ".join(text.split()[:2800]))
@@ -158,7 +158,7 @@ def test_the_request_that_the_server_prints_is_compressed(server):
     (line,) = re.findall(r"^curl .*", server.log.read_text(), re.MULTILINE)
     (found,) = printed_usage(run([*shlex.split(line), "--silent"]))
     body = json.loads(shlex.split(line)[-1])
-    # With the protection of a server that was told nothing.
+    # With the protected rows of a server without options.
     asked = CompressionParams().override({name: value for name, value in body.items() if name in FIELD_NAMES})
     assert num_keep(found["prompt_tokens"], asked) < 0.6 * found["prompt_tokens"]
     assert found["evicted_tokens"] > 0

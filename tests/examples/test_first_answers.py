@@ -1,6 +1,6 @@
-"""Every request that we print to be copied sets the temperature, and every command can be pasted.
+"""Every printed example request sets the temperature, and every command can be pasted.
 
-At vLLM's default temperature of 1 a small model makes things up, and compression gets the blame.
+At vLLM's default temperature of 1 a small model invents facts, and readers would blame compression.
 """
 
 import ast
@@ -31,22 +31,22 @@ SETTINGS = sorted(
 )
 BLOCK = re.compile(r"^(?:<!-- .*? -->\n)?```(?P<language>\w+)\n(?P<code>(?:.*\n)*?)```$", re.MULTILINE)
 ASKING = {"create", "SamplingParams", "ChatOpenAI", "OpenAILike"}
-"""Last parts of the names of Python calls that say how an answer is made."""
+"""Last parts of the names of Python calls that set how an answer is sampled."""
 HERE_DOCUMENT = re.compile(r"<<(?P<end>\w+)\n(?P<document>.*?)^(?P=end)$", re.MULTILINE | re.DOTALL)
-"""What a command of a shell reads from the lines after it."""
+"""A here-document, which a shell command reads from the lines after it."""
 PLACEHOLDER = re.compile(r"(?<![\w$./{-])[A-Z][A-Z0-9_]{2,}\b(?!=)")
-"""A word in capitals that the reader must replace; not the name of a variable that a command sets."""
+"""A word in capitals that the reader must replace, but not a variable that a command sets."""
 
 
 def python_requests(code: str) -> Iterator[tuple[str, bool]]:
-    """Each call that asks for an answer, and whether it says its temperature."""
+    """Yields each call that requests an answer, and whether it sets its temperature."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ASKING:
             yield ast.unparse(node), any(keyword.arg == "temperature" for keyword in node.keywords)
 
 
 def is_refused(body: dict[str, Any]) -> bool:
-    """Whether a body is there to show an error; no answer follows."""
+    """Whether a body is an example of an error, which has no answer."""
     try:
         CompressionParams().override({field.name: body.get(field.name) for field in FIELDS})
     except ParamError:
@@ -55,7 +55,7 @@ def is_refused(body: dict[str, Any]) -> bool:
 
 
 def shell_requests(code: str) -> Iterator[tuple[str, bool]]:
-    """Each JSON body of a curl that asks for an answer, likewise."""
+    """Yields the same for each JSON body of a curl that requests an answer."""
     documents = [found["document"] for found in HERE_DOCUMENT.finditer(code)]
     for command in re.findall(r"^\s*curl (?:[^'\n\\]|\\\n|\\.|'[^']*')*", code, re.MULTILINE):
         words = shlex.split(command)
@@ -67,7 +67,7 @@ def shell_requests(code: str) -> Iterator[tuple[str, bool]]:
 
 
 def javascript_requests(code: str) -> Iterator[tuple[str, bool]]:
-    """Each object literal with `messages` or `prompt`, likewise."""
+    """Yields the same for each object literal with `messages` or `prompt`."""
     opened: list[int] = []
     for position, sign in enumerate(code):
         if sign == "{":
@@ -94,7 +94,7 @@ def printed_when_ready() -> str:
 
 
 def sources() -> Iterator[tuple[str, str, str]]:
-    """Name, language and text of all that a reader may copy a request from."""
+    """Yields name, language and text of each source that a reader may copy a request from."""
     for page in PAGES:
         text = page.read_text()
         for block in BLOCK.finditer(text):
@@ -143,7 +143,7 @@ def test_requests_are_found_in_every_kind_of_source():
         ("mjs", "create({ model, messages: [{ role: 'user' }], temperature: 0 })", [True]),
     ],
 )
-def test_a_request_is_seen(language, code, says):
+def test_requests_are_recognized(language, code, says):
     assert [said for _, said in REQUESTS_OF[language](code)] == says
 
 
@@ -157,7 +157,7 @@ COMMANDS = [
 
 
 def typed(block: re.Match[str]) -> str:
-    """The commands of a block, without prompts, output and here-documents."""
+    """Returns the commands of a block, without prompts, output and here-documents."""
     code = HERE_DOCUMENT.sub("", block["code"])
     if block["language"] == "bash":
         return code
@@ -171,13 +171,13 @@ def test_a_command_can_be_pasted(block, text):
     read = subprocess.run(["bash", "-n"], input=commands, capture_output=True, text=True, check=False)
     assert not read.returncode, read.stderr
     for word in shlex.split(re.sub(r"'[^']*'|\"[^\"]*\"", "quoted", commands), comments=True):
-        # zsh, the shell of a Mac, fails where such a pattern matches no file.
+        # zsh, the default shell of macOS, fails if such a pattern matches no file.
         assert not set(word) & set("[]{}*?<>"), f"quote {word}"
 
 
 @pytest.mark.parametrize(("block", "text"), COMMANDS)
 def test_a_placeholder_is_explained(block, text):
-    """Where the reader sees it: by a comment of the command, or by the paragraph before or after the block."""
+    """By a comment of the command, or by the paragraph before or after the block."""
     commands = typed(block)
     without_comments = re.sub(r"(?m)(?:^|\s)#.*$", "", commands)
     before, after = text[: block.start()].rstrip().split("\n\n")[-1], text[block.end() :].lstrip().split("\n\n")[0]

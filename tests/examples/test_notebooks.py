@@ -1,4 +1,4 @@
-"""The notebooks run, and print what is written in them."""
+"""The notebooks run, and print the outputs that they contain."""
 
 import re
 import shutil
@@ -43,14 +43,14 @@ def run(path: Path, folder: Path, base_url: str | None = None) -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("path", ASKING, ids=name)
-def test_it_asks_a_server(server, path, tmp_path):
+def test_notebooks_that_need_a_server(server, path, tmp_path):
     run(path, tmp_path, f"{server.url}/v1")
 
 
-@pytest.mark.slow  # an engine of its own, or two
+@pytest.mark.slow  # starts one or two engines
 @pytest.mark.engine
 @pytest.mark.parametrize("path", ALONE, ids=name)
-def test_it_needs_no_server(demo_model, path, tmp_path):
+def test_notebooks_without_a_server(demo_model, path, tmp_path):
     run(path, tmp_path)
 
 
@@ -61,12 +61,12 @@ class TestWhatIsWritten:
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run make notebooks"
 
     def test_outputs_are_those_of_a_reader(self, path):
-        """Neither errors nor warnings, and no path of the machine that made them."""
+        """They contain no errors, no warnings, and no path of the machine that made them."""
         for cell in code_cells(read(path)):
             assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs)
             assert not re.search(r"/(?:root|home|tmp|work|Users)/", printed(cell))
 
-    def test_what_it_names_exists(self, path):
+    def test_files_named_in_a_notebook_exist(self, path):
         text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
         linked = re.findall(r"\]\((\S+?)\)", text)
         named = re.findall(r"`((?:docs|examples|configs)/[\w./-]*)`", text)
@@ -75,5 +75,5 @@ class TestWhatIsWritten:
             assert file.exists(), file
 
 
-def test_both_kinds_are_there():
+def test_there_are_notebooks_of_both_kinds():
     assert [len(ASKING), len(ALONE)] == [2, 3]

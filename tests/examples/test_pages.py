@@ -1,4 +1,4 @@
-"""The pages say what the code says, and build a site that loads nothing from elsewhere."""
+"""The pages agree with the code, and the built site loads nothing from other hosts."""
 
 import json
 import re
@@ -32,7 +32,7 @@ COMPACTIONS = ("request_fields.md", "tokens computed")
 
 
 def rows(page: str, head: str) -> list[list[str]]:
-    """Cells of the table below a head line, without marks of code."""
+    """Returns the cells of the table below a head line, without backticks."""
     text = (DOCS / page).read_text()
     (table,) = re.findall(rf"^\| {re.escape(head)} .*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
@@ -99,7 +99,7 @@ class TestRequestFields:
 
 @pytest.fixture
 def registered():
-    """Our metrics in Prometheus' registry, gone afterwards."""
+    """Registers the metrics of vllm-l2kv with Prometheus' client, and removes them afterwards."""
     before = set(REGISTRY._collector_to_names)
     config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
     EngineMetrics(config, [0])
@@ -124,7 +124,7 @@ def test_every_metric_of_the_code_is_in_the_page_and_no_other(registered):
 
 
 class Assets(HTMLParser):
-    """What a browser loads by itself, or sends on."""
+    """Addresses that a browser loads by itself, or submits to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
 
 
 def test_pages_and_sections_that_comments_name_exist():
-    """In `configs/` and `docker/`, such as `docs/quick_start.md, "On a GPU"`."""
+    """Comments in `configs/` and `docker/`, such as `docs/quick_start.md, "On a GPU"`."""
     named = []
     for path in (path for folder in ("configs", "docker") for path in (ROOT / folder).rglob("*") if path.is_file()):
         if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""What pyproject.toml declares is what the packages import, no more and no less."""
+"""pyproject.toml declares exactly the packages that are imported."""
 
 import ast
 import sys
@@ -24,13 +24,13 @@ EXTRAS = {
         TOOLS / "html_report.py",
     ],
 }
-"""Modules that only an extra makes work."""
+"""Modules that need an extra."""
 WITH_VLLM = {"PIL", "tokenizers", "torch", "transformers", "triton", "vllm"}
-"""Imports that come with vLLM, in the versions that it works with."""
+"""Imports that come with vLLM, in the versions that it needs."""
 
 
 def imports(modules: Iterable[Path]) -> set[str]:
-    """Packages of others that some modules import anywhere, as they are imported."""
+    """Returns the external packages that some modules import anywhere, by import name."""
     names = set()
     for module in modules:
         for node in ast.walk(ast.parse(module.read_text())):
@@ -43,13 +43,13 @@ def imports(modules: Iterable[Path]) -> set[str]:
 
 
 def base_imports() -> set[str]:
-    """What is imported outside of the modules that need an extra."""
+    """Returns the packages imported outside the modules that need an extra."""
     sources = [*(ROOT / "vllm_l2kv").rglob("*.py"), *(ROOT / "server" / "vllm_l2kv_server").rglob("*.py")]
     return imports(set(sources) - {module for modules in EXTRAS.values() for module in modules})
 
 
 def distributions(packages: Iterable[str]) -> set[str]:
-    """Names under which packages are declared."""
+    """Returns the names under which packages are declared."""
     known = packages_distributions()
     return {canonicalize_name(known[package][0]) for package in packages}
 
@@ -58,22 +58,22 @@ def declared(requirements: Iterable[str]) -> set[str]:
     return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
 
 
-def test_dependencies_are_what_is_imported():
+def test_dependencies_are_the_imported_packages():
     assert declared(PROJECT["dependencies"]) == distributions(base_imports())
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_an_extra_is_what_its_tool_imports_besides(extra):
+def test_an_extra_has_the_further_imports_of_its_tool(extra):
     assert declared(PROJECT["optional-dependencies"][extra]) == distributions(imports(EXTRAS[extra]) - base_imports())
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_a_command_looks_for_the_packages_of_its_extra(extra):
+def test_a_command_checks_the_packages_of_its_extra(extra):
     looked_for = {name for needs in cli.NEEDS.values() for name, install in needs.items() if install == f"[{extra}]"}
     assert looked_for == imports(EXTRAS[extra]) - base_imports()
 
 
-def test_vllm_asks_for_what_is_left_to_it():
+def test_vllm_requires_the_packages_left_to_it():
     vllm = declared(requires(packages_distributions()["vllm"][0]) or ())
     assert distributions(WITH_VLLM - {"vllm", "triton"}) <= vllm
     assert "xgrammar" in vllm

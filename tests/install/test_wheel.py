@@ -1,4 +1,4 @@
-"""The wheel, alone in an empty environment: no vLLM, no dependencies."""
+"""The wheel alone in an empty environment, without vLLM and other dependencies."""
 
 import os
 import re
@@ -17,9 +17,9 @@ from vllm_l2kv import cli
 ROOT = Path(__file__).parents[2]
 SOURCES = ["vllm_l2kv", "server", "pyproject.toml", "README.md", "LICENSE"]
 BESIDE = ["MANIFEST.in", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "configs", "examples", "requirements"]
-"""Part of the source distribution, of no wheel."""
+"""Files of the source distribution that are not in the wheel."""
 NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.egg-info")
-# What a developer's shell and configuration say is not what is tested.
+# The developer's shell and configuration must not affect the tests.
 UV = [sys.executable, "-m", "uv", "--quiet", "--offline", "--no-cache", "--no-config"]
 
 
@@ -37,7 +37,7 @@ def checked(*command: object, **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A copy of what a build reads, because a build writes beside it."""
+    """A copy of the files that a build reads, because a build writes beside them."""
     folder = tmp_path_factory.mktemp("sources")
     for name in (*SOURCES, *BESIDE):
         if (ROOT / name).is_dir():
@@ -56,7 +56,7 @@ def files(sources) -> set[str]:
 
 @pytest.fixture(scope="module")
 def dist(sources, files, tmp_path_factory) -> Path:
-    """What `make dist` leaves in dist/; `files` are listed before."""
+    """The contents of dist/ after `make dist`; `files` are listed before."""
     folder = tmp_path_factory.mktemp("dist")
     checked(*UV, "build", "--no-build-isolation", "--python", sys.executable, "--out-dir", folder, sources)
     return folder
@@ -129,5 +129,5 @@ def test_a_command_says_in_one_line_what_to_install(environment, command):
 
 def test_sources_that_nothing_installed_import(sources):
     code = f"import sys; sys.path.insert(0, {str(sources)!r}); import vllm_l2kv; print(vllm_l2kv.__version__)"
-    shutil.rmtree(sources / "vllm_l2kv.egg-info", ignore_errors=True)  # of a build
+    shutil.rmtree(sources / "vllm_l2kv.egg-info", ignore_errors=True)  # left by a build
     assert checked(sys.executable, "-I", "-S", "-c", code) == "0+unknown\n"

@@ -1,4 +1,4 @@
-"""Folders with a config alone."""
+"""Folders that contain only a config."""
 
 import pytest
 from transformers import LlamaConfig

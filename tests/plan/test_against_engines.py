@@ -1,4 +1,4 @@
-"""The plan beside real engines: blocks of the pool, of a request in each phase, and how many requests run."""
+"""The plan compared with real engines: blocks of the pool, of a request in each phase, and running requests."""
 
 import json
 from statistics import fmean
@@ -36,18 +36,18 @@ def case(request, tiny_model):
     if full_layers is not None:
         ours = bare_rule(full_layers=full_layers, **INTERVALS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would win
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would override the option
         with running(model, full_layers, **sizes, **memory, **ours) as engine:
             yield engine, str(model), full_layers
 
 
 def plan(capsys, model: str, full_layers: tuple[int, ...] | None) -> dict[str, Any]:
-    """What the command says of the engine at hand."""
+    """Returns the command's plan for the engine."""
     words = [f"--context={NUM_PROMPT_TOKENS}", f"--output={NUM_OUTPUT_TOKENS}", "--ratio=0.25", "--protect=0:0"]
     words += [f"--kv-cache-gib={CACHE_BYTES / 2**30}", f"--max-num-batched-tokens={BATCH_TOKENS}"]
     words += [f"--document-tokens={NUM_DOCUMENT_TOKENS}"]
     words += [f"--full-layers={','.join(map(str, full_layers or ()))}", "--device=cpu", "--dtype=float32", "--json"]
-    # The answer holds at most 217 + 40 rows, one more than eight blocks of 32.
+    # The answer holds at most 217 + 40 rows, one more than eight blocks of 32 hold.
     words += ["--budgets=217,500", *(f"--{name.replace('_', '-')}={rows}" for name, rows in INTERVALS.items())]
     cli.plan([model, *words])
     stock, ours = json.loads(capsys.readouterr().out)["engines"]
@@ -65,7 +65,7 @@ def prompt(seed: int) -> list[int]:
 
 
 def held(engine: Engine, req_id: str) -> int:
-    """Blocks that a request holds; null blocks stand where a window left."""
+    """Returns the number of blocks that a request holds; null blocks replace those before a window."""
     tables = [manager.req_to_blocks.get(req_id, ()) for manager in engine.managers]
     return sum(not block.is_null for table in tables for block in table)
 
@@ -92,12 +92,12 @@ def test_blocks_of_a_request(capsys, case):
             engine.step()
             blocks.append(held(engine, req_id))
         assert blocks.pop() == 0
-        # The last chunk of the prompt gives a token, as every step from there on; after the last one nothing is held.
+        # The last chunk of the prompt and every later step give a token; after the last one nothing is held.
         num_chunks = len(blocks) - (NUM_OUTPUT_TOKENS - 2)
         whole, answering = max(blocks[:num_chunks]), blocks[num_chunks:]
         assert max(answering) == row["answer_blocks"]
         if any(group["kind"] == "sliding" for group in planned["groups"]):
-            # What windows hold is bounded, not told exactly.
+            # For windows the plan is a bound, not an exact number.
             assert whole <= row["prompt_blocks"]
             assert answering[0] <= row["compacted_blocks"]
         else:
@@ -106,7 +106,7 @@ def test_blocks_of_a_request(capsys, case):
             assert fmean(answering) == pytest.approx(row["mean_blocks"], abs=0.5)
 
 
-def test_so_many_run_at_once_without_preemption(capsys, case):
+def test_the_planned_number_runs_without_preemption(capsys, case):
     engine, model, full_layers = case
     for row in plan(capsys, model, full_layers)["rows"]:
         assert engine.kv_cache_manager.reset_prefix_cache()
@@ -120,8 +120,8 @@ def test_so_many_run_at_once_without_preemption(capsys, case):
         assert [request.num_preemptions for request in requests] == [0] * most
 
 
-def test_so_many_documents_stay_findable(capsys, case):
-    """The last ones of many, each warmed up by a request of one token; in stock vLLM they are ordinary prefixes."""
+def test_the_planned_number_of_documents_stays_findable(capsys, case):
+    """The last of many documents, each warmed up by a request of one token; stock vLLM has ordinary prefixes."""
     engine, model, full_layers = case
     planned = plan(capsys, model, full_layers)
     for row in planned["rows"]:
@@ -139,14 +139,14 @@ def test_so_many_documents_stay_findable(capsys, case):
         whole = max(found)
         assert NUM_DOCUMENT_TOKENS - planned["groups"][0]["block_size"] < whole <= NUM_DOCUMENT_TOKENS
         assert found == sorted(found, reverse=True)
-        # Of an uncompressed one the last block, which is not full, is neither kept nor looked for.
+        # The last block of an uncompressed document is not full, so it is neither cached nor looked up.
         is_compressed = row["document_rows"] < NUM_DOCUMENT_TOKENS
         assert found.count(whole) == row["documents"] or not is_compressed, (row, found)
         assert found.count(whole) >= row["documents"], (row, found)
 
 
 def test_the_longest_request_of_a_default_budget(capsys, tiny_model):
-    """The context that vLLM finds for `--max-model-len auto`, many times the cache, and a prompt that fills it."""
+    """The context that vLLM finds for `--max-model-len auto`, many times the cache, with a prompt that fills it."""
     budget = {"default_max_tokens": 300, **INTERVALS}
     full_layers, model = (0,), str(tiny_model("llama", max_position_embeddings=10**6))
     memory = {"kv_cache_memory_bytes": 2 << 20, "num_gpu_blocks_override": None}

@@ -1,4 +1,4 @@
-"""What configs say."""
+"""Models read from their configs."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_heads_that_cannot_be_shared_out(folder_of):
 
 
 def test_kv_heads_that_the_engine_refuses(folder_of):
-    """By the engine's own rule; query heads could be shared out."""
+    """By the engine's own rule, although the query heads could be divided."""
     shape = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
     model = model_of(read_config(folder_of(tiny.llama(**shape))), "auto")
     assert model.specs(16, "auto", num_gpus=6)
@@ -107,13 +107,13 @@ def test_models_that_are_refused(folder_of, config, message):
 @pytest.mark.parametrize(
     ("config", "name", "shape"),
     [
-        # Where a config's defaults are of a model in `MODELS`.
+        # Configs whose defaults come from a model in `MODELS`.
         pytest.param(Qwen3NextConfig, "Qwen3NextForCausalLM", "Qwen3-Next-80B", id="Qwen3-Next"),
         pytest.param(NemotronHConfig, "NemotronHForCausalLM", "Nemotron-H-8B", id="Nemotron-H"),
     ],
 )
 def test_states_and_rows_have_blocks_of_one_size(folder_of, config, name, shape):
-    """As vLLM's engines have them, `hybrid_shapes` says the sizes."""
+    """Sizes as in vLLM's engines, from `hybrid_shapes`."""
     shape = MODELS[shape]
     attention = {"num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_size}
     folder = folder_of(config(dtype="bfloat16", architectures=[name], **attention))
@@ -147,7 +147,7 @@ class TestWeights:
         assert source == "parameters counted by the config"
 
     def test_of_llama_3_1_8b(self, llama_8b):
-        """Its own files say 8,030,261,248 parameters."""
+        """The model's own files have 8,030,261,248 parameters."""
         size, _ = weight_bytes(llama_8b, read_config(llama_8b), torch.bfloat16)
         assert size == 2 * 8_030_261_248
 

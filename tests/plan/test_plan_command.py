@@ -1,4 +1,4 @@
-"""`vllm-l2kv plan`, and how far it is from what was measured on an H100."""
+"""`vllm-l2kv plan`, and its difference from measurements on an H100."""
 
 import json
 import math
@@ -20,10 +20,10 @@ from vllm_l2kv.tools.plan import cli
 from vllm_l2kv.tools.plan.table import COLUMNS
 
 DOCUMENTS = "--kv-cache-gib 16 --context 30200 --output 200 --document-tokens 30000 --budgets 7500"
-"""Of the example in docs/sizing.md."""
+"""Options of the example in docs/sizing.md."""
 CHOOSING = Path(__file__).parents[2] / "docs/choosing.md"
 DOCUMENT, QUESTION, ANSWER = 30_000, 200, 200
-"""Tokens in its table of memory."""
+"""Numbers of tokens in its table of memory."""
 MEASURED = [
     json.loads(line)
     for line in (Path(__file__).parents[2] / "benchmarks/speed/results/h100_memory_bound.jsonl")
@@ -69,10 +69,10 @@ def test_measured_rows(plan, llama_8b, measured):
 
 
 def test_blocks_of_a_whole_h100(plan, llama_8b):
-    """The estimate of what else is in a GPU's memory: nothing but the cache is measured of it.
+    """The estimate of everything else in a GPU's memory, of which only the cache was measured.
 
-    The rows are of a context of 131,072 tokens, for which the kernels of vllm-l2kv need 1 % of the memory. That is not
-    planned.
+    The rows are of a context of 131,072 tokens, for which the kernels of vllm-l2kv need 1 % of the memory. The plan
+    leaves that out.
     """
     result = plan(llama_8b, gpu_gib=80)
     for measured in MEASURED[:2]:
@@ -97,7 +97,7 @@ def test_memory_of_a_gpu(plan, llama_8b):
 
 
 def test_a_prompt_counts_whole_while_it_is_computed(plan, llama_8b):
-    """Room for two whole prompts and nothing else: the second may still be computed beside the first's kept tokens."""
+    """With room for just two whole prompts, the second may be computed while the first holds its kept tokens."""
     row = row_of(plan(llama_8b, kv_cache_gib=2, output=1), "vllm-l2kv", 0.25)
     num_blocks = engine_of(plan(llama_8b, kv_cache_gib=2), "vllm-l2kv")["num_blocks"] - 1
     assert row["prompt_blocks"] == 500 + 34
@@ -134,7 +134,7 @@ def test_any_length_fits_where_no_layer_is_full(capsys, plan, llama_8b):
 
 
 def test_a_budget_bounds_what_is_held(plan, llama_8b):
-    """Prompts beyond the pool, and answers as long as one likes."""
+    """Prompts larger than the pool, and answers of any length."""
     lengths = {"kv_cache_gib": 2, "context": 100_000, "output": 8000, "budgets": "1024,4096"}
     result = plan(llama_8b, **lengths, prompt_interval=512, answer_interval=128)
     assert row_of(result, "vllm-l2kv", 0.25)["at_once"] == 0
@@ -142,7 +142,7 @@ def test_a_budget_bounds_what_is_held(plan, llama_8b):
         row = row_of(result, "vllm-l2kv", 1, budget)
         assert row["peak_rows"] == budget + 512
         assert budget <= row["kept_rows"] < budget + 128
-        # 240 and 16 tokens are in a block.
+        # Blocks have 240 and 16 tokens.
         assert row["answer_blocks"] <= -(-108_000 // 240) + (budget + 128) // 16
         assert row["mean_blocks"] == pytest.approx(104_000 / 240 + (budget + 64) / 16, abs=2)
         assert row["at_once"] >= 1
@@ -161,7 +161,7 @@ def test_protected_tokens_are_kept(plan, llama_8b):
 
 @pytest.fixture
 def profile(tmp_path) -> Path:
-    """Of the shape of Llama-3.1-8B: a half is best spent on 8 full layers of 32."""
+    """A profile of the shape of Llama-3.1-8B: at a half, 8 of 32 layers are full."""
     memory = (Target(0.5, tuple(range(10, 18)), 0.333333, "l2"), Target(0.25, (10, 11), 0.2, "keydiff"))
     weights = made_up_weights(32, 8, 128)
     write_profile(tmp_path / "p.safetensors", Weights({"wl": weights.tensors["wl"]}, weights.rope), memory=memory)
@@ -188,12 +188,12 @@ def test_a_profile_is_named_above_the_table(capsys, llama_8b, profile):
 
 
 HEADS = dict.fromkeys(range(4, 32), (1, 6)) | {20: tuple(range(8))}
-"""62 of 256 heads: one layer whole, and each rank of two has equally many of every layer."""
+"""62 of 256 heads: one whole layer, and equally many of every layer for each of two ranks."""
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2])
 def test_a_profile_sets_heads(plan, llama_8b, tmp_path, num_gpus):
-    """The memory that was asked, by heads; blocks of 3 times as many tokens, as 194 / 62 rounds down to."""
+    """The requested memory, by heads; blocks have 3 times as many tokens, since 194 / 62 rounds down to 3."""
     weights = made_up_weights(32, 8, 128)
     memory = (Target(0.5, (), ratio_for(0.5, 256, 62), "l2", HEADS),)
     write_profile(tmp_path / "p", Weights({"wl": weights.tensors["wl"]}, weights.rope), memory=memory)
@@ -231,13 +231,13 @@ def test_a_profile_of_another_shape(capsys, llama_8b, tmp_path):
 
 
 def documents_of(result: dict[str, Any]) -> list[tuple[int, int, int | None]]:
-    """Rows, blocks and number of documents, for each row of vllm-l2kv."""
+    """Returns rows, blocks and number of documents, for each row of vllm-l2kv."""
     names = ("document_rows", "document_blocks", "documents")
     return [tuple(row[name] for name in names) for row in engine_of(result, "vllm-l2kv")["rows"]]
 
 
 def test_documents_are_held_compressed_and_computed_whole(plan, llama_8b):
-    """16 and 240 tokens are in a block. Computing one takes 2,000 of 8,593 blocks; its last ones of 240 are full."""
+    """Blocks have 16 and 240 tokens. Computing a document takes 2,000 of 8,593 blocks; its blocks of 240 are full."""
     result = plan(llama_8b, kv_cache_gib=16, ratio="0.5,0.25", document_tokens=30_000)
     assert engine_of(result, "vllm-l2kv")["num_blocks"] == 8594
     room = 8593 - 2000 - 1
@@ -267,7 +267,7 @@ def test_copies_of_a_model_share_the_gpus_of_a_fleet(plan, capsys, llama_8b):
     assert "\n4 GPUs, 1 copy of the model\n" in capsys.readouterr().out
 
 
-def test_without_documents_nothing_is_said_of_them(capsys, plan, llama_8b):
+def test_documents_are_not_mentioned_without_the_option(capsys, plan, llama_8b):
     assert "documents" not in row_of(plan(llama_8b, kv_cache_gib=16), "vllm-l2kv", 0.25)
     cli.plan([llama_8b, "--context=8000", "--output=1000", "--kv-cache-gib=16"])
     assert "ocument" not in capsys.readouterr().out.replace("docs/sizing.md", "")
@@ -328,7 +328,7 @@ def test_errors_are_one_line(capsys, llama_8b, words, message):
 
 
 def test_nothing_but_the_plan_is_printed(llama_8b, tmp_path):
-    """In a process of its own, where vLLM is imported by the command."""
+    """Runs in a separate process, where the command imports vLLM."""
 
     def run(model: str) -> subprocess.CompletedProcess[str]:
         words = ["plan", model, "--gpu-gib", "80", "--context", "8000", "--output", "1000", "--json"]
@@ -346,7 +346,7 @@ def test_the_default_is_vllms():
 
 
 class TestDocumentation:
-    """docs/sizing.md holds what the command prints."""
+    """docs/sizing.md shows the command's output."""
 
     text = (Path(__file__).parents[2] / "docs/sizing.md").read_text()
 
@@ -389,7 +389,7 @@ class TestDocumentation:
         rows, q = document["document_rows"], QUESTION + ANSWER
         private_rows = math.ceil((DOCUMENT + QUESTION) / 4) + ANSWER
         private = -(-private_rows // compressed) - (-(DOCUMENT + q) // full)
-        # Whole blocks of the document are shared; the question begins in a copy of what is left.
+        # Whole blocks of the document are shared; the question begins in a copy of the last one.
         question = sum(-(-(held + q) // size) - held // size for held, size in ((rows, compressed), (DOCUMENT, full)))
         for k in (1, 8, 32):
             blocks = {

@@ -33,7 +33,7 @@ def test_the_same_seed_draws_the_same_texts_whatever_their_number(drawn, tokeniz
     assert samples(tokenizer, NUM_TOKENS, 5, seed=4) != drawn[:5]
 
 
-def test_the_span_of_a_question_tells_its_answer(drawn, tokenizer):
+def test_the_span_of_a_question_contains_its_answer(drawn, tokenizer):
     questions = [(sample, question) for sample in drawn for question in sample.questions]
     assert len(questions) > len(KINDS) / 2
     for sample, question in questions:
@@ -42,7 +42,7 @@ def test_the_span_of_a_question_tells_its_answer(drawn, tokenizer):
         assert len(question.answer) >= 2
         asked = tokenizer.decode(question.question)
         assert asked.startswith("\n\nQuestion: ")
-        # No other place tells it.
+        # No other place has the answer.
         begun = asked.rpartition("Answer: ")[2]
         if "telephone" not in begun:
             assert tokenizer.decode(sample.token_ids).count(begun) == 1
@@ -65,7 +65,7 @@ def test_texts_to_search_with_are_of_all_kinds_that_have_questions_and_of_severa
     assert len({*texts, *measured}) == len(texts) + len(measured)
 
 
-def test_nothing_of_the_evaluation_is_read(drawn, tokenizer):
+def test_texts_of_the_evaluation_are_not_read(drawn, tokenizer):
     asked = [question.question for sample in drawn for question in sample.questions]
     text = " ".join(tokenizer.decode(ids) for ids in [*(sample.token_ids for sample in drawn), *asked])
     for of_a_task in ("pass key", "special magic", "San Francisco", "The grass is green", "Remember it"):

@@ -1,4 +1,4 @@
-"""Norms of images in a tiny vision-language model, against plain loops. Random weights say nothing of real models."""
+"""Norms of images in a tiny vision-language model with random weights, against plain loops."""
 
 import re
 import statistics
@@ -31,7 +31,7 @@ def model(llava):
 
 
 def by_loops(model, prompt):
-    """Of each layer and head: means, spreads, share of the image's rows among the shortest half."""
+    """Returns for each layer and head: means, spreads, the image's share of rows in the half with the lowest norms."""
     cache = model(**prompt, use_cache=True).past_key_values
     ids = prompt["input_ids"][0].tolist()
     found = []
@@ -79,7 +79,7 @@ def test_layers_with_a_window_are_left_out(demo_model, tmp_path):
         assert values.isnan().any(-1).nonzero().flatten().tolist() == [0, 1, 3, 4]
 
 
-def test_pictures_are_the_same_again(tmp_path):
+def test_pictures_are_reproducible(tmp_path):
     first, second = drawn(), drawn()
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in second]
     assert len({picture.tobytes() for picture in first}) == 4

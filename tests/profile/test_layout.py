@@ -1,4 +1,4 @@
-"""The layout of tiny models, and layouts that are refused."""
+"""Layouts of tiny models, and layouts that are refused."""
 
 import math
 
@@ -27,7 +27,7 @@ def loaded(folder):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "glm", "glm4"])
-def test_layouts_are_seen(tiny_model, kind):
+def test_layouts_are_recognized(tiny_model, kind):
     shape, rope = layout(loaded(tiny_model(kind)))
     assert (shape.num_kv_heads, shape.head_size) == (2, 32)
     assert sorted(set(range(shape.num_layers)) - set(shape.compressible)) == WINDOWED.get(kind, [])
@@ -38,12 +38,12 @@ def test_layouts_are_seen(tiny_model, kind):
     ("kind", "with_keys", "rope"),
     [
         ("lfm2", (1, 3, 5), Rope(64, False, 13)),
-        ("nemotron_h", (3, 6, 9), Rope(0, False)),  # no positions but those that recurrent layers know
+        ("nemotron_h", (3, 6, 9), Rope(0, False)),  # positions only in recurrent layers
         ("granite_hybrid", (1, 3, 5), Rope(32, False, 2)),
         ("qwen3_next", (1, 3, 5), Rope(8, False)),
     ],
 )
-def test_layers_with_keys_are_seen_among_others(tiny_model, kind, with_keys, rope):
+def test_layers_with_keys_are_recognized_among_others(tiny_model, kind, with_keys, rope):
     model = AutoModelForCausalLM.from_pretrained(tiny_model(kind), dtype=torch.float32).eval()
     shape, found = layout(model)
     assert shape.compressible == with_keys
@@ -52,7 +52,7 @@ def test_layers_with_keys_are_seen_among_others(tiny_model, kind, with_keys, rop
 
 
 def test_a_model_that_forgets_its_states_is_refused(tiny_model):
-    """Of transformers, not of vLLM: Jamba's scan of several tokens begins at nothing."""
+    """A fault of transformers, not of vLLM: Jamba's scan of several tokens starts from an empty state."""
     with pytest.raises(ValueError, match="JambaForCausalLM forgets what it has read"):
         layout(AutoModelForCausalLM.from_pretrained(tiny_model("jamba"), dtype=torch.float32).eval())
 

@@ -1,4 +1,4 @@
-"""Training of the scorer `learned` on made-up rows of which the answer is known."""
+"""Training of the scorer `learned` on made-up rows with a known answer."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ LAYERS = [1, 3]
 
 
 def rotated(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Keys `[..., T, HEAD_SIZE]` with their first elements turned."""
+    """Returns keys `[..., T, HEAD_SIZE]` with their first elements rotated."""
     angles = positions[:, None] * FREQUENCIES
     first, second = keys[..., :3], keys[..., 3:6]
     turned = first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()
@@ -25,14 +25,14 @@ def rotated(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def texts():
-    """Of each text and layer: keys, values, attention that each head pays by rules of its own."""
+    """Yields for each text and layer keys, values, and the attention of each head by a rule of its own."""
     chance = torch.Generator().manual_seed(0)
     made = []
     for _ in range(NUM_TEXTS):
         layers = []
         for layer in LAYERS:
             keys, values = (torch.randn(NUM_HEADS, NUM_ROWS, HEAD_SIZE, generator=chance) for _ in range(2))
-            # Of layer 1, head 0 looks for one element of values, head 1 for short keys; of layer 3 the other way round.
+            # In layer 1, head 0 attends to one element of values, head 1 to short keys; in layer 3 the other way round.
             rules = [values[:, :, 2], -keys.norm(dim=-1)]
             paid = [rules[(head + (layer == 3)) % 2][head] for head in range(NUM_HEADS)]
             keys = rotated(keys, torch.arange(NUM_ROWS))
@@ -69,7 +69,7 @@ def test_the_weights_are_those_that_the_scorer_serves(trained, texts):
     scorer = Bound(heads, Weights(trained.weights, ROPE))
     agree = []
     for i, (keys, values, paid) in enumerate(texts[-1]):
-        # A row is scored alike wherever it is in the context.
+        # The score of a row does not depend on its position.
         keys = rotated(keys, torch.full((NUM_ROWS,), 300.0))
         scores = scorer.score(Rows(keys, values, i))
         agree.append(torch.corrcoef(torch.stack([scores[0], paid[0].log()]))[0, 1])
@@ -88,7 +88,7 @@ def test_overlap_is_measured_with_what_is_served(trained, texts):
 
 
 def test_positions_are_not_learned():
-    """Of rows that differ by nothing else, where attention is a matter of the position: it is a matter of chance."""
+    """If rows differ only by their position, on which attention depends, the choice is as good as random."""
     chance, examples = torch.Generator().manual_seed(2), no_examples()
     for _ in range(NUM_TEXTS):
         keys = 1 + 0.01 * torch.randn(1, NUM_ROWS, HEAD_SIZE, generator=chance)
@@ -98,7 +98,7 @@ def test_positions_are_not_learned():
 
 
 def test_rows_are_at_any_position_of_the_context(examples, texts):
-    """Another for each row and text, the same in every layer and head."""
+    """The position differs for each row and text, and is the same in all layers and heads."""
     found = []
     for i, layer in enumerate(LAYERS):
         for text, of_layers in zip(examples.features[layer], texts, strict=True):
@@ -108,7 +108,7 @@ def test_rows_are_at_any_position_of_the_context(examples, texts):
             turned = (after - before + torch.pi) % (2 * torch.pi) - torch.pi
             found.append(torch.arange(4, NUM_ROWS) + turned / FREQUENCIES[2])
     places = torch.stack(found).view(len(LAYERS), NUM_TEXTS, NUM_HEADS, -1)
-    rounding = 3  # of features to bf16, in positions
+    rounding = 3  # rounding of features to bf16, in positions
     assert (places - places[:1, :, :1]).abs().max() < 2 * rounding
     assert -rounding < places.min() < 10
     assert CONTEXT - 10 < places.max() < CONTEXT + rounding

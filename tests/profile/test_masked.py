@@ -1,4 +1,4 @@
-"""Masked rows against a cache from which they are really gone."""
+"""Masked rows against a cache from which they are evicted."""
 
 from copy import deepcopy
 
@@ -24,7 +24,7 @@ def model(request, tiny_model):
 
 
 def compacted(model, context, keep):
-    """The context in a cache that holds the kept rows alone, where a layer has no window, and states."""
+    """Returns a cache of the context with only the kept rows, in layers without a window, and states."""
     cache = DynamicCache(config=model.config) if context.states else DynamicCache()
     for layer, state in context.states.items():
         cache.layers[layer] = deepcopy(state)
@@ -38,7 +38,7 @@ def compacted(model, context, keep):
 
 
 def expected(model, context, token_ids, keep):
-    """Log probabilities `[NUM_PREDICTED, vocabulary]`, one token after the other."""
+    """Returns log probabilities `[NUM_PREDICTED, vocabulary]`, computed one token after the other."""
     cache, found = compacted(model, context, keep), []
     for i, token_id in enumerate(token_ids[:-1]):
         position = torch.tensor([[context.num_tokens + i]])
@@ -48,7 +48,7 @@ def expected(model, context, token_ids, keep):
 
 
 def attend(module, query, key, value, mask, scaling=None, softcap=None, sliding_window=None, **others):
-    """One token that sees all rows in its cache, and in its window."""
+    """Attention of one token to all rows in its cache, and in its window."""
     if sliding_window is not None:
         key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
     scores = query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].mT * scaling
@@ -64,7 +64,7 @@ def test_masking_is_evicting(model):
     ids = torch.randint(10, 40_000, (NUM_CONTEXT + NUM_NEW,), generator=chance).tolist()
     context, after = read(model, ids[:NUM_CONTEXT]), ids[NUM_CONTEXT:]
     shape = model.config.num_hidden_layers, model.config.num_key_value_heads, NUM_CONTEXT
-    # Every head keeps other rows, and layer 0 of the second choice everything.
+    # Every head keeps different rows, and in the second choice layer 0 keeps everything.
     chosen = torch.rand(2, *shape, generator=chance).topk(NUM_KEPT, -1).indices
     keep = torch.zeros(2, *shape, dtype=torch.bool).scatter_(-1, chosen, True)
     keep[1, 0] = True

@@ -1,4 +1,4 @@
-"""Formulas against plain loops, a tiny model against its own attention maps."""
+"""Formulas against plain loops, and a tiny model against its own attention maps."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ TEXT = (ROOT / "examples" / "lighthouse.txt").read_text()
 def looped_drops(norms: list[float], attention: list[float]) -> list[tuple[float, float]]:
     """`L^m` and `L^{m,ref}` for m = 1..n, as equations 1 and 2 are written."""
     n = len(norms)
-    # Of equal norms the lower position is kept, so the higher one goes first.
+    # Of equal norms the lower position is kept, so the higher one is evicted first.
     by_norm = sorted(range(n), key=lambda p: (-norms[p], -p))
     by_attention = sorted(range(n), key=lambda p: attention[p])
     return [
@@ -34,7 +34,7 @@ def looped_drops(norms: list[float], attention: list[float]) -> list[tuple[float
 
 
 def looped_alr(norms: torch.Tensor, attention: torch.Tensor) -> float:
-    """Of one head, `[n]` and `[Q, n]`."""
+    """Takes norms `[n]` and attention `[Q, n]` of one head."""
     areas = [sum(loss - ideal for loss, ideal in looped_drops(norms.tolist(), query.tolist())) for query in attention]
     return sum(areas) / len(areas)
 
@@ -53,7 +53,7 @@ def looped_ranks(values: list[float]) -> list[float]:
 
 
 def looped_correlation(x: list[float], y: list[float]) -> float:
-    """Pearson's correlation of ranks."""
+    """Returns Pearson's correlation of ranks."""
     x, y, n = looped_ranks(x), looped_ranks(y), len(x)
     mean_x, mean_y = sum(x) / n, sum(y) / n
     covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
@@ -62,7 +62,7 @@ def looped_correlation(x: list[float], y: list[float]) -> float:
 
 @pytest.fixture
 def norms() -> torch.Tensor:
-    """Two heads of 13 tokens, with a tie in the first one."""
+    """Norms of two heads and 13 tokens, with a tie in the first head."""
     norms = torch.rand(2, 13, generator=torch.Generator().manual_seed(0)) + 0.5
     norms[0, 9] = norms[0, 4]
     return norms
@@ -70,7 +70,7 @@ def norms() -> torch.Tensor:
 
 @pytest.fixture
 def attention() -> torch.Tensor:
-    """Of three queries of each head; sums to less than 1."""
+    """Attention of three queries of each head; the sums are less than 1."""
     return 0.8 * torch.randn(2, 3, 13, generator=torch.Generator().manual_seed(1)).softmax(-1)
 
 
@@ -127,7 +127,7 @@ def test_a_kv_head_is_the_mean_of_neighbouring_query_heads():
 
 
 def watched(folder: Path, token_ids: list[int]):
-    """Keys and attention maps by `transformers`' own means: `[layer][kv_heads, n, d]`, `[layer][heads, n, n]`."""
+    """Returns keys and attention maps by `transformers` itself: `[layer][kv_heads, n, d]`, `[layer][heads, n, n]`."""
     from transformers import AutoModelForCausalLM, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -142,7 +142,7 @@ def token_ids_of(tokenizer, num_chunks: int) -> list[list[int]]:
 
 
 def expected_measures(folder: Path, token_ids: list[int], layer: int, head: int) -> dict[str, float]:
-    """Of a model with two KV heads and four heads, from whole maps."""
+    """Returns the measures of a model with two KV heads and four heads, from whole maps."""
     keys, maps = watched(folder, token_ids)
     n = NUM_TOKENS - NUM_QUERIES
     norms = torch.tensor([math.sqrt(sum(x * x for x in key)) for key in keys[layer][head, :n].tolist()])
@@ -172,7 +172,7 @@ def seen(llama, tokenizer) -> list[Seen]:
     return found
 
 
-# Not layer 0: there a token repeated has its norm again, but for rounding, and the order of the two is anybody's guess.
+# Not layer 0: there a repeated token has the same norm up to rounding, and the order of the two is random.
 @pytest.mark.parametrize(("layer", "head"), [(1, 0), (3, 1)])
 def test_a_model_is_measured_as_by_hand(llama, tokenizer, seen, layer, head):
     found = measure(seen[layer])
@@ -181,7 +181,7 @@ def test_a_model_is_measured_as_by_hand(llama, tokenizer, seen, layer, head):
 
 
 def made_up(keys: torch.Tensor, queries: torch.Tensor) -> Seen:
-    """One head of as many tokens as keys, values do not count."""
+    """Returns one head with a token for each key; values do not matter."""
     return Seen(0, queries[None], keys[None], keys[None], 1.0, None, None)
 
 
@@ -191,7 +191,7 @@ FIRST_KEY = torch.tensor([0, 0.1, 0, 0, 0, -0.3, 0, 0])
 
 @pytest.fixture
 def peaked() -> Seen:
-    """Keys of low norm are two, in elements 1, 5 and 6; the others lie in all; queries look for element 5."""
+    """Two keys of low norm, in elements 1, 5 and 6; the others use all elements; queries attend to element 5."""
     generator = torch.Generator().manual_seed(0)
     n = 80
     keys = 3 * torch.randn(n, 8, generator=generator)
@@ -205,7 +205,7 @@ def peaked() -> Seen:
 
 
 def test_where_keys_of_low_norm_lie(peaked):
-    """As a mean of directions: the shorter of the two keys counts as much as the longer one."""
+    """It is a mean of directions: the shorter of the two keys counts as much as the longer one."""
     found = {name: value[..., 0] for name, value in measure(peaked).items()}
     direction = sum(key / key.norm() for key in LOW_KEYS)
     direction /= direction.norm()
@@ -216,8 +216,8 @@ def test_where_keys_of_low_norm_lie(peaked):
     assert found["energy"].topk(NUM_PEAKS).indices.sort().values.tolist() == [1, 5, 6]
 
 
-def test_what_zeroing_peaks_moves(peaked):
-    """Queries look at element 5 alone, so without it they look at all tokens alike; without others at the same."""
+def test_the_effect_of_zeroing_peaks(peaked):
+    """Queries use only element 5: without it they attend to all tokens equally; other elements change nothing."""
     found = {name: value[..., 0] for name, value in measure(peaked).items()}
     keys, n = peaked.keys[0], len(peaked.keys[0]) - NUM_QUERIES
     moved = []

@@ -16,7 +16,7 @@ FEW = ("--samples", "4", "--tokens", "160", "--questions", "3")
 
 
 def run(model: Path, path: Path, device: str = "cpu") -> tuple[str, Profile]:
-    """What the terminal shows, and the file."""
+    """Returns the output on the terminal, and the file."""
     shown = io.StringIO()
     with redirect_stdout(shown):
         main(["profile", str(model), "-o", str(path), *FEW, "--device", device])
@@ -69,7 +69,7 @@ def test_a_profile_is_made(made, llama):
 
 
 def test_of_layers_without_keys_nothing_is_measured(tiny_model, tmp_path):
-    """Nemotron-H: Mamba 2 and feed-forward layers between three of attention, which has no rotary embeddings."""
+    """Nemotron-H: Mamba 2 and feed-forward layers, and three attention layers without rotary embeddings."""
     model = tiny_model("nemotron_h")
     shown, profile = run(model, tmp_path / "hybrid.safetensors")
     check_model(profile, model)
@@ -88,8 +88,8 @@ def test_of_layers_without_keys_nothing_is_measured(tiny_model, tmp_path):
     assert "nan" not in re.sub('data:image/png;base64,[^"]*', "", text)
 
 
-def test_it_is_the_same_again(made, llama, tmp_path):
-    """Also where accelerate places the model, which without a GPU is the same place."""
+def test_it_is_reproducible(made, llama, tmp_path):
+    """Also if accelerate places the model, which changes nothing without a GPU."""
     device = "cpu" if torch.cuda.is_available() else "auto"
     first, (_, second) = made[1], run(llama, tmp_path / "again", device)
     assert second.about["dtype"] == "float32"

@@ -1,4 +1,4 @@
-"""What layers and heads do for answers, against plain loops and caches that rows are really gone from."""
+"""Importance of layers and heads for answers, against plain loops and caches from which rows are evicted."""
 
 import math
 
@@ -27,7 +27,7 @@ def drawn(num: int, seed: int = 0) -> list[int]:
 
 
 def maps(model, token_ids: list[int]) -> list[torch.Tensor]:
-    """`[heads, T, T]` of each layer."""
+    """Attention maps `[heads, T, T]` of each layer."""
     with torch.inference_mode():
         return [each[0] for each in model(torch.tensor([token_ids]), output_attentions=True).attentions]
 
@@ -52,7 +52,7 @@ def test_heads_share_a_budget():
     num_keep = math.ceil(POOLED * 50)
     kept = {(head // 2, head % 2): int(FLOOR * num_keep) for head in range(6)}
     left = num_keep * 6 - sum(kept.values())
-    # Each head's own best are set; the others compete.
+    # The best rows of each head are fixed; the others compete.
     rest = [
         (score, (head // 2, head % 2))
         for head in range(6)
@@ -68,13 +68,13 @@ def test_heads_share_a_budget():
 
 @pytest.fixture(scope="module")
 def asked(model):
-    """A question, what is found about it, and the loss of its answer with some rows gone."""
+    """A question, its findings, and the loss of its answer with some rows evicted."""
     text, question = drawn(NUM_TOKENS), Question(drawn(6, 1), drawn(3, 2), (10, 14))
     shape, _ = layout(model)
 
     @torch.inference_mode()
     def loss(layer: int | None = None, head: int | None = None) -> float:
-        """With the keys of evicted rows turned so that no query sees them."""
+        """Returns the loss with keys of evicted rows changed so that no query attends to them."""
         cache = DynamicCache(config=model.config)
         model(torch.tensor([text]), past_key_values=cache)
         hidden = torch.zeros(1, 1, 1, dtype=torch.bool)
@@ -87,7 +87,7 @@ def asked(model):
 
 
 def _loss(model, cache, question, layer, hidden):
-    """Teacher forced, with an attention of its own in one layer."""
+    """Returns the teacher-forced loss, with another attention function in one layer."""
     from vllm_l2kv.tools.profile.observe import attending
 
     def attend(module, query, key, value, mask, scaling=None, sliding_window=None, **others):

@@ -1,4 +1,4 @@
-"""The search for settings, on a model of which the cost of every choice is known, and its parts on a tiny one."""
+"""The search for settings, on a made-up model with a known cost of every choice, and its parts on a tiny model."""
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ from vllm_l2kv.tools.progress import Progress
 
 NUM_LAYERS = 20
 NEEDED = {(4, 0): 3.0, (11, 1): 2.0, (17, 0): 1.0}
-"""Layers and heads of the made-up model to what an answer loses where they compress."""
+"""For layers and heads of the made-up model, the loss of an answer if they compress."""
 NEEDED_HEADS = {4: (0,), 11: (1,), 17: (0,)}
 SHAPE = Shape(NUM_LAYERS + 1, 2, 8, (*("full_attention",) * NUM_LAYERS, "sliding_attention"))
 
 
 def question(number: int) -> list[Case]:
-    """The two cases of one, kinds in turns."""
+    """Returns the two cases of a question; kinds alternate."""
     kind = ASKED_KINDS[number % len(ASKED_KINDS)]
     return [Case(kind, hidden, [number] * 1536, [1, 2], 1) for hidden in (True, False)]
 
@@ -52,7 +52,7 @@ def loss(choice: Choice) -> float:
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """A search in which answers lose what `loss` says, and besides what `more` says of a case."""
+    """Returns a search in which answers lose `loss`, plus `more` for a case."""
 
     def of_case(model, case, rows, choices):
         found = torch.tensor([loss(choice) + search.more(case, choice) for choice in choices])
@@ -69,7 +69,7 @@ def made_up(monkeypatch):
 
     def search(scorers=(*SCORERS, CONTROL), questions=QUESTIONS, others=OTHERS, num_ranks=1):
         measured = torch.zeros(SHAPE.num_layers)
-        # Measured roughly: the layers are among the first ones, not in their order.
+        # A rough measurement: the right layers are among the first ones, but not in order.
         for place, layer in enumerate((17, 3, 11, 9, 4, 1)):
             measured[layer] = 1 - place / 10
         heads = measured[:, None].expand(-1, 2)
@@ -107,7 +107,7 @@ def test_the_layers_that_answers_need_stay_full(made_up):
 
 
 def test_the_heads_that_answers_need_stay_full(made_up):
-    """Also at the smallest memory, where there is no room for their layers."""
+    """Also at the smallest memory, which has no room for their whole layers."""
     found = made_up()
     targets = of_heads(found)
     assert [target.memory for target in targets] == list(MEMORIES)
@@ -149,7 +149,7 @@ def test_what_does_well_on_the_few_alone_is_not_chosen(made_up):
 
 
 def test_answers_of_one_kind_that_fail_altogether_are_not_outweighed_by_little_losses(made_up):
-    """By the mean loss `learned` would be best: it saves more nats than the one kind loses."""
+    """By the mean loss `learned` would be best, since it saves more nats than one kind loses."""
     made_up.more = lambda case, choice: (
         1.2 * (case.kind == "facts_in_noise") if choice.scorer == "learned" else 0.4 * (choice.scorer != "random")
     )
@@ -216,7 +216,7 @@ def test_questions_are_balanced_and_no_more_texts_are_read_than_needed(monkeypat
             yield Sample(kind, [number], [Question([number], [i, i], (0, 1)) for i in range(2)])
 
     def answered(model, context, token_ids, num_predicted, keep):
-        # Every second text of a table, and no fact at all in noise: the second questions lose less.
+        # Answers every second text with a table, and no fact in noise; the second questions lose less.
         kind, (number,) = read[-1]
         wrong = kind == "facts_in_noise" or (kind == "table" and number % 2 == 0)
         return Losses(torch.tensor([float(wrong) - token_ids[-1] / 10]), torch.tensor([not wrong]))
@@ -242,7 +242,7 @@ def test_questions_are_balanced_and_no_more_texts_are_read_than_needed(monkeypat
     assert numbers["facts"] == [(0, 0), (0, 1), (1, 0)]
     assert numbers["table"] == [(1, 0), (1, 1), (3, 0)]
     assert numbers["facts_in_noise"] == [(0, 1), (1, 1), (2, 1), (3, 1)]
-    # A kind that runs out leaves the others what they are.
+    # A kind without further questions does not change the others.
     assert kinds_of(answerable(None, SHAPE, [reading("facts"), ()], 4, Progress())) == {"facts": 2}
 
 

@@ -1,4 +1,4 @@
-"""What a search may keep full: numbers that fit the pool, and heads that tensor-parallel ranks share out equally."""
+"""Units that a search may keep full: numbers that fit the pool, and heads divided equally between ranks."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_heads_are_dealt_out_equally(num_ranks):
         num_full = SHAPE.num_full((), target.full_heads)
         assert num_full == count * num_ranks
         assert waste(num_full, 96 - num_full) <= 0.07
-    # Where the others are whole multiples nothing is wasted.
+    # If the others are a multiple, nothing is wasted.
     assert {96 // num_ranks // (1 + times) for times in (1, 2, 3, 5, 7)} <= set(units.counts)
 
 
@@ -64,7 +64,7 @@ def test_the_best_head_of_each_rank_goes_first():
 
 
 def test_with_first_layers_so_many_are_full_as_fit():
-    """8 of the first layer and 25 others would waste 9 %, so the last one of them leaves."""
+    """8 of the first layer and 25 others would waste 9 %, so the last one is left out."""
     units = head_units(SHAPE, measured(0), 1)
     others = [unit for unit in units.together if unit.layer != 1]
     full = units.with_layers(others[:25], (1,))

@@ -1,4 +1,4 @@
-"""Pages made from rows: what is committed, and what a run on two GPUs will add."""
+"""Pages made from rows: the committed ones, and the section of a run on two GPUs."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def tables():
 
 @pytest.fixture
 def section(tables):
-    """The section of two GPUs from some files' rows, the others being absent."""
+    """Returns the section about two GPUs from the rows of some files, without the others."""
     return lambda **rows: tables.two_gpus_section({name: rows.get(name, []) for name in tables.TWO_GPU_FILES})
 
 
@@ -32,11 +32,11 @@ def steps(engine, **cases):
     return [{**engine, "case": case, "median_step_ms": ms} for case, ms in cases.items()]
 
 
-def test_the_page_is_what_the_rows_say(tables):
+def test_the_page_is_made_from_the_rows(tables):
     assert tables.PAGE.read_text() == tables.page()
 
 
-def test_the_headline_is_what_the_rows_say(tables):
+def test_the_headline_is_made_from_the_rows(tables):
     assert tables.headline_of_rows() in tables.README.read_text()
 
 
@@ -53,7 +53,7 @@ def test_paragraphs_and_lists_are_filled_and_nothing_else():
     )
 
 
-def test_no_section_before_anything_was_run(section):
+def test_no_section_without_rows(section):
     assert section() == ""
 
 
@@ -71,7 +71,7 @@ def test_steps_with_the_floor_of_the_shape(section):
 
 
 def test_requests_that_fit_beside_a_large_shape(tables, section):
-    # 4,250 tokens in blocks of 16 are 266; compressed ones of 2,250 are 141 beside 7 blocks of 624 for full layers.
+    # 4,250 tokens take 266 blocks of 16; 2,250 compressed ones take 141, and full layers 7 blocks of 624.
     assert tables.requests_that_fit(STOCK, 1) == 1000 // 266
     assert tables.requests_that_fit(OURS, 0.5) == 1000 // (7 + 141)
     page = section(**{"70b_decode_step": [*steps(STOCK, **{"8x128": 10.0}), *steps(OURS, **{"8x128": 10.1})]})
@@ -137,7 +137,7 @@ SIZES = {"cache_bytes": 16 << 30, "num_document_tokens": 30_000, "budget": None,
 
 @pytest.fixture
 def documents():
-    """The section of documents from some files' rows, the others being absent."""
+    """Returns the section about documents from the rows of some files, without the others."""
     from benchmarks.speed import document_tables
     from benchmarks.speed.serving import DOCUMENTS, ON_DEMAND
 
@@ -146,7 +146,7 @@ def documents():
     )
 
 
-def test_no_section_before_documents_were_asked_about(documents):
+def test_no_documents_section_without_rows(documents):
     assert documents() == ""
 
 
@@ -226,7 +226,7 @@ def test_popular_documents_beside_stock(documents):
     assert "| l2kv | 0.25 | 7500 | 100 | 200 | 0.005 | 1,600 | 99.3% |" in page
 
 
-def test_turns_that_stock_vllm_never_came_to_are_empty(documents):
+def test_turns_that_stock_vllm_did_not_reach_are_empty(documents):
     talk = {**SIZES, "cache_bytes": 7_864_320_000, "num_conversations": 16, "turn_tokens": 1000}
     page = documents(
         conversation=[

@@ -14,7 +14,7 @@ LONGEST = 120
 
 
 class Asked(NamedTuple):
-    """A request, and the engine that it asks."""
+    """A request and its engine."""
 
     capacity: Capacity
     num_prompt_tokens: int
@@ -25,7 +25,7 @@ class Asked(NamedTuple):
         return self.capacity.max_tokens(self.num_prompt_tokens, self.max_tokens, self.points)
 
     def needed(self) -> list[int]:
-        """Blocks for an answer of 1, 2, ... tokens, by a walk along all positions: the most that each group holds."""
+        """Returns the blocks for answers of 1, 2, ... tokens, the maximum of each group over all positions."""
         found, most = [], [0] * len(self.capacity.groups)
         last = self.num_prompt_tokens + self.max_tokens - 1
         compactions = {c.position: c for c in self.points.until(last)} if self.points else {}
@@ -48,14 +48,14 @@ class Asked(NamedTuple):
         return found
 
     def _rows_of_an_answer(self, num_tokens: int) -> int:
-        """Any answer is taken to reach its interval, if there are so many tokens."""
+        """Assumes that every answer reaches its interval, if it has enough tokens."""
         budget = self.points.params.max_tokens if self.points else None
         return 0 if budget is None else min(num_tokens, budget + self.points.intervals.answer)
 
 
 @st.composite
 def asked(draw) -> Asked:
-    """A compressed group, maybe a full one with larger blocks and one of a sliding window."""
+    """Draws a compressed group, perhaps a full one with larger blocks, and one of a sliding window."""
     unit = draw(st.integers(1, 8))
     groups = [GroupCapacity(unit, compressed=True)]
     if draw(st.booleans()):
@@ -75,7 +75,7 @@ def asked(draw) -> Asked:
 @settings(deadline=None, max_examples=300)
 @given(request=asked())
 def test_the_bound_is_its_own_or_the_largest_that_fits(request):
-    """What fits is neither refused nor cut; what is cut gets the most, and only if it named no bound."""
+    """A bound that fits is unchanged; without a bound a request gets the largest that fits."""
     fits = [needed <= request.capacity.num_blocks for needed in request.needed()]
     assert fits == sorted(fits, reverse=True)
     if fits[-1]:
@@ -102,11 +102,11 @@ def points(n: int, **params) -> CompactionPoints:
 @pytest.mark.parametrize(
     ("n", "max_tokens", "params", "bound"),
     [
-        (100, 61, {}, 61),  # 160 rows: the last token is never computed on
+        (100, 61, {}, 61),  # 160 rows: the last token is not computed
         (100, 3996, {}, 61),
         (4000, 96, {"max_tokens": 96}, 96),  # 96 + 64 rows
-        (160, 3936, {"keep_ratio": 0.5}, 81),  # within the 80 rows that it gave back, and the last one
-        (1, 4095, {"max_tokens": 128}, 4095),  # the answer's interval is the smaller one
+        (160, 3936, {"keep_ratio": 0.5}, 81),  # within the 80 freed rows, and the last token
+        (1, 4095, {"max_tokens": 128}, 4095),  # the answer's interval is smaller
     ],
 )
 def test_examples(n, max_tokens, params, bound):
@@ -164,7 +164,7 @@ def test_drafts_take_slots_beside_a_request_but_none_beyond_the_context():
 
 
 def test_memory_of_the_whole_cache():
-    """Heads by what their tokens weigh."""
+    """Heads are weighted by the bytes of their tokens."""
     groups = GroupCapacity(448, False), GroupCapacity(32, True)
     cache = Capacity(100, groups, max_model_len=4096, compressed_bytes=28, full_bytes=2)
     assert cache.memory_ratio(1000, 125) == (2 * 1000 + 28 * 125) / (30 * 1000)

@@ -1,4 +1,4 @@
-"""The demo model's cache: complete or absent, whatever happens while it is fetched."""
+"""The demo model's cache: complete or absent, whatever happens during the download."""
 
 import hashlib
 import os
@@ -62,12 +62,12 @@ def test_first_run_fetches_and_second_reuses(tmp_path):
     assert leftovers(cache) == []
 
 
-def test_a_cached_folder_of_any_source_is_used_before_anything_is_fetched(tmp_path):
+def test_a_cached_folder_of_any_source_is_used_first(tmp_path):
     ensure_demo_model(tmp_path, [Source("second", write_model)])
     assert ensure_demo_model(tmp_path, [Source("first", never), Source("second", never)]) == tmp_path / "second"
 
 
-def test_next_source_stands_in(tmp_path, capsys):
+def test_the_next_source_is_used_after_a_failure(tmp_path, capsys):
     folder = ensure_demo_model(tmp_path, [Source("first", fail), Source("second", write_model)])
     assert folder == tmp_path / "second"
     assert os.listdir(tmp_path) == ["second"]
@@ -101,7 +101,7 @@ def test_interrupted_run_leaves_nothing(tmp_path, stop):
     assert os.listdir(tmp_path) == []
 
 
-def test_killed_run_leaves_nothing_that_is_taken_for_complete(tmp_path):
+def test_a_killed_run_leaves_no_folder_that_looks_complete(tmp_path):
     code = (
         "import os, pathlib, sys; from vllm_l2kv.tools.demo_model import *\n"
         "def fetch(folder): (folder / 'config.json').write_text('{}'); os._exit(9)\n"
@@ -192,8 +192,8 @@ def test_checksum_accepts_the_right_file(tmp_path):
 
 
 def test_hub_that_never_answers_is_left_within_the_limit(tmp_path):
-    # A server that accepts connections and says nothing, asked by a fresh process: the hub client reads its
-    # variables when it is imported.
+    # A server that accepts connections and never answers, used from a new process, since the hub client reads its
+    # variables on import.
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -1,4 +1,4 @@
-"""`make test-fast` is what it says: no engine, and the folders that CONTRIBUTING names."""
+"""`make test-fast` starts no engine and runs the folders that CONTRIBUTING names."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ from no_engines import ENGINE_FOLDERS, SENTENCE, refuse_engines
 ROOT = Path(__file__).parents[2]
 
 
-def test_an_engine_that_starts_all_the_same_fails_its_test(monkeypatch, tmp_path):
+def test_a_test_that_starts_an_engine_fails(monkeypatch, tmp_path):
     refuse_engines(monkeypatch)
     from http_server import Server
     from vllm.v1.engine.core import EngineCore
@@ -22,7 +22,7 @@ def test_an_engine_that_starts_all_the_same_fails_its_test(monkeypatch, tmp_path
 
 
 def command_of(target: str) -> str:
-    """What make starts pytest with."""
+    """Returns the pytest command of a make target."""
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
     return next(line for line in done.stdout.splitlines() if "pytest" in line)
 
@@ -33,7 +33,7 @@ def folders_in(text: str) -> set[str]:
 
 @pytest.fixture
 def is_fast() -> dict[str, bool]:
-    """Folders of the guide."""
+    """Returns the folders that CONTRIBUTING marks as fast."""
     rows = re.findall(r"^\| `(tests/\w+)` \|.*\| (yes|) ?\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     return {folder: bool(fast) for folder, fast in rows}
 
@@ -44,7 +44,7 @@ def test_the_folders_are_those_of_the_guide(is_fast):
 
 
 def test_the_parts_of_make_test_leave_nothing_out(is_fast):
-    """All tests that are not fast count as marked, and those of the fast folders are looked for where marks are."""
+    """All tests outside the fast folders count as marked; of the fast folders, those with marked tests run too."""
     slow = {folder for folder, fast in is_fast.items() if not fast}
     assert slow == {f"tests/{name}" for name in ENGINE_FOLDERS}
     paths = [path for folder in is_fast.keys() - slow for path in (ROOT / folder).glob("test_*.py")]

@@ -1,4 +1,4 @@
-"""KV heads of ranks and of classes, and what classes waste."""
+"""KV heads of ranks and of classes, and memory that classes waste."""
 
 import pytest
 from hypothesis import given
@@ -34,7 +34,7 @@ def test_classes():
         (Settings((), {1: (2,)}), 8, "names 0, 0, 0, 0, 1, 1, 0, 0 KV heads of layer 1 on the 8"),
     ],
 )
-def test_full_heads_that_cannot_be(settings, degree, message):
+def test_impossible_full_heads(settings, degree, message):
     with pytest.raises(ValueError, match=message):
         check_full(settings, range(4), 4, degree)
 
@@ -54,8 +54,8 @@ def test_waste_is_what_the_division_leaves(one, other):
 
 
 @given(num_heads=st.integers(2, 300), factor=st.integers(1, 20))
-def test_so_many_full_heads_waste_little(num_heads, factor):
-    """What a search for heads should round to: so many that the others are a multiple of them, or nearly."""
+def test_numbers_of_full_heads_that_waste_little(num_heads, factor):
+    """Numbers to which a search for heads should round: the other heads are a multiple of them, or nearly."""
     num_full = num_heads // (1 + factor)
     if num_full and num_heads >= 128 and factor < 8:
         assert waste(num_full, num_heads - num_full) <= MAX_WASTE

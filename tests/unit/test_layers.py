@@ -1,4 +1,4 @@
-"""The layer rule: who may import whom. Read from the source, and for the package's root also watched."""
+"""The layer rule: which part may import which. Read from the source; the package's root is also imported."""
 
 import ast
 import subprocess
@@ -24,7 +24,7 @@ STDLIB_ONLY = [
 WITH_TORCH = ["profile", "scorers", "token_groups", "kernels"]
 WITH_VLLM = ["scheduler", "worker", "kv_cache_spec", "plugin", "refusals", "seams"]
 WATCHED = ("engine_log", "options", "progress")
-"""Of commands that take long."""
+"""Modules that slow commands share."""
 TOOLS = {
     "bench": {"tools.evaluation", "tools.html_report"},
     "demo_model": {"tools.user_cache"},
@@ -37,9 +37,9 @@ TOOLS = {
     "profile": {"__version__", *(f"tools.{name}" for name in ("demo_model", "evaluation", "html_report", *WATCHED))},
     "plan": {"tools.demo_model", "tools.options", "kv_cache_spec", "plugin", "refusals", "seams"},
 }
-"""They use the plain modules, as a user would, and these beside them."""
+"""Parts that tools may import in addition to the plain modules."""
 COMMAND = "cli"
-"""Imports the subcommand it runs, and what has no parser of its own."""
+"""The part that imports subcommands, and tools without a parser."""
 
 
 def modules() -> dict[str, Path]:
@@ -68,7 +68,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def part_of(module: str) -> str:
-    """`vllm_l2kv.worker.cpu` belongs to `worker`, `vllm_l2kv.tools.bench.run` to `tools.bench`."""
+    """Returns a module's part: `worker` for `vllm_l2kv.worker.cpu`, `tools.bench` for `vllm_l2kv.tools.bench.run`."""
     _, part, tool = [*module.split("."), "", ""][:3]
     return f"tools.{tool}" if part == "tools" else part
 
@@ -125,7 +125,7 @@ def test_imports_of(module):
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("vllm_l2kv_server.")])
-def test_the_server_sees_only_the_surface(module):
+def test_the_server_imports_only_the_public_modules(module):
     inside = {part_of(name) for name in imports_of(modules()[module]) if name.startswith("vllm_l2kv.")}
     plain = {"field_kinds", "params", "policy", "capacity", "messages", "settings", "cli_types", "supported_vllm"}
     plain |= {"log", "profile", "compression", "engine_args", "__version__"}
@@ -142,7 +142,7 @@ def test_importing_the_package_loads_neither_vllm_nor_torch():
 
 
 def test_importing_everything_changes_nothing_of_vllm():
-    """No patched attribute: functions and classes of vLLM are the same before and after, and so are their members."""
+    """Nothing is patched: functions and classes of vLLM, and their members, are the same before and after."""
     code = """
 import importlib, pkgutil, sys, vllm.v1.worker.gpu
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry

@@ -36,8 +36,8 @@ def test_a_document_has_a_token():
     assert CompressionParams().override({"kv_prefix_tokens": 1}).prefix_tokens == 1
 
 
-def test_messages_are_counted_by_a_server_alone():
-    """Offline, and in the engine of a server without our routes."""
+def test_only_a_server_counts_messages():
+    """Refused offline, and in the engine of a server without the routes of vllm-l2kv."""
     with pytest.raises(ParamError, match="only a server of vllm-l2kv sees; give kv_prefix_tokens instead") as error:
         CompressionParams().read({"kv_prefix_messages": 1})
     assert error.value.param == "kv_prefix_messages"
@@ -80,7 +80,7 @@ def test_null_means_not_given():
         assert not defaults.read(values).by_client
 
 
-def test_fields_lie_over_defaults():
+def test_fields_override_defaults():
     asked = CompressionParams(0.5, 4, 8).read({"kv_protect_first": 0, "temperature": 1})
     assert asked.params == CompressionParams(0.5, 0, 8)
     assert asked.by_client
@@ -96,7 +96,7 @@ def test_numbers_are_reported_where_a_field_is_given_or_the_defaults_compress(de
 
 @pytest.mark.parametrize("alone", [{}, {"kv_keep_ratio": 0.5}])
 def test_a_document_alone_is_not_compressed_and_reported(alone):
-    """At a ratio of 1 nothing is evicted, and the numbers say why."""
+    """At a ratio of 1 nothing is evicted, and the numbers give the reason."""
     asked = CompressionParams().read({"kv_prefix_tokens": 10, **alone})
     assert asked.params.compresses == bool(alone)
     assert asked.reports
@@ -143,7 +143,7 @@ def test_params_cannot_be_changed():
         CompressionParams().keep_ratio = 0.5
 
 
-def test_compression_names_only_what_is_given():
+def test_compression_returns_only_the_given_arguments():
     assert vllm_l2kv.compression() == {}
     assert vllm_l2kv.compression(0.5, protect_last=0) == {"kv_keep_ratio": 0.5, "kv_protect_last": 0}
     assert vllm_l2kv.compression(granularity="block") == {"kv_granularity": "block"}
@@ -161,7 +161,7 @@ def test_compression_refuses_bad_values():
         vllm_l2kv.compression(prefix_tokens=0)
 
 
-def test_a_budget_of_an_offline_request_is_held_against_the_engines_own_protection():
+def test_an_offline_budget_is_checked_against_the_engines_protection():
     assert vllm_l2kv.compression(max_tokens=8) == {"kv_max_tokens": 8}
     with pytest.raises(ParamError, match="at least kv_protect_first"):
         vllm_l2kv.compression(max_tokens=8, protect_last=9)

@@ -1,4 +1,4 @@
-"""Pictures in docs/img that are drawn from the code are those of the code as it is."""
+"""Pictures in docs/img that are drawn from the code are up to date."""
 
 import runpy
 from pathlib import Path
@@ -10,7 +10,7 @@ PICTURES = runpy.run_path(str(ROOT / "scripts" / "pictures.py"))
 
 
 @pytest.mark.parametrize("name", ["rows", "pool", "life"])
-def test_a_picture_is_drawn_anew(name, tmp_path):
+def test_a_picture_is_up_to_date(name, tmp_path):
     path = tmp_path / "picture.svg"
     PICTURES[f"draw_{name}"]().savefig(path, metadata={"Date": None})
     assert path.read_text() == (ROOT / "docs" / "img" / f"{name}.svg").read_text(), "run scripts/pictures.py"

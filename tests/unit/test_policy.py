@@ -51,7 +51,7 @@ def test_examples_of_a_ratio(n, ratio, protect, expected):
 
 
 class Life(NamedTuple):
-    """What decides the compactions of a request, and how many of its tokens are computed."""
+    """The inputs that decide a request's compactions, and its number of computed tokens."""
 
     num_prompt_tokens: int
     params: CompressionParams
@@ -63,13 +63,13 @@ class Life(NamedTuple):
         return CompactionPoints(self.num_prompt_tokens, self.params, self.intervals)
 
     def walk(self, last: Compaction | None = None) -> tuple[list[tuple[int, int, int]], int]:
-        """Adds row after row and looks at each position whether a compaction is due there.
+        """Adds row after row and checks at each position whether a compaction is due.
 
         Args:
-            last: A compaction with whose rows the walk begins.
+        last: A compaction with whose rows the walk begins.
 
         Returns:
-            Position, rows before and rows after each compaction, and the most rows that were ever held.
+        Position, rows before and rows after each compaction, and the maximum number of rows held.
         """
         begin, rows = (last.position, last.num_keep) if last else (0, 0)
         found, most = [], rows
@@ -92,7 +92,7 @@ class Life(NamedTuple):
 
 @st.composite
 def lives(draw) -> Life:
-    """Small numbers, so that points of all kinds meet: intervals of either order, budgets that protection fills."""
+    """Draws small numbers, so that all kinds of points coincide: any order of intervals, budgets of protected rows."""
     first, last = draw(st.integers(0, 4)), draw(st.integers(0, 4))
     least = max(first + last, 1)
     params = CompressionParams(
@@ -115,8 +115,8 @@ def test_compactions_are_those_of_a_walk_along_the_positions(life):
 
 
 @given(life=lives())
-def test_one_follows_the_other(life):
-    """`after` of each is the next one of the same list; positions grow, and each compaction evicts something."""
+def test_each_compaction_follows_the_one_before(life):
+    """`after` a compaction returns the next one of the list; positions increase, and each compaction evicts rows."""
     seen = list(itertools.islice(life.points.until(10_000), 20))
     for last, following in zip([None, *seen], seen, strict=False):
         assert life.points.after(last) == following
@@ -135,7 +135,7 @@ def test_every_compaction_has_the_protected_rows(life):
 
 
 @given(life=lives())
-def test_the_kind_says_where_and_why(life):
+def test_the_kind_has_place_and_cause(life):
     for compaction in life.points.until(life.num_tokens):
         if compaction.kind is Kind.PROMPT_BUDGET:
             assert compaction.position < life.num_prompt_tokens
@@ -155,7 +155,7 @@ def test_the_kind_says_where_and_why(life):
 
 @given(life=lives())
 def test_a_document_ends_with_no_more_rows_than_its_ratio_and_its_budget_leave(life):
-    """Whatever happens inside it, so the rows that follow a document begin at a known slot."""
+    """This holds whatever happens inside the document, so the rows after it begin at a known slot."""
     end, params = life.params.prefix_tokens, life.params
     if end is None or not params.compresses:
         return
@@ -172,7 +172,7 @@ def test_those_in_the_prompt_come_before_its_end(life):
 
 @given(life=lives(), more=st.integers(0, 60))
 def test_those_in_the_prompt_are_the_same_in_every_longer_one(life, more):
-    """Or their rows would not serve other questions, and the next turn of a conversation."""
+    """Otherwise their rows could not serve other questions and the next turn of a conversation."""
     longer = life._replace(num_prompt_tokens=life.num_prompt_tokens + more).points.in_prompt()
     assert [c for c in longer if c.position < life.num_prompt_tokens] == life.points.in_prompt()
 
@@ -196,7 +196,7 @@ def test_the_list_up_to_a_position_begins_every_longer_one(life, more):
 @settings(max_examples=500, deadline=None)
 @given(life=lives())
 def test_max_rows_is_a_bound(life):
-    """True at every length; exact where no budget applies, or where the answer is long enough."""
+    """It holds at every length, and is exact without a budget or with a long enough answer."""
     _, most = life.walk()
     bound = life.points.max_rows(life.num_tokens)
     assert most <= bound <= life.num_tokens
@@ -210,7 +210,7 @@ def test_max_rows_is_a_bound(life):
 @settings(max_examples=500, deadline=None)
 @given(life=lives(), data=st.data())
 def test_max_rows_is_a_bound_for_a_life_that_begins_with_found_rows(life, data):
-    """Exact where no budget applies, and never above that of a life from the start."""
+    """It is exact without a budget, and never above the bound without found rows."""
     for last in life.points.in_prompt():
         end = data.draw(st.integers(last.position + 1, last.position + 60))
         bound = life.points.max_rows(end, last)
@@ -228,7 +228,7 @@ def test_found_rows_are_not_counted_twice():
 
 @given(life=lives(), more=st.integers(0, 50))
 def test_more_tokens_never_need_fewer_rows(life, more):
-    """Whether a request fits is searched by halving."""
+    """The largest request that fits is found by bisection, which needs this."""
     for last in [None, *life.points.in_prompt()]:
         shorter = max(life.num_tokens, last.position if last else 0)
         assert life.points.max_rows(shorter, last) <= life.points.max_rows(shorter + more, last)
@@ -242,15 +242,15 @@ def published(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> lis
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (published(3000, keep_ratio=0.5), []),  # its one compaction is at the end of the prompt, and private
+        (published(3000, keep_ratio=0.5), []),  # its only compaction is at the end of the prompt, and private
         (published(3000, prefix_tokens=2000), []),  # nothing is evicted
         (published(3000, keep_ratio=0.5, prefix_tokens=2000), [2000]),
-        (published(6000, max_tokens=1000), [5096]),  # 3,048 was the last one of an earlier turn
+        (published(6000, max_tokens=1000), [5096]),  # 3,048 was the last compaction of an earlier turn
         (published(3048, max_tokens=1000), []),
         # 3,048 in the document, its end, and 2,048 + 1,000 rows after it
         (published(9000, max_tokens=1000, prefix_tokens=4000), [4000, 8096]),
         (published(6000, max_tokens=1000, prefix_tokens=4000), [4000]),
-        # at the end of the document the budget is due anyway
+        # the budget is due at the end of the document in any case
         (published(6000, (20, 20), max_tokens=10, prefix_tokens=30), [30, 5990]),
     ],
 )
@@ -295,7 +295,7 @@ def points(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[t
         # the end of the prompt itself belongs to the answer
         (points(3048, max_tokens=1000)[:1], [(3048, 3048, 1000, "answer_budget")]),
         (points(3049, max_tokens=1000)[:2], [(3048, 3048, 1000, "prompt_budget"), (3304, 1256, 1000, "answer_budget")]),
-        # one row short of the budget and an interval: the first token of the answer makes it full
+        # one row less than the budget and an interval: the first token of the answer completes it
         (points(1255, max_tokens=1000)[:1], [(1256, 1256, 1000, "answer_budget")]),
         (points(1256, max_tokens=1000)[:1], [(1256, 1256, 1000, "answer_budget")]),
         # at the end of the prompt, whatever leaves fewer rows
@@ -335,7 +335,7 @@ def points(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[t
         ),
         (points(2000, keep_ratio=0.2, prefix_tokens=1500, max_tokens=1000)[0], (1500, 1500, 300, "document")),
         (points(2000, prefix_tokens=1500, max_tokens=1000)[0], (1500, 1500, 1000, "document")),
-        # a document longer than the budget and the interval: half of it is more than what is left of it
+        # a document longer than the budget and the interval: half of it is more than the rows left
         (
             points(9000, keep_ratio=0.5, prefix_tokens=8000, max_tokens=1000)[:4],
             [
@@ -345,9 +345,9 @@ def points(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[t
                 (8000, 1856, 1000, "document"),
             ],
         ),
-        # the budget is due at the end of the document anyway
+        # the budget is due at the end of the document in any case
         (points(4000, prefix_tokens=3048, max_tokens=1000)[0], (3048, 3048, 1000, "document")),
-        # a budget that protection fills
+        # a budget full of protected rows
         (
             points(12, (3, 2), max_tokens=8, protect_first=4, protect_last=4)[:2],
             [(11, 11, 8, "prompt_budget"), (13, 10, 8, "answer_budget")],

@@ -1,4 +1,4 @@
-"""Files of profiles: written, read, refused; fingerprints; the ratio for a memory."""
+"""Files of profiles: writing, reading, refusals; fingerprints; the ratio for a memory."""
 
 import json
 import subprocess
@@ -116,8 +116,8 @@ class TestSettings:
         with pytest.raises(ValueError, match=r"memory must be more than 0\.200, which the 1 full layers"):
             MADE.setting(memory)
 
-    def test_given_layers_take_the_place_of_the_listed_ones(self):
-        """Layer 2 slides: it costs nothing."""
+    def test_given_layers_replace_the_listed_ones(self):
+        """Layer 2 has a window, so it costs nothing."""
         assert MADE.setting(0.6, (1, 2)) == ((1, 2), 0.5, "l2", {})
         assert MADE.setting(0.25, ()) == ((), 0.25, "learned", {})
         with pytest.raises(ValueError, match=r"memory must be more than 0\.600, which the 3 full layers cost, got 0.5"):
@@ -147,7 +147,7 @@ class TestSettings:
             setting_of(*(path if word == "PATH" else word for word in asked))
 
     def test_heads_cost_their_share_of_the_whole_cache(self):
-        """Three of ten heads; layer 2 slides, and layers have two heads."""
+        """Three of ten heads; layer 2 has a window, and layers have two heads."""
         assert HEADS_MADE.setting(0.5, classes="heads") == ((), 0.285714, "learned", {3: (0, 1), 9: (1,)})
         assert HEADS_MADE.setting(0.9, classes="heads").keep_ratio == pytest.approx((9 - 3) / 7, abs=1e-6)
         assert HEADS_MADE.setting(0.5) == MADE.setting(0.5)
@@ -181,7 +181,7 @@ class TestSettings:
             replace(MADE, memory=()).setting(0.5)
 
     def test_the_demo_model_at_half(self):
-        """14 of 30 layers and 0.0625 of the rest, half of the cache."""
+        """14 of 30 layers full and a ratio of 0.0625 for the others make half of the cache."""
         assert ratio_for(0.5, 30, 14) == 0.0625
 
     def test_nothing_left_to_compress(self):
@@ -250,7 +250,7 @@ class TestRefusedFiles:
         fields = {"model": "m", "fingerprint": "", "shape": {"num_layers": 1, "layer_types": ["x"]}}
         assert "missing 2 required" in self.rewritten(path, {"version": VERSION} | fields)
 
-    def test_there_is_none(self, tmp_path):
+    def test_a_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             Profile.read(tmp_path / "nowhere")
 
@@ -270,7 +270,7 @@ def model(tmp_path) -> Path:
 
 
 def shards(model: Path) -> None:
-    """The same weights in two files, and a third that the index does not name."""
+    """The same weights in two files, and a third file that the index does not name."""
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     save_file({"c": weights["c"], "a": weights["a"]}, model / "1.safetensors")

@@ -9,7 +9,7 @@ from vllm_l2kv.settings import CONFIG_KEY, Settings
 OWN = "my.scorers:Recent"
 
 
-def test_settings_survive_the_trip_through_additional_config():
+def test_settings_pass_through_additional_config_unchanged():
     params = CompressionParams(0.25, 4, 64, "learned", "block")
     settings = Settings(
         (3, 0, 3),
@@ -34,7 +34,7 @@ def refusal_of(settings: Settings, scorer: str) -> str | None:
 
 @pytest.mark.parametrize("scorer", [*SCORERS, OWN])
 def test_scorers_that_an_engine_has(scorer):
-    """What serves takes those that are offered, what evaluates takes more, and what is learned comes from a profile."""
+    """Serving engines have the offered scorers, evaluating ones have more; `learned` needs a profile."""
     plain, profiled = refusal_of(Settings(), scorer), refusal_of(Settings(profile="model.safetensors"), scorer)
     unserved = (*EVALUATION_SCORERS, OWN)
     assert (plain is not None) == (scorer in (*unserved, "learned"))

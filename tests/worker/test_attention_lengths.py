@@ -28,7 +28,7 @@ def test_counts_in_batch_order():
     assert counts.of_batch(["a", "b"]) is None
 
 
-def test_slots_trail_positions():
+def test_slots_are_positions_minus_evicted_rows():
     table = FakeTable()
     counts = counts_of(b=10)
     compressed = CompressedBlockTable(table, lambda: counts.of_batch(["a", "b"]))
@@ -36,7 +36,7 @@ def test_slots_trail_positions():
     positions = torch.tensor([100, 101, 50, 51, 52])
     compressed.compute_slot_mapping(2, query_start_loc, positions)
     assert table.seen[2].tolist() == [100, 101, 40, 41, 42]
-    assert positions.tolist() == [100, 101, 50, 51, 52]  # RoPE still needs them
+    assert positions.tolist() == [100, 101, 50, 51, 52]  # positions, which RoPE still needs
     assert compressed.num_blocks_per_row == "of the table itself"
 
 
@@ -73,8 +73,8 @@ def test_attention_sees_physical_lengths_and_vllm_keeps_its_own():
     assert logical.max_seq_len == 100
 
 
-def test_images_lie_where_their_rows_do():
-    """Those of the request without evicted rows, and of none, stay."""
+def test_ranges_of_images_move_with_their_rows():
+    """Ranges of a request without evicted rows stay the same."""
     logical = metadata([100, 50, 30]).replace(mm_req_doc_ranges={0: [(3, 9), (92, 99)], 1: [(10, 20)]})
     physical = subtract_evicted(logical, torch.tensor([90, 0, 5], dtype=torch.int32))
     assert physical.mm_req_doc_ranges == {0: [(-87, -81), (2, 9)], 1: [(10, 20)]}

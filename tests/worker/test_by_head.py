@@ -1,4 +1,4 @@
-"""Decoding by head without an engine; without a GPU in Triton's interpreter, and FlashAttention is a loop."""
+"""Decoding by head without an engine; without a GPU, in Triton's interpreter and with a loop for FlashAttention."""
 
 import os
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(len(FULL_HEADS))]
 
 
 class Split:
-    """A split layer's attention, which says that it was called."""
+    """A split layer's attention, which records that it was called."""
 
     scale, logits_soft_cap = SCALE, 0.0
 
@@ -46,7 +46,7 @@ class Split:
 
 
 class Loop:
-    """FlashAttention, as far as it is told."""
+    """FlashAttention as a loop, for the arguments used here."""
 
     def __init__(self):
         self.schedules = []
@@ -64,7 +64,7 @@ class Loop:
 
 
 class Engine:
-    """Layers with caches in one pool, and what vLLM prepares for a step."""
+    """Layers with caches in one pool, and the inputs that vLLM prepares for a step."""
 
     def __init__(self, monkeypatch, max_num_requests=4):
         self.pool = Pool(torch.bfloat16, FULL_SIZE, PAGE_SIZE, head_size=SIZE, value_size=SIZE)
@@ -105,7 +105,7 @@ class Engine:
         return self.metadata[of_class], self.layers[name], self.layers[name].kv_cache, self.slots[of_class]
 
     def run(self, i, states, update=True):
-        """One layer, as vLLM's operators call it."""
+        """Runs one layer as vLLM's operators call it."""
         layer = self.layers[NAMES[i]]
         metadata, _, cache, slots = self.context(NAMES[i])
         query, key, value, output = states
@@ -115,7 +115,7 @@ class Engine:
 
 
 def states():
-    """Of four tokens, and one that pads the batch; queries between other numbers."""
+    """Returns states of four tokens and one padding token; queries are a strided view."""
     packed = torch.randn(5, (GROUP + 2) * HEADS * SIZE, generator=torch.Generator().manual_seed(3))
     query, key, value = packed.bfloat16().to(DEVICE).split([GROUP * HEADS * SIZE, HEADS * SIZE, HEADS * SIZE], dim=1)
     output = torch.full((5, GROUP * HEADS, SIZE), torch.nan, dtype=torch.bfloat16, device=DEVICE)
@@ -155,14 +155,14 @@ def test_other_batches_take_a_call_for_each_class(monkeypatch):
     assert engine.splits[0].calls == ["update", "forward"]
 
 
-def test_batches_that_find_no_room_take_a_call_for_each_class(monkeypatch):
+def test_batches_larger_than_the_buffer_take_a_call_for_each_class(monkeypatch):
     engine = Engine(monkeypatch, max_num_requests=3)
     assert engine.run(0, states()) == "split"
     assert engine.splits[0].calls == ["update", "forward"]
 
 
-def test_a_table_serves_the_layer_and_step_that_made_it_alone(monkeypatch):
-    """A piecewise graph may hold the cache's update, so that nobody makes a table when it is replayed."""
+def test_a_table_is_used_only_by_its_own_layer_and_step(monkeypatch):
+    """A piecewise graph may contain the cache's update, so its replay makes no table."""
     engine = Engine(monkeypatch)
     assert engine.run(0, states(), update=False) == "split"
     assert engine.run(0, states()) != "split"
@@ -171,7 +171,7 @@ def test_a_table_serves_the_layer_and_step_that_made_it_alone(monkeypatch):
     assert engine.run(0, states(), update=False) == "split"
 
 
-def test_blocks_that_are_no_pages_are_left_alone(monkeypatch):
+def test_blocks_that_are_not_pages_are_not_used(monkeypatch):
     engine = Engine(monkeypatch)
     split = Split(FULL_HEADS[0])
     engine.layers[NAMES[0]].impl = split
@@ -191,7 +191,7 @@ def test_schedules_are_made_where_a_layer_needs_them():
 
 
 @pytest.mark.parametrize(("max_model_len", "num_requests"), [(1000, 256), (131072, 256), (1 << 20, 128)])
-def test_the_room_is_bounded(max_model_len, num_requests):
+def test_the_buffer_is_bounded(max_model_len, num_requests):
     num_sequences, num_pages = room_shape(8, 256, max_model_len, 16)
     assert num_pages * 16 >= max_model_len
     assert num_sequences == num_requests * 8

@@ -1,4 +1,4 @@
-"""Times of compactions, on their way to the scheduler."""
+"""Times of compactions and their report to the scheduler."""
 
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput
 
@@ -7,7 +7,7 @@ from vllm_l2kv.worker.clock import HostClock
 from vllm_l2kv.worker.worker import TimedOutput
 
 
-def test_each_span_is_told_once():
+def test_each_time_is_reported_once():
     clock = HostClock()
     for _ in range(2):
         with clock.measure():
@@ -16,7 +16,7 @@ def test_each_span_is_told_once():
     assert clock.take() == []
 
 
-def test_an_output_that_comes_later_brings_them_along():
+def test_a_later_output_has_them_too():
     class Later(AsyncModelRunnerOutput):
         def get_output(self):
             return EMPTY_MODEL_RUNNER_OUTPUT

@@ -1,6 +1,6 @@
-"""What FlashInfer is told of compacted requests, by vLLM's own builder; its kernels are not here.
+"""FlashInfer's plans for compacted requests, made by vLLM's own builder, without FlashInfer's kernels.
 
-Its native path plans on the host: pages and rows of each request, from lengths on the host.
+FlashInfer's native path plans pages and rows of each request from lengths on the host.
 """
 
 import os
@@ -30,7 +30,7 @@ BLOCKS = {"whole": [1, 4], "compacted": [21], "prompt": [9, 10]}
 
 
 class Wrapper:
-    """FlashInfer's, which remembers its plan."""
+    """A fake wrapper of FlashInfer that records its plan."""
 
     is_cuda_graph_enabled = False
 
@@ -83,7 +83,7 @@ def config():
 
 
 def metadata(runner, lengths, num_tokens):
-    """Of a step that computes so many tokens of each request."""
+    """Returns metadata of a step that computes so many tokens of each request."""
     states = [*STATES.values()]
     starts = torch.tensor([0, *np.cumsum(num_tokens)], dtype=torch.int32)
     positions = torch.cat([torch.arange(n - new, n) for n, new in zip(lengths, num_tokens, strict=True)])
@@ -105,7 +105,7 @@ def metadata(runner, lengths, num_tokens):
     )
 
 
-def test_flashinfer_plans_what_requests_hold(backend):
+def test_flashinfer_plans_the_rows_that_requests_hold(backend):
     runner = HostRunner([PAGE], max_model_len=128, max_num_tokens=128)
     runner.req_states.req_id_to_index.update(STATES)
     spec = CompressedLayerSpec(block_size=PAGE, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)

@@ -35,8 +35,8 @@ def worker() -> L2KVGPUWorker:
 
 
 @pytest.mark.parametrize("asked", [None, 1 << 30])
-def test_the_kernels_memory_comes_off_what_the_cache_gets(worker, monkeypatch, asked):
-    """A cache of a size that was asked for keeps that size."""
+def test_the_kernels_memory_is_subtracted_from_the_caches(worker, monkeypatch, asked):
+    """An explicit size of the cache is unchanged."""
     specs = {"a": CompressedLayerSpec(**SHAPE), "b": FullLayerSpec(**SHAPE), "c": CompressedLayerSpec(**SHAPE)}
     monkeypatch.setattr(CompactionWorker, "get_kv_cache_spec", lambda _: specs)
     monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 2 << 30)
@@ -46,7 +46,7 @@ def test_the_kernels_memory_comes_off_what_the_cache_gets(worker, monkeypatch, a
     assert worker.determine_available_memory() == (2 << 30) - (0 if asked else needed)
 
 
-def test_the_weights_of_a_profile_come_off_too(worker, monkeypatch):
+def test_the_weights_of_a_profile_are_subtracted_too(worker, monkeypatch):
     specs = {"a": CompressedLayerSpec(**SHAPE), "b": FullLayerSpec(**SHAPE), "c": CompressedLayerSpec(**SHAPE)}
     monkeypatch.setattr(CompactionWorker, "get_kv_cache_spec", lambda _: specs)
     monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 2 << 30)
@@ -59,7 +59,7 @@ def test_the_weights_of_a_profile_come_off_too(worker, monkeypatch):
     assert left[0] - left[1] == (2 + 2) * of_a_head
 
 
-def test_a_block_size_that_was_asked_for_stays(worker):
+def test_an_explicit_block_size_is_unchanged(worker):
     assert worker._geometry() == FLASH_ATTENTION
     worker.vllm_config.cache_config.user_specified_block_size = True
     assert worker._geometry() == replace(FLASH_ATTENTION, page=0)
@@ -89,12 +89,12 @@ def test_a_step_compacts_and_updates_the_runner_before_vllm_prepares_it(worker, 
     monkeypatch.setattr(Worker, "execute_model", lambda _, output: done.append("vLLM"))
     assert worker.execute_model(step_output(["b"], ["a"], [order("r", 4)])) is None
     assert worker.execute_model(step_output()) is None
-    zeroed = [("zero", [1])] if needs_zeroing else []  # the fresh block that is filled in part
+    zeroed = [("zero", [1])] if needs_zeroing else []  # the new block that is filled partially
     assert done == [*zeroed, ("compact", 1), (["a", "b"], 1), "vLLM", ([], 0), "vLLM"]
 
 
 class FakeClock:
-    """Has measured one compaction that nothing has been told of."""
+    """Has measured one compaction that is not yet reported."""
 
     def __init__(self) -> None:
         self.seconds = [0.5]
@@ -108,7 +108,7 @@ class FakeClock:
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-def test_times_ride_on_the_output_of_a_step_once(worker, monkeypatch, is_async):
+def test_times_are_attached_to_one_output(worker, monkeypatch, is_async):
     output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
     monkeypatch.setattr(Worker, "sample_tokens", lambda *_: Later(output) if is_async else output)
     worker._clock = FakeClock()
@@ -122,7 +122,7 @@ def test_times_ride_on_the_output_of_a_step_once(worker, monkeypatch, is_async):
 
 
 def test_an_early_pipeline_rank_keeps_no_times(worker, monkeypatch):
-    """It has no output for them. Between the two calls of a step there is none either, and they stay."""
+    """It has no output to attach them to. Between the two calls of a step there is no output either, and times stay."""
     worker._compactors, worker._runner = [], SimpleNamespace(begin_step=lambda *_: None)
     worker._clock = FakeClock()
     monkeypatch.setattr(Worker, "execute_model", lambda *_: None)

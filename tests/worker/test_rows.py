@@ -1,4 +1,4 @@
-"""Our views of a CPU cache against what vLLM's own kernel writes."""
+"""The views of a CPU cache against rows that vLLM's own kernel writes."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_views_write_through():
 
 
 def test_views_follow_block_outermost_strides():
-    """The packed pool: other layers' pages lie between the blocks of one layer."""
+    """In a packed pool, pages of other layers lie between the blocks of one layer."""
     pool = torch.randn(5, 7, 2, 32, 2 * 16)  # [num_blocks, num_layers, num_kv_heads, block_size, content]
     rows = cpu_rows(pool[:, 3], 16)
     compact = cpu_rows(pool[:, 3].clone(), 16)

@@ -1,4 +1,4 @@
-"""Runner V2 without a GPU. `test_runner_v2_interpreted.py` runs the same with our kernels, in Triton's interpreter."""
+"""Runner V2 without a GPU. `test_runner_v2_interpreted.py` runs it with the real kernels, in Triton's interpreter."""
 
 import random
 from collections import Counter
@@ -19,7 +19,7 @@ def on_the_host(monkeypatch):
 
 
 def busy_steps(seed: int, num_steps: int):
-    """Steps that finish, preempt and compact, again and again, with states taken by new requests at once."""
+    """Yields steps that finish, preempt and compact repeatedly, with states reused by new requests at once."""
     rng = random.Random(seed)
     states: dict[str, int] = {}
     compacted: dict[str, int] = {}
@@ -47,7 +47,7 @@ def busy_steps(seed: int, num_steps: int):
 
 @pytest.mark.parametrize("num_in_flight", [2, 3, 5])
 def test_a_step_under_way_keeps_its_counts(num_in_flight, monkeypatch):
-    """VLLM gives every buffer as many places as steps are in flight, and the host is up to so many steps ahead."""
+    """VLLM gives every buffer a copy for each step in flight, and the host is up to that many steps ahead."""
     monkeypatch.setattr(buffer_utils, "_DEFAULT_MAX_CONCURRENCY", num_in_flight)
     worker = FakeGPUWorker(HostRunner(), num_in_flight=num_in_flight)
     for output, expected in busy_steps(0, 300):
@@ -82,13 +82,13 @@ STATES = [5, 2, 7]
 
 
 def begin_step(vllm_runner: HostRunner, runner: RunnerV2, gone, orders, hits=()) -> None:
-    """Our half of a step's beginning, and vLLM's, which gives new requests their states between the two."""
+    """Runs the beginning of a step: the runner's part around vLLM's, which adds states of new requests."""
     runner.begin_step(gone, orders, dict(hits))
     vllm_runner.block_tables.apply_staged_writes()
 
 
 def compacted_runner() -> tuple[HostRunner, RunnerV2]:
-    """Requests in states 5, 2 and 7; that in state 2 has lost 16 tokens of group 0, in blocks of 4."""
+    """A runner with requests in states 5, 2 and 7; that in state 2 has evicted 16 tokens of group 0, in blocks of 4."""
     vllm_runner = HostRunner()
     vllm_runner.req_states.req_id_to_index.update(a=5, b=2, c=7)
     for state in STATES:
@@ -99,18 +99,18 @@ def compacted_runner() -> tuple[HostRunner, RunnerV2]:
 
 
 def real_metadata(vllm_runner: HostRunner) -> list[CommonAttentionMetadata]:
-    """What attention of each group gets in a step that computes one token of each request."""
+    """Returns attention's metadata of each group, in a step that computes one token of each request."""
     idx_mapping, starts = torch.tensor(STATES), torch.arange(4, dtype=torch.int32)
     vllm_runner.block_tables.compute_slot_mappings(idx_mapping, starts, torch.tensor(LENGTHS) - 1, 3)
     return vllm_runner.build(torch.tensor(LENGTHS, dtype=torch.int32), states=STATES)
 
 
 def real_lengths(vllm_runner: HostRunner) -> list[torch.Tensor]:
-    """The lengths of it."""
+    """Returns the lengths in it."""
     return [metadata.seq_lens for metadata in real_metadata(vllm_runner)]
 
 
-def test_attention_of_compressed_groups_alone_sees_physical_lengths():
+def test_only_compressed_groups_have_physical_lengths():
     vllm_runner, _ = compacted_runner()
     compressed, full = real_lengths(vllm_runner)
     assert compressed.tolist() == [20, 14, 40]
@@ -118,7 +118,7 @@ def test_attention_of_compressed_groups_alone_sees_physical_lengths():
 
 
 def test_lengths_on_the_host_are_physical():
-    """FlashInfer plans by them, and FlashAttention by the longest one."""
+    """FlashInfer plans by them, FlashAttention by the longest one."""
     vllm_runner, runner = compacted_runner()
     begin_step(vllm_runner, runner, [], [order("c", 30, destination=(3,))])
     compressed, full = real_metadata(vllm_runner)
@@ -132,7 +132,7 @@ def test_lengths_on_the_host_are_physical():
 
 
 def test_all_builders_of_a_group_share_one_launch_of_lengths(monkeypatch):
-    """One for each number of heads that a layer has in the group."""
+    """There is a builder for each number of heads that a layer has in the group."""
     vllm_runner, runner = compacted_runner()
     launches = []
     physical_lengths = runner_v2.physical_lengths
@@ -147,8 +147,8 @@ def test_all_builders_of_a_group_share_one_launch_of_lengths(monkeypatch):
         assert len(launches) == 1
 
 
-def test_lengths_never_move():
-    """A CUDA graph remembers where they were when it was captured."""
+def test_the_address_of_lengths_does_not_change():
+    """A CUDA graph records their addresses when it is captured."""
     vllm_runner, runner = compacted_runner()
     places = set()
     for num_reqs in (8, 1, 3):
@@ -161,7 +161,7 @@ def test_lengths_never_move():
 
 
 def test_a_dummy_batch_has_no_states():
-    """Its lengths are those that vLLM names, whatever the batch before it was, and the next batch is real again."""
+    """Its lengths are those that vLLM gives, whatever the batch before it, and the next batch is a real one again."""
     vllm_runner, _ = compacted_runner()
     real_lengths(vllm_runner)
     for capture in (True, False):
@@ -170,7 +170,7 @@ def test_a_dummy_batch_has_no_states():
     assert real_lengths(vllm_runner)[0].tolist() == [20, 14, 40]
 
 
-def test_slots_of_compressed_groups_alone_trail_positions():
+def test_only_slots_of_compressed_groups_differ_from_positions():
     vllm_runner, _ = compacted_runner()
     idx_mapping, starts = torch.tensor([2, -1, 5]), torch.tensor([0, 3, 4, 5], dtype=torch.int32)
     positions = torch.tensor([28, 29, 30, 0, 19])
@@ -181,7 +181,7 @@ def test_slots_of_compressed_groups_alone_trail_positions():
     assert slots.data_ptr() == vllm_runner.block_tables.slot_mappings.data_ptr()
 
 
-def test_slots_go_where_the_caller_says():
+def test_slots_are_written_into_the_callers_buffer():
     vllm_runner, _ = compacted_runner()
     mine = torch.full((2, 10), -7)
     arguments = torch.tensor([2]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([28])
@@ -191,7 +191,7 @@ def test_slots_go_where_the_caller_says():
     assert mine[:, 1:].eq(-1).all()
 
 
-def test_as_long_as_nothing_is_compacted_vllm_answers(monkeypatch):
+def test_without_compactions_vllms_own_slots_are_used(monkeypatch):
     vllm_runner, runner = compacted_runner()
     begin_step(vllm_runner, runner, ["b"], [])
     monkeypatch.setattr(runner_v2, "slot_mappings", None)
@@ -209,8 +209,8 @@ def test_a_compaction_rewrites_the_row_of_its_request_and_group():
     assert full[STATES].tolist() == [[*range(30, 38)]] * 3
 
 
-def test_each_compaction_rewrites_what_the_row_has_become():
-    """Blocks that it got since the first one are gone, and the counts are those of both."""
+def test_each_compaction_rewrites_the_present_row():
+    """Blocks that it got since the first compaction are removed, and the counts include both."""
     vllm_runner, runner = compacted_runner()
     vllm_runner.block_tables.append_block_ids(2, ([20, 21, 22], []), overwrite=False)
     vllm_runner.block_tables.apply_staged_writes()
@@ -224,7 +224,7 @@ def test_each_compaction_rewrites_what_the_row_has_become():
 
 
 def test_a_request_that_begins_on_compacted_rows_has_their_count():
-    """Its state is known only when vLLM has added it; one that was preempted in the same step keeps nothing."""
+    """Its state is known only after vLLM has added it; one that was preempted in the same step keeps nothing."""
     vllm_runner, runner = compacted_runner()
     runner.begin_step(["b"], [order("c", 30, destination=(3,))], {"new": 9, "b": 12})
     del vllm_runner.req_states.req_id_to_index["b"]

@@ -1,4 +1,4 @@
-"""What vLLM's speculators of runner V2 see of compacted requests: nothing. Their layers are in a full group."""
+"""vLLM's speculators of runner V2 are not affected by compactions, since their layers are in a full group."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from vllm_l2kv.worker.runner_v2 import RunnerV2
 
 COMPRESSED, FULL = 0, 1
 LENGTHS = [20, 30, 40]
-"""Of requests in states 5, 2 and 7, after the tokens of this step; that in state 2 has lost 16 of group 0."""
+"""Lengths of requests in states 5, 2 and 7 after this step; the one in state 2 has evicted 16 tokens of group 0."""
 STATES = [5, 2, 7]
 NUM_TOKENS = 4
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def group(group_id: int, *names: str) -> AttentionGroup:
 
 @pytest.fixture
 def drafting(monkeypatch) -> SimpleNamespace:
-    """A runner in vLLM's order: the speculator gets the tables, then we replace them, then a request is compacted."""
+    """A runner in vLLM's order: the speculator gets the tables, then they are replaced, then a request is compacted."""
     patch_vllm(monkeypatch)
     vllm_runner = HostRunner()
     vllm_runner.attn_groups = [[group(COMPRESSED, "target")], [group(FULL, "target full", "draft")]]
@@ -60,7 +60,7 @@ def drafting(monkeypatch) -> SimpleNamespace:
 
 
 def target_step(vllm_runner: HostRunner) -> tuple[torch.Tensor, dict]:
-    """Slots and metadata of a step that verifies three drafts of each request."""
+    """Returns slots and metadata of a step that verifies three drafts of each request."""
     idx_mapping, starts = torch.tensor(STATES), torch.arange(0, 13, NUM_TOKENS, dtype=torch.int32)
     positions = torch.cat([torch.arange(length - NUM_TOKENS, length) for length in LENGTHS])
     tables = vllm_runner.block_tables.gather_block_tables(idx_mapping, 3)
@@ -73,8 +73,8 @@ def target_step(vllm_runner: HostRunner) -> tuple[torch.Tensor, dict]:
     return slots.clone(), metadata
 
 
-def test_the_first_pass_of_a_head_takes_what_the_target_had(drafting):
-    """EAGLE and its kin draft first with the target's metadata, those of their own layers."""
+def test_the_first_pass_of_a_head_uses_the_targets_metadata(drafting):
+    """EAGLE and similar methods draft first with the target's metadata for their own layers."""
     slots, metadata = target_step(drafting.runner)
     assert metadata["draft"] is metadata["target full"]
     assert metadata["draft"].seq_lens.tolist() == LENGTHS
@@ -88,8 +88,8 @@ def test_the_longest_length_on_the_host_is_a_bound_while_drafts_are_under_way(dr
     assert metadata["target"].max_seq_len == 43
 
 
-def test_drafts_go_on_by_positions(drafting):
-    """Slots and lengths of each later pass, which the speculator asks of the tables that it was given."""
+def test_later_drafts_use_positions(drafting):
+    """Slots and lengths of each later pass, which the speculator gets from its own tables."""
     target_step(drafting.runner)
     speculator, ahead = drafting.speculator, 1
     buffers = speculator.input_buffers
@@ -114,14 +114,14 @@ def test_drafts_go_on_by_positions(drafting):
 
 
 def test_the_next_step_of_the_target_has_its_slots_again(drafting):
-    """A pass of drafts writes the same buffer, with slots that only full groups have."""
+    """A pass of drafts writes slots of full groups alone into the same buffer."""
     before, _ = target_step(drafting.runner)
-    test_drafts_go_on_by_positions(drafting)
+    test_later_drafts_use_positions(drafting)
     assert torch.equal(target_step(drafting.runner)[0], before)
 
 
-def test_graphs_of_the_first_pass_are_captured_with_our_groups(drafting):
-    """The speculator keeps the runner's lists, in which ours take the places of vLLM's."""
+def test_graphs_of_the_first_pass_are_captured_with_the_new_groups(drafting):
+    """The speculator keeps the runner's lists, in which the new groups replace vLLM's."""
     assert drafting.speculator.target_attn_groups is drafting.runner.attn_groups
     assert type(drafting.speculator.target_attn_groups[COMPRESSED][0]).__name__ == "PhysicalAttentionGroup"
     assert type(drafting.speculator.target_attn_groups[FULL][0]) is AttentionGroup

@@ -1,5 +1,5 @@
-"""`test_runner_v2.py` with our kernels instead of loops, and tests that need some. In a process of their own, as in
-`test_interpreted.py`."""
+"""`test_runner_v2.py` with the real kernels in place of loops, and tests that need these. In a separate process, as
+in `test_interpreted.py`."""
 
 import os
 import subprocess

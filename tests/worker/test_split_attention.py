@@ -1,4 +1,4 @@
-"""Attention by classes of heads without an engine: vLLM's implementation, and what it finds by name, made up."""
+"""Attention by classes of heads without an engine, with a fake of vLLM's implementation and its named metadata."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Impl:
-    """Attends by adding what the metadata says; what it writes to a cache is remembered there."""
+    """A fake that attends by adding a number of the metadata; its cache records what is written."""
 
     alibi_slopes = None
     supports_quant_query_input = True
@@ -47,7 +47,7 @@ def layer_of(impl, **changes):
 
 @pytest.fixture
 def split():
-    """Of two layers, one split: its KV heads 0 and 3 are full, in a row are 1 and 2."""
+    """Two layers, of which one is split: its KV heads 0 and 3 are full, and the contiguous 1 and 2 are not."""
     layers = {NAME: layer_of(Impl(torch.arange(8.0) * 100)), "model.layers.1.attn": layer_of(Impl())}
     split_attention(layers, NAME, [1, 2], [0, 3], CPU)
     layers[FULL].kv_cache = []
@@ -89,13 +89,13 @@ def test_keys_and_values_are_written_to_the_cache_of_their_class(split, dtype):
         assert found == slots
 
 
-def test_without_metadata_vllm_attends_as_ever(split):
+def test_without_metadata_vllms_attention_runs(split):
     output = torch.ones(NUM_TOKENS, NUM_HEADS, HEAD_SIZE)
     split[NAME].impl.forward(split[NAME], states(NUM_HEADS), None, None, [], None, output)
     assert not output.any()
 
 
-def test_what_prepares_attention_sees_the_heads_of_each_class(split):
+def test_metadata_builders_get_the_heads_of_each_class(split):
     impl, full = split[NAME].impl, split[FULL]
     assert (impl.num_heads, full.num_heads, full.impl.num_heads) == (4, 4, 4)
     assert [variant.num_kv_heads for variant in impl.get_impl_variants()] == [2, 2]
@@ -106,7 +106,7 @@ def test_what_prepares_attention_sees_the_heads_of_each_class(split):
     assert not isinstance(split["model.layers.1.attn"].impl, SplitAttention)
 
 
-def test_heads_in_a_row_are_not_copied():
+def test_contiguous_heads_are_not_copied():
     layers = {NAME: layer_of(Impl())}
     split_attention(layers, NAME, [2, 3], [0, 1], CPU)
     layers[FULL].kv_cache, key = [], states(NUM_KV_HEADS)
@@ -135,8 +135,8 @@ def test_layers_that_cannot_be_split_are_refused(changes, other, reason):
 
 
 @pytest.mark.parametrize(("num_full", "is_said"), [(0, False), (4, False), (5, True)])
-def test_full_heads_that_waste_memory_are_said(num_full, is_said, monkeypatch):
-    """Of 16: four leave nothing empty, five a rest of one."""
+def test_full_heads_that_waste_memory_are_reported(num_full, is_said, monkeypatch):
+    """Of 16 heads, four full ones waste nothing; five leave a remainder of one."""
     shape = {"block_size": 16, "head_size": 8, "dtype": torch.float32}
     specs = {"a": CompressedLayerSpec(**shape, num_kv_heads=16 - num_full)}
     if num_full:

@@ -1,6 +1,6 @@
 """vLLM's `TRITON_ATTN` on compacted requests, against plain loops: its own kernels, in Triton's interpreter.
 
-vLLM's classes throughout: block tables, metadata builder, the layer's implementation; between two steps a request is
+All classes are vLLM's: block tables, metadata builder, the layer's implementation. Between two steps a request is
 compacted.
 """
 
@@ -33,7 +33,7 @@ from vllm_l2kv.scorers import Heads, bind
 from vllm_l2kv.worker.heads import split_attention
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 
-# Queries that pad a tile divide nothing by nothing.
+# Queries that pad a tile divide zero by zero.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 NAME = "model.layers.0.attn"
@@ -47,15 +47,15 @@ STATES = {"whole": 5, "compacted": 2}
 @pytest.fixture(autouse=True)
 def on_the_host(monkeypatch):
     patch_vllm(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))  # what the cache's update asks
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))  # the cache's update reads it
 
 
 class Engine:
     """One layer, whose KV head 1 may be full, and two requests; group 1 is empty if it is not.
 
     Attributes:
-        held: Request to keys and values of all its tokens, `[2, num_tokens, KV_HEADS, SIZE]`.
-        kept: Positions that KV head 0 (and 1, unless it is full) holds of a compacted request, from where on all.
+        held: For each request, keys and values of all its tokens, `[2, num_tokens, KV_HEADS, SIZE]`.
+        kept: Positions that KV head 0 (and 1, unless full) holds of a compacted request, and where new rows begin.
     """
 
     def __init__(self, is_split: bool) -> None:
@@ -89,11 +89,11 @@ class Engine:
         self.random = torch.Generator().manual_seed(0)
 
     def step(self, images=None, **num_tokens: int):
-        """Computes tokens of requests, and says by how much attention is off.
+        """Computes tokens of requests, and returns the error of attention.
 
         Args:
-            images: Batch index to ranges of positions, both ends in, that attend to each other.
-            num_tokens: By request.
+        images: For a batch index, inclusive ranges of positions that attend to each other.
+        num_tokens: Number of tokens by request.
         """
         query, key, value = (
             torch.randn(sum(num_tokens.values()), heads, SIZE, generator=self.random)
@@ -124,7 +124,7 @@ class Engine:
         return metadata
 
     def compact(self) -> None:
-        """The request `compacted` to `KEEP` rows, in a fresh block."""
+        """Compacts the request `compacted` to `KEEP` rows, in a new block."""
         num_rows = self.held["compacted"].shape[1]
         move = GroupMove(0, (7, 10, 8, 9), (21,))
         counts = {"num_rows": num_rows, "num_keep": KEEP, "num_evicted": num_rows - KEEP}
@@ -185,7 +185,7 @@ class Engine:
 
 
 def group_of(name, spec, group):
-    """An attention group of `TRITON_ATTN`, its builder vLLM's, which asks little of a configuration."""
+    """Returns an attention group of `TRITON_ATTN` with vLLM's builder and a minimal configuration."""
     model = SimpleNamespace(
         get_num_attention_heads=lambda _: HEADS, get_num_kv_heads=lambda _: KV_HEADS, get_head_size=lambda: SIZE,
         rswa_window=None,
@@ -201,8 +201,8 @@ def group_of(name, spec, group):
 
 
 @pytest.mark.parametrize("is_split", [False, True], ids=["all heads compress", "a full head"])
-def test_a_compacted_request_attends_to_what_it_holds(is_split):
-    """Its prompt in two chunks; then alone and beside another, one token each and several."""
+def test_a_compacted_request_attends_to_its_rows(is_split):
+    """Its prompt comes in two chunks; then it decodes alone and with another request, one token and several."""
     engine = Engine(is_split)
     engine.step(whole=20, compacted=25)
     engine.step(compacted=15)
@@ -218,7 +218,7 @@ def test_a_compacted_request_attends_to_what_it_holds(is_split):
 
 
 def test_an_image_after_a_compaction_attends_to_all_of_itself():
-    """Gemma's rule: queries of an image see its later keys, which lie in other slots than positions."""
+    """Gemma's rule: queries of an image attend to its later keys, whose slots differ from positions."""
     engine = Engine(is_split=True)
     engine.step(whole=20, compacted=40)
     engine.compact()
@@ -231,7 +231,7 @@ def test_an_image_after_a_compaction_attends_to_all_of_itself():
 
 
 def test_a_step_after_an_image_takes_causal_attention(monkeypatch):
-    """The composite of Triton and FlashAttention chooses by ranges and lengths, physical ones."""
+    """The composite of Triton and FlashAttention chooses by physical ranges and lengths."""
     engine = Engine(is_split=True)
     engine.step(compacted=40)
     engine.compact()
