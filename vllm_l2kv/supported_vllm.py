@@ -25,8 +25,8 @@ def check_vllm() -> None:
     numbers = re.match(r"(\d+)\.(\d+)", found)
     if numbers is None or not FIRST <= (int(numbers[1]), int(numbers[2])) < FIRST_BEYOND:
         raise UnsupportedVLLMError(
-            f"vllm-l2kv supports vLLM {SUPPORTED_VLLM}, and this is vLLM {found}; install vllm-l2kv[cuda], or "
-            "vllm-l2kv[cpu] on a machine without an NVIDIA GPU."
+            f"vLLM {SUPPORTED_VLLM} is required, got {found}; install vllm-l2kv[cuda], or vllm-l2kv[cpu] on a machine "
+            "without an NVIDIA GPU."
         )
 
 

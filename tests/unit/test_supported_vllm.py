@@ -17,7 +17,7 @@ from vllm_l2kv import supported_vllm
 from vllm_l2kv.supported_vllm import SUPPORTED_VLLM, UnsupportedVLLMError, check_vllm, vllm_version
 
 ROOT = Path(__file__).parents[2]
-REFUSAL = "vllm-l2kv supports vLLM >=0.32,<0.34, and this is vLLM 0.34.1; install vllm-l2kv[cuda], or vllm-l2kv[cpu]"
+REFUSAL = "vLLM >=0.32,<0.34 is required, got 0.34.1; install vllm-l2kv[cuda], or vllm-l2kv[cpu]"
 
 
 def requirement_of(extra: str, name: str) -> Requirement:
@@ -41,7 +41,7 @@ def test_versions_inside_the_range(monkeypatch, version):
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34.0rc1", "0.320.0", "1.33.0", "dev", "unknown"])
 def test_versions_outside_are_named(monkeypatch, version):
     monkeypatch.setattr(supported_vllm, "vllm_version", lambda: version)
-    with pytest.raises(UnsupportedVLLMError, match=f"this is vLLM {version}; install vllm-l2kv"):
+    with pytest.raises(UnsupportedVLLMError, match=f"got {version}; install vllm-l2kv"):
         check_vllm()
 
 
@@ -84,6 +84,7 @@ def test_a_stock_server_gets_one_warning(python_with_newer_vllm):
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"vllm-l2kv: {REFUSAL}")
+    assert line.endswith(". Requests are not compressed.")
 
 
 def test_the_routes_are_refused(python_with_newer_vllm):
@@ -121,5 +122,5 @@ def test_a_version_that_is_not_supported_is_refused_by_the_engine(monkeypatch):
     from vllm_l2kv.refusals import check_supported
 
     monkeypatch.setattr(vllm, "__version__", "0.34.1")
-    with pytest.raises(ValueError, match=r"this is vLLM 0\.34\.1"):
+    with pytest.raises(ValueError, match=r"got 0\.34\.1; install vllm-l2kv"):
         check_supported(None)
