@@ -55,11 +55,11 @@ prompts of that length; under `found` they share all but {num_question_tokens:,}
 
 
 def documents_section(rows: dict[str, list[Row]], waiting: list[Row]) -> str:
-    """All of it; empty before anything was measured.
+    """Returns the whole section; empty without rows.
 
     Args:
-        rows: By scenario.
-        waiting: Those of `scheduler.py` about a request that waits.
+        rows: Rows by scenario.
+        waiting: Rows of `scheduler.py` about a request that waits.
     """
     of_document = rows["document"]
     parts = {
@@ -85,13 +85,13 @@ def documents_section(rows: dict[str, list[Row]], waiting: list[Row]) -> str:
 
 
 def numbers_of(rows: list[Row]) -> dict[str, Any]:
-    """For the text above a table: what was asked, the same in all its rows."""
+    """Returns the fields that are the same in all rows, for the text above a table."""
     row = rows[0]
     return {**row, "cache_gib": row.get("cache_bytes", 0) / GIB}
 
 
 def first_token_table(rows: list[Row]) -> str:
-    """One line a ratio."""
+    """Returns a table with a line for each ratio."""
     (stock,) = (row["median_second_question_ms"] for row in rows if row["engine"] == "stock")
     lines = []
     for row in rows:
@@ -104,7 +104,7 @@ def first_token_table(rows: list[Row]) -> str:
 
 
 def memory_table(rows: list[Row]) -> str:
-    """One line an engine and ratio, one column a number of requests."""
+    """Returns a table with a line for each engine and ratio, and a column for each number of requests."""
     numbers = sorted({row["num_askers"] for row in rows})
     cells: dict[tuple[str, float], dict[int, str]] = {}
     for row in rows:
@@ -132,7 +132,7 @@ def offload_table(rows: list[Row]) -> str:
 
 
 def findable_table(rows: list[Row]) -> str:
-    """One line a case."""
+    """Returns a table with a line for each case."""
     lines = [
         [
             row["engine"],
@@ -148,7 +148,7 @@ def findable_table(rows: list[Row]) -> str:
 
 
 def full_layers(row: Row) -> str:
-    """How many layers of an engine keep all; nothing for stock vLLM."""
+    """Returns the number of full layers of an engine; nothing for stock vLLM."""
     if row["engine"] == "stock":
         return ""
     *full, _ = sorted(row["groups"], key=lambda group: -group[1])
@@ -156,7 +156,7 @@ def full_layers(row: Row) -> str:
 
 
 def popular_table(rows: list[Row]) -> str:
-    """One line a case."""
+    """Returns a table with a line for each case."""
     (stock,) = (row["median_first_token_ms"] for row in rows if row["engine"] == "stock")
     lines = []
     for row in rows:
@@ -168,7 +168,7 @@ def popular_table(rows: list[Row]) -> str:
 
 
 def conversation_table(rows: list[Row]) -> str:
-    """One line for some of the turns."""
+    """Returns a table with a line for some of the turns."""
     by_turn = [row["median_first_token_ms"] for row in rows]
     lines = [
         [turn, *(f"{times[turn - 1]:,.0f}" if turn <= len(times) else "" for times in by_turn)]
@@ -179,14 +179,14 @@ def conversation_table(rows: list[Row]) -> str:
 
 
 def name_of(row: Row) -> str:
-    """An engine, its budget and its prompt interval."""
+    """Returns an engine with its budget and prompt interval as text."""
     if not row["budget"]:
         return "stock vLLM"
     return f"budget {row['budget']} and prompt interval {row['prompt_interval']}"
 
 
 def waiting_table(rows: list[Row]) -> str:
-    """One line for what is asked, one column for each length, found or not."""
+    """Returns a table with a line for each request kind, and a column for each length, found or not."""
     columns = list(dict.fromkeys((row["num_prompt_tokens"], row["is_found"]) for row in rows))
     found: dict[tuple[str, str], dict[Any, float]] = {}
     for row in rows:
@@ -198,7 +198,7 @@ def waiting_table(rows: list[Row]) -> str:
 
 
 def plot_conversation(rows: list[Row]) -> None:
-    """Time to first token by turn."""
+    """Draws the time to first token by turn."""
     labels = {"xlabel": "turn", "ylabel": "time to first token, s", "title": "16 conversations, 1,000 tokens a turn"}
     with plot("conversation", yscale="log", **labels) as axes:
         for row in rows:

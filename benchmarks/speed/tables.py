@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """The page, from the rows."""
+    """Returns the page, from the rows."""
     may_lack = (*DOCUMENTS, *ON_DEMAND)
     rows = {name: read(f"h100_{name}", name not in may_lack) for name in (*SCENARIOS, *ON_DEMAND)}
     steps, first, ample, memory = (rows[n] for n in ("decode_step", "first_token", "ample_memory", "memory_bound"))
@@ -208,7 +208,7 @@ def page() -> str:
 
 
 def verdict(rows: dict[str, list[Row]], compaction: list[Row]) -> str:
-    """What is gained and lost, one line a section, all beside stock vLLM."""
+    """Returns gains and losses relative to stock vLLM, one line for each section."""
     first, long_answers = rows["first_token"], rows["long_answers"]
     steps, memory = ([r for r in rows[n] if r["kv_cache_dtype"] == "auto"] for n in ("decode_step", "memory_bound"))
     stock, ours = (by_engine(steps, engine, "case", "median_step_ms") for engine in ENGINES)
@@ -238,7 +238,7 @@ def verdict(rows: dict[str, list[Row]], compaction: list[Row]) -> str:
 
 
 def headline_of_rows() -> str:
-    """The headline, from the rows."""
+    """Returns the headline, from the rows."""
     rows = {name: read(f"h100_{name}") for name in SCENARIOS if name not in DOCUMENTS}
     return headline(
         rows["decode_step"],
@@ -252,7 +252,7 @@ def headline_of_rows() -> str:
 def headline(
     steps: list[Row], ample: list[Row], memory: list[Row], compaction: list[Row], first_token: list[Row]
 ) -> str:
-    """What a user gains and loses, one line a measurement."""
+    """Returns a user's gains and losses, one line for each measurement."""
     bf16 = [row for row in steps if row["kv_cache_dtype"] == "auto"]
     stock = by_engine(bf16, "stock", "case", "median_step_ms")
     ours = by_engine(bf16, "l2kv", "case", "median_step_ms")
@@ -287,39 +287,39 @@ def headline(
 
 
 def idle_steps(rows: list[Row]) -> list[float]:
-    """Decode steps with nothing compressed, over those of stock vLLM."""
+    """Returns the times of decode steps with nothing compressed, divided by those of stock vLLM."""
     stock, ours = (by_engine(rows, engine, "case", "median_step_ms") for engine in ENGINES)
     return [ours[case] / stock[case] for case in stock]
 
 
 def prefill_shares(compaction: list[Row], first_token: list[Row]) -> list[float]:
-    """Time of each compaction, in percent of the prefill of its prompts."""
+    """Returns the time of each compaction in percent of the prefill of its prompts."""
     prefill = by_engine(first_token, "stock", "num_prompt_tokens", FIRST_TOKEN)
     return [row["us"] / 10 / prefill[row["num_prompt_tokens"]] / row["num_prompts"] for row in compaction]
 
 
 def values(numbers: Iterable[float], form: str) -> str:
-    """Numbers in one cell of a table."""
+    """Returns numbers as one cell of a table."""
     return ", ".join(format(number, form) for number in numbers)
 
 
 def pick(numbers: dict[Any, float], keys: Iterable[Any], form: str) -> str:
-    """Some of them, in one cell of a table."""
+    """Returns some of the numbers as one cell of a table."""
     return values((numbers[key] for key in keys), form)
 
 
 def by_engine(rows: list[Row], engine: str, key: str, value: str) -> dict[Any, Any]:
-    """One engine's values by another field."""
+    """Returns one engine's values by another field."""
     return {row[key]: row[value] for row in rows if row["engine"] == engine}
 
 
 def floor_of(stock: dict[str, float], name: str, ratio: float, num_layers: int) -> float:
-    """Milliseconds that a compressed case of 8 requests should take; see the page."""
+    """Returns the milliseconds that a compressed case of 8 requests should take; see the page."""
     return stock["8x128"] + (stock[name] - stock["8x128"]) * (2 + (num_layers - 2) * ratio) / num_layers
 
 
 def step_table(rows: list[Row]) -> str:
-    """One line a case; those that stock vLLM did not run are left out."""
+    """Returns a table with a line for each case that stock vLLM ran too."""
     stock = by_engine(rows, "stock", "case", "median_step_ms")
     num_layers = sum(size for size, _ in rows[0]["groups"])
     lines = []
@@ -334,7 +334,7 @@ def step_table(rows: list[Row]) -> str:
 
 
 def first_token_table(rows: list[Row]) -> str:
-    """One line a length: stock vLLM, then vllm-l2kv whole, at a ratio and with a budget, where it was measured."""
+    """Returns a table with a line for each length: stock vLLM, then vllm-l2kv whole, at a ratio and with a budget."""
     times: dict[tuple[str, int, float, int | None], float] = {
         (row["engine"], row["num_prompt_tokens"], row["keep_ratio"], row.get("budget")): row[FIRST_TOKEN]
         for row in rows
@@ -351,7 +351,7 @@ def first_token_table(rows: list[Row]) -> str:
 
 
 def long_answers_table(rows: list[Row]) -> str:
-    """One line a run."""
+    """Returns a table with a line for each run."""
     (stock,) = (row["output_tokens_per_s"] for row in rows if row["engine"] == "stock")
     lines = []
     for row in rows:
@@ -363,7 +363,7 @@ def long_answers_table(rows: list[Row]) -> str:
 
 
 def bursts_table(rows: list[Row]) -> str:
-    """One line an engine."""
+    """Returns a table with a line for each engine."""
     lines = []
     for row in rows:
         slowest, median = sorted(row["burst_steps_ms"]), row["median_step_ms"]
@@ -378,7 +378,7 @@ def bursts_table(rows: list[Row]) -> str:
 
 
 def ample_table(rows: list[Row]) -> str:
-    """One line a ratio."""
+    """Returns a table with a line for each ratio."""
     lines = []
     for row, share in zip(rows, ample_shares(rows), strict=True):
         runs = " ".join(f"{speed:,.0f}" for speed in row["output_tokens_per_s"])
@@ -387,19 +387,19 @@ def ample_table(rows: list[Row]) -> str:
 
 
 def ample_shares(rows: list[Row]) -> list[float]:
-    """Median throughput of each row beside that of stock vLLM."""
+    """Returns the median throughput of each row, divided by that of stock vLLM."""
     medians = [statistics.median(row["output_tokens_per_s"]) for row in rows]
     (stock,) = (speed for row, speed in zip(rows, medians, strict=True) if row["engine"] == "stock")
     return [speed / stock for speed in medians]
 
 
 def split_scheduler(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows of requests that all decode, and of one that waits."""
+    """Returns rows of requests that all decode, and rows of a request that waits."""
     return [row for row in rows if "waiting" not in row], [row for row in rows if "waiting" in row]
 
 
 def scheduler_times(rows: list[Row]) -> str:
-    """How long a step takes, in words."""
+    """Returns the time of a step as text."""
     (stock,) = (row["ms_per_step"] for row in rows if row["engine"] == "stock")
     ours = [
         f"{row['ms_per_step'] / stock:.2f} x that at keep {row['keep_ratio']:g}"
@@ -410,7 +410,7 @@ def scheduler_times(rows: list[Row]) -> str:
 
 
 def memory_table(rows: list[Row]) -> str:
-    """One line a run."""
+    """Returns a table with a line for each run."""
     lines = []
     for row in rows:
         ratio, cache = row["keep_ratio"], row["cache_bytes"]
@@ -423,7 +423,7 @@ def memory_table(rows: list[Row]) -> str:
 
 
 def two_gpus_section(rows: dict[str, list[Row]]) -> str:
-    """All that was measured on two GPUs; empty before anything was."""
+    """Returns the section about two GPUs; empty without rows."""
     of_70b, agreement, findings = rows["70b_decode_step"], *split_checks(rows["checks"])
     sections = {
         "decode_step": rows["decode_step"] and step_table(rows["decode_step"]),
@@ -448,7 +448,7 @@ def two_gpus_section(rows: dict[str, list[Row]]) -> str:
 
 
 def two_gpus_verdict(steps: list[Row], memory: list[Row]) -> str:
-    """What is gained and lost; empty before it was measured with both engines."""
+    """Returns gains and losses; empty before both engines were measured."""
     stock = [row["output_tokens_per_s"] for row in memory if row["engine"] == "stock"]
     if not (stock and by_engine(steps, "l2kv", "case", "median_step_ms")):
         return ""
@@ -461,7 +461,7 @@ def two_gpus_verdict(steps: list[Row], memory: list[Row]) -> str:
 
 
 def findings_lines(rows: list[Row]) -> list[str]:
-    """One line for the checks that found the same."""
+    """Returns one line for checks with the same findings."""
     checks: dict[str, list[str]] = {}
     for row in rows:
         checks.setdefault(row["found"], []).append(row["check"])
@@ -469,17 +469,17 @@ def findings_lines(rows: list[Row]) -> list[str]:
 
 
 def values_of(rows: list[Row], name: str) -> str:
-    """What a field says in all rows, without repetition."""
+    """Returns the distinct values of a field in all rows."""
     return ", ".join(dict.fromkeys(row[name] for row in rows))
 
 
 def split_checks(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows that compare answers, and findings in words."""
+    """Returns rows that compare answers, and rows with findings in words."""
     return [row for row in rows if "found" not in row], [row for row in rows if "found" in row]
 
 
 def numbers_of_70b(rows: list[Row]) -> dict[str, Any]:
-    """For the sentence about the cache that is left beside a large shape's weights."""
+    """Returns the numbers for the sentence about the cache that a large shape's weights leave."""
     of_engine = {row["engine"]: row for row in rows}
     fits = {engine: [requests_that_fit(row, ratio) for ratio in (1, 0.5, 0.25)] for engine, row in of_engine.items()}
     return {
@@ -490,7 +490,7 @@ def numbers_of_70b(rows: list[Row]) -> dict[str, Any]:
 
 
 def requests_that_fit(row: Row, ratio: float, num_prompt_tokens: int = 4000, num_output_tokens: int = 250) -> int:
-    """How many requests a cache holds at once; its groups share one pool, and the largest blocks are full layers'."""
+    """Returns the number of requests that a cache holds at once; full layers have the largest blocks of the pool."""
     *full, (_, block_size) = sorted(row["groups"], key=lambda group: -group[1])
     lengths = [(num_prompt_tokens, size) for _, size in full]
     lengths.append((math.ceil(num_prompt_tokens * (ratio if full else 1)), block_size))
@@ -499,7 +499,7 @@ def requests_that_fit(row: Row, ratio: float, num_prompt_tokens: int = 4000, num
 
 
 def agreement_table(rows: list[Row]) -> str:
-    """One line a model and ratio."""
+    """Returns a table with a line for each model and ratio."""
     lines = [
         [row["model"], row["keep_ratio"], f"{row['num_equal']} of {row['num_answers']}"]
         + [f"{row[name]:.3f}" for name in ("of_one_gpu", "of_fp32", "bf16_of_fp32")]
@@ -509,7 +509,7 @@ def agreement_table(rows: list[Row]) -> str:
 
 
 def compaction_table(rows: list[Row], first_token: list[Row]) -> str:
-    """One line a number and length of prompts, one column a keep ratio."""
+    """Returns a table with a line for each number and length of prompts, and a column for each keep ratio."""
     cells: dict[str, dict[float, str]] = {}
     for row, share in zip(rows, prefill_shares(rows, first_token), strict=True):
         of_size = cells.setdefault(f"{row['num_prompts']} x {row['num_prompt_tokens']:,}", {})
@@ -519,7 +519,7 @@ def compaction_table(rows: list[Row], first_token: list[Row]) -> str:
 
 
 def kernel_table(rows: list[Row]) -> str:
-    """One line a length."""
+    """Returns a table with a line for each length."""
     names = ("_score_kernel", "_select_kernel", "_move_kernel")
     lines = [
         [f"{row['num_prompt_tokens']:,}", *(row["kernel_us"][name] for name in names)]
@@ -530,7 +530,7 @@ def kernel_table(rows: list[Row]) -> str:
 
 
 def scorers_section(rows: list[Row]) -> str:
-    """What each scorer takes; empty before it was measured."""
+    """Returns the section about the time of each scorer; empty without rows."""
     if not rows:
         return ""
     lengths = sorted({row["num_prompt_tokens"] for row in rows})
@@ -555,7 +555,7 @@ def scorers_section(rows: list[Row]) -> str:
 
 
 def plot_steps(rows: list[Row]) -> None:
-    """The step by keep ratio, beside stock vLLM and the floor."""
+    """Draws the step by keep ratio, with stock vLLM and the floor."""
     stock = by_engine(rows, "stock", "case", "median_step_ms")
     ours = by_engine(rows, "l2kv", "case", "median_step_ms")
     ratios = [1.0, *RATIOS]
@@ -568,7 +568,7 @@ def plot_steps(rows: list[Row]) -> None:
 
 
 def plot_first_token(rows: list[Row]) -> None:
-    """Time to first token by length: stock vLLM, and with a budget."""
+    """Draws the time to first token by length, for stock vLLM and with a budget."""
     with plot(
         "first_token", xlabel="prompt tokens", ylabel="time to first token, s", ylim=(0, None), title="long prompts"
     ) as axes:
