@@ -7,20 +7,20 @@ from benchmarks.speed.page_parts import Row, plot, table
 SECTIONS = """## Attention and the stride of KV blocks
 
 Decode attention on the layouts of `vllm_l2kv.kv_cache_spec.pack` takes {least:.3f} to {most:.3f} x stock vLLM's time.
-8 requests x 15,000 tokens, FlashAttention 3, microseconds a layer, in brackets of stock. `pack` gave these layouts when
-the rows were made (padding unit 4 KiB on the H200, 32 KiB today); stock vLLM has 16 tokens a block:
+8 requests x 15,000 tokens, FlashAttention 3, microseconds a layer, in brackets the ratio to stock. `pack` gave these
+layouts when the rows were made (padding unit 4 KiB on the H200, 32 KiB today); stock vLLM has 16 tokens a block:
 
 {layouts}
 
 The stride decides: multiples of 5 are slow on an H100, multiples of 47 on an H200, in units of 64 KiB at 16 tokens a
-block. So a little padding is enough, here of the 8B shape's 1,920 KiB (of stock):
+block. So a little padding is enough, here of the 8B shape's 1,920 KiB (ratios to stock):
 
 {padding}
 
 ![decode attention by stride](img/attention.svg)
 
 The order of heads and tokens in a block hardly matters, and joined blocks only by their longer reads. Layouts `BLHNC`
-and `BLNHC` by tokens a block, unpadded (of stock):
+and `BLNHC` by tokens a block, unpadded (ratios to stock):
 
 {joined}
 
@@ -32,7 +32,7 @@ Rows: `h100_attention.jsonl` and `h200_attention.jsonl`, by
 
 An engine that was just started, as above, gives a request adjacent blocks. Stock vLLM reads them faster; blocks of
 vllm-l2kv hold all layers, so those of one layer are never adjacent. In a server that has been running blocks are
-scattered, and the difference is gone. Microseconds a layer, stock and compressed layers:
+scattered, and the difference is gone. Microseconds a layer, stock and compressed layers, in brackets their ratio:
 
 {loads}
 

@@ -21,19 +21,18 @@ TEXTS = {
 
 A document of {num_document_tokens:,} tokens and questions of {num_question_tokens}, idle engine: median time to first
 token, milliseconds (scenario `document`).""",
-    "memory": """GiB of requests about one document that decode together, in brackets of one copy of the document and
-their own tokens without padding (scenario `document`):""",
+    "memory": """Memory in GiB of requests about one document that decode together, in brackets the ratio to one copy of
+the document and the requests' own tokens, without padding (scenario `document`):""",
     "offload": """### A document in CPU memory
 
 The second question to a document of {num_document_tokens:,} tokens, idle engine: median time to first token,
-milliseconds, in brackets of computing it anew (scenario `offload`, with the engine arguments that
+milliseconds, in brackets the ratio to computing it anew (scenario `offload`, with the engine arguments that
 `benchmarks/speed/offload.py` names).""",
     "findable": """### Documents that stay findable
 
 Documents of {num_document_tokens:,} tokens in {cache_gib:.0f} GiB: how many are found if all are asked about in turn,
-and then again, the latest first (scenario `findable`). They must fit beside the one that is being computed, which is
-whole by a ratio, and hardly more than its copy by a budget. With 2 full layers of 32 a ratio of 0.2 is a quarter of the
-cache.""",
+and then again, the latest first (scenario `findable`). They must fit beside the one that is being computed: whole with
+a ratio, hardly more than its copy with a budget. With 2 full layers of 32 a ratio of 0.2 is a quarter of the cache.""",
     "popular": """### Popular documents
 
 {num_documents} such documents, popularity by Zipf's law, {num_clients} clients that wait for their answers,
@@ -43,9 +42,9 @@ and answer.""",
     "conversation": """### Conversations
 
 {num_conversations} conversations in a cache of {cache_gib:.1f} GiB, or 60,000 tokens. A turn adds {turn_tokens:,}
-tokens to all earlier ones: median time to first token, milliseconds, up to where the engine was stopped (scenario
-`conversation`, `--prompt-interval 512`). With a budget and an interval of 2,048 rows the conversations do not fit
-together, and lose their rows while they wait: choose both so that all fit.""",
+tokens to all earlier ones: median time to first token, milliseconds, of the turns that an engine came to in 120 seconds
+(scenario `conversation`, `--prompt-interval 512`). With a budget and an interval of 2,048 rows the conversations do not
+fit together, and lose their rows while they wait: choose both so that all fit.""",
     "waiting": """### Requests that wait
 
 The scheduler's processor time, milliseconds a step, while one request decodes and another waits for blocks. Both have

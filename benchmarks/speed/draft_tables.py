@@ -7,9 +7,9 @@ from benchmarks.speed.page_parts import Row, table
 SECTION = """
 ## Speculative decoding
 
-Decode steps with {num_drafts} drafts each, beside stock vLLM without drafts (`of stock`). `model`: the model drafts for
-itself, on its whole cache, which makes nothing fast and shows what a draft model costs. `n-grams`: of the request's own
-tokens. With made-up weights the share of accepted drafts means nothing. {about}
+Decode steps with {num_drafts} drafts each; `of stock` is the ratio to stock vLLM without drafts. `model`: the model
+drafts for itself, on its whole cache, which makes nothing fast and shows what a draft model costs. `n-grams`: of the
+request's own tokens. With made-up weights the share of accepted drafts means nothing. {about}
 
 {table}
 

@@ -30,9 +30,9 @@ graphs.
 
 {verdict}
 
-`python -m benchmarks.speed.tables` makes this page from the rows in `benchmarks/speed/results`, each with its GPU,
-version of vLLM, commit and block sizes. Where a section names a scenario, this command made its rows, first with stock
-vLLM and then with vllm-l2kv; they are in `h100_SCENARIO.jsonl`:
+`python -m benchmarks.speed.tables` makes this page from the rows in `benchmarks/speed/results`. Each has its GPU and
+commit, and rows of engines also the version of vLLM and block sizes. Where a section names a scenario, its rows are in
+`h100_SCENARIO.jsonl`, by this command, first with stock vLLM and then with vllm-l2kv:
 
     python -m benchmarks.speed.serving --model FOLDER_WITH_CONFIG_JSON --out FOLDER --scenarios SCENARIO
 
@@ -50,9 +50,9 @@ With an fp8 KV cache (`--engine-args '{{"kv_cache_dtype": "fp8_e4m3"}}'`) steps 
 
 ## Time to first token
 
-One request on an idle engine, milliseconds, in brackets of stock (scenario `first_token`). A ratio compacts after the
-first token. With a budget (`kv_max_tokens`) the prompt is compacted on the way, so a chunk attends to the budget and
-the prompt interval at most:
+One request on an idle engine, milliseconds, in brackets the ratio to stock (scenario `first_token`). `at 0.5` compacts
+after the first token. With a budget (`kv_max_tokens`) the prompt is compacted on the way, so a chunk attends to the
+budget and the prompt interval at most:
 
 {first_token}
 
@@ -89,7 +89,7 @@ Prompts of 512 tokens, answers of 8,000, always eight requests in the queue, 60 
 ## Bursts
 
 The worst case: 64 requests of 128 tokens begin together, so with a budget of 1,024 and an answer interval of 256 all
-are compacted in the same step (scenario `bursts`). Milliseconds; compactions are a part of the burst step.
+are compacted in the same step (scenario `bursts`). Milliseconds; compactions are part of the burst step.
 
 {bursts}
 {documents}{drafts}
@@ -152,7 +152,7 @@ TWO_GPU_SECTIONS = {
     "agreement": (
         "Greedy answers of 16 tokens on two GPUs and on one. Split sums of bf16 round differently, so the table has "
         "root mean squares of differences between logits of likely tokens: two GPUs to one, two GPUs to the Hugging "
-        "Face reference in fp32, and that reference in bf16 to fp32 (`tests/gpu/test_two_gpus.py --rows FOLDER`):"
+        "Face reference in fp32, and this reference in bf16 to fp32 (`tests/gpu/test_two_gpus.py --rows FOLDER`):"
     ),
     "findings": "What else was run:",
 }
