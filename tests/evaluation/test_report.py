@@ -178,7 +178,7 @@ class TestReport:
         cells = [cell for line in lines for cell in line[2:]]
         assert sum(cell != "" for cell in cells) == (1 + 2 * (4 * 2 + 3 * 2)) * NUM_METRICS[task]
         assert all(f"<td>{cell}</td>" in text for cell in cells)
-        assert "Budget B+I: compacted to B rows at I more in the answer, at 2048 more in the prompt." in text
+        assert "to B rows when a head holds B+I; before the end of the prompt when it holds B+2048." in text
 
     def test_budgets_alone(self, tmp_path):
         rows = made_up("copy", ratios=(), budgets=(96,), lengths=[100], num_samples=1)

@@ -145,7 +145,8 @@ def conditions(cells: Sequence[Row]) -> str:
     protected = [f"{first} first and {last} last" for first, last in protections] or ["none, nothing was compressed"]
     text = f"{', '.join(words)}. Protected tokens: {'; '.join(protected)}."
     if intervals := _values((cell for cell in cells if budget_of(cell)), "prompt_interval"):
-        text += f" Budget B+I: compacted to B rows at I more in the answer, at {_joined(intervals)} more in the prompt."
+        text += " Budget B+I: compacted to B rows when a head holds B+I; before the end of the prompt when it holds "
+        text += f"B+{_joined(intervals)}."
     return text
 
 
