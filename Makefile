@@ -10,8 +10,8 @@ CONFIG ?= configs/demo-cpu.yaml
 ARGS ?=
 PIP_ARGS ?=
 
-# Folders in which every test counts as marked `engine`; the first takes as long as the others together.
-ENGINES := $(addprefix tests/,e2e compat gpu)
+# Folders in which every test counts as marked `engine`.
+ENGINES := $(addprefix tests/,e2e serving compat gpu)
 # The other folders; in them, tests that start an engine are marked.
 FAST := $(filter-out $(ENGINES),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py)))))
 # The other folders that have marked tests.
@@ -29,7 +29,7 @@ PIP = $(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation
 
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-fast test-e2e test-engines test-next test-gpu soak check fmt docs notebooks lock dist clean
+.PHONY: help setup serve test test-fast test-e2e test-serving test-engines test-next test-gpu soak check fmt docs notebooks lock dist clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -64,8 +64,8 @@ serve: setup ## Serve the demo model on port 8000, or another model with ARGS=MO
 test: setup ## Run all tests, or those that ARGS names; those that need a GPU are skipped without one
 	$(BIN)/vllm-l2kv demo-model
 ifeq ($(ARGS),)
-	@# Two at a time, the longest first: a test with an engine leaves most of a second core idle.
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-e2e test-engines test-fast
+	@# Three at a time, even on two cores: tests with engines wait half of the time, for starts, clients and clocks.
+	$(MAKE) --no-print-directory --jobs 3 --output-sync=line test-engines test-e2e test-serving test-fast
 else
 	$(PYTEST) -m "not slow" $(ARGS)
 endif
@@ -74,13 +74,17 @@ test-fast: setup ## Run the tests that start no engine; before each commit
 	$(BIN)/vllm-l2kv demo-model
 	$(PYTEST) -m "not slow" --no-engines $(FAST) $(ARGS)
 
-test-e2e: setup ## Run half of the tests that start engines
+test-e2e: setup ## Run the tests with engines in pytest's own process
 	$(BIN)/vllm-l2kv demo-model
-	$(PYTEST) -m "engine and not slow" $(firstword $(ENGINES)) $(ARGS)
+	$(PYTEST) -m "engine and not slow" tests/e2e $(ARGS)
 
-test-engines: setup ## Run the other half
+test-serving: setup ## Run the tests that ask servers
 	$(BIN)/vllm-l2kv demo-model
-	$(PYTEST) -m "engine and not slow" $(wordlist 2,9,$(ENGINES)) $(MARKED) $(ARGS)
+	$(PYTEST) -m "engine and not slow" tests/serving $(ARGS)
+
+test-engines: setup ## Run the other tests that start engines
+	$(BIN)/vllm-l2kv demo-model
+	$(PYTEST) -m "engine and not slow" $(filter-out tests/e2e tests/serving,$(ENGINES)) $(MARKED) $(ARGS)
 
 test-next: setup ## Run the tests without compiled code on the newest supported vLLM, whose wheel it downloads once
 	$(BIN)/vllm-l2kv demo-model
@@ -92,7 +96,7 @@ test-gpu: ## Run the tests that need a GPU, with a PYTHON that has vllm-l2kv[cud
 
 soak: setup ## Send thousands of requests from clients that come and go, in a small cache, for ten minutes
 	$(BIN)/vllm-l2kv demo-model
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest tests/e2e/test_churn.py -s --timeout 7200 --soak-requests 1000 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest tests/serving/test_churn.py -s --timeout 7200 --soak-requests 1000 $(ARGS)
 
 check: setup ## Lint, format check, types
 	$(BIN)/ruff check

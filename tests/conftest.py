@@ -15,11 +15,8 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Two threads on two busy cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nor may the two of `make test` spin for each other: beside any other work that is four times slower.
+# Nor may the three of `make test` spin for each other: beside any other work that is four times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-# The real server in a process of its own.
-sys.path.append(str(Path(__file__).parent / "e2e"))
 
 
 def pytest_report_header() -> str:
@@ -30,11 +27,11 @@ def pytest_report_header() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--demo-model", type=Path, help="folder of the demo model, instead of fetching it")
-    parser.addoption("--soak-requests", type=int, default=140, help="requests of each test in tests/e2e/test_churn.py")
+    parser.addoption("--soak-requests", type=int, default=140, help="requests of each test of churn")
     parser.addoption("--rows", type=Path, help="folder to which tests/gpu/test_two_gpus.py adds rows of what it found")
     parser.addoption("--no-engines", action="store_true", help="leave out tests marked `engine`, fail others with one")
     parser.addoption("--gpu-engine-args", type=json.loads, default={}, help="more of vLLM's for engines on two GPUs")
-    parser.addoption("--playground-pictures", type=Path, help="where tests/e2e/test_playground.py draws its page")
+    parser.addoption("--playground-pictures", type=Path, help="where tests/serving/test_playground.py draws its page")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at `-m`

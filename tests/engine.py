@@ -85,7 +85,7 @@ class Engine:
         """Takes away weights and cache, which references from elsewhere may keep for long; not of ranks."""
         tensors = [*self.worker.model_runner.model.parameters()]
         for layer in self.layers.values():
-            cache = layer.kv_cache
+            cache = getattr(layer, "kv_cache", ())  # experts have none
             tensors += cache if isinstance(cache, (tuple, list)) else [cache]
         for tensor in tensors:
             tensor.untyped_storage().resize_(0)

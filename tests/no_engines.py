@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-ENGINE_FOLDERS = {"compat", "e2e", "gpu"}
+ENGINE_FOLDERS = {"compat", "e2e", "gpu", "serving"}
 """Folders in which all tests count as marked `engine`."""
 SENTENCE = "This test starts an engine, which takes half a minute; `make test-fast` leaves out what is marked `engine`."
 

@@ -1,15 +1,11 @@
 """Engines of tiny models: a start takes two seconds, the first start of an architecture ten."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from rules import INTERVALS
-
-# The real server in a process of its own, for tests of several processes.
-sys.path.append(str(Path(__file__).parent.parent / "e2e"))
 
 
 class Case(NamedTuple):

@@ -1,6 +1,6 @@
 """A server of several processes that gets a signal, or loses a process, while it answers.
 
-As in `tests/e2e/test_faults.py`: all of it ends in time, no client hangs, and no process is left.
+As in `tests/serving/test_faults.py`: all of it ends in time, no client hangs, and no process is left.
 """
 
 import signal

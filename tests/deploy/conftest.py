@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-# The real server in a process of its own.
-sys.path.append(str(Path(__file__).parent.parent / "e2e"))
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,8 @@ def test_the_parts_of_make_test_leave_nothing_out(is_fast):
     mark = re.compile(r"^( *@|pytestmark = )pytest\.mark\.engine$", re.MULTILINE)
     marked = {f"tests/{path.parent.name}" for path in paths if mark.search(path.read_text())}
     assert marked
-    engines, largest = folders_in(command_of("test-engines")), folders_in(command_of("test-e2e"))
-    assert engines | largest == slow | marked
-    assert not engines & largest
-    for target in ("test-engines", "test-e2e"):
-        assert '-m "engine and not slow"' in command_of(target)
+    commands = [command_of(target) for target in ("test-engines", "test-e2e", "test-serving")]
+    assert sorted(chain.from_iterable(map(folders_in, commands))) == sorted(slow | marked), "each once"
+    for command in commands:
+        assert '-m "engine and not slow"' in command
     assert '-m "not slow" --no-engines' in command_of("test-fast")
