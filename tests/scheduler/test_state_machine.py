@@ -1,7 +1,6 @@
 """Any order of admissions, steps, aborts, preemptions and resets, against a worker that knows every row by name."""
 
 import contextlib
-import functools
 import logging
 import sys
 from collections import Counter
@@ -54,8 +53,7 @@ STEPS = (
 """Steps in flight, as vLLM has them without and with async scheduling, the last two with pipeline parallelism."""
 NGRAMS = (("method", "ngram"), ("num_speculative_tokens", 3), ("prompt_lookup_min", 1), ("prompt_lookup_max", 2))
 MODEL = (("method", "draft_model"), ("num_speculative_tokens", 2))
-DRAFTERS = ((), (), NGRAMS, MODEL)
-"""That of a model also has slots for what it writes ahead."""
+"""A model also has slots for what it writes ahead."""
 INTERVALS = ((9, 4), (3, 8), (30, 12), (2, 1))
 """Of prompts and answers. A group of the smallest pool holds 64 rows."""
 SQUEEZE = "another holder"
@@ -72,7 +70,7 @@ ENOUGH = Counter(
 )
 """What all histories of the quick profile must see of shared rows at least: half as often as in the thinnest run.
 
-Drafts are in few histories, and on vLLM 0.33 in one run in none; `test_drafts.py` has some always.
+Runs differ: Hypothesis also draws from the constants of all modules that are imported.
 """
 
 REFUSED = 7  # a keep ratio
@@ -104,6 +102,9 @@ askers = st.fixed_dictionaries(
 class SchedulerMachine(RuleBasedStateMachine):
     """One engine's life. A pool of little more than the longest request makes vLLM preempt all the time."""
 
+    steps = STEPS
+    drafters = ((),)
+
     def __init__(self, make_harness, seen: Counter, **arguments) -> None:
         super().__init__()
         self.make_harness = make_harness
@@ -119,20 +120,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.copies = Copies()
 
     @initialize(
+        data=st.data(),
         num_blocks=st.sampled_from(POOL_SIZES),
         full=st.sampled_from(FULL),
-        steps=st.sampled_from(STEPS),
         runner_v2=st.booleans(),
         intervals=st.sampled_from(INTERVALS),
         default_budget=st.sampled_from([None, 10]),
-        drafter=st.sampled_from(DRAFTERS),
     )
-    def start(self, num_blocks, full, steps, runner_v2, intervals, default_budget, drafter) -> None:
+    def start(self, data, num_blocks, full, runner_v2, intervals, default_budget) -> None:
         self.num_blocks = num_blocks
-        if self.is_offloading:
-            steps = {"depth": min(steps["depth"], 2)}  # without pipeline parallelism, which is refused with a connector
-        # Drafts are refused with either.
-        drafter = () if self.is_offloading or "pipeline_parallel_size" in steps else drafter
+        steps, drafter = data.draw(st.sampled_from(self.steps)), data.draw(st.sampled_from(self.drafters))
         self.num_ahead = dict(drafter).get("num_speculative_tokens", 0) * (steps["depth"] + (drafter == MODEL))
         self.harness = self.make_harness(
             num_blocks,
@@ -409,8 +406,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.preempted |= preempted
 
 
+class DraftingMachine(SchedulerMachine):
+    """With speculative decoding, which is refused with pipeline parallelism."""
+
+    steps = STEPS[:2]
+    drafters = (NGRAMS, MODEL)
+
+
 class OffloadingMachine(SchedulerMachine):
-    """The same with CPU memory, into and from which blocks are copied in the background."""
+    """With CPU memory, into and from which blocks are copied in the background; refused with pipeline parallelism."""
+
+    steps = STEPS[:2]
 
     @initialize(lag=st.sampled_from([0, 2, 6]), is_early=st.booleans())
     def start_copies(self, lag, is_early) -> None:
@@ -428,7 +434,6 @@ class OffloadingMachine(SchedulerMachine):
 
 
 quick = settings(
-    max_examples=200,
     stateful_step_count=50,
     derandomize=True,
     deadline=None,
@@ -441,26 +446,39 @@ profiles = [
 ]
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
-@pytest.mark.parametrize("profile", profiles)
-def test_every_request_finds_its_own_rows_whatever_happens(make_harness, policy, profile, caplog, monkeypatch):
+@pytest.fixture
+def patched(caplog, monkeypatch):
     patch_vllm(monkeypatch)
     monkeypatch.setattr(buffer_utils, "_DEFAULT_MAX_CONCURRENCY", 2)  # each history sets its own
     caplog.set_level(logging.CRITICAL, logger="vllm")  # thousands of lines about resets and refusals
+
+
+def run(make_machine, seen: Counter, profile, num_quick: int, enough: Counter) -> None:
+    """Runs histories, `num_quick` in the quick profile, in which all that is named must have been seen."""
+    is_quick = profile is quick
+    run_state_machine_as_test(make_machine, settings=settings(quick, max_examples=num_quick) if is_quick else profile)
+    if is_quick:
+        assert seen >= enough, f"only {seen}"
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("profile", profiles)
+def test_every_request_finds_its_own_rows_whatever_happens(make_harness, policy, profile, patched):
     seen: Counter[str] = Counter()
-    run_state_machine_as_test(lambda: SchedulerMachine(make_harness, seen, scheduling_policy=policy), settings=profile)
-    if profile is quick:
-        assert seen >= ENOUGH, f"only {seen}"
+    run(lambda: SchedulerMachine(make_harness, seen, scheduling_policy=policy), seen, profile, 160, ENOUGH)
 
 
 @pytest.mark.parametrize("profile", profiles)
-def test_rows_come_back_from_cpu_memory(make_harness, profile, caplog, monkeypatch):
-    patch_vllm(monkeypatch)
+def test_drafts_leave_no_rows(make_harness, profile, patched):
+    seen: Counter[str] = Counter()
+    enough = Counter({"accepted": 1, "rejected": 1, "compacted with drafts": 1})
+    run(lambda: DraftingMachine(make_harness, seen), seen, profile, 60, enough)
+
+
+@pytest.mark.parametrize("profile", profiles)
+def test_rows_come_back_from_cpu_memory(make_harness, profile, patched, monkeypatch):
     monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
-    caplog.set_level(logging.CRITICAL, logger="vllm")
     seen: Counter[str] = Counter()
     cpu_blocks = max(POOL_SIZES) + 1  # it may not be less than the largest cache
-    machine = functools.partial(OffloadingMachine, make_harness, seen, cpu_blocks=cpu_blocks)
-    run_state_machine_as_test(machine, settings=settings(quick, max_examples=80) if profile is quick else profile)
-    if profile is quick:
-        assert seen >= Counter({"blocks stored": 200, "blocks loaded": 40, "loading": 20, "published": 60}), seen
+    enough = Counter({"blocks stored": 200, "blocks loaded": 40, "loading": 20, "published": 60})
+    run(lambda: OffloadingMachine(make_harness, seen, cpu_blocks=cpu_blocks), seen, profile, 80, enough)
