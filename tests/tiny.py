@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from reference import Reference
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
     Gemma2Config,
@@ -285,6 +286,70 @@ def write_eagle(folder: Path, config: PretrainedConfig) -> Path:
     weights["fc.weight"] = torch.randn(config.hidden_size, 2 * config.hidden_size) * config.initializer_range
     save_file(weights, folder / "model.safetensors")
     config.save_pretrained(folder)
+    return folder
+
+
+def write_eagle3(folder: Path, config: PretrainedConfig) -> Path:
+    """Writes an EAGLE-3 head with random weights, for the lower half of the target's vocabulary.
+
+    Args:
+        folder: Where to.
+        config: Of the target, a Llama.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(0)
+    names = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": config.vocab_size // 2,
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+    }
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": 1, **names})
+    layer = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.layers[0].state_dict(prefix="midlayer.")
+    size = config.hidden_size
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape) * config.initializer_range
+
+    # Queries, keys and values are made of the token's embedding beside three hidden states of the target, made one.
+    inputs = [f"midlayer.self_attn.{part}_proj.weight" for part in "qkv"]
+    weights = {
+        **layer,
+        **{name: drawn(len(layer[name]), 2 * size) for name in inputs},
+        "midlayer.hidden_norm.weight": torch.ones(size),
+        "norm.weight": torch.ones(size),
+        "fc.weight": drawn(size, 3 * size),
+        "lm_head.weight": drawn(config.draft_vocab_size, size),
+        "d2t": torch.zeros(config.draft_vocab_size, dtype=torch.long),
+    }
+    save_file(weights, folder / "model.safetensors")
+    config.save_pretrained(folder)
+    return folder
+
+
+def write_mtp(folder: Path, model: Path) -> Path:
+    """Writes a model as MiMo, with a layer for the token after the next one, which has the weights of the last.
+
+    Args:
+        folder: Where to.
+        model: Folder of the Qwen2.
+
+    Returns:
+        The folder.
+    """
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    config = AutoConfig.from_pretrained(model)
+    config.architectures, config.num_nextn_predict_layers = ["MiMoForCausalLM"], 1
+    config.save_pretrained(folder)
+    weights = load_file(model / "model.safetensors")
+    last, added = f"model.layers.{config.num_hidden_layers - 1}.", "model.mtp_layers.0."
+    weights |= {added + name.removeprefix(last): w.clone() for name, w in weights.items() if name.startswith(last)}
+    size = config.hidden_size
+    norms = ("token_layernorm", "hidden_layernorm", "final_layernorm")
+    weights |= {f"{added}{name}.weight": torch.ones(size) for name in norms}
+    weights[f"{added}input_proj.weight"] = torch.cat([torch.eye(size), torch.eye(size)], dim=1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

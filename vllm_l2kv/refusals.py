@@ -13,7 +13,7 @@ from vllm_l2kv.profile import Profile, check_model, local_folder
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.supported_vllm import check_vllm
 
-DRAFTERS = {"CPUs": ("ngram", "draft_model", "eagle"), "GPUs": ()}
+DRAFTERS = {"CPUs": ("ngram", "draft_model", "eagle", "eagle3", "mtp"), "GPUs": ()}
 """Methods of speculative decoding that were run together with compaction, by device."""
 
 
@@ -121,6 +121,12 @@ def _refused_drafts(config: VllmConfig, devices: str) -> dict[str, bool]:
     return {
         f"speculative decoding by {speculative.method} on {devices} (drop --speculative-config{instead})": (
             speculative.method not in taken
+        ),
+        "Gemma 4's drafter, which reads the cache that compacts (drop --speculative-config)": (
+            speculative.use_gemma4_mtp()
+        ),
+        "more than one layer that drafts by mtp (set num_speculative_tokens to 1 in --speculative-config)": (
+            speculative.use_multi_module_mtp()
         ),
         "adaptive verification of drafts (drop enable_adaptive_verification from --speculative-config)": (
             speculative.enable_adaptive_verification

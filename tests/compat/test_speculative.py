@@ -1,7 +1,7 @@
 """Speculative decoding: drafts are written into slots of compacted requests, and many are rejected.
 
-Drafts come from n-grams, from a draft model (the model itself on its whole cache), or from an EAGLE head with random
-weights, most of whose drafts are rejected.
+By n-grams; by a draft model, which is the model itself on its whole cache; by EAGLE and EAGLE-3 heads with random
+weights, and by a layer of the model that predicts the token after the next one, of which most are.
 """
 
 import sys
@@ -26,14 +26,19 @@ VOCABULARY = 64
 
 
 @pytest.fixture(scope="module")
-def model(method, tiny_model):
-    """A model with six layers: with one or six layers of a draft model, vLLM makes one group for each class."""
-    return tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=4 if method == "ngram" else 6)
+def model(method, tiny_model, tmp_path_factory):
+    """A model with six layers: with one or six layers that draft, vLLM makes one group for each class."""
+    shape = {"vocab_size": VOCABULARY, "num_hidden_layers": 4 if method == "ngram" else 6}
+    if method != "mtp":
+        return tiny_model("llama", **shape)
+    return tiny.write_mtp(tmp_path_factory.mktemp("mtp"), tiny_model("qwen2", hidden_size=128, **shape))
 
 
 @pytest.fixture(scope="module")
-def eagle(tmp_path_factory):
-    return tiny.write_eagle(tmp_path_factory.mktemp("eagle"), tiny.llama(vocab_size=VOCABULARY))
+def head(method, tmp_path_factory):
+    """An EAGLE head, of either kind."""
+    write = {"eagle": tiny.write_eagle, "eagle3": tiny.write_eagle3}[method]
+    return write(tmp_path_factory.mktemp(method), tiny.llama(vocab_size=VOCABULARY))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +63,7 @@ def answers(small_reference, prompts):
     scope="module",
     params=[
         "ngram",
-        pytest.param("draft_model", marks=pytest.mark.slow),
-        pytest.param("eagle", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("draft_model", "eagle", "eagle3", "mtp")),
     ],
 )
 def method(request):
@@ -71,8 +75,8 @@ def drafting(method, model, run, request):
     speculative = {"method": method, "num_speculative_tokens": 4}
     if method == "ngram":
         speculative |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    else:
-        speculative["model"] = str(model if method == "draft_model" else request.getfixturevalue("eagle"))
+    elif method != "mtp":
+        speculative["model"] = str(model if method == "draft_model" else request.getfixturevalue("head"))
     with run(model, speculative_config=speculative) as engine:
         yield engine
     # N-grams import numba. When an engine starts, vLLM reads the variables of every module, and fails on numba's.
@@ -122,7 +126,7 @@ def test_answers_equal_the_reference(rule, method, drafting, counted, answers, p
     if method == "draft_model" and rule == RULES[0]:
         assert counted["accepted"] == counted["drafts"] > 300, "both see the whole cache"
         return
-    assert counted["accepted"] > (0 if method == "eagle" else 30)
+    assert counted["accepted"] > (30 if method in ("ngram", "draft_model") else 0)
     assert counted["drafts"] - counted["accepted"] > 30
 
 

@@ -1,7 +1,7 @@
 """Drafts on a GPU: bf16, CUDA graphs, async scheduling where vLLM has it for the method.
 
-The demo model drafts for itself, on its whole cache. The EAGLE head has random weights, so most of its drafts are
-rejected. Compared as in `test_engine`, by how much bf16 changes the reference.
+The demo model drafts for itself, on its whole cache. EAGLE and EAGLE-3 heads have random weights, so that most of their
+drafts are rejected. Judged as in `test_engine`: by what bf16 moves in the reference.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from vllm_l2kv import refusals
 
 pytestmark = pytest.mark.gpu
 
-METHODS = ("ngram", "ngram_gpu", "draft_model", "eagle")
+METHODS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3")
 INTERVALS = (300, 20)
 RULES = {
     **{f"keep {ratio}": {"ratio": ratio} for ratio in ("1.0", "0.5", "0.25")},
@@ -42,8 +42,8 @@ def drafting(method, demo_model, start_small, tmp_path_factory):
     elif method == "draft_model":
         speculative["model"] = str(demo_model)
     else:
-        config = AutoConfig.from_pretrained(demo_model)
-        speculative["model"] = str(tiny.write_eagle(tmp_path_factory.mktemp("eagle"), config))
+        write = {"eagle": tiny.write_eagle, "eagle3": tiny.write_eagle3}[method]
+        speculative["model"] = str(write(tmp_path_factory.mktemp(method), AutoConfig.from_pretrained(demo_model)))
     rule = bare_rule(full_layers=(0, 1), prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     with pytest.MonkeyPatch.context() as monkeypatch:
         # Needed until this has passed on a GPU.
@@ -84,7 +84,7 @@ def test_layers_that_draft_are_full(method, drafting):
         for kind in (False, True)
     )
     assert len(compressed) == 28
-    assert len(full) == 2 + {"draft_model": 30, "eagle": 1}.get(method, 0)
+    assert len(full) == 2 + {"draft_model": 30, "eagle": 1, "eagle3": 1}.get(method, 0)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.config import SpeculativeConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
 from vllm.v1.attention.backend import MultipleOf
@@ -94,8 +95,17 @@ def config(**changes):
     return SimpleNamespace(**parts)
 
 
-def drafting(method, enable_adaptive_verification=False):
-    return SimpleNamespace(method=method, enable_adaptive_verification=enable_adaptive_verification)
+def drafting(method, enable_adaptive_verification=False, **draft_config):
+    """vLLM's, without its look at a model on the disk."""
+    speculative = object.__new__(SpeculativeConfig)
+    draft = SimpleNamespace(hf_config=SimpleNamespace(**{"model_type": "", **draft_config})) if draft_config else None
+    speculative.__dict__ |= {
+        "method": method,
+        "enable_adaptive_verification": enable_adaptive_verification,
+        "num_speculative_tokens": 2,
+        "draft_model_config": draft,
+    }
+    return speculative
 
 
 def test_a_profile_is_compared_with_the_files_of_a_name(llama, tmp_path):
@@ -126,7 +136,9 @@ def test_an_ordinary_configuration_passes():
     [
         ({"kv_transfer_config": transfer("LMCacheConnectorV1")}, "LMCacheConnectorV1 .drop --kv-transfer-config"),
         ({"kv_transfer_config": transfer("OffloadingConnector")}, "OffloadingConnector .drop .*--kv-offloading-size"),
-        ({"speculative_config": drafting("mtp")}, "by mtp on CPUs .*set its method to ngram or draft_model or eagle"),
+        ({"speculative_config": drafting("dflash")}, "by dflash on CPUs .*set its method to ngram or draft_model or"),
+        ({"speculative_config": drafting("mtp", model_type="gemma4_mtp")}, "Gemma 4's drafter, which reads the cache"),
+        ({"speculative_config": drafting("mtp", num_nextn_predict_layers=2)}, "set num_speculative_tokens to 1"),
         ({"speculative_config": drafting("ngram_gpu")}, "by ngram_gpu on CPUs"),
         ({"speculative_config": drafting("ngram", enable_adaptive_verification=True)}, "enable_adaptive_verification"),
         (
