@@ -262,3 +262,14 @@ def test_numbers_do_not_depend_on_steps_in_flight(make_harness):
         usage[name] = harness.usage
     assert len(usage["one by one"]) == len(COMPRESSED)
     assert all(told == usage["one by one"] for told in usage.values())
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
+def test_a_compaction_among_tokens_that_are_not_known_yet(make_harness, steps):
+    """It comes at the end of a block, whose last token is in flight: the block has no hash yet."""
+    harness = make_harness(100, prompt_interval=8, answer_interval=3, **steps)
+    harness.add("r", 10, 12, kv_max_tokens=13)
+    harness.run()
+    (first, *_) = (order for step in harness.steps for order in orders_of(step))
+    assert first.num_keep + first.num_evicted == 16
+    assert len(harness.outputs["r"]) == 12

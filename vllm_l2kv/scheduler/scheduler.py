@@ -520,7 +520,8 @@ class L2KVScheduler(AsyncScheduler):
         state = self._states[req_id]
         assert state.points is not None
         # Before the first compaction, what is computed comes from the full cache: the last time to make it findable.
-        self.kv_cache_manager.cache_blocks(request, coming.position)
+        # A token in flight has no hash yet.
+        self.kv_cache_manager.cache_blocks(request, min(coming.position, request.num_tokens))
         moves, released = [], []
         for manager in self._compressed:
             move, blocks = manager.compact(req_id, coming.num_evicted, coming.num_keep, in_place)
