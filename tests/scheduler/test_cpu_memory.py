@@ -183,7 +183,7 @@ def test_a_longer_beginning_in_cpu_memory_is_preferred(make):
 
 
 def test_cpu_memory_smaller_than_the_cache_is_refused(make):
-    with pytest.raises(ValueError, match="cpu_bytes_to_use holds 50 blocks, and the GPU's KV cache has 101"):
+    with pytest.raises(ValueError, match="must hold at least the 101 blocks of the GPU's KV cache, got 50;"):
         make(cpu_blocks=50)
 
 

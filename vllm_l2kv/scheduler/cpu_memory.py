@@ -1,9 +1,9 @@
-"""Whole prompts and compacted beginnings of prompts in CPU memory, by vLLM's `SimpleCPUOffloadConnector`.
+"""Whole prompts and compacted prefixes in CPU memory, by vLLM's `SimpleCPUOffloadConnector`.
 
-The connector has a second block pool, whose blocks lie in CPU memory, and copies blocks between the two. In its lazy
-mode it stores what the pool of the GPU is about to reuse, under the same hashes, and finds it by the hashes of a
-prompt's tokens. Compacted beginnings have names instead (`shared_prefixes`): they are stored as soon as they are
-published, found by name, and loaded as the whole of what their request begins with.
+The connector has a second block pool in CPU memory and copies blocks between the two pools. In its lazy mode it stores
+blocks that the GPU's pool is about to reuse, under the same hashes, and finds them by the hashes of a prompt's tokens.
+Compacted prefixes have names instead of these hashes (`shared_prefixes`). They are stored as soon as they are
+published, found by name, and always loaded whole.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from vllm_l2kv.scheduler.shared_prefixes import Prefix, Prefixes, SharedPrefixes
 
 
 @dataclass
-class Beginning:
-    """As much of a request as the connector may look up; it reads nothing else."""
+class LookupRequest:
+    """The part of a request that the connector may look up, with all attributes that the connector reads."""
 
     request_id: str
     num_tokens: int
@@ -29,16 +29,17 @@ class Beginning:
 
 
 class CPUMemory(ExternalHits):
-    """Stores, finds and loads.
+    """Stores, finds and loads whole prompts and compacted prefixes.
 
     Args:
         connector: vLLM's `SimpleCPUOffloadConnector`, in lazy mode.
         bound: As for `ExternalHits`.
-        shared: Names of compacted beginnings.
-        pool: The GPU's.
+        shared: Names compacted prefixes.
+        pool: The GPU's block pool.
 
     Raises:
-        ValueError: CPU memory holds less than the GPU's cache. The connector would store the same blocks for ever.
+        ValueError: CPU memory holds fewer blocks than the GPU's cache. The connector would store the same blocks again
+            and again.
     """
 
     def __init__(self, connector: Any, bound: Callable[[Request], int], shared: SharedPrefixes, pool: Any) -> None:
@@ -49,15 +50,15 @@ class CPUMemory(ExternalHits):
         self._shared = shared
         if self._pool.num_gpu_blocks < pool.num_gpu_blocks:
             raise ValueError(
-                f"cpu_bytes_to_use holds {self._pool.num_gpu_blocks} blocks, and the GPU's KV cache has "
-                f"{pool.num_gpu_blocks}; make it at least as large (--kv-transfer-config), or the cache smaller "
+                f"cpu_bytes_to_use must hold at least the {pool.num_gpu_blocks} blocks of the GPU's KV cache, got "
+                f"{self._pool.num_gpu_blocks}; raise it (--kv-transfer-config), or make the cache smaller "
                 "(--kv-cache-memory-bytes)."
             )
-        self._chosen: dict[str, Prefix] = {}  # by request, what it begins with once it is loaded
+        self._chosen: dict[str, Prefix] = {}  # request id to the prefix that it loads and begins on
         self._loading: dict[BlockHash, Request] = {}
 
     def find(self, prefixes: Prefixes, begin: int) -> Prefix | None:
-        """The longest beginning of more than `begin` tokens that is here."""
+        """The longest compacted prefix of more than `begin` tokens that is in CPU memory."""
         for prefix in reversed(prefixes.findable):
             if prefix.compaction.position <= begin:
                 return None
@@ -66,19 +67,19 @@ class CPUMemory(ExternalHits):
         return None
 
     def choose(self, req_id: str, prefix: Prefix | None) -> None:
-        """Notes what a request is to load if it is admitted now; `None` for nothing compacted."""
+        """Notes the compacted prefix that a request loads if it is admitted now; `None` for none."""
         self._chosen.pop(req_id, None)
         if prefix is not None:
             self._chosen[req_id] = prefix
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Same contract as upstream. One request loads a beginning; others wait until it is in the GPU's pool."""
+        """Same contract as upstream. One request loads a prefix; others wait until it is in the GPU's pool."""
         prefix = self._chosen.get(request.request_id)
         num_tokens = min(request.num_tokens, 1 + (0 if prefix else self._bound(request)))
         skips = bool(request.skip_reading_prefix_cache)
-        # Asked also where it can find nothing: it forgets what it found for this request before.
-        beginning: Any = Beginning(request.request_id, num_tokens, request.block_hashes, skips)
-        hit: tuple[int | None, bool] = self.connector.get_num_new_matched_tokens(beginning, num_computed_tokens)
+        # Called even if the connector can find nothing, so that it forgets earlier hits of this request.
+        lookup: Any = LookupRequest(request.request_id, num_tokens, request.block_hashes, skips)
+        hit: tuple[int | None, bool] = self.connector.get_num_new_matched_tokens(lookup, num_computed_tokens)
         if prefix is None:
             return hit
         if self._is_loaded_by_another(request, prefix):
@@ -86,15 +87,15 @@ class CPUMemory(ExternalHits):
         return prefix.compaction.position, True
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        """Same contract as upstream; orders the load of a compacted beginning into the request's blocks."""
+        """Same contract as upstream; orders the load of a compacted prefix into the request's blocks."""
         prefix = self._chosen.get(request.request_id)
         if prefix is None or num_external_tokens == 0:
             self.connector.update_state_after_alloc(request, blocks, num_external_tokens)
             return
         found = self._shared.blocks_of(prefix, self._pool)
-        assert found is not None, "no block has left this pool since it was found"
+        assert found is not None, "a block of the prefix has left the CPU pool since it was found"
         pairs = [pair for group in zip(found, blocks.blocks, strict=True) for pair in zip(*group, strict=True)]
-        # Both are held until the connector hears that the copy is there.
+        # The connector releases both when the copy is complete.
         self._pool.touch([here for here, _ in pairs])
         self._gpu_pool.touch([there for _, there in pairs])
         transfer = TransferMeta([there.block_id for _, there in pairs], [here.block_id for here, _ in pairs])
@@ -102,22 +103,22 @@ class CPUMemory(ExternalHits):
         self._loading[prefix.name] = request
 
     def take_loaded(self, req_id: str) -> Prefix | None:
-        """What a request has loaded, once; `None` unless it was something compacted."""
+        """The compacted prefix that a request has loaded, returned once; `None` if it has loaded none."""
         prefix = self._chosen.pop(req_id, None)
         if prefix is not None:
             self._loading.pop(prefix.name, None)
         return prefix
 
     def forget(self, req_id: str) -> None:
-        """Forgets a request that has ended or is looked at anew."""
+        """Forgets a request that has ended or is looked up again."""
         prefix = self._chosen.pop(req_id, None)
         if prefix is not None and prefix.name in self._loading and self._loading[prefix.name].request_id == req_id:
             del self._loading[prefix.name]
 
     def store(self, prefix: Prefix) -> None:
-        """Copies what was just published here, with the next step, in place of an older copy.
+        """Copies a prefix that was just published to CPU memory with the next step, replacing an older copy.
 
-        At once, since a copy is of use only if all of it is here, and it is small.
+        All blocks at once: a copy is useful only if it is complete, and it is small.
         """
         self._shared.forget_copy(prefix, self._pool)
         cached = self._pool.cached_block_hash_to_block
@@ -135,7 +136,7 @@ class CPUMemory(ExternalHits):
         self._manager._pending_finished_stores.append(transfer)
 
     def blocks_in_use(self) -> set[int]:
-        """Ids of the GPU's blocks that are being stored: the connector asks for their hashes when it is done."""
+        """Ids of GPU blocks that are being stored; they must keep their hashes until the connector has read them."""
         transfers = (*self._manager._store_event_to_blocks.values(), *self._manager._pending_finished_stores)
         return {block_id for transfer in transfers for block_id in transfer.gpu_block_ids}
 

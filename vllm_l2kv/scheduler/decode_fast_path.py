@@ -9,11 +9,11 @@ from vllm_l2kv.scheduler.cache_manager import LayerManager
 
 
 class DecodeFastPath:
-    """Wraps vLLM's `KVCacheManager` and answers at once where nothing is to be done.
+    """Wraps vLLM's `KVCacheManager` and returns at once if there is nothing to do.
 
-    A request that decodes needs a slot at every step, and mostly its last block has a free one and no new boundary is
-    to be cached. vLLM calls each group's manager five times per step to find that out, and compression adds a group.
-    Everything else goes to the manager itself.
+    A decoding request needs a slot at every step. Usually its last block has a free slot, and no new block boundary
+    must be cached. vLLM calls each group's manager five times per step to find that out, and compression adds a group.
+    All other calls go to the wrapped manager.
 
     Attributes:
         manager: The wrapped manager.
@@ -63,5 +63,5 @@ class DecodeFastPath:
 def with_decode_fast_path(manager: KVCacheManager) -> KVCacheManager | DecodeFastPath:
     """The manager in a `DecodeFastPath`; unchanged if it also manages layers of other classes (sliding windows)."""
     layers = manager.coordinator.single_type_managers
-    ours = [layer for layer in layers if isinstance(layer, LayerManager)]
-    return DecodeFastPath(manager, ours) if len(ours) == len(layers) else manager
+    own = [layer for layer in layers if isinstance(layer, LayerManager)]
+    return DecodeFastPath(manager, own) if len(own) == len(layers) else manager

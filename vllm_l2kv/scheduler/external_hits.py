@@ -1,7 +1,7 @@
-"""Rows of a prompt that a KV connector brings from elsewhere, and how many of them a request may take.
+"""Limits how many rows of a prompt a request may take from a KV connector.
 
-A connector knows whole prompts only. A request takes what lies before its first compaction and is compacted itself, as
-after a prefill of its own.
+A connector holds uncompressed rows. A request takes those before its first compaction, and is then compacted as after
+its own prefill.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from vllm.v1.request import Request
 
 
 class ExternalHits(SupportsHMA):
-    """Wraps vLLM's KV connector. What is not about hits goes to the connector itself.
+    """Wraps vLLM's KV connector. Calls that do not concern hits go to the connector itself.
 
-    vLLM asks a connector for rows whenever a request begins and has looked into the prefix cache of the GPU.
+    Whenever a request begins, vLLM asks the connector for rows after looking into the GPU's prefix cache.
 
     Args:
-        connector: vLLM's.
-        bound: Tells how many tokens of a request's prompt may be there, uncompacted, when it begins.
+        connector: vLLM's KV connector.
+        bound: Returns how many tokens of a request's prompt it may take uncompacted.
 
     Attributes:
-        connector: The wrapped one.
+        connector: The wrapped connector.
     """
 
     def __init__(self, connector: Any, bound: Callable[[Request], int]) -> None:
@@ -32,11 +32,11 @@ class ExternalHits(SupportsHMA):
         return getattr(self.connector, name)
 
     def request_finished_all_groups(self, *args: Any, **kwargs: Any) -> Any:
-        """Same contract as upstream; vLLM takes a connector for one of several groups if its class has this."""
+        """Same contract as upstream; vLLM takes this method as a sign that the connector supports several groups."""
         return self.connector.request_finished_all_groups(*args, **kwargs)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Same contract as upstream: a whole prompt or nothing, since a sender sends no part of one."""
+        """Same contract as upstream: the whole prompt or nothing, since a sender cannot send part of a prompt."""
         num_tokens, is_async = self.connector.get_num_new_matched_tokens(request, num_computed_tokens)
         if num_tokens is not None and num_computed_tokens + num_tokens > self._bound(request):
             return 0, False

@@ -1,4 +1,4 @@
-"""Requests that fail alone, each with a sentence."""
+"""Fails single requests with an error message, while the engine goes on."""
 
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -11,14 +11,14 @@ from vllm_l2kv import seams
 
 
 class Refusals:
-    """Fails requests the way vLLM fails those whose grammar does not compile, and puts a sentence on their outputs.
+    """Fails requests in the way in which vLLM fails requests with an invalid grammar, and explains it on their outputs.
 
-    A streaming-input session is a request that gets its prompt in chunks. Its caller waits for an answer to each of
-    them, so a failed session owes one for each chunk that it had taken in. The session goes on until the caller ends
-    it: further chunks are refused too, and its end is not handed to vLLM, which would take it for a new request.
+    A streaming-input session is a request that gets its prompt in chunks. Its caller waits for an answer to each chunk,
+    so a failed session sends an error for each chunk that it has received. The session lasts until the caller ends it:
+    later chunks are refused too, and the end is not passed to vLLM, which would treat it as a new request.
 
     Args:
-        scheduler: vLLM's, which fails them at the end of the next step.
+        scheduler: vLLM's scheduler, which fails the requests at the end of the next step.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -27,7 +27,7 @@ class Refusals:
         self._failed_sessions: dict[str, str] = {}
 
     def refuse(self, req_id: str, sentence: str) -> None:
-        """Lets a request fail that the scheduler holds, or takes in before its next step."""
+        """Makes a request fail that the scheduler holds, or that is added before its next step."""
         seams.fail_request(self._scheduler, req_id, sentence)
         self._sentences[req_id] = sentence
 
@@ -36,30 +36,30 @@ class Refusals:
         return req_id in self._sentences
 
     def of_failed_session(self, req_id: str) -> str | None:
-        """Why the session of this id failed, as long as it has not been ended."""
+        """Why the session with this id failed; `None` if it did not fail, or its caller has ended it."""
         return self._failed_sessions.get(req_id)
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """Drops requests that ended in another way."""
+        """Forgets requests that ended in another way."""
         for req_id in req_ids:
             seams.spare_request(self._scheduler, req_id)
             self._sentences.pop(req_id, None)
 
     def end_sessions(self, req_ids: Iterable[str] | None) -> None:
-        """Drops failed sessions that were ended by their callers; all of them for `None`."""
+        """Forgets failed sessions that their callers ended; `None` for all of them."""
         for req_id in list(self._failed_sessions) if req_ids is None else req_ids:
             self._failed_sessions.pop(req_id, None)
 
     def about_to_fail(self, requests: Mapping[str, Request]) -> list[Request]:
-        """Refused requests that the scheduler holds."""
+        """Refused requests that the scheduler still holds."""
         return [requests[req_id] for req_id in self._sentences if req_id in requests] if self._sentences else []
 
     def explain(self, requests: Iterable[Request], outputs_of_clients: Mapping[int, EngineCoreOutputs]) -> None:
-        """Completes the outputs of requests that failed in this step.
+        """Adds the messages to the outputs of requests that failed in this step.
 
         Args:
-            requests: Those that were about to fail.
-            outputs_of_clients: The step's outputs.
+            requests: Requests that were about to fail.
+            outputs_of_clients: The step's outputs, by client index; changed in place.
         """
         for request in requests:
             req_id, queue = request.request_id, request.streaming_queue

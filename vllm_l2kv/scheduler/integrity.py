@@ -1,4 +1,4 @@
-"""What must hold between steps, and what a scheduler knows of a request. For tests and for debugging a live one."""
+"""Invariants of a scheduler between two steps. For tests, and for debugging a running engine."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -10,30 +10,30 @@ from vllm_l2kv.scheduler.scheduler import L2KVScheduler
 
 
 def compressed_managers(scheduler: L2KVScheduler) -> list[CompressedLayerManager]:
-    """The managers of compressed layers, one for each of their KV-cache groups."""
+    """The managers of compressed layers, one for each compressed KV-cache group."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     return [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
 
 
 def num_evicted(scheduler: L2KVScheduler, req_id: str) -> int:
-    """Evicted tokens of a request; 0 unless it is compacted.
+    """Evicted tokens of a request; 0 if it has not been compacted.
 
     Raises:
-        AssertionError: The managers disagree.
+        AssertionError: The managers of the groups disagree.
     """
     (count,) = {manager.num_evicted.get(req_id, 0) for manager in compressed_managers(scheduler)}
     return count
 
 
 def check_requests(scheduler: L2KVScheduler) -> None:
-    """Checks that the state of a request is kept until it finishes and no longer, and that no compaction is missed.
+    """Checks that the state of each request is kept exactly until it finishes, and that no compaction is missed.
 
     Raises:
-        AssertionError: Names the first request that is kept too long or missed.
+        AssertionError: A request is kept too long, or a compaction is missed; the message names the request.
     """
-    # What finished since the last step is forgotten in the next one.
+    # Requests that finished since the last step are forgotten in the next one.
     unfinished = {*scheduler.requests, *scheduler.finished_req_ids}
-    assert set(scheduler._next) <= set(scheduler._states), "a request that is to be compacted is known"
+    assert set(scheduler._next) <= set(scheduler._states), "a request that is to be compacted is not known"
     remembered: list[Iterable[str]] = [scheduler._states]
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         remembered.append(manager.num_cached_block)
@@ -57,16 +57,16 @@ def check_requests(scheduler: L2KVScheduler) -> None:
 
 
 def check_nothing_left(scheduler: L2KVScheduler, others: Collection[int] = ()) -> None:
-    """Checks that an idle scheduler remembers nothing and holds no block.
+    """Checks that an idle scheduler keeps no state of requests and holds no block.
 
-    Call it after the step in which the worker learns what has finished.
+    Call it after the step in which the worker learns which requests have finished.
 
     Args:
-        scheduler: Ours.
+        scheduler: The scheduler to check.
         others: As for `check_block_conservation`.
 
     Raises:
-        AssertionError: Names what is left.
+        AssertionError: State or blocks are left; the message names them.
     """
     assert not scheduler.requests, f"{min(scheduler.requests)} is unfinished"
     assert not scheduler.finished_req_ids, "the worker does not know yet what has finished"
@@ -78,16 +78,16 @@ def check_nothing_left(scheduler: L2KVScheduler, others: Collection[int] = ()) -
 
 
 def check_block_conservation(kv_cache_manager: KVCacheManager, others: Iterable[int] = ()) -> None:
-    """Checks that every block is free or held as often as it is counted.
+    """Checks that every block is either free, or in as many block tables as its reference count says.
 
-    Call it between steps, when no copy-on-write is under way.
+    Call it between steps, when no copy-on-write is in progress.
 
     Args:
-        kv_cache_manager: vLLM's.
-        others: Ids of blocks that are held by no request, one for each time: those that a KV connector copies.
+        kv_cache_manager: vLLM's manager.
+        others: Ids of blocks that a KV connector holds, repeated for each reference.
 
     Raises:
-        AssertionError: Names the first block that is lost or doubled.
+        AssertionError: A block is lost or counted twice; the message names it.
     """
     pool = kv_cache_manager.block_pool
     managers = kv_cache_manager.coordinator.single_type_managers

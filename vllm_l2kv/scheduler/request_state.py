@@ -1,4 +1,4 @@
-"""What the scheduler remembers of a request."""
+"""The scheduler's state of one request."""
 
 from dataclasses import dataclass, field
 
@@ -12,18 +12,18 @@ from vllm_l2kv.scheduler.shared_prefixes import Prefixes
 
 @dataclass
 class RequestState:
-    """An unfinished request that reports its numbers.
+    """An unfinished request whose numbers are reported.
 
     Attributes:
-        request: vLLM's own state of it.
+        request: vLLM's own state of the request.
         capacity: The engine's KV cache.
-        points: Its compactions; `None` if it is kept whole, at a ratio of 1 without a budget or as streaming input.
-        prefixes: The compacted beginnings of its prompt that it shares with others.
-        reason: Why nothing was evicted, as long as that is so; `None` if it asks for nothing.
-        max_tokens: The bound that its answer got because the cache cannot hold a longer one, if it named none.
-        begins_with: The compaction whose rows it found when it began, last of all if it was preempted; `None` if none.
-        num_found: Tokens before that, from when it first began; `None` until then.
-        is_counted: Whether the statistics have it among compressed requests.
+        points: The request's compactions; `None` if it is kept whole: ratio 1 without a budget, or streaming input.
+        prefixes: The compacted prefixes of its prompt that it may share with other requests.
+        reason: Why nothing will be evicted, unless a compaction happens; `None` if the request asks for no compression.
+        max_tokens: Bound on the answer because the cache cannot hold a longer one, if the request gave no bound.
+        begins_with: The compaction whose rows it found in the cache when it last began; `None` if it found none.
+        num_found: Prompt tokens that it found compacted when it first began; `None` before that.
+        is_counted: Whether the statistics have counted it as a compressed request.
     """
 
     request: Request
@@ -35,18 +35,18 @@ class RequestState:
     begins_with: Compaction | None = None
     num_found: int | None = None
     is_counted: bool = False
-    _last: Compaction | None = None  # of those that the answer has passed
+    _last: Compaction | None = None  # last compaction that the request has passed
     _num_passed: int = 0
 
     def __post_init__(self) -> None:
-        # Kept, since every output of the request asks for it.
+        # Stored, since every output of the request needs it.
         self._coming = self.points.after(None) if self.points else None
 
     def usage(self) -> RequestUsage:
-        """The numbers at this length of its answer. They do not depend on when the engine carries compactions out."""
+        """The request's numbers at the current length of its answer, whenever the engine carries compactions out."""
         num_prompt_tokens = self.request.num_prompt_tokens
-        num_computed = max(self.request.num_tokens - 1, num_prompt_tokens)  # a token is computed to get the next one
-        # A request is compacted before it computes its next token, and not at all if there is none.
+        num_computed = max(self.request.num_tokens - 1, num_prompt_tokens)  # the last token was never an input
+        # A compaction happens only if another token is computed after it.
         while self.points is not None and self._coming is not None and self._coming.position < num_computed:
             self._last, self._num_passed = self._coming, self._num_passed + 1
             self._coming = self.points.after(self._last)

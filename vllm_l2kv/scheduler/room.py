@@ -1,4 +1,4 @@
-"""Blocks for compactions: whether there are enough, and who is preempted if not."""
+"""Blocks for compactions: whether there are enough, and which request is preempted if not."""
 
 from collections.abc import Callable, Collection, Mapping
 from time import monotonic
@@ -15,14 +15,14 @@ from vllm_l2kv.scheduler.stats_counter import StatsCounter
 
 
 class Room:
-    """Finds blocks for the compactions of a scheduler, and keeps new requests from taking those that it needs soon.
+    """Finds blocks for compactions, and keeps new requests from taking blocks that running requests will need soon.
 
     Args:
-        scheduler: vLLM's, which preempts.
-        capacity: Of its KV cache.
-        coming: Requests that have begun or were looked at last, to their next compactions; the scheduler changes it.
+        scheduler: vLLM's scheduler, which preempts.
+        capacity: The capacity of its KV cache.
+        coming: Request id to next compaction, of requests that have begun or are about to; updated by the scheduler.
         stats_counter: Counts preemptions.
-        blocks_in_use: Ids of blocks that a KV connector reads, for some steps.
+        blocks_in_use: Returns the ids of blocks that a KV connector is reading.
     """
 
     def __init__(
@@ -43,35 +43,35 @@ class Room:
         self._compressed = [manager for manager in self._managers if isinstance(manager, CompressedLayerManager)]
 
     def find(self, request: Request, coming: Compaction, room_is_coming: bool) -> bool:
-        """Preempts others, at last the request itself, until there are blocks for its kept rows.
+        """Preempts other requests, and finally the request itself, until there are blocks for its kept rows.
 
         Args:
-            request: The request.
+            request: The request to compact.
             coming: Its compaction.
-            room_is_coming: Whether blocks become free for the next step anyway.
+            room_is_coming: Whether other blocks become free before the next step.
 
         Returns:
-            Whether it can be compacted now. If not, it was preempted, or waits for those blocks; it computes nothing
-            until then.
+            Whether the request can be compacted now. If not, it was preempted, or it computes nothing until blocks are
+            free.
         """
         while not self.has_free_blocks(coming) and not self.fits_in_place(request, coming):
-            # Its own blocks will do once they are stored; a preempted request would publish and store them again.
+            # Once its own blocks are stored they can be used; preemption would make it publish and store them again.
             if room_is_coming or self._is_stored(request):
                 return False
             victim = self._next_to_preempt()
             self._scheduler.running.remove(victim)
             self._scheduler._preempt_request(victim, monotonic())
             self._stats_counter.preempted()
-            # With a KV connector, blocks that a step in flight may write come free once it is done.
+            # With a KV connector, blocks that a step in flight may write become free when that step has finished.
             if victim is request or self._scheduler.deferred_frees:
                 return False
         return True
 
     def would_lack(self, request: Request, coming: Compaction | None, num_computed_tokens: int) -> bool:
-        """Whether a request that is about to begin would soon cause a preemption, while others run.
+        """Whether admitting a request now would soon cause a preemption. Never if no other request runs.
 
-        It would take blocks that a compacted request has just freed and will need again. Or it begins on shared blocks
-        and finds no free ones for its compaction; its own would do, and they do as soon as it runs alone.
+        Either the request would take blocks that a compacted request has just freed and will need again. Or it begins
+        on shared blocks, where it cannot be compacted in place, and the pool has no free blocks for its compaction.
         """
         if not self._scheduler.running:
             return False
@@ -85,28 +85,28 @@ class Room:
         return self._capacity.num_held(num_coming, num_coming) + reserved > self._pool.get_num_free_blocks()
 
     def num_destination_blocks(self, coming: Compaction) -> int:
-        """Blocks of its kept rows."""
+        """Number of blocks for the kept rows of a compaction."""
         return sum(manager.num_destination_blocks(coming.num_keep) for manager in self._compressed)
 
     def has_free_blocks(self, coming: Compaction) -> bool:
-        """Whether the pool has so many."""
+        """Whether the pool has enough free blocks for the kept rows."""
         num_free: int = self._pool.get_num_free_blocks()
         return self.num_destination_blocks(coming) <= num_free
 
     def fits_in_place(self, request: Request, coming: Compaction) -> bool:
-        """Whether the request's own first blocks could take them."""
+        """Whether the kept rows can go into the request's own first blocks."""
         return all(manager.fits_in_place(request.request_id, coming.num_keep) for manager in self._compressed)
 
     def _is_stored(self, request: Request) -> bool:
-        """Whether a KV connector reads some of the request's blocks."""
+        """Whether a KV connector is reading blocks of the request."""
         in_use = self._blocks_in_use()
         tables = (manager.req_to_blocks[request.request_id] for manager in self._compressed) if in_use else ()
         return any(block.block_id in in_use for table in tables for block in table)
 
     def _num_blocks_to_regrow(self, newcomer: Request) -> int:
-        """Blocks that compacted requests take until they are compacted again, or end.
+        """Blocks that compacted requests will take until their next compaction or their end.
 
-        Without requests that are less urgent than the newcomer: they are preempted before it.
+        Requests that are less urgent than the newcomer do not count, since they are preempted before it.
         """
         num_blocks = 0
         for req_id, coming in self._next.items():
@@ -120,16 +120,16 @@ class Room:
         return num_blocks
 
     def _gives_way(self, request: Request, newcomer: Request) -> bool:
-        """Whether vLLM would preempt a running request before one that begins now."""
+        """Whether vLLM would preempt `request` before `newcomer`."""
         return self._scheduler.policy == SchedulingPolicy.PRIORITY and urgency(request) > urgency(newcomer)
 
     def _next_to_preempt(self) -> Request:
-        """The running request that vLLM would preempt."""
+        """The running request that vLLM would preempt next."""
         if self._scheduler.policy == SchedulingPolicy.PRIORITY:
             return max(self._scheduler.running, key=urgency)
         return self._scheduler.running[-1]
 
 
 def urgency(request: Request) -> tuple[int, float]:
-    """By which vLLM orders requests under the priority policy; the lower, the more urgent."""
+    """Sort key of vLLM's priority policy; lower is more urgent."""
     return request.priority, request.arrival_time

@@ -1,6 +1,6 @@
-"""Compacts a request when exactly the tokens up to its next compaction are computed, before anything after them.
+"""vLLM's scheduler, extended to compact each request exactly at its compaction points.
 
-Plans compactions and leaves the rest to vLLM's scheduler. Knows nothing of keys, norms or devices.
+Plans compactions and leaves everything else to vLLM's scheduler. Knows nothing of keys, norms or devices.
 """
 
 from collections.abc import Iterable
@@ -48,11 +48,11 @@ logger = logger_of(__name__)
 class L2KVScheduler(AsyncScheduler):
     """vLLM's async scheduler that also compacts.
 
-    A request is compacted at fixed positions (`policy.CompactionPoints`). A chunk of its tokens ends there, and nothing
-    after it is computed before. A compaction never waits for room: it takes free blocks or its own, or preempts.
-    So an answer depends on its request alone.
+    A request is compacted at fixed positions (`policy.CompactionPoints`). A chunk of its tokens ends at each of them,
+    and no later token is computed before the compaction. The kept rows go into free blocks or into the request's own
+    blocks; if neither suffices, requests are preempted. So an answer depends only on its request.
 
-    A subclass of `Scheduler` would silently lose async scheduling.
+    It subclasses `AsyncScheduler`, since a subclass of `Scheduler` would silently lose async scheduling.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,8 +66,8 @@ class L2KVScheduler(AsyncScheduler):
         self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
         if not self._compressed:
             raise ValueError(
-                "No KV-cache group is managed by vllm-l2kv: pass its worker class together with its scheduler class, "
-                "and if VLLM_PLUGINS is set, add l2kv to it."
+                "vllm-l2kv manages no KV-cache group: pass its worker class together with its scheduler class, and if "
+                "VLLM_PLUGINS is set, add l2kv to it."
             )
         self._shared = SharedPrefixes(self.kv_cache_manager, self.cache_config.prefix_caching_hash_algo)
         self._cpu_memory: CPUMemory | None = None
@@ -78,9 +78,9 @@ class L2KVScheduler(AsyncScheduler):
         )
         self._capacity = capacity_of(self.kv_cache_config, self.vllm_config)
         self._states: dict[str, RequestState] = {}
-        self._next: dict[str, Compaction] = {}  # of requests that have begun, oldest first
-        self._orders: dict[str, CompactionOrder] = {}  # of the step under way
-        self._ended: set[str] = set()  # and still remembered
+        self._next: dict[str, Compaction] = {}  # next compactions of requests that have begun, oldest request first
+        self._orders: dict[str, CompactionOrder] = {}  # orders of the current step
+        self._ended: set[str] = set()  # finished requests whose state is still kept
         self._refusals = Refusals(self)
         self._stats_counter = StatsCounter()
         in_use = self._cpu_memory.blocks_in_use if self._cpu_memory is not None else tuple
@@ -88,12 +88,12 @@ class L2KVScheduler(AsyncScheduler):
         self._reports_stats = self.settings.metrics and self.log_stats
         if self._reports_stats and "l2kv" not in (envs.VLLM_PLUGINS or ()):
             raise ValueError(
-                "additional_config['l2kv']['metrics'] needs vllm-l2kv's part of the API server, since vLLM's own fails "
-                "on these statistics: set VLLM_PLUGINS=l2kv, or leave metrics out."
+                "additional_config['l2kv']['metrics'] needs vllm-l2kv's API server, since vLLM's own fails on these "
+                "statistics: set VLLM_PLUGINS=l2kv, or leave metrics out."
             )
 
     def _with_bounds(self, connector: Any) -> ExternalHits:
-        """The KV connector, of which requests take no more than fits their compactions."""
+        """Wraps the KV connector, so that requests take only rows before their first compaction from it."""
         if len(self._layers) < len(self.kv_cache_manager.coordinator.single_type_managers):
             raise ValueError(
                 "vllm-l2kv does not support KV connectors with models that have sliding windows, chunks or recurrent "
@@ -105,11 +105,11 @@ class L2KVScheduler(AsyncScheduler):
         return self._cpu_memory
 
     def add_request(self, request: Request) -> None:
-        """Reads the request's `kv_` fields; otherwise the same contract as upstream.
+        """Same contract as upstream; also reads the request's `kv_` fields.
 
-        A bad value fails this request alone. The server and `compression()` refuse it before it comes here.
+        A bad value fails only this request. The server and `compression()` refuse bad values before they get here.
         """
-        # vLLM accepts the id of a request that has just finished, before a step reports its end.
+        # vLLM accepts the id of a request that has just finished again, even before a step reports its end.
         self._forget((request.request_id,))
         if request.resumable or request.request_id in self.requests:
             self._add_chunk(request)
@@ -127,7 +127,7 @@ class L2KVScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _add_chunk(self, request: Request) -> None:
-        """Adds a chunk of a streaming-input session, or the request that ends one: not resumable, without fields.
+        """Adds a chunk of a streaming-input session, or the request that ends it: not resumable, without fields.
 
         A session is not compressed, since its next chunk is computed on the whole cache. A chunk that asks for
         compression fails the session.
@@ -159,11 +159,11 @@ class L2KVScheduler(AsyncScheduler):
         return super().finish_requests(request_ids, *args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Plans compactions, then schedules as vLLM does; the orders travel on the step's output."""
+        """Plans compactions, then schedules as vLLM does; the step's output carries the orders."""
         self._orders = {}
         self._compact_due()
         output = super().schedule(*args, **kwargs)
-        # Without those of requests that vLLM preempted in this step, see `_preempt_request`.
+        # Orders of requests that vLLM preempted in this step are gone by now, see `_preempt_request`.
         if self._orders:
             attach_orders(output, tuple(self._orders.values()))
             for order in self._orders.values():
@@ -175,10 +175,10 @@ class L2KVScheduler(AsyncScheduler):
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """Same contract as upstream; outputs of requests that report their numbers carry them.
+        """Same contract as upstream; also adds usage to the outputs of requests that report it.
 
-        Every output, not only the last: when the front end ends a request at a stop string, the engine never makes a
-        last one.
+        To every output, not only the last one: when the front end ends a request at a stop string, the engine core
+        sends no last output.
         """
         self._stats_counter.measured(seconds_of(model_runner_output))
         refused = self._refusals.about_to_fail(self.requests)
@@ -194,17 +194,14 @@ class L2KVScheduler(AsyncScheduler):
         return outputs_of_clients
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        """Same contract as upstream. Without async scheduling no request gets a step before its last token is known.
-
-        vLLM takes another class then. With pipeline parallelism steps are in flight there too.
-        """
+        """Same contract as upstream: that of `Scheduler` without async scheduling, else that of `AsyncScheduler`."""
         if self.scheduler_config.async_scheduling:
             super()._update_after_schedule(scheduler_output)
         else:
             super(AsyncScheduler, self)._update_after_schedule(scheduler_output)
 
     def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """Same contract as upstream, in either of its classes."""
+        """Same contract as upstream: that of `Scheduler` without async scheduling, else that of `AsyncScheduler`."""
         if self.scheduler_config.async_scheduling:
             return super()._update_request_with_output(request, *args, **kwargs)
         return super(AsyncScheduler, self)._update_request_with_output(request, *args, **kwargs)
@@ -212,21 +209,21 @@ class L2KVScheduler(AsyncScheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Same contract as upstream, with the statistics of compactions attached."""
         stats = super().make_stats(*args, **kwargs)
-        ours = self._stats_counter.take()
+        counted = self._stats_counter.take()
         if stats is not None and self._reports_stats:
-            ours.logical_tokens = sum(request.num_computed_tokens for request in self.running)
-            evicted = self._compressed[0].num_evicted  # also of requests whose rows are being loaded
-            ours.physical_tokens = ours.logical_tokens - sum(evicted.get(r.request_id, 0) for r in self.running)
-            if ours.logical_tokens:
-                ours.memory_ratio = self._capacity.memory_ratio(ours.logical_tokens, ours.physical_tokens)
-            attach_stats(stats, ours)
+            counted.logical_tokens = sum(request.num_computed_tokens for request in self.running)
+            evicted = self._compressed[0].num_evicted  # includes requests that still load rows and do not run
+            counted.physical_tokens = counted.logical_tokens - sum(evicted.get(r.request_id, 0) for r in self.running)
+            if counted.logical_tokens:
+                counted.memory_ratio = self._capacity.memory_ratio(counted.logical_tokens, counted.physical_tokens)
+            attach_stats(stats, counted)
         return stats
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """Same contract as upstream, asked whenever a request begins, for the first time or after a preemption.
+        """Same contract as upstream; vLLM calls this whenever a request begins, also again after a preemption.
 
-        A compacted beginning of the prompt is a hit of all its tokens. It reaches further than any other: those end
-        before the first compaction. One in CPU memory is no local hit; the connector is asked for it next.
+        A compacted prefix of the prompt is a hit of all its tokens. It is longer than any other hit, since those end
+        before the first compaction. A prefix in CPU memory is no local hit: vLLM asks the connector for it next.
         """
         state, hit = self._states.get(request.request_id), None
         if state is not None and state.points is not None:
@@ -252,7 +249,7 @@ class L2KVScheduler(AsyncScheduler):
         num_rows = points.max_rows(self._max_num_computed(request), prefix.compaction)
         num_held = self._capacity.num_held(request.num_tokens, num_rows) + self._shared.num_partial_blocks(prefix)
         if num_held > self._capacity.num_blocks:
-            return None  # it could never be admitted, since blocks that its rows do not fill are copied
+            return None  # the request would need a copy of each partly filled block, and could never be admitted
         if self._cpu_memory is not None and self._cpu_memory.find(state.prefixes, prefix.compaction.position):
             return None
         self._begin(state, points, prefix.compaction)
@@ -261,7 +258,7 @@ class L2KVScheduler(AsyncScheduler):
         return manager.create_kv_cache_blocks(blocks), prefix.compaction.position, 0, False
 
     def _find_in_cpu_memory(self, state: RequestState, points: CompactionPoints) -> Any:
-        """A hit of nothing, in vLLM's form, if the connector is to load what a request begins with; else `None`."""
+        """An empty hit, in vLLM's form, if the connector is to load a compacted prefix for a request; else `None`."""
         request, manager, memory = state.request, self.kv_cache_manager, self._cpu_memory
         if memory is None or not manager.prefix_cache_lookup_enabled(request):
             return None
@@ -273,9 +270,9 @@ class L2KVScheduler(AsyncScheduler):
         return manager.empty_kv_cache_blocks, 0, 0, False
 
     def _external_bound(self, request: Request) -> int:
-        """Tokens of a prompt that a request may take from a KV connector, of whose rows nothing was evicted.
+        """Tokens of its prompt that a request may take uncompacted from a KV connector.
 
-        All of them where its first compaction is at the end of the prompt: vLLM computes the last one again.
+        All tokens, if the first compaction is at the end of the prompt: vLLM computes the last token again.
         """
         state, coming = self._states.get(request.request_id), self._next.get(request.request_id)
         if state is not None and state.begins_with is not None:
@@ -285,7 +282,7 @@ class L2KVScheduler(AsyncScheduler):
         return coming.position - 1
 
     def _update_waiting_for_remote_kv(self, request: Request) -> None:
-        """Same contract as upstream, called when a connector has loaded rows; others find compacted ones from now."""
+        """Same contract as upstream, called when a connector has loaded rows; publishes a loaded compacted prefix."""
         super()._update_waiting_for_remote_kv(request)
         memory = self._cpu_memory
         prefix = memory.take_loaded(request.request_id) if memory is not None else None
@@ -297,9 +294,9 @@ class L2KVScheduler(AsyncScheduler):
         return request.kv_cache_report_mode == "full" and self.kv_cache_manager.enable_kv_cache_events
 
     def _find_whole(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """A request's hit on rows of which nothing was evicted, in vLLM's form.
+        """A request's hit on uncompacted rows, in vLLM's form.
 
-        KV events of a hit, if the request wants them, come from `announce_hit`.
+        If the request wants KV events of its hits, `announce_hit` emits them instead of vLLM.
         """
         mode, is_reported = request.kv_cache_report_mode, self._reports_hits(request)
         request.kv_cache_report_mode = "incremental"
@@ -318,11 +315,11 @@ class L2KVScheduler(AsyncScheduler):
         return blocks, num_tokens, *others
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Same contract as upstream, asked for each chunk of tokens: it ends at the request's next compaction."""
+        """Same contract as upstream, called for each chunk of tokens: ends it at the request's next compaction."""
         coming, is_running = self._next.get(request.request_id), request.status is RequestStatus.RUNNING
         if coming is None and is_running and num_new_tokens > 0:
-            # Asked for every request at every step. Upstream's answer differs for chains of draft modules, which are
-            # refused.
+            # A shortcut, since this runs for every request at every step. Upstream would return another number only
+            # for chains of draft modules, which are refused.
             return num_new_tokens
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if not is_running and self._room.would_lack(request, coming, num_computed_tokens):
@@ -331,37 +328,37 @@ class L2KVScheduler(AsyncScheduler):
             return num_new_tokens
         limit = coming.position - num_computed_tokens
         if num_new_tokens > limit and not is_running and self._is_padded(request, num_computed_tokens):
-            # All of it or nothing: vLLM does not take fewer. It pads no request that runs alone.
+            # vLLM takes all of a padded request's tokens or none. It does not pad a request that runs alone.
             return 0
         return min(num_new_tokens, limit)
 
     def _is_padded(self, request: Request, num_computed_tokens: int) -> bool:
-        """Whether vLLM adds made-up drafts to a request that would begin with so many tokens.
+        """Whether vLLM pads a request that begins with this many computed tokens with placeholder draft tokens.
 
-        So batches that decode stay uniform. The model may accept such drafts.
+        Padding keeps decode batches uniform. The model may accept such draft tokens.
         """
         return self.num_spec_tokens > 0 and request.num_tokens - num_computed_tokens == 1
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Same contract as upstream; the worker must not get an order for blocks that others may hold by now."""
+        """Same contract as upstream; also cancels the request's order, whose blocks other requests may hold by now."""
         super()._preempt_request(request, *args, **kwargs)
         self._orders.pop(request.request_id, None)
         self._next.pop(request.request_id, None)
 
     def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
-        """Same contract as upstream, asked whenever a request begins: whether to pass over it in this step.
+        """Same contract as upstream: vLLM asks whenever a request begins whether to skip it in this step.
 
-        Also while another request computes what it could begin with. Those after it do not wait. A refused request
-        is passed over until it fails: one token would be a whole answer.
+        A request is also skipped while another one computes a prefix that it could begin on; requests after it in the
+        queue do not wait. A refused request is skipped until it fails, so that it generates no token.
         """
         if self._refusals.is_about_to_fail(request.request_id) or self._is_computed_by_another(request):
             return True
         return super()._ec_transfer_pending(request, num_computed_tokens)
 
     def _is_computed_by_another(self, request: Request) -> bool:
-        """Whether a running request is about to publish a longer compacted beginning of the prompt than was found.
+        """Whether a running request is about to publish a longer compacted prefix of the prompt than was found.
 
-        If not, the request itself is noted as the one that computes it.
+        If not, `request` is noted as the one that computes it.
         """
         state = self._states.get(request.request_id)
         if state is None or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
@@ -376,32 +373,32 @@ class L2KVScheduler(AsyncScheduler):
         return False
 
     def _will_publish(self, req_id: str, compaction: Compaction) -> bool:
-        """Whether a request is running and comes to this compaction, or has come to it in this step."""
+        """Whether a running request has this compaction ahead of it, or carries it out in this step."""
         request, coming = self.requests.get(req_id), self._next.get(req_id)
         if request is None or request.status != RequestStatus.RUNNING:
             return False
         return req_id in self._orders or (coming is not None and coming.position <= compaction.position)
 
     def _usable_hit(self, request: Request, num_tokens: int) -> int:
-        """Tokens of a prefix-cache hit with which a request may begin, if nothing of it was evicted."""
+        """How many tokens of an uncompacted prefix-cache hit a request may begin with."""
         first = self._next.get(request.request_id)
         if first is not None:
-            num_tokens = min(num_tokens, first.position - 1)  # so that a step lies between
+            num_tokens = min(num_tokens, first.position - 1)  # at least one step comes before the compaction
         if self._would_cross(request, num_tokens, first):
             num_tokens -= 1
         num_rows = self._compressed[0].max_rows.get(request.request_id, request.num_tokens)
         if self._capacity.num_held(request.num_tokens, num_rows) >= self._capacity.num_blocks:
-            num_tokens -= num_tokens % self.block_size  # a hit inside a block would need one more, for its copy
+            num_tokens -= num_tokens % self.block_size  # a hit inside a block needs another block, for a copy
         return num_tokens
 
     def _would_cross(self, request: Request, num_computed_tokens: int, coming: Compaction | None) -> bool:
-        """Whether a request that begins with so many tokens would have made-up drafts after its next compaction."""
+        """Whether placeholder draft tokens of a request would go beyond its next compaction if it begins here."""
         if coming is None or not self._is_padded(request, num_computed_tokens):
             return False
         return coming.position <= num_computed_tokens + self.num_spec_tokens
 
     def _begin(self, state: RequestState, points: CompactionPoints, last: Compaction | None) -> None:
-        """Notes where a request begins if it is admitted: after the compaction whose rows it found, or at its start."""
+        """Notes where a request begins if it is admitted: after `last`, whose rows it found, or at its first token."""
         req_id, coming = state.request.request_id, points.after(last)
         state.begins_with = last
         self._next.pop(req_id, None)
@@ -416,11 +413,11 @@ class L2KVScheduler(AsyncScheduler):
                 layer.compacted_hits[req_id] = last.num_evicted
 
     def _max_num_computed(self, request: Request) -> int:
-        """Tokens that a request computes if its answer gets as long as it may: all but the last one."""
+        """Tokens that a request computes if its answer reaches `max_tokens`: all but the last one."""
         return request.num_prompt_tokens + request.max_tokens - 1
 
     def _note_hits(self, output: SchedulerOutput) -> None:
-        """Lets the worker know which requests begin on compacted rows in this step."""
+        """Attaches the requests that begin on compacted rows in this step to the output for the worker."""
         hits = {}
         for req_id in (
             *(new.req_id for new in output.scheduled_new_reqs),
@@ -445,7 +442,7 @@ class L2KVScheduler(AsyncScheduler):
             state.is_counted = True
 
     def _publish(self, order: CompactionOrder) -> None:
-        """Makes what a compaction leaves findable, if later requests will ask for it.
+        """Adds the kept rows of a compaction to the prefix cache, if later requests are likely to use them.
 
         Called once it is certain that the worker will carry out the order.
         """
@@ -466,28 +463,28 @@ class L2KVScheduler(AsyncScheduler):
             request = self.requests.get(req_id)  # None: finished since the last step
             if request is None or not self._is_due(request, coming):
                 continue
-            # Blocks come free with the next step, if copies of blocks are under way or others were compacted.
+            # More blocks become free with the next step if blocks are being copied or other requests were compacted.
             room_is_coming = bool(released or superseded or self.deferred_frees)
             if self._room.find(request, coming, room_is_coming):
                 blocks = self._compact(request, coming)
                 (superseded if self._leads_to_publication(coming, req_id) else released).extend(blocks)
         pool = self.kv_cache_manager.block_pool
         num_free = pool.get_num_free_blocks()
-        # Tails first: the pool evicts in this order, so the beginnings of prompts stay cached longest.
+        # Last blocks first: the pool evicts in this order, so the first blocks of prompts stay cached longest.
         pool.free_blocks(reversed(released))
-        # A published beginning serves those who ask the same again, with a part of the blocks.
+        # Requests with the same params use the published prefix instead, which takes fewer blocks.
         self._superseded.free(reversed(superseded))
         self._stats_counter.freed(pool.get_num_free_blocks() - num_free)
 
     def _is_due(self, request: Request, coming: Compaction) -> bool:
         """Whether all tokens up to the compaction have been scheduled and another step will follow.
 
-        Steps may be under way whose tokens are not known yet. A step that ends at the end of the prompt, or after it,
-        gives one.
+        Steps may be in flight whose tokens are not known yet. Each step that reaches the end of the prompt gives one
+        token.
 
-        While a step with drafts is under way, vLLM counts them as computed, and takes those back that the model
-        rejects. With drafts a request has one step under way when the next one is planned, and more than one
-        placeholder: what it has computed is not certain then, so the compaction waits for that step.
+        vLLM counts the draft tokens of a step in flight as computed, and subtracts those that the model rejects. Such
+        a request has more than one placeholder, so its number of computed tokens is not certain, and the compaction
+        waits for that step.
         """
         if self.num_spec_tokens and request.num_output_placeholders > 1:
             return False
@@ -500,14 +497,15 @@ class L2KVScheduler(AsyncScheduler):
         )
 
     def _leads_to_publication(self, compaction: Compaction, req_id: str) -> bool:
-        """Whether others will find what it leaves, or what a later compaction of the same prompt leaves."""
+        """Whether the rows of this compaction, or of a later one of the same prompt, will be published."""
         to_publish = self._states[req_id].prefixes.to_publish
         return any(prefix.compaction.position >= compaction.position for prefix in to_publish)
 
     def _compact(self, request: Request, coming: Compaction) -> list[KVCacheBlock]:
-        """Compacts one request for which there is room, into free blocks if possible.
+        """Compacts one request for which there are blocks: into free blocks if possible, else in place.
 
-        In place also where free blocks would cost others what they could find, and others can find this instead.
+        Also in place if the rows will be published and taking free blocks would evict cached ones: later requests find
+        the published rows instead of the request's full blocks.
 
         Returns:
             Blocks to be freed once every order of this step has its blocks.
@@ -519,7 +517,7 @@ class L2KVScheduler(AsyncScheduler):
             in_place = self._room.fits_in_place(request, coming)
         state = self._states[req_id]
         assert state.points is not None
-        # Before the first compaction, what is computed comes from the full cache: the last time to make it findable.
+        # Tokens before the first compaction are computed on the full cache: the last chance to cache their blocks.
         # A token in flight has no hash yet.
         self.kv_cache_manager.cache_blocks(request, min(coming.position, request.num_tokens))
         moves, released = [], []
@@ -547,10 +545,10 @@ class L2KVScheduler(AsyncScheduler):
         return released
 
     def _state_of(self, request: Request, asked: Asked) -> RequestState | None:
-        """What is remembered of a request; `None` for one that reports nothing. Bounds its answer by what fits.
+        """The state of a new request, whose `max_tokens` is lowered to what fits; `None` if it reports nothing.
 
         Raises:
-            ParamError: A seed that the runner cannot keep.
+            ParamError: The runner does not support the request's seed, or no token follows its document.
             DoesNotFitError: The cache cannot hold the request.
         """
         num_prompt_tokens, params = request.num_prompt_tokens, asked.params
@@ -570,10 +568,10 @@ class L2KVScheduler(AsyncScheduler):
         return state
 
     def _read_fields(self, request: Request) -> Asked:
-        """What a request asks. Checked here too: one of an offline engine passes no front end.
+        """Reads a request's fields. Checked here too, since an offline engine has no server that checks them.
 
         Raises:
-            ParamError: A bad value.
+            ParamError: A value is out of bounds, or a name that starts with `kv_` is unknown.
         """
         extra_args = request.sampling_params.extra_args if request.sampling_params else None
         return self.settings.read(extra_args)
@@ -583,7 +581,7 @@ class L2KVScheduler(AsyncScheduler):
         self._refusals.refuse(req_id, sentence)
 
     def _forget_ended(self) -> None:
-        """Forgets requests that have ended, but those whose blocks a KV connector still writes: vLLM remembers them."""
+        """Forgets ended requests, except those that vLLM still keeps because a KV connector writes their blocks."""
         if self._ended:
             self._forget(self._ended)
             self._ended &= self.requests.keys()

@@ -17,32 +17,32 @@ class StatsCounter:
         self._stats.num_compressed += 1
 
     def compacted(self, compaction: Compaction, num_taken_blocks: int) -> None:
-        """Counts a compaction, and the blocks of the pool that it took."""
+        """Counts a compaction, and the blocks that it took from the pool."""
         evicted = compaction.num_rows - compaction.num_keep
         self._stats.compactions.append(CompactionEvent(str(compaction.kind), compaction.num_keep, evicted))
         self._stats.num_taken_blocks += num_taken_blocks
 
     def found(self, num_tokens: int) -> None:
-        """Counts tokens of a prompt whose compacted rows were found."""
+        """Counts prompt tokens whose compacted rows were found in the cache."""
         self._stats.num_found_tokens += num_tokens
 
     def published(self) -> None:
-        """Counts a compacted beginning of a prompt that others can find now."""
+        """Counts a compacted prefix that was added to the prefix cache."""
         self._stats.num_published += 1
 
     def freed(self, num_blocks: int) -> None:
-        """Counts blocks that went back to the pool."""
+        """Counts blocks that were returned to the pool."""
         self._stats.num_freed_blocks += num_blocks
 
     def preempted(self) -> None:
-        """Counts a request that was preempted so that a compaction finds blocks."""
+        """Counts a request that was preempted to free blocks for a compaction."""
         self._stats.num_preempted += 1
 
     def measured(self, seconds: Iterable[float]) -> None:
-        """Adds times on the device."""
+        """Adds seconds that compactions took on the device."""
         self._stats.seconds.extend(seconds)
 
     def take(self) -> CompactionStats:
-        """What happened since the last call; how many tokens are held is not among it."""
+        """Events since the last call. The caller fills in the number of tokens held."""
         stats, self._stats = self._stats, CompactionStats()
         return stats
