@@ -121,7 +121,7 @@ def test_contiguous_heads_are_not_copied():
 @pytest.mark.parametrize(
     ("changes", "other", "reason"),
     [
-        ({"_k_scale": torch.ones(4)}, {}, "a scale of its own for each head"),
+        ({"_k_scale": torch.ones(4)}, {}, "have a separate scale for each head"),
         ({}, {"kv_sharing_target_layer_name": NAME}, "layer model.layers.1.attn reads its cache"),
         ({"impl": SimpleNamespace(get_impl_variants=lambda: (1, 2))}, {}, "several implementations"),
     ],
@@ -130,7 +130,7 @@ def test_layers_that_cannot_be_split_are_refused(changes, other, reason):
     plain = {NAME: layer_of(Impl()), "model.layers.1.attn": layer_of(Impl(), kv_sharing_target_layer_name=None)}
     check_split(NAME, plain)
     layers = {NAME: layer_of(**{"impl": Impl(), **changes}), "model.layers.1.attn": layer_of(Impl(), **other)}
-    with pytest.raises(ValueError, match=f"layer {NAME} must all be full or none, since .*{reason}.*--kv-full-heads"):
+    with pytest.raises(ValueError, match=f"{NAME} must all be full or all be compressed.*{reason}.*--kv-full-heads"):
         check_split(NAME, layers)
 
 

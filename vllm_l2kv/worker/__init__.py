@@ -1,1 +1,1 @@
-"""Device process: carries out compactions and turns positions into slots. Reports only times to the scheduler."""
+"""Worker process: carries out compactions and maps positions to slots. Reports only times to the scheduler."""

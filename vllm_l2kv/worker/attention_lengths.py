@@ -1,7 +1,7 @@
-"""Physical lengths for attention: what the cache holds, not what was computed.
+"""Physical lengths for attention: rows in the cache instead of computed tokens.
 
-Shared by both runners. RoPE, sampling and vLLM's own `seq_lens` keep logical positions; only metadata of compressed
-groups becomes physical.
+Shared by both runners. RoPE, sampling and vLLM's own `seq_lens` keep logical positions; only the attention metadata of
+compressed groups gets physical lengths.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,14 +34,14 @@ class PhysicalAttentionGroup(AttentionGroup):
     def build_metadata_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
     ) -> Any:
-        """Same contract as upstream, with physical lengths; a graph keeps their address."""
+        """Same contract as upstream, with physical lengths at a fixed address, which CUDA graphs read."""
         return super().build_metadata_for_cudagraph_capture(self.make_physical(common_attn_metadata), *args, **kwargs)
 
 
 def make_groups_physical(
     attn_groups: list[list[AttentionGroup]], group_ids: Iterable[int], make_physical: MakePhysical
 ) -> None:
-    """Replaces groups by physical ones, in the runner's own lists: other parts of the runner may hold them too."""
+    """Replaces groups by ones with physical lengths, in place: other parts of the runner may hold the same lists."""
     for group_id in group_ids:
         groups = attn_groups[group_id]
         groups[:] = [PhysicalAttentionGroup.of(group, make_physical) for group in groups]
@@ -50,15 +50,15 @@ def make_groups_physical(
 def with_physical_lengths(
     metadata: CommonAttentionMetadata, seq_lens: torch.Tensor, num_evicted: torch.Tensor
 ) -> CommonAttentionMetadata:
-    """The metadata with physical lengths wherever a backend may look for them; vLLM's own tensors stay as they are.
+    """A copy of the metadata with physical lengths in every attribute that a backend may read.
 
-    FlashAttention splits a request's keys by the longest length on the host: at a logical one, a request that holds
-    few rows of many positions would be cut into splits that are mostly empty. FlashInfer finds pages by the lengths on
-    the host. Ranges of images say which queries see later keys: rows since the last compaction lie in the order of
-    their positions, and all queries see those before it.
+    vLLM's own tensors are not changed. FlashAttention chooses the number of splits by the longest length on the host:
+    with logical lengths, most splits of a compacted request would be empty. FlashInfer finds pages by the lengths on
+    the host. Ranges of images say which queries see later keys. They are shifted too: rows after the last compaction
+    are in the order of their positions, and all queries see the rows before it.
 
     Args:
-        metadata: Of a batch, maybe padded.
+        metadata: Metadata of a batch, possibly padded.
         seq_lens: `[num_reqs_padded]` int32 on the device, physical.
         num_evicted: `[num_reqs]` int32 on the host, evicted tokens in batch order.
     """

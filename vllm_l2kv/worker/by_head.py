@@ -1,9 +1,9 @@
-"""Both classes of a layer's heads in one call of FlashAttention 3, where every request decodes one token.
+"""Decode attention over both classes of a layer's heads in one call of FlashAttention 3.
 
-Every (request, KV head) is a sequence with pages of its own (`kernels.head_pages`). Queries and outputs stay where they
-are: a sequence names its own by `starts`, and FlashAttention reads and writes one of each, since `seqused_q` says so.
-Everything is launched while the model runs, so that a CUDA graph of the model holds it, and nothing is left to be done
-before a graph is replayed.
+Used for batches in which every request decodes one token. Every (request, KV head) is a sequence with its own pages
+(`kernels.head_pages`). Queries and outputs are not copied: `starts` gives each sequence's place, and `seqused_q` limits
+FlashAttention to one query there. All kernels are launched while the model runs, so CUDA graphs of the model contain
+them, and nothing needs to run before a replay.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,10 +22,10 @@ from vllm_l2kv.kernels.head_pages import HeadPages, Held, Sequences
 from vllm_l2kv.kv_cache_spec import full_name
 
 MOST_BYTES = 256 << 20
-"""Memory for the table of a layer; batches of more requests than it holds take a call for each class."""
+"""Bytes for the sequences of a layer; batches with more requests than fit use one call for each class."""
 MAX_NUM_SPLITS = 32
-"""Parts of a sequence that FlashAttention reads side by side, where vLLM lets it choose: by its own choice, made for
-one head, it would reserve memory for four times as many."""
+"""Most splits of a sequence, where vLLM lets FlashAttention choose: since it would choose for a single head, it would
+reserve memory for four times as many."""
 
 ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(["q", "k", "v", "k_new", "v_new", "q_v", "out", "cu_seqlens_q", "cu_seqlens_k"]),
@@ -36,19 +36,19 @@ ARGUMENTS: dict[str, Any] = {
     **{"is_rotary_interleaved": True, "scheduler_metadata": None, "num_splits": 0, "pack_gqa": None, "sm_margin": 0},
     **{"s_aux": None, "cp_world_size": 1, "cp_rank": 0, "cp_tot_seqused_k": None},
 }
-"""Those of FlashAttention's operator, which has no defaults. vLLM's function for it does not pass `seqused_q` on."""
+"""Arguments of FlashAttention's operator, which has no defaults. vLLM's wrapper of it does not pass `seqused_q`."""
 
 
 @dataclass
 class Room:
-    """Memory that the layers of an engine use in turn.
+    """Device memory that all layers of an engine use in turn.
 
     Attributes:
-        sequences: Of the layer that is being computed.
-        ones: `[num_sequences]` int32.
-        ascending: `[num_sequences + 1]` int32.
-        schedules: Full heads of a layer to FlashAttention's schedule of this pass through the model.
-        holds: Whose sequences they are: a layer's attention and its metadata.
+        sequences: Sequences of the layer that is being computed.
+        ones: `[num_sequences]` int32, all 1.
+        ascending: `[num_sequences + 1]` int32, 0, 1, 2, ...
+        schedules: Number of full heads in a layer to FlashAttention's schedule in this forward pass.
+        holds: Attention and metadata of the layer whose sequences are held; `None` if there are none.
     """
 
     sequences: Sequences
@@ -59,24 +59,24 @@ class Room:
 
     @classmethod
     def of(cls, num_sequences: int, max_num_pages: int, device: torch.device) -> "Room":
-        """For so many sequences, of so many pages at most."""
+        """Allocates room for `num_sequences` sequences of up to `max_num_pages` pages each."""
         ones = torch.ones(num_sequences, dtype=torch.int32, device=device)
         ascending = torch.arange(num_sequences + 1, dtype=torch.int32, device=device)
         return cls(Sequences.of(num_sequences, max_num_pages, device), ones, ascending)
 
     def is_for(self, attention: Any, metadata: Any) -> bool:
-        """Whether it holds the sequences of this step of a layer."""
+        """Whether it holds the sequences of this layer in this step."""
         return self.holds is not None and self.holds[0] is attention and self.holds[1] is metadata
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a call must know of a layer.
+    """Attention parameters of a layer.
 
     Attributes:
-        scale: Of the products of queries and keys.
-        softcap: Bound of them, or 0.
-        is_first: Whether no earlier layer has as many full heads, so that this one makes the schedule for all of them.
+        scale: Softmax scale.
+        softcap: Cap on the logits; 0 for none.
+        is_first: Whether no earlier layer has the same number of full heads; this layer then makes their schedule.
     """
 
     scale: float
@@ -94,17 +94,17 @@ def attend(
     longest: int,
     scales: Mapping[str, torch.Tensor],
 ) -> None:
-    """Attention of one layer, after `HeadPages.write` into the room's sequences.
+    """Computes attention of one layer, after `HeadPages.write` has filled the room's sequences.
 
     Args:
-        pages: The layer's.
-        kind: The layer's.
-        room: Of the engine.
+        pages: The layer's pages.
+        kind: The layer's parameters.
+        room: The engine's room.
         query: `[num_requests, num_heads, head_size]`.
-        output: The same, contiguous; written.
-        num_splits: Parts of a sequence at most; FlashAttention chooses how many, by lengths on the device.
-        longest: Rows that a request holds at most.
-        scales: `q_descale`, `k_descale` and `v_descale`, each one number; empty for a cache that is not quantized.
+        output: Same shape, contiguous; written.
+        num_splits: Most splits of a sequence; FlashAttention chooses their number by lengths on the device.
+        longest: Most rows that a request holds.
+        scales: `q_descale`, `k_descale` and `v_descale`, each of one element; empty for a cache that is not quantized.
     """
     num_sequences, head_size = query.shape[0] * pages.places.shape[0], query.shape[2]
     sequences = room.sequences.first(num_sequences)
@@ -147,14 +147,14 @@ def attend(
 
 
 class DecodeByHead:
-    """Takes the place of a layer's `SplitAttention`, which serves other batches and answers everything else.
+    """Wraps a layer's `SplitAttention`, which still serves other batches and all other calls.
 
     Args:
-        split: The layer's.
+        split: The layer's `SplitAttention`.
         name: vLLM's name of the layer.
-        pages: The layer's.
-        room: Of the engine.
-        is_first: As that of `Kind`.
+        pages: The layer's pages.
+        room: The engine's room.
+        is_first: See `Kind`.
     """
 
     def __init__(self, split: Any, name: str, pages: HeadPages, room: Room, is_first: bool) -> None:
@@ -170,7 +170,7 @@ class DecodeByHead:
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Same contract as upstream; also makes the layer's table, if the batch takes one call."""
+        """Same contract as upstream; also writes the layer's sequences if the batch uses one call."""
         (full, _, _, full_slots), (compressed, _, _, slots) = (get_attention_context(name) for name in self._names)
         num_requests = self._num_requests(compressed)
         if num_requests is None:
@@ -200,7 +200,7 @@ class DecodeByHead:
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Same contract as upstream."""
-        # A piecewise graph may hold the cache's update and not this.
+        # A piecewise CUDA graph may contain the cache update without this.
         if not self._room.is_for(self, attn_metadata):
             whole: torch.Tensor = self._split.forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
@@ -223,7 +223,7 @@ class DecodeByHead:
         return output
 
     def _num_requests(self, metadata: Any) -> int | None:
-        """Requests of a batch that takes one call, those that pad it included; `None` for another batch."""
+        """Number of requests, padding included, of a batch that uses one call; `None` for other batches."""
         if metadata is None or metadata.max_query_len != 1:
             return None
         num_requests: int = metadata.seq_lens.shape[0]
@@ -232,11 +232,13 @@ class DecodeByHead:
 
 
 def leave_schedules_to_calls(groups: Iterable[Iterable[AttentionGroup]], names: set[str]) -> None:
-    """Keeps vLLM from making schedules in each step that only batches of another kind would use.
+    """Keeps vLLM from making a schedule for FlashAttention in each step, which decoding by head does not use.
+
+    Other calls of these layers then make their own schedule.
 
     Args:
-        groups: The runner's.
-        names: Of caches whose layers decode by head, which other calls of theirs then make for themselves.
+        groups: The runner's attention groups.
+        names: Names of the caches whose layers decode by head.
     """
     for group in chain(*groups):
         if names.issuperset(group.layer_names):
@@ -245,10 +247,10 @@ def leave_schedules_to_calls(groups: Iterable[Iterable[AttentionGroup]], names: 
 
 
 def takes_one_call(impl: Any) -> bool:
-    """Whether vLLM's implementation of a layer's attention is FlashAttention 3 with nothing that follows heads.
+    """Whether vLLM's implementation of a layer's attention is FlashAttention 3 without parameters for each head.
 
     Args:
-        impl: vLLM's, for all heads.
+        impl: vLLM's implementation for all heads.
     """
     if getattr(impl, "vllm_flash_attn_version", None) != 3 or impl.batch_invariant_enabled or impl.dcp_world_size > 1:
         return False
@@ -260,33 +262,33 @@ def takes_one_call(impl: Any) -> bool:
 
 
 def room_bytes(num_sequences: int, max_num_pages: int) -> int:
-    """Bytes of `Room.of`."""
+    """Device memory of `Room.of`, in bytes."""
     return 4 * (num_sequences * (max_num_pages + 4) + 2)
 
 
 def room_shape(num_kv_heads: int, max_num_requests: int, max_model_len: int, page_size: int) -> tuple[int, int]:
-    """Sequences, and pages of each, for which an engine has room.
+    """Arguments of `Room.of`: number of sequences, and most pages of each.
 
     Args:
-        num_kv_heads: Of a layer.
-        max_num_requests: Of a batch.
-        max_model_len: Tokens of the longest request.
-        page_size: Tokens of a page.
+        num_kv_heads: KV heads of a layer.
+        max_num_requests: Most requests in a batch.
+        max_model_len: Most tokens in a request.
+        page_size: Tokens per page.
     """
     max_num_pages = -(-max_model_len // page_size)
     return min(max_num_requests, MOST_BYTES // (4 * max_num_pages * num_kv_heads)) * num_kv_heads, max_num_pages
 
 
 def decode_by_head(layers: Mapping[str, Any], names: Iterable[str], room: Room) -> set[str]:
-    """Lets layers decode in one call whose blocks can be seen as pages.
+    """Lets layers decode in one call if their blocks can be read as pages of one head.
 
     Args:
-        layers: vLLM's, by name, their caches in place.
-        names: Layers that were split.
-        room: Of the engine.
+        layers: vLLM's layers by name, with their caches allocated.
+        names: Names of the layers that were split.
+        room: The engine's room.
 
     Returns:
-        Names of these layers' caches.
+        Names of the caches of layers that decode in one call.
     """
     done: set[str] = set()
     counts: set[int] = set()

@@ -1,4 +1,4 @@
-"""How long compactions take on a device, measured without waiting for it."""
+"""Measures how long compactions take on a device, without waiting for the device."""
 
 import time
 from collections import deque
@@ -13,21 +13,21 @@ class Clock(Protocol):
     """Measures spans of work."""
 
     def measure(self) -> AbstractContextManager[None]:
-        """Measures what is done inside."""
+        """Measures the work done in the context."""
 
     def take(self) -> list[float]:
         """Seconds of the spans that have ended since the last call."""
 
 
 class HostClock:
-    """For work that is done when the call returns."""
+    """A clock for work that is finished when the call returns."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Measures what is done inside."""
+        """Measures the work done in the context."""
         begin = time.perf_counter()
         yield
         self._seconds.append(time.perf_counter() - begin)
@@ -39,14 +39,14 @@ class HostClock:
 
 
 class CUDAClock:
-    """For kernels on the current stream."""
+    """A clock for kernels on the current CUDA stream."""
 
     def __init__(self) -> None:
         self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Measures what is launched inside."""
+        """Measures the kernels launched in the context."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         yield
@@ -54,7 +54,7 @@ class CUDAClock:
         self._spans.append((begin, end))
 
     def take(self) -> list[float]:
-        """Seconds of the spans that have ended since the last call; those under way come later."""
+        """Seconds of the spans that have ended since the last call; later calls return those still running."""
         seconds = []
         while self._spans and self._spans[0][1].query():  # type: ignore[no-untyped-call]
             begin, end = self._spans.popleft()

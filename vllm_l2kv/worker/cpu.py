@@ -21,15 +21,15 @@ from vllm_l2kv.worker.worker import AlikeLayers, CompactionWorker
 
 
 class L2KVCPUWorker(CompactionWorker, CPUWorker):
-    """vLLM's CPU worker that compacts, with the torch reference."""
+    """vLLM's CPU worker, extended to compact with the torch reference."""
 
     attention_backends = ("CPU_ATTN",)
 
     def determine_available_memory(self) -> int:
-        """Same contract as upstream, which leaves out a warm-up in eager mode.
+        """Same contract as upstream; also runs the warm-up that upstream skips in eager mode.
 
-        That is where a later pipeline rank makes buffers for what it gets from the rank before. Without them vLLM's
-        engine ends at its first step.
+        In the warm-up, later pipeline ranks allocate buffers for the tensors of the previous rank. Without the buffers
+        vLLM's engine fails at its first step.
         """
         available: int = super().determine_available_memory()
         if not get_pp_group().is_first_rank and self.model_runner.intermediate_tensors is None:
@@ -58,7 +58,7 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
         ]
 
     def _wait_for_device(self) -> None:
-        """Nothing is in flight on a CPU."""
+        """Returns at once: no work is in flight on a CPU."""
 
     def _make_clock(self) -> Clock:
         return HostClock()
@@ -68,36 +68,36 @@ class L2KVCPUWorker(CompactionWorker, CPUWorker):
 
 
 def check_draft_groups(kv_cache_config: Any, drafts: Collection[str]) -> None:
-    """Refuses drafts that runner V1 would write into blocks of other layers.
+    """Rejects a draft model whose rows runner V1 would write into blocks of other layers.
 
-    A draft model gets the tables of the first KV-cache group, whichever its layers are in.
+    Runner V1 gives the draft model the block table of the first KV-cache group, whichever groups its layers are in.
 
     Args:
-        kv_cache_config: vLLM's.
-        drafts: Names of layers that draft.
+        kv_cache_config: vLLM's KV-cache configuration.
+        drafts: Names of the draft model's layers.
 
     Raises:
-        ValueError: They are in other groups too.
+        ValueError: The draft model's layers are not all in one group.
     """
     if not set(drafts).issubset(kv_cache_config.kv_cache_groups[0].layer_names):
         raise ValueError(
-            f"vLLM deals the {len(drafts)} layers of the draft model out to several KV-cache groups, which it cannot "
-            "draft with on CPUs; name more or fewer layers in --kv-full-layers, or a draft model with fewer layers."
+            f"On CPUs all layers of a draft model must be in one KV-cache group, but vLLM spreads its {len(drafts)} "
+            "layers over several; name more or fewer layers in --kv-full-layers, or a draft model with fewer layers."
         )
 
 
 def check_cpu_layout(isa: str, spec: CompressedLayerSpec) -> None:
-    """Writes known rows with vLLM's kernel for this instruction set and reads them back through our views.
+    """Checks that rows written by vLLM's kernel for this instruction set can be read through `rows.cpu_rows`.
 
-    vLLM packs keys differently for some instruction sets (AMX, Arm); reading those as rows would silently score and
-    move the wrong numbers.
+    vLLM packs keys differently for some instruction sets (AMX, Arm). Read as rows, they would silently give wrong
+    scores and moves.
 
     Args:
         isa: vLLM's name of the attention kernel's instruction set.
-        spec: The layer's cache.
+        spec: Spec of the layer's cache.
 
     Raises:
-        ValueError: The kernel lays keys or values out in another way.
+        ValueError: The kernel uses another layout of keys or values.
     """
     shape = (spec.block_size, spec.num_kv_heads, spec.head_size)
     generator = torch.Generator().manual_seed(0)
@@ -109,6 +109,6 @@ def check_cpu_layout(isa: str, spec: CompressedLayerSpec) -> None:
     rows = cpu_rows(cache, spec.head_size)
     if not (torch.equal(rows.keys[0], keys.transpose(0, 1)) and torch.equal(rows.values[0], values.transpose(0, 1))):
         raise ValueError(
-            f"vLLM's CPU attention kernel for {isa!r} lays its cache out in a way that vllm-l2kv does not know; "
-            "serve on a machine where vLLM uses the 'vec' kernel, or with --dtype float32."
+            f"vllm-l2kv does not support the cache layout of vLLM's CPU attention kernel {isa!r}; serve on a machine "
+            "where vLLM uses the kernel 'vec', or with --dtype float32."
         )

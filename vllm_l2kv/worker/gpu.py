@@ -33,12 +33,12 @@ logger = logger_of(__name__)
 
 
 class L2KVGPUWorker(CompactionWorker, Worker):
-    """vLLM's GPU worker that compacts, with Triton kernels."""
+    """vLLM's GPU worker, extended to compact with Triton kernels."""
 
     attention_backends = ("FLASH_ATTN", "TRITON_ATTN")
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Same contract as `CompactionWorker`; also computes the memory that the kernels need beside the cache."""
+        """Same contract as `CompactionWorker`; also computes how much memory the kernels need."""
         specs = super().get_kv_cache_spec()
         compressed = [spec for spec in specs.values() if isinstance(spec, CompressedLayerSpec)]
         shape = self._scratch_shape(compressed)
@@ -51,7 +51,7 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         return specs
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Same contract as `CompactionWorker`; layers with heads of both classes decode in one call, where they can."""
+        """Same contract as `CompactionWorker`; also lets mixed layers decode in one call of attention if possible."""
         super().initialize_from_config(kv_cache_config)
         names = mixed([name for group in kv_cache_config.kv_cache_groups for name in group.layer_names])
         if not names:
@@ -61,18 +61,18 @@ class L2KVGPUWorker(CompactionWorker, Worker):
             by_head = decode_by_head(self._layers, names, Room.of(*self._room_shape, self.device))
             leave_schedules_to_calls(self.model_runner.attn_groups, by_head)
         logger.info(
-            "Of %d layers with full KV heads and others, %d decode in one call of attention, the rest in two.",
+            "Of %d mixed layers (full and compressed KV heads), %d decode in one call of attention, the others in two.",
             len(names),
             len(by_head.intersection(names)),
         )
 
     def determine_available_memory(self) -> int:
-        """Same contract as upstream, less the kernels' memory; --kv-cache-memory-bytes is left unchanged."""
+        """Same contract as upstream, minus the kernels' memory; --kv-cache-memory-bytes is left unchanged."""
         available: int = super().determine_available_memory()
         return available if self.vllm_config.cache_config.kv_cache_memory_bytes else available - self._scratch_bytes
 
     def _geometry(self) -> Geometry:
-        # An explicit --block-size is left unchanged; its stride may still be padded.
+        # An explicit --block-size is left unchanged; the stride between blocks may still be padded.
         asked = self.vllm_config.cache_config.user_specified_block_size
         return replace(FLASH_ATTENTION, page=0) if asked else FLASH_ATTENTION
 
@@ -89,12 +89,12 @@ class L2KVGPUWorker(CompactionWorker, Worker):
         return compactors
 
     def _scratch_shape(self, specs: Sequence[CompressedLayerSpec]) -> tuple[int, int, int]:
-        """Arguments of `scratch_bytes` for these layers, together the most that one compactor can have."""
+        """Arguments of `scratch_bytes` for one compactor of all these layers, the largest that is possible."""
         longest = self.vllm_config.model_config.max_model_len
         return sum(spec.num_kv_heads for spec in specs), max((spec.head_size for spec in specs), default=0), longest
 
     def _shape_of_room(self, specs: Mapping[str, KVCacheSpec]) -> tuple[int, int] | None:
-        """Arguments of `Room.of`; `None` where no layer decodes by head."""
+        """Arguments of `Room.of`; `None` if no layer decodes by head."""
         names = [name for name in mixed(specs) if takes_one_call(self._layers[name].impl)]
         if not names or self.vllm_config.parallel_config.use_ubatching:
             return None
@@ -116,6 +116,6 @@ class L2KVGPUWorker(CompactionWorker, Worker):
 
 
 def cache_of(layers: Sequence[Layer]) -> GroupCache:
-    """The caches of alike layers."""
+    """The caches of layers whose heads are alike."""
     spec = layers[0].spec
     return GroupCache.of([layer.attention.kv_cache for layer in layers], spec.head_size, key_dtype(spec))

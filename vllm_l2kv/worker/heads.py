@@ -1,9 +1,9 @@
-"""Attention of a layer with KV heads of both classes: once for each class, on a cache of its own.
+"""Attention of a mixed layer, which has full and compressed KV heads: one call for each class, each on its own cache.
 
-To vLLM's memory such a layer is two: its own name holds the cache of the heads that compact, `full_name` that of the
-others (`vllm_l2kv.kv_cache_spec`). The model calls it as ever. vLLM finds a layer's implementation of attention by the
-layer's name while the model runs, so ours takes its place there. It deals queries, keys and values out to one copy of
-vLLM's implementation for each class, which reads what vLLM has prepared for that class's cache.
+vLLM's memory management sees two layers: the layer's own name has the cache of the compressed heads, `full_name` that
+of the full heads (`vllm_l2kv.kv_cache_spec`). The model calls the layer as before. vLLM looks up a layer's attention
+implementation by the layer's name while the model runs, so `SplitAttention` is put there. It passes the queries, keys
+and values of each class to its own copy of vLLM's implementation, with the metadata that vLLM made for its cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,24 +19,24 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_l2kv.kv_cache_spec import full_name
 
 Places = slice | torch.Tensor
-"""Places of heads in a tensor's second dimension: a slice where they are in a row, since that needs no copy."""
+"""Indices of heads in a tensor's second dimension: a slice if they are consecutive, since that needs no copy."""
 
 
 class HeadClass:
-    """The heads of a layer that are of one class.
+    """The heads of a layer that belong to one class.
 
     Args:
         name: vLLM's name of their cache.
         impl: vLLM's implementation for all heads of the layer.
-        kv_heads: Places of their KV heads in the layer, ascending.
-        device: Where the layer runs.
+        kv_heads: Indices of the class's KV heads in the layer, ascending.
+        device: Device of the layer.
 
     Attributes:
-        name: As the argument.
-        kv_heads: As the argument.
-        kv: The same, to take them from a tensor.
-        queries: Places of their query heads, those of a KV head next to each other.
-        impl: vLLM's implementation for that many heads; the rest of it is that of the layer.
+        name: See the argument.
+        kv_heads: See the argument.
+        kv: `kv_heads` as an index into a tensor.
+        queries: Indices of the class's query heads; those of one KV head are adjacent.
+        impl: A copy of vLLM's implementation with the class's number of heads.
     """
 
     def __init__(self, name: str, impl: Any, kv_heads: Sequence[int], device: torch.device) -> None:
@@ -53,14 +53,14 @@ class HeadClass:
 
 
 class SplitAttention:
-    """Takes the place of a layer's implementation of attention; what it does not answer, vLLM's answers.
+    """Wraps a layer's attention implementation and calls it by class of heads; other calls go to vLLM's.
 
     Args:
-        impl: vLLM's, for all heads.
-        classes: Of the layer's heads, that of its own name first.
+        impl: vLLM's implementation for all heads.
+        classes: Classes of the layer's heads; the one with the cache of the layer's own name comes first.
 
     Attributes:
-        classes: As the argument.
+        classes: See the argument.
     """
 
     def __init__(self, impl: Any, classes: Sequence[HeadClass]) -> None:
@@ -72,13 +72,13 @@ class SplitAttention:
         return getattr(self._impl, name)
 
     def get_impl_variants(self) -> tuple[Any, ...]:
-        """Same contract as upstream: the copies."""
+        """Same contract as upstream: the implementations of both classes."""
         return tuple(each.impl for each in self.classes)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Same contract as upstream; the last two are those of the layer's own name."""
+        """Same contract as upstream; `kv_cache` and `slot_mapping` are those of the layer's own name."""
         for each in self.classes:
             _, _, cache, slots = get_attention_context(each.name)
             each.impl.do_kv_cache_update(layer, _taken(key, each.kv), _taken(value, each.kv), cache, slots)
@@ -95,15 +95,15 @@ class SplitAttention:
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Same contract as upstream; cache and metadata are those of the layer's own name."""
-        if attn_metadata is None:  # vLLM measures memory
+        """Same contract as upstream; `kv_cache` and `attn_metadata` are those of the layer's own name."""
+        if attn_metadata is None:  # vLLM's memory profiling
             whole: torch.Tensor = self._impl.forward(layer, query, key, value, kv_cache, attn_metadata, output)
             return whole
         for each in self.classes:
             metadata, _, cache, _ = get_attention_context(each.name)
             queries = _taken(query, each.queries)
-            # Not into `output`: vLLM's kernel for CPUs writes rows next to each other, whatever the strides. Keys and
-            # values are in the cache by now.
+            # A new tensor, since vLLM's CPU kernel ignores strides and writes rows contiguously. Keys and values are
+            # already in the cache.
             of_class = output.new_empty(queries.shape[0], queries.shape[1], output.shape[2])
             each.impl.forward(layer, queries, None, None, cache, metadata, of_class)
             output[:, each.queries] = of_class
@@ -111,16 +111,16 @@ class SplitAttention:
 
 
 class FullHeads(AttentionLayerBase):
-    """The full heads of a layer, as vLLM's memory sees them: a layer that no model calls.
+    """The full heads of a mixed layer as a layer of vLLM that gets a cache, but that no model calls.
 
     Args:
-        layer: vLLM's.
-        heads: The class.
+        layer: vLLM's attention layer.
+        heads: The class of full heads.
 
     Attributes:
-        impl: Says how many heads there are, to those that prepare attention.
-        num_heads: Query heads.
-        kv_cache: Theirs, once vLLM has made it.
+        impl: The class's implementation, from which vLLM's metadata builders read the number of heads.
+        num_heads: Number of query heads.
+        kv_cache: The cache of the full heads, once vLLM has allocated it.
     """
 
     def __init__(self, layer: Any, heads: HeadClass) -> None:
@@ -135,21 +135,21 @@ class FullHeads(AttentionLayerBase):
         return backend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> KVCacheSpec | None:
-        """None: the worker says it."""
+        """None: the worker makes the spec of this cache."""
         return None
 
 
 def split_attention(
     layers: dict[str, Any], name: str, compressed: Sequence[int], full: Sequence[int], device: torch.device
 ) -> None:
-    """Splits a layer's attention by class, before vLLM makes the caches.
+    """Splits a layer's attention by class, before vLLM allocates the caches.
 
     Args:
-        layers: vLLM's, by name; one is added.
-        name: The layer's.
-        compressed: Places of the KV heads that compact, ascending.
-        full: The others.
-        device: Where it runs.
+        layers: vLLM's layers by name; a layer for the full heads is added.
+        name: Name of the layer.
+        compressed: Indices of the compressed KV heads in the layer, ascending.
+        full: Indices of the full KV heads, ascending.
+        device: Device of the layer.
     """
     layer = layers[name]
     of_compressed = HeadClass(name, layer.impl, compressed, device)
@@ -159,20 +159,20 @@ def split_attention(
 
 
 def check_split(name: str, layers: Mapping[str, Any]) -> None:
-    """Refuses to split a layer whose heads cannot be separated.
+    """Rejects full heads in a layer whose heads cannot be separated.
 
     Args:
-        name: The layer's.
-        layers: vLLM's, by name.
+        name: Name of the layer.
+        layers: vLLM's layers by name.
 
     Raises:
-        ValueError: Says why, and what to do.
+        ValueError: The layer cannot be split; the message says why, and what to do.
     """
     layer = layers[name]
     sharing = [other for other, it in layers.items() if getattr(it, "kv_sharing_target_layer_name", None) == name]
     reasons = {
         f"layer {sharing[0] if sharing else ''} reads its cache": bool(sharing),
-        "it has a scale of its own for each head's quantized keys or values": any(
+        "its quantized keys or values have a separate scale for each head": any(
             getattr(layer, scale).numel() > 1 for scale in ("_q_scale", "_k_scale", "_v_scale")
         ),
         "vLLM has several implementations for it": len(layer.impl.get_impl_variants()) > 1,
@@ -180,8 +180,8 @@ def check_split(name: str, layers: Mapping[str, Any]) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                f"The KV heads of layer {name} must all be full or none, since {reason}; name all or none of them in "
-                "--kv-full-heads."
+                f"The KV heads of layer {name} must all be full or all be compressed, since {reason}; name all or none "
+                "of them in --kv-full-heads."
             )
 
 
@@ -189,14 +189,14 @@ def _places(heads: Sequence[int], device: torch.device) -> Places:
     first, last = heads[0], heads[-1]
     if last - first + 1 == len(heads):
         return slice(first, last + 1)
-    # On the device now: a CUDA graph cannot wait for the host.
+    # Copied to the device now, since a CUDA graph cannot wait for the host.
     return torch.tensor(heads, device=device)
 
 
 def _taken(states: torch.Tensor, heads: Places) -> torch.Tensor:
-    """Heads of `[num_tokens, num_heads, head_size]`."""
+    """The given heads of `[num_tokens, num_heads, head_size]`."""
     if isinstance(heads, slice):
         return states[:, heads]
-    if states.itemsize == 1:  # not every device gathers fp8
+    if states.itemsize == 1:  # not every device supports index_select of fp8
         return states.view(torch.uint8).index_select(1, heads).view(states.dtype)
     return states.index_select(1, heads)

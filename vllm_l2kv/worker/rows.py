@@ -1,4 +1,4 @@
-"""A layer's cache as rows: where keys and values of one slot lie in memory."""
+"""Views of a layer's cache as rows: where the key and the value of a slot are in memory."""
 
 import torch
 
@@ -6,14 +6,14 @@ from vllm_l2kv.kernels.reference import LayerRows
 
 
 def cpu_rows(kv_cache: torch.Tensor, head_size: int) -> LayerRows:
-    """Rows of a cache that vLLM's CPU kernels of the `vec` and `vec16` kind write.
+    """Rows of a cache that vLLM's CPU kernels `vec` and `vec16` write.
 
-    In each (block, head) the first half holds the keys transposed, `[head_size, block_size]`, the second half the
+    For each (block, head) the first half holds the transposed keys, `[head_size, block_size]`, and the second half the
     values, `[block_size, head_size]`.
 
     Args:
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; the last two dimensions contiguous.
-        head_size: Elements of a key; a value has as many.
+        head_size: Elements of a key, and of a value.
 
     Returns:
         Views into `kv_cache`.

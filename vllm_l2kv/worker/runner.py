@@ -1,4 +1,4 @@
-"""What the worker asks of a runner, whichever of vLLM's two it adapts: `runner_v1` or `runner_v2`."""
+"""Interface of the worker to vLLM's two model runners, which `runner_v1` and `runner_v2` adapt."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -10,28 +10,29 @@ class Counts(Protocol):
     """Evicted tokens of compacted requests."""
 
     def by_request(self) -> dict[str, int]:
-        """Request ids to numbers of tokens."""
+        """Request ids to evicted tokens."""
 
 
 class Runner(Protocol):
-    """What changes for vLLM's model runner when a request is compacted."""
+    """Adapts vLLM's model runner to compacted requests."""
 
     @property
     def counts(self) -> Counts:
-        """What kernels read, or a copy of it."""
+        """The counts that kernels read, or a copy of them."""
 
     def zero(self, block_ids: Sequence[int]) -> None:
-        """Sets blocks of attention layers to zero on the device, as vLLM does with those that it gives to a request.
+        """Sets blocks of attention layers to zero on the device, if vLLM does so with blocks that it allocates.
 
-        Only where vLLM does: a cache that also holds states, whose bytes read as keys or values may be no numbers.
+        vLLM does so if the pool also holds recurrent states, whose bytes may be NaN when read as keys or values.
         """
 
     def begin_step(self, gone: Iterable[str], orders: Sequence[CompactionOrder], hits: Mapping[str, int]) -> None:
-        """Updates what the step's kernels will read; called once a step, before vLLM prepares it.
+        """Updates the state that the step's kernels will read; called once per step, before vLLM prepares the step.
 
         Args:
-            gone: Requests that finished, were aborted or preempted; those never compacted may be among them.
-            orders: The step's compactions, of other requests; their slots are `position - num_evicted` from now on.
-            hits: Requests that begin in this step on rows which another one has compacted, to evicted slots. They may
-                be among `gone`, preempted just before.
+            gone: Ids of requests that finished, were aborted or were preempted, compacted or not.
+            orders: The step's compactions, none of a request in `gone`. From now on these requests have
+                `slot = position - num_evicted`.
+            hits: Ids of requests that begin on compacted rows in this step, with their evicted tokens. They may be in
+                `gone` too, if they were preempted just before.
         """

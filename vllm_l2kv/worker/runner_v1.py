@@ -19,8 +19,8 @@ class RunnerV1:
     """Gives a runner's compressed groups physical slots and lengths, and applies orders to its state.
 
     Args:
-        runner: vLLM's runner, its KV cache initialised.
-        group_ids: Compressed KV-cache groups.
+        runner: vLLM's runner, with its KV cache initialized.
+        group_ids: Ids of the compressed KV-cache groups.
     """
 
     def __init__(self, runner: Any, group_ids: Sequence[int]) -> None:
@@ -33,7 +33,7 @@ class RunnerV1:
         runner._zero_block_ids = self.zero
 
     def zero(self, block_ids: Sequence[int]) -> None:
-        """Same contract as `Runner`; vLLM's own passes over groups of packed layouts."""
+        """Same contract as `Runner`; vLLM's own method skips groups of packed layouts."""
         layers = self._runner.compilation_config.static_forward_context
         for group in self._runner.kv_cache_config.kv_cache_groups:
             for name, spec in group_layer_specs(group).items():
@@ -41,10 +41,10 @@ class RunnerV1:
                     layers[name].kv_cache[list(block_ids)] = 0
 
     def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder], hits: Mapping[str, int]) -> None:
-        """Drops requests, gives compacted ones the blocks of their kept rows, and notes all counts.
+        """Forgets requests, gives compacted ones the blocks of their kept rows, and updates all counts.
 
-        Changes the request's state and, if it is in the batch, its row: a request that skips a step leaves the batch
-        and is added again from its state.
+        Changes both the request's state and its row in the batch, if it has one: a request that skips a step leaves the
+        batch, and is later added again from its state.
         """
         self.counts.forget(gone)
         batch = self._runner.input_batch
@@ -84,7 +84,7 @@ class EvictedCountsV1:
         self._num_evicted[req_id] = num_evicted
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """Drops requests; those never compacted may be among them."""
+        """Forgets requests, compacted or not."""
         for req_id in req_ids:
             self._num_evicted.pop(req_id, None)
 
@@ -92,10 +92,10 @@ class EvictedCountsV1:
         """Counts in batch order.
 
         Args:
-            req_ids: The batch's requests.
+            req_ids: Request ids of the batch.
 
         Returns:
-            `[len(req_ids)]` int32 on the CPU, or `None` if none of them is compacted.
+            `[len(req_ids)]` int32 on the CPU, or `None` if no request is compacted.
         """
         if not self._num_evicted:
             return None
@@ -104,9 +104,9 @@ class EvictedCountsV1:
 
 
 class CompressedBlockTable:
-    """Wraps one group's `BlockTable` and gives it slots for positions: `slot = position - num_evicted`.
+    """Wraps one group's `BlockTable` and computes slots as `position - num_evicted`.
 
-    Everything else goes to the table itself.
+    All other calls go to the table itself.
     """
 
     def __init__(self, table: BlockTable, of_batch: BatchCounts) -> None:
@@ -117,7 +117,7 @@ class CompressedBlockTable:
         return getattr(self._table, name)
 
     def compute_slot_mapping(self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor) -> None:
-        """Same contract as upstream, but for slots.
+        """Same contract as upstream, with physical slots.
 
         Args:
             num_reqs: Requests in the batch.
@@ -132,10 +132,10 @@ class CompressedBlockTable:
 
 
 def subtract_evicted(metadata: CommonAttentionMetadata, counts: torch.Tensor) -> CommonAttentionMetadata:
-    """The metadata with physical lengths; vLLM's own tensors stay as they are.
+    """A copy of the metadata with physical lengths; vLLM's own tensors are not changed.
 
     Args:
-        metadata: Of a batch, maybe padded.
+        metadata: Metadata of a batch, possibly padded.
         counts: `[num_reqs]` int32, evicted tokens in batch order.
     """
     seq_lens = metadata.seq_lens.clone()

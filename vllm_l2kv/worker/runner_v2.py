@@ -1,6 +1,6 @@
 """Runner V2 (`gpu.model_runner.GPUModelRunner`), vLLM's default on GPUs.
 
-Its tables live on the device and its metadata in CUDA graphs, so kernels compute slots and lengths into buffers with
+Its block tables are on the device and CUDA graphs read its metadata, so kernels write slots and lengths to buffers at
 fixed addresses. Nothing here waits for the device or loops over the requests of a batch.
 """
 
@@ -22,8 +22,8 @@ class RunnerV2:
     """Gives a runner's compressed groups physical slots and lengths, and applies orders to its state.
 
     Args:
-        runner: vLLM's runner, its KV cache initialised and no CUDA graph captured.
-        group_ids: Compressed KV-cache groups.
+        runner: vLLM's runner, with its KV cache initialized and no CUDA graph captured yet.
+        group_ids: Ids of the compressed KV-cache groups.
     """
 
     def __init__(self, runner: Any, group_ids: Sequence[int]) -> None:
@@ -40,9 +40,9 @@ class RunnerV2:
         self._runner.kv_block_zeroer.zero_block_ids(list(block_ids))
 
     def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder], hits: Mapping[str, int]) -> None:
-        """Drops requests and stages the block tables of compacted ones, which vLLM sends together with its own.
+        """Forgets requests and stages the block tables of compacted ones, which vLLM copies together with its own.
 
-        vLLM gives a request that begins its state later in the step, so the tables note its count then.
+        A request that begins gets its state from vLLM later in the step, so `CompressedBlockTables` sets its count.
         """
         self.counts.forget(gone)
         for order in orders:
@@ -54,7 +54,7 @@ class RunnerV2:
         self._tables.hits = hits
 
     def warm_up(self) -> None:
-        """Compiles the kernels for the types that the runner gives them, on an empty batch."""
+        """Compiles the kernels for the argument types that the runner uses, on an empty batch."""
         idx_mapping = torch.full((1,), -1, dtype=torch.int64, device=self._seq_lens.device)
         starts = torch.zeros(2, dtype=torch.int32, device=self._seq_lens.device)
         positions = torch.zeros(1, dtype=torch.int64, device=self._seq_lens.device)
@@ -62,13 +62,13 @@ class RunnerV2:
         physical_lengths(self._seq_lens[:1], starts[:1], idx_mapping, self.counts.on_device)
 
     def _make_physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """The same for every builder of a group, made once: vLLM gives them one object in a step."""
+        """Physical metadata, made once for all builders of a step, to which vLLM passes the same object."""
         if self._made is None or self._made[0] is not metadata:
             self._made = metadata, self._physical(metadata)
         return self._made[1]
 
     def _physical(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """Writes the same buffer at capture and at replay."""
+        """Writes to the same buffer at capture and at replay."""
         seq_lens = self._seq_lens[: metadata.seq_lens.shape[0]]
         idx_mapping = self._tables.idx_mapping
         if idx_mapping is None or not len(self.counts):
@@ -79,11 +79,11 @@ class RunnerV2:
 
 
 class EvictedCountsV2:
-    """Evicted tokens of each compacted request, by the runner's request state.
+    """Evicted tokens of each compacted request, indexed by the runner's request state.
 
     Kernels read the counts from host memory when their step runs. vLLM keeps as many copies as steps can be in flight
-    and uses a copy again after that many publications: one per step is safe, a second one overwrites what a step in
-    flight has still to read.
+    and reuses a copy after that many publications. So counts may be published once per step: a second publication
+    would overwrite counts that a step in flight has yet to read.
     """
 
     def __init__(self, max_num_reqs: int) -> None:
@@ -100,21 +100,21 @@ class EvictedCountsV2:
 
     @property
     def on_device(self) -> torch.Tensor:
-        """`[max_num_reqs]` int32 as last published; 0 where nothing was evicted."""
+        """The counts as last published: `[max_num_reqs]` int32, 0 where nothing was evicted."""
         return self._counts.gpu
 
     def of_states(self, states: np.ndarray) -> torch.Tensor:
-        """The counts of these request states, `[num_reqs]` int32 on the host, those to be published included."""
+        """Counts of these request states, unpublished changes included: `[num_reqs]` int32 on the host."""
         return torch.from_numpy(self._counts.np[states])
 
     def set(self, req_id: str, state: int, num_evicted: int) -> None:
-        """Sets the count of a compacted request, to be published."""
+        """Sets the count of a compacted request; `publish` makes it visible to kernels."""
         self._state_of[req_id] = state
         self._counts.np[state] = num_evicted
         self._is_published = False
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """Drops requests, to be published; those never compacted may be among them."""
+        """Forgets requests, compacted or not; `publish` makes it visible to kernels."""
         for req_id in req_ids:
             state = self._state_of.pop(req_id, None)
             if state is not None:
@@ -122,18 +122,18 @@ class EvictedCountsV2:
                 self._is_published = False
 
     def publish(self) -> None:
-        """Gives the current counts to kernels launched from now on, if they changed. Once per step."""
+        """Makes changed counts visible to kernels that are launched from now on. At most once per step."""
         if not self._is_published:
             self._counts.copy_to_uva()
             self._is_published = True
 
 
 class CompressedBlockTables:
-    """Wraps the runner's `BlockTables` and gives compressed groups slots for positions.
+    """Wraps the runner's `BlockTables` and computes slots of compressed groups as `position - num_evicted`.
 
     Attributes:
         idx_mapping: `[num_reqs]` int64, request states of the current batch; `None` for a dummy batch.
-        hits: Requests that begin in this step on compacted rows, to evicted slots.
+        hits: Ids of requests that begin on compacted rows in this step, with their evicted tokens.
     """
 
     def __init__(self, tables: BlockTables, group_ids: Iterable[int], counts: EvictedCountsV2, req_states: Any) -> None:
@@ -149,7 +149,7 @@ class CompressedBlockTables:
         return getattr(self._tables, name)
 
     def apply_staged_writes(self) -> None:
-        """Same contract as upstream, called once a step when every request has its state; publishes the counts."""
+        """Same contract as upstream, called once per step when every request has its state; publishes the counts."""
         for req_id, num_evicted in self.hits.items():
             self._counts.set(req_id, self._req_states.req_id_to_index[req_id], num_evicted)
         self.hits = {}
@@ -176,7 +176,7 @@ class CompressedBlockTables:
     def compressed_slot_mappings(
         self, out: torch.Tensor, idx_mapping: torch.Tensor, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """Launches our kernel; shapes as in `kernels.slots.slot_mappings`."""
+        """Launches `kernels.slots.slot_mappings`, which documents the shapes."""
         slot_mappings(
             out,
             idx_mapping,

@@ -1,4 +1,4 @@
-"""Base of the workers for all devices: declares layer classes and carries out orders."""
+"""Base class of the workers for all devices: makes the specs of full and compressed caches, and carries out orders."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -48,13 +48,13 @@ logger = logger_of(__name__)
 
 
 class Layer(NamedTuple):
-    """The heads of a layer that compact, on this rank.
+    """The compressed heads of a layer on this rank.
 
     Attributes:
-        number: Its index in the model.
-        heads: Their numbers in the model's layer, in the order of the cache.
+        number: Index of the layer in the model.
+        heads: Indices of the heads in the model's layer, in the order of the cache.
         attention: vLLM's attention layer.
-        spec: Of their cache.
+        spec: Spec of the heads' cache.
     """
 
     number: int
@@ -64,17 +64,18 @@ class Layer(NamedTuple):
 
 
 AlikeLayers = Sequence[tuple[int, Sequence[Layer]]]
-"""Compressed layers by what one compactor can take, each with the id of their KV-cache group."""
+"""Compressed layers, one entry for each compactor, with the id of their KV-cache group."""
 
 
 class CompactionWorker(WorkerBase):
     """Mixin for one of vLLM's worker classes.
 
-    A subclass implements for its device: `_packed_layouts`, `_make_compactors`, `_make_clock`,
-    `_wait_for_device` and `_adapt_runner`.
+    A subclass implements `_packed_layouts`, `_make_compactors`, `_make_clock`, `_wait_for_device` and `_adapt_runner`
+    for its device.
 
     Attributes:
-        attention_backends: vLLM's names of attention backends that read lengths only where compaction changes them.
+        attention_backends: vLLM's names of the supported attention backends. They read lengths only from metadata that
+            compaction changes.
     """
 
     attention_backends: ClassVar[tuple[str, ...]]
@@ -87,11 +88,12 @@ class CompactionWorker(WorkerBase):
         self._weights = None if profile is None else weights_of(Profile.read(profile))
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's specs, as full and compressed heads. By now the model is loaded, and its files are here.
+        """Same contract as upstream, with specs of full and compressed heads. By now the model's files are downloaded.
 
-        Pipeline ranks classify all layers alike: blocks have one size in a group, and any layer may be named full.
+        Every pipeline rank classifies the layers of all ranks: blocks of a group have one size, and any layer may be
+        named full.
         """
-        # Before anything that may fail on one rank, for which others would wait.
+        # First, since the other ranks would wait forever for a rank that fails before it.
         pipeline_rank, found = of_pipeline_ranks(super().get_kv_cache_spec())
         check_profile(self.vllm_config)
         drafts = draft_layers(self.model_runner, self._layers)
@@ -113,14 +115,14 @@ class CompactionWorker(WorkerBase):
         return specs
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
-        """vLLM's layouts, or those that can hold groups of different page sizes in one pool."""
+        """Same contract as upstream, with only packed layouts if groups have different page sizes."""
         layouts: list[str] = super().get_supported_kv_cache_layouts()
         return [layout.name for layout in self._packed_layouts()] if self._is_packed else layouts
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Same contract as upstream, with attention by class of heads; then makes compactors and adapts the runner."""
+        """Same contract as upstream; also splits mixed layers, makes compactors and adapts the runner."""
         kv_cache_config = with_own_layers(kv_cache_config)
-        # Not sooner: what vLLM captures to measure memory is on caches of whole layers.
+        # Not earlier: to measure memory, vLLM captures graphs on caches of whole layers.
         for name in mixed([name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]):
             heads = self._heads(name)
             classes = classes_of(self.settings, extract_layer_index(name), heads)
@@ -141,8 +143,8 @@ class CompactionWorker(WorkerBase):
     def execute_model(self, scheduler_output: Any) -> Any:
         """Compacts, then runs the step.
 
-        The order of work on the device makes this safe: the previous step has written the sources, and requests that
-        got the freed blocks write after the compaction.
+        This is safe because the device works in order: the previous step has written the source blocks, and requests
+        that got freed blocks write to them after the compaction.
         """
         orders = orders_of(scheduler_output)
         if orders:
@@ -152,15 +154,15 @@ class CompactionWorker(WorkerBase):
                 for compactor in self._compactors:
                     compactor.compact(orders)
             if scheduler_output.kv_connector_metadata is not None:
-                # A KV connector may load into the freed blocks from now on, in no order with the device's own work.
+                # From now on a KV connector may load into the freed blocks, without any order with the device's work.
                 self._wait_for_device()
         gone = chain(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         self._runner.begin_step(gone, orders, compacted_hits_of(scheduler_output))
         output = super().execute_model(scheduler_output)
-        return None if output is None else self._with_seconds(output)  # None: tokens are sampled in a call to come
+        return None if output is None else self._with_seconds(output)  # None: `sample_tokens` returns the output
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Same contract as upstream, with times of compactions on the output; the last pipeline rank has one."""
+        """Same contract as upstream; also puts times of compactions on the output, which the last pipeline rank has."""
         return self._with_seconds(super().sample_tokens(*args, **kwargs))
 
     def kv_cache_groups(self) -> list[dict[str, Any]]:
@@ -176,15 +178,15 @@ class CompactionWorker(WorkerBase):
         ]
 
     def kv_capacity(self) -> dict[str, Any]:
-        """What requests may hold of this engine's KV cache, for `collective_rpc`; `Capacity.from_plain` reads it."""
+        """The capacity of this engine's KV cache, for `collective_rpc`; `Capacity.from_plain` reads it."""
         return capacity_of(self.model_runner.kv_cache_config, self.vllm_config).as_plain()
 
     def num_evicted(self) -> dict[str, int]:
-        """Compacted requests to their evicted tokens, for `collective_rpc`."""
+        """Ids of compacted requests to evicted tokens, for `collective_rpc`."""
         return self._runner.counts.by_request()
 
     def _with_seconds(self, output: Any) -> Any:
-        """A step's output, with times of compactions if there are new ones; `None` stays `None`."""
+        """A step's output with the times of compactions since the last one, if any; `None` stays `None`."""
         seconds = self._clock.take()
         if output is None or not seconds:
             return output
@@ -195,7 +197,7 @@ class CompactionWorker(WorkerBase):
         )
 
     def _bind(self, layers: Sequence[Layer], device: torch.device) -> Scorers:
-        """Scorers of the heads of alike layers."""
+        """Scorers bound to the heads of these layers."""
         numbers, of_layers = tuple(layer.number for layer in layers), tuple(layer.heads for layer in layers)
         heads = Heads(numbers, of_layers, self._num_heads_of_model, device)
         return bind(heads, self._weights, self.settings.scorers)
@@ -206,10 +208,10 @@ class CompactionWorker(WorkerBase):
         return Layer(number, heads, self._layers[name], spec)
 
     def _heads(self, name: str) -> range:
-        """This rank's KV heads of a layer, by their numbers in the model."""
+        """This rank's KV heads of a layer, by their index in the model."""
         rank, num_heads = get_tensor_model_parallel_rank(), self._layers[name].num_kv_heads
         heads = heads_of_rank(self._num_heads_of_model, rank, self._degree)
-        # Some models have layers with other numbers of heads.
+        # In some models the number of heads differs between layers.
         return heads if len(heads) == num_heads else range(rank * num_heads, (rank + 1) * num_heads)
 
     @property
@@ -228,38 +230,38 @@ class CompactionWorker(WorkerBase):
         return layers
 
     def _geometry(self) -> Geometry | None:
-        """What this device's attention kernels want of packed blocks."""
+        """Strides and sizes that this device's attention kernels require of packed blocks; `None` for any."""
         return None
 
     def _packed_layouts(self) -> list[KVCacheLayout]:
-        """Block-outermost layouts that this device's attention kernels read, most preferred first."""
+        """Block-outermost layouts that this device's attention kernels can read, best first."""
         raise NotImplementedError
 
     def _make_compactors(self, layers: AlikeLayers) -> Sequence[Compactor]:
-        """What moves rows of these layers: one compactor for each entry."""
+        """Makes the compactors of these layers, one for each entry."""
         raise NotImplementedError
 
     def _wait_for_device(self) -> None:
-        """Returns when all work launched so far is done."""
+        """Returns when all launched work has finished."""
         raise NotImplementedError
 
     def _make_clock(self) -> Clock:
-        """What measures the compactors."""
+        """Makes the clock that measures compactions."""
         raise NotImplementedError
 
     def _adapt_runner(self, group_ids: Sequence[int]) -> Runner:
-        """Makes the runner's compressed groups physical."""
+        """Adapts vLLM's runner: physical slots and lengths in the compressed groups."""
         raise NotImplementedError
 
 
 def of_pipeline_ranks(specs: dict[str, KVCacheSpec]) -> tuple[int, list[dict[str, KVCacheSpec]]]:
-    """Exchanges specs between pipeline ranks, each of which must call this.
+    """Exchanges specs between pipeline ranks; every rank must call this.
 
     Args:
-        specs: Of this rank's layers.
+        specs: Layer names to specs of this rank's layers.
 
     Returns:
-        This rank's place, and the specs of all ranks.
+        This rank's index, and the specs of all ranks in order.
     """
     group = get_pp_group()
     found = [specs] * group.world_size
@@ -269,7 +271,7 @@ def of_pipeline_ranks(specs: dict[str, KVCacheSpec]) -> tuple[int, list[dict[str
 
 
 class TimedOutput(AsyncModelRunnerOutput):
-    """The output of a step in flight, with times of compactions."""
+    """The output of a step in flight, to which times of compactions are added."""
 
     def __init__(self, output: AsyncModelRunnerOutput, seconds: list[float]) -> None:
         self._output = output
@@ -280,14 +282,14 @@ class TimedOutput(AsyncModelRunnerOutput):
         return with_seconds(self._output.get_output(), self._seconds)
 
     def get_kv_connector_output(self) -> Any:
-        """Same contract as upstream, new in 0.33: what a failed step leaves to the KV connector."""
+        """Same contract as upstream, new in 0.33: the KV connector's output of a failed step."""
         return self._output.get_kv_connector_output()
 
 
 def choose_mamba_kernel(specs: Mapping[str, KVCacheSpec], vllm_config: Any) -> None:
-    """Lets vLLM choose its kernel for Mamba layers, if there are some.
+    """Makes vLLM choose its kernel for Mamba layers, if there are any.
 
-    It does so itself, but looks at groups of one spec only, and packed groups are wrapped.
+    vLLM's own call looks only at groups of a single spec, and misses packed groups, whose specs are wrapped.
 
     Args:
         specs: Layer names to specs.
@@ -298,10 +300,13 @@ def choose_mamba_kernel(specs: Mapping[str, KVCacheSpec], vllm_config: Any) -> N
 
 
 def alike(layers: Mapping[int, Sequence[Layer]]) -> list[tuple[int, list[Layer]]]:
-    """Layers that one compactor can take, each with the id of their group: all of a group, unless their heads differ.
+    """Divides layers among compactors: one for each group, or several if the layers' heads differ.
 
     Args:
-        layers: Compressed KV-cache groups to their layers.
+        layers: Ids of compressed KV-cache groups to their layers.
+
+    Returns:
+        The group's id and the layers, for each compactor.
     """
     found: dict[tuple[Any, ...], list[Layer]] = {}
     for group_id, group in layers.items():
@@ -313,7 +318,7 @@ def alike(layers: Mapping[int, Sequence[Layer]]) -> list[tuple[int, list[Layer]]
 
 
 def advise_on_waste(specs: Mapping[str, KVCacheSpec]) -> None:
-    """Says it where full heads fit the pool badly."""
+    """Logs a warning if the number of full heads wastes much of the pool."""
     full, compressed = (
         sum(spec.num_kv_heads for spec in specs.values() if isinstance(spec, of_class))
         for of_class in (FullLayerSpec, CompressedLayerSpec)
@@ -323,50 +328,51 @@ def advise_on_waste(specs: Mapping[str, KVCacheSpec]) -> None:
 
 
 def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:
-    """Refuses attention whose results would be wrong after a compaction.
+    """Rejects attention whose results would be wrong after a compaction.
 
-    Models may bring layers of their own, or give vLLM's layer a backend of their own that keeps the name of vLLM's.
+    Models may define their own layer class, or give vLLM's layer their own backend under the name of one of vLLM's.
 
     Args:
-        name: The layer's name.
+        name: Name of the layer.
         layer: vLLM's attention layer.
-        backends: Names of the backends whose way of finding lengths is known.
+        backends: Names of the supported backends.
 
     Raises:
-        ValueError: Another layer, another backend, or ALiBi.
+        ValueError: Layer class or backend is not supported, or the layer uses ALiBi.
     """
     backend = layer.get_attn_backend()
     if backend.get_name() not in backends:
         raise ValueError(
-            f"Layer {name} uses the attention backend {backend.get_name()}, which may read lengths that compaction "
-            f"does not change; set --attention-backend {backends[0]}."
+            f"Layer {name} uses the attention backend {backend.get_name()}, which is not tested with compaction; set "
+            f"--attention-backend {backends[0]}."
         )
     if type(layer) is not Attention or backend is not AttentionBackendEnum[backend.get_name()].get_class():
         raise ValueError(
-            f"Layer {name} attends in a way of its own ({type(layer).__name__} with {backend.__name__}), which may "
-            "read positions where a compaction leaves slots; serve this model with stock vLLM."
+            f"Layer {name} uses attention of its own ({type(layer).__name__} with {backend.__name__}), which may take "
+            "slots for positions after a compaction; serve this model with stock vLLM."
         )
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         raise ValueError(
-            f"Layer {name} uses ALiBi, whose biases follow slots, not positions; serve this model with stock vLLM."
+            f"Layer {name} uses ALiBi, whose biases would follow slots instead of positions; serve this model with "
+            "stock vLLM."
         )
 
 
 def check_block_size(name: str, backend: Any, spec: AttentionSpec) -> None:
-    """Refuses blocks that vLLM would cut into smaller ones for its kernels, since orders name whole ones.
+    """Rejects blocks that vLLM would divide into smaller ones for its kernels, since orders name whole blocks.
 
     Args:
-        name: The layer's name, or that of its full heads.
-        backend: Of its attention.
-        spec: Of its cache.
+        name: Name of the layer, or of its full heads.
+        backend: The layer's attention backend.
+        spec: Spec of the cache.
 
     Raises:
-        ValueError: The backend reads blocks of a few sizes only, and not of this one.
+        ValueError: The backend does not support this block size.
     """
     sizes = backend.get_supported_kernel_block_sizes(spec)
     if all(isinstance(size, int) for size in sizes) and spec.block_size not in sizes:
         raise ValueError(
-            f"Layer {name} needs blocks of {spec.block_size} tokens, and the attention backend {backend.get_name()} "
-            f"reads blocks of {', '.join(map(str, sizes))} alone; set --block-size {max(sizes)} and --kv-full-layers "
+            f"Layer {name} needs blocks of {spec.block_size} tokens, but the attention backend {backend.get_name()} "
+            f"supports only {', '.join(map(str, sizes))}; set --block-size {max(sizes)} and --kv-full-layers "
             '"", or another --attention-backend.'
         )
