@@ -212,11 +212,11 @@ class TestAScorerOfAUser:
     @pytest.mark.parametrize(
         ("code", "message"),
         [
-            (None, "'own_scorers:Recent' cannot be imported .*; Python looks for modules in the folders of PYTHONPATH"),
+            (None, "'own_scorers:Recent' cannot be imported .*; add the folder of its module to PYTHONPATH"),
             ("import nothing_of_this_name", r"cannot be imported \(No module named 'nothing_of_this_name'\)"),
-            ("", "own_scorers has no class Recent that derives from vllm_l2kv.scorers.Scorer"),
-            ("def Recent(heads): pass", "own_scorers has no class Recent"),
-            ("class Recent: pass", "own_scorers has no class Recent"),
+            ("", "own_scorers must have a class Recent derived from vllm_l2kv.scorers.Scorer"),
+            ("def Recent(heads): pass", "own_scorers must have a class Recent"),
+            ("class Recent: pass", "own_scorers must have a class Recent"),
         ],
     )
     def test_a_class_that_is_no_scorer_is_refused_before_an_engine_starts(self, own, code, message):

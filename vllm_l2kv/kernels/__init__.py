@@ -1,4 +1,4 @@
-"""Moving kept rows of the paged KV cache, one implementation a module.
+"""Compaction of the paged KV cache: the kept rows are moved into fewer blocks. Each implementation is a module.
 
 `reference` is plain torch and the ground truth; `triton_compactor`, for GPUs, must equal it.
 """
@@ -10,7 +10,7 @@ from vllm_l2kv.messages.orders import CompactionOrder
 
 
 class Compactor(Protocol):
-    """Moves the kept rows of layers of one KV-cache group."""
+    """Compacts layers of one KV-cache group."""
 
     def compact(self, orders: Sequence[CompactionOrder]) -> None:
-        """Carries out one step's orders."""
+        """Carries out the orders of one step."""

@@ -1,4 +1,4 @@
-"""Orders of one launch, as the kernels read them, and the addresses that follow from them."""
+"""The orders of one kernel launch as a table on the device, and functions that kernels use to read it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from vllm_l2kv.messages.orders import CompactionOrder
 
 
 class OrderRow(NamedTuple):
-    """One order as the kernels read it: a row of the table, each number in the column of its name below.
+    """One order as a row of the table; the constants below number its columns.
 
     Attributes:
-        num_rows: As that of `CompactionOrder`.
-        num_keep: As that of `CompactionOrder`.
-        protect_first: As that of `CompressionParams`.
-        protect_last: As that of `CompressionParams`.
-        source: Where the ids of the source blocks begin in the table.
-        destination: Where those of the destination blocks begin, right after the source blocks.
-        num_destination: Destination blocks.
-        first_score: Rows of the orders before, whose scores come first.
+        num_rows: See `CompactionOrder`.
+        num_keep: See `CompactionOrder`.
+        protect_first: See `CompressionParams`.
+        protect_last: See `CompressionParams`.
+        source: Index in the table of the first source block's id.
+        destination: Index in the table of the first destination block's id, right after the source blocks.
+        num_destination: Number of destination blocks.
+        first_score: Rows of all earlier orders, whose scores come first.
     """
 
     num_rows: int
@@ -55,11 +55,11 @@ FIRST_SCORE = _column("first_score")
 
 @dataclass(frozen=True)
 class Batch:
-    """Orders of one launch. A *selection* is a layer and head of one of them.
+    """The orders of one launch. A *selection* is one layer and head of an order.
 
     Attributes:
         cache: The caches of the KV-cache group.
-        rows: One an order.
+        rows: One row for each order.
         table: `[num_orders * len(OrderRow) + num_blocks]` int32 on the device: the rows, then all block ids.
     """
 
@@ -69,12 +69,12 @@ class Batch:
 
     @classmethod
     def of(cls, cache: GroupCache, orders: Sequence[CompactionOrder], group_id: int) -> "Batch":
-        """Everything the kernels must know, in one transfer that the host does not wait for.
+        """Copies the orders to the device in one asynchronous transfer.
 
         Args:
-            cache: As the attribute.
-            orders: Of one launch.
-            group_id: The KV-cache group whose blocks are meant.
+            cache: See the attribute.
+            orders: The orders of one launch.
+            group_id: Id of the KV-cache group whose moves are used.
         """
         rows: list[OrderRow] = []
         blocks: list[tuple[int, ...]] = []
@@ -114,13 +114,13 @@ class Batch:
 @triton.jit
 def head_base(pointers, like, i_selection):
     """Address of a head's cache, as a pointer of the type of `like`."""
-    # Rows are whole vectors apart from an aligned address; without the hint every element is loaded alone.
+    # Rows are aligned to 16 bytes; without this hint, elements would be loaded one by one.
     return tl.multiple_of(tl.load(pointers + i_selection).to(like.dtype), 16)
 
 
 @triton.jit
 def row_offsets(blocks, o_row, m_row, stride_block, stride_slot, block_size):
-    """Offsets of rows in their head: `[num_rows]` int64."""
+    """Offsets of rows from the base of their head: `[num_rows]` int64."""
     b_block = tl.load(blocks + o_row // block_size, mask=m_row, other=0).to(tl.int64)
     return b_block * stride_block + (o_row % block_size).to(tl.int64) * stride_slot
 
@@ -137,15 +137,15 @@ def row_pointers(
 
 @triton.jit
 def scores_begin(order, i_selection, num_selections, num_rows):
-    """Where the scores of one selection begin, as `scores.Scored.write` orders them; int64."""
+    """Index of the first score of a selection, in the order of `scores.Scored.write`; int64."""
     return tl.load(order + FIRST_SCORE).to(tl.int64) * num_selections + i_selection.to(tl.int64) * num_rows
 
 
 @triton.jit
 def load_elements(rows, m_row, o_element, m_element):
-    """Elements of rows in fp32, zeros where there are none: `[num_rows, num_elements]`."""
+    """Elements of rows in fp32, zeros where masked: `[num_rows, num_elements]`."""
     mask = m_row[:, None] & m_element[None, :]
-    # Masked elements are undefined, and some types have no zero to name.
+    # Not `other=0.0`: masked elements would be undefined, since some types cannot represent that constant.
     return tl.where(mask, tl.load(rows[:, None] + o_element[None, :], mask=mask).to(tl.float32), 0.0)
 
 
@@ -158,8 +158,8 @@ def load_part(rows, m_row, BEGIN: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.c
 
 @triton.jit
 def descending(score):
-    """fp32 scores as int32, lower the higher the score; NaN counts as the lowest, infinity as the largest number."""
-    # As `kernels.reference.ranked` does. Both zeros are equal.
+    """fp32 scores as int32 in descending order; NaN counts as the lowest score, infinity as the largest number."""
+    # The same order as in `kernels.reference.ranked`. Both zeros are equal.
     score = tl.where(score == score, score, float("-inf"))
     score = tl.minimum(score, 3.4028234663852886e38)
     score = tl.where(score == 0.0, 0.0, score)
@@ -173,7 +173,7 @@ AFTER_ALL = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def selection_keys(score, order, o_row, num_rows):
-    """fp32 scores as int32 by which `select_positions` selects: lower is kept sooner; protected rows are the lowest."""
+    """fp32 scores as the int32 keys of `select_positions`: lower is kept sooner; protected rows have the lowest."""
     m_protected = o_row < tl.load(order + PROTECT_FIRST)
     m_protected |= o_row >= num_rows - tl.load(order + PROTECT_LAST)
     return tl.where(m_protected, PROTECTED, descending(score))

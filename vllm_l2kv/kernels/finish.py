@@ -1,4 +1,4 @@
-"""From scores to keys by which is selected: after means over blocks of tokens and heads, or as they are."""
+"""Turns raw scores into selection keys, after pooling them over blocks of tokens and heads if asked for."""
 
 import torch
 import triton
@@ -8,15 +8,15 @@ from vllm_l2kv.kernels.batch import NUM_ROWS, ROW_LENGTH, Batch, scores_begin, s
 from vllm_l2kv.params import TOKENS_PER_BLOCK
 
 ROWS = 512
-"""Rows of a tile: whole blocks of tokens."""
+"""Rows per tile; a multiple of `TOKENS_PER_BLOCK`."""
 
 
 def finish(batch: Batch, scores: torch.Tensor, granularity: str) -> None:
-    """`batch.selection_keys` of `token_groups.pool_scores`, in the place of the scores.
+    """Replaces scores by `batch.selection_keys` of `token_groups.pool_scores`, in place.
 
     Args:
         batch: The orders.
-        scores: As of `scores.Scored.write`, raw.
+        scores: The raw scores of `scores.Scored.write`.
         granularity: One of `vllm_l2kv.params.GRANULARITIES`.
     """
     num_selections, of_layers = batch.cache.num_selections, batch.cache.of_layers
@@ -34,9 +34,9 @@ def _finish_kernel(
     scores,  # [num_selections * num_rows], fp32 before and int32 after
     of_layers,  # [num_layers + 1] int32
     num_selections,
-    TOKENS: tl.constexpr,  # that share their scores
+    TOKENS: tl.constexpr,  # number of tokens that share a score
     ROWS: tl.constexpr,
-    BY_LAYER: tl.constexpr,  # whether heads of a layer share them too
+    BY_LAYER: tl.constexpr,  # whether the heads of a layer share a score too
 ):
     i_tile, i_group, i_order = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     order = table + i_order * ROW_LENGTH
@@ -50,7 +50,7 @@ def _finish_kernel(
         first_head = tl.load(of_layers + i_group)
         num_heads = tl.load(of_layers + i_group + 1) - first_head
     first = scores + scores_begin(order, first_head, num_selections, num_rows)
-    # In fp64, as the reference: the order of summation does not show in fp32.
+    # In fp64, as in the reference: the order of summation does not change the fp32 result.
     b_sum = tl.zeros([ROWS], tl.float64)
     of_head = first
     for _ in range(num_heads):

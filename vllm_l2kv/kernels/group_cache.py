@@ -9,15 +9,15 @@ import torch
 
 @dataclass(frozen=True)
 class GroupCache:
-    """The caches of a group's compressed heads, which differ only in their address, however many a layer has.
+    """The caches of a group's compressed heads, which differ only in their address. Layers may differ in heads.
 
     Attributes:
-        heads: One view a head, `[num_blocks, block_size, content]`, layer after layer; a row is contiguous and holds
-            the key, then the value.
+        heads: One view for each head, `[num_blocks, block_size, content]`, layer by layer; a row is contiguous and
+            holds the key, then the value.
         head_size: Elements of a key.
-        key_dtype: What the elements of a key are; a quantized cache is a tensor of bytes.
+        key_dtype: Type of a key's elements; the tensor of a quantized cache has bytes instead.
         pointers: `[num_heads]` int64, addresses of the views.
-        of_layers: `[num_layers + 1]` int32, where each layer's heads begin, and where the last one's end.
+        of_layers: `[num_layers + 1]` int32, index of each layer's first head, then the number of heads.
     """
 
     heads: tuple[torch.Tensor, ...]
@@ -28,12 +28,12 @@ class GroupCache:
 
     @classmethod
     def of(cls, layers: Sequence[torch.Tensor], head_size: int, key_dtype: torch.dtype | None = None) -> "GroupCache":
-        """Checks that the heads are alike.
+        """The heads of these layers.
 
         Args:
-            layers: One view a layer, `[num_blocks, num_kv_heads, block_size, content]`.
-            head_size: As the attribute.
-            key_dtype: As the attribute; `None` for the tensors' own type.
+            layers: One view for each layer, `[num_blocks, num_kv_heads, block_size, content]`.
+            head_size: See the attribute.
+            key_dtype: See the attribute; `None` for the tensors' own type.
 
         Raises:
             ValueError: Shapes, strides or types of heads differ, or rows are not contiguous.
@@ -52,7 +52,7 @@ class GroupCache:
 
     @property
     def num_selections(self) -> int:
-        """Heads of all layers: what one order selects from, each by itself."""
+        """Heads of all layers together: the number of selections of one order."""
         return len(self.heads)
 
     @property
@@ -62,7 +62,7 @@ class GroupCache:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Elements from block to block, and from row to row."""
+        """Elements from one block to the next, and from one row to the next."""
         block, row, _ = self.heads[0].stride()
         return block, row
 
@@ -78,5 +78,5 @@ class GroupCache:
 
     @property
     def like(self) -> torch.Tensor:
-        """A tensor of the keys' and values' type."""
+        """A tensor with the type of keys and values."""
         return self.heads[0].view(self.key_dtype)

@@ -1,12 +1,12 @@
-"""Decode attention with every (request, KV head) as a sequence of its own: pages of one head, and a table of them.
+"""Page tables for decode attention in which every (request, KV head) is a sequence with pages of one head.
 
-Heads of two classes lie in blocks of two KV-cache groups, which share one pool. Seen as pages of one head, all of them
-are alike, and one call of a paged attention kernel takes them together, each with its own table and length.
+The two classes of heads have blocks in two KV-cache groups, which share one pool. Divided into pages of one head, all
+blocks look alike. So one call of a paged attention kernel serves both classes, with a table and a length per sequence.
 
     page id = block * pages between blocks + page of the head in block 0 + page in the block
 
-A layer's sequences are those of its full heads, then those of the others; in each head, the requests of the batch. So
-two layers with as many full heads have the same lengths in the same order. Knows nothing of vLLM.
+A layer's sequences are those of its full heads, then those of its compressed heads; for each head, the requests of the
+batch. So layers with the same number of full heads have the same lengths in the same order. Knows nothing of vLLM.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ import triton
 import triton.language as tl
 
 TILE = 512
-"""Pages that one program looks up at once."""
+"""Pages per tile of a program."""
 PROGRAMS = 512
-"""That a launch has at least, if its requests are long."""
+"""Fewest programs of a launch, if its requests are long."""
 MOST_SPLITS = 16
 
 
 class Blocks(NamedTuple):
-    """How blocks of one class lie in the pool.
+    """Layout of one class's blocks in the pool.
 
     Attributes:
-        apart: Pages from a block to the next one.
+        apart: Pages from one block to the next.
         of_head: Pages of one head in a block.
     """
 
@@ -37,12 +37,12 @@ class Blocks(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What the requests of a batch hold of one class.
+    """Blocks and rows of one class that the requests of a batch hold.
 
     Attributes:
-        blocks: `[num_requests, max_num_blocks]` int32.
-        lengths: `[num_requests]` int32, the rows that this step writes included.
-        slots: `[num_requests]` int64, of those rows; -1 for a request that is padding.
+        blocks: `[num_requests, max_num_blocks]` int32, block tables.
+        lengths: `[num_requests]` int32, numbers of rows, including those that this step writes.
+        slots: `[num_requests]` int64, slots of the rows that this step writes; -1 for padding requests.
     """
 
     blocks: torch.Tensor
@@ -51,13 +51,13 @@ class Held(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """What a call by head reads, written anew for each layer, always at the same addresses.
+    """The sequences of a call by head: rewritten for each layer, always at the same addresses.
 
     Attributes:
-        pages: `[num_sequences, max_num_pages]` int32.
-        lengths: `[num_sequences]` int32.
-        starts: `[num_sequences + 1]` int32, places in `[num_requests * num_kv_heads]` queries; not ascending. The last
-            one is undefined.
+        pages: `[num_sequences, max_num_pages]` int32, page ids.
+        lengths: `[num_sequences]` int32, numbers of rows.
+        starts: `[num_sequences + 1]` int32, index of each sequence's query in `[num_requests * num_kv_heads]`; not
+            ascending. The last element is undefined.
     """
 
     pages: torch.Tensor
@@ -66,12 +66,12 @@ class Sequences(NamedTuple):
 
     @classmethod
     def of(cls, num_sequences: int, max_num_pages: int, device: torch.device) -> "Sequences":
-        """Room for so many."""
+        """Allocates tensors for `num_sequences` sequences."""
         sizes = (num_sequences, max_num_pages), (num_sequences,), (num_sequences + 1,)
         return cls(*(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes))
 
     def first(self, num_sequences: int) -> "Sequences":
-        """Room for fewer of them, at the same addresses."""
+        """Views of the first `num_sequences` sequences, at the same addresses."""
         return Sequences(self.pages[:num_sequences], self.lengths[:num_sequences], self.starts[: num_sequences + 1])
 
 
@@ -81,10 +81,10 @@ class HeadPages:
 
     Attributes:
         pool: `[num_pages, page_size, 1, content]`, the whole pool; a row holds the key, then the value.
-        places: `[num_kv_heads, 2]` int32, in the order of sequences: the head, and its page in block 0.
-        num_full: Full heads among them, which come first.
-        full: Blocks of the full heads.
-        compressed: Blocks of the others.
+        places: `[num_kv_heads, 2]` int32, in the order of sequences: index of the head, and its first page in block 0.
+        num_full: Number of full heads, which come first.
+        full: Layout of the full heads' blocks.
+        compressed: Layout of the compressed heads' blocks.
     """
 
     pool: torch.Tensor
@@ -101,23 +101,24 @@ class HeadPages:
         full_heads: Sequence[int],
         compressed_heads: Sequence[int],
     ) -> "HeadPages | None":
-        """The pages of two caches of a layer.
+        """The pages of a layer's two caches.
 
         Args:
-            full: `[num_blocks, num_heads, block_size, content]` of the full heads.
-            compressed: The same of the other heads; the block sizes of the two may differ.
-            full_heads: Their numbers in the layer.
-            compressed_heads: The same of the others.
+            full: Cache of the full heads, `[num_blocks, num_heads, block_size, content]`.
+            compressed: Cache of the compressed heads, in the same form; the block size may differ.
+            full_heads: Indices of the full heads in the layer.
+            compressed_heads: Indices of the compressed heads in the layer.
 
         Returns:
-            `None` if blocks do not begin at whole pages of one memory, or there are more pages than int32 can count.
+            `None` if the caches are not in one memory, blocks do not begin at whole pages, or int32 cannot count the
+            pages.
         """
         page_size, content = min(full.shape[2], compressed.shape[2]), full.shape[3]
         size = page_size * content
         places, blocks = [], []
         for cache, heads in ((full, full_heads), (compressed, compressed_heads)):
             block_size = cache.shape[2]
-            # The stride of a single head means nothing.
+            # With a single head, its stride is arbitrary.
             of_head, *of_rows = cache.stride()[1:]
             is_rows = of_rows == [content, 1] and (cache.shape[1] == 1 or of_head == block_size * content)
             if not is_rows or block_size % page_size or cache.stride(0) % size or cache.storage_offset() % size:
@@ -133,7 +134,7 @@ class HeadPages:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """Tokens per page."""
         return self.pool.shape[1]
 
     def write(
@@ -146,16 +147,16 @@ class HeadPages:
         key_scale: torch.Tensor,
         value_scale: torch.Tensor,
     ) -> None:
-        """Writes one token's rows of each request to the cache, and the layer's sequences to `out`, in one launch.
+        """Writes each request's new row to the caches, and the layer's sequences to `out`, in one launch.
 
         Args:
-            out: Room for the requests' sequences.
+            out: Sequences to write, one for each request and head.
             keys: `[num_requests, num_kv_heads, head_size]`, rows contiguous.
-            values: The same.
-            full: Of the full heads.
-            compressed: Of the others.
-            key_scale: One fp32 number, by which keys are divided for a cache in fp8; unused for others.
-            value_scale: The same for values.
+            values: Same shape.
+            full: Blocks and rows of the full heads.
+            compressed: Blocks and rows of the compressed heads.
+            key_scale: `[1]` fp32, by which keys are divided for an fp8 cache; unused for others.
+            value_scale: `[1]` fp32, the same for values.
         """
         num_requests, head_size = full.lengths.shape[0], keys.shape[2]
         num_heads = self.places.shape[0]
@@ -176,7 +177,7 @@ class HeadPages:
 
 @triton.jit
 def _scaled(elements, scale, IS_QUANTIZED: tl.constexpr):
-    """Elements as the cache holds them, before they are rounded to its type."""
+    """Elements divided by the scale of a quantized cache, before they are rounded to its type."""
     if IS_QUANTIZED:
         elements = tl.div_rn(elements.to(tl.float32), tl.load(scale))
     return elements
@@ -193,7 +194,7 @@ def _write_kernel(
     full_slots,  # [num_requests] int64
     full_apart,
     full_of_head,
-    compressed_blocks,  # as those of full heads
+    compressed_blocks,  # these five as for the full heads
     compressed_blocks_stride,
     compressed_lengths,
     compressed_slots,
@@ -248,7 +249,7 @@ def _write_kernel(
     tl.store(lengths + sequence, length)
     tl.store(starts + sequence, i_request * num_heads + head)
 
-    # The rows of a block's head lie one after the other, over all of its pages.
+    # A head's rows in a block are consecutive, over all of the head's pages.
     block_size = of_head * PAGE
     page = (slot // block_size) * apart + first
     to = pool + (page * PAGE + slot % block_size) * (KEY + VALUE)

@@ -1,4 +1,4 @@
-"""A pass over the rows of a batch that gives each a score by itself."""
+"""A single pass over the rows of a batch that scores each row independently."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from vllm_l2kv.kernels.batch import NUM_ROWS, ROW_LENGTH, Batch, row_pointers, scores_begin, selection_keys
 
 ROWS = 32
-"""Rows of a tile, where a scorer names no other number."""
+"""Rows per tile, unless the scorer sets another number."""
 
 
 def one_pass(
@@ -27,22 +27,22 @@ def one_pass(
     """Scores every row.
 
     Args:
-        score: A Triton function that returns the scores of a tile: `[rows]` fp32. It is given
+        score: A Triton function that returns the scores of a tile: `[rows]` fp32. Its arguments are
 
-            - `rows`: addresses of the tile's rows, `[rows]`; a row holds the key, then the value;
-            - `o_row`: their places, `[rows]`; those from `num_rows` on are none;
-            - `num_rows`: rows of the order;
-            - `i_selection`, `i_order`: whose rows they are;
-            - `extra`, `SHAPE`: as below;
-            - `KEY`, `KEY_PADDED`, `VALUE`, `VALUE_PADDED`: sizes of a key and a value, and powers of two for them.
+            - `rows`: `[rows]` addresses of the tile's rows; a row holds the key, then the value;
+            - `o_row`: `[rows]` indices of the rows; those from `num_rows` on are padding;
+            - `num_rows`: number of rows of the order;
+            - `i_selection`, `i_order`: indices of the selection and the order;
+            - `extra`, `SHAPE`: see below;
+            - `KEY`, `KEY_PADDED`, `VALUE`, `VALUE_PADDED`: elements of a key and a value, and the next powers of two.
         batch: The orders.
-        out: As of `scores.Scored.write`, of `selections`.
-        raw: As of `scores.Scored.write`.
-        extra: What else the function reads.
-        shape: Numbers that it knows when it is compiled.
-        rows: Rows of a tile; `None` for `ROWS`.
-        num_warps: Warps of a program.
-        selections: Of each order, these layers and heads only; `None` for all.
+        out: See `scores.Scored.write`; scores of `selections`.
+        raw: See `scores.Scored.write`.
+        extra: Other tensors that the function reads.
+        shape: Compile-time constants of the function.
+        rows: Rows per tile; `None` for `ROWS`.
+        num_warps: Warps per program.
+        selections: Score only these layers and heads of each order; `None` for all.
     """
     cache = batch.cache
     selections = selections or range(cache.num_selections)

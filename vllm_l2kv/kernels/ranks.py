@@ -1,4 +1,4 @@
-"""Ranks of scores by a radix sort, one program a selection."""
+"""Ranks of scores by a radix sort, with one program for each selection."""
 
 import torch
 import triton
@@ -7,36 +7,37 @@ import triton.language as tl
 from vllm_l2kv.kernels.batch import NUM_ROWS, ROW_LENGTH, Batch, descending, scores_begin, selection_keys
 
 TILE = 1024
-"""Scores that a program sorts at once; with as few warps and registers as let two programs share a multiprocessor."""
+"""Scores that a program sorts at once; small enough that two programs fit on a multiprocessor."""
 BUFFERS = 4
-"""Numbers of four bytes that one row of a selection takes while it is ranked."""
+"""32-bit numbers of work memory that ranking needs for each row of a selection."""
 MOST_BYTES = 128 << 20
-"""Memory for that, if one selection at a time fits it."""
+"""Limit of the work memory in bytes, unless a single selection needs more."""
 
 
 def work_numbers(num_selections: int, num_rows: int) -> int:
-    """Numbers of four bytes that ranking takes: as many selections at a time as `MOST_BYTES` hold."""
+    """32-bit numbers of work memory: for as many selections at a time as fit in `MOST_BYTES`."""
     return BUFFERS * num_rows * max(1, min(num_selections, MOST_BYTES // (4 * BUFFERS * num_rows)))
 
 
 def selections_at_once(batch: Batch, work: torch.Tensor) -> list[range]:
-    """All layers and heads, in parts that `work` has room for."""
+    """All selections, in parts that fit in `work`."""
     size = min(work.numel() // (BUFFERS * batch.num_rows), batch.cache.num_selections)
     return [range(first, first + size) for first in range(0, batch.cache.num_selections, size)]
 
 
 def add_ranks(batch: Batch, out: torch.Tensor, work: torch.Tensor, selections: range, raw: bool) -> None:
-    """Adds the ranks of two scores that are cut off to bf16.
+    """Adds the ranks of two scores, each truncated to bf16.
 
-    The lowest of a selection has rank 0. Of equals the lower place ranks higher, and NaN ranks lowest.
+    The lowest score of a selection has rank 0. Of equal scores the one of the earlier row ranks higher; NaN ranks
+    lowest.
 
     Args:
         batch: The orders.
-        out: The first scores, raw, of all selections; those of `selections` are replaced by the sums, as
-            `scores.Scored.write` says.
-        work: `BUFFERS` times as long as the rows of `selections`; begins with their second scores, raw.
-        selections: Some of each order.
-        raw: As of `scores.Scored.write`.
+        out: The first scores of all selections, raw; those of `selections` are replaced by the sums, in the form of
+            `scores.Scored.write`.
+        work: `BUFFERS` numbers for each row of `selections`; begins with their second scores, raw.
+        selections: Layers and heads of each order.
+        raw: See `scores.Scored.write`.
     """
     _rank_kernel[(len(selections), len(batch.rows))](
         batch.table, out, work, selections.start, batch.cache.num_selections, len(selections) * batch.num_rows,
@@ -81,16 +82,16 @@ def _rank_kernel(
 
 @triton.jit
 def _sort(keys, more_keys, places, more_places, num_rows, TILE: tl.constexpr):
-    """The places of scores from the highest down, in `places` or `more_places`, whichever it returns; a stable sort.
+    """Stable sort: row indices in descending order of score. Returns `places` or `more_places`, which holds them.
 
-    The keys are scores at first, raw, and undefined afterwards. One digit of four bits a pass, the lowest first. Four
-    digits hold what is ranked: scores cut off to bf16, as the reference does it, to halve the passes. Digits that all
-    keys share are left out: scores of one kind share their upper ones.
+    `keys` holds raw scores at first and is undefined afterwards. Each pass sorts by one digit of four bits, the lowest
+    first. Four digits suffice, since scores are truncated to bf16 as in the reference. Digits that all keys share are
+    skipped: scores of one kind often share their upper digits.
     """
     for start in range(0, num_rows, TILE):
         o_row = start + tl.arange(0, TILE)
         m_row = o_row < num_rows
-        # NaN that was computed stays NaN: the highest bit of its fraction is set.
+        # A computed NaN is still NaN after truncation, since the highest bit of its fraction is set.
         b_bits = tl.load(keys + o_row, mask=m_row, other=0) & -0x10000
         b_key = descending(b_bits.to(tl.float32, bitcast=True)) >> 16
         tl.store(keys + o_row, b_key + 0x8000, mask=m_row)
@@ -125,7 +126,7 @@ def _sort(keys, more_keys, places, more_places, num_rows, TILE: tl.constexpr):
 
 @triton.jit
 def _ranks_in_tile(b_digit):
-    """For each digit, how many equal ones come before it. Four counters of 16 bits share a number."""
+    """For each digit, how many equal digits come before it. Four 16-bit counters are packed into one number."""
     b_rank = tl.zeros_like(b_digit)
     b_shift = 16 * (b_digit & 3).to(tl.int64)
     for i_part in range(4):

@@ -1,7 +1,7 @@
-"""Compaction in plain torch, written to be read.
+"""Compaction in plain torch, written for readability.
 
-Works on *views* of a layer's cache in which `keys[block, head, slot]` and `values[block, head, slot]` are rows; how a
-backend really lays them out in memory is the caller's business (see `vllm_l2kv.worker.rows`).
+Works on *views* of a layer's cache in which `keys[block, head, slot]` and `values[block, head, slot]` are rows. The
+caller makes the views from the backend's memory layout (see `vllm_l2kv.worker.rows`).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class LayerRows(NamedTuple):
     Attributes:
         keys: `[num_blocks, num_kv_heads, block_size, head_size]`.
         values: `[num_blocks, num_kv_heads, block_size, head_size_v]`.
-        dtype: What the elements are where the cache is bytes (fp8); `None` if they are what they say.
+        dtype: Type of the elements if the cache's tensors hold bytes (fp8); `None` for the tensors' own type.
     """
 
     keys: torch.Tensor
@@ -28,7 +28,7 @@ class LayerRows(NamedTuple):
     dtype: torch.dtype | None = None
 
     def seen(self, keys: torch.Tensor, values: torch.Tensor, layer: int, first_head: int = 0) -> Rows:
-        """What a scorer sees of rows that were read of this layer; shapes and places as those of `Rows`."""
+        """The `Rows` of a scorer, from rows that were read from this layer; shapes and indices as in `Rows`."""
         return Rows(keys.view(self.dtype or keys.dtype), values.view(self.dtype or values.dtype), layer, first_head)
 
 
@@ -56,10 +56,10 @@ def select(scores: torch.Tensor, num_keep: int, protect_first: int = 0, protect_
     """Positions that each head keeps.
 
     Args:
-        scores: As those of `ranked`.
-        num_keep: Positions to keep, `protect_first + protect_last <= num_keep <= n` unless all n are kept.
-        protect_first: As of `ranked`.
-        protect_last: As of `ranked`.
+        scores: See `ranked`.
+        num_keep: Number of positions to keep, `protect_first + protect_last <= num_keep <= n` unless all n are kept.
+        protect_first: See `ranked`.
+        protect_last: See `ranked`.
 
     Returns:
         `[num_kv_heads, num_keep]` int64, ascending in each head.
@@ -71,9 +71,9 @@ class ReferenceCompactor:
     """Carries out the orders of one KV-cache group, one layer and one request at a time.
 
     Args:
-        group_id: Its id in `GroupMove`.
-        layers: The caches of its layers.
-        scorers: Bound to these layers, in their order.
+        group_id: The group's id in `GroupMove`.
+        layers: The caches of the group's layers.
+        scorers: Scorers bound to these layers, in the same order.
     """
 
     def __init__(self, group_id: int, layers: Sequence[LayerRows], scorers: Scorers) -> None:
@@ -83,7 +83,7 @@ class ReferenceCompactor:
 
     @torch.inference_mode()
     def compact(self, orders: Sequence[CompactionOrder]) -> None:
-        """Carries the orders out in turn."""
+        """Carries out the orders one after another."""
         for order in orders:
             scorer = self._scorers[order.params.scorer]
             for layer, rows in enumerate(self._layers):
@@ -98,10 +98,10 @@ def compact_layer(rows: LayerRows, layer: int, scorer: Scorer, order: Compaction
 
     Args:
         rows: The layer's cache.
-        layer: Its place among the layers of `scorer`.
-        scorer: What the order's params name.
-        order: What is asked.
-        move: The blocks of the layer's group; `destination` holds `num_keep` rows.
+        layer: Index of the layer in `Heads.layers` of `scorer`.
+        scorer: The scorer that the order's params name.
+        order: The order to carry out.
+        move: The blocks of the layer's group; `destination` has room for `num_keep` rows.
     """
     source, destination = (torch.tensor(blocks, device=rows.keys.device) for blocks in (move.source, move.destination))
     params = order.params

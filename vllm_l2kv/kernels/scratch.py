@@ -1,4 +1,4 @@
-"""Device memory of the kernels beside the cache."""
+"""Device memory that the kernels use in addition to the cache."""
 
 from typing import NamedTuple
 
@@ -8,15 +8,15 @@ from vllm_l2kv.kernels import ranks
 from vllm_l2kv.kernels.scores import keydiff
 
 MAX_ORDERS = 64
-"""Orders of one launch at most."""
+"""Most orders of one launch."""
 
 
 class Scratch(NamedTuple):
-    """Memory that one launch after another uses; several compactors may share it.
+    """Memory that each launch reuses; several compactors may share it.
 
     Attributes:
-        scores: int32, one for each row and selection; then the kept positions in the same place.
-        work: int32, what scores are made with.
+        scores: int32, one for each row and selection; later the kept positions.
+        work: int32, work memory of the scorers.
     """
 
     scores: torch.Tensor
@@ -24,20 +24,20 @@ class Scratch(NamedTuple):
 
     @classmethod
     def of(cls, num_selections: int, head_size: int, max_num_tokens: int, device: torch.device) -> "Scratch":
-        """Enough for the longest request.
+        """Allocates enough memory for the longest request.
 
         Args:
-            num_selections: Layers times heads.
+            num_selections: Heads of all layers together.
             head_size: Elements of a key.
             max_num_tokens: Rows of the longest request.
-            device: Of the kernels.
+            device: Device of the kernels.
         """
         sizes = _sizes(num_selections, head_size, max_num_tokens)
         return cls(*(torch.empty(size, dtype=torch.int32, device=device) for size in sizes))
 
 
 def scratch_bytes(num_selections: int, head_size: int, max_num_tokens: int) -> int:
-    """Bytes of `Scratch.of`."""
+    """Device memory of `Scratch.of`, in bytes."""
     return 4 * sum(_sizes(num_selections, head_size, max_num_tokens))
 
 

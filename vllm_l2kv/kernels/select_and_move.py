@@ -1,6 +1,6 @@
-"""Kernels that select and move.
+"""Kernels that select the kept positions and move the kept rows.
 
-Names in all kernels: `i_` program index, `o_` offsets, `m_` mask, `b_` loaded values.
+Prefixes of names in all kernels: `i_` program index, `o_` offsets, `m_` mask, `b_` loaded values.
 """
 
 import torch
@@ -23,23 +23,23 @@ from vllm_l2kv.kernels.batch import (
 )
 
 TILES = (1024, 4096)
-"""Scores that a program of `_select_kernel` reads at once: the first for requests that fit it, else the last."""
+"""Scores that a program of `_select_kernel` reads at once: the first number for requests that fit, else the last."""
 MOVE_ROWS = 64
 MOVE_SPLIT = 32
 
 
 def tile_of(longest: int) -> int:
-    """The tile for orders of which the longest has so many rows."""
+    """The tile size for orders of which the longest has `longest` rows."""
     return TILES[0 if longest <= TILES[0] else -1]
 
 
 def select_positions(batch: Batch, scores: torch.Tensor) -> None:
-    """The positions of each selection's lowest keys, ascending, in the place of the keys.
+    """Replaces each selection's keys by the positions of its `num_keep` lowest keys, ascending.
 
     Args:
         batch: The orders.
-        scores: `[num_selections * num_rows]` int32, `batch.selection_keys`: orders, then their layers and heads, then
-            their rows; the first `num_keep` of each selection are positions afterwards.
+        scores: `[num_selections * num_rows]` int32, `batch.selection_keys`: by order, then by layer and head, then by
+            row. Afterwards the first `num_keep` elements of each selection are positions.
     """
     grid = (len(batch.rows), batch.cache.num_selections)
     tile = tile_of(batch.longest)
@@ -47,11 +47,11 @@ def select_positions(batch: Batch, scores: torch.Tensor) -> None:
 
 
 def move_rows(batch: Batch, kept: torch.Tensor) -> None:
-    """Kept rows into the destination blocks; the slots after them are zeroed.
+    """Moves kept rows into the destination blocks and zeroes the slots after them.
 
     Args:
         batch: The orders.
-        kept: The positions of `select_positions`.
+        kept: The positions from `select_positions`.
     """
     cache = batch.cache
     _move_kernel[(len(batch.rows), cache.num_selections, MOVE_SPLIT)](
@@ -71,10 +71,10 @@ def _select_kernel(
     num_rows, num_keep = tl.load(order + NUM_ROWS), tl.load(order + NUM_KEEP)
     row = scores + scores_begin(order, i_selection, tl.num_programs(1), num_rows)
 
-    # Bisection for the num_keep-th smallest key: the highest value with fewer than num_keep keys below it. The row
-    # stays in the caches near the program. (A histogram a byte would need fewer passes, but norms share their upper
-    # bytes, and atomics on one bin wait for each other.) Protected rows are always kept, so the search is among the
-    # others; in 64 bits, since keys of both signs lie further apart than 32 bits can say.
+    # Bisection for the num_keep-th smallest key: the highest value with fewer than num_keep keys below it. The keys
+    # stay in the L1 and L2 caches. (Radix selection with a histogram for each byte would need fewer passes, but norms
+    # share their upper bytes, and atomics on one bin are serialized.) Protected rows are always kept, so the search
+    # covers only the others; in 64 bits, since the difference of two int32 keys may exceed 32 bits.
     lowest, highest = tl.full([], AFTER_ALL, tl.int64), tl.full([], PROTECTED, tl.int64)
     for start in range(0, num_rows, TILE):
         o_token = start + tl.arange(0, TILE)
@@ -100,7 +100,7 @@ def _select_kernel(
         b_key = tl.load(row + o_token, mask=o_token < num_rows, other=AFTER_ALL)
         num_below += tl.sum((b_key < threshold).to(tl.int32), axis=0)
     remaining = num_keep - num_below
-    # `remaining` of the keys equal to the threshold are kept: those of the lowest positions.
+    # `remaining` of the keys equal to the threshold are kept: those with the lowest positions.
 
     num_taken = 0
     num_equal = 0
@@ -112,7 +112,7 @@ def _select_kernel(
         b_rank = num_equal + tl.cumsum(b_equal, axis=0)
         b_take = (((b_key < threshold) & m_token) | ((b_equal == 1) & (b_rank <= remaining))).to(tl.int32)
         o_kept = num_taken + tl.cumsum(b_take, axis=0) - 1
-        # Kept positions never overtake the tiles that are read: a row of n keys ends as num_keep <= n positions.
+        # Writing never overtakes reading: after n keys are read, at most n positions have been written.
         tl.debug_barrier()
         tl.store(row + o_kept, o_token, mask=b_take == 1)
         num_taken += tl.sum(b_take, axis=0)
@@ -143,9 +143,9 @@ def _move_kernel(
     o_content = tl.arange(0, CONTENT_PADDED)
     m_content = (o_content < CONTENT)[None, :]
 
-    # In place a row may lie where another is about to be written. Destination blocks are the first source blocks then,
-    # and kept positions ascend, so slot j takes a row from slot j or later: one program, in order, reads a tile before
-    # it writes it. Into fresh blocks the tiles are independent.
+    # In place, a row to be moved may be in the slot of a row to be written. The destination blocks are then the first
+    # source blocks, and kept positions ascend, so slot j gets a row from slot j or later: it is safe if one program
+    # moves the tiles in order, and reads each before writing it. In fresh blocks, tiles are independent.
     in_place = tl.load(source) == tl.load(destination)
     step = tl.where(in_place, 1, SPLIT)
     first = tl.where(in_place & (i_split > 0), num_slots, i_split * ROWS)

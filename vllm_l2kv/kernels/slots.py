@@ -1,4 +1,4 @@
-"""Slots and lengths of compacted requests on a GPU, one launch each, for CUDA-graph-safe buffers."""
+"""Slots and lengths of compacted requests on a GPU, in one launch each, written to buffers that CUDA graphs read."""
 
 import torch
 import triton
@@ -20,19 +20,19 @@ def slot_mappings(
     block_sizes: torch.Tensor,
     has_slots: torch.Tensor,
 ) -> None:
-    """Slots of every token in every group.
+    """Computes the slot of every token in every group.
 
     Args:
-        out: `[num_groups, max_num_tokens]` int64; padding tokens after the batch get -1.
+        out: `[num_groups, max_num_tokens]` int64, written; padding tokens after the batch get -1.
         idx_mapping: `[num_reqs]` int64, batch order to request state; -1 for a request without blocks.
-        query_start_loc: `[num_reqs + 1]` int32, where each request's tokens begin.
+        query_start_loc: `[num_reqs + 1]` int32, index of each request's first token.
         positions: `[num_tokens]` int64, logical.
         num_evicted: `[max_num_reqs]` int32, by request state.
-        is_compressed: `[num_groups]` int32, 1 where slots trail positions.
+        is_compressed: `[num_groups]` int32, 1 for groups in which `slot = position - num_evicted`, else 0.
         table_pointers: `[num_groups]` uint64, addresses of `[max_num_reqs, max_num_blocks]` int32 tables.
-        table_strides: `[num_groups]` int64.
-        block_sizes: `[num_groups]` int32.
-        has_slots: `[num_groups]` bool, false for states, whose tokens all get -1.
+        table_strides: `[num_groups]` int64, elements from one request's row to the next.
+        block_sizes: `[num_groups]` int32, tokens per block.
+        has_slots: `[num_groups]` bool, false for recurrent states, whose tokens all get -1.
     """
     grid = (out.shape[0], idx_mapping.shape[0] + 1)
     _slot_mappings_kernel[grid](
@@ -44,11 +44,11 @@ def slot_mappings(
 def physical_lengths(
     out: torch.Tensor, seq_lens: torch.Tensor, idx_mapping: torch.Tensor, num_evicted: torch.Tensor
 ) -> None:
-    """`seq_lens - num_evicted`.
+    """Computes `seq_lens - num_evicted`.
 
     Args:
-        out: `[num_reqs_padded]` int32.
-        seq_lens: `[num_reqs_padded]` int32, logical; padding is copied.
+        out: `[num_reqs_padded]` int32, written.
+        seq_lens: `[num_reqs_padded]` int32, logical; the lengths of padding requests are copied unchanged.
         idx_mapping: `[num_reqs]` int64, batch order to request state.
         num_evicted: `[max_num_reqs]` int32, by request state.
     """
@@ -96,14 +96,14 @@ def _slot_mappings_kernel(
     out += i_group.to(tl.int64) * out_stride
     begin = tl.load(query_start_loc + i_req)
     if i_req == tl.num_programs(1) - 1:
-        # After the batch: CUDA graphs read padding tokens.
+        # Padding after the batch, which CUDA graphs read too.
         for start in range(begin, max_num_tokens, TILE):
             o_token = start + tl.arange(0, TILE)
             tl.store(out + o_token, PAD, mask=o_token < max_num_tokens)
         return
     end = tl.load(query_start_loc + i_req + 1)
     state = tl.load(idx_mapping + i_req)
-    # A dummy request owns no blocks, and a state has no slots.
+    # A dummy request has no blocks, and a recurrent state has no slots.
     is_real = (state >= 0) & (tl.load(has_slots + i_group) != 0)
     state = tl.maximum(state, 0)
     evicted = tl.load(num_evicted + state) * tl.load(is_compressed + i_group) * is_real.to(tl.int32)

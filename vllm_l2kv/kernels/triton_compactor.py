@@ -1,12 +1,12 @@
 """Compaction on a GPU: a few launches for all layers, heads and requests of a KV-cache group in one step.
 
-    scores   of the rows held, straight from the paged cache, by the kernels of each scorer (`kernels.scores`)
-    finish   means of scores over blocks of tokens, if a request asks for them
+    score    the rows held, read from the paged cache, by the kernels of each scorer (`kernels.scores`)
+    finish   pool scores over blocks of tokens, if the granularity is `block`
     select   each head's kept positions, ascending
     move     kept rows into the destination blocks
 
-Orders of one scorer and granularity go together. How many launches there are depends on neither layers nor heads, so
-the host never waits for room in the device's queue. Knows nothing of vLLM.
+Orders with the same scorer and granularity share launches. The number of launches depends on neither layers nor heads,
+so it stays small and the host never waits for a full launch queue. Knows nothing of vLLM.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,10 +27,10 @@ class TritonCompactor:
     """Carries out the orders of one KV-cache group.
 
     Args:
-        cache: The group's caches.
-        scorers: Bound to their layers and heads.
-        group_id: Its id in `GroupMove`.
-        scratch: Has room for the longest request.
+        cache: The caches of the group.
+        scorers: Scorers bound to the layers and heads of `cache`.
+        group_id: The group's id in `GroupMove`.
+        scratch: Memory for the longest request.
     """
 
     def __init__(self, cache: GroupCache, scorers: Scorers, group_id: int, scratch: Scratch) -> None:
@@ -41,13 +41,13 @@ class TritonCompactor:
         self._capacity = scratch.scores.numel() // cache.num_selections
 
     def compact(self, orders: Sequence[CompactionOrder]) -> None:
-        """Launches the kernels. The orders of a step may be carried out in any sequence."""
-        for _, alike in groupby(sorted(orders, key=_way), _way):
+        """Launches the kernels for a step's orders, which are independent of each other."""
+        for _, alike in groupby(sorted(orders, key=_scorer_and_granularity), _scorer_and_granularity):
             for batch in self._batches(alike):
                 self._launch(batch)
 
     def warm_up(self) -> None:
-        """Compiles every kernel that a request can reach, so that none waits for that; moves the null block."""
+        """Compiles every kernel that a request can use, so that no request waits; compacts only the null block."""
         block_size = self.cache.block_size
         names = [name for name in self._kernels if name in OFFERED_SCORERS]
         lengths = {min(tile, self._capacity) for tile in TILES}
@@ -58,7 +58,7 @@ class TritonCompactor:
             self._launch([CompactionOrder(req_id="", params=params, moves=(move,), **counts)])
 
     def _batches(self, orders: Iterable[CompactionOrder]) -> Iterator[list[CompactionOrder]]:
-        """As many orders at a time as the scratch memory holds."""
+        """Divides orders into batches that fit in the scratch memory."""
         batch: list[CompactionOrder] = []
         num_rows = 0
         for order in orders:
@@ -70,8 +70,8 @@ class TritonCompactor:
         yield batch
 
     def _launch(self, orders: Sequence[CompactionOrder]) -> None:
-        """Carries out orders of one scorer and granularity."""
-        scorer, granularity = _way(orders[0])
+        """Carries out orders with the same scorer and granularity."""
+        scorer, granularity = _scorer_and_granularity(orders[0])
         batch = Batch.of(self.cache, orders, self.group_id)
         scores, work = self._scratch
         is_pooled = granularity != "token"
@@ -82,6 +82,6 @@ class TritonCompactor:
         move_rows(batch, scores)
 
 
-def _way(order: CompactionOrder) -> tuple[str, str]:
-    """By what rows are chosen."""
+def _scorer_and_granularity(order: CompactionOrder) -> tuple[str, str]:
+    """Scorer and granularity of an order."""
     return order.params.scorer, order.params.granularity

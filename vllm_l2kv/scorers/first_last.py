@@ -1,7 +1,7 @@
-"""The first four tokens and the last ones: a control that looks at no key.
+"""Keeps the first four tokens and the last ones: a control that does not use keys.
 
 Source: StreamingLLM, Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453,
-without its moving of positions.
+but rotary positions are not changed.
 """
 
 import torch
@@ -12,7 +12,7 @@ NUM_SINKS = 4
 
 
 class Bound(Scorer):
-    """The position, and more than any position for the sinks."""
+    """The row's index; for the sinks (the first four rows), more than any index."""
 
     def score(self, rows: Rows) -> torch.Tensor:
         num_rows, num_tokens = rows.keys.shape[:2]

@@ -1,4 +1,4 @@
-"""Keys unlike the others.
+"""Keeps keys that are least similar to the mean direction of all keys.
 
 Source: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
 Resource-Constrained Environments", arXiv 2504.15364, section 3, over the whole prompt at once.
@@ -18,7 +18,7 @@ class Bound(Scorer):
 
 
 def unlikeness(keys: torch.Tensor) -> torch.Tensor:
-    """Minus each key's cosine to the mean direction: `[num_heads, num_rows, head_size]` to `[num_heads, num_rows]`."""
+    """Negative cosine of each key and the mean direction: `[num_heads, num_rows, size]` to `[num_heads, num_rows]`."""
     keys = keys.float()
     anchor = normalize(keys, dim=-1).mean(dim=-2, keepdim=True)
     return -cosine_similarity(keys, anchor, dim=-1)

@@ -1,4 +1,4 @@
-"""Low key norms in L1: as `l2`, by the sum of a key's magnitudes.
+"""Keeps keys with low L1 norm: the sum of the absolute values of their elements.
 
 Source: the L1 norm in place of the L2 norm of Devoto et al., arXiv 2406.11430, section 2.
 """

@@ -1,4 +1,4 @@
-"""Low key norms: keys of low norm tend to attract attention later.
+"""Keeps keys with low L2 norm, which tend to get high attention later.
 
 Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv 2406.11430,
 section 2.

@@ -1,4 +1,4 @@
-"""High key norms: a control, the opposite of `l2`.
+"""Keeps keys with high L2 norm: a control, the opposite of `l2`.
 
 Source: "keep high norm" in Devoto et al., arXiv 2406.11430, section 3.
 """

@@ -1,7 +1,7 @@
-"""PageRank on the similarity of keys that starts from, and keeps returning to, keys of low norm.
+"""Personalized PageRank on the graph of key similarities; walks start at, and restart from, keys with low L2 norm.
 
-Source: `CentralityPress` of github.com/lapidoty/kvpress-centrality, without the tokens that it protects: protect them
-with `kv_protect_first` and `kv_protect_last` (4 and 8 there).
+Source: `CentralityPress` of github.com/lapidoty/kvpress-centrality. It always keeps the first 4 and the last 8 tokens;
+here `kv_protect_first` and `kv_protect_last` do that.
 """
 
 import torch
@@ -13,7 +13,7 @@ DAMPING, NUM_ITERATIONS = 0.15, 3
 
 
 class Bound(Scorer):
-    """The share of walkers at each token; edges weigh `(1 + cos) / 2`, never written out."""
+    """The PageRank of each token; edges have weight `(1 + cos) / 2`, and their matrix is never materialized."""
 
     def score(self, rows: Rows) -> torch.Tensor:
         directions = normalize(rows.keys.float(), dim=-1)

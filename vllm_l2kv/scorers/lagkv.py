@@ -1,8 +1,8 @@
-"""Tokens that stand out against what follows them.
+"""Keeps tokens that differ most from the tokens after them.
 
-The prompt after the sinks is cut into partitions. A token's key and value are scaled by the range of the next
-partition; tokens whose channels then spread widely rank high in their own partition. The sinks, the last whole
-partition and the rest after it are always kept as long as the budget allows.
+The prompt after the sinks is divided into partitions. A token's key and value are normalized by the range of the next
+partition; tokens whose channels then have a high standard deviation rank high in their partition. The sinks, the last
+whole partition and the tokens after it are kept first.
 
 Source: Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important",
 arXiv 2504.04704, section 3, with ranks that are comparable between partitions.
@@ -16,7 +16,7 @@ NUM_SINKS, LAG = 4, 128
 
 
 class Bound(Scorer):
-    """Rank in the partition, in [0, 1); 1 for what is always kept. Short prompts: the latest tokens."""
+    """Rank in the partition, in [0, 1); 1 for tokens kept first. In short prompts, later tokens rank higher."""
 
     def score(self, rows: Rows) -> torch.Tensor:
         num_rows, num_tokens = rows.keys.shape[:2]
@@ -33,7 +33,7 @@ class Bound(Scorer):
 
 
 def _spread(rows: torch.Tensor, num_partitions: int) -> torch.Tensor:
-    """`[num_rows, num_tokens, size]` to `[num_rows, num_partitions - 1, LAG]`, which sums up to 1 in each partition."""
+    """`[num_rows, num_tokens, size]` to `[num_rows, num_partitions - 1, LAG]`, which sums to 1 over each partition."""
     end = NUM_SINKS + num_partitions * LAG
     partitions = rows[:, NUM_SINKS:end].float().reshape(rows.shape[0], num_partitions, LAG, -1)
     own, following = partitions[:, :-1], partitions[:, 1:]

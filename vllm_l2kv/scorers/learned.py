@@ -1,13 +1,13 @@
-"""What a small network of each head makes of its own key and value; `vllm-l2kv profile` trains it.
+"""Scores rows with a small network for each head, from the row's key and value; `vllm-l2kv profile` trains it.
 
-A network of 64 hidden units has learned how much a repetition of the text attends to a row. Of the pairs that rotary
-embeddings turn it sees the magnitudes, which no position changes. Of the slow pairs (`Rope.slow_pairs`) it sees the
-elements too: they turn a little with the position, by less than a quarter circle over the longest context. It is
-trained on rows at random positions, and so to score a row alike wherever it is.
+The network has 64 hidden units. It predicts how much attention a row gets when the model repeats the text. Its features
+include the magnitudes of the pairs of elements that RoPE rotates, which do not depend on the position. For slow pairs
+(`Rope.slow_pairs`) they also include the elements, which rotate by less than a quarter turn over the longest context.
+Training places rows at random positions, so that a row's score depends little on its position.
 
-Source: the target is that of KVzip, Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context
-Reconstruction", arXiv 2505.23416; a gate that learns it is that of Fast KVzip, arXiv 2601.17668, which sees hidden
-states. Features and the gate's shape are of this project.
+Source: the training target is that of KVzip, Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context
+Reconstruction", arXiv 2505.23416. A gate that learns it is from Fast KVzip, arXiv 2601.17668, where it reads hidden
+states. Features and shape of the network are this project's.
 """
 
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ from vllm_l2kv.scorers import Heads, Rows, Scorer, Weights, norms
 HIDDEN = 64
 """Units of the hidden layer."""
 LOWEST_NORM = 1e-6
-"""A shorter key or value counts as one of this norm: zero has no logarithm."""
+"""Lower bound on norms before their logarithm is taken."""
 
 
 class Bound(Scorer):
     """`w2 . gelu(x w1 + b1) + wl . x + b`, where x are the features, rounded to bf16; products and sums in fp32.
 
     Attributes:
-        w1: `[num_heads, num_features, HIDDEN]` bf16, of the heads that it is bound to, layer after layer.
+        w1: `[num_heads, num_features, HIDDEN]` bf16, for the bound heads, layer by layer.
         b1: `[num_heads, HIDDEN]` fp32.
         w2: `[num_heads, HIDDEN]` fp32.
         wl: `[num_heads, num_features]` bf16.
@@ -39,7 +39,7 @@ class Bound(Scorer):
 
     def __init__(self, heads: Heads, weights: Weights | None = None) -> None:
         super().__init__(heads, weights)
-        assert weights is not None, "the scorer learned needs a profile"
+        assert weights is not None, "the scorer learned needs the weights of a profile"
         layers = [layer for layer, own in zip(heads.layers, heads.of_layers, strict=True) for _ in own]
         places = list(chain(*heads.of_layers))
 
@@ -68,32 +68,32 @@ DTYPES = {
     "wl": torch.bfloat16,
     "b": torch.float32,
 }
-"""Tensors of the scorer, by their names in `Profile.weights`, to what they are on the device."""
+"""Names of the scorer's tensors in `Profile.weights` to their types on the device."""
 
 
 def scores_of(inputs: torch.Tensor, networks: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the networks of a layer's heads make of rows.
+    """Applies the networks of a layer's heads.
 
     Args:
-        inputs: `[num_heads, num_rows, num_features]`, of `features`.
-        networks: By the names in `DTYPES`, each `[num_heads, ...]`.
+        inputs: `[num_heads, num_rows, num_features]`, from `features`.
+        networks: Weights by the names in `DTYPES`, each `[num_heads, ...]`.
 
     Returns:
         `[num_heads, num_rows]` fp32.
     """
     x = inputs.float()
     hidden = gelu(x @ networks["w1"].float() + networks["b1"].unsqueeze(-2), approximate="tanh")
-    # Sums of products in place of products of matrices, which GPUs may round to fewer bits.
+    # Sums of products instead of matrix products, which GPUs may compute with fewer bits.
     of_hidden = (hidden * networks["w2"].unsqueeze(-2)).sum(dim=-1)
     linear = (x * networks["wl"].float().unsqueeze(-2)).sum(dim=-1)
     return of_hidden + linear + networks["b"].unsqueeze(-1)
 
 
 def weights_of(profile: Profile) -> Weights:
-    """The weights in a profile, whose names and shapes are right: a wrong one would show at the first request.
+    """Reads the weights in a profile and checks their shapes, which would otherwise fail at the first request.
 
     Raises:
-        ValueError: The file is damaged, or has no such weights.
+        ValueError: The file is damaged, or has no weights of this scorer.
     """
     weights = profile.weights()
     heads = profile.shape.num_layers, profile.shape.num_kv_heads
@@ -108,7 +108,7 @@ def weights_of(profile: Profile) -> Weights:
 
 
 def shapes_of_a_head(num_features: int) -> dict[str, tuple[int, ...]]:
-    """Of each of its tensors."""
+    """Names of the scorer's tensors to their shapes for a single head."""
     return {
         "w1": (num_features, HIDDEN),
         "b1": (HIDDEN,),
@@ -119,20 +119,20 @@ def shapes_of_a_head(num_features: int) -> dict[str, tuple[int, ...]]:
 
 
 def num_features(head_size: int, head_size_v: int, rope: Rope) -> int:
-    """Features of a row: `F` in the shapes of weights."""
+    """Number of features of a row."""
     return head_size - rope.rotary_dim // 2 + 2 * rope.slow_pairs + head_size_v + 2
 
 
 def features(keys: torch.Tensor, values: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """What the scorer sees of rows, for training and serving alike.
+    """The features of rows, for training and serving.
 
-    The magnitudes of a key's rotated pairs; of the slow pairs all first elements, then all second ones; the key's other
-    elements; those of the value; and the logarithms of the norms of key and value. As in every scorer, the scale of an
-    fp8 cache is left out.
+    In this order: magnitudes of the key's rotated pairs; for the slow pairs, all first elements, then all second
+    elements; the key's other elements; the value's elements; the logarithms of the norms of key and value. As in every
+    scorer, the scale of an fp8 cache is left out.
 
     Args:
-        keys: `[..., head_size]` as they lie in the cache, after RoPE; any floating type.
-        values: `[..., head_size_v]`, the same.
+        keys: `[..., head_size]` as in the cache, after RoPE; any floating type.
+        values: `[..., head_size_v]`, same type.
         rope: How keys are rotated.
 
     Returns:
@@ -156,7 +156,7 @@ def pairs_of(keys: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor
 
 
 def slow_pairs_of(keys: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of the slow pairs alone, which are the last ones: `[..., slow_pairs]` each."""
+    """First and second elements of the slow pairs, which are the last pairs: views, `[..., slow_pairs]` each."""
     first, second = pairs_of(keys, rope)
     fast = first.shape[-1] - rope.slow_pairs
     return first[..., fast:], second[..., fast:]

@@ -1,4 +1,4 @@
-"""Low key norms in L-infinity: as `l2`, by a key's largest magnitude.
+"""Keeps keys with low L-infinity norm: the largest absolute value of their elements.
 
 Source: the maximum norm in place of the L2 norm of Devoto et al., arXiv 2406.11430, section 2.
 """

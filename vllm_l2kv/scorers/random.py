@@ -1,7 +1,7 @@
-"""Chance: a control. Scores are the same in every run and differ between layers and heads.
+"""Keeps random rows: a control. Scores are the same in every run and differ between layers and heads.
 
-Source: "keep random" in Devoto et al., arXiv 2406.11430, section 3. The numbers are those of SplitMix64 (Steele, Lea,
-Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), which needs no state and so no seed but `SEED`.
+Source: "keep random" in Devoto et al., arXiv 2406.11430, section 3. The numbers come from SplitMix64 (Steele, Lea,
+Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), which has no state, with the constant `SEED`.
 """
 
 import torch
@@ -23,7 +23,7 @@ class Bound(Scorer):
 
 
 def _mixed(counters: torch.Tensor) -> torch.Tensor:
-    """SplitMix64 of int64 counters; multiplication wraps, shifts bring in zeros."""
+    """SplitMix64 of int64 counters: multiplication wraps around, and right shifts are logical."""
     bits = counters * -0x61C8864680B583EB
     bits = (bits ^ ((bits >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
     bits = (bits ^ ((bits >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15

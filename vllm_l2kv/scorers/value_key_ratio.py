@@ -1,7 +1,7 @@
-"""Large values with small keys.
+"""Keeps rows with large values and small keys.
 
 Source: Chitty-Venkata et al., "PagedEviction: Structured Block-wise KV Cache Pruning for Efficient Large Language Model
-Inference", arXiv 2509.04377, section 3, for each head instead of the mean over heads and layers.
+Inference", arXiv 2509.04377, section 3, for each head separately instead of the mean over heads and layers.
 """
 
 import torch

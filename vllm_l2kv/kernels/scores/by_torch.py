@@ -1,6 +1,6 @@
-"""Scorers without kernels: torch scores, a head at a time, with memory beside that of the kernels.
+"""Scorers without kernels: torch scores one head at a time, and allocates memory of its own.
 
-They take many launches and copies of the keys, so that requests would wait for them: they are for comparisons alone.
+This takes many launches and copies of the keys, which would delay requests, so it serves comparisons only.
 """
 
 import torch
@@ -12,13 +12,13 @@ from vllm_l2kv.scorers import Scorer
 
 
 class Kernels:
-    """What `Scorer.score` says."""
+    """Calls `Scorer.score`."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
 
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
-        """As of `scores.Scored`."""
+        """See `scores.Scored`."""
         cache, of_layers = batch.cache, self._scorer.heads.of_layers
         places = [(layer, head) for layer, heads in enumerate(of_layers) for head in range(len(heads))]
         for row in batch.rows:

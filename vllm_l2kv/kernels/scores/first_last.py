@@ -14,11 +14,11 @@ def score(
     rows, o_row, num_rows, i_selection, i_order, extra, SHAPE: tl.constexpr,
     KEY: tl.constexpr, KEY_PADDED: tl.constexpr, VALUE: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The place, and more than any place for the sinks."""
+    """The row's index; for the sinks, more than any index."""
     return tl.where(o_row < SINKS, num_rows, o_row).to(tl.float32)
 
 
 class Kernels(Simple):
-    """One pass over places."""
+    """One pass that uses only the rows' indices."""
 
     score = score

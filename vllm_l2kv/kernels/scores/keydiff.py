@@ -1,4 +1,4 @@
-"""The kernels of `keydiff`: sums of unit keys by parts of a prompt, the mean direction, then cosines."""
+"""The kernels of `keydiff`: partial sums of unit keys, then the mean direction, then cosines."""
 
 import torch
 import triton
@@ -11,14 +11,14 @@ from vllm_l2kv.scorers import Scorer
 PART = 1024
 """Rows that one program adds up."""
 TILE = 8192
-"""Elements that it reads at once."""
+"""Elements that one program reads at once."""
 SMALLEST_NORM, SMALLEST_FACTOR = tl.constexpr(1e-12), tl.constexpr(1e-8)
-"""What `torch.nn.functional.normalize` and `cosine_similarity` divide by at least."""
+"""Smallest divisors of `torch.nn.functional.normalize` and `cosine_similarity`."""
 
 
 def work_numbers(num_orders: int, num_selections: int, num_rows: int, head_size: int) -> int:
-    """Numbers of four bytes that a batch needs."""
-    num_parts = num_rows // PART + 2 * num_orders  # each order may have a short part, and has a mean
+    """32-bit numbers of work memory that a batch needs."""
+    num_parts = num_rows // PART + 2 * num_orders  # each order has a mean, and may have a short last part
     padded: int = triton.next_power_of_2(head_size)
     return num_parts * num_selections * padded
 
@@ -39,19 +39,19 @@ def score(
 
 
 class Kernels:
-    """Two passes over keys, and a sum in between; always in the same order, so scores are the same in every run."""
+    """Two passes over keys, with a sum between them. The order of summation is fixed, so scores are reproducible."""
 
     def __init__(self, scorer: Scorer) -> None:
-        """Needs nothing of the scorer."""
+        """Ignores the scorer, which has no parameters."""
 
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
-        """As of `scores.Scored`."""
+        """See `scores.Scored`."""
         anchors = _anchors(batch, work.view(torch.float32))
         one_pass(score, batch, out, raw=raw, extra=(anchors,), shape=(batch.cache.num_selections,))
 
 
 def _anchors(batch: Batch, work: torch.Tensor) -> torch.Tensor:
-    """The direction of each selection's mean unit key: `[num_orders * num_selections * KEY_PADDED]` fp32, in `work`."""
+    """Direction of each selection's mean unit key: `[num_orders * num_selections * KEY_PADDED]` fp32, in `work`."""
     cache = batch.cache
     num_orders, num_selections, padded = len(batch.rows), cache.num_selections, triton.next_power_of_2(cache.head_size)
     sums = work[num_orders * num_selections * padded :]
@@ -65,7 +65,7 @@ def _anchors(batch: Batch, work: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _first_part(order, i_order, PART: tl.constexpr):
-    """Number of an order's first part; those of the orders before it are lower."""
+    """Index of an order's first part, after the parts of all earlier orders."""
     return (tl.load(order + FIRST_SCORE) // PART + i_order).to(tl.int64)
 
 

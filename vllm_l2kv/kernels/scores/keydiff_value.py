@@ -1,4 +1,4 @@
-"""The kernels of `keydiff_value`: those of `keydiff`, norms of values, then both ranked."""
+"""The kernels of `keydiff_value`: scores of `keydiff`, norms of values, then the sum of both ranks."""
 
 import torch
 import triton
@@ -21,13 +21,13 @@ def score_values(
 
 
 class Kernels:
-    """As many layers and heads at a time as the ranks' memory holds."""
+    """Ranks as many layers and heads at a time as fit in the work memory."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._keydiff = keydiff.Kernels(scorer)
 
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
-        """As of `scores.Scored`."""
+        """See `scores.Scored`."""
         self._keydiff.write(batch, out, work, raw=True)
         for selections in selections_at_once(batch, work):
             one_pass(score_values, batch, work, raw=True, selections=selections)

@@ -1,4 +1,4 @@
-"""The kernels of `learned`: features of a tile and its head's network in one pass, products on tensor cores."""
+"""The kernel of `learned`: features of a tile and its head's network in one pass, with products on tensor cores."""
 
 import torch
 import triton
@@ -9,9 +9,9 @@ from vllm_l2kv.kernels.one_pass import one_pass
 from vllm_l2kv.scorers import learned
 
 ROWS = 64
-"""Rows of a tile: many, since each tile reads its head's weights."""
+"""Rows per tile: many, since each tile reads all weights of its head."""
 CHUNK = tl.constexpr(64)
-"""Features that are multiplied at once."""
+"""Features that are multiplied at a time."""
 HIDDEN, LOWEST_NORM = tl.constexpr(learned.HIDDEN), tl.constexpr(learned.LOWEST_NORM)
 
 
@@ -20,13 +20,13 @@ def score(
     rows, o_row, num_rows, i_selection, i_order, extra, SHAPE: tl.constexpr,
     KEY: tl.constexpr, KEY_PADDED: tl.constexpr, VALUE: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """`w2 . gelu(x w1 + b1) + wl . x + b`: `x` are those of `scorers.learned.features`."""
+    """`w2 . gelu(x w1 + b1) + wl . x + b`, where `x` are the features of `scorers.learned.features`."""
     PAIRS: tl.constexpr = SHAPE[0]
-    SECOND: tl.constexpr = SHAPE[1]  # where the other element of the first pair lies
-    STEP: tl.constexpr = SHAPE[2]  # from pair to pair
-    SLOW: tl.constexpr = SHAPE[3]  # of the pairs
+    SECOND: tl.constexpr = SHAPE[1]  # offset of the second element of the first pair
+    STEP: tl.constexpr = SHAPE[2]  # elements from one pair to the next
+    SLOW: tl.constexpr = SHAPE[3]  # number of slow pairs
     OTHERS: tl.constexpr = KEY - 2 * PAIRS
-    ELEMENTS: tl.constexpr = PAIRS + 2 * SLOW  # the first feature that is an element of no pair
+    ELEMENTS: tl.constexpr = PAIRS + 2 * SLOW  # index of the first feature that is an element outside of pairs
     FEATURES: tl.constexpr = ELEMENTS + OTHERS + VALUE + 2
     w1, b1, w2, wl, b = extra
     i_selection = i_selection.to(tl.int64)
@@ -47,7 +47,7 @@ def score(
         b_key += tl.sum(b_squares, axis=1)
         b_hidden, b_score = _add(b_hidden, b_score, tl.sqrt_rn(b_squares), w1, wl, o_pair, o_pair < PAIRS)
         if SLOW > 0:
-            # Of pair number PAIRS - SLOW and later ones; the second elements follow the first ones of all.
+            # Slow pairs are those from PAIRS - SLOW on; all their first elements come before all second ones.
             m_slow = (o_pair >= PAIRS - SLOW) & (o_pair < PAIRS)
             b_hidden, b_score = _add(b_hidden, b_score, b_first, w1, wl, o_pair + SLOW, m_slow)
             b_hidden, b_score = _add(b_hidden, b_score, b_second, w1, wl, o_pair + 2 * SLOW, m_slow)
@@ -68,7 +68,7 @@ def score(
 
 @triton.jit
 def _add(b_hidden, b_score, b_x, w1, wl, o_feature, m_feature):
-    """Adds what some features contribute."""
+    """Adds the contribution of some features."""
     b_x = b_x.to(tl.bfloat16)
     o_weight = o_feature[:, None] * HIDDEN + tl.arange(0, HIDDEN)[None, :]
     b_hidden = tl.dot(b_x, tl.load(w1 + o_weight, mask=m_feature[:, None], other=0.0), b_hidden)
@@ -78,7 +78,7 @@ def _add(b_hidden, b_score, b_x, w1, wl, o_feature, m_feature):
 
 @triton.jit
 def _add_logarithm(b_hidden, b_score, b_squares, w1, wl, FEATURE: tl.constexpr):
-    """Adds what the logarithm of a norm contributes, of which the square is given."""
+    """Adds the contribution of the logarithm of a norm, given the norm's square."""
     b_x = tl.log(tl.maximum(tl.sqrt_rn(b_squares), LOWEST_NORM)).to(tl.bfloat16).to(tl.float32)
     b_weight = tl.load(w1 + FEATURE * HIDDEN + tl.arange(0, HIDDEN)).to(tl.float32)
     return b_hidden + b_x[:, None] * b_weight[None, :], b_score + b_x * tl.load(wl + FEATURE).to(tl.float32)
@@ -98,7 +98,7 @@ class Kernels:
         self._rope = scorer.rope
 
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
-        """As of `scores.Scored`."""
+        """See `scores.Scored`."""
         pairs = self._rope.rotary_dim // 2
         second, step = (1, 2) if self._rope.interleaved else (pairs, 1)
         shape = pairs, second, step, self._rope.slow_pairs

@@ -17,7 +17,7 @@ def score(
     rows, o_row, num_rows, i_selection, i_order, extra, SHAPE: tl.constexpr,
     KEY: tl.constexpr, KEY_PADDED: tl.constexpr, VALUE: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """SplitMix64 of the head's number and the place: 24 bits, in [0, 1)."""
+    """SplitMix64 of the head's index and the row's index: 24 bits, in [0, 1)."""
     (numbers,) = extra
     bits = (tl.load(numbers + i_selection) << 32) + o_row + SEED
     bits = bits * -0x61C8864680B583EB
@@ -28,7 +28,7 @@ def score(
 
 
 class Kernels:
-    """One pass over places."""
+    """One pass that uses only the rows' indices."""
 
     def __init__(self, scorer: Scorer) -> None:
         heads = scorer.heads
@@ -36,5 +36,5 @@ class Kernels:
         self._numbers = torch.tensor(numbers, dtype=torch.int64, device=heads.device)
 
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
-        """As of `scores.Scored`."""
+        """See `scores.Scored`."""
         one_pass(score, batch, out, raw=raw, extra=(self._numbers,))

@@ -1,4 +1,4 @@
-"""Scorers that read each row once, and nothing else."""
+"""Kernels of scorers that read each row once, and nothing else."""
 
 from typing import Any, ClassVar
 
@@ -10,17 +10,17 @@ from vllm_l2kv.scorers import Scorer
 
 
 class Simple:
-    """One pass by a function of a tile's rows.
+    """One pass with a Triton function that scores a tile's rows.
 
     Attributes:
-        score: The function, as of `one_pass`.
+        score: The function, see `one_pass`.
     """
 
     score: ClassVar[Any]
 
     def __init__(self, scorer: Scorer) -> None:
-        """Needs nothing of the scorer."""
+        """Ignores the scorer, which has no parameters."""
 
     def write(self, batch: Batch, out: torch.Tensor, work: torch.Tensor, raw: bool) -> None:
-        """As of `scores.Scored`."""
+        """See `scores.Scored`."""
         one_pass(type(self).score, batch, out, raw=raw)
