@@ -38,7 +38,7 @@ def rows_of(folder: Path, name: str = "rows.jsonl") -> list[dict[str, Any]]:
     [
         (["--ratios", "0.5,0"], "--ratios: R must satisfy 0 < R <= 1, got 0."),
         (["--ratios", "half"], "--ratios: R must be a number with 0 < R <= 1, got 'half'."),
-        (["--ratios", ""], "--ratios: at least one is needed."),
+        (["--ratios", ""], "--ratios: must hold at least one value, got ''."),
         (["--budgets", "1024,0"], "--budgets: N must satisfy 1 <= N <= 2147483647, got 0."),
         (["--concurrency", "0"], "--concurrency: N must satisfy 1 <= N <= 2147483647, got 0."),
         (["--rate", "0"], "--rate: X must be a number with 0 < X, got '0'."),
@@ -50,7 +50,7 @@ def rows_of(folder: Path, name: str = "rows.jsonl") -> list[dict[str, Any]]:
         (["--prompt-tokens", "7"], "--prompt-tokens: lengths must satisfy 8 <= LOW <= HIGH, got '7'."),
         (["--output-tokens", "x"], "--output-tokens: N must be an integer >= 1, got 'x'."),
         (["--shared-prefix", "1"], "--shared-prefix: X must be a number with 0 <= X < 1, got '1'."),
-        (["--pid", "4194305"], "--pid: N must be a process of this machine, got 4194305."),
+        (["--pid", "4194305"], "--pid: N must be the id of a process on this machine, got 4194305."),
         (["--compare-pid", "0"], "--compare-pid: N must satisfy 1 <= N <= 2147483647, got 0."),
         (["--seed", "-1"], "--seed: N must satisfy 0 <= N"),
         (["--fields", "[1]"], "--fields: must be a JSON object, got '[1]'."),
@@ -69,20 +69,20 @@ class TestServersThatCannotBeTested:
     def test_the_stock_url_is_not_a_server_of_vllm_l2kv(self, capsys, start, tmp_path):
         line = refused(capsys, "--url", start(compresses=False).url, "--out", str(tmp_path))
         assert "argument --url: " in line
-        assert "is stock; name a vllm-l2kv server" in line
+        assert "is stock; give a vllm-l2kv server" in line
 
     def test_the_url_is_not_a_stock_server(self, capsys, ours, start, tmp_path):
         line = refused(capsys, "--url", ours.url, "--compare", start().url, "--out", str(tmp_path))
         assert "argument --compare: " in line
-        assert "is vllm-l2kv; name stock vLLM" in line
+        assert "is vllm-l2kv; give a server of stock vLLM" in line
 
     def test_too_long(self, capsys, start, tmp_path):
         words = ["--url", start(max_model_len=560).url, "--prompt-tokens", "100:500", "--out", str(tmp_path)]
-        assert "argument --prompt-tokens: 564 tokens with --output-tokens, and fake of " in refused(capsys, *words)
+        assert "--prompt-tokens: with --output-tokens must be at most 560 for fake of " in refused(capsys, *words)
 
     def test_an_unknown_model(self, capsys, ours, tmp_path):
         line = refused(capsys, "--url", ours.url, "--model", "gpt", "--out", str(tmp_path))
-        assert "has no model 'gpt', but fake." in line
+        assert "has no model 'gpt'; it has fake." in line
 
     def test_a_key(self, capsys, start, tmp_path, monkeypatch):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -94,7 +94,7 @@ class TestServersThatCannotBeTested:
         other = start(compresses=False, token=1)
         line = refused(capsys, "--url", ours.url, "--compare", other.url, "--out", str(tmp_path))
         assert "argument --compare: " in line
-        assert "another tokenizer" in line
+        assert "must serve a model with the tokenizer of" in line
 
     def test_results_of_another_run_are_kept(self, capsys, ours, tmp_path):
         (tmp_path / "rows.jsonl").write_text("mine\n")
@@ -119,8 +119,8 @@ class TestProfile:
     def test_a_server_with_other_full_layers(self, capsys, ours, tmp_path, profile):
         words = ["--url", ours.url, "--kv-profile", profile, "--kv-memory", "0.25", "--out", str(tmp_path / "out")]
         assert refused(capsys, *words).endswith(
-            "argument --kv-profile: the profile has full layers 0 at this memory, and the server full layers 0, 1; "
-            "start it with the same --kv-profile, --kv-memory and --kv-classes."
+            "argument --kv-profile: the profile has full layers 0 at this memory, but the server has full layers 0, 1; "
+            "start the server with the same --kv-profile, --kv-memory and --kv-classes."
         )
         assert ours.bodies == []
 
@@ -130,7 +130,7 @@ class TestProfile:
         write_profile(path, made_up_weights(10, 2, 32), memory=memory)
         words = ["--url", ours.url, "--kv-profile", str(path), "--kv-classes", "heads", "--out", str(tmp_path / "out")]
         line = refused(capsys, *words)
-        assert "has full layers none, full heads 3:0 4:1 at this memory, and the server full layers 0, 1;" in line
+        assert "has full layers none, full heads 3:0 4:1 at this memory, but the server has full layers 0, 1;" in line
         ours.full = {"full_layers": [], "full_heads": {"3": [0], "4": [1]}}
         assert run(*words, *QUICK) == 0
         assert [row["keep_ratio"] for row in rows_of(tmp_path / "out")] == [1, 0.444444]
@@ -252,7 +252,7 @@ class TestRuns:
     def test_prompts_found_in_the_prefix_cache_are_reported(self, capsys, start, tmp_path):
         words = ["--url", start(hits=0.4).url, "--ratios", "1", *QUICK]
         assert run(*words, "--out", str(tmp_path / "a")) == 0
-        assert "40% of the prompt tokens were in its prefix cache, 0% are shared" in capsys.readouterr().err
+        assert "40% of the prompt tokens were found in the prefix cache, but only 0%" in capsys.readouterr().err
         assert run(*words, "--shared-prefix", "0.5", "--out", str(tmp_path / "b")) == 0
         assert "prefix cache" not in capsys.readouterr().err
 

@@ -57,9 +57,9 @@ class TestAnswers:
             ((503, "Too many requests in the queue."), "503 Too many requests in the queue."),
             ((400, "x" * 500), "400 " + "x" * 196),
             ("error event", "500 The engine is dead."),
-            ("no usage", "the answer ended before its usage"),
-            ("short", "1 tokens instead of 4"),
-            ("not told", "usage without kv_cache"),
+            ("no usage", "the answer has no usage"),
+            ("short", "the answer has 1 tokens instead of 4"),
+            ("not told", "the usage has no kv_cache"),
         ],
     )
     def test_failures_are_named(self, start, broken, error):

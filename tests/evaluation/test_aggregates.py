@@ -94,9 +94,8 @@ class TestRefused:
     def test_losses_without_that_of_the_whole_cache(self, capsys, tmp_path):
         rows = [row for row in made_up("perplexity") if (row["keep_ratio"], row["length"]) != (1, 200)]
         line = self.line(capsys, tmp_path, rows)
-        assert (
-            "no row without compression for the prompt of model tiny, full_layers [0, 1], length 200, sample 0" in line
-        )
+        prompt = "model tiny, full_layers [0, 1], length 200, sample 0"
+        assert f"there is no row without compression for the prompt of {prompt}" in line
 
     @pytest.mark.parametrize("row", [{"layer": 0, "head": 1}, {"task": "bench"}])
     def test_rows_of_something_else(self, capsys, tmp_path, row):

@@ -216,7 +216,7 @@ def test_budgets_are_measured_beside_ratios(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "keep 0.5" in out
     assert out.index("budget 200+16") < out.index("budget 100+16")
-    assert "at I more in the answer, at 2048 more in the prompt." in out
+    assert "holds I rows more in the answer, or 2048 more in the prompt." in out
 
 
 def test_the_learned_scorer_needs_a_profile(capsys):
@@ -242,7 +242,7 @@ def test_a_profile_sets_what_is_not_given(capsys, tmp_path):
     assert with_profile(path, "--memory", "0.5,0.25") == ((2, 7), None, ["keydiff"])
     line = refused(capsys, "passkey", "model", "--kv-profile", path, "--kv-memory", "0.1")
     assert "argument --kv-profile: memory must be more than 0.100, which the 1 full layers" in line
-    assert "name its file too" in refused(capsys, "passkey", "model", "--kv-memory", "0.5")
+    assert "give its file too" in refused(capsys, "passkey", "model", "--kv-memory", "0.5")
 
 
 def test_a_profile_sets_heads(capsys, tmp_path):
@@ -279,17 +279,15 @@ def test_a_memory_beside_ratios_or_below_that_of_full_layers_is_refused(capsys, 
     line = refused(capsys, "chat", "model", "--ratios", "0.5", "--memory", "0.5")
     assert line.endswith("argument --memory: not allowed with argument --ratios")
     line = refused(capsys, "chat", str(tiny_model("llama")), "--full-layers", "0", "--memory", "0.5,0.25")
-    assert line.endswith(
-        "argument --memory: M must be more than 0.250, which full layers and heads alone cost, got 0.25."
-    )
+    assert line.endswith("argument --memory: M must be more than 0.250, the share of full layers and heads, got 0.25.")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--budgets", "67"], "kv_max_tokens must be at least kv_protect_first + kv_protect_last = 68, got 67"),
-        (["--budgets", "100", "--scorers", "l2,lagkv"], "kv_scorer 'lagkv' is defined for one compaction only"),
-        (["--budgets", "100", "--granularities", "block"], "kv_granularity 'block' is defined for one compaction only"),
+        (["--budgets", "100", "--scorers", "l2,lagkv"], "kv_scorer 'lagkv' is defined for a single compaction"),
+        (["--budgets", "100", "--granularities", "block"], "kv_granularity 'block' is defined for a single compaction"),
     ],
 )
 def test_variants_that_a_budget_excludes_are_refused(capsys, tmp_path, words, said):
@@ -308,7 +306,7 @@ def test_the_engine_is_as_long_as_needed(tmp_path):
 def test_a_context_too_short_is_refused_before_the_engine_starts(capsys, tmp_path):
     out = tmp_path / "out"
     line = refused(capsys, "passkey", "model", "--max-model-len", "200", "--out", str(out))
-    assert "argument --max-model-len: 200 is too short for prompts of 10" in line
+    assert line.endswith(", the tokens of the longest prompt, got 200.")
     assert not (out / "rows.jsonl").exists()
 
 
@@ -368,7 +366,7 @@ def test_an_interrupt_reports_what_was_measured(capsys, tmp_path, talking, monke
         cli.evaluate([*COMMAND, "--out", str(tmp_path)])
     assert ended.value.code == 130
     told = capsys.readouterr()
-    assert "Interrupted; what was measured until now follows." in told.err
+    assert "Interrupted; the report covers the rows that were finished." in told.err
     assert told.out.splitlines()[-1] == str(tmp_path / "report.html")
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 7
 
@@ -381,7 +379,7 @@ def test_a_run_that_was_killed_is_reported_and_goes_on(capsys, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(path.read_bytes()[:-40])
     cli.evaluate(["report", str(path), "--out", str(tmp_path / "again")])
-    assert f"{path}:10 is half a row" in capsys.readouterr().err
+    assert f"{path}:10 is an incomplete row" in capsys.readouterr().err
     cli.evaluate(command)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 9 + 10
@@ -392,7 +390,7 @@ def test_bad_texts_are_refused(capsys, tmp_path):
     path = tmp_path / "text"
     assert str(path) in refused(capsys, "needle", "model", "--text", str(path))
     path.write_text("Short.")
-    assert "The text has 2 tokens" in refused(capsys, "perplexity", "model", "--text", str(path))
+    assert "got 2; give another." in refused(capsys, "perplexity", "model", "--text", str(path))
 
 
 def test_a_broken_row_is_reported_before_the_engine_starts(capsys, tmp_path):
@@ -400,7 +398,7 @@ def test_a_broken_row_is_reported_before_the_engine_starts(capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"half": \n{"task": "passkey"}\n')
     line = refused(capsys, *COMMAND, "--out", str(tmp_path))
     assert "argument --out: " in line
-    assert "rows.jsonl:1 is no JSON" in line
+    assert "rows.jsonl:1 is not JSON" in line
 
 
 def test_an_internal_error_is_not_reported_as_a_bad_option(tmp_path, talking, monkeypatch):

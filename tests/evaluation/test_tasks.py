@@ -93,7 +93,7 @@ class TestPerplexity:
     def test_a_short_text_is_refused(self, tokenizer):
         length = len(encode(tokenizer, self.TEXT)) - 21
         assert len(list(perplexity.cases(tokenizer, self.TEXT, [length], 1, num_continued=20))) == 1
-        with pytest.raises(ValueError, match=f"{length + 20} tokens, {length + 21} are needed"):
+        with pytest.raises(ValueError, match=f"at least {length + 21} tokens .* got {length + 20};"):
             list(perplexity.cases(tokenizer, self.TEXT, [length + 1], 1, num_continued=20))
 
     def test_the_first_token_is_left_out(self):

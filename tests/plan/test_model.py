@@ -128,7 +128,7 @@ def test_states_and_rows_have_blocks_of_one_size(folder_of, config, name, shape)
 
 def test_recurrent_layers_that_vllm_does_not_know(folder_of):
     model = model_of(read_config(folder_of(tiny.qwen3_next())), "auto")
-    with pytest.raises(ValueError, match="vLLM does not say what a recurrent layer of Qwen3NextModel keeps"):
+    with pytest.raises(ValueError, match="vLLM has no state of recurrent layers for Qwen3NextModel"):
         model.specs(16, "auto", num_gpus=1)
 
 

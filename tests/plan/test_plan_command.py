@@ -226,7 +226,7 @@ def test_a_profile_of_another_shape(capsys, llama_8b, tmp_path):
     words = ["--gpu-gib", "80", "--context", "8000", "--output", "1000", "--kv-profile", str(tmp_path / "p")]
     with pytest.raises(SystemExit):
         cli.plan([llama_8b, *words])
-    line = f"argument --kv-profile: {tmp_path / 'p'} is a profile of another model, made up: layers, KV heads or their"
+    line = f"argument --kv-profile: {tmp_path / 'p'} was made for another model, made up: layers, KV heads or their"
     assert line in capsys.readouterr().err
 
 
@@ -294,8 +294,8 @@ def test_the_table(capsys, llama_8b):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--gpu-gib or --kv-cache-gib must say how much memory there is"),
-        (["--device", "cpu", "--gpu-gib", "8"], "--kv-cache-gib must say how much memory there is"),
+        ([], "--gpu-gib or --kv-cache-gib must be given: how much memory there is"),
+        (["--device", "cpu", "--gpu-gib", "8"], "--kv-cache-gib must be given: how much memory there is"),
         (["--gpu-gib", "0"], "argument --gpu-gib: G must be a number with 0 < G, got 0"),
         (["--gpu-gib", "80", "--overhead-gib", "-1"], "argument --overhead-gib: G must be a number with 0 <= G"),
         (["--gpu-gib", "80", "--gpu-memory-utilization", "2"], "--gpu-memory-utilization: R must satisfy 0 < R <= 1"),
@@ -309,9 +309,9 @@ def test_the_table(capsys, llama_8b):
         ),
         (["--gpu-gib", "80", "--answer-interval", "0"], "argument --answer-interval: N must satisfy 1 <= N"),
         (["--gpu-gib", "80", "--document-tokens", "0"], "argument --document-tokens: N must satisfy 1 <= N"),
-        (["--gpu-gib", "80", "--kv-memory", "0.5"], "name its file too (--kv-profile FILE)"),
+        (["--gpu-gib", "80", "--kv-memory", "0.5"], "give its file too (--kv-profile FILE)"),
         (["--gpu-gib", "80", "--kv-profile", "no/such"], "argument --kv-profile: cannot read the profile no/such"),
-        (["--gpu-gib", "16"], "-3.24 GiB are left for the KV cache"),
+        (["--gpu-gib", "16"], "the KV cache must have at least two blocks, got -3.24 GiB"),
         (["--gpu-gib", "80", "--kv-cache-dtype", "int8"], "--kv-cache-dtype: invalid choice: 'int8'"),
         (["--gpu-gib", "80", "--tensor-parallel-size", "3"], "--tensor-parallel-size must divide"),
         (["--gpu-gib", "80", "--tensor-parallel-size", "4", "--gpus", "10"], "a multiple of --tensor-parallel-size 4"),

@@ -118,8 +118,8 @@ def test_a_model_without_chats(model, demo_model, tmp_path):
     ("where", "said"),
     [
         ("nowhere", "No such file or directory: 'nowhere'"),
-        (".", "argument --images: . has no file that ends in .jpeg, .jpg, .png, .webp."),
-        ("drawn", "argument --images: LlamaForCausalLM sees no images."),
+        (".", "argument --images: . must have a file that ends in .jpeg, .jpg, .png, .webp."),
+        ("drawn", "argument --images: LlamaForCausalLM does not take images; leave the option out."),
     ],
 )
 def test_what_is_refused(llama, tmp_path, monkeypatch, capsys, where, said):

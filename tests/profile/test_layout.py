@@ -53,7 +53,7 @@ def test_layers_with_keys_are_recognized_among_others(tiny_model, kind, with_key
 
 def test_a_model_that_forgets_its_states_is_refused(tiny_model):
     """A fault of transformers, not of vLLM: Jamba's scan of several tokens starts from an empty state."""
-    with pytest.raises(ValueError, match="JambaForCausalLM forgets what it has read"):
+    with pytest.raises(ValueError, match="JambaForCausalLM loses its state"):
         layout(AutoModelForCausalLM.from_pretrained(tiny_model("jamba"), dtype=torch.float32).eval())
 
 
@@ -102,7 +102,11 @@ def test_pairs_whose_slowness_is_unknown(tiny_model):
             {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]},
             "has layers of type chunked_attention",
         ),
-        ("llama", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "has layers whose windows"),
+        (
+            "llama",
+            {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            "does not tell its window",
+        ),
     ],
 )
 def test_what_a_profile_cannot_describe(tiny_model, kind, changes, message):

@@ -132,7 +132,7 @@ def test_training_is_the_same_every_time(examples):
 def test_one_text_is_too_few(texts):
     examples = no_examples()
     examples.add(0, *texts[0][0])
-    with pytest.raises(ValueError, match="at least 2 texts to be trained, got 1"):
+    with pytest.raises(ValueError, match="at least 2 texts, got 1"):
         train(examples, NUM_LAYERS)
 
 

@@ -9,7 +9,7 @@ import torch
 from vllm_l2kv.tools.profile.attention import (
     attention_loss,
     attention_loss_reference,
-    dropped_attention,
+    evicted_attention,
     per_kv_head,
     rank_correlation,
     variation,
@@ -41,9 +41,9 @@ def looped_alr(norms: torch.Tensor, attention: torch.Tensor) -> float:
 
 def looped_loss(norms: torch.Tensor, attention: torch.Tensor, ratio: float) -> tuple[float, float]:
     n = len(norms)
-    if (num_dropped := n - math.ceil(ratio * n - 1e-9)) == 0:
+    if (num_evicted := n - math.ceil(ratio * n - 1e-9)) == 0:
         return 0.0, 0.0
-    drops = [looped_drops(norms.tolist(), query.tolist())[num_dropped - 1] for query in attention]
+    drops = [looped_drops(norms.tolist(), query.tolist())[num_evicted - 1] for query in attention]
     total = attention.sum().item()
     return sum(loss for loss, _ in drops) / total, sum(ideal for _, ideal in drops) / total
 
@@ -74,8 +74,8 @@ def attention() -> torch.Tensor:
     return 0.8 * torch.randn(2, 3, 13, generator=torch.Generator().manual_seed(1)).softmax(-1)
 
 
-def test_dropped_attention_is_as_in_the_equations(norms, attention):
-    by_norm, ideal = dropped_attention(norms, attention)
+def test_evicted_attention_is_as_in_the_equations(norms, attention):
+    by_norm, ideal = evicted_attention(norms, attention)
     for head in range(2):
         for query in range(3):
             expected = looped_drops(norms[head].tolist(), attention[head, query].tolist())

@@ -37,5 +37,5 @@ def test_what_is_seen_is_what_the_model_does(model, monkeypatch):
 def test_another_layout_is_refused(llama):
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     model.config.num_hidden_layers += 1  # a layer that has not attended like the others
-    with pytest.raises(ValueError, match="LlamaForCausalLM has an attention of an unknown layout"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has attention of an unknown layout"):
         observe.read(model, [1, 2, 3], lambda seen: None)

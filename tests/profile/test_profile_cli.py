@@ -103,16 +103,16 @@ def test_it_is_reproducible(made, llama, tmp_path):
     ("words", "message"),
     [
         (("--tokens", "100"), "num_tokens must be at least 128, got 100."),
-        (("--tokens", "2000"), "tokens must be at most 1984 for this model, whose context is 4096, got 2000"),
+        (("--tokens", "2000"), "tokens must be at most 1984 for this model, whose context is 4096, since"),
         (("--samples", "0"), "argument --samples"),
-        (("-o", "."), "argument -o: . is a folder; name a file."),
+        (("-o", "."), "argument -o: . is a folder; give a file."),
         (("--text", "nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
         (
             ("--tensor-parallel-size", "3"),
             "--tensor-parallel-size must be a divisor or a multiple of the model's 2 KV heads, got 3.",
         ),
         (("--device", "abacus"), "device must be cpu, cuda, cuda:N or auto, got abacus."),
-        (("--device", "cuda:99"), "device must be there, got cuda:99"),
+        (("--device", "cuda:99"), "GPUs or cpu, got cuda:99."),
     ],
 )
 def test_what_is_refused(llama, tmp_path, capsys, words, message):

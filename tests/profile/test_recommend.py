@@ -204,7 +204,7 @@ def test_outcomes_compare_with_random_rows_and_with_no_profile(made_up):
 
 def test_a_search_without_questions_is_refused(made_up):
     for questions, others in (([], OTHERS), (QUESTIONS, [])):
-        with pytest.raises(ValueError, match="A search needs questions: give more or longer texts"):
+        with pytest.raises(ValueError, match="The search has no questions; raise --samples or --tokens"):
             made_up(questions=questions, others=others)
 
 

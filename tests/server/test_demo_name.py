@@ -62,11 +62,11 @@ class TestCommand:
 
     def test_it_is_unavailable(self, capsys, monkeypatch, command):
         def fail():
-            raise demo_model.DemoModelError("The demo model cannot be had: no network.")
+            raise demo_model.DemoModelError("The demo model cannot be downloaded: no network.")
 
         monkeypatch.setattr(demo_model, "ensure_demo_model", fail)
         before, after = COMMANDS[command]
         with pytest.raises(SystemExit) as caught:
             main([*before, *after])
         assert caught.value.code == 2
-        assert capsys.readouterr().err.splitlines()[-1].endswith("error: The demo model cannot be had: no network.")
+        assert capsys.readouterr().err.splitlines()[-1].endswith("The demo model cannot be downloaded: no network.")

@@ -1,1 +1,1 @@
-"""Commands around the product: they measure, load and size it, as a user would. The core imports none of them."""
+"""Commands that measure quality, load-test servers, plan memory and make profiles. The core imports none of them."""

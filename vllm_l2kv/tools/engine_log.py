@@ -1,4 +1,4 @@
-"""What an engine prints, vLLM's log above all, goes to a file, so that the terminal has room for what was asked."""
+"""Sends the output of an engine, mostly vLLM's log, to a file, so that the terminal shows only the command's own."""
 
 import os
 import re
@@ -13,21 +13,21 @@ from vllm_l2kv.tools.progress import Progress
 
 NUM_LAST_LINES = 20
 ERROR = re.compile(r" ERROR [^\]]*\] (.*)")
-"""A line of vLLM's log, and its text."""
+"""An error line of vLLM's log; group 1 is its text."""
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 """The last line of a traceback."""
 
 
 @contextmanager
 def progress_beside_log(path: Path, verbose: bool) -> Iterator[Progress]:
-    """Progress on standard error; all else that is printed meanwhile goes to a log.
+    """Shows progress on standard error and sends all other output to a log file.
 
     Args:
-        path: The log. If the work fails, its end is printed.
-        verbose: Whether it is printed instead.
+        path: The log file. If the work fails, its last lines are printed.
+        verbose: Whether to print the log instead of writing a file.
     """
     if verbose:
-        # Among the lines of a log, one that changes in place is lost.
+        # A line that changes in place would get lost among the lines of the log.
         with Progress(sys.stderr, in_place=False) as progress:
             yield progress
         return
@@ -60,16 +60,16 @@ def output_to(path: Path) -> Iterator[TextIO]:
 
 
 def send_output_to(path: Path) -> TextIO:
-    """Sends descriptors 1 and 2 to a file: what this process, its later children and C libraries print.
+    """Redirects descriptors 1 and 2 to a file: output of this process, of C libraries and of later child processes.
 
     Args:
-        path: The file, which is begun anew.
+        path: The file; overwritten.
 
     Returns:
-        What standard error was before.
+        The previous standard error.
 
     Raises:
-        OSError: The file cannot be written; nothing has changed.
+        OSError: The file cannot be written; nothing is redirected.
     """
     with path.open("wb") as file:
         flush_all()
@@ -80,19 +80,19 @@ def send_output_to(path: Path) -> TextIO:
 
 
 def where_the_log_is(path: Path) -> str:
-    """The line that says it, before the work begins."""
+    """A line that names the log file, printed before the work begins."""
     return f"Log: {path} (--verbose prints it here instead)\n"
 
 
 def last_lines(path: Path) -> str:
-    """The end of a log, which says why an engine ended."""
+    """The last lines of a log, which usually say why an engine ended."""
     return _excerpt(f"The last lines of {path}:", _lines(path)[-NUM_LAST_LINES:])
 
 
 def first_error(path: Path) -> str:
-    """The first error in vLLM's log and the exception that it reports; empty without one.
+    """The first error in vLLM's log and the first exception; empty if there is none.
 
-    Other processes report what follows from it, in tracebacks of dozens of lines.
+    Later errors are consequences in other processes, with tracebacks of dozens of lines.
     """
     errors = [found[1] for line in _lines(path) if (found := ERROR.search(line))]
     exceptions = [text for text in errors if EXCEPTION.match(text)]
@@ -108,6 +108,6 @@ def _excerpt(heading: str, lines: list[str]) -> str:
 
 
 def flush_all() -> None:
-    """Writes what Python still holds of standard output and standard error."""
+    """Flushes Python's buffers of standard output and standard error."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -1,4 +1,4 @@
-"""Plots, and the one HTML file that holds them."""
+"""Plots, and a single HTML file that embeds them."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ REPORT = "report.html"
 
 
 def figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    """A figure of matplotlib with one pair of axes."""
+    """A matplotlib figure and its axes."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(7, 4), layout="constrained")
@@ -20,25 +20,25 @@ def figure(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def save(drawn: Any, axes: Any, path: Path) -> Path:
-    """Writes a figure of `figure` with its legend."""
+    """Adds a legend to a figure from `figure`, and writes it to a file."""
     axes.legend(fontsize=6, ncols=2)
     drawn.savefig(path, dpi=110)
     return path
 
 
 def embedded(path: Path, caption: str = "") -> dict[str, str]:
-    """A plot as sections hold it; the caption says how to read it."""
+    """A plot for the `plots` of a section; the caption says how to read it."""
     return {"name": path.stem, "caption": caption, "data": base64.b64encode(path.read_bytes()).decode()}
 
 
 def write_html(title: str, sections: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """Writes the file, which needs no other.
+    """Writes a self-contained HTML file.
 
     Args:
         title: Heading of the page.
-        sections: Each with a `title`, and some of `note` (one paragraph), `plots` (of `embedded`), `text` (shown as it
-            is) and `table` (lines of words, the first one a heading).
-        folder: Where it goes.
+        sections: Each has a `title`, and optionally `note` (one paragraph), `plots` (from `embedded`), `text`
+            (preformatted) and `table` (lines of cells, the first one a heading).
+        folder: Folder of the file.
     """
     from jinja2 import Environment, PackageLoader
 

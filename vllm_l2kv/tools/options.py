@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they refuse."""
+"""Options that several commands share, and the error for unusable ones."""
 
 from argparse import ArgumentParser
 
@@ -8,14 +8,14 @@ from vllm_l2kv.tools.demo_model import DemoModelError, model_folder
 
 
 class RefusedError(Exception):
-    """What the user asked for cannot be done; the message says why, in one line."""
+    """The command cannot do what its options ask for; the message says why, in one line."""
 
 
 def folder_of(name: str) -> str:
-    """The folder or name that MODEL means; the demo model is fetched, with a line on the terminal.
+    """Resolves MODEL to a folder or a name; the demo model is downloaded if needed.
 
     Raises:
-        RefusedError: It cannot be had.
+        RefusedError: The demo model cannot be downloaded.
     """
     try:
         return model_folder(name)
@@ -24,14 +24,14 @@ def folder_of(name: str) -> str:
 
 
 def add_verbose(parser: ArgumentParser) -> None:
-    """Adds `--verbose`, of commands that send what others print to a log."""
+    """Adds `--verbose`, for commands that write the engine's log to a file."""
     parser.add_argument(
-        "--verbose", action="store_true", help="print the log of the engine; otherwise it goes to a file in DIR"
+        "--verbose", action="store_true", help="print the engine's log instead of writing it to a file in DIR"
     )
 
 
 def add_budgets(parser: ArgumentParser) -> None:
-    """Adds `--budgets`, and the intervals beyond them as `serve` has them."""
+    """Adds `--budgets`, and the options of `serve` for the intervals."""
     add = parser.add_argument
     add("--budgets", type=list_of(positive), default=[], metavar="N,N", help="budgets, values of kv_max_tokens")
     for name, interval in Intervals()._asdict().items():
@@ -41,5 +41,5 @@ def add_budgets(parser: ArgumentParser) -> None:
             type=positive,
             default=interval,
             metavar="N",
-            help=f"rows beyond a budget that are held at most, {where} the end of the prompt",
+            help=f"most rows beyond a budget that a request holds, {where} the end of the prompt",
         )

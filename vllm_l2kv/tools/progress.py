@@ -1,4 +1,4 @@
-"""How far a long command is: one line that changes in place on a terminal, elsewhere a line every few seconds."""
+"""Progress of a long command: one line that is updated in place on a terminal, else a new line every few seconds."""
 
 import os
 import threading
@@ -9,21 +9,21 @@ from typing import Self, TextIO
 
 IN_PLACE_S = 1.0
 LINES_S = 10.0
-"""Seconds between two states of the line on a terminal, and between two lines elsewhere."""
+"""Seconds between two updates of the line on a terminal, and between two lines elsewhere."""
 MAX_COLUMNS = 200
-"""Of a line that changes, where the width is unknown."""
+"""Width of a line that is updated in place, if that of the terminal is unknown."""
 
 
 class Progress:
-    """Says what is being done, how much of it is done and for how long; also while nothing gets done.
+    """Shows the current step, how much of it is done and the elapsed time, also while the step makes no progress.
 
-    Used as a context manager, which starts and ends the thread that writes.
+    Used as a context manager, which starts and stops the writing thread.
 
     Args:
-        stream: Where the lines go; `None` for a silent one.
-        in_place: Whether one line changes, by default if the stream is a terminal.
-        interval_s: Seconds between two lines.
-        clock: Seconds.
+        stream: Where to write; `None` for no output.
+        in_place: Whether to update one line in place; by default if the stream is a terminal.
+        interval_s: Seconds between two updates.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -62,45 +62,45 @@ class Progress:
             self._write("")
 
     def begin(self, what: str) -> None:
-        """Starts a step, and the clock with it, and says so at once."""
+        """Starts a step, restarts the clock, and writes a line at once."""
         self._begun, self._share = self._clock(), 0.0
         self.part(what)
         self._write(self.line())
 
     def say(self, line: str) -> None:
-        """Writes a line that stays, above the one that changes."""
+        """Writes a permanent line above the line that is updated in place."""
         self._write(line, stays=True)
 
     def end(self) -> None:
-        """Ends the step; the line that changes goes."""
+        """Ends the step and clears the line that is updated in place."""
         self._what = ""
         if self._in_place:
             self._write("")
 
     def part(self, what: str, total: int = 0, unit: str = "") -> None:
-        """Goes on to another part of the step.
+        """Starts another part of the step.
 
         Args:
-            what: What is being done, as the line begins.
-            total: Units of work in this part; 0 if that is unknown.
-            unit: Their name.
+            what: Description, shown at the start of the line.
+            total: Units of work in this part; 0 if unknown.
+            unit: Name of the units.
         """
         self._what, self._done, self._total, self._unit = what, 0, total, unit
 
     def advance(self, amount: int) -> None:
-        """Counts units of the part that are done."""
+        """Adds finished units to the current part."""
         self._done += amount
 
     def reached(self, share: float) -> None:
-        """Notes that this share of the step is done, by which the remaining time is estimated.
+        """Notes which share of the step is done, to estimate the remaining time.
 
-        Called where what is left is like what is done: parts differ too much.
+        Only for steps whose remaining work is like the finished work: their parts may differ too much to tell.
         """
         self._share = share
         self._reached = self._clock()
 
     def line(self) -> str:
-        """The state as it is shown."""
+        """The line that shows the current state."""
         now = self._clock()
         words = [self._what]
         if self._total:
@@ -121,7 +121,7 @@ class Progress:
             return
         with self._lock:
             if self._in_place:
-                # Back to the beginning of the line, which is then cleared to its end. A longer one would wrap.
+                # Return to the start of the line and clear it. A line as long as the terminal is wide would wrap.
                 self._stream.write("\r\x1b[K" + (f"{line}\n" if stays else line[: _columns(self._stream) - 1]))
             else:
                 self._stream.write(f"{line}\n")
@@ -136,6 +136,6 @@ def _columns(stream: TextIO) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, as lines show them."""
+    """A time as minutes and seconds, such as `2 min 5 s`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

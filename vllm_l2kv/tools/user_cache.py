@@ -1,4 +1,4 @@
-"""Folders in the user's cache, each made once."""
+"""Folders in the user's cache, each of which is made once."""
 
 import os
 import sys
@@ -10,22 +10,23 @@ from vllm_l2kv.log import MARK
 
 
 def default_cache() -> Path:
-    """Our folder in the user's cache: below `XDG_CACHE_HOME`, or `~/.cache` without it."""
+    """The folder of vllm-l2kv in the user's cache: below `XDG_CACHE_HOME`, or `~/.cache` if that is not set."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "vllm-l2kv"
 
 
 def make_once(folder: Path, gather: Callable[[Path], Path]) -> None:
-    """Makes a folder, if it is not there, appear whole in one step.
+    """Makes a folder atomically if it does not exist.
 
-    Safe to interrupt and to run twice at once: the second run uses the folder of the first.
+    It may be interrupted, and several processes may run it at once: the second one uses the folder of the first.
 
     Args:
-        folder: In the cache.
-        gather: Is given an empty scratch folder beside it, and returns the folder within that is to have its name.
+        folder: The folder to make.
+        gather: Takes an empty scratch folder next to `folder`, and returns the folder in it that is renamed to
+            `folder`.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The folder cannot be written.
     """
     if folder.is_dir():
         return
@@ -35,12 +36,12 @@ def make_once(folder: Path, gather: Callable[[Path], Path]) -> None:
         try:
             gathered.rename(folder)
         except OSError:
-            # A folder with files in it cannot be replaced: another run was first.
+            # Replacing a folder that has files fails: another process has made it first.
             if not folder.is_dir():
                 raise
 
 
 def say(message: str) -> None:
-    """Writes a line to standard error; standard output belongs to the caller."""
+    """Writes a line to standard error; standard output is left to the caller."""
     sys.stderr.write(f"{MARK} {message}\n")
     sys.stderr.flush()

@@ -1,6 +1,6 @@
 """A load test of a running server: `vllm-l2kv bench`.
 
-`load` says what is sent and when, `prompts` makes token ids of it, `client` asks for one completion and times it,
-`drive` keeps many of them in flight, `watch` looks at the server meanwhile. `summary` makes one JSON row of a round,
-`report` tables, plots and a page of rows, and `cli` puts the rounds in order.
+`load` defines what is sent and when, `prompts` makes token ids, `client` requests and times one completion, `drive`
+keeps many requests in flight, and `watch` samples the server meanwhile. `summary` turns a round into a JSON row,
+`report` turns rows into tables, plots and a page, and `cli` runs the rounds.
 """

@@ -23,25 +23,25 @@ from vllm_l2kv.tools.bench.load import FORMS, Load, lengths, positive_number, sh
 
 ROWS, REQUESTS, SAMPLES = "rows.jsonl", "requests.jsonl", "samples.jsonl"
 RATIOS = (1.0, 0.5, 0.25)
-"""Keep ratios of rounds unless others are asked."""
+"""Keep ratios of the rounds by default."""
 NUM_REQUESTS = 32
 NUM_CLIENTS = 8
 
 
 def bench(argv: Sequence[str]) -> None:
-    """Runs a load test; rows, plots and a page go into a folder.
+    """Runs a load test and writes rows, plots and a page to a folder.
 
     Args:
-        argv: The words after `bench`.
+        argv: Arguments after `bench`.
 
     Raises:
-        SystemExit: With 2 after a bad option or a server that cannot be tested, with 1 if no request was answered, with
-            130 after an interrupt; what was measured until then is reported.
+        SystemExit: With 2 if an option is bad or a server cannot be tested, with 1 if no request was answered, with 130
+            after an interrupt, after which the finished rounds are reported.
     """
     parser = _parser()
     options = parser.parse_args(argv)
     if (options.out / ROWS).exists():
-        parser.error(f"argument --out: {options.out} has rows of another run; name another folder.")
+        parser.error(f"argument --out: {options.out} has rows of another run; choose another folder.")
     plan = _plan(parser, options)
     prompts = _prompts(parser, options, plan.servers)
     try:
@@ -63,7 +63,7 @@ def bench(argv: Sequence[str]) -> None:
 
 
 def _measure(plan: Any, prompts: Any, options: argparse.Namespace, rows: list[Any], samples: list[Any]) -> None:
-    """Adds the rows and samples of each round, and writes them when it is over, so that an interrupt loses no more."""
+    """Adds the rows and samples of each round, and writes them when it ends, so an interrupt loses only one round."""
     from vllm_l2kv.tools.bench.run import rounds
 
     for done in rounds(plan, prompts):
@@ -107,11 +107,11 @@ def _plan(parser: OneLineParser, options: argparse.Namespace) -> Any:
 
 
 def _take_profile(options: argparse.Namespace, server: Any) -> None:
-    """Sets ratios and scorer that are not given, by the profile if there is one.
+    """Sets ratios and scorer from the profile, if there is one and they are not given.
 
     Args:
-        options: Of the command line.
-        server: The `Server` under test; no request can change what stays full there.
+        options: Options of the command line; changed in place.
+        server: The `Server` under test, whose full layers and heads no request can change.
 
     Raises:
         ValueError: Profile or memory is refused, or the server has other full layers or heads.
@@ -121,7 +121,7 @@ def _take_profile(options: argparse.Namespace, server: Any) -> None:
         wanted, found = (full_in_words(each.full_layers, each.full_heads) for each in (setting, server))
         if wanted != found:
             raise ValueError(
-                f"the profile has {wanted} at this memory, and the server {found}; start it with the same "
+                f"the profile has {wanted} at this memory, but the server has {found}; start the server with the same "
                 "--kv-profile, --kv-memory and --kv-classes."
             )
         options.fields = {"kv_scorer": setting.scorer} | options.fields
@@ -141,17 +141,17 @@ def _report(rows: Sequence[Any], samples: Sequence[Any], out: Path) -> None:
     if failed := errors(rows):
         sys.stderr.write(f"{failed}\n")
     for row in rows:
-        # What one run left in the prefix cache, the same seed finds in the next.
+        # A second run with the same seed finds prompts of the first in the server's prefix cache.
         if (hits := row["prefix_hits"] or 0) > (shared := row["load"]["shared_prefix"]) + 0.05:
             sys.stderr.write(
-                f"{label(row)}: {hits:.0%} of the prompt tokens were in its prefix cache, "
-                f"{shared:.0%} are shared; did the server see this --seed before?\n"
+                f"{label(row)}: {hits:.0%} of the prompt tokens were found in the prefix cache, but only "
+                f"{shared:.0%} are shared; if the server has seen this --seed before, use another one.\n"
             )
     sys.stdout.write(f"\n{write_report(rows, samples, out)}\n")
 
 
 def _servers(parser: OneLineParser, options: argparse.Namespace) -> list[Any]:
-    """The server under test, and the stock one if it is named; ends the process if one cannot be tested."""
+    """The server under test, and the stock server if it is given; exits if one of them cannot be tested."""
     from vllm_l2kv.tools.bench.servers import OURS, STOCK, connect
 
     found = []
@@ -164,20 +164,20 @@ def _servers(parser: OneLineParser, options: argparse.Namespace) -> list[Any]:
         except ValueError as error:
             parser.error(f"argument {name}: {error}")
         if server.engine != engine:
-            what = {OURS: "a vllm-l2kv server, which answers /v1/kv_compression", STOCK: "stock vLLM, not vllm-l2kv"}
-            parser.error(f"argument {name}: {server.url} is {server.engine}; name {what[engine]}.")
+            what = {OURS: "a vllm-l2kv server, which has /v1/kv_compression", STOCK: "a server of stock vLLM"}
+            parser.error(f"argument {name}: {server.url} is {server.engine}; give {what[engine]}.")
         longest = options.prompt_tokens.high + options.output_tokens.high
         if longest > server.max_model_len:
             parser.error(
-                f"argument --prompt-tokens: {longest} tokens with --output-tokens, and {server.model} of {server.url} "
-                f"takes {server.max_model_len}."
+                f"argument --prompt-tokens: with --output-tokens must be at most {server.max_model_len} for "
+                f"{server.model} of {server.url}, got {longest}."
             )
         found.append(server)
     return found
 
 
 def _prompts(parser: OneLineParser, options: argparse.Namespace, servers: Sequence[Any]) -> Any:
-    """Prompts of the bundled texts, by the tokenizer of the server, which must be that of the other one too."""
+    """Prompts from the bundled texts, made with the server's tokenizer; all servers must have the same."""
     from vllm_l2kv.tools.bench.prompts import Prompts
     from vllm_l2kv.tools.evaluation.texts import SAMPLES as TEXTS
     from vllm_l2kv.tools.evaluation.texts import read_text
@@ -190,7 +190,7 @@ def _prompts(parser: OneLineParser, options: argparse.Namespace, servers: Sequen
     except ValueError as error:
         parser.error(f"argument --url: {error}")
     if differing:
-        parser.error(f"argument --compare: {differing[0]} has another tokenizer than {first.url}.")
+        parser.error(f"argument --compare: {differing[0]} must serve a model with the tokenizer of {first.url}.")
     return Prompts(token_ids, bos, options.shared_prefix, options.seed)
 
 
@@ -203,7 +203,7 @@ def _process(text: str) -> int:
     from psutil import pid_exists  # type: ignore[import-untyped]
 
     if not pid_exists(pid := positive(text)):
-        raise argparse.ArgumentTypeError(f"N must be a process of this machine, got {pid}.")
+        raise argparse.ArgumentTypeError(f"N must be the id of a process on this machine, got {pid}.")
     return pid
 
 
@@ -220,8 +220,8 @@ def _object(text: str) -> dict[str, Any]:
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="vllm-l2kv bench",
-        description="Puts a running server under load, once for each keep ratio and budget: rows, plots and a page "
-        "go into a folder. docs/load_testing.md explains every number.",
+        description="Load-tests a running server, once for each keep ratio and budget, and writes rows, plots and a "
+        "page to a folder. docs/load_testing.md explains every number.",
     )
     _add_servers(parser)
     _add_load(parser)
@@ -233,15 +233,15 @@ def _add_servers(parser: OneLineParser) -> None:
     add = parser.add_argument_group("servers").add_argument
     add("--url", default="http://localhost:8000", help="the vllm-l2kv server (default: %(default)s)")
     add("--compare", metavar="URL", help="a stock vLLM server, which gets the same load uncompressed")
-    add("--model", help="name of the model; by default the first that a server names")
+    add("--model", help="name of the model (default: the first that the server lists)")
     add(
         "--api-key",
         default=os.environ.get("OPENAI_API_KEY"),
         metavar="KEY",
-        help="of both servers; by default what OPENAI_API_KEY says",
+        help="API key of both servers (default: OPENAI_API_KEY)",
     )
-    add("--pid", type=_process, metavar="N", help="process of --url; looked for on this machine if not given")
-    add("--compare-pid", type=_process, metavar="N", help="process of --compare, likewise")
+    add("--pid", type=_process, metavar="N", help="process id of --url (default: found on this machine)")
+    add("--compare-pid", type=_process, metavar="N", help="process id of --compare (default: found on this machine)")
 
 
 def _add_load(parser: OneLineParser) -> None:
@@ -257,7 +257,7 @@ def _add_load(parser: OneLineParser) -> None:
         type=list_of(positive),
         default=[],
         metavar="N,N",
-        help="values of kv_max_tokens, one round each after the ratios",
+        help="values of kv_max_tokens, each measured in a round after the ratios",
     )
     arrivals = group.add_mutually_exclusive_group()
     arrivals.add_argument(
@@ -265,18 +265,18 @@ def _add_load(parser: OneLineParser) -> None:
         type=positive,
         default=NUM_CLIENTS,
         metavar="N",
-        help="clients that send the next request when they have an answer (default: %(default)s)",
+        help="clients, each of which waits for an answer before its next request (default: %(default)s)",
     )
-    arrivals.add_argument("--rate", type=positive_number, metavar="X", help="requests a second, Poisson arrivals")
+    arrivals.add_argument("--rate", type=positive_number, metavar="X", help="requests per second, Poisson arrivals")
     end = group.add_mutually_exclusive_group()
     end.add_argument(
-        "--requests", type=positive, default=NUM_REQUESTS, metavar="N", help="of each round (default: %(default)s)"
+        "--requests", type=positive, default=NUM_REQUESTS, metavar="N", help="requests per round (default: %(default)s)"
     )
     end.add_argument(
         "--duration",
         type=positive_number,
         metavar="X",
-        help="seconds in which requests are sent, instead of --requests",
+        help="seconds during which requests are sent, instead of --requests",
     )
     add("--prompt-tokens", type=lengths(MIN_TOKENS), default="512", metavar="L", help=f"{FORMS} (default: %(default)s)")
     add("--output-tokens", type=lengths(1), default="64", metavar="L", help="in the same form (default: %(default)s)")
@@ -285,7 +285,7 @@ def _add_load(parser: OneLineParser) -> None:
         type=share,
         default=0.0,
         metavar="X",
-        help="share of each prompt that all of a round begin with, 0 <= X < 1 (default: %(default)s)",
+        help="share of each prompt that all prompts of a round share, 0 <= X < 1 (default: %(default)s)",
     )
     add("--warmup", type=count, default=2, metavar="N", help="requests before each measurement (default: %(default)s)")
     add(
@@ -293,28 +293,28 @@ def _add_load(parser: OneLineParser) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="seed of the load; change it for another one (default: %(default)s)",
+        help="seed of lengths, arrivals and prompts (default: %(default)s)",
     )
     add(
         "--fields",
         type=_object,
         default={},
         metavar="JSON",
-        help='more fields of requests to --url, such as \'{"kv_scorer": "keydiff"}\'',
+        help='additional fields of requests to --url, such as \'{"kv_scorer": "keydiff"}\'',
     )
     add(
         "--timeout",
         type=positive_number,
         default=600.0,
         metavar="X",
-        help="seconds after which a request has failed (default: 600)",
+        help="seconds after which a request counts as failed (default: 600)",
     )
 
 
 def _add_results(parser: OneLineParser) -> None:
     add = parser.add_argument_group("results").add_argument
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder of results (default: %(default)s)")
-    add("--per-request", action="store_true", help=f"one row for each request as well, in {REQUESTS}")
+    add("--per-request", action="store_true", help=f"also write a row for each request, to {REQUESTS}")
     add(
         "--sample-seconds",
         type=positive_number,

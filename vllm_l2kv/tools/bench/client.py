@@ -1,7 +1,7 @@
 """One streamed completion, timed.
 
-By httpx: the openai client builds an object of every event, which costs several times what httpx and json need, on
-a machine whose processors the server may want.
+It uses httpx: the openai client builds an object for every event, which takes several times as long as httpx and json,
+on a machine whose CPUs the server may need.
 """
 
 import asyncio
@@ -14,35 +14,35 @@ from typing import Any
 import httpx
 
 MAX_MESSAGE = 200
-"""Characters of an error that are kept, so that those of one kind are counted together."""
+"""Characters of an error message that are kept, so that errors of one kind are counted together."""
 
 
 @dataclass
 class Answer:
-    """What became of a request; times in seconds of `time.perf_counter`."""
+    """The outcome of a request; times in seconds of `time.perf_counter`."""
 
     start_s: float
     end_s: float = 0.0
     times_s: list[float] = field(default_factory=list)
-    """When each event with new tokens came; mostly one token, more if the client is late."""
+    """Time of each event with new tokens: usually one token, more if the client is late."""
     usage: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    """Status or kind, then the message."""
+    """HTTP status or class of the error, then the message; `None` if the request succeeded."""
 
 
 class RequestError(Exception):
-    """The server refused the request, or broke its answer off."""
+    """The server refused the request, or its answer is incomplete."""
 
 
 def body_of(model: str, prompt: list[int], num_output_tokens: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a request for exactly so many tokens."""
+    """The body of a request for exactly `num_output_tokens` tokens."""
     exact = {"max_tokens": num_output_tokens, "min_tokens": num_output_tokens, "ignore_eos": True}
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     return {"model": model, "prompt": prompt, "temperature": 0, **exact, **stream, **fields}
 
 
 async def ask(http: httpx.AsyncClient, body: Mapping[str, Any], timeout_s: float) -> Answer:
-    """Sends one request and reads its answer to the end; errors are in the answer."""
+    """Sends one request and reads its answer to the end; errors are put into `Answer.error`."""
     answer = Answer(perf_counter())
     try:
         async with asyncio.timeout(timeout_s):
@@ -81,10 +81,10 @@ def _message(text: str) -> str:
 
 
 def _check(body: Mapping[str, Any], usage: Mapping[str, Any]) -> None:
-    """An answer that is not what was asked for must not be counted as one."""
+    """Raises `RequestError` for an answer that is not what was asked for, so that it counts as failed."""
     if not usage:
-        raise RequestError("the answer ended before its usage")
+        raise RequestError("the answer has no usage")
     if (given := usage.get("completion_tokens")) != body["max_tokens"]:
-        raise RequestError(f"{given} tokens instead of {body['max_tokens']}")
+        raise RequestError(f"the answer has {given} tokens instead of {body['max_tokens']}")
     if "kv_keep_ratio" in body and "kv_cache" not in usage:
-        raise RequestError("usage without kv_cache")
+        raise RequestError("the usage has no kv_cache")

@@ -1,4 +1,4 @@
-"""Keeps requests in flight: at the times of the load, or as many as there are clients."""
+"""Keeps requests in flight: sent at planned times, or by a fixed number of clients."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -12,22 +12,22 @@ Ask = Callable[[Planned], Awaitable[Answer]]
 
 
 class Outcome(NamedTuple):
-    """A request and what became of it."""
+    """A request and its answer."""
 
     planned: Planned
     answer: Answer
     late_s: float
-    """Between when it was due and when it was sent; 0 for clients who wait."""
+    """Seconds from the planned to the actual start; 0 without planned times."""
 
 
 async def drive(load: Load, requests: Iterable[Planned], ask: Ask, done: Callable[[Outcome], None]) -> None:
     """Sends requests and waits for all answers.
 
     Args:
-        load: How they are sent.
-        requests: What is sent; taken one by one, when it is time.
-        ask: Sends one.
-        done: Called with each, in the order in which they end.
+        load: How the requests are sent.
+        requests: The requests; consumed one by one when each is sent.
+        ask: Sends one request.
+        done: Called with each outcome, in the order in which requests end.
     """
     begin = perf_counter()
 

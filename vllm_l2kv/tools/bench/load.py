@@ -1,4 +1,4 @@
-"""What is sent and when. A seed makes the same lengths and arrivals every time."""
+"""The requests of a load test: how many, how long and when. The same seed gives the same lengths and arrivals."""
 
 import math
 from argparse import ArgumentTypeError
@@ -23,7 +23,7 @@ class Lengths:
     sigma: float = 0.0
 
     def draw(self, random: Random) -> int:
-        """One count; what falls outside the bounds counts as the bound."""
+        """Draws one count; values outside the bounds are set to the bound."""
         if self.median is None:
             return random.randint(self.low, self.high)
         drawn = round(random.lognormvariate(math.log(self.median), self.sigma))
@@ -37,17 +37,17 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Load:
-    """A round's requests.
+    """The requests of a round.
 
     Args:
         prompt_tokens: Lengths of prompts.
         output_tokens: Lengths of answers.
-        shared_prefix: Share of each prompt that all prompts of a round begin with, in [0, 1).
-        seed: Another one makes other lengths, arrivals and prompts.
-        rate: Requests a second of Poisson arrivals; if `None`, clients who wait for their answer.
-        concurrency: The number of these clients.
-        num_requests: After so many the round ends; if `None`, after
-        duration_s: so many seconds no request is sent any more.
+        shared_prefix: Share of each prompt that all prompts of a round share, in [0, 1).
+        seed: Seed of lengths, arrivals and prompts.
+        rate: Requests per second, with Poisson arrivals; `None` for clients that wait for their answers.
+        concurrency: Number of these clients.
+        num_requests: Number of requests; `None` to use `duration_s`.
+        duration_s: Seconds after which no more requests are sent; `None` to use `num_requests`.
     """
 
     prompt_tokens: Lengths
@@ -61,7 +61,7 @@ class Load:
 
 
 class Planned(NamedTuple):
-    """One request: its number in the round, when it is due, and its lengths in tokens."""
+    """One request: its number in the round, its planned time in seconds, and its lengths in tokens."""
 
     number: int
     due_s: float
@@ -70,7 +70,7 @@ class Planned(NamedTuple):
 
 
 def planned(load: Load) -> Iterator[Planned]:
-    """The requests of a round; without an end if clients ask for a time, since it is not known how far they get."""
+    """The requests of a round; infinitely many for clients with `duration_s`, since their number is not known."""
     lengths, gaps = Random(f"{load.seed} lengths"), Random(f"{load.seed} arrivals")
     requests = _endless(load, lengths, gaps)
     if load.num_requests is not None:
@@ -90,10 +90,10 @@ def _endless(load: Load, lengths: Random, gaps: Random) -> Iterator[Planned]:
 
 
 def lengths(minimum: int) -> Callable[[str], Lengths]:
-    """What reads `Lengths` of an option.
+    """A parser of `Lengths` for an option.
 
     Args:
-        minimum: The smallest count that makes sense there.
+        minimum: Smallest allowed count.
     """
 
     def parse(text: str) -> Lengths:
@@ -117,7 +117,7 @@ def positive_number(text: str) -> float:
     """A number above 0.
 
     Raises:
-        ArgumentTypeError: It is none.
+        ArgumentTypeError: The text is not a finite number above 0.
     """
     value = number(text)
     if isinstance(value, str) or not 0 < value < math.inf:
@@ -126,10 +126,10 @@ def positive_number(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A share below 1.
+    """A share in [0, 1).
 
     Raises:
-        ArgumentTypeError: It is none.
+        ArgumentTypeError: The text is not a number in [0, 1).
     """
     value = number(text)
     if isinstance(value, str) or not 0 <= value < 1:

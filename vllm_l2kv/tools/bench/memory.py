@@ -1,4 +1,4 @@
-"""Bytes that a server of this machine holds."""
+"""Memory of a server on this machine, in bytes."""
 
 import ipaddress
 import shutil
@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def process_of(url: str) -> int | None:
-    """The process that listens at a URL, the oldest one if several do; `None` if it is not on this machine."""
+    """Id of the process that listens at a URL, the oldest if several do; `None` if it is not on this machine."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
@@ -28,10 +28,10 @@ def process_of(url: str) -> int | None:
 
 
 def is_local(host: str) -> bool:
-    """Whether a name or address is one of this machine's.
+    """Whether a host name or address belongs to this machine.
 
     Raises:
-        OSError: The name is not known.
+        OSError: The name cannot be resolved.
     """
     own = {address.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for address in addresses}
     found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
@@ -39,10 +39,10 @@ def is_local(host: str) -> bool:
 
 
 def counter(pid: int | None) -> Callable[[], dict[str, int]]:
-    """What counts the memory of a process and all that it started, and of the GPUs beside it.
+    """A function that returns the memory of a process, of its process tree, and of the machine's GPUs, in bytes.
 
     Args:
-        pid: The process; `None` counts nothing.
+        pid: The process id; with `None` the function returns an empty dict.
     """
     has_gpu = pid is not None and shutil.which("nvidia-smi") is not None
 
@@ -58,7 +58,7 @@ def counter(pid: int | None) -> Callable[[], dict[str, int]]:
 
 
 def _tree_bytes(pid: int) -> int:
-    """Resident bytes; pages that processes share count once for each."""
+    """Resident bytes of a process and all its descendants; shared pages count once for each process."""
     total = 0
     try:
         root = psutil.Process(pid)
@@ -69,12 +69,12 @@ def _tree_bytes(pid: int) -> int:
         try:
             total += process.memory_info().rss
         except psutil.Error:
-            continue  # it has ended
+            continue  # the process has ended
     return total
 
 
 def _gpu_bytes() -> int:
-    """In use on all GPUs of the machine, by anybody: inside a container the driver knows processes by other numbers."""
+    """Bytes in use on all GPUs, by any process: in a container, the driver reports other process ids."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

@@ -1,24 +1,24 @@
-"""Prompts of real text and exact length, as token ids, so that the model's tokenizer is not needed here."""
+"""Prompts of natural text with exact lengths, as token ids, so that no tokenizer is needed here."""
 
 from collections.abc import Sequence
 from random import Random
 
 MIN_TOKENS = 8
-"""Room for the tokens that tell prompts apart."""
+"""Shortest prompt: room for the tokens that make prompts different."""
 
 
 class Prompts:
     """Cuts prompts out of a text.
 
-    The server's prefix cache must find nothing of one round in another, or what is measured later would profit from
-    what was measured before. So after the BOS comes a token that belongs to the round, and after what the round's
-    prompts share come two that belong to the request.
+    The prefix cache must not find prompts of an earlier round, or later rounds would look faster. So a token that is
+    unique to the round follows the BOS, and two tokens that are unique to the request follow the part that the round's
+    prompts share.
 
     Args:
         text: Token ids of the text, without special tokens.
-        bos: What the tokenizer puts before every prompt; may be empty.
-        shared: Share of each prompt that it has in common with others of its round, in [0, 1).
-        seed: Another one makes other prompts.
+        bos: Token ids that the tokenizer puts before every prompt; may be empty.
+        shared: Share of each prompt that all prompts of a round share, in [0, 1).
+        seed: Seed of the prompts.
     """
 
     def __init__(self, text: Sequence[int], bos: Sequence[int], shared: float, seed: int) -> None:
@@ -27,12 +27,12 @@ class Prompts:
         Random(f"{seed} marks").shuffle(self._marks)
 
     def prompt(self, round_number: int, number: int, length: int) -> list[int]:
-        """Token ids of one request's prompt; the same arguments make the same prompt.
+        """Token ids of one request's prompt; the same arguments give the same prompt.
 
         Args:
-            round_number: Of the round, less than the number of different tokens in the text.
-            number: Of the request in its round, less than the square of that.
-            length: Tokens, at least `MIN_TOKENS`.
+            round_number: Number of the round, less than the number of distinct tokens in the text.
+            number: Number of the request in its round, less than the square of that.
+            length: Length in tokens, at least `MIN_TOKENS`.
         """
         begin = [*self._bos, self._marks[round_number]]
         num_shared = max(int(self._shared * length), len(begin))
@@ -43,7 +43,7 @@ class Prompts:
         return [*common, *own, *rest][:length]
 
     def _cut(self, name: str, length: int) -> list[int]:
-        """Tokens in a row; after the end of the text comes its beginning."""
+        """Consecutive tokens of the text, which wraps around at its end."""
         start = Random(f"{self._seed} {name}").randrange(len(self._text))
         found = list(self._text[start : start + length])
         while len(found) < length:

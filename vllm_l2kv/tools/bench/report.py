@@ -1,4 +1,4 @@
-"""Tables, plots and the page of rows."""
+"""Tables, plots and an HTML page made from rows."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ ENGINES = (OURS, STOCK)
 
 
 def metrics(rows: Iterable[Row]) -> dict[str, Callable[[Row], float | None]]:
-    """What tables show, by the name in their first column."""
+    """The metrics of the tables, by the name in their first column."""
     found: dict[str, Callable[[Row], float | None]] = {
         "requests/s": _of("requests_per_s"),
         "output tok/s": _of("output_tokens_per_s"),
@@ -45,8 +45,8 @@ def metrics(rows: Iterable[Row]) -> dict[str, Callable[[Row], float | None]]:
         "memory of the whole KV cache (%)": _of("memory_ratio", scale=100),
         "requests answered": lambda row: row["num_requests"] - row["num_failed"],
         "requests failed": _of("num_failed"),
-        "tokens an event": _of("tokens_per_event"),
-        "sent too late, most (ms)": _of("max_late_s", scale=1000),
+        "tokens per event": _of("tokens_per_event"),
+        "delay of sending, most (ms)": _of("max_late_s", scale=1000),
     }
     own = sorted({name for row in rows for name in row["own_metrics"]})
     return found | {name: _of("own_metrics", name) for name in own}
@@ -63,7 +63,7 @@ def _of(*path: str, scale: float = 1.0) -> Callable[[Row], float | None]:
 
 
 def table(rows: Sequence[Row], engine: str) -> list[list[str]]:
-    """Lines of words, the first one a heading: metrics by round, without those that were not measured."""
+    """A table as lines of cells, the first one a heading: metrics by round, without metrics that were not measured."""
     of_engine = [row for row in rows if row["engine"] == engine]
     beside = "" if engine == OURS else "beside "
     lines = [["", *(f"{beside}{asked(row)}" for row in of_engine)]]
@@ -75,7 +75,7 @@ def table(rows: Sequence[Row], engine: str) -> list[list[str]]:
 
 
 def comparison(rows: Sequence[Row]) -> list[list[str]]:
-    """The values of vllm-l2kv divided by those of stock vLLM in the round beside it; empty without stock vLLM."""
+    """The values of vllm-l2kv divided by those of stock vLLM in the same round; empty without stock vLLM."""
     by_round = {engine: {row["round"]: row for row in rows if row["engine"] == engine} for engine in ENGINES}
     both = sorted(by_round[OURS].keys() & by_round[STOCK].keys())
     if not both:
@@ -89,7 +89,7 @@ def comparison(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def shown(number: float | None) -> str:
-    """Three digits or more, or an integer, so that small and large numbers can stand in one table."""
+    """A number with at least three significant digits, or an integer, for tables of small and large numbers."""
     if number is None:
         return "-"
     if abs(number) >= 100 or number == int(number):
@@ -106,12 +106,12 @@ def write_report(rows: Sequence[Row], samples: Sequence[Row], folder: Path) -> P
     """Draws the plots and writes the page.
 
     Args:
-        rows: One for each round.
-        samples: Of all rounds, as `Watch` has them.
-        folder: Where both go.
+        rows: One row for each round and server.
+        samples: Samples of all rounds, from `Watch.rows`.
+        folder: Folder of plots and page.
 
     Returns:
-        Path of the HTML file, which holds the plots too.
+        Path of the HTML file, which also embeds the plots.
     """
     plots = [
         _bars(rows, {"": _of("output_tokens_per_s")}, "throughput", "output tok/s", folder),
@@ -131,7 +131,7 @@ def write_report(rows: Sequence[Row], samples: Sequence[Row], folder: Path) -> P
     note = f"{rows[0]['model']}, vLLM {rows[0]['vllm']}. {words}."
     sections: list[dict[str, Any]] = [{"title": OURS, "note": note, "table": table(rows, OURS)}]
     if compared := comparison(rows):
-        beside = "The same prompts at the same times, right before or after each round; nothing is compressed."
+        beside = "The same prompts at the same times without compression, right before or after each round."
         sections.insert(0, {"title": f"{OURS} / {STOCK}", "note": note, "table": compared})
         sections.append({"title": STOCK, "note": beside, "table": table(rows, STOCK)})
     sections.append({"title": "Plots", "plots": [embedded(plot) for plot in plots]})
@@ -143,7 +143,7 @@ def write_report(rows: Sequence[Row], samples: Sequence[Row], folder: Path) -> P
 def _bars(
     rows: Sequence[Row], values: Mapping[str, Callable[[Row], float | None]], title: str, unit: str, folder: Path
 ) -> Path:
-    """Groups of bars, a group for each round; those of stock vLLM are hatched."""
+    """A bar chart with one group for each round; bars of stock vLLM are hatched."""
     series = [(engine, *entry) for engine in ENGINES for entry in values.items() if _has(rows, engine)]
     drawn, axes = figure(title, "", unit)
     width = 0.8 / len(series)
@@ -160,7 +160,7 @@ def _bars(
 
 
 def _timeline(samples: Sequence[Row], folder: Path) -> Path:
-    """KV cache in use over time, a line for each round: a colour for each rule of vllm-l2kv, grey for stock vLLM."""
+    """KV cache in use over time, with one line per round: a color for each ratio or budget, gray for stock vLLM."""
     drawn, axes = figure("KV cache in use", "seconds", "%")
     kinds = list(dict.fromkeys(map(asked, samples)))
     named = set()
@@ -183,5 +183,5 @@ def _has(rows: Sequence[Row], engine: str) -> bool:
     return any(row["engine"] == engine for row in rows)
 
 
-def _quotient(ours: float | None, stock: float | None) -> float | None:
-    return None if ours is None or not stock else ours / stock
+def _quotient(value: float | None, stock: float | None) -> float | None:
+    return None if value is None or not stock else value / stock

@@ -1,4 +1,4 @@
-"""The rounds of a load test, one after the other, so that no two loads meet on the machine."""
+"""Runs the rounds of a load test one after another, so that only one server is under load at a time."""
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,16 +20,16 @@ from vllm_l2kv.tools.bench.watch import watching
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """What a load test measures.
 
     Args:
-        servers: vllm-l2kv, and stock vLLM to compare with if there is one.
-        asked: Fields of the requests of each round of vllm-l2kv.
-        load: The same in every round.
-        num_warmups: Requests before each round, which are not counted.
-        fields: More fields of requests to vllm-l2kv.
-        timeout_s: Until a request counts as failed.
-        sample_s: Between looks at the server.
+        servers: The vllm-l2kv server, and a stock vLLM server to compare with, if there is one.
+        asked: For each round, the fields of requests to vllm-l2kv.
+        load: The load, the same in every round.
+        num_warmups: Requests before each round that are not measured.
+        fields: Additional fields of requests to vllm-l2kv.
+        timeout_s: Seconds after which a request counts as failed.
+        sample_s: Seconds between samples of the server.
     """
 
     servers: Sequence[Server]
@@ -43,7 +43,7 @@ class Plan:
 
 @dataclass
 class Round:
-    """What came of one load on one server."""
+    """The results of one load on one server."""
 
     row: Row
     requests: list[Row]
@@ -53,7 +53,7 @@ class Round:
 def rounds(plan: Plan, prompts: Prompts) -> Iterator[Round]:
     """Measures each round on vllm-l2kv, and the same load on stock vLLM right before or after it, if there is one.
 
-    Who is first changes from round to round, so that a machine that gets slower or faster favours neither.
+    The order alternates, so that a machine that gets slower or faster favors neither.
     """
     for i, asked in enumerate(plan.asked):
         for server in plan.servers if i % 2 == 0 else reversed(plan.servers):
@@ -75,7 +75,7 @@ async def _round(plan: Plan, prompts: Prompts, server: Server, i: int, asked: Ma
 
             return send
 
-        # Prompts of their own, or the measured ones would be found in the prefix cache.
+        # Warm-ups have other prompts, or the measured ones would be found in the prefix cache.
         warmup = replace(plan.load, rate=None, concurrency=1, num_requests=plan.num_warmups, duration_s=None)
         await drive(warmup, planned(warmup), sender(2 * i), lambda outcome: None)
         with tqdm(total=plan.load.num_requests, desc=label(about), unit="request") as bar:
@@ -97,7 +97,7 @@ async def _round(plan: Plan, prompts: Prompts, server: Server, i: int, asked: Ma
 
 
 def describe(plan: Plan) -> Row:
-    """The load, as rows name it."""
+    """The load, for the rows."""
     load = plan.load
     return {
         "arrivals": f"{load.concurrency} clients" if load.rate is None else f"{load.rate:g} requests/s",

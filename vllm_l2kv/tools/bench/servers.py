@@ -1,4 +1,4 @@
-"""The servers under test, and whether they can be tested at all."""
+"""The servers under test, and checks that they can be tested."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from vllm_l2kv.tools.bench.memory import process_of
 
 OURS, STOCK = "vllm-l2kv", "stock"
 SECONDS = 60
-"""A server that does not answer a simple question by then is not there."""
+"""Timeout of the first requests to a server."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """One server and the model asked of it."""
+    """A server and the model that is requested from it."""
 
     engine: str
     url: str
@@ -24,30 +24,30 @@ class Server:
     model: str
     max_model_len: int
     vllm: str
-    """Its version."""
+    """Version of vLLM."""
     pid: int | None
-    """Its process, if it is known and on this machine."""
+    """Process id, if known and on this machine."""
     full_layers: tuple[int, ...] = ()
-    """Layers that it never compacts, if it is vllm-l2kv."""
+    """Layers that never compact; empty for stock vLLM."""
     full_heads: FullHeads = field(default_factory=dict)
-    """KV heads of other layers that it never compacts."""
+    """KV heads of other layers that never compact."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """What every request carries."""
+        """HTTP headers of every request."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     def client(self) -> httpx.AsyncClient:
-        """A client without bounds of its own."""
-        # vLLM closes connections that idled for 5 seconds; a request that meets the closing one would fail.
+        """A client without limits on connections."""
+        # vLLM closes connections after 5 idle seconds; a request on a connection that is being closed would fail.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2)
         return httpx.AsyncClient(base_url=self.url, headers=self.headers, limits=limits, timeout=None)
 
     def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids by the server's own tokenizer.
+        """Token ids from the server's tokenizer.
 
         Raises:
-            ValueError: The server does not say.
+            ValueError: The server does not answer.
         """
         body = {"model": self.model, "prompt": text, "add_special_tokens": add_special_tokens}
         answer = _answer(lambda: httpx.post(f"{self.url}/tokenize", json=body, headers=self.headers, timeout=SECONDS))
@@ -56,16 +56,16 @@ class Server:
 
 
 def connect(url: str, api_key: str | None, model: str | None, pid: int | None) -> Server:
-    """Asks a server who it is.
+    """Asks a server for its engine, model and version.
 
     Args:
-        url: Where it is, with or without `/v1`.
-        api_key: What it was started with, if anything.
-        model: One of its models; the first one if `None`.
-        pid: Its process; looked for on this machine if `None`.
+        url: URL of the server, with or without `/v1`.
+        api_key: API key of the server; `None` if it has none.
+        model: Name of one of its models; `None` for the first.
+        pid: Process id; `None` to look for it on this machine.
 
     Raises:
-        ValueError: It cannot be tested, and why.
+        ValueError: The server cannot be tested; the message says why.
     """
     url = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -76,8 +76,8 @@ def connect(url: str, api_key: str | None, model: str | None, pid: int | None) -
     models = {entry["id"]: entry for entry in get("/v1/models")["data"]}
     name = model or next(iter(models), "")
     if name not in models:
-        raise ValueError(f"{url} has no model {name!r}, but {', '.join(models) or 'none'}.")
-    # A LoRA adapter has its model's bound, under its parent's name.
+        raise ValueError(f"{url} has no model {name!r}; it has {', '.join(models) or 'none'}.")
+    # The bound of a LoRA adapter is that of its base model.
     bound = models[name].get("max_model_len") or models[models[name]["parent"]]["max_model_len"]
     answer = httpx.get(f"{url}/v1/kv_compression", headers=headers, timeout=SECONDS)
     compresses = answer.status_code == httpx.codes.OK
@@ -94,12 +94,16 @@ def connect(url: str, api_key: str | None, model: str | None, pid: int | None) -
 
 
 def _full(compression: Mapping[str, Any]) -> tuple[tuple[int, ...], FullHeads]:
-    """Layers and heads that a server never compacts; older servers name no heads."""
+    """Full layers and heads of a server; older servers do not report heads."""
     return tuple(compression.get("full_layers", ())), heads_by_layer(compression.get("full_heads", {}))
 
 
 def _answer(send: Callable[[], httpx.Response]) -> Mapping[str, Any]:
-    """The JSON object of an answer, or one line that says what came instead."""
+    """The JSON object of an answer.
+
+    Raises:
+        ValueError: No answer, an error status, or another body.
+    """
     try:
         response = send()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -112,5 +116,5 @@ def _answer(send: Callable[[], httpx.Response]) -> Mapping[str, Any]:
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise ValueError(f"{response.request.url} does not answer like vLLM.")
+        raise ValueError(f"{response.request.url} did not answer with a JSON object, as vLLM does.")
     return answer

@@ -1,4 +1,4 @@
-"""One JSON row of a round."""
+"""Turns a round into a JSON row."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ Row = dict[str, Any]
 
 
 def summarise(outcomes: Sequence[Outcome], watch: Watch) -> Row:
-    """What the answers and the server's metrics say; times in seconds, memory in bytes.
+    """Statistics of the answers and of the server's metrics; times in seconds, memory in bytes.
 
-    Failed requests are counted under what they failed of, and in nothing else. What could not be measured is `None`.
+    Failed requests are only counted under their error. Values that could not be measured are `None`.
     """
     answered = [outcome for outcome in outcomes if outcome.answer.error is None]
     duration_s = duration(outcomes)
@@ -44,13 +44,13 @@ def summarise(outcomes: Sequence[Outcome], watch: Watch) -> Row:
 
 
 def asked(row: Mapping[str, Any]) -> str:
-    """What a round asks of the KV cache, in words."""
-    budget = row.get("max_tokens")  # older rows have ratios alone
+    """The ratio or budget of a round, as text."""
+    budget = row.get("max_tokens")  # older rows have only ratios
     return f"keep {row['keep_ratio']:g}" if budget is None else f"budget {budget:,}"
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """Name of a round; stock vLLM keeps everything in each."""
+    """Name of a row: engine, and ratio or budget of the round; stock vLLM keeps everything in each round."""
     return f"{row['engine']}{', ' if row['engine'] == OURS else ' beside '}{asked(row)}"
 
 
@@ -62,28 +62,28 @@ def duration(outcomes: Sequence[Outcome]) -> float:
 
 
 def first_token_s(outcome: Outcome) -> float:
-    """From the request to its first token."""
+    """Seconds from sending the request to its first token."""
     return outcome.answer.times_s[0] - outcome.answer.start_s
 
 
 def gaps_s(outcome: Outcome) -> list[float]:
-    """Between one event with new tokens and the next."""
+    """Seconds between consecutive events with new tokens."""
     return [later - earlier for earlier, later in pairwise(outcome.answer.times_s)]
 
 
 def per_output_token_s(outcome: Outcome) -> float:
-    """Mean time of a token after the first."""
+    """Mean seconds per token after the first."""
     num_tokens: int = outcome.answer.usage["completion_tokens"]
     return sum(gaps_s(outcome)) / max(num_tokens - 1, 1)
 
 
 def end_to_end_s(outcome: Outcome) -> float:
-    """From the request to the end of its answer."""
+    """Seconds from sending the request to the end of its answer."""
     return outcome.answer.end_s - outcome.answer.start_s
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean and percentiles, linear between neighbours; `None` of nothing."""
+    """Mean and percentiles with linear interpolation; `None` if there are no values."""
     if not values:
         return None
     import numpy as np
@@ -96,7 +96,7 @@ def request_row(outcome: Outcome, begin_s: float) -> Row:
 
     Args:
         outcome: The request.
-        begin_s: When its round began, by `time.perf_counter`.
+        begin_s: Start of the round, by `time.perf_counter`.
     """
     answer = outcome.answer
     return {
@@ -114,7 +114,7 @@ def request_row(outcome: Outcome, begin_s: float) -> Row:
 
 
 def _kv_cache(answered: Sequence[Outcome]) -> Row:
-    """Sums over the requests whose answers say what the engine kept."""
+    """Sums over the requests whose answers have `usage.kv_cache`."""
     reported = [kv_cache for outcome in answered if (kv_cache := outcome.answer.usage.get("kv_cache"))]
     names = ("kept_tokens", "evicted_tokens", "compactions")
     sums = {name: sum(kv_cache[name] for kv_cache in reported) if reported else None for name in names}
@@ -144,7 +144,7 @@ def _level(found: Sequence[float | None]) -> Mapping[str, float] | None:
 
 
 def _own(watch: Watch) -> dict[str, float]:
-    """Metrics of vllm-l2kv: by how much a counter went up, the mean of what goes up and down."""
+    """Metrics of vllm-l2kv: increases of counters, means of gauges."""
     counters = {name: value for name, value in watch.counted.items() if name.startswith(OWN_PREFIX)}
     names = {name for sample in watch.samples for name in sample.own if name not in counters}
     levels = {name: [sample.own[name] for sample in watch.samples if name in sample.own] for name in names}

@@ -1,4 +1,4 @@
-"""Looks at a server while it is under load: its own `/metrics`, and its memory if it runs on this machine."""
+"""Samples a server under load: its `/metrics`, and its memory if it runs on this machine."""
 
 import asyncio
 import contextlib
@@ -15,54 +15,54 @@ OWN_PREFIX = "vllm_l2kv:"
 LEVELS = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = ("num_preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total")
 WANTED = (*(f"vllm:{name}" for name in (*LEVELS, *COUNTERS)), "process_resident_memory_bytes", OWN_PREFIX)
-"""Beginnings of the lines that are read. Reading the hundreds of others would delay the reading of tokens."""
+"""Prefixes of the lines that are parsed. Parsing the hundreds of others would delay the reading of tokens."""
 HISTOGRAM = ("_bucket", "_sum", "_count", "_created")
-"""Endings of samples that are parts of something larger."""
+"""Suffixes of the samples that belong to a histogram or summary."""
 
 Metrics = dict[str, float]
-"""Values by name."""
+"""Metric names to values."""
 Memory = Callable[[], dict[str, int]]
-"""Bytes by what they are counted of."""
+"""Returns bytes by the kind of memory."""
 
 
 @dataclass
 class Sample:
-    """The server at one moment."""
+    """The state of the server at one time."""
 
     at_s: float
     """Seconds since the watch began."""
     running: float | None
     waiting: float | None
     kv_cache_usage: float | None
-    """Share of the KV cache's blocks that requests hold, mean of all engines. `None` where the server did not say."""
+    """Share of the KV cache's blocks that requests hold, mean over engines; `None` if the server did not report it."""
     memory: dict[str, int]
     own: dict[str, float] = field(default_factory=dict)
-    """Metrics of vllm-l2kv, if the server has them."""
+    """Metrics of vllm-l2kv; empty if the server has none."""
 
 
 @dataclass
 class Watch:
-    """What was seen."""
+    """The samples of a round."""
 
     samples: list[Sample] = field(default_factory=list)
     counted: dict[str, float] = field(default_factory=dict)
-    """How far each counter of the server went up."""
+    """Increase of each counter of the server."""
     num_failed: int = 0
-    """Samples that the server did not give."""
+    """Number of samples to which the server did not answer."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """The samples as JSON takes them."""
+        """The samples as JSON-serializable dicts."""
         return [asdict(sample) for sample in self.samples]
 
 
 @asynccontextmanager
 async def watching(http: httpx.AsyncClient, interval_s: float, memory: Memory) -> AsyncIterator[Watch]:
-    """Samples until the block ends; counters are read right before and right after it.
+    """Samples the server until the block ends; counters are read right before and right after it.
 
     Args:
-        http: Client of the server.
+        http: HTTP client of the server.
         interval_s: Seconds between samples.
-        memory: Counts bytes outside of the server.
+        memory: Returns the server's memory on this machine.
     """
     watch, begin = Watch(), perf_counter()
     before = await _read(http, watch)
@@ -74,7 +74,7 @@ async def watching(http: httpx.AsyncClient, interval_s: float, memory: Memory) -
         with contextlib.suppress(asyncio.CancelledError):
             await sampler
     after = await _read(http, watch)
-    # A counter that has labels comes into being when it first counts.
+    # A counter with labels does not exist before it first counts.
     if before:
         watch.counted = {name: after[name] - before.get(name, 0) for name in after if name.endswith("_total")}
 
@@ -93,7 +93,7 @@ async def _sample(http: httpx.AsyncClient, watch: Watch, begin: float, interval_
 
 
 async def _read(http: httpx.AsyncClient, watch: Watch) -> Metrics:
-    """Metrics by name; none if the server has none to give, which must not end the test."""
+    """Metrics by name; empty if the server does not answer, which must not end the test."""
     try:
         response = await http.get("/metrics", timeout=30)
         return totals(response.raise_for_status().text)
@@ -103,7 +103,7 @@ async def _read(http: httpx.AsyncClient, watch: Watch) -> Metrics:
 
 
 def totals(text: str) -> Metrics:
-    """Values of the wanted metrics, labels added up; of shares (`_perc`) the mean."""
+    """Values of the wanted metrics, summed over labels; shares (`_perc`) are averaged."""
     from prometheus_client.parser import text_string_to_metric_families
 
     wanted = "".join(f"{line}\n" for line in text.splitlines() if line.startswith(WANTED))

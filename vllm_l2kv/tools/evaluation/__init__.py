@@ -1,5 +1,5 @@
-"""What a keep ratio or a budget costs: `vllm-l2kv eval`.
+"""Measures what a keep ratio or a budget costs in quality: `vllm-l2kv eval`.
 
-Tasks make cases (`tasks`), the real engine answers each of them under every variant (`run`), one JSON row for each
-answer; tables and plots are made of rows (`report`).
+Tasks make cases (`tasks`). The engine answers each case under every variant and writes one JSON row for each answer
+(`run`). Tables and plots are made from rows (`report`).
 """

@@ -1,8 +1,8 @@
-"""Rows of answers become aggregates, from which tables and curves are made.
+"""Aggregates rows of answers; tables and curves are made from aggregates.
 
-An aggregate is a row too. It holds what its answers have in common, how many they are, and the mean and standard
-deviation of each metric over them, so that aggregates of several lengths, seeds or runs can be put together. What is
-counted by prompt, the excess loss, is counted before.
+An aggregate is also a row. It holds the fields that its answers share, their number, and the mean and standard
+deviation of each metric, so that aggregates of several lengths, seeds or runs can be pooled. The excess loss, which
+compares answers to the same prompt, is computed before.
 """
 
 import json
@@ -15,20 +15,20 @@ from vllm_l2kv.tools.evaluation.rows import Row
 from vllm_l2kv.tools.evaluation.statistics import Estimate, Moments, average, moments, pooled, share
 
 VARIANT = ("scorer", "granularity", "protect_first", "protect_last", "question")
-"""How something is kept; older rows have no `question`, and were asked what was seen."""
+"""How rows are chosen; older rows have no `question`, which then was seen."""
 AMOUNT = ("keep_ratio", "max_tokens", "prompt_interval", "answer_interval")
-"""How much is kept, by a ratio or by a budget; rows of a ratio have no intervals, and older ones no `max_tokens`."""
+"""How much is kept, by a ratio or a budget; rows of a ratio have no intervals, and older rows no `max_tokens`."""
 SOURCE = ("model", "full_layers", "full_heads", "text", "seed", "continued", "length")
-"""What prompts of one kind share; a task may lack some."""
+"""Fields that prompts of one kind share; a task may lack some."""
 PROMPT = (*SOURCE, "subtask", "depth", "sample", "turn")
-"""What makes an answer comparable with another one."""
+"""Fields that identify a prompt; answers to the same prompt are compared."""
 PROVENANCE = ("device", "dtype", "vllm", "commit")
-"""Where answers come from; older rows lack it."""
+"""Where answers were computed; older rows lack these fields."""
 AGGREGATE = ("task", *SOURCE, *VARIANT, *AMOUNT)
-"""What answers of one aggregate have in common."""
+"""Fields that the answers of one aggregate share."""
 ANSWER = ("task", *PROMPT, *VARIANT, *AMOUNT)
 MEMORY = "memory"
-"""Share of the whole cache that an answer held at its end; an aggregate has the mean, older rows have none."""
+"""Share of the whole cache that an answer held at its end; aggregates have the mean, older rows lack it."""
 NUM_SAMPLES = "num_samples"
 METRICS: Mapping[str, Mapping[str, Callable[[Moments], Estimate]]] = {
     "perplexity": {"excess loss": average, "accuracy": average},
@@ -38,17 +38,17 @@ METRICS: Mapping[str, Mapping[str, Callable[[Moments], Estimate]]] = {
     "copy": {"score": share},
     "chat": {"score": share},
 }
-"""Of each task, what is averaged and how."""
+"""Metrics of each task, and how each is averaged."""
 
 
 def aggregates(rows: Iterable[Row]) -> list[Row]:
-    """One for each task, kind of prompts, variant and amount, in the order of the rows.
+    """One aggregate for each task, kind of prompts, variant and amount, in the order of the rows.
 
     Args:
-        rows: Of answers; aggregates among them are kept, unless there are answers of the same.
+        rows: Rows of answers. Aggregates among them are kept, unless there are rows of their answers.
 
     Raises:
-        ValueError: As in `with_excess_loss`.
+        ValueError: See `with_excess_loss`.
     """
     rows = list(rows)
     found = {_key(row, AGGREGATE): row for row in rows if is_aggregate(row)}
@@ -60,7 +60,7 @@ def aggregates(rows: Iterable[Row]) -> list[Row]:
 
 
 def is_aggregate(row: Row) -> bool:
-    """Whether a row is one, and not of an answer."""
+    """Whether a row is an aggregate; otherwise it is one of an answer."""
     return NUM_SAMPLES in row
 
 
@@ -70,10 +70,10 @@ def is_whole(row: Row) -> bool:
 
 
 def with_excess_loss(rows: Iterable[Row]) -> list[Row]:
-    """Rows of answers without those that were said again; losses with their excess over the whole cache, nats a token.
+    """Rows of answers without duplicates; rows with a loss also get its excess over the whole cache, in nats per token.
 
     Raises:
-        ValueError: A row is none of `vllm-l2kv eval`, or there is no loss without compression for its prompt.
+        ValueError: A row was not written by `vllm-l2kv eval`, or a prompt has no loss without compression.
     """
     answers = {_key(row, ANSWER): row for row in rows if not is_aggregate(row)}.values()
     for row in answers:
@@ -87,8 +87,8 @@ def estimates(cells: Sequence[Row], task: str) -> list[dict[str, Any]]:
     """One entry for each variant and amount, with an `Estimate` under the name of each metric.
 
     Args:
-        cells: Aggregates; those of one variant and amount are put together.
-        task: What they are of.
+        cells: Aggregates; those of one variant and amount are pooled.
+        task: The task of the aggregates.
     """
     found = []
     for values, group in grouped(cells, *VARIANT, *AMOUNT):
@@ -99,12 +99,12 @@ def estimates(cells: Sequence[Row], task: str) -> list[dict[str, Any]]:
 
 
 def moments_of(cells: Iterable[Row], metric: str) -> Moments:
-    """Of a metric, over all aggregates."""
+    """Moments of a metric over all aggregates."""
     return pooled(Moments(cell[NUM_SAMPLES], **cell[metric]) for cell in cells)
 
 
 def memory_of(cells: Iterable[Row]) -> float | None:
-    """Mean share of the whole cache that answers held, over all aggregates; `None` if some do not say."""
+    """Mean share of the whole cache that answers held, over all aggregates; `None` if some lack it."""
     cells = list(cells)
     if not all(MEMORY in cell for cell in cells):
         return None
@@ -114,7 +114,7 @@ def memory_of(cells: Iterable[Row]) -> float | None:
 
 
 def num_prompts(cells: Iterable[Row]) -> int:
-    """How many prompts there were, of aggregates of one model with the same layers and heads full."""
+    """Number of prompts of these aggregates, which are of one model with the same full layers and heads."""
     most: dict[str, int] = {}
     for cell in cells:
         source = _key(cell, SOURCE)
@@ -123,12 +123,12 @@ def num_prompts(cells: Iterable[Row]) -> int:
 
 
 def prompt_of(row: Row) -> str:
-    """A key: the same for answers to the same prompt."""
+    """A key that answers to the same prompt share."""
     return _key(row, PROMPT)
 
 
 def grouped(rows: Iterable[Row], *names: str) -> list[tuple[list[Any], list[Row]]]:
-    """Rows with the same values, by these values in their order; what a row lacks is `None` and comes first."""
+    """Groups rows by the values of these fields, in their order; a missing field is `None` and comes first."""
 
     def values_of(row: Row) -> list[Any]:
         return [row.get(name) for name in names]
@@ -154,7 +154,7 @@ def _aggregate(answers: Sequence[Row]) -> Row:
 
 
 def _joined(values: Iterable[str]) -> str:
-    """Distinct values; as a rule there is one."""
+    """Distinct values, separated by commas; usually there is one."""
     return ", ".join(dict.fromkeys(values))
 
 
@@ -164,8 +164,8 @@ def _of_prompt(full: Mapping[str, float], row: Row) -> float:
     except KeyError:
         words = ", ".join(f"{name} {row[name]}" for name in PROMPT if name in row)
         raise ValueError(
-            f"no row without compression for the prompt of {words}; excess loss is counted from it. Give the file that "
-            "has it, or measure again."
+            f"there is no row without compression for the prompt of {words}, which excess loss needs; give the file "
+            "that has it too, or measure again."
         ) from None
 
 

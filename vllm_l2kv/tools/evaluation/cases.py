@@ -1,4 +1,4 @@
-"""What a task hands to the engine, and what comes back."""
+"""The prompts that a task gives to the engine, and the answers that it gets back."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,13 +7,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What the engine generated.
+    """The answer of the engine to a case.
 
     Attributes:
-        text: Decoded.
-        losses: Of each generated token, minus its log-probability in nats, as the model has it before any sampling.
-        hits: Whether the token was the likeliest.
-        memory: Of the whole cache that the request held at its end, over what it would have held uncompressed.
+        text: Decoded text.
+        losses: For each generated token, the negative log-probability of the model in nats, before any sampling.
+        hits: For each generated token, whether it was the most likely one.
+        memory: Memory that the request held at its end, divided by what it would have held uncompressed.
     """
 
     text: str
@@ -28,12 +28,12 @@ class Case:
 
     Attributes:
         prompt: Token ids.
-        num_tokens: Tokens to generate.
-        score: Turns an answer into numbers, or lists of numbers, by name.
-        about: What its rows say of it, such as its length.
-        forced: Token ids to generate in place of what the model chooses; empty for the model's own.
-        num_document_tokens: Tokens of the prompt before its question, which are compressed alone where the question is
-            hidden from the compression; `None` if there is no such place.
+        num_tokens: Number of tokens to generate.
+        score: Computes metrics of an answer: names to numbers or lists of numbers.
+        about: Fields of the case in its rows, such as its length.
+        forced: Token ids to generate instead of the model's choice; empty for the model's choice.
+        num_document_tokens: Tokens of the prompt before its question. They are compressed alone if the question is
+            hidden from the compression. `None` if the prompt has no such part.
     """
 
     prompt: list[int]

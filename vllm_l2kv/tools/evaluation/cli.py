@@ -38,22 +38,22 @@ from vllm_l2kv.tools.progress import Progress
 
 ROWS = "rows.jsonl"
 NUM_ANSWER_TOKENS = 256
-"""Room for answers after the prompts; a task that needs more says so."""
+"""Most tokens of an answer, unless the task needs more."""
 TASKS = ("perplexity", "passkey", "needle", "ruler", "copy", "chat")
 ESSAYS = "state_of_the_union"
 RATIOS = (0.75, 0.5, 0.25, 0.1)
-"""Keep ratios that are measured unless others are asked."""
+"""Keep ratios that are measured by default."""
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Runs one task, or draws a report again.
+    """Runs one task, or makes a report from existing rows.
 
     Args:
-        argv: The words after `eval`.
+        argv: Arguments after `eval`.
 
     Raises:
-        SystemExit: With 2 after a bad option, one line on standard error; with 130 after an interrupt, when what was
-            measured until then is reported.
+        SystemExit: With 2 and one line on standard error after a bad option; with 130 after an interrupt, after which
+            the finished rows are reported.
     """
     parser = _eval_parser()
     options = parser.parse_args(argv)
@@ -75,18 +75,18 @@ def evaluate(argv: Sequence[str]) -> None:
         rows = options.out / ROWS
         if not rows.exists() or not rows.stat().st_size:
             sys.exit(status)
-        sys.stderr.write("Interrupted; what was measured until now follows.\n")
+        sys.stderr.write("Interrupted; the report covers the rows that were finished.\n")
     report([options.out / ROWS], options.out)
     if status:
         sys.exit(status)
 
 
 def report(paths: Sequence[Path], out: Path) -> None:
-    """Draws plots and the HTML report of rows into a folder, and prints their tables.
+    """Writes plots and an HTML report of rows to a folder, and prints their tables.
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: There are no rows, or a line is none.
+        ValueError: There are no rows, or a line is not a row.
     """
     from vllm_l2kv.tools.evaluation.report import summary, write_report
     from vllm_l2kv.tools.evaluation.rows import read_rows
@@ -111,11 +111,11 @@ def write_rows(
 
     Args:
         engine: An `evaluation.run.Engine`.
-        options: Of `vllm-l2kv eval`; `task` is measured, and what else made its prompts goes into the rows.
-        cases: Of `cases_of`.
-        compared: Of `variants`.
-        path: The file.
-        progress: Counts the work as it is done.
+        options: Options of `vllm-l2kv eval`; those that define the prompts go into the rows.
+        cases: Cases from `cases_of`.
+        compared: Variants from `variants`.
+        path: The file of rows.
+        progress: Shows progress.
     """
     from vllm_l2kv.tools.evaluation.rows import append_rows
 
@@ -141,7 +141,7 @@ def _measure(options: argparse.Namespace) -> None:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            # Rows that no report can be made of would be noticed after the run.
+            # Otherwise, bad rows in the file would be noticed only after the run.
             with_excess_loss(prepare_for_more(path))
     except (OSError, ValueError) as error:
         raise RefusedError(f"argument --out: {error}") from error
@@ -166,13 +166,14 @@ def _measure(options: argparse.Namespace) -> None:
         longer = [len(case.prompt) for case in cases if len(case.prompt) + case.num_tokens > engine.max_tokens]
         if longer:
             raise RefusedError(
-                f"argument --max-model-len: {engine.max_tokens} is too short for prompts of {max(longer)} tokens."
+                f"argument --max-model-len: must exceed {max(longer)}, the tokens of the longest prompt, got "
+                f"{engine.max_tokens}."
             )
         write_rows(engine, options, cases, compared, path, progress)
 
 
 def take_profile(options: argparse.Namespace) -> None:
-    """Sets full layers, full heads, ratios and scorers that are not given, by the profile if there is one.
+    """Sets full layers, full heads, ratios and scorers from the profile, if there is one and they are not given.
 
     Raises:
         RefusedError: Profile or memory is refused, or a scorer needs a profile and there is none.
@@ -196,7 +197,7 @@ def take_profile(options: argparse.Namespace) -> None:
 
 
 def _ratios(options: argparse.Namespace) -> list[float]:
-    """The keep ratios that are measured: those of `--ratios`, or those with which the whole cache costs `--memory`."""
+    """The keep ratios to measure: those of `--ratios`, or those at which the whole cache costs `--memory`."""
     if options.memory is None:
         ratios: list[float] = options.ratios
         return ratios
@@ -234,17 +235,17 @@ def _eval_parser() -> argparse.ArgumentParser:
 
     parser = OneLineParser(
         prog="vllm-l2kv eval",
-        description="Measures what a keep ratio or a budget costs, on a real engine: rows, plots and a report go into "
-        "a folder. Any other task: see docs/lm_eval.md.",
+        description="Measures what a keep ratio or a budget costs in quality, on a real engine, and writes rows, plots "
+        "and a report to a folder. For other tasks see docs/lm_eval.md.",
     )
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     helps = {
-        "perplexity": "loss and accuracy on a text's continuation",
+        "perplexity": "loss and accuracy on the continuation of a text",
         "passkey": "a number hidden in noise",
         "needle": "a sentence hidden in essays",
         "ruler": "RULER's task families that need no download",
-        "copy": "a list that is written again, item by item: long answers",
-        "chat": "facts told early in a conversation and asked for at its end",
+        "copy": "a list to repeat item by item: long answers",
+        "chat": "facts stated early in a conversation and asked for at its end",
     }
     for task in TASKS:
         options = tasks.add_parser(task, help=helps[task], formatter_class=DefaultsFormatter)
@@ -270,14 +271,14 @@ def _eval_parser() -> argparse.ArgumentParser:
             "--memory",
             type=list_of(_share),
             metavar="M,M",
-            help="shares of the whole cache, full layers included, in place of keep ratios",
+            help="shares of the whole cache, full layers included, instead of keep ratios",
         )
         add_budgets(options)
         add(
             "--scorers",
             type=list_of(_scorer),
             metavar="S,S",
-            help=f"of {listed(SCORERS)}, or MODULE:CLASS of your own; the controls are always included (default: "
+            help=f"any of {listed(SCORERS)}, or your own as MODULE:CLASS; controls are always included (default: "
             f"{CompressionParams.scorer})",
         )
         add(
@@ -285,37 +286,37 @@ def _eval_parser() -> argparse.ArgumentParser:
             type=list_of(one_of(GRANULARITIES)),
             default=CompressionParams.granularity,
             metavar="G,G",
-            help=f"of {listed(GRANULARITIES)}",
+            help=f"any of {listed(GRANULARITIES)}",
         )
         add(
             "--protect",
             type=list_of(protection),
             default=DEFAULT_PROTECTION,
             metavar="FIRST:LAST",
-            help="protected tokens at the beginning and the end of prompts; pairs with commas between them",
+            help="numbers of first and last tokens to protect; several pairs are separated by commas",
         )
         add(
             "--questions",
             type=list_of(one_of(QUESTIONS)),
             default=SEEN,
             metavar="Q,Q",
-            help=f"of {listed(QUESTIONS)}: the question is compressed with the rest, or the document before it alone",
+            help=f"any of {listed(QUESTIONS)}: compress the question with the document, or the document without it",
         )
         add(
             "--lengths",
             type=list_of(positive),
             default="1024",
             metavar="N,N",
-            help="prompt lengths in tokens; of ruler and copy with the answer",
+            help="prompt lengths in tokens; for ruler and copy they include the answer",
         )
         add("--samples", type=positive, default=10, metavar="N", help="samples for each length and depth or subtask")
-        add("--seed", type=count, default=0, metavar="N", help="seed of the prompts; change it for different ones")
+        add("--seed", type=count, default=0, metavar="N", help="seed of the prompts")
         add_verbose(options)
         add(
             "--max-model-len",
             type=positive,
             metavar="N",
-            help="context length of the engine (default: as needed)",
+            help="context length of the engine (default: as long as needed)",
         )
         if task not in ("passkey", "copy"):
             add(
@@ -332,7 +333,7 @@ def _eval_parser() -> argparse.ArgumentParser:
                 type=list_of(_depth),
                 default="0,0.25,0.5,0.75,1",
                 metavar="D,D",
-                help="places in the prompt where it is hidden; 0 is the beginning, 1 the end",
+                help="positions of the hidden text in the prompt: 0 is the start, 1 the end",
             )
         if task == "ruler":
             add(
@@ -340,16 +341,16 @@ def _eval_parser() -> argparse.ArgumentParser:
                 type=list_of(one_of(SUBTASKS)),
                 default=",".join(SUBTASKS),
                 metavar="T,T",
-                help="subtasks by RULER's names",
+                help="subtasks, by RULER's names",
             )
-    drawing = tasks.add_parser("report", help="draw plots and report of earlier runs again, several together")
-    drawing.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help=f"files named {ROWS}, or of aggregates")
+    drawing = tasks.add_parser("report", help="make plots and a report from the rows of one or more runs")
+    drawing.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help=f"files of rows ({ROWS}) or aggregates")
     drawing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     return parser
 
 
 def _scorer(word: str) -> str:
-    """A name of `SCORERS`, or the place of a class."""
+    """A name of `SCORERS`, or `MODULE:CLASS`."""
     return word if OWN_SCORER.fullmatch(word) else one_of(SCORERS)(word)
 
 

@@ -1,7 +1,7 @@
-"""Plots, one HTML file and what the terminal shows, made of rows.
+"""Plots, an HTML report and terminal tables, made from rows.
 
-Tables and curves are made of their aggregates, which may be all that is left of a run. Plots by position and by depth
-need the rows of answers.
+Tables and curves need only aggregates, which may be all that is left of a run. Plots by position and by depth need the
+rows of answers.
 """
 
 import math
@@ -33,27 +33,27 @@ from vllm_l2kv.tools.evaluation.variants import HIDDEN
 from vllm_l2kv.tools.html_report import embedded, figure, save, write_html
 
 NOTE = "Means with 95 % confidence intervals; n is the number of samples."
-AXES = {"keep_ratio": "keep ratio", "max_tokens": "budget, rows of a head"}
+AXES = {"keep_ratio": "keep ratio", "max_tokens": "budget, rows per head"}
 NUM_POSITIONS = 8
 """Points of a curve over positions."""
 METRIC_NOTES = {
-    "excess loss": "loss above that of the whole cache, nats a token; less is better, 0 costs nothing",
-    "accuracy": "share of tokens of the continuation that were the likeliest; more is better",
-    "score": "from 0 to 1; more is better",
-    "exact": "share of answers that have the needle word for word; more is better",
+    "excess loss": "loss above that of the whole cache, in nats per token; lower is better, 0 is no loss",
+    "accuracy": "share of tokens of the continuation that the model finds most likely; higher is better",
+    "score": "from 0 to 1; higher is better",
+    "exact": "share of answers with the needle word for word; higher is better",
 }
 CAPTIONS = {
     "budgets": "Each point is the mean at one budget with its 95 % interval, {metric}: {note}. The black line is the "
     "whole cache.",
     "curves": "Each point is the mean at one keep ratio with its 95 % interval, {metric}: {note}. The black point at 1 "
-    "is the whole cache. A scorer does something for this task where it is better than the dashed controls, random "
-    "above all, and the intervals do not overlap.",
-    "positions": "How the loss above that of the whole cache goes on while the model reads new tokens. A line that "
-    "falls to 0 recovers by what it has read since; one that stays above 0 still misses what was evicted.",
-    "depths": "One map for each ratio and budget: longer prompts to the right, deeper places of the hidden text "
-    "further down. Green is found, red is not, white was not measured. A red row is a place that is lost.",
+    "is the whole cache. A scorer helps in this task if it is better than the dashed controls, above all than random, "
+    "and the intervals do not overlap.",
+    "positions": "Excess loss over the tokens that the model reads after the compressed context. A line that falls to "
+    "0 recovers with the new tokens; one that stays above 0 still needs what was evicted.",
+    "depths": "One map for each ratio and budget: prompt length to the right, depth of the hidden text downward. Green "
+    "is found, red is not found, white was not measured. A red row is a depth at which the text is lost.",
 }
-"""Under each kind of figure: how to read it."""
+"""Captions of the figures, which say how to read them."""
 CONDITIONS = {
     "text": "text {}",
     "seed": "seed {}",
@@ -63,19 +63,19 @@ CONDITIONS = {
     "vllm": "vLLM {}",
     "commit": "commit {}",
 }
-"""What is said of rows that have it."""
+"""Phrases for the fields of rows."""
 
 
 class Section(NamedTuple):
-    """What is reported together: a task of one model with the same layers and heads full.
+    """A section of the report: one task and model with the same full layers and heads.
 
     Attributes:
-        task: Its name.
-        model: Its name.
-        full_layers: Layers that did not compact.
-        full_heads: KV heads of other layers that did not, as one would type them; `None` if there are none.
+        task: Name of the task.
+        model: Name of the model.
+        full_layers: Layers that never compact.
+        full_heads: KV heads of other layers that never compact, in the form of the option; `None` if there are none.
         cells: Aggregates.
-        answers: Rows of single answers, as far as they were given.
+        answers: Rows of single answers, if given.
     """
 
     task: str
@@ -92,7 +92,7 @@ class Section(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """How names of its files begin. Heads are too many for a name: it has their number and a digest."""
+        """Prefix of the names of its files, with the number of full heads and a digest of them."""
         name = f"{self.task}-{self.model}-{'-'.join(map(str, self.full_layers)) or 'none'}"
         if self.full_heads is None:
             return name
@@ -101,17 +101,17 @@ class Section(NamedTuple):
 
 
 def write_report(rows: Iterable[Row], folder: Path) -> Path:
-    """Draws what the rows hold; those that say the same thing again replace the earlier ones.
+    """Draws plots of the rows and writes the report. Of duplicate rows, the last one counts.
 
     Args:
-        rows: Of answers, or aggregates.
-        folder: Where plots and page go.
+        rows: Rows of answers, or aggregates.
+        folder: Folder of plots and page.
 
     Returns:
-        Path of the HTML file, which holds the plots too.
+        Path of the HTML file, which also embeds the plots.
 
     Raises:
-        ValueError: As in `with_excess_loss`.
+        ValueError: See `with_excess_loss`.
     """
     sections = [
         {
@@ -126,7 +126,7 @@ def write_report(rows: Iterable[Row], folder: Path) -> Path:
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """What the terminal shows of rows: under which conditions they were measured, and a table for each metric."""
+    """Text for the terminal: the conditions of the measurement, and a table for each metric."""
     lines = []
     for section in _sections(rows):
         lines += ["", section.title, conditions(section.cells)]
@@ -137,7 +137,7 @@ def summary(rows: Iterable[Row]) -> str:
 
 
 def conditions(cells: Sequence[Row]) -> str:
-    """What made the prompts of aggregates, where they were answered and what was protected, as sentences."""
+    """Sentences on the prompts of aggregates, the machine, and the protected tokens."""
     compressed = [cell for cell in cells if not is_whole(cell)]
     protections = sorted({(cell["protect_first"], cell["protect_last"]) for cell in compressed})
     words = [f"{num_prompts(cells)} prompts of {_joined(_values(cells, 'length'))} tokens"]
@@ -166,7 +166,7 @@ def matrix(cells: Sequence[Row], task: str, metric: str) -> list[str]:
 def by_amount(
     entries: Sequence[Row], metric: str, shown: Callable[[Estimate], str]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Amounts in their order, and of each variant a metric at these amounts, empty where it was not measured."""
+    """The amounts in order, and for each variant the metric at each amount, empty if it was not measured."""
     names = amounts(entries)
     lines = {label(entry): [""] * len(names) for entry in entries}
     for entry in entries:
@@ -175,7 +175,7 @@ def by_amount(
 
 
 def amounts(rows: Iterable[Row]) -> list[str]:
-    """How plots and tables call how much was kept: falling ratios, then falling budgets."""
+    """Labels of how much was kept: ratios in descending order, then budgets in descending order."""
 
     def order(row: Row) -> tuple[Any, ...]:
         budget = budget_of(row)
@@ -185,19 +185,19 @@ def amounts(rows: Iterable[Row]) -> list[str]:
 
 
 def amount(row: Row) -> str:
-    """How plots and tables call how much was kept; a budget with the interval beyond it in the answer."""
+    """Label of how much was kept: the ratio, or the budget with its interval in the answer."""
     budget = budget_of(row)
     return f"keep {row['keep_ratio']:g}" if budget is None else f"budget {budget:,}+{row['answer_interval']:,}"
 
 
 def budget_of(row: Row) -> int | None:
-    """Its budget; `None` for a ratio and for the whole cache."""
+    """The budget of a row; `None` for a ratio or the whole cache."""
     budget: int | None = row.get("max_tokens")
     return budget
 
 
 def label(entry: Row) -> str:
-    """How plots and tables call a variant."""
+    """Label of a variant."""
     if is_whole(entry):
         return "no compression"
     words = [entry["scorer"]]
@@ -211,7 +211,7 @@ def label(entry: Row) -> str:
 
 
 def table(cells: Sequence[Row], task: str) -> list[list[str]]:
-    """Lines of words, the first one a heading: every variant by amount, for each metric of aggregates."""
+    """A table as lines of cells, the first one a heading: every variant by amount, for each metric."""
     entries = estimates(cells, task)
     lines = {metric: by_amount(entries, metric, _shown)[1] for metric in METRICS[task]}
     names = dict.fromkeys(label(entry) for entry in entries)
@@ -224,7 +224,7 @@ def table(cells: Sequence[Row], task: str) -> list[list[str]]:
 
 
 def _memories(cells: Sequence[Row], columns: Sequence[str]) -> Iterator[list[str]]:
-    """A line of a table, if aggregates say it: the memory of the whole cache that each amount costs."""
+    """A line of a table with the share of the whole cache that each amount costs, if the aggregates have it."""
     shares = [memory_of(cell for cell in cells if amount(cell) == column) for column in columns]
     if None not in shares:
         yield ["memory of the whole cache", *(f"{share:.2f}" for share in shares)]
@@ -235,7 +235,7 @@ def _shown(estimate: Estimate) -> str:
 
 
 def _brief(estimate: Estimate) -> str:
-    # 0 is added for its sign: -0.00 looks like a gain.
+    # Adding 0 turns -0.0 into 0.0, since -0.00 would look like a gain.
     mean, low, high = (f"{round(value, 2) + 0.0:.2f}" for value in estimate[:3])
     return f"{mean} (one prompt)" if math.isnan(estimate.low) else f"{mean} ({low} to {high})"
 
@@ -258,7 +258,7 @@ def _sections(rows: Iterable[Row]) -> Iterator[Section]:
 
 
 def _plots(section: Section, folder: Path) -> Iterator[tuple[Path, str]]:
-    """Draws the figures of a section, each with how to read it."""
+    """Draws the figures of a section, each with its caption."""
     task, answers = section.task, section.answers
     name = section.file_name
     entries = estimates(section.cells, task)
@@ -284,7 +284,7 @@ def _curves(entries: Sequence[Row], task: str, metric: str, path: Path, over: st
     drawn, axes = figure(title, AXES[over], metric)
     for name in dict.fromkeys(label(entry) for entry in entries):
         line = [entry for entry in entries if label(entry) == name]
-        if line[0][over] is None:  # the whole cache beside budgets
+        if line[0][over] is None:  # the whole cache, in plots over budgets
             axes.axhline(line[0][metric].mean, label=name, color="black", linewidth=0.8)
             continue
         line.sort(key=lambda entry: entry[over])
@@ -317,7 +317,7 @@ def _positions(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _depths(rows: Sequence[Row], path: Path) -> Path:
-    """Heat maps of the score, lengths by depths: one for each amount, of the first variant that is no control."""
+    """Heat maps of the score by length and depth, one for each amount, for the first variant that is not a control."""
     from matplotlib.figure import Figure
 
     tested = [row for row in rows if is_whole(row) or row["scorer"] not in CONTROLS]
@@ -331,7 +331,7 @@ def _depths(rows: Sequence[Row], path: Path) -> Path:
         for row in tested:
             if amount(row) == column and label(row) in (first, "no compression"):
                 cells.setdefault((row["depth"], row["length"]), []).append(row["score"])
-        # Runs may differ in what they measured.
+        # Runs may have measured different lengths and depths.
         values = [[mean(cells.get((depth, length), [math.nan])) for length in lengths] for depth in depths]
         image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set(title=column, xlabel="tokens", xticks=range(len(lengths)), xticklabels=lengths)
@@ -342,10 +342,10 @@ def _depths(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _style(entry: Row) -> dict[str, Any]:
-    """A colour for each scorer, squares for what protects, dashes for controls."""
+    """A color for each scorer, squares for variants that protect tokens, dashes for controls."""
     protects = entry["protect_first"] or entry["protect_last"]
     scorer = entry["scorer"]
-    # One of a user's own has no place in the list; its name gives it the same colour in every plot.
+    # A user's scorer is not in the list; a checksum of its name gives it the same color in every plot.
     place = SCORERS.index(scorer) if scorer in SCORERS else crc32(scorer.encode())
     return {
         "color": "black" if is_whole(entry) else f"C{place}",

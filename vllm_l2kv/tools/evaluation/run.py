@@ -1,4 +1,4 @@
-"""Answers to cases under every variant, by the real engine."""
+"""Runs cases under every variant in a real engine."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,15 +23,15 @@ INTERVALS = Intervals()
 class Engine:
     """vLLM with compression.
 
-    Prefix caching stays on: a prompt is computed once, and every variant compacts a copy of its own.
+    Prefix caching is on: a prompt is computed once, and every variant compacts its own copy.
 
     Args:
         model: Folder or name of a model.
         full_layers: Layers that never compact.
         full_heads: KV heads of other layers that never compact.
-        intervals: Rows beyond a budget.
-        profile: File of the scorers that need one; nothing else is taken from it.
-        scorers: Those that are compared; all that servers take work as well.
+        intervals: Rows beyond a budget that a request may hold.
+        profile: Profile with the weights of scorers that need them; nothing else is read from it.
+        scorers: Scorers to compare, in addition to those that servers offer.
         arguments: More of vLLM's engine arguments.
     """
 
@@ -52,14 +52,14 @@ class Engine:
         device: dict[str, Any] = {}
         if current_platform.is_cpu():
             device = {"dtype": "float32", "enforce_eager": True}
-            # In a process of its own the engine waits for its worker by spinning, on a core that work could use.
+            # In its own process, the engine would wait for its worker in a busy loop that takes a CPU core.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
                 device["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         processor = "ForcedTokens" if current_platform.is_cpu() else "ForcedTokensV2"
         self._intervals = intervals
-        ours = vllm_l2kv.engine_args(
+        compression_args = vllm_l2kv.engine_args(
             full_layers,
             full_heads,
             prompt_interval=intervals.prompt,
@@ -71,20 +71,20 @@ class Engine:
         self._llm = vllm.LLM(
             model,
             logits_processors=[f"vllm_l2kv.tools.evaluation.teacher_forcing:{processor}"],
-            **{"disable_log_stats": True, **device, **ours, **arguments},
+            **{"disable_log_stats": True, **device, **compression_args, **arguments},
         )
         self.tokenizer = self._llm.get_tokenizer()
         config = self._llm.llm_engine.vllm_config
         self.about = {
             "model": Path(model).name,
             "full_layers": sorted(full_layers),
-            **about_heads(Settings.from_config(ours["additional_config"]).full_heads),
+            **about_heads(Settings.from_config(compression_args["additional_config"]).full_heads),
             "device": "CPU" if current_platform.is_cpu() else torch.cuda.get_device_name(),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "vllm": vllm.__version__,
         }
         self.max_tokens = config.model_config.max_model_len
-        # A tenth is left for blocks that are filled in part.
+        # A tenth is reserved for partly filled blocks.
         self._room = 0.9 * config.cache_config.num_gpu_blocks * config.cache_config.block_size
 
     def rows(
@@ -95,14 +95,14 @@ class Engine:
         progress: Progress | None = None,
         questions: Sequence[str] = (SEEN,),
     ) -> Iterator[dict[str, Any]]:
-        """One row for each case, variant and way of asking, those of a case one after the other.
+        """One row for each case, variant and kind of question; the rows of a case are consecutive.
 
         Args:
-            task: Its name, which goes into the rows.
+            task: Name of the task, for the rows.
             cases: The prompts.
-            variants: How each of them is compressed.
-            progress: Counts every prompt that is read and every token that is generated.
-            questions: Of `QUESTIONS`; the whole cache, which has seen everything, is measured once.
+            variants: How each prompt is compressed.
+            progress: Counts prompts that are read and tokens that are generated.
+            questions: Some of `QUESTIONS`. Without compression they do not differ, so the whole cache is measured once.
         """
         asked = [(v, question) for v in variants for question in (questions if v.compresses else (SEEN,))]
         progress = progress or Progress()
@@ -111,7 +111,7 @@ class Engine:
         for group in self._groups(cases, asked):
             which = f"{task}: prompts {num_before + 1} to {num_before + len(group)} of {len(cases)}"
             progress.part(which, len(group), "read")
-            # Fills the prefix cache, which variants that start together could not share.
+            # Fill the prefix cache first: variants that start together could not share their prompts.
             self._generate([(case, None) for case in group], progress)
             pairs = [(case, _params(case, variant, question)) for case in group for variant, question in asked]
             num_tokens = sum(case.num_tokens for case, _ in pairs)
@@ -132,7 +132,7 @@ class Engine:
             progress.reached(num_before / len(cases))
 
     def _groups(self, cases: Iterable[Case], asked: Sequence[tuple[CompressionParams, str]]) -> Iterator[list[Case]]:
-        """Cases that fit into the cache together, with a compacted copy for each variant; so none is preempted."""
+        """Groups of cases that fit in the cache, with a compacted copy for each variant, so that none is preempted."""
         group: list[Case] = []
         room = self._room
         for case in cases:
@@ -147,7 +147,7 @@ class Engine:
             yield group
 
     def _num_rows(self, case: Case, params: CompressionParams) -> int:
-        """Rows that an answer holds at most, beside the prompt that all share until it is compacted."""
+        """Most rows that an answer holds, without the prompt that all variants share until they are compacted."""
         num_prompt_tokens = len(case.prompt)
         if params.max_tokens is None:
             compressed = params.prefix_tokens or num_prompt_tokens
@@ -156,7 +156,7 @@ class Engine:
         return points.max_rows(num_prompt_tokens + case.num_tokens)
 
     def _about_budget(self, variant: CompressionParams) -> dict[str, int]:
-        """What rows say of a budget beside its own value."""
+        """Fields of rows with a budget: the intervals."""
         if variant.max_tokens is None:
             return {}
         return {f"{name}_interval": interval for name, interval in self._intervals._asdict().items()}
@@ -164,8 +164,8 @@ class Engine:
     def _generate(self, pairs: Sequence[tuple[Case, Any]], progress: Progress) -> list[Answer]:
         """Answers in the order of `pairs`; a case without a variant is only read.
 
-        By the engine's own steps: `LLM.generate` tells of an answer when it is whole, and of many that started together
-        all are whole at once.
+        Runs the engine step by step to show progress: `LLM.generate` reports only finished answers, and answers that
+        start together finish together.
         """
         from vllm.inputs import tokens_input
 
@@ -181,7 +181,7 @@ class Engine:
                 parts[index].append(part)
                 if usage := take_usage(output):
                     memory[index] = usage["memory_ratio"]
-                # An answer may end before its time.
+                # An answer may end early.
                 done = left[index] if output.finished else len(part.token_ids)
                 left[index] -= done
                 progress.advance(done)
@@ -189,7 +189,7 @@ class Engine:
 
 
 def _params(case: Case, variant: CompressionParams, question: str) -> CompressionParams:
-    """A variant as it is asked about one case."""
+    """The params of a variant for one case."""
     return replace(variant, prefix_tokens=case.num_document_tokens) if question == HIDDEN else variant
 
 
@@ -209,7 +209,7 @@ def _sampling_params(case: Case, variant: CompressionParams | None) -> Any:
         max_tokens=_num_tokens(case, variant),
         temperature=0,
         logprobs=0,
-        # A forced text may well hold the token that ends one.
+        # A forced text may contain the end-of-sequence token.
         ignore_eos=bool(forced),
         extra_args=fields | forced,
         output_kind=RequestOutputKind.DELTA,

@@ -6,13 +6,13 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 Z = 1.959964
-"""Of the normal distribution, for 95 %."""
+"""Quantile of the normal distribution for a 95 % interval."""
 
 
 class Moments(NamedTuple):
-    """What a mean and its interval are made of: the number of samples, their mean and their standard deviation.
+    """Number, mean and standard deviation of samples, from which an `Estimate` is computed.
 
-    The deviation of a single sample is 0.
+    The standard deviation of a single sample is 0.
     """
 
     num_samples: int
@@ -21,7 +21,7 @@ class Moments(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean, its interval, and its number of samples."""
+    """A mean, its 95 % confidence interval, and the number of samples."""
 
     mean: float
     low: float
@@ -30,12 +30,12 @@ class Estimate(NamedTuple):
 
 
 def moments(values: Sequence[float]) -> Moments:
-    """Of some values, at least one."""
+    """Moments of one or more values."""
     return Moments(len(values), mean(values), stdev(values) if len(values) > 1 else 0.0)
 
 
 def pooled(parts: Iterable[Moments]) -> Moments:
-    """The moments of all values, from those of their parts."""
+    """Moments of all values, from the moments of parts."""
     parts = list(parts)
     if len(parts) == 1:
         return parts[0]
@@ -47,20 +47,20 @@ def pooled(parts: Iterable[Moments]) -> Moments:
 
 
 def share(scores: Moments) -> Estimate:
-    """Of scores in [0, 1], by Wilson's interval.
+    """Mean of scores in [0, 1] with Wilson's interval.
 
-    It holds its promise where all samples agree, as those of hopeless and of easy tasks do. For scores between 0 and 1
-    it is wider than need be: no scores of a given mean vary more than those of 0 and 1.
+    The interval is valid even if all samples are equal, as in very hard or very easy tasks. For scores strictly between
+    0 and 1 it is conservative, since scores of 0 and 1 have the highest variance for a given mean.
     """
     n, p, _ = scores
     centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    # Rounding must not put a mean of 0 or 1 outside.
+    # Rounding must not put a mean of 0 or 1 outside of its interval.
     return Estimate(p, min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p), n)
 
 
 def average(values: Moments) -> Estimate:
-    """Of numbers without bounds, by Student's t; without an interval if there is but one."""
+    """Mean of unbounded numbers with Student's t interval, which is NaN for a single sample."""
     n, m, deviation = values
     if n == 1:
         return Estimate(m, math.nan, math.nan, 1)

@@ -1,4 +1,4 @@
-"""Texts to read: files, or samples in the public domain that come along."""
+"""Texts for tasks: files, or bundled samples in the public domain."""
 
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES = ("moby_dick", "state_of_the_union")
-"""Prose of a novel; essays, of a kind."""
+"""Bundled samples: a novel, and speeches in place of essays."""
 
 
 def read_text(name: str) -> str:
-    """A bundled sample by its name, or a file.
+    """Reads a bundled sample by its name, or a file.
 
     Raises:
-        OSError: There is no such file.
-        UnicodeDecodeError: It is not UTF-8.
+        OSError: The file cannot be read.
+        UnicodeDecodeError: The file is not UTF-8.
     """
     if name in SAMPLES:
         return files("vllm_l2kv.tools.evaluation").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
@@ -22,9 +22,9 @@ def read_text(name: str) -> str:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with the tokenizer's BOS in front, if it has one.
+    """Token ids of a text, beginning with the tokenizer's BOS if it has one.
 
-    Not every tokenizer puts it there by itself, and some models are lost without.
+    Not every tokenizer adds the BOS itself, and some models fail without it.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     token_ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -32,15 +32,15 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens at the beginning two lists have in common."""
+    """Length of the common prefix of two lists of token ids."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def largest(high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number in `0..high` that fits, if all below one that fits do; 0 needs no proof.
+    """The largest number in `0..high` for which `fits` is true; 0 is assumed to fit, and `fits` to be monotonic.
 
-    Tries small numbers first: large ones make long prompts.
+    Tries small numbers first, since large ones make long prompts.
     """
     low, step = 0, 1
     while low + step <= high and fits(low + step):

@@ -1,4 +1,4 @@
-"""What is compared: ways of compressing one and the same prompt and its answer."""
+"""The variants that `eval` compares: ways to compress the same prompt and its answer."""
 
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -7,27 +7,27 @@ from vllm_l2kv.params import CONTROLS, ONE_COMPACTION_SCORERS, CompressionParams
 from vllm_l2kv.profile import ratio_for
 
 BASELINE = CompressionParams(keep_ratio=1.0, protect_first=0, protect_last=0)
-"""No compression. Its protection changes nothing; rows name the baseline by these values."""
+"""No compression. Protection has no effect here, but rows of the baseline have these values."""
 DEFAULTS = CompressionParams()
 SEEN, HIDDEN = QUESTIONS = ("seen", "hidden")
-"""Whether the question is compressed with its document, or the document alone, before the question is read."""
+"""Seen: the question is compressed with its document. Hidden: the document is compressed before the question."""
 
 
 def ratio_of_memory(memory: float, num_heads: int, num_full: int) -> float:
-    """The keep ratio with which the whole cache costs a share of its memory.
+    """The keep ratio at which a request holds this share of its uncompressed memory.
 
     Args:
-        memory: The share, in (0, 1].
+        memory: Share of the whole cache, in (0, 1].
         num_heads: KV heads of all layers without a sliding window.
-        num_full: Those of them that never compress.
+        num_full: How many of these heads never compress.
 
     Raises:
-        ValueError: These alone cost as much.
+        ValueError: Full heads alone cost as much.
     """
     ratio = ratio_for(memory, num_heads, num_full)
     if ratio <= 0:
         raise ValueError(
-            f"M must be more than {num_full / num_heads:.3f}, which full layers and heads alone cost, got {memory:g}."
+            f"M must be more than {num_full / num_heads:.3f}, the share of full layers and heads, got {memory:g}."
         )
     return ratio
 
@@ -39,17 +39,17 @@ def variants(
     granularities: Sequence[str] = (DEFAULTS.granularity,),
     budgets: Iterable[int] = (),
 ) -> list[CompressionParams]:
-    """Every combination of a ratio or a budget, after the baseline; controls are added and measured token by token.
+    """The baseline, then every combination of ratio or budget with the others. Controls are added, by token only.
 
     Args:
         scorers: Names of `SCORERS`, or `MODULE:CLASS`.
         ratios: Keep ratios; 1 is the baseline.
         protections: Pairs of `protect_first` and `protect_last`.
         granularities: `token`, `block`.
-        budgets: Values of `max_tokens`; controls that a budget excludes are left out.
+        budgets: Values of `max_tokens`; controls that do not work with a budget are left out.
 
     Raises:
-        ParamError: A budget that protection, scorer or granularity excludes.
+        ParamError: A budget does not go with a protection, a scorer or a granularity.
     """
     kinds = [(scorer, granularity) for granularity in granularities for scorer in scorers]
     controls = [(control, "token") for control in CONTROLS if (control, "token") not in kinds]

@@ -1,4 +1,5 @@
-"""How many requests a memory holds, with and without compression: `vllm-l2kv plan`.
+"""Computes how many requests fit a GPU's memory, with and without compression: `vllm-l2kv plan`.
 
-Nothing runs and no weights are read: a config, vLLM's own planner of the KV cache and the package's own arithmetic.
+No engine runs and no weights are read: it uses the model's config, vLLM's planner of the KV cache, and the arithmetic
+of this package.
 """

@@ -20,40 +20,40 @@ from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 
 
 class Group(NamedTuple):
-    """Layers with one block table; a layer that has full and other heads is in two of them.
+    """Layers that share a block table; a mixed layer is in two groups.
 
     Attributes:
-        specs: Of each layer: heads of the group's class on one GPU.
+        specs: Spec of each layer, for the heads of the group's class on one GPU.
     """
 
     specs: tuple[KVCacheSpec, ...]
 
     @property
     def spec(self) -> KVCacheSpec:
-        """Of one of the layers; they differ in nothing but their number of heads."""
+        """The spec of one layer; layers differ only in their number of heads."""
         return self.specs[0]
 
     @property
     def num_heads(self) -> int:
-        """KV heads of all layers."""
+        """KV heads of all layers together."""
         return sum(spec.num_kv_heads for spec in self.specs if isinstance(spec, AttentionSpec))
 
     @property
     def kind(self) -> str:
-        """What its layers hold of a request: `compressed`, `sliding`, `recurrent` or `full`."""
+        """Kind of the layers: `compressed`, `sliding`, `recurrent` or `full`."""
         kinds = {CompressedLayerSpec: "compressed", SlidingWindowSpec: "sliding", MambaSpec: "recurrent"}
         return next((kind for of_class, kind in kinds.items() if isinstance(self.spec, of_class)), "full")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every request is taken to look like.
+    """The request that is planned; all requests are assumed to be alike.
 
     Attributes:
         num_prompt_tokens: Tokens of the prompt.
         num_output_tokens: Generated tokens.
-        params: What it asks of its KV cache.
-        intervals: Those of the engine.
+        params: The request's compression.
+        intervals: The engine's intervals.
     """
 
     num_prompt_tokens: int
@@ -68,17 +68,17 @@ class Request:
 
     @cached_property
     def peak_rows(self) -> int:
-        """Rows that a head of a compressed layer holds at most."""
+        """Most rows that a head of a compressed layer holds."""
         return max([*(compaction.num_rows for compaction in self._compactions), *self.answer_rows])
 
     @property
     def kept_rows(self) -> int:
-        """Rows that are left when the prompt is computed, and compacted if that is due."""
+        """Rows after the prompt is computed, and compacted if a compaction is due."""
         return self._rows(self.num_prompt_tokens, bisect_right)
 
     @cached_property
     def answer_rows(self) -> list[int]:
-        """Rows after each generated token, before a compaction that is due there."""
+        """Rows after each generated token, before any compaction that is due there."""
         n = self.num_prompt_tokens
         return [self._rows(n + generated, bisect_left) for generated in range(1, self.num_output_tokens + 1)]
 
@@ -94,12 +94,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Document:
-    """The first tokens of many prompts, in the cache once for all of them.
+    """A document that many prompts begin with, and that is in the cache once.
 
     Attributes:
-        num_tokens: Its tokens.
-        params: What its requests ask of their KV cache.
-        intervals: Those of the engine.
+        num_tokens: Tokens of the document.
+        params: The compression of its requests.
+        intervals: The engine's intervals.
     """
 
     num_tokens: int
@@ -108,13 +108,13 @@ class Document:
 
     @property
     def compactions(self) -> list[Compaction]:
-        """Those of a request that asks one token about it, up to its end."""
+        """The compactions up to the end of the document, of a request with one token after it."""
         params = replace(self.params, prefix_tokens=self.num_tokens)
         return CompactionPoints(self.num_tokens + 1, params, self.intervals).in_prompt()
 
     @property
     def num_keep(self) -> int:
-        """Rows that are left of it."""
+        """Rows of the document after its compactions."""
         compactions = self.compactions
         return compactions[-1].num_keep if compactions else self.num_tokens
 
@@ -124,10 +124,10 @@ class Cache:
     """The KV cache of one GPU, as vLLM lays it out.
 
     Attributes:
-        groups: Groups of layers; each takes its blocks from the one pool.
+        groups: Groups of layers, which share one pool of blocks.
         block_bytes: Bytes of a block, padding included.
-        num_blocks: Blocks, as vLLM's `num_gpu_blocks` counts them.
-        max_in_flight_tokens: Prompt tokens that may be under way at once; sliding layers hold them beside the window.
+        num_blocks: Number of blocks, as in vLLM's `num_gpu_blocks`.
+        max_in_flight_tokens: Most prompt tokens in flight at once; sliding layers hold them in addition to the window.
     """
 
     groups: tuple[Group, ...]
@@ -137,16 +137,16 @@ class Cache:
 
     @property
     def num_usable(self) -> int:
-        """Blocks for requests; one is vLLM's null block."""
+        """Blocks for requests: all except vLLM's null block."""
         return self.num_blocks - 1
 
     def prompt_blocks(self, request: Request) -> int:
-        """Blocks that a request holds at most while its prompt is computed, for which vLLM asks to admit it."""
+        """Most blocks that a request holds while its prompt is computed, which vLLM requires to admit it."""
         num_tokens = request.num_prompt_tokens
         return self._computing.num_held(num_tokens, request.points.max_rows(num_tokens))
 
     def compacted_blocks(self, request: Request) -> int:
-        """Blocks of a request whose prompt is computed, and compacted if that is due."""
+        """Blocks of a request after its prompt is computed, and compacted if a compaction is due."""
         return self._answering.num_held(request.num_prompt_tokens, request.kept_rows)
 
     def answer_blocks(self, request: Request) -> list[int]:
@@ -155,36 +155,36 @@ class Cache:
         return [self._answering.num_held(num_tokens, num_rows) for num_tokens, num_rows in rows]
 
     def memory_ratio(self, num_tokens: int, num_rows: int) -> float:
-        """Memory of the whole cache, see `Capacity.memory_ratio`."""
+        """See `Capacity.memory_ratio`."""
         return self._answering.memory_ratio(num_tokens, num_rows)
 
     def num_at_once(self, request: Request) -> int:
-        """Requests that run to their ends side by side, whenever each of them began.
+        """Requests that can run to their ends at the same time without preemption, whenever each of them began.
 
-        All but one may hold as much as they ever do in their answers while the prompt of the last one is computed.
+        In the worst case, all but one hold the most blocks of their answers while the last one's prompt is computed.
         """
         answering = max(self.answer_blocks(request))
         last = max(answering, self.prompt_blocks(request))
         return 1 + (self.num_usable - last) // answering if last <= self.num_usable else 0
 
     def num_on_average(self, request: Request) -> float:
-        """Requests that run in a steady state, in which they are spread evenly over their answers."""
+        """Requests that run in a steady state, in which they are evenly spread over the lengths of their answers."""
         if not self.num_at_once(request):
             return 0.0
         return self.num_usable / statistics.fmean(self.answer_blocks(request))
 
     def document_blocks(self, document: Document) -> int:
-        """Blocks of a document while nothing is asked about it."""
+        """Blocks of a document in the cache while no request uses it."""
         return self._answering.num_held(document.num_tokens, document.num_keep)
 
     def num_documents(self, document: Document) -> int | None:
-        """Such documents that stay findable if they are warmed up one after the other, and nothing else runs.
+        """Number of such documents that stay in the cache if each is computed once, and nothing else runs.
 
-        The last one is computed beside the others: it is whole until a compaction, which then happens in place.
+        The last one needs the most room while it is computed: it is whole until its compaction, which is in place.
 
         Returns:
-            Their number; `None` for models with sliding windows or recurrent layers, which do not share compressed
-            documents, and of which ordinary prefixes are found by what is left of windows and states.
+            The number; `None` for models with sliding windows or recurrent layers, which do not share compressed
+            documents, and whose uncompressed prefixes also depend on cached windows and states.
         """
         if any(group.kind in ("sliding", "recurrent") for group in self.groups):
             return None
@@ -194,17 +194,17 @@ class Cache:
         if computed > self.num_usable:
             return 0
         kept = self.document_blocks(document)
-        # A token must follow the document, in its last blocks if they have room.
+        # At least one token follows the document, in its last block if there is room.
         asked = self._answering.num_held(num_tokens + 1, document.num_keep + 1) - kept
         return 1 + max(0, self.num_usable - computed - asked) // kept
 
     def longest(self, params: CompressionParams, intervals: Intervals) -> int | None:
-        """Tokens of the longest request, prompt and answer, with which an engine of these defaults starts.
+        """The largest `--max-model-len` with which an engine with these defaults starts.
 
-        Without a budget it is whole, at any keep ratio: its prompt is computed before it is compacted.
+        Without a budget the keep ratio does not matter, since a prompt is computed whole before it is compacted.
 
         Returns:
-            The largest `--max-model-len`; `None` if any fits.
+            Tokens of prompt and answer together; `None` if there is no limit.
         """
 
         def num_blocks(num_tokens: int) -> int:
@@ -231,24 +231,26 @@ class Cache:
 
 
 def cache_of(specs: Mapping[str, KVCacheSpec], num_bytes: int, max_in_flight_tokens: int) -> Cache:
-    """What vLLM's planner makes of a memory.
+    """Lays out a KV cache with vLLM's planner.
 
     Args:
-        specs: Of the layers on one GPU: vLLM's, or those that `kv_cache_spec.classify_layers` made of them.
-        num_bytes: Memory for the cache on that GPU.
-        max_in_flight_tokens: vLLM's `--max-num-batched-tokens` times the steps that may be under way at once.
+        specs: Specs of the layers on one GPU: vLLM's, or those of `kv_cache_spec.classify_layers`.
+        num_bytes: Memory for the cache on that GPU, in bytes.
+        max_in_flight_tokens: vLLM's `--max-num-batched-tokens` times the number of steps in flight at once.
 
     Raises:
-        ValueError: Less memory than two blocks, of which vLLM uses one itself.
+        ValueError: The memory is less than two blocks, of which vLLM uses one itself.
     """
-    # The device is asked nothing, and must not be looked for: vLLM may know none here, and then expects little of it.
+    # The device is not used here, but vLLM would look for one, and fail on a machine where it knows none.
     config = VllmConfig(device_config=DeviceConfig(device="cpu"))
     config.scheduler_config.disable_hybrid_kv_cache_manager = False
     config.cache_config.kv_cache_layout = "BLHNC" if is_packed(specs.values()) else "LBHNC"
     groups = get_kv_cache_groups(config, dict(specs))
     plan = get_kv_cache_config_from_groups(config, groups, max(0, num_bytes))
     if plan.num_blocks < 2:
-        raise ValueError(f"{num_bytes / 2**30:.2f} GiB are left for the KV cache, which is less than two blocks.")
+        raise ValueError(
+            f"the KV cache must have at least two blocks, got {num_bytes / 2**30:.2f} GiB; give more memory or GPUs."
+        )
     return Cache(
         groups=tuple(Group(tuple(group_layer_specs(group).values())) for group in groups),
         block_bytes=plan.kv_cache_tensors[0].size // plan.num_blocks,

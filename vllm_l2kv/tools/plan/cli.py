@@ -29,21 +29,21 @@ from vllm_l2kv.tools.options import add_budgets
 UTILIZATION = 0.92
 """vLLM's default of `--gpu-memory-utilization`."""
 OVERHEAD_GIB = 3.0
-"""What else vLLM takes: activations of a batch, CUDA graphs, CUDA itself. docs/sizing.md says where it was measured."""
+"""GiB of other memory: activations of a batch, CUDA graphs, CUDA itself. docs/sizing.md says where it was measured."""
 RATIOS = (0.5, 0.25)
-"""Keep ratios that are compared unless others are asked."""
+"""Keep ratios that are compared by default."""
 BATCH_TOKENS = 8192
 """vLLM's default of `--max-num-batched-tokens` for a server on a large GPU."""
 
 
 def plan(argv: Sequence[str]) -> None:
-    """Says how many requests fit.
+    """Prints how many requests fit.
 
     Args:
-        argv: The words after `plan`.
+        argv: Arguments after `plan`.
 
     Raises:
-        SystemExit: With 2 after a bad option, or a model that cannot be planned; one line on standard error.
+        SystemExit: With 2 and one line on standard error after a bad option, or for a model that cannot be planned.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -53,7 +53,7 @@ def plan(argv: Sequence[str]) -> None:
         parser.error(f"argument --kv-profile: {error}")
     if options.kv_cache_gib is None and (options.gpu_gib is None or options.device == "cpu"):
         needed = "--kv-cache-gib" if options.device == "cpu" else "--gpu-gib or --kv-cache-gib"
-        parser.error(f"{needed} must say how much memory there is.")
+        parser.error(f"{needed} must be given: how much memory there is.")
     if options.gpus and options.gpus % options.tensor_parallel_size:
         size = options.tensor_parallel_size
         parser.error(f"argument --gpus: must be a multiple of --tensor-parallel-size {size}, got {options.gpus}.")
@@ -70,7 +70,7 @@ def plan(argv: Sequence[str]) -> None:
 
 
 def take_profile(options: argparse.Namespace) -> None:
-    """Sets full layers, full heads and ratios that are not given, by the profile if there is one.
+    """Sets full layers, full heads and ratios from the profile, if there is one and they are not given.
 
     Raises:
         ValueError: Profile or memory is refused.
@@ -88,8 +88,8 @@ def take_profile(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _silent_vllm() -> Iterator[None]:
-    """Keeps vLLM's log off standard output, where the plan belongs, and out of our one line of error."""
-    # It logs to whatever standard output is when it is imported.
+    """Keeps vLLM's log out of standard output, which is for the plan, and away from the one-line error."""
+    # vLLM logs to what standard output is at the time of its import.
     with redirect_stdout(sys.stderr):
         import vllm.logger  # noqa: F401
     log = logging.getLogger("vllm")
@@ -104,8 +104,8 @@ def _silent_vllm() -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="vllm-l2kv plan",
-        description="Says how many requests of one kind fit the KV cache at once, in stock vLLM and in vllm-l2kv at "
-        "keep ratios and budgets. Reads the model's config only. docs/sizing.md explains the columns.",
+        description="Computes how many requests of one kind fit the KV cache at once, in stock vLLM and in vllm-l2kv "
+        "at several keep ratios and budgets. Reads only the model's config. docs/sizing.md explains the columns.",
         formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
@@ -121,24 +121,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_profile(add, "--full-layers or --full-heads, and --ratio,")
     add_budgets(parser)
-    add("--document-tokens", type=positive, metavar="N", help="also says how many documents of N tokens stay findable")
+    add("--document-tokens", type=positive, metavar="N", help="also show how many documents of N tokens stay cached")
     add("--gpu-gib", type=gib, metavar="G", help="memory of one GPU")
     add("--kv-cache-gib", type=gib, metavar="G", help="memory for the KV cache of one GPU, instead of --gpu-gib")
     add("--gpu-memory-utilization", type=ratio, default=UTILIZATION, metavar="R", help="as vLLM's")
-    add("--weights-gib", type=gib, metavar="G", help="weights of all GPUs; by default from files or config")
+    add("--weights-gib", type=gib, metavar="G", help="weights on all GPUs together (default: from files or config)")
     add(
         "--overhead-gib",
         type=real("G", "0 <= G", lambda value: value >= 0),
         default=OVERHEAD_GIB,
         metavar="G",
-        help="estimate of other memory of one GPU: activations, CUDA graphs",
+        help="estimate of other memory on one GPU: activations, CUDA graphs",
     )
     add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs that share the model")
     add(
         "--gpus",
         type=positive,
         metavar="N",
-        help="also says what a fleet of N GPUs holds, a copy of the model on each --tensor-parallel-size of them",
+        help="also show what a fleet of N GPUs holds, with a copy of the model on each --tensor-parallel-size GPUs",
     )
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="as vLLM's")
     add("--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="as vLLM's")

@@ -1,4 +1,4 @@
-"""What a model's config says of its KV cache, and what its weights weigh."""
+"""Reads a model's KV cache from its config, and the size of its weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,23 +26,23 @@ from vllm_l2kv.refusals import check_kv_heads
 from vllm_l2kv.tools.plan.states import state_of
 
 STORED_FLOATS = ("BF16", "F16", "F32")
-"""Types of safetensors that vLLM turns into the model's own; others, of quantized weights, stay as they are."""
+"""Types in safetensors that vLLM converts to the model's dtype; other types, of quantized weights, are kept."""
 UNEVEN = ("global_head_dim", "num_global_key_value_heads", "num_kv_shared_layers")
-"""Entries of configs whose layers with keys differ in more than a window."""
+"""Entries of configs whose attention layers differ in more than the window."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder whose layers with keys cache alike, apart from windows.
+    """A decoder whose attention layers have equal caches, apart from windows.
 
     Attributes:
-        layer_types: Of each layer, as `transformers` names them.
+        layer_types: Type of each layer, as `transformers` names it.
         window: Tokens of the sliding windows; `None` for none.
         num_heads: Query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_size: Elements of a key, and of a value.
-        dtype: Of weights and activations.
-        state_of: Tensor-parallel size to the state of a recurrent layer on one GPU.
+        dtype: Type of weights and activations.
+        state_of: Takes the tensor-parallel size and returns the spec of a recurrent layer's state on one GPU.
     """
 
     layer_types: tuple[str, ...]
@@ -55,19 +55,19 @@ class Model:
 
     @property
     def shape(self) -> Shape:
-        """As a profile has it."""
+        """The `Shape` that a profile of this model has."""
         return Shape(len(self.layer_types), self.num_kv_heads, self.head_size, self.layer_types)
 
     def specs(self, block_size: int, kv_cache_dtype: str, num_gpus: int) -> dict[str, KVCacheSpec]:
-        """vLLM's specs of the layers on one GPU, as its workers would find them with a prefix cache.
+        """vLLM's specs of the layers on one GPU, as its workers would make them with a prefix cache.
 
         Args:
-            block_size: Tokens in a block; of a model with recurrent layers the least number.
+            block_size: Tokens per block; with recurrent layers, the least number.
             kv_cache_dtype: `auto`, `fp8` or `fp8_e4m3`.
-            num_gpus: Tensor-parallel size; KV heads are shared out, or repeated where there are fewer.
+            num_gpus: Tensor-parallel size; KV heads are divided among the GPUs, or replicated if there are fewer.
 
         Raises:
-            ValueError: Heads that cannot be shared out, or recurrent layers that vLLM does not know.
+            ValueError: Heads cannot be divided, or vLLM does not know the recurrent layers.
         """
         if self.num_heads % num_gpus:
             raise ValueError(f"--tensor-parallel-size must divide the model's {self.num_heads} heads, got {num_gpus}.")
@@ -81,7 +81,7 @@ class Model:
         rows = FullAttentionSpec(block_size=block_size, **cache)
         of_type: dict[str, KVCacheSpec] = {}
         if not RECURRENT.isdisjoint(self.layer_types):
-            rows, state = beside(rows, self.state_of(num_gpus))
+            rows, state = blocks_of_equal_bytes(rows, self.state_of(num_gpus))
             of_type |= dict.fromkeys(RECURRENT, state)
         of_type[FULL_ATTENTION] = rows
         if self.window is not None:
@@ -90,12 +90,12 @@ class Model:
         return {f"layers.{i}.attn": of_type[kind] for i, kind in enumerate(self.layer_types) if kind in of_type}
 
 
-def beside(rows: FullAttentionSpec, state: MambaSpec) -> tuple[FullAttentionSpec, MambaSpec]:
-    """Blocks of one size for rows and states, as vLLM makes them with a prefix cache: the fewest that hold a state.
+def blocks_of_equal_bytes(rows: FullAttentionSpec, state: MambaSpec) -> tuple[FullAttentionSpec, MambaSpec]:
+    """Blocks of equal bytes for rows and states, as vLLM makes them with a prefix cache: the smallest that fit a state.
 
     Args:
-        rows: Of a layer with keys, in the smallest blocks.
-        state: Of a recurrent layer.
+        rows: Spec of an attention layer with the smallest blocks.
+        state: Spec of a recurrent layer.
     """
     rows = replace(rows, block_size=rows.block_size * -(-state.page_size_bytes // rows.page_size_bytes))
     padded = replace(state, block_size=rows.block_size, page_size_padded=rows.page_size_bytes, mamba_cache_mode="align")
@@ -103,10 +103,10 @@ def beside(rows: FullAttentionSpec, state: MambaSpec) -> tuple[FullAttentionSpec
 
 
 def read_config(name: str) -> Any:
-    """The config of a folder, or of a name on the Hugging Face hub.
+    """Reads the config of a model: a folder, or a name on the Hugging Face hub.
 
     Raises:
-        ValueError: It cannot be had.
+        ValueError: The config cannot be read.
     """
     try:
         return get_config(name, trust_remote_code=False, config_format="hf")
@@ -115,23 +115,23 @@ def read_config(name: str) -> Any:
 
 
 def model_of(config: Any, dtype: str) -> Model:
-    """What a config says.
+    """Reads a `Model` from its config.
 
     Args:
-        config: As from `read_config`.
-        dtype: As vLLM's `--dtype`.
+        config: Config from `read_config`.
+        dtype: Value of vLLM's `--dtype`.
 
     Raises:
-        ValueError: A model that cannot be compressed, or whose layers this module does not know.
+        ValueError: The model cannot be compressed, or this module does not know its layers.
     """
     text = get_hf_text_config(config)
     convertor = MODEL_ARCH_CONFIG_CONVERTORS.get(config.model_type, ModelArchConfigConvertorBase)(config, text)
     if convertor.is_deepseek_mla() or config.is_encoder_decoder:
         raise ValueError("models with MLA and encoder-decoder models cannot be compressed.")
     if uneven := [name for name in UNEVEN if getattr(text, name, None)]:
-        raise ValueError(f"its config has {uneven[0]}: layers with caches of several shapes are not known to plan.")
+        raise ValueError(f"its config has {uneven[0]}: plan does not support layers with caches of several shapes.")
     stored: torch.dtype = convertor.get_torch_dtype(config, "", None, "hf")
-    # vLLM computes in bf16 what is stored in fp32, unless another type is set.
+    # By default, vLLM runs models that are stored in fp32 in bf16.
     automatic = torch.bfloat16 if stored == torch.float32 else stored
     return Model(
         layer_types=_layer_types(text, convertor.get_num_hidden_layers()),
@@ -148,20 +148,20 @@ def _layer_types(text: Any, num_layers: int) -> tuple[str, ...]:
     window = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None) or [SLIDING_ATTENTION if window else FULL_ATTENTION] * num_layers
     if strange := set(types) - {FULL_ATTENTION, SLIDING_ATTENTION} - RECURRENT - WITHOUT_CACHE:
-        raise ValueError(f"its config has layers of type {min(strange)}, which plan does not know.")
+        raise ValueError(f"its config has layers of type {min(strange)}, which plan does not support.")
     return tuple(types)
 
 
 def weight_bytes(name: str, config: Any, dtype: torch.dtype) -> tuple[int, str]:
-    """Bytes of all weights in memory, and where the number comes from.
+    """Bytes of all weights in memory, and the source of the number.
 
     Args:
-        name: Folder of the model; weights on the hub are not looked at.
-        config: Its config.
-        dtype: What floating-point weights are loaded as.
+        name: Folder of the model; weights on the hub are not read.
+        config: The model's config.
+        dtype: Type in which floating-point weights are loaded.
 
     Raises:
-        ValueError: Neither files nor config tell.
+        ValueError: Neither files nor config give the number.
     """
     try:
         files = get_local_safetensors_metadata(Path(name)).files_metadata.values()
@@ -180,7 +180,7 @@ def weight_bytes(name: str, config: Any, dtype: torch.dtype) -> tuple[int, str]:
 def _counted_bytes(config: Any, dtype: torch.dtype) -> int:
     if getattr(config, "quantization_config", None) or get_hf_text_config(config) is not config:
         raise ValueError(
-            "argument --weights-gib: is needed, the config of this model does not tell what weights weigh."
+            "argument --weights-gib: must be given, since the model's config does not tell the size of its weights."
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""The plan itself: memory, block layouts, and a row for each engine and keep ratio."""
+"""Computes a plan: memory, block layouts, and a row for each engine and keep ratio or budget."""
 
 from argparse import Namespace
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """What differs between devices.
+    """Constants of a device.
 
     Attributes:
-        stock_block_size: Tokens in a block of stock vLLM, unless another is set.
-        block_size: What vllm-l2kv asks for.
-        geometry: What its worker wants of packed blocks.
-        num_steps: Steps that may be under way at once.
+        stock_block_size: Default tokens per block in stock vLLM.
+        block_size: Default tokens per block in vllm-l2kv.
+        geometry: Geometry of packed blocks that the worker requires.
+        num_steps: Most steps in flight at once.
     """
 
     stock_block_size: int
@@ -43,13 +43,13 @@ DEVICES = {"cuda": Device(16, 16, FLASH_ATTENTION, num_steps=2), "cpu": Device(1
 
 
 def report(options: Namespace) -> dict[str, Any]:
-    """Everything that `vllm-l2kv plan` says, ready for JSON.
+    """The whole output of `vllm-l2kv plan`, as JSON-serializable values.
 
     Args:
-        options: Of the command line.
+        options: Options of the command line.
 
     Raises:
-        ValueError: The model, or too little memory.
+        ValueError: The model cannot be planned, or there is too little memory.
     """
     config = read_config(options.model)
     model = model_of(config, options.dtype)
@@ -68,7 +68,7 @@ def report(options: Namespace) -> dict[str, Any]:
     stock = cache(specs(device.stock_block_size))
     settings = Settings(options.full_layers, options.full_heads)
     dealt = model.num_kv_heads, options.tensor_parallel_size
-    ours = cache(classify_layers(specs(device.block_size), settings, device.geometry, *dealt))
+    compressed = cache(classify_layers(specs(device.block_size), settings, device.geometry, *dealt))
     return {
         "model": options.model,
         "num_prompt_tokens": options.context,
@@ -86,28 +86,28 @@ def report(options: Namespace) -> dict[str, Any]:
             {"engine": "stock", **_layout(stock), "rows": [_row(stock, CompressionParams(), options)]},
             {
                 "engine": "vllm-l2kv",
-                **_layout(ours),
-                "rows": [_row(ours, params, options) for params in _compared(options)],
+                **_layout(compressed),
+                "rows": [_row(compressed, params, options) for params in _compared(options)],
             },
         ],
     }
 
 
 def _check_profile(profile: Profile, model: Model) -> None:
-    """Refuses a profile whose model has another cache; weights are not read here.
+    """Rejects a profile whose model has another KV cache; weights are not compared.
 
     Raises:
-        ValueError: Says what differs.
+        ValueError: Layers, KV heads or their size differ.
     """
     if profile.shape != model.shape:
         raise ValueError(
-            f"argument --kv-profile: {profile.path} is a profile of another model, {profile.model}: layers, KV heads "
-            "or their size differ."
+            f"argument --kv-profile: {profile.path} was made for another model, {profile.model}: layers, KV heads or "
+            "their size differ; give a profile of this model."
         )
 
 
 def _memory(options: Namespace, config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """GiB of one GPU, and where the size of the weights comes from."""
+    """Memory of one GPU in GiB, and the source of the size of the weights."""
     if options.kv_cache_gib is not None:
         return {"kv_cache_gib": options.kv_cache_gib}
     if options.weights_gib is not None:
@@ -125,7 +125,7 @@ def _memory(options: Namespace, config: Any, dtype: torch.dtype) -> dict[str, An
 
 
 def _bytes_per_token(specs: Mapping[str, KVCacheSpec]) -> dict[str, int]:
-    """Bytes on one GPU of a token in all layers of a kind."""
+    """Bytes per token on one GPU, in all layers of each kind."""
     of_class = {"full_attention": FullAttentionSpec, "sliding_window": SlidingWindowSpec}
     return {
         name: sum(spec.page_size_bytes // spec.block_size for spec in specs.values() if isinstance(spec, kind))
@@ -134,7 +134,7 @@ def _bytes_per_token(specs: Mapping[str, KVCacheSpec]) -> dict[str, int]:
 
 
 def _state_bytes(specs: Mapping[str, KVCacheSpec]) -> int:
-    """Bytes on one GPU of the states of a request in all recurrent layers, whatever its length."""
+    """Bytes per request on one GPU for states in all recurrent layers, independent of its length."""
     states = (replace(spec, page_size_padded=None) for spec in specs.values() if isinstance(spec, MambaSpec))
     return sum(state.page_size_bytes for state in states)
 
@@ -156,10 +156,10 @@ def _layout(cache: Cache) -> dict[str, Any]:
 
 
 def _compared(options: Namespace) -> list[CompressionParams]:
-    """Nothing, then ratios, then budgets.
+    """No compression, then the ratios, then the budgets.
 
     Raises:
-        ParamError: A budget that the protected tokens exceed.
+        ParamError: A budget is less than the number of protected tokens.
     """
     first, last = options.protect
     ratios = [CompressionParams(ratio, first, last) for ratio in dict.fromkeys((1.0, *options.ratio))]

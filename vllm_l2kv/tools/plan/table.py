@@ -1,4 +1,4 @@
-"""A plan for people."""
+"""Formats a plan as text for the terminal."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,31 +11,31 @@ COLUMNS = (
     "longest",
 )  # fmt: skip
 REMARKS = """\
-rows: of a compressed layer after the prompt; memory: of the whole cache then, relative to uncompressed.
-peak rows: the most at any time; prompt GiB: the most that a request holds while its prompt is computed.
-answer GiB, mean GiB: the most, and the average, while its answer is generated.
-at once: requests that can all finish, if one prompt is computed while the others hold their most.
+rows: rows of a compressed layer after the prompt; memory: of the request then, relative to uncompressed.
+peak rows: most rows at any time; prompt GiB: most memory of a request while its prompt is computed.
+answer GiB, mean GiB: most and average memory of a request while its answer is generated.
+at once: requests that can all finish, even if one prompt is computed while the others hold their most.
 on average: requests in a steady state, spread evenly over their answers.
 longest: the largest --max-model-len with which an engine with this default starts.
 Prompts share nothing, and --max-num-seqs is ignored. docs/sizing.md has the formulas and measurements."""
 
 DOCUMENT_COLUMNS = ("engine", "kept", "rows", "document GiB", "documents")
 DOCUMENT_REMARK = """\
-documents: how many stay findable if they are warmed up one after the other and nothing else runs; document GiB: of one.
+documents: how many stay cached if each is computed once and nothing else runs; document GiB: memory of one.
 none: with sliding windows or recurrent layers compressed documents are not shared, and uncompressed ones are not
 planned."""
 
 FLEET_COLUMNS = ("engine", "kept", "at once", "on average", "documents")
 FLEET_REMARK = """\
-Of all copies: requests spread evenly; documents if a router sends those who ask about one to one copy, else as many as
-one copy holds."""
+Totals over all copies, with requests spread evenly. Documents: if a router sends all requests about a document to one
+copy; otherwise as many as one copy holds."""
 
 
 def as_table(plan: Mapping[str, Any]) -> str:
-    """Lines to print.
+    """The plan as text.
 
     Args:
-        plan: As from `report.report`.
+        plan: Plan from `report.report`.
     """
     documents = [*_documents(plan), ""] if plan["num_document_tokens"] else []
     fleet = [*_fleet(plan), ""] if plan["num_replicas"] else []
@@ -50,7 +50,7 @@ def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
     )
     memory = plan["memory_of_a_gpu"]
     if "gpu_gib" in memory:
-        yield f"{memory['gpu_gib']:8.2f} GiB in all"
+        yield f"{memory['gpu_gib']:8.2f} GiB in total"
         yield f"{memory['used_gib']:8.2f} GiB for vLLM, by --gpu-memory-utilization"
         yield f"{memory['weights_gib']:8.2f} GiB of weights, by {memory['weights_source']}"
         yield f"{memory['overhead_gib']:8.2f} GiB for activations, CUDA graphs and others, estimated (--overhead-gib)"
@@ -60,9 +60,9 @@ def _heading(plan: Mapping[str, Any]) -> Iterator[str]:
         yield f"{full}, with the profile {plan['profile']}" if plan["profile"] else full
     token = plan["bytes_per_token"]
     sliding = f", {token['sliding_window'] / 1024:,g} more inside windows" if token["sliding_window"] else ""
-    yield f"{token['full_attention'] / 1024:8,g} KiB a token{sliding}"
+    yield f"{token['full_attention'] / 1024:8,g} KiB per token{sliding}"
     if plan["state_bytes"]:
-        yield f"{plan['state_bytes'] / 1024:8,g} KiB a request for states, each of which takes a whole block"
+        yield f"{plan['state_bytes'] / 1024:8,g} KiB per request for states, each of which takes a whole block"
 
 
 def _table(plan: Mapping[str, Any]) -> list[str]:
@@ -112,7 +112,7 @@ def _layouts(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _counted(plan: Mapping[str, Any], group: Mapping[str, Any]) -> str:
-    """What is in a group: layers, or heads where a layer may be in two groups."""
+    """Contents of a group: layers, or heads if a layer may be in two groups."""
     if plan["full_heads"] and group["heads"]:
         return f"{group['heads']} {group['kind']} heads of {group['layers']} layers"
     return f"{group['layers']} {group['kind']} layers"

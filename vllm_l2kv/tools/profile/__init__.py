@@ -1,1 +1,1 @@
-"""`vllm-l2kv profile`: what each layer and KV head of a model does for its answers."""
+"""`vllm-l2kv profile`: measures how much a model's answers need each layer and KV head."""

@@ -1,7 +1,8 @@
-"""Texts that a profile is measured on, and questions about facts in them. Nothing of `vllm-l2kv eval` is among them.
+"""Calibration texts of a profile, and questions about facts in them. `vllm-l2kv eval` uses none of them.
 
-Prose comes along, documentation and code are those of the installed Python, facts and tables are made up. Without the
-latter a scorer that is trained on the texts loses numbers (measured; the share of each kind is that of the trial).
+Prose is bundled, documentation and code are those of the installed Python, and facts and tables are generated. Without
+facts and tables, a scorer that is trained on the texts evicts numbers; this was measured, with these shares of the
+kinds.
 """
 
 import random
@@ -33,7 +34,7 @@ MODULES = (
     ),
     *("pickle", "shutil", "smtplib", "statistics", "tarfile", "textwrap", "tokenize"),
 )
-"""Of Python, read as code."""
+"""Modules of Python that are read as code."""
 NOISE = (
     "It rained.",
     "Nobody came.",
@@ -50,25 +51,25 @@ KINDS = (
     *("facts_in_noise", "facts_in_prose", "documentation", "prose", "table", "facts_in_prose", "code", "words"),
     *("prose", "facts_in_prose", "facts", "documentation", "facts_in_noise", "prose", "facts_in_prose", "assignments"),
 )
-"""Of texts, one after the other, and again."""
+"""Kinds of texts, in a cycle."""
 ASKED_KINDS = ("facts_in_prose", "facts_in_noise", "facts", "table")
-"""Those with questions."""
+"""Kinds of texts with questions."""
 ASKED_LENGTHS = (1, 1, 2)
-"""Of texts that settings are searched with, one after the other: what does for short texts may fail in longer ones."""
+"""Relative lengths of texts for the search, in a cycle: a setting for short texts may fail on longer ones."""
 NUM_QUESTIONS = 2
-"""Of a text with facts, at most."""
+"""Most questions about a text."""
 MIN_TOKENS = 128
 PROTECTED = 4
-"""Tokens at the beginning of a text that no question is about: every compaction keeps them."""
+"""First tokens of a text about which no question is asked, since every compaction keeps them."""
 
 
 class Question(NamedTuple):
-    """About a fact of a text.
+    """A question about a fact of a text.
 
     Attributes:
-        question: Token ids that follow the text; the answer is begun.
-        answer: Token ids that follow those, two or more.
-        span: First token of the text that tells the answer and the one after the last, within a token or so.
+        question: Token ids of the question and the start of the answer, which follow the text.
+        answer: Token ids of the rest of the answer, two or more.
+        span: Range of the text's tokens that state the answer: first and end, accurate to about one token.
     """
 
     question: list[int]
@@ -81,8 +82,8 @@ class Sample(NamedTuple):
 
     Attributes:
         kind: One of `KINDS`.
-        token_ids: With the tokenizer's BOS, if it has one, in front.
-        questions: Some, if the text has facts.
+        token_ids: Token ids, beginning with the tokenizer's BOS if it has one.
+        questions: Questions about the text; empty if it has no facts.
     """
 
     kind: str
@@ -96,14 +97,14 @@ def samples(
     """Texts of all kinds, the same for the same arguments and version of Python.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         num_tokens: Length of each text.
-        num: Texts; the first ones are the same whatever the number.
-        seed: Makes other texts.
-        own_texts: Of the user; half of the prose is drawn from them.
+        num: Number of texts; a larger number only adds texts.
+        seed: Seed of the texts.
+        own_texts: The user's texts, from which half of the prose is drawn.
 
     Raises:
-        ValueError: Texts too short to hold a fact.
+        ValueError: `num_tokens` is too small for a fact.
     """
     if num_tokens < MIN_TOKENS:
         raise ValueError(f"num_tokens must be at least {MIN_TOKENS}, got {num_tokens}.")
@@ -113,17 +114,17 @@ def samples(
 def asked_samples(
     tokenizer: Any, num_tokens: int, num: int, seed: int, own_texts: Sequence[str] = ()
 ) -> list[Iterator[Sample]]:
-    """Texts with questions, equally many of each of `ASKED_KINDS`, made up as they are taken.
+    """Texts with questions, the same number of each of `ASKED_KINDS`, generated lazily.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         num_tokens: Length of a text; some are longer, by `ASKED_LENGTHS`.
-        num: Texts; a few more where kinds do not divide them.
-        seed: As of `samples`, whose texts are others.
-        own_texts: The same.
+        num: Number of texts, rounded up to a multiple of the kinds.
+        seed: Seed of the texts, which differ from those of `samples`.
+        own_texts: See `samples`.
 
     Returns:
-        Of each kind its texts.
+        An iterator over the texts of each kind.
     """
 
     def of_kind(kind: str) -> Iterator[Sample]:
@@ -147,7 +148,7 @@ def _sample(tokenizer: Any, num_tokens: int, kind: str, key: str, own_texts: Seq
         missing -= len(encode(tokenizer, str(taken[-1])))
     for fact in few:
         taken.insert(chance.randrange(len(taken)), fact)
-    # Alone, pieces are some tokens more than together.
+    # Pieces that are tokenized separately have a few more tokens than together.
     while len(token_ids := encode(tokenizer, between.join(map(str, taken)))) < num_tokens:
         taken += [next(pieces) for _ in range(8)]
     return Sample(kind, token_ids[:num_tokens], _questions(tokenizer, num_tokens, taken, between, chance))
@@ -156,7 +157,7 @@ def _sample(tokenizer: Any, num_tokens: int, kind: str, key: str, own_texts: Seq
 def _questions(
     tokenizer: Any, num_tokens: int, pieces: Sequence[str | Fact], between: str, chance: random.Random
 ) -> list[Question]:
-    """Questions about some of the facts that lie in the first `num_tokens` tokens."""
+    """Questions about some of the facts in the first `num_tokens` tokens."""
     asked = [piece.question for piece in pieces if isinstance(piece, Fact)]
     places = [i for i, piece in enumerate(pieces) if isinstance(piece, Fact) and asked.count(piece.question) == 1]
     chance.shuffle(places)
@@ -167,7 +168,7 @@ def _questions(
         before = between.join([*map(str, pieces[:place]), fact.before])
         span = len(encode(tokenizer, before)), len(encode(tokenizer, f"{before} {fact.value}"))
         question = encode(tokenizer, fact.question)
-        # Together, so that the blank between them is where the tokenizer has it.
+        # Encoded together, so that the tokenizer decides which token has the space between them.
         answered = encode(tokenizer, f"{fact.question} {fact.value}")
         bos = len(encode(tokenizer, ""))
         answer = answered[len(question) :]
@@ -180,7 +181,7 @@ def _questions(
 
 
 def _pieces(kind: str, facts: Facts, own_texts: Sequence[str]) -> tuple[Iterator[str | Fact], str]:
-    """Pieces of a text without end, and what lies between them."""
+    """An endless iterator over pieces of a text, and the separator between them."""
     chance = facts.chance
     if kind in ("prose", "facts_in_prose"):
         texts = own_texts if own_texts and chance.random() < 0.5 else [_novel(name) for name in NOVELS]
@@ -201,7 +202,7 @@ def _pieces(kind: str, facts: Facts, own_texts: Sequence[str]) -> tuple[Iterator
 
 
 def _passages(chance: random.Random, texts: Sequence[str], cut: Callable[[str], list[str]]) -> Iterator[str]:
-    """Pieces from somewhere in a text on, then from somewhere in another one."""
+    """Consecutive pieces from a random place in a text, then from a random place in another text, and so on."""
     while True:
         pieces = cut(chance.choice(texts))
         yield from pieces[chance.randrange(max(len(pieces) * 3 // 4, 1)) :]
@@ -213,7 +214,7 @@ def _again(piece: str) -> Iterator[str]:
 
 
 def _words(chance: random.Random, facts: Facts) -> Iterator[str]:
-    """Words or names, most of them many times."""
+    """Words or names, most of them repeated many times."""
     drawn = chance.choice((facts.words, facts.names))
     common = chance.sample(drawn, 60)
     while True:
@@ -221,7 +222,7 @@ def _words(chance: random.Random, facts: Facts) -> Iterator[str]:
 
 
 def _assignments(facts: Facts) -> Iterator[str]:
-    """Variables that are set to numbers and to each other."""
+    """Assignments of numbers to variables, and of variables to each other."""
     names = [facts.word()[:4]]
     while True:
         value = facts.chance.choice((facts.number(), facts.chance.choice(names)))
@@ -236,7 +237,7 @@ def _novel(name: str) -> str:
 
 @cache
 def _documentation() -> list[str]:
-    """Pages of Python's manual that it comes with."""
+    """Pages of the manual that the installed Python includes."""
     from pydoc_data.topics import topics
 
     return [text for _, text in sorted(topics.items()) if len(text) > 3000]

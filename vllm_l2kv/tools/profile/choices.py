@@ -1,7 +1,7 @@
-"""Choices of what each KV head keeps, and what they cost in answers to calibration questions.
+"""Choices of how many rows each KV head keeps, and their cost in answers to calibration questions.
 
-A question is asked in two ways. Seen: it is part of the prompt, which is compressed after it, so that the first token
-of the answer comes from the whole cache. Hidden: the text is compressed alone, and the question comes after it.
+A question is asked in two ways. Seen: the prompt is compressed after the question, so the first token of the answer is
+computed from the whole cache. Hidden: the text is compressed alone, and the question comes after it.
 
 Shapes: L layers of the model, H KV heads, T tokens of a context, N cases, C choices.
 """
@@ -24,11 +24,11 @@ from vllm_l2kv.tools.progress import Progress
 
 
 class Choice(NamedTuple):
-    """What is kept.
+    """How many rows each head keeps, and by which scorer.
 
     Attributes:
         scorer: Name of a scorer.
-        keep_ratios: Of each layer, those of its heads; a ratio of 1 keeps a head full.
+        keep_ratios: For each layer, the ratios of its heads; heads with ratio 1 are full.
     """
 
     scorer: str
@@ -39,11 +39,11 @@ class Case(NamedTuple):
     """A question, asked in one of the two ways.
 
     Attributes:
-        kind: Of the text.
+        kind: Kind of the text.
         hidden: Whether the text is compressed before the question is seen.
-        context: Token ids of what is compressed.
-        after: Token ids of what follows it.
-        num_predicted: Tokens at the end of `after` that are the answer.
+        context: Token ids that are compressed.
+        after: Token ids that follow the context.
+        num_predicted: Number of last tokens of `after` that are the answer.
     """
 
     kind: str
@@ -54,11 +54,11 @@ class Case(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """A context that was read.
+    """The rows of a context and their ranks.
 
     Attributes:
-        context: Its rows.
-        places: By scorer, `[L, H, T]` int32 on the model's device: 0 for the row that a head keeps soonest.
+        context: The rows.
+        places: Scorer to ranks, `[L, H, T]` int32 on the model's device; 0 for the row that a head keeps first.
     """
 
     context: Context
@@ -68,26 +68,26 @@ class Ranked(NamedTuple):
 def answerable(
     model: Any, shape: Shape, samples: Sequence[Iterable[Sample]], num: int, progress: Progress
 ) -> list[list[Case]]:
-    """Up to `num` questions that the model answers from its whole cache, each as its two cases: hidden, then seen.
+    """Up to `num` questions that the model answers from its whole cache, each as two cases: hidden, then seen.
 
-    Equally many about each kind of text, the kinds in turns. What the model cannot answer says nothing of what was
-    evicted. Where it answers too few of a kind, those of the lowest loss fill up.
+    There are equally many about each kind of text, and kinds alternate. A question that the model cannot answer would
+    not show what eviction costs. If the model answers too few of a kind, those with the lowest loss are added.
 
     Args:
-        model: Of `transformers`.
-        shape: Of it.
-        samples: Of each kind its texts, of which no more are taken than needed.
-        num: Questions.
-        progress: Counts them.
+        model: Model of `transformers`.
+        shape: Shape of the model's KV cache.
+        samples: Texts of each kind, taken only as needed.
+        num: Number of questions.
+        progress: Counts questions.
     """
-    progress.part("asking questions", num, "that are answered")
+    progress.part("finding questions that the model answers", num, "questions")
     share = -(-num // len(samples))
     of_kinds = [_answerable(model, shape, of_kind, share, progress) for of_kind in samples]
     return [cases for turn in zip_longest(*of_kinds) for cases in turn if cases is not None][:num]
 
 
 def _answerable(model: Any, shape: Shape, samples: Iterable[Sample], num: int, progress: Progress) -> list[list[Case]]:
-    """Of one kind."""
+    """See `answerable`; for texts of one kind."""
     found: list[tuple[bool, float, list[Case]]] = []
     for sample in samples:
         context = read(model, sample.token_ids)
@@ -106,7 +106,7 @@ def _answerable(model: Any, shape: Shape, samples: Iterable[Sample], num: int, p
 
 
 def kinds_of(questions: Iterable[Sequence[Case]]) -> dict[str, int]:
-    """How many questions there are about each kind of text."""
+    """Kinds of texts to their numbers of questions."""
     return dict(Counter(cases[0].kind for cases in questions))
 
 
@@ -114,11 +114,11 @@ def rank(model: Any, shape: Shape, scorers: Scorers, names: Iterable[str], case:
     """Reads the context of a case and ranks its rows.
 
     Args:
-        model: Of `transformers`.
-        shape: Of it.
-        scorers: Bound to its compressible layers and all of its heads.
-        names: Of those that are asked.
-        case: Whose context it is.
+        model: Model of `transformers`.
+        shape: Shape of the model's KV cache.
+        scorers: Scorers bound to all heads of the compressible layers.
+        names: Names of the scorers to use.
+        case: The case whose context is read.
     """
     context = read(model, case.context)
     protect = CompressionParams.protect_first, CompressionParams.protect_last
@@ -135,7 +135,7 @@ def rank(model: Any, shape: Shape, scorers: Scorers, names: Iterable[str], case:
 
 
 def losses(model: Any, case: Case, rows: Ranked, choices: Sequence[Choice]) -> Losses:
-    """Of the answer of a case under each choice: `[C]`."""
+    """Losses of the answer of a case under each choice: `[C]`."""
     ratios = torch.tensor([choice.keep_ratios for choice in choices], dtype=torch.float64)
     distinct, which = ratios.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     counts = [num_keep(rows.context.num_tokens, CompressionParams(ratio)) for ratio in distinct.tolist()]
@@ -147,7 +147,7 @@ def losses(model: Any, case: Case, rows: Ranked, choices: Sequence[Choice]) -> L
 def losses_of_cases(
     model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], choices: Sequence[Choice], progress: Progress
 ) -> Losses:
-    """Of every case under every choice: `[N, C]`; counts cases."""
+    """Losses of every case under every choice: `[N, C]`."""
     names = sorted({choice.scorer for choice in choices})
     found = []
     for case in cases:

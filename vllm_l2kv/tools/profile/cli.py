@@ -13,20 +13,20 @@ from vllm_l2kv.tools.evaluation.texts import read_text
 from vllm_l2kv.tools.options import RefusedError, add_verbose, folder_of
 
 DEFAULTS = {"cpu": (12, 512, 4), "cuda": (112, 1536, 128)}
-"""Texts, their tokens, and questions to search with. A CPU needs minutes for a small model with so many."""
+"""Number of texts, tokens of a text, and number of questions. With these, a small model takes minutes on a CPU."""
 DRAWN = "drawn"
-"""What `--images` calls the pictures that come along."""
+"""Value of `--images` for the bundled pictures."""
 
 
 def profile(argv: Sequence[str]) -> None:
     """Measures a model, and writes its profile and a report.
 
     Args:
-        argv: The words after `profile`.
+        argv: Arguments after `profile`.
 
     Raises:
-        SystemExit: With 2 after a bad option or a model that cannot be profiled, one line on standard error; with 130
-            after an interrupt.
+        SystemExit: With 2 and one line on standard error after a bad option, or for a model that cannot be profiled;
+            with 130 after an interrupt.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -48,7 +48,7 @@ def profile(argv: Sequence[str]) -> None:
 def _make(options: Namespace) -> Any:
     """A `Made`."""
     if options.output.is_dir():
-        raise RefusedError(f"argument -o: {options.output} is a folder; name a file.")
+        raise RefusedError(f"argument -o: {options.output} is a folder; give a file.")
     options.report = options.report or options.output.with_name(f"{options.output.stem}-report")
     try:
         texts = [read_text(name) for name in options.text]
@@ -73,15 +73,15 @@ def _make(options: Namespace) -> Any:
             return make(options.model, options.output, texts, pictures, amounts, device, ranks, progress)
         except torch.OutOfMemoryError as error:
             raise RefusedError(
-                f"the GPU's memory is too small for {options.model}: give --device auto with several GPUs, or --tokens "
-                f"less than {amounts.tokens}."
+                f"the GPU's memory is too small for {options.model}; use --device auto with several GPUs, or --tokens "
+                f"below {amounts.tokens}."
             ) from error
         except (ImportError, OSError, ValueError) as error:
             raise RefusedError(" ".join(str(error).split())) from error
 
 
 def _pictures(where: str | None) -> list[Any]:
-    """Of PIL."""
+    """The PIL images that `--images` names."""
     if where is None:
         return []
     from vllm_l2kv.tools.profile.pictures import drawn, of_folder
@@ -92,7 +92,7 @@ def _pictures(where: str | None) -> list[Any]:
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="vllm-l2kv profile",
-        description="Measures what each layer and KV head of a model does for its answers, and writes a profile for "
+        description="Measures how much a model's answers need each layer and KV head, and writes a profile for "
         "--kv-profile of serve, eval, plan and bench. Runs the model in transformers. See docs/profiles.md.",
     )
     add = parser.add_argument
@@ -109,7 +109,7 @@ def _parser() -> OneLineParser:
         type=Path,
         default=Path("profile.safetensors"),
         metavar="FILE",
-        help="the profile (default: %(default)s)",
+        help="file of the profile (default: %(default)s)",
     )
     add("--report", type=Path, metavar="DIR", help="folder of the report (default: FILE's name with -report)")
     add(
@@ -117,19 +117,18 @@ def _parser() -> OneLineParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="a text like those that the model will read; may be given several times, and half of the prose is then "
-        "drawn from them",
+        help="a text like those that the model will read, from which half of the prose is drawn; may be repeated",
     )
     add(
         "--images",
         metavar="DIR",
-        help="folder of pictures, to compare norms of their keys with those of text in a vision-language model; "
-        f"{DRAWN}: four pictures that come with the package",
+        help="folder of pictures, to compare the norms of their keys with those of text in a vision-language model; "
+        f"{DRAWN}: four bundled pictures",
     )
     helps = {
-        "samples": "texts to read",
+        "samples": "number of texts to read",
         "tokens": "tokens of a text",
-        "questions": "questions to search settings with; half as many judge them",
+        "questions": "number of questions for the search; half as many more are used to judge its results",
     }
     for (name, text), few, many in zip(helps.items(), DEFAULTS["cpu"], DEFAULTS["cuda"], strict=True):
         add(f"--{name}", type=positive, metavar="N", help=f"{text} (default: {many}, on a CPU {few})")
@@ -143,7 +142,7 @@ def _parser() -> OneLineParser:
         type=positive,
         default=1,
         metavar="N",
-        help="GPUs that a server will share the model among: each gets equally many full heads (default: 1)",
+        help="GPUs that share the model in a server, each with the same number of full heads (default: 1)",
     )
     add_verbose(parser)
     return parser

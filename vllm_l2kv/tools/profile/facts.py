@@ -1,4 +1,4 @@
-"""Made-up facts with a question to each, in templates that no task of `vllm-l2kv eval` uses."""
+"""Generated facts, each with a question, in templates that no task of `vllm-l2kv eval` uses."""
 
 import random
 import re
@@ -12,13 +12,13 @@ MONTHS = ("January", "March", "April", "June", "July", "September", "October", "
 
 
 class Fact(NamedTuple):
-    """A statement with a value that nothing else tells.
+    """A statement with a value that cannot be guessed.
 
     Attributes:
         before: The statement up to the value.
-        value: What is asked for.
+        value: The value, which the question asks for.
         after: The rest of the statement.
-        question: A question with the answer begun: the value would come next.
+        question: The question and the answer up to the value.
     """
 
     before: str
@@ -31,11 +31,11 @@ class Fact(NamedTuple):
 
 
 class Facts:
-    """Draws facts.
+    """Draws random facts.
 
     Args:
-        chance: Where they are drawn from.
-        texts: Prose that lends its words and names.
+        chance: Random generator.
+        texts: Prose from which words and names are taken.
     """
 
     def __init__(self, chance: random.Random, texts: tuple[str, ...]) -> None:
@@ -55,11 +55,11 @@ class Facts:
             yield kind()
 
     def word(self) -> str:
-        """A word of the prose."""
+        """A word from the prose."""
         return self.chance.choice(self.words)
 
     def name(self) -> str:
-        """A name of the prose, of a person, a place or else."""
+        """A name from the prose, such as that of a person or a place."""
         return self.chance.choice(self.names)
 
     def number(self) -> str:
@@ -67,7 +67,7 @@ class Facts:
         return str(self.chance.randrange(10**3, 10 ** self.chance.randrange(4, 9)))
 
     def code(self) -> str:
-        """What can only be copied: digits, letters, a UUID, words or a date."""
+        """A value that can only be copied: digits, letters, a UUID, words or a date."""
         chance = self.chance
         kind = chance.randrange(6)
         if kind == 0:
@@ -133,7 +133,7 @@ class Facts:
 
 @cache
 def _vocabulary(texts: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Words and names, found once for all facts: a novel takes longer to search than a text to make up."""
+    """Words and names of texts. Cached, since searching a novel takes longer than generating a text."""
     patterns = r"\b[a-z]{4,10}\b", r"(?<=[a-z] )[A-Z][a-z]{3,9}\b"
     words, names = (sorted({word for text in texts for word in re.findall(pattern, text)}) for pattern in patterns)
     return words, names

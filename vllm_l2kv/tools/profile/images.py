@@ -1,4 +1,4 @@
-"""Norms of the keys of images against those of text, in a model that sees images.
+"""Compares norms of the keys of images with those of text, in a vision-language model.
 
 Shapes: L layers, H KV heads, n tokens of a prompt.
 """
@@ -21,54 +21,56 @@ KEEP_RATIO = 0.5
 
 
 def processor_of(model: Any, folder: str) -> Any:
-    """What makes prompts with images for a model.
+    """The processor that makes a model's prompts with images.
 
     Args:
-        model: Of `transformers`.
-        folder: Its folder or name.
+        model: Model of `transformers`.
+        folder: Folder or name of the model.
 
     Raises:
-        ImportError: It needs a package that is missing.
-        OSError: It cannot be read.
-        ValueError: The model sees no images, or its chats have none.
+        ImportError: A package of the processor is missing.
+        OSError: The processor cannot be read.
+        ValueError: The model does not take images, or has no chat template.
     """
     from transformers import AutoProcessor
 
     if not sees(model.config):
-        raise ValueError(f"argument --images: {type(model).__name__} sees no images.")
+        raise ValueError(f"argument --images: {type(model).__name__} does not take images; leave the option out.")
     processor = AutoProcessor.from_pretrained(folder)
     if not processor.chat_template:
-        raise ValueError("argument --images: the model has no chat template, which says where an image is in a prompt.")
+        raise ValueError(
+            "argument --images: the model has no chat template, which places images in a prompt; leave the option out."
+        )
     return processor
 
 
 def image_norms(
     model: Any, processor: Any, shape: Shape, pictures: Sequence[Any], words: Sequence[int], progress: Progress
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """Shows a model one picture after the other, each in the middle of about as many tokens of text.
+    """Reads prompts with one picture each, in the middle of about as many tokens of text.
 
     Args:
-        model: Of `transformers`.
-        processor: Of `processor_of`.
-        shape: Of its cache.
-        pictures: Of PIL.
-        words: Tokens of text.
+        model: Model of `transformers`.
+        processor: Processor from `processor_of`.
+        shape: Shape of the model's KV cache.
+        pictures: PIL images.
+        words: Token ids of text.
         progress: Counts pictures.
 
     Returns:
         Means over pictures, `[L, H]` fp32 on the CPU, NaN in layers that never compress:
 
-        - image_norm, text_norm: Mean norm of the keys of the image, and of the others without the first ones;
-        - image_variation, text_variation: Their standard deviation over their mean;
-        - kept: Share of the image's rows among the half of the prompt's that have the lowest norms.
+        - image_norm, text_norm: Mean norm of the image's keys, and of the text's keys without the first ones;
+        - image_variation, text_variation: Standard deviation of these norms divided by their mean;
+        - kept: Share of the image's rows that are among the half of the prompt's rows with the lowest norms.
 
-        And how many tokens the pictures took.
+        And the number of tokens of all pictures.
 
     Raises:
-        ValueError: The model does not say which tokens of a prompt are an image.
+        ValueError: The model does not mark the tokens of images in a prompt.
     """
     found, num_tokens = [], 0
-    progress.begin(f"looking at {len(pictures)} pictures")
+    progress.begin(f"reading {len(pictures)} pictures")
     for number, picture in enumerate(pictures, start=1):
         alone = _prompt(processor, picture, "", "")
         num_image_tokens = int(_is_image(model, alone).sum())
@@ -89,7 +91,7 @@ def _prompt(processor: Any, picture: Any, before: str, after: str) -> Any:
 
 
 def _text(tokenizer: Any, words: Sequence[int], first: int, number: int) -> Iterator[str]:
-    """Two halves of a text of so many tokens."""
+    """The two halves of a text of `number` tokens."""
     some = [words[place % len(words)] for place in range(first, first + number)]
     for half in (some[: number // 2], some[number // 2 :]):
         yield tokenizer.decode(half, skip_special_tokens=True)
@@ -100,18 +102,19 @@ def _is_image(model: Any, prompt: Any) -> torch.Tensor:
     found: torch.Tensor = prompt["input_ids"][0] == model.config.image_token_id
     if not found.any():
         raise ValueError(
-            f"argument --images: {type(model).__name__} does not say which tokens of a prompt are an image."
+            f"argument --images: {type(model).__name__} does not mark the tokens of images in a prompt; leave the "
+            "option out."
         )
     return found
 
 
 @torch.inference_mode()
 def _of_one(model: Any, shape: Shape, prompt: Any) -> dict[str, torch.Tensor]:
-    """Of the layers that may compress, `[l, H]`."""
+    """Measures one prompt, in the layers that may compress: `[l, H]`."""
     image = _is_image(model, prompt)
     text = ~image
     text[:FIRST] = False
-    # The cache itself: models may attend within an image in ways of their own.
+    # Keys are read from the cache, since models may use attention of their own within images.
     cache = model(**prompt.to(model.device, model.dtype), use_cache=True, logits_to_keep=1).past_key_values
     lengths = torch.stack([norms(cache.layers[layer].keys[0].float()).cpu() for layer in shape.compressible])
     lowest = lengths.argsort(dim=-1, stable=True)[..., : math.ceil(KEEP_RATIO * len(image))]

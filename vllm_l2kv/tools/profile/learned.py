@@ -1,12 +1,12 @@
-"""Trains the scorer `learned`: from a row alone, whether a repetition of its text would look at it.
+"""Trains the scorer `learned`: it predicts from a row how much attention the row gets from a repetition of its text.
 
-One small network for each layer and KV head, from the features of `vllm_l2kv.scorers.learned` to the largest attention
-that a row gets from a repetition of the text. Source of this target: Kim et al., "KVzip: Query-Agnostic KV Cache
-Compression with Context Reconstruction", arXiv 2505.23416, section 3.
+There is one small network for each layer and KV head. Its inputs are the features of `vllm_l2kv.scorers.learned`, its
+target is the largest attention that a row gets from the repetition. Source of this target: Kim et al., "KVzip:
+Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv 2505.23416, section 3.
 
-A network sees the elements of slow pairs, which turn a little with the position. So each row is moved to a random
-position: what it is attended to depends on distances alone, and stays its target. Positions then say nothing of the
-target, and those beyond the texts' own length occur too.
+Features include the elements of slow pairs, which depend a little on the position. So each row is moved to a random
+position for training; its target is unchanged, since attention depends only on distances. Then positions tell nothing
+about the target, and positions beyond the length of the texts occur too.
 
 Shapes: L layers, H KV heads, T rows of a text, F features.
 """
@@ -23,31 +23,31 @@ from vllm_l2kv.scorers.learned import HIDDEN, features, scores_of, slow_pairs_of
 from vllm_l2kv.tools.progress import Progress
 
 PROTECTED = 4
-"""Rows at the beginning of a text that are not learned from: every compaction keeps them."""
+"""First rows of a text, which are not used for training, since every compaction keeps them."""
 HELD_OUT = 8
-"""One of so many texts is not trained on."""
+"""One of this many texts is held out."""
 KEEP_RATIOS = (0.5, 0.25, 0.1)
-"""At which kept sets are compared."""
+"""Keep ratios at which `Trained.overlap` is computed."""
 MAX_GROUP_BYTES = 4 << 30
-"""Of features that are on a GPU at once: networks of so many layers are trained together."""
+"""Bytes of features on a GPU at once, which limit how many layers are trained together."""
 CPU_LAYERS = 4
-"""The same on a CPU."""
+"""Bytes of features in use at once on a CPU."""
 GPU_STEPS, CPU_STEPS = (800, 4096), (300, 512)
-"""Steps of gradient descent, and rows of each."""
+"""Steps of gradient descent, and rows per step."""
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-3
 
 
 @dataclass
 class Examples:
-    """Rows of texts with what a repetition paid to them, on the host in bf16: for an 8B model and 112 texts 17 GB.
+    """Training examples: features and targets of rows, on the host; 17 GB for an 8B model and 112 texts.
 
     Attributes:
         rope: How the model rotates keys.
-        frequencies: Of its slow pairs, `[rope.slow_pairs]` in radians a position.
-        context: Positions among which rows are moved.
-        features: Of each layer and text, `[H, T, F]` bf16.
-        targets: Of each layer and text, `[H, T]` fp32: ranks of the attention that rows got, as normal quantiles.
+        frequencies: Frequencies of the slow pairs, `[rope.slow_pairs]` in radians per position.
+        context: Number of positions to which rows may be moved.
+        features: For each layer and text, `[H, T, F]` bf16.
+        targets: For each layer and text, `[H, T]` fp32: ranks of the attention that rows get, as normal quantiles.
     """
 
     rope: Rope
@@ -57,36 +57,36 @@ class Examples:
     targets: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     def add(self, layer: int, keys: torch.Tensor, values: torch.Tensor, attention: torch.Tensor) -> None:
-        """Adds the rows of a text in one layer, texts in the same order in every layer.
+        """Adds the rows of a text in one layer; texts must come in the same order in every layer.
 
         Args:
-            layer: One of full attention.
-            keys: `[H, T, head_size]`, as they are cached.
+            layer: Index of a layer of full attention.
+            keys: `[H, T, head_size]`, as in the cache.
             values: `[H, T, head_size_v]`.
-            attention: `[H, T]`, the largest that each row got from the repetition.
+            attention: `[H, T]`, the largest attention that each row gets from the repetition.
         """
         texts, num_tokens = self.features.setdefault(layer, []), keys.shape[1]
-        # For a text the same in every layer.
+        # The same positions in every layer.
         positions = self.context * torch.rand(num_tokens, generator=torch.Generator().manual_seed(len(texts)))
         keys = moved(keys, self.rope, self.frequencies, positions - torch.arange(num_tokens))
         texts.append(features(keys, values, self.rope)[:, PROTECTED:].bfloat16().cpu())
         ranks = attention[:, PROTECTED:].argsort(-1).argsort(-1)
-        # Attention itself spans orders of magnitude, and only its order within a text counts.
+        # Quantiles of ranks, since attention spans orders of magnitude, and only its order within a text matters.
         quantiles = torch.special.ndtri((ranks + 0.5) / ranks.shape[-1])
         self.targets.setdefault(layer, []).append(quantiles.cpu())
 
 
 def moved(keys: torch.Tensor, rope: Rope, frequencies: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Keys whose slow pairs are turned as they would be so many positions later.
+    """Keys whose slow pairs are rotated as if they were at later positions.
 
     Args:
         keys: `[..., T, head_size]` after RoPE.
-        rope: How they were rotated.
-        frequencies: As of `Examples`.
+        rope: How the keys are rotated.
+        frequencies: See `Examples`.
         offsets: `[T]`, in positions.
 
     Returns:
-        `[..., T, head_size]` fp32; elements of other pairs are as they were.
+        `[..., T, head_size]` fp32; elements of other pairs are unchanged.
     """
     keys = keys.float().clone()
     first, second = slow_pairs_of(keys, rope)
@@ -99,12 +99,12 @@ def moved(keys: torch.Tensor, rope: Rope, frequencies: torch.Tensor, offsets: to
 
 
 class Trained(NamedTuple):
-    """What a profile stores.
+    """The result of training.
 
     Attributes:
-        weights: By their names in the profile; layers that do not compress are zeros.
-        overlap: By keep ratio, share of the rows that the repetition looks at most which the scorer keeps too: mean
-            over layers, heads and the texts that were not trained on. A random choice has the ratio itself.
+        weights: Tensors by their names in the profile; zeros for layers that never compress.
+        overlap: For each keep ratio, the share of the rows with the most attention that the scorer also keeps, averaged
+            over layers, heads and held-out texts. For a random choice it equals the ratio.
     """
 
     weights: dict[str, torch.Tensor]
@@ -119,18 +119,18 @@ def train(
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Trains a network for each layer and head of `examples`; always the same on the same device.
+    """Trains a network for each layer and head of `examples`; reproducible on the same device.
 
     Args:
-        examples: Of two texts or more.
-        num_layers: L of the model, with those that do not compress.
+        examples: Examples of two or more texts.
+        num_layers: Number of all layers of the model.
         device: Where to train.
-        num_steps: Of gradient descent; by default what is worth its time on this device.
-        batch: Rows of each step; the same.
+        num_steps: Steps of gradient descent; `None` for the default of the device.
+        batch: Rows per step; `None` for the default of the device.
         progress: Counts steps.
 
     Raises:
-        ValueError: Too few texts.
+        ValueError: There are fewer than two texts.
     """
     on_gpu = torch.device(device).type == "cuda"
     default = GPU_STEPS if on_gpu else CPU_STEPS
@@ -139,8 +139,8 @@ def train(
     layers = sorted(examples.features)
     num_texts = len(examples.features[layers[0]]) if layers else 0
     if num_texts < 2:
-        raise ValueError(f"The scorer learned needs at least 2 texts to be trained, got {num_texts}.")
-    # The last ones: they are of all kinds.
+        raise ValueError(f"Training the scorer learned needs at least 2 texts, got {num_texts}; raise --samples.")
+    # The last texts are held out; they include all kinds.
     num_held_out = max(1, num_texts // HELD_OUT)
     size = sum(text.nbytes for text in examples.features[layers[0]])
     at_once = max(1, MAX_GROUP_BYTES // size) if on_gpu else CPU_LAYERS
@@ -169,7 +169,7 @@ def _fit(
     batch: int,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Networks of some layers, as a profile stores them: `[len(layers), H, ...]`."""
+    """Trains the networks of some layers; returns tensors as in a profile, `[len(layers), H, ...]`."""
     x = torch.cat([torch.cat(examples.features[layer][:num_texts], 1).to(device) for layer in layers])
     y = torch.cat([torch.cat(examples.targets[layer][:num_texts], 1).to(device) for layer in layers])
     mean, deviation = _moments(x)
@@ -191,7 +191,7 @@ def _fit(
         inputs = (x[:, some].float() - mean) / deviation
         hidden = gelu(torch.baddbmm(b1, inputs, w1), approximate="tanh")
         found = torch.baddbmm(torch.baddbmm(b, inputs, wl), hidden, w2)[..., 0]
-        # A sum, so that each network learns as if it were alone.
+        # A sum over networks, so that each one is trained independently.
         loss = (found - y[:, some]).square().mean(-1).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -205,7 +205,7 @@ def _fit(
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of `[N, rows, F]`: `[N, 1, F]` each, fp32."""
-    # One network after the other, so that few rows are in fp32 at once.
+    # One network at a time, so that few rows are converted to fp32 at once.
     moments = [torch.std_mean(each.float(), 0, keepdim=True) for each in x]
     deviations, means = zip(*moments, strict=True)
     return torch.stack(means), torch.stack(deviations).clamp_min(1e-3)
@@ -220,7 +220,7 @@ def _folded(
     mean: torch.Tensor,
     deviation: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Weights for features as they are. Biases are those of the rounded weights, so that rounding spares the mean."""
+    """Weights for features that are not normalized. Biases compensate for the rounding of weights to bf16."""
     w1, wl = ((each / deviation.mT).bfloat16() for each in (w1, wl))
     b1, b = b1 - mean @ w1.float(), b - mean @ wl.float()
     return {"w1": w1, "b1": b1[:, 0], "w2": w2[..., 0], "wl": wl[..., 0], "b": b[:, 0, 0]}
@@ -229,7 +229,7 @@ def _folded(
 def _overlap(
     examples: Examples, layer: int, networks: Mapping[str, torch.Tensor], place: int, num_held_out: int
 ) -> torch.Tensor:
-    """`[len(KEEP_RATIOS)]`: of one layer, on the last texts, with the weights as they are stored."""
+    """`Trained.overlap` of one layer on the held-out texts, with the stored weights: `[len(KEEP_RATIOS)]`."""
     of_layer = {name: tensor[place] for name, tensor in networks.items()}
     texts = zip(examples.features[layer][-num_held_out:], examples.targets[layer][-num_held_out:], strict=True)
     found = []

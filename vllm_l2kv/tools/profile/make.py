@@ -1,4 +1,4 @@
-"""The whole way from a model's folder to its profile."""
+"""Makes a model's profile: loads the model, measures, trains, searches and writes the file."""
 
 import platform
 import time
@@ -26,19 +26,19 @@ from vllm_l2kv.tools.profile.units import check_num_ranks
 from vllm_l2kv.tools.progress import Progress
 
 MEASURED, SEARCHED, JUDGED = 0, 1, 2
-"""Seeds of the texts that are measured on, of those that settings are searched with, and of those that judge them."""
+"""Seeds of the texts for measuring, for the search of settings, and for judging them."""
 
 SPARE_TOKENS = 128
-"""Beside a text and its repetition: what lies between them. Beside a text of twice the length: question and answer."""
+"""Room in the context in addition to two texts: the request for a repetition, or a question and its answer."""
 
 
 class Amounts(NamedTuple):
-    """How much is read.
+    """Numbers of texts, tokens and questions.
 
     Attributes:
-        texts: To measure on, and at most as many others to search with.
-        tokens: Of each; some that are searched with are longer.
-        questions: To search with; half as many judge what is found.
+        texts: Texts for measuring; the search uses at most as many others.
+        tokens: Tokens of each text; some texts of the search are longer.
+        questions: Questions for the search; half as many more are used to judge its results.
     """
 
     texts: int
@@ -47,7 +47,7 @@ class Amounts(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A profile that was written, and what it is made of."""
+    """A written profile, and the measurements and search results in it."""
 
     profile: Profile
     measured: Measured
@@ -68,16 +68,16 @@ def make(
 
     Args:
         model: Folder or name on the Hugging Face hub.
-        path: The file; its folder exists.
-        own_texts: Of the user.
-        pictures: That the model is shown, of PIL; none for a model that sees no images.
-        amounts: How much is read.
-        device: As of `model.load`.
-        num_ranks: Tensor-parallel size that full heads are to suit.
-        progress: Says what is being done.
+        path: The file; its folder must exist.
+        own_texts: Texts of the user.
+        pictures: PIL images for a vision-language model; empty for no image measurements.
+        amounts: Numbers of texts, tokens and questions.
+        device: See `model.load`.
+        num_ranks: Tensor-parallel size for which full heads are chosen.
+        progress: Shows progress.
 
     Raises:
-        OSError: The model cannot be read, or the file not written.
+        OSError: The model cannot be read, or the file cannot be written.
         ValueError: The model cannot be profiled, or the texts are too few or too short.
     """
     from transformers import AutoTokenizer
@@ -94,7 +94,7 @@ def make(
     processor = processor_of(loaded, model) if pictures else None
     clock.lap("loading")
 
-    progress.begin("making up texts and questions")
+    progress.begin("generating texts and questions")
     texts = samples(tokenizer, amounts.tokens, amounts.texts, MEASURED, own_texts)
     examples = Examples(rope, slow_frequencies(loaded, rope.rotary_dim // 2), context or 0)
     measured = measure(loaded, tokenizer, shape, texts, progress, lambda rows: examples.add(*rows))
@@ -152,25 +152,25 @@ def make(
 
 
 def _check_length(context: int | None, num_tokens: int) -> None:
-    """Refuses texts that a model of this context cannot read twice in a row."""
+    """Rejects texts that are too long to be read twice in a row in this context."""
     if context is not None and 2 * num_tokens + SPARE_TOKENS > context:
         raise ValueError(
-            f"tokens must be at most {(context - SPARE_TOKENS) // 2} for this model, whose context is {context}, got "
-            f"{num_tokens}: texts are read twice in a row."
+            f"tokens must be at most {(context - SPARE_TOKENS) // 2} for this model, whose context is {context}, since "
+            f"texts are read twice in a row, got {num_tokens}; lower --tokens."
         )
 
 
 def _scorers(model: Any, shape: Shape, weights: Weights) -> Scorers:
-    """All that can be searched among, bound to every layer that may compress."""
+    """The scorers of the search, bound to all layers that may compress."""
     heads = Heads.of_rank(shape.compressible, shape.num_kv_heads, 0, 1, model.device)
     return bind(heads, weights)
 
 
 class _Clock:
-    """How long each part took.
+    """Measures the time of each part.
 
     Attributes:
-        laps: Seconds by part.
+        laps: Parts to seconds.
     """
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ class _Clock:
 
 
 def _machine(model: Any) -> dict[str, Any]:
-    """What ran, and the GPU memory that it took at most."""
+    """Device, versions, and peak GPU memory."""
     gpus = range(torch.cuda.device_count()) if model.device.type == "cuda" else ()
     peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     return {

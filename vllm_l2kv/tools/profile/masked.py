@@ -1,7 +1,7 @@
-"""What answers lose when layers and KV heads keep only some rows of a context, on a model of `transformers`.
+"""Losses of answers when layers and KV heads keep only some rows of a context, in a model of `transformers`.
 
-Evicting a row and masking it are the same thing: rows keep their positions. So a context is read once, and many choices
-of rows are tried beside each other, as a batch that shares the rows of the context.
+Masking a row is equivalent to evicting it, since rows keep their positions. So a context is read once, and many choices
+of rows are tried at the same time, as a batch that shares the rows of the context.
 
 Shapes: L layers, H KV heads of them, T tokens of a context, C choices of rows.
 """
@@ -23,9 +23,9 @@ class Context(NamedTuple):
     """The rows of a context, as the model caches them.
 
     Attributes:
-        keys: Of each layer with keys, `[H, t, head_size]`; one with a sliding window holds the t last tokens alone.
-        values: The same.
-        states: Of each recurrent layer, as `transformers` caches it.
+        keys: For each attention layer, `[H, t, head_size]`; t < T in layers with a sliding window, the last tokens.
+        values: Same form.
+        states: For each recurrent layer, its state in the form of `transformers`.
         num_tokens: Tokens T that were read.
     """
 
@@ -36,11 +36,11 @@ class Context(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of each choice of rows.
+    """Losses of an answer under each choice of rows.
 
     Attributes:
-        loss: `[C]` fp32 on the CPU, nats a token: the mean over the tokens of the answer.
-        exact: `[C]` bool on the CPU, whether greedy decoding would say the answer.
+        loss: `[C]` fp32 on the CPU, mean over the answer's tokens in nats per token.
+        exact: `[C]` bool on the CPU, whether greedy decoding would give the answer.
     """
 
     loss: torch.Tensor
@@ -48,23 +48,23 @@ class Losses(NamedTuple):
 
     @property
     def cost(self) -> torch.Tensor:
-        """`[C]`, from 0 to 1: half of it for an answer that is not exact, half for the likelihood that a token lost.
+        """`[C]`, from 0 to 1: one half if the answer is not exact, plus half of the likelihood that a token lost.
 
-        By losses alone a setting could lose some answers altogether as long as it does well on the others, and whether
-        answers are exact says nothing of how nearly.
+        By loss alone, a setting could fail on some answers and make up for it on others. Exactness alone does not tell
+        how close an answer is.
         """
         return ((~self.exact).float() + 1 - (-self.loss).exp()) / 2
 
 
 @dataclass
 class _Masked:
-    """What one pass over a batch of choices needs in each layer.
+    """State of a forward pass over a batch of choices.
 
     Attributes:
-        context: What was read before.
-        keep: `[C, L, H, T]` bool.
-        watch: Shown what each layer looks at, if there is one.
-        layers: Layers that have looked at it.
+        context: The context, which was read before.
+        keep: `[C, L, H, T]` bool, kept rows.
+        watch: Called with the attention of each layer; `None` for no calls.
+        layers: Indices of the layers that have used this state.
     """
 
     context: Context
@@ -75,7 +75,7 @@ class _Masked:
 
 @torch.inference_mode()
 def read(model: Any, token_ids: Sequence[int]) -> Context:
-    """Reads a context from its first token on, with the attention that the model was loaded with."""
+    """Reads a context, with the attention implementation with which the model was loaded."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -100,20 +100,20 @@ def answer_losses(
     keep: torch.Tensor,
     watch: Watch | None = None,
 ) -> Losses:
-    """Goes on reading after a context of which each choice keeps other rows, and says what the last tokens lose.
+    """Losses of an answer after a context of which each choice keeps other rows.
 
     Args:
         model: A causal language model of `transformers`.
-        context: Of it.
-        token_ids: What comes after the context: a question and its answer, or an answer alone.
-        num_predicted: Tokens at its end that are the answer. The first token after a context is predicted by the
-            context's last one, which has seen everything, so it cannot be one of them.
-        keep: `[C, L, H, T]` bool, rows of the context that are seen. Layers with a sliding window see all of theirs.
-        watch: Shown for each layer of full attention its index and `[c, H, G, n, T + n]` fp32, the attention of the n
-            new tokens under some of the choices, G query heads for each KV head.
+        context: A context that this model has read.
+        token_ids: Token ids after the context: a question and its answer, or an answer alone.
+        num_predicted: Number of last tokens that are the answer. It cannot include the first token after the context,
+            which the context's last token predicts from all rows.
+        keep: `[C, L, H, T]` bool, kept rows of the context. Layers with a sliding window keep all their rows.
+        watch: Called for each layer of full attention with its index and `[c, H, G, n, T + n]` fp32: the attention of
+            the n new tokens under some of the choices, for G query heads per KV head.
 
     Raises:
-        ValueError: Nothing or too much is predicted, or the model has a layout that rows cannot be hidden from.
+        ValueError: `num_predicted` is out of bounds, or rows cannot be masked in this model.
     """
     if not 0 < num_predicted < len(token_ids):
         raise ValueError(f"num_predicted must be in 1..{len(token_ids) - 1}, got {num_predicted}.")
@@ -145,7 +145,7 @@ def answer_losses(
 
 
 def _states_of(model: Any, context: Context, num_choices: int) -> dict[str, Any]:
-    """Arguments with which recurrent layers go on after a context, the same for each choice of rows."""
+    """Arguments for recurrent layers to continue after a context, the same for each choice of rows."""
     if not context.states:
         return {"use_cache": False}
     from transformers import DynamicCache
@@ -170,7 +170,7 @@ def _attend(
     masked: _Masked | None = None,
     **_others: Any,
 ) -> tuple[torch.Tensor, None]:
-    # [C, num_heads, n, head_size] of n new tokens, which see kept rows of the context and, causally, each other.
+    # `query` is [C, num_heads, n, head_size]; the n new tokens see kept rows of the context and, causally, each other.
     if masked is None or s_aux is not None:
         raise ValueError(UNKNOWN.format(type(module).__name__))
     masked.layers.add(module.layer_idx)

@@ -1,4 +1,4 @@
-"""All that a profile says of a model, measured on texts and questions.
+"""All measurements of a profile, on texts and questions.
 
 Shapes: L layers, H KV heads.
 """
@@ -21,18 +21,19 @@ from vllm_l2kv.tools.progress import Progress
 
 @dataclass(frozen=True)
 class Measured:
-    """Means over texts or questions, fp32 on the CPU; layers that never compress are NaN.
+    """Means over texts or questions, fp32 on the CPU; NaN for layers that never compress.
 
     Attributes:
         retrieval: `[L, H]`, attention from answers to the facts that they need.
-        repetition: `[L, H]`, share of its rows that a head keeps of a pooled budget, by what a repetition looks at.
-        loss: `[L]`, nats a token that answers lose when a layer keeps protected rows alone.
+        repetition: `[L, H]`, share of a head's rows kept by a budget that all heads share, if rows are kept by the
+            attention of a repetition.
+        loss: `[L]`, nats per token that answers lose if a layer keeps only the protected rows.
         head_loss: `[L, H]`, the same for a KV head.
-        norms: Of `norms.measure`, `[L, H]` or `[R, L, H]`.
-        whole_loss: Nats a token of answers with all rows.
-        num_answered: Questions that the model answers with all rows.
-        num_questions: Of those that were asked.
-        images: Of `images.image_norms`; empty where no picture was shown.
+        norms: Results of `norms.measure`, `[L, H]` or `[R, L, H]`.
+        whole_loss: Loss of answers with all rows, in nats per token.
+        num_answered: Number of questions that the model answers with all rows.
+        num_questions: Number of questions asked.
+        images: Results of `images.image_norms`; empty without pictures.
     """
 
     retrieval: torch.Tensor
@@ -47,11 +48,11 @@ class Measured:
 
     @property
     def ranks(self) -> dict[str, torch.Tensor]:
-        """What layers and heads are ordered by, by name."""
+        """The measurements by which layers and heads are ordered, by name."""
         return {name: getattr(self, name) for name in ("retrieval", "repetition", "loss", "head_loss")}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As a profile stores them."""
+        """All measurements by their names in a profile."""
         groups = {"norms": self.norms, "images": self.images}
         return self.ranks | {f"{group}.{name}": groups[group][name] for group in groups for name in groups[group]}
 
@@ -64,21 +65,21 @@ def measure(
     progress: Progress,
     collect: Callable[[Rows], None] = lambda _rows: None,
 ) -> Measured:
-    """Reads texts, each of them twice in a row, and asks the questions about them.
+    """Reads each text twice in a row, and asks the questions about the texts.
 
     Args:
-        model: Of `transformers`.
-        tokenizer: Its own.
-        shape: Of its cache.
-        samples: Texts, some with questions.
+        model: Model of `transformers`.
+        tokenizer: The model's tokenizer.
+        shape: Shape of the model's KV cache.
+        samples: Texts, some of them with questions.
         progress: Counts texts and questions.
-        collect: Given the rows of each text in each layer.
+        collect: Called with the rows of each text in each layer.
 
     Raises:
-        ValueError: No text has a question, or the model is of another layout.
+        ValueError: No text has a question, or the layout of the model is not supported.
     """
     if not any(sample.questions for sample in samples):
-        raise ValueError("No text has a question: more texts are needed.")
+        raise ValueError("No text has a question; raise --samples or --tokens.")
     between = encode(tokenizer, REPEAT)[len(encode(tokenizer, "")) :]
     shares, of_norms = [], []
     progress.begin(f"reading {len(samples)} texts")
@@ -106,7 +107,7 @@ def measure(
 
 @dataclass
 class _Text:
-    """What one text says, a layer after the other."""
+    """Measurements of one text, layer by layer."""
 
     norms: list[dict[str, torch.Tensor]] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
@@ -130,12 +131,12 @@ def _ask(model: Any, shape: Shape, samples: Sequence[Sample], progress: Progress
 
 
 def mean(values: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Of tensors of one shape."""
+    """Mean of tensors of the same shape."""
     return torch.stack(list(values)).mean(0)
 
 
 def spread(values: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Values of layers that may compress, `[..., l, H]`, among all layers: `[..., L, H]`."""
+    """Expands values of the layers that may compress, `[..., l, H]`, to all layers, `[..., L, H]`, with NaN."""
     among = values.new_full((*values.shape[:-2], shape.num_layers, values.shape[-1]), torch.nan)
     among[..., list(shape.compressible), :] = values
     return among

@@ -1,4 +1,4 @@
-"""A model of `transformers`, and what its own keys say of its layout."""
+"""Loads a model of `transformers`, and finds the layout of its KV cache from its keys."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from vllm_l2kv.scorers.learned import features
 from vllm_l2kv.tools.profile.observe import Seen, read
 
 NUM_TOKENS = 16
-"""Read again and again to see how keys are rotated."""
+"""Number of distinct tokens that are repeated to find how keys are rotated."""
 SAME = 0.02
 """Relative difference up to which magnitudes count as equal; those of bf16 keys differ by less than 0.01."""
 SLOW_ANGLE = math.pi / 2
@@ -22,16 +22,16 @@ SLOW_ANGLE = math.pi / 2
 
 
 def load(folder: str, device: str) -> Any:
-    """A model, on GPUs in bf16 and on a CPU in fp32; one that sees images with the part that does.
+    """Loads a model, in bf16 on GPUs and in fp32 on a CPU, with its vision encoder if it has one.
 
     Args:
-        folder: That of the model.
-        device: `cpu`, `cuda`, `cuda:N`, or `auto` to spread it over all GPUs; without a GPU that is the CPU.
+        folder: Folder of the model.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto` to spread the model over all GPUs (on the CPU if there is none).
 
     Raises:
-        OSError: It cannot be read.
-        ImportError: `auto` without the package accelerate.
-        ValueError: There is no such device, or it is no causal language model that `transformers` knows.
+        OSError: The model cannot be read.
+        ImportError: `auto` needs the package accelerate, which is missing.
+        ValueError: The device does not exist, or `transformers` has no causal language model for this folder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -59,32 +59,32 @@ def _check(device: str) -> None:
         raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {device}.")
     num_gpus = torch.cuda.device_count()
     if kind == "cuda" and int(number or 0) >= num_gpus:
-        raise ValueError(f"device must be there, got {device}, and this machine has {num_gpus} GPUs.")
+        raise ValueError(f"device must be one of this machine's {num_gpus} GPUs or cpu, got {device}.")
 
 
 def layout(model: Any) -> tuple[Shape, Rope]:
-    """The shape of a model's KV cache and how its keys are rotated, seen from its own keys.
+    """The shape of a model's KV cache and the rotation of its keys, found from its keys.
 
     Raises:
-        ValueError: A layout that a profile cannot describe, or a model of which no layer would compress.
+        ValueError: A profile cannot describe the layout, or no layer of the model would compress.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     if getattr(config, "kv_lora_rank", None):
-        raise ValueError(f"{name} has MLA, whose cache holds no keys, so nothing of it would compress.")
+        raise ValueError(f"{name} has MLA, whose cache holds no keys, so no layer would compress.")
     types = list(getattr(config, "layer_types", None) or [])
     if strange := set(types) - {FULL_ATTENTION, SLIDING_ATTENTION} - RECURRENT - WITHOUT_CACHE:
-        raise ValueError(f"{name} has layers of type {min(strange)}, which profile does not know.")
+        raise ValueError(f"{name} has layers of type {min(strange)}, which profile does not support.")
     seen: list[Seen] = []
-    # The same tokens at several positions: keys of the first layer differ by their rotation alone.
+    # The same tokens at several positions: the keys of the first layer differ only by their rotation.
     with _without_layers_before_keys(model, types):
         read(model, list(range(10, 10 + NUM_TOKENS)) * 4, seen.append)
     windows = {each.layer: FULL_ATTENTION if each.window is None else SLIDING_ATTENTION for each in seen}
     found = tuple(windows.get(i, kind) for i, kind in enumerate(types)) or tuple(windows.values())
     if types and tuple(types) != found:
-        raise ValueError(f"{name} has layers whose windows its attention does not name, so it cannot be profiled.")
+        raise ValueError(f"{name} has layers whose attention does not tell its window, so it cannot be profiled.")
     _check_states(model, types)
     if FULL_ATTENTION not in found:
-        raise ValueError(f"{name} has a sliding window in every layer, so nothing of it would compress.")
+        raise ValueError(f"{name} has a sliding window in every layer, so no layer would compress.")
     sizes = {each.keys.shape for each in seen}
     if len(sizes) > 1:
         raise ValueError(f"{name} has layers with caches of several shapes, which cannot be compressed.")
@@ -94,10 +94,10 @@ def layout(model: Any) -> tuple[Shape, Rope]:
 
 @torch.inference_mode()
 def _check_states(model: Any, types: Sequence[str]) -> None:
-    """Refuses a model whose recurrent layers forget their state when they go on with more than one token at once.
+    """Rejects a model whose recurrent layers lose their state when they continue with several tokens at once.
 
-    Questions are asked so after a text. By the first of these layers, which depends on its own state alone, and with
-    two tokens, since states fade.
+    Questions after a text are read in this way. Checks the first recurrent layer, which depends only on its own state,
+    with two tokens, since states decay.
     """
     from transformers import DynamicCache
 
@@ -116,14 +116,14 @@ def _check_states(model: Any, types: Sequence[str]) -> None:
     for whole, parts in zip(*found, strict=True):
         if torch.linalg.vector_norm(whole - parts) > SAME * torch.linalg.vector_norm(whole):
             raise ValueError(
-                f"{type(model).__name__} forgets what it has read when it goes on with several tokens, in this version "
-                "of transformers, so it cannot be profiled."
+                f"{type(model).__name__} loses its state when it continues with several tokens in this version of "
+                "transformers, so it cannot be profiled; install another version."
             )
 
 
 @contextmanager
 def _without_layers_before_keys(model: Any, types: Sequence[str]) -> Iterator[None]:
-    """While it is open, layers before the first one with keys, which would mix tokens, hand on what they get."""
+    """In this context, layers before the first attention layer, which would mix tokens, return their inputs."""
     before = list(takewhile(lambda kind: kind in RECURRENT | WITHOUT_CACHE, types))
 
     def handed_on(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
@@ -140,9 +140,9 @@ def _without_layers_before_keys(model: Any, types: Sequence[str]) -> Iterator[No
 
 
 def _rope(model: Any, keys: torch.Tensor) -> Rope:
-    """How the keys `[H, T, head_size]` of the first layer, of tokens that repeat every `NUM_TOKENS`, are rotated.
+    """How keys are rotated, from those of the first layer, `[H, T, head_size]`, of tokens that repeat.
 
-    So that the magnitudes that the scorer learned sees are the same at every position.
+    Tokens repeat every `NUM_TOKENS`. In the right layout, magnitudes of pairs are the same at every position.
     """
     embedding = getattr(model.get_decoder(), "rotary_emb", None)
     first, later = keys[:, :NUM_TOKENS], keys[:, -NUM_TOKENS:]
@@ -160,19 +160,19 @@ def _rope(model: Any, keys: torch.Tensor) -> Rope:
         seen, again = (features(each, each, rope)[..., :num_of_keys] for each in (first, later))
         if torch.linalg.vector_norm(seen - again) <= SAME * torch.linalg.vector_norm(seen):
             return replace(rope, slow_pairs=len(slow_frequencies(model, rope.rotary_dim // 2)))
-    raise ValueError(f"{type(model).__name__} rotates its keys in an unknown way, which a profile cannot describe.")
+    raise ValueError(f"{type(model).__name__} rotates its keys in an unknown way, so it cannot be profiled.")
 
 
 def slow_frequencies(model: Any, num_pairs: int) -> torch.Tensor:
-    """How fast the slow pairs at the end of keys turn: those that turn by less than `SLOW_ANGLE` over the context.
+    """Frequencies of the slow pairs: the last pairs of a key, which rotate by less than `SLOW_ANGLE` over the context.
 
     Args:
-        model: Of `transformers`. Layers of full attention may have frequencies of their own.
-        num_pairs: That its keys have.
+        model: Model of `transformers`. Its layers of full attention may have separate frequencies.
+        num_pairs: Number of rotated pairs of a key.
 
     Returns:
-        `[slow_pairs]` fp32 on the CPU, in radians a position, never rising. None if pairs do not turn ever more slowly,
-        or if the model does not say how fast they turn or how long its context is.
+        `[slow_pairs]` fp32 on the CPU, in radians per position, not increasing. Empty if frequencies of pairs increase,
+        or if the model does not tell its frequencies or its context length.
     """
     embedding, context = getattr(model.get_decoder(), "rotary_emb", None), longest_context(model)
     of_all = getattr(embedding, "inv_freq", None)
@@ -184,6 +184,6 @@ def slow_frequencies(model: Any, num_pairs: int) -> torch.Tensor:
 
 
 def longest_context(model: Any) -> int | None:
-    """Positions that a model was made for; `None` if it does not say."""
+    """The context length of a model; `None` if its config does not tell."""
     context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return context

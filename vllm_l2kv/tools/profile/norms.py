@@ -1,4 +1,4 @@
-"""What the norms of a layer's keys say: of the attention they get, and of the direction in which they lie.
+"""Relates the norms of a layer's keys to the attention that the keys get, and to their directions.
 
 Shapes: H KV heads, n tokens of a text before its last `NUM_QUERIES`, R keep ratios.
 """
@@ -17,36 +17,37 @@ from vllm_l2kv.tools.profile.attention import (
 from vllm_l2kv.tools.profile.observe import Seen
 
 NUM_QUERIES = 32
-"""Queries after the prompt. One, as in the paper, says more of that token than of the head."""
+"""Queries after the prompt. A single one, as in the paper, would depend on its token more than on the head."""
 KEEP_RATIOS = (0.75, 0.5, 0.25, 0.1)
 JUDGED = KEEP_RATIOS.index(0.5)
 LOW = 0.25
-"""Share of the keys that count as those of low norm."""
+"""Share of the keys that count as keys of low norm."""
 FIRST = CompressionParams.protect_first
-"""Tokens at the beginning that count as the first ones; they are not among those of low norm."""
+"""Number of tokens that count as the first tokens; they do not count as keys of low norm."""
 NUM_PEAKS = 3
 """Elements of a key that are zeroed."""
 
 
 def measure(seen: Seen) -> dict[str, torch.Tensor]:
-    """Of one layer and one text, fp32 on the CPU: `[H]`, or `[R, H]` where it says so.
+    """Measures one layer on one text: fp32 on the CPU, `[H]` unless another shape is given.
 
     Returns:
-        variation: Standard deviation over mean of the norms.
-        correlation: Spearman's, between minus the norm and the attention received.
-        alr: The paper's attention loss reference over n: the mean loss in excess of the ideal, in [0, 1].
-        loss: `[R, H]`, share of attention lost by evicting the highest norms; a random eviction loses 1 - ratio.
-        ideal_loss: `[R, H]`, the lowest that any eviction could lose.
+        variation: Standard deviation of the norms divided by their mean.
+        correlation: Spearman's correlation of the negative norm and the attention received.
+        alr: The paper's attention loss reference divided by n: the mean loss above the lowest possible one, in [0, 1].
+        loss: `[R, H]`, share of attention lost by evicting the highest norms; random eviction loses 1 - ratio.
+        ideal_loss: `[R, H]`, the lowest possible loss of any eviction.
         sink: Share of attention that the first token receives.
-        sink_rank: Share of tokens of lower norm than the first.
-        loss_beyond_first: `[R, H]`, as `loss`, on the other tokens alone.
-        low_query: Cosine of the mean directions of keys of low norm and of queries.
-        all_query: The same of all keys.
-        low_first: The same of keys of low norm and the first ones.
-        energy: `[head_size, H]`, the mean square of each element in keys of low norm.
-        peaks_moved: Share of attention that goes elsewhere if the `NUM_PEAKS` largest of them are zeroed in all keys.
+        sink_rank: Share of tokens with a lower norm than the first token.
+        loss_beyond_first: `[R, H]`, as `loss`, without the first tokens.
+        low_query: Cosine of the mean direction of keys of low norm and that of queries.
+        all_query: Cosine of the mean direction of all keys and that of queries.
+        low_first: Cosine of the mean direction of keys of low norm and that of the first tokens' keys.
+        energy: `[head_size, H]`, the mean square of each element of keys of low norm.
+        peaks_moved: Share of attention that moves to other tokens if the `NUM_PEAKS` elements with the most energy are
+            set to zero in all keys.
         others_moved: The same for as many other elements, drawn at random.
-        loss_without_peaks: As `loss` at half the tokens, for norms without these elements.
+        loss_without_peaks: As `loss` at half the tokens, with norms that ignore these elements.
     """
     keys = seen.keys[:, :-NUM_QUERIES].float()
     attention = _attention(seen)
@@ -92,7 +93,7 @@ def _directions(
 
 
 def _attention(seen: Seen) -> torch.Tensor:
-    """Of the last `NUM_QUERIES` tokens to those before them, the mean over query heads: `[H, NUM_QUERIES, n]`."""
+    """Attention of the last `NUM_QUERIES` tokens to those before them, mean over query heads: `[H, NUM_QUERIES, n]`."""
     whole = torch.cat(list(seen.attention(seen.keys.shape[1] - NUM_QUERIES)), 2)
     return whole.mean(1)[..., :-NUM_QUERIES]
 
@@ -103,10 +104,10 @@ def _direction(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _zeroed(keys: torch.Tensor, elements: torch.Tensor) -> torch.Tensor:
-    """Keys `[H, T, head_size]` with some elements `[H, k]` of each head zero."""
+    """Keys `[H, T, head_size]` with the elements `[H, k]` of each head set to zero."""
     return keys.scatter(-1, elements[:, None].expand(-1, keys.shape[1], -1), 0.0)
 
 
 def _moved(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Half of the summed differences of two attentions `[H, NUM_QUERIES, n]`, the mean over queries: `[H]`."""
+    """Half of the summed absolute differences of two attentions `[H, NUM_QUERIES, n]`, mean over queries: `[H]`."""
     return (before - after).abs().sum(-1).mean(-1) / 2

@@ -1,4 +1,4 @@
-"""A model of `transformers` watched while it reads: queries, keys and values of each layer, as its attention gets them.
+"""Observes a model of `transformers` while it reads: queries, keys and values that the attention of each layer gets.
 
 Shapes: H KV heads, G query heads for each of them, T tokens.
 """
@@ -13,25 +13,25 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm_l2kv.profile import RECURRENT, WITHOUT_CACHE
 
 NAME = "l2kv_attention"
-"""Of an attention of this package, where `transformers` looks it up."""
-UNKNOWN = "{} has an attention of an unknown layout, so nothing can be measured in it."
+"""Name under which `transformers` looks up an attention function of this package."""
+UNKNOWN = "{} has attention of an unknown layout, so it cannot be profiled."
 MAX_SCORES = 1 << 26
-"""Attention scores that are held at once: some hundred MB in fp32."""
+"""Attention scores in memory at once: some hundred MB in fp32."""
 
 Watch = Callable[["Seen"], None]
 
 
 class Seen(NamedTuple):
-    """What the attention of one layer got, in the model's type.
+    """The inputs of one layer's attention, in the model's type.
 
     Attributes:
-        layer: Its index.
+        layer: Index of the layer.
         queries: `[H * G, T, head_size]` after RoPE.
-        keys: `[H, T, head_size]` as they are cached.
+        keys: `[H, T, head_size]` as in the cache.
         values: `[H, T, head_size]`.
         scale: Factor of dot products.
-        softcap: Bound of scaled dot products, as in Gemma 2; `None` without.
-        window: Tokens that a query sees; `None` for all before it and itself.
+        softcap: Cap on scaled dot products, as in Gemma 2; `None` for none.
+        window: Number of last tokens that a query sees, itself included; `None` for all.
     """
 
     layer: int
@@ -43,16 +43,16 @@ class Seen(NamedTuple):
     window: int | None
 
     def until(self, num_tokens: int) -> "Seen":
-        """Of the first tokens alone."""
+        """The same inputs for the first `num_tokens` tokens only."""
         return self._replace(
             queries=self.queries[:, :num_tokens], keys=self.keys[:, :num_tokens], values=self.values[:, :num_tokens]
         )
 
     def attention(self, first: int) -> Iterator[torch.Tensor]:
-        """Attention of the tokens from `first` on, some of them at a time, in order.
+        """Attention of the tokens from `first` on, in order, in parts.
 
         Yields:
-            `[H, G, n, T]` fp32 of n tokens; rows sum to 1.
+            `[H, G, n, T]` fp32 for the next n tokens; rows sum to 1.
         """
         num_heads, num_tokens, head_size = self.keys.shape
         keys = self.keys.float().transpose(1, 2)
@@ -68,13 +68,13 @@ class Seen(NamedTuple):
 def visible_scores(
     scores: torch.Tensor, distance: torch.Tensor, softcap: float | None, window: int | None
 ) -> torch.Tensor:
-    """Bounded attention scores, those of rows that a query does not see at minus infinity.
+    """Attention scores with softcap; minus infinity for rows that a query does not see.
 
     Args:
         scores: `[..., n, T]` fp32, scaled dot products of n queries; overwritten.
-        distance: `[n, T]`, how far before each query a row is.
-        softcap: As of `Seen`.
-        window: The same.
+        distance: `[n, T]`, position of each query minus that of each row.
+        softcap: See `Seen`.
+        window: See `Seen`.
     """
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -84,22 +84,22 @@ def visible_scores(
 
 @torch.inference_mode()
 def read(model: Any, token_ids: Sequence[int], watch: Watch) -> None:
-    """Reads tokens from the first one on, and shows what each layer got, one after the other.
+    """Reads a text and calls `watch` with the inputs of each layer's attention, in order.
 
     Raises:
-        ValueError: A model of another layout.
+        ValueError: The layout of the model is not supported.
     """
     layers: set[int] = set()
     ids = torch.tensor([token_ids], device=model.device)
     with attending(model, _attend):
-        # The decoder alone: logits are not used.
+        # Only the decoder, since logits are not needed.
         model.get_decoder()(ids, use_cache=False, watch=watch, layers=layers)
     if len(layers) != num_with_keys(model):
         raise ValueError(UNKNOWN.format(type(model).__name__))
 
 
 def num_with_keys(model: Any) -> int:
-    """Layers of a model that cache keys: recurrent ones keep a state in their place, feed-forward ones nothing."""
+    """Number of layers that cache keys; recurrent layers keep a state instead, and feed-forward layers nothing."""
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None)
     if types is None:
@@ -109,7 +109,7 @@ def num_with_keys(model: Any) -> int:
 
 @contextmanager
 def attending(model: Any, attend: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
-    """While it is open the model attends by a function of the form of `transformers`' own."""
+    """In this context, the model uses `attend`, a function with the signature of those of `transformers`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
@@ -135,7 +135,7 @@ def _attend(
     layers: set[int] | None = None,
     **_others: Any,
 ) -> tuple[torch.Tensor, None]:
-    # Queries [1, H * G, T, head_size]; the whole text at once, so causality is all that hides anything.
+    # `query` is [1, H * G, T, head_size], the whole text at once, so the mask is only causal.
     if watch is None or layers is None or s_aux is not None or len(query) != 1:
         raise ValueError(UNKNOWN.format(type(module).__name__))
     layers.add(module.layer_idx)

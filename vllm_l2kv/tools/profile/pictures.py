@@ -1,4 +1,4 @@
-"""Pictures that a vision-language model is shown: those of a folder, or four that are drawn here, always the same."""
+"""Pictures for a vision-language model: those of a folder, or four that are drawn here and never change."""
 
 import random
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 SIDE = 448
-"""Pixels of a drawn picture, in both directions."""
+"""Width and height of a drawn picture, in pixels."""
 LINES = (
     "Opening hours of the museum",
     "Monday to Friday: 9 to 17",
@@ -20,17 +20,17 @@ LINES = (
 
 
 def of_folder(folder: Path) -> list[Any]:
-    """The pictures in a folder, by the names of their files, as RGB.
+    """The pictures in a folder as RGB, sorted by file name.
 
     Raises:
         OSError: The folder or a picture cannot be read.
-        ValueError: There is none.
+        ValueError: The folder has no picture.
     """
     from PIL import Image
 
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ValueError(f"argument --images: {folder} has no file that ends in {', '.join(SUFFIXES)}.")
+        raise ValueError(f"argument --images: {folder} must have a file that ends in {', '.join(SUFFIXES)}.")
     return [Image.open(path).convert("RGB") for path in paths]
 
 

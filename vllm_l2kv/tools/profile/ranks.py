@@ -1,4 +1,4 @@
-"""What layers and KV heads do for answers: where answers look, what a repetition needs, what a loss of rows costs.
+"""Importance of layers and KV heads: attention of answers, attention of a repetition, and losses without their rows.
 
 Shapes: L layers, H KV heads, G query heads for each, T tokens of a text, n tokens of an answer.
 """
@@ -18,20 +18,20 @@ from vllm_l2kv.tools.profile.observe import Seen, Watch, read
 REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 """Between a text and its repetition, as in KVzip (Kim et al., arXiv 2505.23416)."""
 POOLED = 0.1
-"""Share of all rows that the pooled budget of a repetition keeps."""
+"""Share of all rows that the budget shared by all heads keeps."""
 FLOOR = 0.2
-"""Share of an equal part of it that every head gets at least."""
+"""Least rows of a head, as a share of an equal part of that budget."""
 CUTS_AT_ONCE = 64
 
 
 class Rows(NamedTuple):
-    """A text in the cache of one layer, and what a repetition of the text looks at.
+    """The rows of a text in one layer, and the attention that they get from a repetition of the text.
 
     Attributes:
-        layer: Its index.
+        layer: Index of the layer.
         keys: `[H, T, head_size]` after RoPE, in the model's type.
-        values: The same.
-        scores: `[H, T]` fp32, the most attention that any token of the repetition and any query head pays a row.
+        values: Same form.
+        scores: `[H, T]` fp32, largest attention to each row over all tokens of the repetition and all query heads.
     """
 
     layer: int
@@ -41,14 +41,14 @@ class Rows(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What one question says; fp32 on the CPU, NaN in layers that never compress.
+    """Measurements with one question; fp32 on the CPU, NaN in layers that never compress.
 
     Attributes:
-        retrieval: `[L, H]`, attention from the answer to the fact it needs.
-        loss: `[L]`, by how many nats a token the answer loses when a layer keeps protected rows alone.
-        head_loss: `[L, H]`, the same when a KV head does.
-        whole_loss: Nats a token with all rows.
-        answered: Whether the model, with all rows, would say the answer.
+        retrieval: `[L, H]`, attention from the answer to the fact that it needs.
+        loss: `[L]`, nats per token that the answer loses if a layer keeps only the protected rows.
+        head_loss: `[L, H]`, the same for a KV head.
+        whole_loss: Loss with all rows, in nats per token.
+        answered: Whether the model gives the answer with all rows.
     """
 
     retrieval: torch.Tensor
@@ -59,16 +59,16 @@ class Answers(NamedTuple):
 
 
 def repetition(model: Any, token_ids: Sequence[int], between: Sequence[int], also: Watch | None = None) -> list[Rows]:
-    """Reads a text and its repetition: the rows of the text in each layer of full attention, in order.
+    """Reads a text and its repetition, and returns the rows of the text in each layer of full attention, in order.
 
     Args:
-        model: Of `transformers`.
-        token_ids: T tokens.
-        between: Those of `REPEAT`.
-        also: Shown what each of these layers got of the text itself.
+        model: Model of `transformers`.
+        token_ids: Token ids of the text.
+        between: Token ids of `REPEAT`.
+        also: Called with the attention inputs of each of these layers for the text alone.
 
     Raises:
-        ValueError: A model of another layout.
+        ValueError: The layout of the model is not supported.
     """
     found: list[Rows] = []
     num_tokens = len(token_ids)
@@ -89,18 +89,18 @@ def repetition(model: Any, token_ids: Sequence[int], between: Sequence[int], als
 
 
 def pooled_shares(scores: torch.Tensor) -> torch.Tensor:
-    """Shares of its rows that each head keeps of a budget that all share, by what a repetition looks at.
+    """Share of its rows that each head keeps if all heads share a budget, and rows with the highest scores are kept.
 
     Args:
-        scores: `[L, H, T]` of `Rows`.
+        scores: `[L, H, T]`, see `Rows`.
 
     Returns:
-        `[L, H]` fp32; their mean is `POOLED`, rounded up to whole rows of a head.
+        `[L, H]` fp32; the mean is `POOLED`, rounded up to whole rows of a head.
     """
     num_layers, num_heads, num_tokens = scores.shape
     num_keep = math.ceil(POOLED * num_tokens)
     best = scores.sort(stable=True, dim=-1, descending=True)
-    # Each head's own best come first.
+    # The best rows of each head come first.
     ordered = best.values.clone()
     ordered[..., : int(FLOOR * num_keep)] = torch.inf
     chosen = ordered.flatten().sort(stable=True, dim=0, descending=True).indices[: num_keep * num_layers * num_heads]
@@ -109,12 +109,12 @@ def pooled_shares(scores: torch.Tensor) -> torch.Tensor:
 
 
 def answers(model: Any, shape: Shape, context: Context, asked: Question) -> Answers:
-    """Answers one question about a text by its rows: all of them, and all but those of one layer or head.
+    """Measures the answer to a question with all rows of a text, and without those of each layer or head.
 
     Args:
-        model: Of `transformers`.
-        shape: Of its cache.
-        context: The text's rows.
+        model: Model of `transformers`.
+        shape: Shape of the model's KV cache.
+        context: Rows of the text.
         asked: The question.
     """
     size = shape.num_layers, shape.num_kv_heads
@@ -136,7 +136,7 @@ def answers(model: Any, shape: Shape, context: Context, asked: Question) -> Answ
 
 
 def _cuts(shape: Shape, num_tokens: int) -> Iterator[torch.Tensor]:
-    """For each layer that may compress, without it and without each of its heads: `[C, L, H, T]`, a part at a time."""
+    """Masks without the rows of each layer, and of each of its heads: `[C, L, H, T]` bool per compressible layer."""
     cuts = [(layer, head) for layer in shape.compressible for head in (slice(None), *range(shape.num_kv_heads))]
     first, last = CompressionParams.protect_first, num_tokens - CompressionParams.protect_last
     for begin in range(0, len(cuts), CUTS_AT_ONCE):

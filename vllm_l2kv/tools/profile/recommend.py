@@ -1,15 +1,15 @@
-"""Which layers or heads stay full, at which ratio and with which scorer the rest is compressed, for several memories.
+"""Searches for the best full layers or heads, keep ratio and scorer, for several shares of memory.
 
-All candidates for a memory cost exactly that share of the whole cache. Layers come from orders: by the attention of
-answers to facts, by that of a repetition of the text, by the loss of answers when a layer is cut, and greedily by what
-answers cost when one layer more stays full. Heads come from the first three, and from all of them together. Both are
-searched in the same way, as `units`. What a candidate costs is the mean of `Losses.cost` over questions about
-texts that nothing was trained on, equally many of each kind, each asked hidden and seen. All candidates are tried on a
-few questions, the best ones on all. Questions about other texts tell what the chosen ones lose.
+All candidates for a memory cost exactly that share of the whole cache. Full layers are the first ones of an order: by
+the attention of answers to facts, by that of a repetition of the text, by the loss of answers without a layer, and a
+greedy order by the cost of answers with one more full layer. Full heads come from the first three orders, and from
+their sum. Both are searched in the same way, as `units`. The cost of a candidate is the mean of `Losses.cost` over
+questions about texts that were not trained on, equally many of each kind, each asked hidden and seen. All candidates
+are tried on a few questions, the best ones on all. Questions about other texts then judge the chosen settings.
 
-The mean, not the worst kind: where memory is small, some kinds are lost under every candidate, and they would decide.
-Orders alone, not any set of layers: the best candidates with one layer exchanged were tried too, 300 more of them on
-SmolLM2, and what they won on the questions that were searched with they lost on others.
+The mean decides, not the worst kind of text: with little memory some kinds fail under every candidate, and would decide
+alone. Only first ones of an order are tried, not all sets of layers: on SmolLM2, 300 more candidates with one layer
+exchanged gained on the questions of the search, and lost as much on others.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,44 +28,43 @@ from vllm_l2kv.tools.progress import Progress
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 SCORERS = ("l2", "keydiff_value", "learned")
-"""Tried, the cheapest one first."""
+"""Scorers that are tried, the fastest one first."""
 CONTROL = "random"
 GREEDY_MEMORY, GREEDY_SCORER = 0.25, "learned"
-"""Where layers are chosen greedily: the fewer layers stay full, the more each counts."""
+"""Memory and scorer of the greedy order: with few full layers, the choice of each matters most."""
 GREEDY_QUESTIONS = 24
-"""Whose contexts stay on the device meanwhile, at most."""
+"""Questions of the greedy order, whose contexts stay on the device."""
 FEW_QUESTIONS = 32
-"""On which all candidates are tried."""
+"""Questions on which all candidates are tried."""
 SHORTLIST = 12
-"""Layers that are tried next, those that the other orders have first."""
+"""Layers that are tried in each greedy step: the first ones of the other orders."""
 NUM_COUNTS = 8
-"""Numbers of full layers that are tried of each order and memory."""
+"""Numbers of full units that are tried for each order and memory."""
 NUM_BEST = 3
-"""Candidates of each memory and scorer that are tried on all questions, as they are and with the first layers full."""
+"""Candidates for each memory and scorer that are tried on all questions, also with the first layers full."""
 FIRST_LAYERS = 2
-"""The paper leaves so many full."""
+"""Number of layers that the paper leaves full."""
 NAMES = {
     LAYERS: ("recommended", "recommended layers, random rows", "best with"),
     HEADS: ("recommended heads", "recommended heads, random rows", "best heads with"),
 }
-"""Of outcomes: what is recommended, the same with random rows, and the best one of a scorer."""
+"""Names of outcomes: the recommended setting, the same with random rows, and the best setting with a scorer."""
 SAME_COST = 0.01
-"""Mean cost of an answer by which a scorer that takes longer has to be better."""
+"""A slower scorer is chosen only if its mean cost of an answer is lower by more than this."""
 
 
 class Outcome(NamedTuple):
-    """What a choice costs on the questions that the search did not use.
+    """Results of a setting on questions that the search did not use.
 
     Attributes:
-        name: `whole cache`; one of `NAMES`, some with a scorer; or `no profile`, where the model's first layers stay
-            full and `l2` chooses in the others.
-        memory: As of `Target`.
-        full_layers: The same.
-        keep_ratio: The same.
-        scorer: The same.
-        full_heads: The same.
-        loss: Nats a token of the answers: question hidden, then seen.
-        exact: Share of the questions answered exactly: question hidden, then seen.
+        name: `whole cache`; one of `NAMES`, some with a scorer; or `no profile`: the first layers full, `l2` elsewhere.
+        memory: See `Target`.
+        full_layers: See `Target`.
+        keep_ratio: See `Target`.
+        scorer: See `Target`.
+        full_heads: See `Target`.
+        loss: Loss of the answers in nats per token: question hidden, then seen.
+        exact: Share of the questions that are answered exactly: question hidden, then seen.
         exact_by_kind: The same for each kind of text.
     """
 
@@ -82,17 +81,17 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What a profile says.
+    """The result of the search.
 
     Attributes:
-        layer_order: All compressible layers, those that answers need most first.
+        layer_order: All compressible layers, the most important ones first.
         targets: A setting for each of `MEMORIES` and of `CLASSES`.
-        orders: By the names of the orders that they come from.
-        outcomes: What they and what they are compared with cost.
-        num_tried: Candidates.
-        num_finalists: Those of them that were tried on all questions.
-        searched: Questions that were searched with, by kind of text.
-        judged: Questions that the outcomes come from.
+        orders: Names of the orders from which the targets come.
+        outcomes: Results of the targets, and of the settings with which they are compared.
+        num_tried: Number of candidates.
+        num_finalists: Number of candidates that were tried on all questions.
+        searched: Kinds of texts to their numbers of questions in the search.
+        judged: Kinds of texts to their numbers of questions for the outcomes.
     """
 
     layer_order: tuple[int, ...]
@@ -106,12 +105,12 @@ class Recommendation:
 
 
 class _Candidate(NamedTuple):
-    """A setting of some memory.
+    """A candidate of the search.
 
     Attributes:
         target: The setting.
-        full: Units that stay full in it.
-        order: Where they come from.
+        full: Units that are full.
+        order: Name of the order from which these units come.
     """
 
     target: Target
@@ -120,14 +119,14 @@ class _Candidate(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """By a search.
+    """The result of searching among units of one of `CLASSES`.
 
     Attributes:
-        classes: Of the units that were searched among.
-        chosen: One candidate for each memory.
-        of_scorers: The best one for each memory and scorer.
-        num_tried: Candidates.
-        num_finalists: Those of them that were tried on all questions.
+        classes: What the units are: one of `CLASSES`.
+        chosen: The best candidate for each memory.
+        of_scorers: The best candidate for each memory and scorer.
+        num_tried: Number of candidates.
+        num_finalists: Number of candidates that were tried on all questions.
     """
 
     classes: str
@@ -147,25 +146,25 @@ def recommend(
     num_ranks: int,
     progress: Progress,
 ) -> Recommendation:
-    """Searches for the settings under which answers cost least.
+    """Searches for the settings with the lowest cost of answers.
 
     Args:
-        model: Of `transformers`.
-        shape: Of it.
-        scorers: Bound to its compressible layers and all of its heads, `learned` with the weights of this profile.
-        questions: To search with, the kinds of text in turns: about texts that neither `learned` was trained on nor
-            layers were measured on.
-        others: About other texts again, to judge with.
-        measured: `retrieval`, `repetition` and `head_loss` of heads `[L, H]`, and `loss` of layers `[L]`, as of
+        model: Model of `transformers`.
+        shape: Shape of the model's KV cache.
+        scorers: Scorers bound to all heads of the compressible layers, `learned` with the weights of this profile.
+        questions: Questions for the search, with alternating kinds of text. The texts were used neither for training
+            `learned` nor for measuring.
+        others: Questions about other texts, to judge the results.
+        measured: `retrieval`, `repetition` and `head_loss` of heads, `[L, H]`, and `loss` of layers, `[L]`, see
             `Measured`.
-        num_ranks: Tensor-parallel size that full heads are to suit.
+        num_ranks: Tensor-parallel size for which full heads are chosen.
         progress: Counts questions and layers.
 
     Raises:
         ValueError: There are no questions.
     """
     if not questions or not others:
-        raise ValueError("A search needs questions: give more or longer texts.")
+        raise ValueError("The search has no questions; raise --samples or --tokens.")
     cases = [case for asked in questions for case in asked]
     lowest = _lowest_ratio(cases)
     of_heads = {name: measured[name] for name in ("retrieval", "repetition")}
@@ -191,7 +190,7 @@ def recommend(
 
 
 def choice_of(shape: Shape, target: Target) -> Choice:
-    """A setting as a choice."""
+    """Converts a setting to a choice."""
     compressible = set(shape.compressible).difference(target.full_layers)
 
     def ratios(layer: int) -> tuple[float, ...]:
@@ -202,7 +201,7 @@ def choice_of(shape: Shape, target: Target) -> Choice:
 
 
 def _lowest_ratio(cases: Sequence[Case]) -> float:
-    """With which the protected rows of these contexts fill what is kept: below it, memory is not what it says."""
+    """The lowest useful keep ratio: below it, protected rows alone take more memory than the ratio allows."""
     protected = CompressionParams.protect_first + CompressionParams.protect_last
     return protected / min(len(case.context) for case in cases)
 
@@ -216,9 +215,9 @@ def _greedy(
     lowest: float,
     progress: Progress,
 ) -> tuple[Unit, ...]:
-    """Layers, each the one with which answers cost least beside those before it, until memory is spent.
+    """The greedy order of layers: each step adds the layer with the lowest cost of answers, until memory is used up.
 
-    Those that come first in all other orders together are tried.
+    Each step tries the first remaining layers of the sum of the other orders.
     """
     scorer = GREEDY_SCORER if GREEDY_SCORER in scorers else SCORERS[0]
     rows = [rank(model, shape, scorers, [scorer], case) for case in cases]
@@ -244,7 +243,7 @@ def _search(
     lowest: float,
     progress: Progress,
 ) -> _Found:
-    """Tries candidates on a few questions, then on all of them the best ones, with the first layers full too."""
+    """Tries all candidates on a few questions, then the best ones on all questions, also with the first layers full."""
     tried = list(_candidates(units, scorers, lowest))
     few = cases[: 2 * FEW_QUESTIONS]
     progress.part(f"trying {len(tried)} settings of {units.classes}", len(few), "questions asked")
@@ -259,14 +258,14 @@ def _search(
     for memory in MEMORIES:
         of_memory = [i for i in of_scorers if finalists[i].target.memory == memory]
         least = min((costs[i] for i in of_memory), default=0.0)
-        # The quickest of those that are as good.
+        # The fastest scorer among candidates of about the same cost.
         chosen += [finalists[i] for i in of_memory if costs[i] <= least + SAME_COST][:1]
     best_of_scorers = [finalists[i] for i in of_scorers]
     return _Found(units.classes, chosen, best_of_scorers, len(tried) + len(with_first), len(finalists))
 
 
 def _best(candidates: Sequence[_Candidate], costs: Sequence[float], num: int) -> list[int]:
-    """The best `num` of each memory and scorer; of each memory, those of quick scorers first."""
+    """Indices of the best `num` candidates for each memory and scorer; for each memory, fast scorers come first."""
     of_each: dict[tuple[float, str], list[int]] = {(m, name): [] for m in MEMORIES for name in SCORERS}
     for i in sorted(range(len(candidates)), key=costs.__getitem__):
         of_each[candidates[i].target.memory, candidates[i].target.scorer].append(i)
@@ -274,7 +273,7 @@ def _best(candidates: Sequence[_Candidate], costs: Sequence[float], num: int) ->
 
 
 def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Candidate]:
-    """Settings that cost exactly a memory: of each order, several numbers of full units with each scorer."""
+    """All candidates: for each memory, order and scorer, several numbers of full units."""
     for memory in MEMORIES:
         counts = [count for count in units.counts if units.ratio(memory, count) >= lowest] or units.counts[:1]
         chosen = sorted({counts[round((len(counts) - 1) * i / (NUM_COUNTS - 1))] for i in range(NUM_COUNTS)})
@@ -291,7 +290,7 @@ def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Cand
 
 
 def _with_layers(units: Units, candidate: _Candidate, layers: Sequence[int], lowest: float) -> _Candidate | None:
-    """The same with some layers full too; `None` if they are, or if they cost too much."""
+    """The candidate with some layers full too; `None` if they already are, or if they cost too much."""
     full = tuple(sorted(units.with_layers(candidate.full, layers)))
     target = units.target(candidate.target.memory, full, candidate.target.scorer, lowest)
     if target is None or full == candidate.full:
@@ -307,7 +306,7 @@ def _costs(
     candidates: Sequence[_Candidate],
     progress: Progress,
 ) -> list[float]:
-    """Mean cost of the cases, half of which are hidden, under each candidate."""
+    """Mean cost of the cases, half of which are hidden, for each candidate."""
     if not candidates:
         return []
     choices = [choice_of(shape, each.target) for each in candidates]
@@ -318,7 +317,7 @@ def _costs(
 def _outcomes(
     model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: Sequence[_Found], progress: Progress
 ) -> tuple[Outcome, ...]:
-    """Of the whole cache; of each target, also with random rows; and of equal counts in all layers."""
+    """Outcomes of the whole cache; of each target, also with random rows; and without a profile."""
     named = [("whole cache", Target(1.0, (), 1.0, SCORERS[0]))]
     first = shape.compressible[:FIRST_LAYERS]
     for memory in MEMORIES:
@@ -330,7 +329,7 @@ def _outcomes(
         named += [(recommended, candidate.target) for candidate in each.chosen]
         named += [(control, candidate.target._replace(scorer=CONTROL)) for candidate in each.chosen]
         named += [(f"{best} {candidate.target.scorer}", candidate.target) for candidate in each.of_scorers]
-    progress.part("judging what was found", len(cases), "questions asked")
+    progress.part("judging the results", len(cases), "questions asked")
     choices = [choice_of(shape, target) for _, target in named]
     lost = losses_of_cases(model, shape, scorers, cases, choices, progress)
     kinds = sorted({case.kind for case in cases})

@@ -1,4 +1,4 @@
-"""What a profile says, for people: on the terminal, and in one HTML file with heat maps."""
+"""The report of a profile: text for the terminal, and one HTML file with heat maps."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +17,9 @@ from vllm_l2kv.tools.profile.recommend import NAMES, Outcome
 from vllm_l2kv.tools.progress import duration
 
 USED_MEMORY = 0.5
-"""Of the command that a summary ends with."""
+"""Memory in the command at the end of a summary."""
 NUM_NAMED = 8
-"""Layers that a summary names."""
+"""Number of layers that a summary names."""
 PEAKED = 0.5
 """Share of a key's energy in `NUM_PEAKS` elements from which a head counts as peaked."""
 
@@ -28,12 +28,12 @@ class _Map(NamedTuple):
     """A heat map of layers by KV heads.
 
     Attributes:
-        name: Of its file.
-        title: Above it.
+        name: Name of its file.
+        title: Title of the plot.
         values: `[L, H]`.
-        colours: Of matplotlib.
-        low: Value of the first colour; `None` for the lowest.
-        high: Of the last one.
+        colours: Name of a colormap of matplotlib.
+        low: Value of the first color; `None` for the lowest value.
+        high: Value of the last color; `None` for the highest value.
         caption: How to read it.
     """
 
@@ -47,11 +47,11 @@ class _Map(NamedTuple):
 
 
 def summary(made: Made, model: str) -> str:
-    """What the terminal shows.
+    """Text for the terminal.
 
     Args:
         made: The profile.
-        model: As the user named it.
+        model: The model as given by the user.
     """
     profile, measured, _ = made
     about, num_compressible = profile.about, len(profile.shape.compressible)
@@ -60,8 +60,8 @@ def summary(made: Made, model: str) -> str:
     lines = [
         f"{profile.model}: {num_compressible} of {profile.shape.num_layers} layers may compress, "
         f"{profile.shape.num_kv_heads} KV heads each.",
-        f"{measured.num_questions} questions about facts: from its whole cache the model answers "
-        f"{measured.num_answered} exactly.",
+        f"{measured.num_questions} questions about facts, of which the model answers {measured.num_answered} exactly "
+        "with its whole cache.",
         *_needed(profile, measured.loss),
         "",
         *_beside_layers(settings(made)),
@@ -78,13 +78,13 @@ def summary(made: Made, model: str) -> str:
 
 
 def _beside_layers(lines: list[list[str]]) -> Iterator[str]:
-    """Lines with the last column, which is long in some, to the left."""
+    """Aligns all columns except the last one, which is left-aligned, since it may be long."""
     for line, text in zip(lines, aligned([line[:-1] for line in lines]), strict=True):
         yield f"{text}  {line[-1]}"
 
 
 def settings(made: Made) -> list[list[str]]:
-    """Lines of words, the first one a heading: each memory, what it is spent on, and what answers are left."""
+    """A table as lines of cells, the first one a heading: memories, their settings, and shares of exact answers."""
     outcomes = {(each.name, each.memory): each for each in made.found.outcomes}
     lines = [["memory", "keep ratio", "scorer", "seen", "hidden", "no profile: seen", "hidden", "full"]]
     for target in sorted(made.profile.memory, key=lambda target: -target.memory):
@@ -97,7 +97,7 @@ def settings(made: Made) -> list[list[str]]:
 
 
 def _full(each: Target | Outcome) -> str:
-    """What stays full."""
+    """Full layers or heads, as text."""
     if each.full_heads:
         return f"heads {heads_in_words(each.full_heads)}"
     return f"layers {', '.join(map(str, each.full_layers)) or 'none'}"
@@ -112,7 +112,7 @@ def _outcomes(made: Made) -> list[list[str]]:
 
 
 def _by_kind(made: Made) -> list[list[str]]:
-    """The whole cache and the settings, by kinds of texts."""
+    """Results of the whole cache and the settings, by kind of text."""
     asked = made.found.judged
     lines = [["memory", "full", "scorer", *(f"{kind} ({asked[kind]})" for kind in asked)]]
     for each in made.found.outcomes:
@@ -124,18 +124,18 @@ def _by_kind(made: Made) -> list[list[str]]:
 
 def _how_to_read(made: Made) -> Iterator[str]:
     yield (
-        "memory: share of the whole cache. Full layers or heads keep every row, the others the keep ratio, chosen by "
-        "the scorer. Settings of heads are served with --kv-classes heads."
+        "memory: share of the whole cache. Full layers or heads keep every row; the others keep the share of the keep "
+        "ratio, chosen by the scorer. Settings with full heads are served with --kv-classes heads."
     )
     yield (
-        f"seen, hidden: share of {sum(made.found.judged.values())} questions, which the search did not use, that are "
-        "answered exactly; compressed after the question, and before it is known."
+        f"seen, hidden: share of exact answers to {sum(made.found.judged.values())} questions that the search did not "
+        "use, with compression after the question (seen) and before it (hidden)."
     )
     yield "no profile: the same memory with the first layers full and l2 in the others."
 
 
 def write_report(made: Made, folder: Path) -> Path:
-    """Draws heat maps and writes the HTML file into a folder that exists."""
+    """Draws heat maps and writes the HTML file to an existing folder; returns its path."""
     profile, measured, _ = made
     sections: list[dict[str, Any]] = [
         {
@@ -146,15 +146,15 @@ def write_report(made: Made, folder: Path) -> Path:
         {
             "title": "What was compared",
             "note": f"{made.found.num_tried} settings were tried on a few questions, and the best "
-            f"{made.found.num_finalists} of them on {sum(made.found.searched.values())}; these are judged by "
-            f"{sum(made.found.judged.values())} others. Loss in nats a token of the answer; exact: share of the "
-            "answers. The loss differs less by chance than the share.",
+            f"{made.found.num_finalists} of them on {sum(made.found.searched.values())}; "
+            f"{sum(made.found.judged.values())} other questions judge the results. Loss: nats per token of the answer; "
+            "exact: share of exact answers. The loss varies less by chance than the share.",
             "table": _outcomes(made),
         },
         {
             "title": "What fails",
-            "note": "Share of the answers that are exact, by the kind of text that they are about, seen and hidden. "
-            "Where the whole cache does not answer either, nothing is lost.",
+            "note": "Share of exact answers by kind of text: seen / hidden. Questions that the whole cache does not "
+            "answer either are no loss.",
             "table": _by_kind(made),
         },
         {
@@ -165,12 +165,12 @@ def write_report(made: Made, folder: Path) -> Path:
         },
         {
             "title": "Norms and attention",
-            "note": "Whether low norms say what the model looks at, which is what the scorer l2 relies on.",
+            "note": "Whether keys of low norm get attention, as the scorer l2 assumes.",
             "plots": _drawn(_norm_maps(made), folder),
             "table": _norm_table(made),
         },
         {
-            "title": "Where keys of low norm lie",
+            "title": "Directions of keys of low norm",
             "note": _directions(made),
             "plots": _drawn(_direction_maps(made), folder),
             "table": _peak_table(made),
@@ -190,8 +190,8 @@ def _needed(profile: Profile, loss: torch.Tensor) -> Iterator[str]:
     losses = {layer: loss[layer].item() for layer in profile.shape.compressible}
     worst, best = max(losses, key=losses.__getitem__), min(losses, key=losses.__getitem__)
     yield (
-        f"With only the protected rows of layer {worst}, answers lose {losses[worst]:.2f} nats a token; with those of "
-        f"layer {best}, {round(losses[best], 2) + 0.0:.2f}."
+        f"With only the protected rows in layer {worst}, answers lose {losses[worst]:.2f} nats per token; with only "
+        f"those in layer {best}, {round(losses[best], 2) + 0.0:.2f}."
     )
 
 
@@ -204,18 +204,18 @@ def _rank_maps(made: Made) -> Iterator[_Map]:
         "viridis",
         0.0,
         None,
-        "How much attention an answer pays, while it is said, to the words of the text that tell it. Bright heads "
-        "fetch facts: they need every row.",
+        "Attention from the answer's tokens to the words of the text that state it. Bright heads retrieve facts, so "
+        "they need every row.",
     )
     yield _Map(
         "repetition",
-        f"share of rows kept of a pooled budget of {POOLED:g}",
+        f"share of rows kept, shared budget of {POOLED:g}",
         measured.repetition,
         "viridis",
         0.0,
         1.0,
-        "If all heads shared a tenth of the cache, and rows were kept by the attention that a repetition of the text "
-        "pays them: the share of its rows that each head would keep. Bright heads use much of the text.",
+        "Share of its rows that each head would keep if all heads shared a tenth of the cache, and the rows with the "
+        "most attention from a repetition of the text were kept. Bright heads use much of the text.",
     )
     worst = measured.head_loss.nan_to_num().abs().max().item()
     yield _Map(
@@ -225,8 +225,8 @@ def _rank_maps(made: Made) -> Iterator[_Map]:
         "RdBu_r",
         -worst,
         worst,
-        "What answers lose when this head alone keeps only the protected rows. Red heads are needed; where others can "
-        "take over, a head is white although it retrieves.",
+        "Loss of answers if only this head keeps just the protected rows. Red heads are needed. A head that retrieves "
+        "facts is white if other heads can replace it.",
     )
 
 
@@ -240,7 +240,7 @@ def _norm_maps(made: Made) -> Iterator[_Map]:
         "viridis",
         0.0,
         None,
-        "How far the key norms of a head differ. Near 0 they are all alike, and their order says nothing.",
+        "How much the key norms of a head vary. Near 0 they are almost equal, and their order means nothing.",
     )
     yield _Map(
         "correlation",
@@ -249,7 +249,7 @@ def _norm_maps(made: Made) -> Iterator[_Map]:
         "RdBu",
         -1.0,
         1.0,
-        "Blue: tokens of low norm draw attention, which is what evicting by norm relies on. White or red: they do not.",
+        "Blue: tokens of low norm get more attention, as eviction by norm assumes. White or red: they do not.",
     )
     yield _Map(
         "alr",
@@ -258,8 +258,8 @@ def _norm_maps(made: Made) -> Iterator[_Map]:
         "viridis_r",
         0.0,
         None,
-        "How much more attention evicting by norm loses than the best possible choice, over all ratios. 0 is the best "
-        "choice; the darker, the worse.",
+        "How much more attention eviction by norm loses than the best possible choice, over all ratios. 0 is the best "
+        "choice; darker is worse.",
     )
     yield _Map(
         "loss",
@@ -268,8 +268,8 @@ def _norm_maps(made: Made) -> Iterator[_Map]:
         "RdBu_r",
         0.0,
         1.0,
-        "Share of the attention to the prompt that goes to evicted tokens when half are kept by norm. White is what "
-        "evicting at random loses; blue loses less, red more.",
+        "Share of the attention to the prompt that goes to evicted tokens if half of them are kept by norm. White is "
+        "the loss of random eviction; blue is less, red is more.",
     )
 
 
@@ -282,8 +282,8 @@ def _direction_maps(made: Made) -> Iterator[_Map]:
         "RdBu",
         -1.0,
         1.0,
-        "Red: queries point away from keys, so dot products are negative, and the shorter a key the less so: short "
-        "keys draw attention. Blue: long keys do, unless directions differ much.",
+        "Red: queries point away from keys, so dot products are negative, and closest to 0 for short keys, which get "
+        "the most attention. Blue: long keys get the most, unless directions differ much.",
     )
     yield _Map(
         "low_first",
@@ -292,7 +292,7 @@ def _direction_maps(made: Made) -> Iterator[_Map]:
         "RdBu",
         -1.0,
         1.0,
-        "Blue: keys of low norm point where the first tokens' keys point, the direction of the attention sink.",
+        "Blue: keys of low norm have the direction of the first tokens' keys, the attention sink.",
     )
     yield _Map(
         "peaks_moved",
@@ -301,13 +301,13 @@ def _direction_maps(made: Made) -> Iterator[_Map]:
         "RdBu_r",
         -1.0,
         1.0,
-        f"Share of the attention that goes elsewhere when the {NUM_PEAKS} largest elements of low-norm keys are zeroed "
-        "in all keys, less the share when as many random elements are. Red: these few elements decide.",
+        f"Share of the attention that moves to other tokens if the {NUM_PEAKS} largest elements of low-norm keys are "
+        "set to zero in all keys, minus the share for as many random elements. Red: these few elements decide.",
     )
 
 
 def _images(made: Made, folder: Path) -> Iterator[dict[str, Any]]:
-    """The section on images, if there were some."""
+    """The section on images; empty without pictures."""
     images, about = made.measured.images, made.profile.about
     if not images:
         return
@@ -318,8 +318,8 @@ def _images(made: Made, folder: Path) -> Iterator[dict[str, Any]]:
     yield {
         "title": "Norms of images",
         "note": f"{about['pictures']} pictures, {about['image_tokens']} tokens, each in the middle of as many tokens "
-        "of text. Means over heads in the table. If l2 kept half of such a prompt, it would keep this share of the "
-        "image's rows; 0.5 if norms did not tell them from text.",
+        "of text. The table has means over heads. Images kept: share of the image's rows that l2 keeps if it keeps "
+        "half of the prompt; 0.5 if norms of images and text do not differ.",
         "plots": _drawn(_image_maps(images), folder),
         "table": lines,
     }
@@ -333,7 +333,8 @@ def _image_maps(images: dict[str, torch.Tensor]) -> Iterator[_Map]:
         "PuOr_r",
         0.0,
         2.0,
-        "White: keys of images are as long as those of text. Orange: longer, so l2 evicts them first. Purple: shorter.",
+        "White: keys of images and text have equal norms. Orange: those of images are longer, so l2 evicts them first. "
+        "Purple: those of images are shorter.",
     )
     yield _Map(
         "images_kept",
@@ -342,12 +343,12 @@ def _image_maps(images: dict[str, torch.Tensor]) -> Iterator[_Map]:
         "RdBu",
         0.0,
         1.0,
-        "White is what a choice keeps that does not tell images from text. Red heads lose the image, blue ones text.",
+        "White: equal shares of images and text are kept. Red heads lose more of the image, blue ones more of text.",
     )
 
 
 def _directions(made: Made) -> str:
-    """The open question of the paper, in numbers of this model."""
+    """Measurements on the paper's open question: why keys of low norm get attention."""
     norms = made.measured.norms
     mean = {name: norms[name].nanmean().item() for name in norms if norms[name].dim() == 2}
     shares = _peak_shares(norms["energy"])
@@ -357,18 +358,18 @@ def _directions(made: Made) -> str:
     lost = [f"{loss[heads].mean().item():.2f}" if heads.any() else "nothing" for heads in (away, towards)]
     return (
         f"Queries point away from keys in {away.sum().item()} heads, where evicting half by norm loses {lost[0]} of "
-        f"the attention, and towards them in {towards.sum().item()}, where it loses {lost[1]}. Means over heads. Keys "
-        f"against queries: cosine {mean['all_query']:.2f}; keys of low norm: {mean['low_query']:.2f}. Those against "
-        f"the first tokens' keys: {mean['low_first']:.2f}. "
-        f"{NUM_PEAKS} elements hold {shares.nanmean().item():.0%} of the energy of low-norm keys, half or more of it "
-        f"in {peaked} heads. Zeroing them moves {mean['peaks_moved']:.0%} of the attention, zeroing others "
-        f"{mean['others_moved']:.0%}. Norms without them lose {mean['loss_without_peaks']:.2f} of the attention at "
-        f"keep ratio {KEEP_RATIOS[JUDGED]:g}, norms as they are {loss.nanmean().item():.2f}."
+        f"the attention, and towards them in {towards.sum().item()}, where it loses {lost[1]}. Means over heads: the "
+        f"cosine of keys and queries is {mean['all_query']:.2f}, that of keys of low norm and queries "
+        f"{mean['low_query']:.2f}, and that of keys of low norm and the first tokens' keys {mean['low_first']:.2f}. "
+        f"{NUM_PEAKS} elements have {shares.nanmean().item():.0%} of the energy of low-norm keys, and at least half of "
+        f"it in {peaked} heads. Setting them to zero moves {mean['peaks_moved']:.0%} of the attention, setting others "
+        f"to zero {mean['others_moved']:.0%}. Eviction by norms without them loses {mean['loss_without_peaks']:.2f} of "
+        f"the attention at keep ratio {KEEP_RATIOS[JUDGED]:g}, by full norms {loss.nanmean().item():.2f}."
     )
 
 
 def _layer_table(made: Made) -> list[list[str]]:
-    """Each layer that may compress, those that answers need most first."""
+    """A table of the layers that may compress, the most important ones first."""
     profile, measured, _ = made
     lines = [
         ["layer", "retrieval, best head", "repetition, best head", "loss without it", "full at memory", "full heads"]
@@ -387,7 +388,7 @@ def _layer_table(made: Made) -> list[list[str]]:
 
 
 def _norm_table(made: Made) -> list[list[str]]:
-    """What each layer that may compress loses at each keep ratio, of attention."""
+    """A table of the attention that each compressible layer loses at each keep ratio."""
     norms = made.measured.norms
     lines = [["layer", *(f"keep {ratio:g}" for ratio in KEEP_RATIOS), "correlation", "first token's share"]]
     lines.append(["random eviction", *(f"{1 - ratio:.2f}" for ratio in KEEP_RATIOS), "", ""])
@@ -399,7 +400,7 @@ def _norm_table(made: Made) -> list[list[str]]:
 
 
 def _peak_table(made: Made) -> list[list[str]]:
-    """Of each head, which elements peak, and what they decide."""
+    """A table of the elements with the most energy in each head, and how much attention depends on them."""
     norms = made.measured.norms
     shares, peaks = _peak_shares(norms["energy"]), norms["energy"].nan_to_num().topk(NUM_PEAKS, 0).indices
     lines = [["layer", "head", "elements that peak", "their energy", "attention moved without them", "without others"]]
@@ -412,12 +413,12 @@ def _peak_table(made: Made) -> list[list[str]]:
 
 
 def _peak_shares(energy: torch.Tensor) -> torch.Tensor:
-    """Share of the energy `[head_size, L, H]` that lies in the largest elements: `[L, H]`."""
+    """Share of the energy, `[head_size, L, H]`, in the `NUM_PEAKS` largest elements: `[L, H]`."""
     return energy.topk(NUM_PEAKS, 0).values.sum(0) / energy.sum(0)
 
 
 def _drawn(maps: Iterator[_Map], folder: Path) -> list[dict[str, str]]:
-    """Draws PNGs of layers by KV heads; layers that never compress are grey."""
+    """Draws PNG files of layers by KV heads; layers that never compress are gray."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -432,5 +433,5 @@ def _drawn(maps: Iterator[_Map], folder: Path) -> list[dict[str, str]]:
         figure.colorbar(image)
         path = folder / f"{each.name}.png"
         figure.savefig(path)
-        drawn.append(embedded(path, f"{each.caption} Grey layers never compress."))
+        drawn.append(embedded(path, f"{each.caption} Gray layers never compress."))
     return drawn

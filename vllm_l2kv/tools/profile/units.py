@@ -1,8 +1,8 @@
-"""What a search may keep full: whole layers, or single KV heads, as units of one size.
+"""Units that a search may keep full: whole layers or single KV heads, all of the same size.
 
-A memory counts units, so a search need not know which of the two it chooses among. How many units may be full follows
-from the pool: with heads, numbers that leave little of a block empty (`kv_heads.waste`). Each tensor-parallel rank
-needs equally many full heads of a layer, so a unit of heads has one head of each rank.
+Memory is counted in units, so the search does not depend on what they are. The pool limits which numbers of units may
+be full: for heads, only those that waste little of a block (`kv_heads.waste`). Each tensor-parallel rank needs the same
+number of full heads of a layer, so a unit of heads has one head of each rank.
 
 Shapes: L layers, H KV heads.
 """
@@ -18,22 +18,22 @@ from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.settings import HEADS, LAYERS
 
 TOGETHER = "together"
-"""The order by all measurements."""
+"""Name of the order by the sum of all measurements."""
 
 
 class Unit(NamedTuple):
-    """KV heads of a layer, which are full together or not at all."""
+    """KV heads of a layer that are either all full or all compressed."""
 
     layer: int
     heads: tuple[int, ...]
 
 
 class Order(NamedTuple):
-    """Units that may stay full.
+    """An order of units.
 
     Attributes:
-        name: By what they are ordered.
-        units: The first ones first.
+        name: Measurement by which they are ordered.
+        units: The units, the most important ones first.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Units:
     """All units of a model that may compress.
 
     Attributes:
-        classes: Whether they are `LAYERS` or `HEADS`.
-        orders: All units by each measurement.
-        together: All units by the sum of their places in these orders.
-        counts: How many of them may be full, ascending.
+        classes: What the units are: `LAYERS` or `HEADS`.
+        orders: Orders of all units, one for each measurement.
+        together: All units, by the sum of their ranks in these orders.
+        counts: Allowed numbers of full units, ascending.
     """
 
     classes: str
@@ -57,20 +57,20 @@ class Units:
     counts: tuple[int, ...]
 
     def ratio(self, memory: float, num_full: int) -> float:
-        """The keep ratio of the others with which the whole cache costs a memory."""
+        """The keep ratio of the other units at which the whole cache costs `memory`."""
         return ratio_for(memory, len(self.together), num_full)
 
     def target(self, memory: float, full: Collection[Unit], scorer: str, lowest: float = 0.0) -> Target | None:
-        """The setting with these units full that costs a memory.
+        """The setting with these full units that costs `memory`.
 
         Args:
-            memory: As of `Target`.
-            full: Units.
-            scorer: Of the others.
-            lowest: Keep ratio of the others at least.
+            memory: See `Target`.
+            full: Units that are full.
+            scorer: Scorer of the others.
+            lowest: Lowest allowed keep ratio of the others.
 
         Returns:
-            `None` if so many may not be full, or if they cost too much.
+            `None` if this number of full units is not allowed, or costs too much.
         """
         ratio = self.ratio(memory, len(full))
         if len(full) not in self.counts or ratio <= 0 or ratio < lowest:
@@ -83,9 +83,9 @@ class Units:
         return Target(memory, (), ratio, scorer, heads)
 
     def with_layers(self, full: Collection[Unit], layers: Collection[int]) -> tuple[Unit, ...]:
-        """The same units with all those of some layers.
+        """The same units and all units of some layers.
 
-        Where not so many may be full, the last ones of the others are left out.
+        If their number is not allowed, the last ones of the other units are left out.
         """
         added = [unit for unit in self.together if unit.layer in layers]
         others = [unit for unit in self.together if unit in full and unit not in added]
@@ -94,11 +94,11 @@ class Units:
 
 
 def layer_units(shape: Shape, measured: Mapping[str, torch.Tensor]) -> Units:
-    """Whole layers.
+    """Units that are whole layers.
 
     Args:
-        shape: Of the model's cache.
-        measured: By name, `[L]`: the larger, the more a layer is needed.
+        shape: Shape of the model's KV cache.
+        measured: Measurements by name, `[L]`; layers with larger values are more important.
     """
     heads = tuple(range(shape.num_kv_heads))
     units = [Unit(layer, heads) for layer in shape.compressible]
@@ -107,15 +107,15 @@ def layer_units(shape: Shape, measured: Mapping[str, torch.Tensor]) -> Units:
 
 
 def head_units(shape: Shape, measured: Mapping[str, torch.Tensor], num_ranks: int) -> Units | None:
-    """Single KV heads; of several tensor-parallel ranks the most needed ones together, then the second ones, ...
+    """Units that are single KV heads. With several ranks, a unit has the most important head of each, and so on.
 
     Args:
-        shape: Of the model's cache.
-        measured: By name, `[L, H]`: the larger, the more a head is needed.
+        shape: Shape of the model's KV cache.
+        measured: Measurements by name, `[L, H]`; heads with larger values are more important.
         num_ranks: Tensor-parallel size, a divisor or a multiple of H.
 
     Returns:
-        `None` if a rank has one head of a layer: then all that may be full is whole layers.
+        `None` if a rank has a single head of a layer, so that only whole layers can be full.
     """
     ranks = [heads_of_rank(shape.num_kv_heads, rank, num_ranks) for rank in range(num_ranks)]
     if len(ranks[0]) == 1:
@@ -133,10 +133,10 @@ def head_units(shape: Shape, measured: Mapping[str, torch.Tensor], num_ranks: in
 
 
 def check_num_ranks(shape: Shape, num_ranks: int) -> None:
-    """Refuses ranks that the heads of a layer cannot be dealt out to.
+    """Rejects a number of ranks among which the KV heads of a layer cannot be divided.
 
     Raises:
-        ValueError: Names the option.
+        ValueError: `num_ranks` is neither a divisor nor a multiple of the KV heads.
     """
     if shape.num_kv_heads % num_ranks and num_ranks % shape.num_kv_heads:
         raise ValueError(
@@ -146,7 +146,7 @@ def check_num_ranks(shape: Shape, num_ranks: int) -> None:
 
 
 def _units(classes: str, units: Sequence[Unit], measured: Mapping[str, torch.Tensor], counts: Iterable[int]) -> Units:
-    """Orders units by the sum of what is measured of their heads, `[L, H]`."""
+    """Orders units by the sum of the measurements of their heads, `[L, H]`."""
     orders = []
     for name, values in measured.items():
         needs = [values[unit.layer, list(unit.heads)].sum().item() for unit in units]

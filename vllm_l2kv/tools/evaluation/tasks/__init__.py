@@ -1,1 +1,1 @@
-"""Tasks of `vllm-l2kv eval`: one module each, which makes cases and knows how to score their answers."""
+"""Tasks of `vllm-l2kv eval`: each module makes the cases of one task and scores their answers."""

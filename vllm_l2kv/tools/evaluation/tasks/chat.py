@@ -1,8 +1,8 @@
-"""A conversation whose first turns tell facts that its last turns ask for.
+"""A conversation whose first turns state facts that its last turns ask for.
 
-Between them are turns that say nothing of the facts. Each question is a prompt of its own, as a server sees it: the
-whole conversation so far, with the right answers to the earlier questions. The answer is begun: small models say
-nothing else. A conversation is written in the model's chat template, and in a plain one if it has none.
+The turns between them do not mention the facts. Each question is a separate prompt, as a server would get it: the whole
+conversation so far, with the right answers to earlier questions. The prompt includes the start of the answer, so that
+small models give the value next. Conversations use the model's chat template, or a plain one if it has none.
 """
 
 import random
@@ -19,13 +19,13 @@ Messages = list[dict[str, str]]
 
 
 class Fact(NamedTuple):
-    """What a user may tell.
+    """A fact that the user may state.
 
     Attributes:
-        statement: The sentence, with a place for the value.
-        question: That asks for it.
-        begun: How the answer begins, up to the value.
-        values: To choose from.
+        statement: The statement, with `{}` for the value.
+        question: The question about it.
+        begun: The answer up to the value.
+        values: Possible values.
     """
 
     statement: str
@@ -51,12 +51,12 @@ FACTS = (
     Fact("My flight has the number {}.", "Which number has my flight?", "Your flight has the number", NUMBERS),
 )
 NUM_FACTS = 4
-"""Stated in one conversation, and asked for."""
+"""Facts that each conversation states and asks for."""
 NOTED = "Thank you, I will remember that."
 PASSAGE = "Here is a passage from the book that I am reading. {}"
 HEARD = "Thank you for sharing this passage."
 NUM_SENTENCES = 4
-"""Of a passage."""
+"""Sentences of a passage."""
 NUM_ANSWER_TOKENS = 12
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -65,14 +65,14 @@ PLAIN_TEMPLATE = (
 
 
 def cases(tokenizer: Any, text: str, lengths: Sequence[int], num_samples: int, seed: int = 0) -> Iterator[Case]:
-    """`NUM_FACTS` prompts for each length (tokens of the last one, not exceeded) and sample, one for each question.
+    """`NUM_FACTS` prompts for each length and sample, one for each question.
 
     Args:
-        tokenizer: The model's.
-        text: Of which the user reads passages.
-        lengths: In tokens.
-        num_samples: Conversations for each.
-        seed: Makes other conversations.
+        tokenizer: The model's tokenizer.
+        text: Text from which the user quotes passages.
+        lengths: Most tokens of a conversation's last prompt.
+        num_samples: Conversations for each length.
+        seed: Seed of the conversations.
 
     Raises:
         ValueError: The text or a length is too short.
@@ -87,9 +87,9 @@ def cases(tokenizer: Any, text: str, lengths: Sequence[int], num_samples: int, s
             make = partial(_last_prompt, tokenizer, facts, asked, passages)
             num_sentences = largest(min(len(passages), length // 2), lambda n: len(make(n)) <= length)  # noqa: B023
             if num_sentences == 0:
-                raise ValueError(f"A conversation does not fit into {length} tokens.")
+                raise ValueError(f"A conversation does not fit into {length} tokens; give a greater length.")
             if num_sentences == len(passages):
-                raise ValueError(f"The text is too short for a conversation of {length} tokens.")
+                raise ValueError(f"The text is too short for a conversation of {length} tokens; give a longer one.")
             messages = opening(facts, passages[:num_sentences])
             for turn, (fact, value) in enumerate(asked):
                 prompt = _encoded(tokenizer, [*messages, _said("user", fact.question)], fact.begun)
@@ -115,12 +115,12 @@ def opening(facts: Sequence[tuple[Fact, str]], sentences: Sequence[str]) -> Mess
 
 
 def question_and_answer(fact: Fact, value: str) -> Messages:
-    """A turn that was answered right."""
+    """A question and its right answer."""
     return [_said("user", fact.question), _said("assistant", f"{fact.begun} {value}.")]
 
 
 def score(value: str, answer: Answer) -> Mapping[str, Any]:
-    """1 if the value is one of the answer's words."""
+    """1 if the value is a word of the answer, else 0."""
     words = re.findall(r"\w+", answer.text.lower())
     return {"score": float(value.lower() in words), "answer": answer.text}
 
@@ -143,10 +143,10 @@ def _last_prompt(
 
 
 def _encoded(tokenizer: Any, messages: Messages, begun: str = "") -> list[int]:
-    """Token ids of a conversation, and of the beginning of an answer if there is one."""
+    """Token ids of a conversation, followed by the start of an answer."""
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE
     text: str = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=bool(begun)
     )
-    # Some templates write the BOS token, which `encode` puts in front.
+    # Some templates write the BOS token, which `encode` also adds.
     return encode(tokenizer, text.removeprefix(tokenizer.bos_token or "") + begun)

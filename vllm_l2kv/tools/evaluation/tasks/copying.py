@@ -1,8 +1,8 @@
-"""A list that is written again, item by item.
+"""A list that the model must repeat, item by item.
 
-The answer is as long as the prompt and made of many parts, each of them right or wrong. So this is where a budget shows
-what it costs to evict generated tokens; the other tasks have answers of a few words. Items are numbered and the answer
-is begun: small models copy nothing else.
+The answer is as long as the list, and each item is right or wrong. So this task shows what it costs when a budget
+evicts generated tokens; the answers of other tasks have only a few words. Items are numbered and the prompt includes
+the start of the answer, since small models do not copy otherwise.
 """
 
 import random
@@ -17,13 +17,13 @@ from vllm_l2kv.tools.evaluation.texts import encode, largest, num_shared
 BEFORE = "List:\n"
 AFTER = "\n\nThe same list again:\n"
 BEGUN = "1."
-"""Of the answer; it belongs to the prompt."""
+"""Start of the answer, which is part of the prompt."""
 NUM_MORE_TOKENS = 8
-"""Room for the end of the last line: a word that goes on is another word."""
+"""Additional tokens for the end of the last line, so that a longer word is not taken for the item."""
 
 
 def cases(tokenizer: Any, lengths: Sequence[int], num_samples: int, seed: int = 0) -> Iterator[Case]:
-    """Prompts for each length (tokens, with those of the answer) and sample, with as many items as fit.
+    """Prompts for each length (in tokens, with the answer) and sample, with as many items as fit.
 
     Raises:
         ValueError: A length is too short.
@@ -36,7 +36,7 @@ def cases(tokenizer: Any, lengths: Sequence[int], num_samples: int, seed: int = 
             # A line has more than two tokens.
             num_items = largest(min(len(items), length // 4), lambda n: _size(tokenizer, items[:n]) <= length)  # noqa: B023
             if num_items == 0:
-                raise ValueError(f"A list and its copy do not fit into {length} tokens.")
+                raise ValueError(f"A list and its copy do not fit into {length} tokens; give a greater length.")
             chosen = items[:num_items]
             token_ids = encode(tokenizer, prompt(chosen))
             yield Case(
@@ -49,7 +49,7 @@ def cases(tokenizer: Any, lengths: Sequence[int], num_samples: int, seed: int = 
 
 
 def prompt(items: Sequence[str]) -> str:
-    """The list, and the beginning of its copy."""
+    """The list, and the start of its copy."""
     return BEFORE + lines(items) + AFTER + BEGUN
 
 
@@ -59,7 +59,7 @@ def lines(items: Sequence[str]) -> str:
 
 
 def score(items: Sequence[str], answer: Answer) -> Mapping[str, Any]:
-    """Share of the items that are in the answer, each in the line of its number and letter by letter."""
+    """Share of the items that the answer has, spelled exactly and in the line of their number."""
     said = (BEGUN + answer.text).splitlines()
     num_right = sum(line.strip() == right for line, right in zip(said, lines(items).splitlines(), strict=False))
     return {"score": num_right / len(items), "answer": answer.text}

@@ -1,8 +1,7 @@
 """A needle in a haystack of essays.
 
 Source: Devoto et al., arXiv 2406.11430, section 3, with needle, question and word-overlap score of the authors' code.
-The haystack is a text in the public domain, and the answer is begun, as RULER begins them: small models say nothing
-else.
+The haystack is a text in the public domain. As in RULER, the prompt includes the start of the answer, for small models.
 """
 
 import random
@@ -27,7 +26,7 @@ NUM_ANSWER_TOKENS = 50
 def cases(
     tokenizer: Any, text: str, lengths: Sequence[int], depths: Sequence[float], num_samples: int, seed: int = 0
 ) -> Iterator[Case]:
-    """Prompts for each length (tokens, not exceeded), depth and sample; each begins somewhere else in the text.
+    """Prompts for each length (most tokens), depth and sample; each takes another part of the text.
 
     Raises:
         ValueError: The text or a length is too short.
@@ -40,13 +39,13 @@ def cases(
                 start = chance.randrange(max(len(sentences) // 2, 1))
                 haystack = sentences[start:]
                 token_ids = partial(_token_ids, tokenizer, haystack, depth)
-                # No sentence is shorter than two tokens.
+                # Every sentence has at least two tokens.
                 most = min(len(haystack), length // 2)
                 num_sentences = largest(most, lambda n: len(token_ids(n)) <= length)  # noqa: B023
                 if num_sentences == len(haystack):
-                    raise ValueError(f"The text is too short for a haystack of {length} tokens.")
+                    raise ValueError(f"The text is too short for a haystack of {length} tokens; give a longer one.")
                 if num_sentences == 0:
-                    raise ValueError(f"A haystack does not fit into {length} tokens.")
+                    raise ValueError(f"A haystack does not fit into {length} tokens; give a greater length.")
                 yield Case(
                     prompt=(prompt := token_ids(num_sentences)),
                     num_tokens=NUM_ANSWER_TOKENS,
@@ -63,7 +62,7 @@ def _token_ids(
 
 
 def sentences_of(text: str) -> list[str]:
-    """Cuts at full stops and their like, roughly."""
+    """Splits a text roughly into sentences, at punctuation."""
     return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
@@ -74,7 +73,7 @@ def hide(needle: str, sentences: Sequence[str], depth: float) -> str:
 
 
 def score(answer: Answer) -> Mapping[str, Any]:
-    """Share of the needle's words in the answer, as the authors count, and whether it is there word for word."""
+    """Share of the needle's words in the answer, as the authors count it, and whether it is there word for word."""
     expected = set(ANSWER.lower().split())
     said = set(answer.text.lower().split())
     exact = ANSWER.lower().rstrip(".") in " ".join(answer.text.lower().split())

@@ -1,7 +1,7 @@
 """A number hidden in noise.
 
 Source: the passkey protocol of Devoto et al., arXiv 2406.11430, section 3, which is LongLoRA's (arXiv 2309.12307).
-Depths lie on a grid here instead of at random. The first token of the answer comes from the whole cache, there as here.
+Here depths are on a grid instead of random. As there, the first token of the answer is computed from the whole cache.
 """
 
 import random
@@ -25,7 +25,7 @@ NUM_ANSWER_TOKENS = 8
 def cases(
     tokenizer: Any, lengths: Sequence[int], depths: Sequence[float], num_samples: int, seed: int = 0
 ) -> Iterator[Case]:
-    """Prompts for each length (tokens, not exceeded), depth (0 is the beginning) and sample.
+    """Prompts for each length (most tokens), depth (0 is the start) and sample.
 
     Raises:
         ValueError: A length is too short.
@@ -34,7 +34,7 @@ def cases(
     for length in lengths:
         num_noises = largest(length, lambda n: len(encode(tokenizer, prompt(49_999, n, 0.5))) <= length)  # noqa: B023
         if len(encode(tokenizer, prompt(49_999, num_noises, 0.5))) > length:
-            raise ValueError(f"A prompt with a pass key does not fit into {length} tokens.")
+            raise ValueError(f"A prompt with a pass key does not fit into {length} tokens; give a greater length.")
         for depth in depths:
             for sample in range(num_samples):
                 key = chance.randrange(1, 50_000)
@@ -58,6 +58,6 @@ def prompt(key: int, num_noises: int, depth: float) -> str:
 
 
 def score(key: int, answer: Answer) -> Mapping[str, Any]:
-    """1 if the first number of the answer is the key."""
+    """1 if the first number of the answer is the key, else 0."""
     found = re.search(r"\d+", answer.text)
     return {"score": float(found is not None and found[0] == str(key)), "answer": answer.text}

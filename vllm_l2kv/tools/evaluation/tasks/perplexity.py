@@ -1,7 +1,7 @@
-"""How well a text's continuation is predicted after its beginning was compressed.
+"""How well a model predicts the continuation of a text whose first part was compressed.
 
-Unlike in the paper (section 3, language modelling), which evicts token by token while the text is read, the context is
-compressed once, at its end, as the server does it.
+The paper (section 3, language modeling) evicts token by token while the text is read. Here the context is compressed
+once, at its end, as a server does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ def cases(
     """Pieces of a text, spread evenly over it.
 
     Args:
-        tokenizer: The model's.
-        text: Of which each sample takes a piece of its own.
+        tokenizer: The model's tokenizer.
+        text: Text from which each sample takes another piece.
         lengths: Tokens of the context.
         num_samples: Pieces for each length.
         num_continued: Tokens of the continuation.
@@ -32,7 +32,9 @@ def cases(
     for length in lengths:
         size = length - len(bos) + num_continued + 1
         if size > len(body):
-            raise ValueError(f"The text has {len(body)} tokens, {size} are needed for a context of {length}.")
+            raise ValueError(
+                f"The text must have at least {size} tokens for a context of {length}, got {len(body)}; give another."
+            )
         for sample in range(num_samples):
             start = sample * (len(body) - size) // max(num_samples - 1, 1)
             piece = bos + body[start : start + size]
@@ -50,7 +52,7 @@ def cases(
 def score(answer: Answer) -> Mapping[str, Any]:
     """Losses in nats and hits by position, and their means.
 
-    The first token of the continuation is left out: it is predicted from the whole cache.
+    The first token of the continuation is left out, since it is predicted from the whole cache.
     """
     losses, hits = answer.losses[1:], answer.hits[1:]
     return {

@@ -1,8 +1,8 @@
 """Task families of RULER that need no download.
 
 Source: Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", arXiv 2404.06654.
-Variable tracking, common and frequent words come from lm-evaluation-harness. Its needles do not: they are made by a
-module that wants to download when it is imported.
+Variable tracking, common words and frequent words use lm-evaluation-harness. Needles are made here, since its module
+for them starts a download when it is imported.
 """
 
 import math
@@ -19,7 +19,7 @@ from vllm_l2kv.tools.evaluation.tasks.passkey import NOISE
 from vllm_l2kv.tools.evaluation.texts import encode, largest, num_shared
 
 Prompt = tuple[str, list[str]]
-"""A text, and what its answer must hold."""
+"""A text, and the words that its answer must have."""
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 QUESTION = (
@@ -35,9 +35,9 @@ class Needles:
 
     Attributes:
         haystack: `noise`, `essay`, or `needles` that no question asks for.
-        num_keys: Keys that have values.
-        num_values: Values of each key.
-        num_queries: Keys that are asked for.
+        num_keys: Number of keys.
+        num_values: Number of values of each key.
+        num_queries: Number of keys that are asked for.
         values: `numbers` or `uuids`.
         keys: `words` or `uuids`.
     """
@@ -65,21 +65,21 @@ NUM_ANSWER_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50}
 NUM_NEEDLE_TOKENS = 128
 NUM_COMMON_WORDS = 10
 MIN_CODED_WORDS = 90
-"""With fewer the third and the fourth coded word may be as frequent."""
+"""Fewest coded words; with fewer, the third and the fourth may be equally frequent."""
 
 
 def cases(
     tokenizer: Any, text: str, lengths: Sequence[int], tasks: Sequence[str], num_samples: int, seed: int = 0
 ) -> Iterator[Case]:
-    """Prompts for each length (tokens, with those of the answer), task and sample.
+    """Prompts for each length, task and sample.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         text: Essays to hide needles in.
-        lengths: In tokens, not exceeded.
+        lengths: Most tokens of a prompt with its answer.
         tasks: Names of `TASKS`.
-        num_samples: Prompts for each.
-        seed: Makes other prompts.
+        num_samples: Prompts for each length and task.
+        seed: Seed of the prompts.
 
     Raises:
         ValueError: The text or a length is too short for a task.
@@ -89,16 +89,16 @@ def cases(
         for task in tasks:
             num_tokens = NUM_ANSWER_TOKENS.get(task, NUM_NEEDLE_TOKENS)
             for sample in range(num_samples):
-                # Everything of a sample is drawn from this, at every size that is tried.
+                # The seed of the sample, so that it is the same at every size that is tried.
                 key = f"{seed}-{task}-{length}-{sample}"
                 make = partial(make_prompt, task, key, sentences, tokenizer, length)
                 room = length - num_tokens
                 most = int(min(length, _most(task, sentences)))
                 size = largest(most, lambda n: len(encode(tokenizer, make(n)[0])) <= room)  # noqa: B023
                 if size == 0:
-                    raise ValueError(f"{task} does not fit into {length} tokens.")
+                    raise ValueError(f"{task} does not fit into {length} tokens; give a greater length.")
                 if size == most < length and task in NEEDLES:
-                    raise ValueError(f"The text is too short for {task} with {length} tokens.")
+                    raise ValueError(f"The text is too short for {task} with {length} tokens; give a longer one.")
                 made, expected = make(size)
                 prompt = encode(tokenizer, made)
                 # The question is the last line.
@@ -113,20 +113,20 @@ def cases(
 
 
 def score(expected: Sequence[str], answer: Answer) -> Mapping[str, Any]:
-    """Share of the expected words that the answer holds in any case of letters, RULER's `string_match_all`."""
+    """Share of the expected words that the answer has, ignoring case: RULER's `string_match_all`."""
     said = answer.text.lower()
     return {"score": sum(word.lower() in said for word in expected) / len(expected), "answer": answer.text}
 
 
 def make_prompt(task: str, key: str, sentences: Sequence[str], tokenizer: Any, length: int, size: int) -> Prompt:
-    """One prompt, the longer the larger `size` is."""
+    """One prompt, whose length grows with `size`."""
     if task in NEEDLES:
         return needles_prompt(NEEDLES[task], random.Random(key), sentences, size)
     return _from_harness(task, key, tokenizer, length, size)
 
 
 def needles_prompt(kind: Needles, chance: random.Random, essay: Sequence[str], size: int) -> Prompt:
-    """Needles in `size` pieces of haystack."""
+    """A prompt with needles in `size` pieces of haystack."""
     made: dict[str, Callable[[], str]] = {
         "words": partial(_word, chance),
         "numbers": lambda: str(chance.randrange(10**6, 10**7)),
@@ -179,22 +179,22 @@ def words() -> tuple[list[str], list[str]]:
 
 
 def _most(task: str, sentences: Sequence[str]) -> float:
-    """The largest size of a prompt."""
+    """The largest possible size of a prompt."""
     if task == "cwe":
         from lm_eval.tasks.ruler import cwe_utils
 
         return len(cwe_utils.WORDS) - NUM_COMMON_WORDS
     if task in NEEDLES and NEEDLES[task].haystack == "essay":
-        return len(sentences) // 2  # they begin in the first half
+        return len(sentences) // 2  # essays start in the first half of the text
     return math.inf
 
 
 def _from_harness(task: str, key: str, tokenizer: Any, length: int, size: int) -> Prompt:
-    """`size` counts pieces of noise, words of a list, coded words."""
+    """A prompt of lm-evaluation-harness; `size` counts pieces of noise, words of a list, or coded words."""
     import numpy as np
     from lm_eval.tasks.ruler import cwe_utils, fwe_utils, vt_utils
 
-    # The harness draws from everybody's generators.
+    # The harness uses the global random generators.
     before = random.getstate(), np.random.get_state()
     random.seed(key)
     cwe_utils.RNG.seed(key)
