@@ -1,7 +1,7 @@
 """Per-request KV-cache compression for stock vLLM by the L2 norm of keys.
 
-Importing this package imports neither vLLM nor torch and patches nothing; vLLM is told about us by the values that
-`engine_args` returns and by the entry points in `pyproject.toml`.
+Importing this package imports neither vLLM nor torch and patches nothing. vLLM finds it through the values that
+`engine_args` returns and the entry points in `pyproject.toml`.
 """
 
 import os
@@ -17,28 +17,29 @@ from vllm_l2kv.settings import CONFIG_KEY, Settings, heads_by_layer
 
 try:
     __version__ = version("vllm-l2kv")
-except PackageNotFoundError:  # sources on the path that nothing installed
+except PackageNotFoundError:  # the sources are on the path, but not installed
     __version__ = "0+unknown"
 __all__ = ["CompressionParams", "ParamError", "__version__", "compression", "engine_args"]
 
 
 def compression(keep_ratio: float | None = None, **others: FieldValue | None) -> dict[str, FieldValue]:
-    """What one offline request asks: `SamplingParams(extra_args=compression(keep_ratio=0.5, max_tokens=4096))`.
+    """Fields of one offline request: `SamplingParams(extra_args=compression(keep_ratio=0.5, max_tokens=4096))`.
 
     Args:
         keep_ratio: Share of the prompt's tokens kept in compressed layers, in (0, 1].
-        others: The other attributes of `CompressionParams`, which has their meanings, types and bounds.
+        others: The other attributes of `CompressionParams`, where their meanings, types and bounds are documented.
 
     Returns:
-        The given fields under their names on the wire; what is `None` is left to the engine's defaults.
+        The given fields by their names in a request. Arguments that are `None` are left out, so that the engine's
+        defaults apply.
 
     Raises:
-        ParamError: A value out of bounds (a `ValueError`).
-        TypeError: Another argument.
+        ParamError: A value is out of bounds (a `ValueError`).
+        TypeError: An argument is unknown.
     """
     given = _fields("compression", {"keep_ratio": keep_ratio, **others}, {field.attribute: field for field in FIELDS})
     fields = {field.name: value for field, value in given.items() if value is not None}
-    # Whether a budget covers the protected tokens is known by the engine alone, which may protect none by default.
+    # Only the engine knows whether a budget covers the protected tokens, since its defaults may protect none.
     CompressionParams(protect_first=0, protect_last=0).override(fields)
     return fields
 
@@ -60,33 +61,33 @@ def engine_args(
 
     Args:
         full_layers: Indices of layers that never compact; `None` for those of the profile, or 0 and 1 without one.
-        full_heads: Layers to those of their KV heads that never compact, such as `{7: [0, 2], 12: [1]}`; `None` for
-            those of the profile, or no heads beside those of full layers.
-        metrics: Report compactions to the front end, for `/metrics`. Only for servers of vllm-l2kv: vLLM's `LLM` would
-            not know what to do with it.
+        full_heads: KV heads that never compact, by layer index, such as `{7: [0, 2], 12: [1]}`; `None` for those of
+            the profile, or for none without one.
+        metrics: Report compactions to the front end, for `/metrics`. Only for servers of vllm-l2kv: vLLM's `LLM`
+            cannot read these statistics.
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt.
-        answer_interval: The same from the end of the prompt on.
-        profile: File that `vllm-l2kv profile` wrote for this model; other models are refused. What is not given here
-            comes from it: full layers or heads, `default_keep_ratio` and `scorer`. If full layers and ratio are given,
-            it serves the scorer `learned` alone.
-        memory: Share of the whole cache, what stays full included, that the profile is set for, in (0, 1]; `None` for
-            0.5.
-        classes: What of the profile stays full: whole `layers`, the default, or single KV `heads`.
-        evaluation_scorers: Scorers without kernels on GPUs that requests may name too: `lagkv`, `l2_pagerank`, and
-            `MODULE:CLASS` for a subclass of `vllm_l2kv.scorers.Scorer` that Python can import.
+        answer_interval: Rows beyond its budget that a request may hold from the end of its prompt on.
+        profile: File that `vllm-l2kv profile` wrote for this model; other models are refused. It sets full layers or
+            heads, `default_keep_ratio` and `scorer` unless they are given here. If full layers and the ratio are
+            given, it only provides the weights of the scorer `learned`.
+        memory: Share of the whole cache, in (0, 1], full layers and heads included, for which the profile chooses its
+            settings; `None` for 0.5.
+        classes: What stays full by the profile: whole `layers` (the default) or single KV `heads`.
+        evaluation_scorers: Scorers without GPU kernels that requests may also name: `lagkv`, `l2_pagerank`, and
+            `MODULE:CLASS` for an importable subclass of `vllm_l2kv.scorers.Scorer`.
         additional_config: Other entries for vLLM's option of this name.
-        defaults: What applies to a request that does not give a field: `default_keep_ratio`, and the other attributes
-            of `CompressionParams`. What is `None` counts as not given.
+        defaults: Values for requests that leave a field out: `default_keep_ratio`, and the other attributes of
+            `CompressionParams`. `None` counts as not given.
 
     Returns:
-        `scheduler_cls`, `worker_cls` and `additional_config`, and on a CPU `block_size`: vLLM's default of 128
-        tokens there would make the blocks of full layers, and so the steps of prefix-cache hits, needlessly long.
+        `scheduler_cls`, `worker_cls` and `additional_config`, and on a CPU `block_size`. vLLM's default there, 128
+        tokens, would make the blocks of full layers needlessly long, and prefix-cache hits end at whole blocks.
 
     Raises:
-        ValueError: A value out of bounds, a profile that cannot be read, or a scorer that cannot be imported.
-        TypeError: Another argument.
+        ValueError: A value is out of bounds, the profile cannot be read, or a scorer cannot be imported.
+        TypeError: An argument is unknown.
     """
-    # vLLM finds the device when it is imported, so wait until that is needed.
+    # Importing vLLM selects the device, so it is imported only when needed.
     from vllm_l2kv.plugin import device_engine_args
     from vllm_l2kv.scorers import class_of
 
@@ -109,7 +110,7 @@ def engine_args(
         evaluation_scorers=tuple(evaluation_scorers),
     )
     for scorer in settings.evaluation_scorers:
-        class_of(scorer)  # an engine would say so after its start
+        class_of(scorer)  # fail here, not after the engine has started
     return {
         **device_engine_args(),
         "additional_config": {**(additional_config or {}), CONFIG_KEY: settings.as_config()},
@@ -117,10 +118,10 @@ def engine_args(
 
 
 def _fields(function: str, given: Mapping[str, Any], known: Mapping[str, Field]) -> dict[Field, Any]:
-    """Fields by the names of a function's arguments.
+    """Maps request fields to the values given for them by argument name.
 
     Raises:
-        TypeError: As Python's, for an argument that is not known.
+        TypeError: An argument is unknown.
     """
     for name in given:
         if name not in known:

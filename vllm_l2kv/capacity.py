@@ -1,7 +1,8 @@
-"""Whether a request can ever fit the KV cache, and how much less of it a compressed request holds.
+"""Whether a request fits the KV cache at all, and what share of its uncompressed memory a request holds.
 
-vLLM lets a request that cannot wait for ever, and those after it too. It never meets one, since it refuses a context
-longer than its cache; with a default budget we take such a context. Plain integers: no vLLM.
+A request that can never fit would wait forever in vLLM, and block those after it. Stock vLLM rules it out by refusing a
+`max_model_len` that exceeds the cache. With a default budget this plugin accepts such a `max_model_len`, so it checks
+each request here. Plain integers: no vLLM.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ from vllm_l2kv.policy import CompactionPoints
 
 
 class DoesNotFitError(ValueError):
-    """A request that the KV cache cannot hold even alone; the message has the numbers.
+    """The KV cache cannot hold the request even when it runs alone; the message gives the numbers.
 
     Attributes:
-        param: The field that would help.
+        param: Request field to change.
     """
 
     def __init__(self, param: str, message: str) -> None:
@@ -26,12 +27,12 @@ class DoesNotFitError(ValueError):
 
 @dataclass(frozen=True)
 class GroupCapacity:
-    """What one KV-cache group needs of a request.
+    """How many blocks of one KV-cache group a request needs.
 
     Attributes:
-        block_size: Tokens in a block.
-        compressed: Whether its layers are compacted.
-        max_blocks: Blocks that a request holds at most, for a sliding window or a recurrent state; `None` for others.
+        block_size: Tokens per block.
+        compressed: Whether the group's layers are compacted.
+        max_blocks: Most blocks that a request holds, for sliding windows and recurrent states; `None` for no bound.
     """
 
     block_size: int
@@ -39,7 +40,7 @@ class GroupCapacity:
     max_blocks: int | None = None
 
     def num_blocks(self, num_tokens: int, num_rows: int) -> int:
-        """Blocks for computed tokens of which compressed layers hold `num_rows`."""
+        """Blocks that a request needs for `num_tokens` computed tokens, of which compressed layers hold `num_rows`."""
         needed = num_blocks_for(num_rows if self.compressed else num_tokens, self.block_size)
         return needed if self.max_blocks is None else min(needed, self.max_blocks)
 
@@ -51,10 +52,11 @@ class Capacity:
     Attributes:
         num_blocks: Blocks that requests may hold.
         groups: Its KV-cache groups, which share the blocks.
-        max_model_len: Tokens of the longest request.
-        num_drafts: Draft tokens that need slots beside a request's own.
-        compressed_bytes: Bytes of a token in all heads that compact, on one tensor-parallel rank.
-        full_bytes: The same in all full heads; neither counts sliding windows and recurrent states.
+        max_model_len: Most tokens in a request, prompt and answer together.
+        num_drafts: Slots for draft tokens that each request needs in addition to its own.
+        compressed_bytes: Bytes per token in all compressed heads, on one tensor-parallel rank, without sliding-window
+            and recurrent layers.
+        full_bytes: Bytes per token in all full heads, counted in the same way.
     """
 
     num_blocks: int
@@ -65,42 +67,48 @@ class Capacity:
     full_bytes: int = 0
 
     def as_plain(self) -> dict[str, Any]:
-        """A form of plain values, for the way from a worker to the front end."""
+        """Plain values, to send from a worker to the front end."""
         return asdict(self)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Self:
-        """Reads that form."""
+        """The inverse of `as_plain`."""
         return cls(**{**plain, "groups": tuple(GroupCapacity(**group) for group in plain["groups"])})
 
     def num_held(self, num_tokens: int, num_rows: int) -> int:
-        """Blocks for computed tokens, of which compressed layers hold `num_rows`, and for drafts beside them."""
+        """Blocks that a request holds in all groups, slots for draft tokens included.
+
+        Args:
+            num_tokens: Computed tokens.
+            num_rows: How many of them compressed layers hold.
+        """
         num_tokens = min(num_tokens + self.num_drafts, self.max_model_len)
         num_rows = min(num_rows + self.num_drafts, num_tokens)
         return sum(group.num_blocks(num_tokens, num_rows) for group in self.groups)
 
     def memory_ratio(self, num_tokens: int, num_rows: int) -> float:
-        """Memory of the whole cache that a request holds, over what it would hold if nothing were evicted.
+        """Memory that a request holds, divided by what it would hold if nothing were evicted.
 
-        Counts rows, not blocks. Sliding windows and recurrent states are left out, since they are held either way.
+        Counts rows, not blocks. Sliding windows and recurrent states are left out, since compression does not change
+        them.
 
         Args:
             num_tokens: Tokens in full layers, at least 1.
-            num_rows: Rows of them that compressed layers hold.
+            num_rows: How many of them compressed layers hold.
         """
         held = self.compressed_bytes * num_rows + self.full_bytes * num_tokens
         return held / ((self.compressed_bytes + self.full_bytes) * num_tokens)
 
     def max_tokens(self, num_prompt_tokens: int, max_tokens: int, points: CompactionPoints | None) -> int:
-        """The bound that the answer of a request gets: its own, if the cache can hold so many tokens.
+        """The longest answer that a request may get: its own `max_tokens`, if the cache can hold it.
 
-        A bound that is all the rest of the context is what vLLM sets where the request names none. Such a request gets
-        what fits.
+        vLLM sets `max_tokens` to the rest of the context when the request gives none. Such a request gets as many
+        tokens as fit.
 
         Args:
-            num_prompt_tokens: Length of its prompt.
-            max_tokens: Its own bound.
-            points: Its compactions; `None` if it is kept whole.
+            num_prompt_tokens: Length of the prompt.
+            max_tokens: The request's own bound.
+            points: The request's compactions; `None` if it is kept whole.
 
         Raises:
             DoesNotFitError: The cache cannot hold the request.
@@ -130,9 +138,9 @@ class Capacity:
         return self._needed(num_prompt_tokens, max_tokens, points) <= self.num_blocks
 
     def _needed(self, num_prompt_tokens: int, max_tokens: int, points: CompactionPoints | None) -> int:
-        """Blocks without which vLLM might not admit a request, or not again after a preemption.
+        """Blocks that a request needs so that vLLM can always admit it, also again after a preemption.
 
-        It asks for the most that each group holds, even if groups hold it at different times.
+        vLLM asks for the maximum of each group, even if groups reach theirs at different times.
         """
-        num_tokens = num_prompt_tokens + max_tokens - 1  # the last token of an answer is never computed on
+        num_tokens = num_prompt_tokens + max_tokens - 1  # the last token of an answer is never an input
         return self.num_held(num_tokens, num_tokens if points is None else points.max_rows(num_tokens))

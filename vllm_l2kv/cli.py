@@ -21,18 +21,18 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "bench": dict.fromkeys(("httpx", "jinja2", "matplotlib"), "[bench]"),
     "plan": VLLM,
 }
-"""Packages that a command imports, some of them late, and the extra that has each; keys are one or two words of it."""
+"""Command (its first one or two words) to the packages that it imports and the extra that installs each."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one subcommand.
 
     Args:
-        argv: The words after `vllm-l2kv`; those of this process by default.
+        argv: Arguments after `vllm-l2kv`; `None` for those of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _check_packages(words)
-    # Each command with options has its own parser; that of serve is vLLM's and is not a subparser of this one.
+    # Each command with options has its own parser. That of `serve` is vLLM's, which cannot be a subparser of this one.
     match words:
         case ["serve", *rest]:
             from vllm_l2kv_server.serve import serve
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_packages(words: Sequence[str]) -> None:
-    """Ends the process with one line if a package is missing that the command imports, perhaps only after hours."""
+    """Exits with one line if a required package is missing: some are imported only after hours of work."""
     command = " ".join(words[:2])
     for package, extra in NEEDS.get(command, NEEDS.get(command.partition(" ")[0], {})).items():
         if find_spec(package) is None:
@@ -86,11 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="start the OpenAI-compatible server; see vllm-l2kv serve --help")
     commands.add_parser("eval", help="measure what a keep ratio or a budget costs; see vllm-l2kv eval --help")
-    commands.add_parser("profile", help="measure what a model's layers do for answers; see vllm-l2kv profile --help")
-    commands.add_parser("bench", help="put a server under load at several keep ratios; see vllm-l2kv bench --help")
-    commands.add_parser("plan", help="say how many requests fit a GPU; see vllm-l2kv plan --help")
-    commands.add_parser("demo-model", help="make the demo model available and print its folder")
-    commands.add_parser("config-schema", help="print a JSON schema of our keys of config files, for editors")
+    commands.add_parser("profile", help="measure which layers and heads a model needs; see vllm-l2kv profile --help")
+    commands.add_parser("bench", help="load-test a server at several keep ratios; see vllm-l2kv bench --help")
+    commands.add_parser("plan", help="compute how many requests fit a GPU; see vllm-l2kv plan --help")
+    commands.add_parser("demo-model", help="get the demo model and print its folder")
+    commands.add_parser("config-schema", help="print the JSON schema of config files, for editors")
     return parser
 
 

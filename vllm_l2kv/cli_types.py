@@ -1,7 +1,8 @@
-"""What commands share: above all values of options, a word in, a checked value out, for the `type=` of argparse.
+"""argparse types, parsers and output helpers that all commands share.
 
-Every function here that takes a word raises `argparse.ArgumentTypeError` with one sentence that names the value by the
-letter of its metavar, its bound and what was given; argparse puts the option's name before it.
+A function with a parameter `word` is for argparse's `type=`: it returns the checked value, or raises
+`argparse.ArgumentTypeError` with one sentence that names the metavar, the bound and the given word. argparse puts the
+option's name before it.
 """
 
 import argparse
@@ -18,25 +19,25 @@ from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, LAYERS, FullHeads, Setti
 T = TypeVar("T")
 DEFAULT_LAYERS = ",".join(map(str, Settings.full_layers))
 DEFAULT_PROTECTION = f"{CompressionParams.protect_first}:{CompressionParams.protect_last}"
-"""Of an engine, as one would type them: for parsers whose help shows their defaults."""
+"""Defaults of an engine as command-line words, for parsers whose help shows defaults."""
 PROFILE = "file that `vllm-l2kv profile` wrote for this model"
-MEMORY = "share of the whole KV cache to use, full layers and heads included, by the profile's setting for it"
-WHAT_STAYS_FULL = "what stays full by the profile: whole layers, or single KV heads"
-"""What `--kv-profile`, `--kv-memory` and `--kv-classes` are."""
+MEMORY = "share of the whole KV cache, full layers and heads included, for which the profile chooses its settings"
+WHAT_STAYS_FULL = "what stays full by the profile: whole layers or single KV heads"
+"""Help texts of `--kv-profile`, `--kv-memory` and `--kv-classes`."""
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """A formatter that shows defaults where there are some."""
+    """Shows the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line; the usage is long, and `--help` shows it."""
+    """A parser whose errors are one line, without the usage, which is long; `--help` shows it."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with status 2."""
+        """Exits with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -61,7 +62,7 @@ def memory(word: str) -> float:
 
 
 def taken_by(kind: Kind) -> dict[str, Any]:
-    """What `add_argument` needs for an option that takes one value of this kind."""
+    """Keyword arguments of `add_argument` for an option with one value of this kind."""
     match kind:
         case Ratio():
             return {"type": ratio, "metavar": "R"}
@@ -76,7 +77,7 @@ def add_profile(add: Callable[..., Any], what: str) -> None:
 
     Args:
         add: `add_argument` of a parser, or of a group.
-        what: What the profile sets there.
+        what: What the profile sets for this command, as words of its help.
     """
     add("--kv-profile", metavar="FILE", help=f"{PROFILE}; {what} come from it unless they are given")
     add("--kv-memory", type=memory, metavar="M", help=f"{MEMORY} (default: {DEFAULT_MEMORY})")
@@ -88,7 +89,7 @@ def real(name: str, bound: str, holds: Callable[[float], bool]) -> Callable[[str
 
     Args:
         name: Letter of the metavar.
-        bound: What must hold, as a person reads it, such as `0 <= D <= 1`.
+        bound: The bound as text, such as `0 <= D <= 1`.
         holds: Whether a finite number is within the bound.
     """
 
@@ -102,15 +103,15 @@ def real(name: str, bound: str, holds: Callable[[float], bool]) -> Callable[[str
 
 
 def layers(word: str) -> tuple[int, ...]:
-    """Layer indices with commas between them; an empty word names none."""
+    """Layer indices, separated by commas; an empty word means no layers."""
     try:
         return tuple(Count().check("layer", json.loads(index)) for index in word.split(",") if word.strip())
     except ValueError:
-        raise ArgumentTypeError(f"layer indices >= 0 with commas between them, such as 0,1, got {word!r}.") from None
+        raise ArgumentTypeError(f"must be layer indices >= 0 separated by commas, such as 0,1, got {word!r}.") from None
 
 
 def heads(word: str) -> FullHeads:
-    """KV heads by layers: `7:0,2 12:1`, or a JSON object as a config file has it. An empty word names none."""
+    """KV heads by layer: `7:0,2 12:1`, or a JSON object, as in a config file. An empty word means no heads."""
     try:
         if word.lstrip().startswith("{"):
             return heads_by_layer(json.loads(word))
@@ -118,33 +119,33 @@ def heads(word: str) -> FullHeads:
         return _joined({layer: [json.loads(head) for head in of.split(",")]} for layer, _, of in pairs)
     except ValueError:
         raise ArgumentTypeError(
-            f"LAYER:HEAD,HEAD with numbers >= 0, one word for each layer, such as 7:0,2 12:1, got {word!r}."
+            f"must be LAYER:HEAD,HEAD with indices >= 0, one word per layer, such as 7:0,2 12:1, got {word!r}."
         ) from None
 
 
 def heads_in_words(full_heads: FullHeads) -> str:
-    """The same heads as `heads` reads them."""
+    """Full heads in the form that `heads` reads."""
     return " ".join(f"{layer}:{','.join(map(str, of))}" for layer, of in full_heads.items())
 
 
 def full_in_words(full_layers: Iterable[int], full_heads: FullHeads) -> str:
-    """What stays full, as tables and errors say it; heads are left out if there are none."""
+    """Full layers and heads, for tables and errors; heads are left out if there are none."""
     layers = f"full layers {', '.join(map(str, sorted(full_layers))) or 'none'}"
     return f"{layers}, full heads {heads_in_words(full_heads)}" if full_heads else layers
 
 
 class _JoinHeads(argparse.Action):
-    """Joins the words of one option; the next option of the same name replaces them."""
+    """Joins the words of one option; if the option is repeated, the last one counts."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, _joined(values))
 
 
 def _joined(named: Iterable[Mapping[Any, Sequence[int]]]) -> FullHeads:
-    """Heads that several mappings name, some for the same layer.
+    """Merges mappings from layers to heads, some of them for the same layer.
 
     Raises:
-        ValueError: A layer or a head that cannot be.
+        ValueError: An index of a layer or a head is invalid.
     """
     found: dict[int, tuple[int, ...]] = {}
     for mapping in named:
@@ -154,11 +155,11 @@ def _joined(named: Iterable[Mapping[Any, Sequence[int]]]) -> FullHeads:
 
 
 def add_full_heads(add: Callable[..., Any], option: str) -> None:
-    """Adds the option that names full heads; `None` unless it is given.
+    """Adds the option that names full heads; its value is `None` unless given.
 
     Args:
         add: `add_argument` of a parser, or of a group.
-        option: Its name.
+        option: The option's name.
     """
     add(
         option,
@@ -166,12 +167,12 @@ def add_full_heads(add: Callable[..., Any], option: str) -> None:
         nargs="+",
         action=_JoinHeads,
         metavar="LAYER:HEAD,HEAD",
-        help="KV heads that never compact, one word for each layer, such as 7:0,2 12:1; an empty string means none",
+        help="KV heads that never compact, one word per layer, such as 7:0,2 12:1; an empty string means none",
     )
 
 
 def protection(word: str) -> tuple[int, int]:
-    """Protected tokens, `FIRST:LAST`."""
+    """Numbers of protected tokens, `FIRST:LAST`."""
     first, colon, last = word.partition(":")
     if not colon:
         raise ArgumentTypeError(f"protection must be FIRST:LAST, such as 4:64, got {word!r}.")
@@ -179,7 +180,7 @@ def protection(word: str) -> tuple[int, int]:
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """A parser of one of these names; `choices=` of argparse cannot stand inside `list_of`."""
+    """A parser of one of these names, for use in `list_of`, where argparse's `choices=` does not work."""
 
     def parse(word: str) -> str:
         if word not in names:
@@ -190,38 +191,38 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
 
 
 def list_of(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """A parser of at least one value, with commas between them.
+    """A parser of one or more values, separated by commas.
 
     Args:
-        parse: Parses one of them.
+        parse: Parses one value.
     """
 
     def parse_list(text: str) -> list[T]:
         words = [word.strip() for word in text.split(",") if word.strip()]
         if not words:
-            raise ArgumentTypeError("at least one is needed.")
+            raise ArgumentTypeError(f"must hold at least one value, got {text!r}.")
         return [parse(word) for word in words]
 
     return parse_list
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names as help texts and errors list them."""
+    """Names, separated by commas, for help texts and errors."""
     return ", ".join(names)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """A table as commands print it: the first column to the left, the others to the right.
+    """A text table: the first column is left-aligned, the others are right-aligned.
 
     Args:
-        lines: Cells, as many in every line.
+        lines: Cells of each line; all lines have the same number.
     """
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     return ["  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]) for line in lines]
 
 
 def _checked(check: Callable[[str, Any], T], name: str, word: str) -> T:
-    """What a check of `params` makes of a word; argparse wants another class of error than requests do."""
+    """Applies the check of a request field, with its `ParamError` turned into argparse's class of error."""
     try:
         return check(name, number(word))
     except ParamError as error:
@@ -229,7 +230,7 @@ def _checked(check: Callable[[str, Any], T], name: str, word: str) -> T:
 
 
 def number(word: str) -> Any:
-    """A number, or the word itself for a check to refuse by name."""
+    """The word as an int or a float, or unchanged if it is no number, so that a check can name it in its error."""
     for kind in (int, float):
         try:
             return kind(word)

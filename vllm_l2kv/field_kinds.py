@@ -1,6 +1,6 @@
-"""Kinds of values of request fields: each has its check, its bounds in words and its JSON schema.
+"""Kinds of values of request fields: each has a check, its bounds as text and a JSON schema.
 
-Standard library only. A name is passed to every check, so that the error can show it as the user wrote it.
+Standard library only. Every check takes the name of the field or option, which its error shows as the user wrote it.
 """
 
 import math
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 MAX_TOKENS = 2**31 - 1
-"""Largest count that a request may name; vLLM keeps lengths in 32-bit integers."""
+"""Largest count that a request may give; vLLM keeps lengths in 32-bit integers."""
 
 
 class ParamError(ValueError):
-    """A field with a value out of bounds, or an unknown `kv_` field.
+    """A field's value is out of bounds, or a `kv_` field is unknown.
 
     Attributes:
         param: Name of the offending field, as the client wrote it.
@@ -42,7 +42,7 @@ class Ratio:
         """Returns the ratio as a float.
 
         Raises:
-            ParamError: Not a number, or out of bounds.
+            ParamError: The value is not a number, or is out of bounds.
         """
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ParamError(name, f"{name} must be a number with {self.bounds(name)}, got {_show(value)}.")
@@ -71,7 +71,7 @@ class Count:
         """Returns the count.
 
         Raises:
-            ParamError: Not an integer, or out of bounds.
+            ParamError: The value is not an integer, or is out of bounds.
         """
         if isinstance(value, bool) or not isinstance(value, int):
             raise ParamError(name, f"{name} must be an integer >= {self.minimum}, got {_show(value)}.")
@@ -85,8 +85,8 @@ class Choice:
     """One of a few names.
 
     Attributes:
-        names: Those that are offered.
-        unlisted: Matches the whole of others, which only some engines take; each says why where it does not.
+        names: Values that every engine takes.
+        unlisted: Full match of values that only some engines take; `Settings` refuses them in the others.
     """
 
     names: tuple[str, ...]
@@ -105,7 +105,7 @@ class Choice:
         """Returns the name.
 
         Raises:
-            ParamError: Not one of the names.
+            ParamError: The value is not one of the names.
         """
         if isinstance(value, str) and (value in self.names or (self.unlisted and self.unlisted.fullmatch(value))):
             return value
@@ -116,7 +116,7 @@ Kind = Ratio | Count | Choice
 
 
 def _show(value: Any) -> str:
-    # A huge integer cannot even be printed (Python limits int to str), a long string should not be.
+    # Python refuses to print a huge integer, and a long string would make the error unreadable.
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**18:
         return "an integer of more than 18 digits"
     text = repr(value)

@@ -1,4 +1,4 @@
-"""KV heads by their numbers in the model: which a tensor-parallel rank holds, which never compact, what that wastes.
+"""KV heads by their index in the model: which ones a rank holds, which ones never compact, and what that wastes.
 
 Standard library only.
 """
@@ -9,15 +9,15 @@ from typing import NamedTuple
 from vllm_l2kv.settings import Settings
 
 MAX_WASTE = 0.07
-"""More waste than this is worth a word."""
+"""Share of a block; above it, `advice` warns."""
 
 
 class Classes(NamedTuple):
-    """The KV heads of a layer on one rank, by their numbers in the model, ascending.
+    """The KV heads of a layer on one rank, by their index in the model, ascending.
 
     Attributes:
-        compressed: Those that compact.
-        full: Those that never do.
+        compressed: Heads that compact.
+        full: Heads that never compact.
     """
 
     compressed: tuple[int, ...]
@@ -25,29 +25,29 @@ class Classes(NamedTuple):
 
     @property
     def are_mixed(self) -> bool:
-        """Whether there are heads of both classes, which need a cache each."""
+        """Whether there are heads of both classes, each of which needs its own cache."""
         return bool(self.compressed and self.full)
 
 
 def heads_of_rank(num_heads: int, rank: int, degree: int) -> range:
-    """The heads that a tensor-parallel rank holds: its part of them, or one that several ranks have.
+    """The heads that a tensor-parallel rank holds: its share, or one head that several ranks replicate.
 
     Args:
         num_heads: KV heads of a layer in the model; a divisor or a multiple of `degree`.
-        rank: The rank.
-        degree: The number of ranks.
+        rank: Tensor-parallel rank.
+        degree: Tensor-parallel size.
     """
     first = rank * num_heads // degree
     return range(first, first + max(num_heads // degree, 1))
 
 
 def classes_of(settings: Settings, layer: int, heads: Iterable[int]) -> Classes:
-    """Deals the heads of a layer out to the two classes.
+    """Divides the heads of a layer into the two classes.
 
     Args:
-        settings: Name the full ones.
-        layer: Index in the model.
-        heads: Those that a rank holds.
+        settings: Name the full layers and heads.
+        layer: Index of the layer in the model.
+        heads: Heads that a rank holds.
     """
     heads = tuple(heads)
     named = heads if layer in settings.full_layers else settings.full_heads.get(layer, ())
@@ -55,18 +55,18 @@ def classes_of(settings: Settings, layer: int, heads: Iterable[int]) -> Classes:
 
 
 def check_full(settings: Settings, layers: Collection[int], num_heads: int, degree: int) -> None:
-    """Refuses full layers and heads that the model does not have, or that ranks hold in different numbers.
+    """Refuses full layers and heads that the model does not have, and full heads spread unevenly over the ranks.
 
-    Ranks share one plan of the pool, so each layer needs caches of equal sizes on all of them.
+    All ranks share one plan of the pool, so a layer's caches must have the same size on every rank.
 
     Args:
-        settings: Name them.
-        layers: Indices of the model's layers.
+        settings: Name the full layers and heads.
+        layers: Indices of the model's layers that have a KV cache.
         num_heads: KV heads of a layer in the model.
         degree: Tensor-parallel size.
 
     Raises:
-        ValueError: Says which layer, which heads, and what to do.
+        ValueError: Names the layer, the heads and what to do.
     """
     for name, named in (("full_layers", settings.full_layers), ("full_heads", settings.full_heads)):
         if unknown := sorted(set(named).difference(layers)):
@@ -84,21 +84,22 @@ def check_full(settings: Settings, layers: Collection[int], num_heads: int, degr
         counts = [len(classes.full) for classes in of_ranks]
         if len(set(counts)) > 1:
             raise ValueError(
-                f"full_heads names {', '.join(map(str, counts))} KV heads of layer {layer} on the {degree} "
-                "tensor-parallel ranks, and needs equally many on each; change --kv-full-heads or "
+                f"full_heads must name the same number of KV heads of layer {layer} on each of the {degree} "
+                f"tensor-parallel ranks, got {', '.join(map(str, counts))}; change --kv-full-heads or "
                 "--tensor-parallel-size."
             )
 
 
 def waste(one: int, other: int) -> float:
-    """The share of a block that the rarer of two classes leaves empty.
+    """The share of each block of the smaller class that stays empty.
 
-    A block has the same bytes in both classes, and a whole number of times as many tokens in the rarer one
-    (`kv_cache_spec.pack`). What the division leaves over is empty. How heads are spread over layers does not matter.
+    A block has the same bytes in both classes. The smaller class has fewer heads, so its block holds more tokens, by a
+    whole factor (`kv_cache_spec.pack`); the remainder of that division stays empty. How heads are spread over layers
+    does not matter.
 
     Args:
-        one: KV heads of one class, in all layers together; or its bytes of a token.
-        other: The same of the other class; 0 of either class waste nothing.
+        one: KV heads of one class in all layers together, or its bytes per token.
+        other: The same for the other class. If either is 0, nothing is wasted.
 
     Returns:
         In [0, 0.5).
@@ -108,11 +109,11 @@ def waste(one: int, other: int) -> float:
 
 
 def advice(num_full: int, num_heads: int) -> str | None:
-    """A sentence on a number of full heads that wastes more than `MAX_WASTE`; `None` for one that does not.
+    """A warning if this number of full heads wastes more than `MAX_WASTE` of a block, else `None`.
 
     Args:
-        num_full: Full KV heads in all layers of full attention.
-        num_heads: All their KV heads.
+        num_full: Full KV heads in all layers of full attention together.
+        num_heads: All KV heads of these layers.
     """
     wasted = waste(num_full, num_heads - num_full)
     if wasted <= MAX_WASTE:
@@ -120,6 +121,6 @@ def advice(num_full: int, num_heads: int) -> str | None:
     fitting = [n for n in range(1, num_heads) if waste(n, num_heads - n) <= MAX_WASTE]
     below, above = max(n for n in fitting if n < num_full), min(n for n in fitting if n > num_full)
     return (
-        f"{num_full} full KV heads of {num_heads} leave {wasted:.1%} of each block of the rarer class empty; "
-        f"{below} or {above} would leave at most {MAX_WASTE:.0%}."
+        f"{num_full} full KV heads of {num_heads} leave {wasted:.1%} of each block of the smaller class empty; name "
+        f"{below} or {above} heads to leave at most {MAX_WASTE:.0%}."
     )

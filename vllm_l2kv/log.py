@@ -1,11 +1,11 @@
-"""Loggers of vllm-l2kv, whose lines can be found in vLLM's log."""
+"""Loggers of vllm-l2kv, whose lines carry a mark in vLLM's log."""
 
 import logging
 from collections.abc import MutableMapping
 from typing import Any
 
 MARK = "vllm-l2kv:"
-"""The first word of each of our messages; vLLM's log names files, whose names are those of vLLM's too."""
+"""First word of each message; vLLM's log format shows only file names, and vLLM has files of the same names."""
 
 
 class _Marked(logging.LoggerAdapter[logging.Logger]):
@@ -17,6 +17,6 @@ def logger_of(module: str) -> logging.LoggerAdapter[logging.Logger]:
     """Returns a module's logger.
 
     Args:
-        module: Its `__name__`. vLLM configures logging below its own name only, so the logger's name begins with it.
+        module: The module's `__name__`. vLLM configures only loggers below "vllm", so this one is named "vllm.MODULE".
     """
     return _Marked(logging.getLogger(f"vllm.{module}"), {})

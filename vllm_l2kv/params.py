@@ -1,8 +1,7 @@
-"""What a request may ask of its KV cache, checked.
+"""The request fields of KV-cache compression, and their checks.
 
-Knows nothing of HTTP, vLLM or tensors: plain values in, one frozen dataclass out. Every entrance (HTTP body,
-`vllm_xargs`, offline `SamplingParams.extra_args`, server defaults) comes through here, so a value is good everywhere
-or nowhere.
+Knows nothing of HTTP, vLLM or tensors: plain values in, one frozen dataclass out. Every source of values (HTTP body,
+`vllm_xargs`, offline `SamplingParams.extra_args`, server defaults) is checked here, by the same rules.
 """
 
 import dataclasses
@@ -17,23 +16,23 @@ from vllm_l2kv.field_kinds import Choice, Count, Kind, ParamError, Ratio
 PREFIX = "kv_"
 FieldValue = float | int | str
 VLLM_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
-"""vLLM's own request fields and `extra_args` keys that happen to start with our prefix."""
+"""vLLM's own request fields and `extra_args` keys that also start with `kv_`."""
 NEAR_SPELLING = 0.8
-"""Similarity, by `difflib`, from which a name in another spelling counts as a misspelt field."""
+"""`difflib` similarity from which a name that starts with "kv" in another spelling counts as a misspelt field."""
 CONTROLS = ("random", "l2_high", "first_last")
-"""Scorers to compare the others with: chance, the opposite of `l2`, StreamingLLM."""
+"""Scorers to compare with: random choice, the opposite of `l2`, StreamingLLM."""
 OFFERED_SCORERS = ("l2", "l1", "linf", "keydiff", "keydiff_value", "value_key_ratio", "learned", *CONTROLS)
-"""Scorers that every server takes, those with weights if it has a profile."""
+"""Scorers that every server offers; those in `PROFILE_SCORERS` need a profile."""
 EVALUATION_SCORERS = ("lagkv", "l2_pagerank")
-"""Scorers without a kernel on GPUs, which only `vllm-l2kv eval` takes: slow, and a request would hold up all others."""
+"""Scorers without GPU kernels, for `vllm-l2kv eval` only: they are slow, and would delay all other requests."""
 SCORERS = (*OFFERED_SCORERS, *EVALUATION_SCORERS)
 """Values of `kv_scorer`: the modules of `vllm_l2kv.scorers`."""
 OWN_SCORER = re.compile(r"(?:[A-Za-z_]\w{0,63}\.){0,8}[A-Za-z_]\w{0,63}:[A-Za-z_]\w{0,63}", re.ASCII)
-"""`MODULE:CLASS`, a scorer of a user's own. No request makes an engine import one: it has those of its settings."""
+"""`MODULE:CLASS`, a user's scorer. A request cannot make an engine import one: only the engine's settings can."""
 UNSERVED_SCORER = re.compile(rf"{'|'.join(EVALUATION_SCORERS)}|{OWN_SCORER.pattern}", re.ASCII)
-"""Scorers without a kernel, for comparisons alone."""
+"""Scorers without GPU kernels, for comparisons only."""
 ONE_COMPACTION_SCORERS = ("lagkv", "random")
-"""Scorers that read a row's place in the prompt, which rows no longer show once some were evicted."""
+"""Scorers that use a row's index as its position in the prompt, which it no longer is once rows were evicted."""
 PROFILE_SCORERS = ("learned",)
 """Scorers whose weights are in a profile."""
 GRANULARITIES = ("token", "block")
@@ -43,14 +42,14 @@ TOKENS_PER_BLOCK = 16
 
 
 def _field(default: FieldValue | None, kind: Kind, description: str, option: str = "", kw_only: bool = False) -> Any:
-    """Declares a request field, with all that the API, the command line and the docs derive from it.
+    """Declares a request field; the API, the command line and the docs derive from this declaration.
 
     Args:
-        default: Its value in an engine whose operator sets no other; `None` if it then has no effect.
-        kind: The kind of its values.
+        default: Value where neither request nor operator gives one; `None` if the field then has no effect.
+        kind: Kind of value.
         description: One sentence for API docs and help texts.
-        option: The server's option for the default of requests that do not give the field; empty if it has none.
-        kw_only: Whether the constructor takes it by name only.
+        option: The server option that sets the operator's default; empty if there is none.
+        kw_only: Whether the constructor takes the field by name only.
     """
     return dataclasses.field(
         default=default, kw_only=kw_only, metadata={"kind": kind, "description": description, "option": option}
@@ -59,19 +58,19 @@ def _field(default: FieldValue | None, kind: Kind, description: str, option: str
 
 @dataclass(frozen=True)
 class CompressionParams:
-    """How much of a request stays in the KV cache of compressed layers.
+    """How much of a request is kept in the KV cache of compressed layers.
 
-    The defaults here are those of every entrance: an engine, a server, `eval` and `plan` read them from this class.
-    docs/choosing.md says why they were chosen. The rule of the paper protects nothing, see configs/paper.yaml.
+    Engines, servers, `eval` and `plan` all take their defaults from this class. docs/choosing.md explains the choice.
+    The paper protects no tokens, see configs/paper.yaml.
 
     Attributes:
         keep_ratio: Share of the prompt's tokens kept, in (0, 1].
-        max_tokens: The budget: rows that each head holds at most between compactions; `None` for no bound.
-        protect_first: Tokens at the start that every compaction keeps.
-        protect_last: Tokens at the end, of the prompt and later of the answer, that every compaction keeps.
-        scorer: How the others are ranked, one of `SCORERS` or `MODULE:CLASS`.
-        granularity: What is kept or evicted as one, one of `GRANULARITIES`.
-        prefix_tokens: Tokens at the start of the prompt that are a document, compressed by itself; `None` for none.
+        max_tokens: The budget: most rows that each head keeps at a compaction; `None` for no bound.
+        protect_first: Number of first tokens that every compaction keeps.
+        protect_last: Number of last tokens, of the prompt and later of the answer, that every compaction keeps.
+        scorer: How the other tokens are ranked: one of `SCORERS`, or `MODULE:CLASS`.
+        granularity: The unit that is kept or evicted: one of `GRANULARITIES`.
+        prefix_tokens: Number of first tokens of the prompt that are a document, compressed by itself; `None` for none.
 
     Raises:
         ParamError: A value is of the wrong type or out of bounds, or two values exclude each other.
@@ -86,7 +85,7 @@ class CompressionParams:
     max_tokens: int | None = _field(
         None,
         Count(1),
-        "Rows that each head of a compressed layer holds at most between compactions, in the prompt and the answer.",
+        "Most rows that each head of a compressed layer keeps at a compaction, in the prompt and in the answer.",
         "--kv-default-max-tokens",
         kw_only=True,
     )
@@ -106,8 +105,8 @@ class CompressionParams:
     granularity: str = _field(
         "token",
         Choice(GRANULARITIES),
-        f"What is kept or evicted as one: a token of a head, or {TOKENS_PER_BLOCK} consecutive tokens of all heads of "
-        "a layer.",
+        f"Unit that is kept or evicted: a token of a head, or {TOKENS_PER_BLOCK} consecutive tokens of all heads of a "
+        "layer.",
         "--kv-granularity",
     )
     prefix_tokens: int | None = _field(
@@ -137,55 +136,55 @@ class CompressionParams:
             known = [scorer for scorer in OFFERED_SCORERS if scorer not in ONE_COMPACTION_SCORERS]
             raise ParamError(
                 "kv_scorer",
-                f"kv_scorer {self.scorer!r} is defined for one compaction only, and kv_max_tokens compacts again and "
-                f"again; choose one of {', '.join(known)}, or leave kv_max_tokens out.",
+                f"kv_scorer {self.scorer!r} is defined for a single compaction, and kv_max_tokens compacts repeatedly; "
+                f"choose one of {', '.join(known)}, or leave kv_max_tokens out.",
             )
         if self.granularity != "token":
             raise ParamError(
                 "kv_granularity",
-                f"kv_granularity {self.granularity!r} is defined for one compaction only, and kv_max_tokens compacts "
-                "again and again; set kv_granularity to 'token', or leave kv_max_tokens out.",
+                f"kv_granularity {self.granularity!r} is defined for a single compaction, and kv_max_tokens compacts "
+                "repeatedly; set kv_granularity to 'token', or leave kv_max_tokens out.",
             )
 
     @property
     def compresses(self) -> bool:
-        """Whether anything may be evicted."""
+        """Whether tokens may be evicted."""
         return self.keep_ratio < 1 or self.max_tokens is not None
 
     def override(self, values: Mapping[str, Any]) -> "CompressionParams":
-        """These params, with the `kv_` fields of a request in place of their own values.
+        """A copy of these params in which the `kv_` fields of a request replace the values.
 
         Args:
             values: Field names to values; `None` means not given, names without the `kv_` prefix are ignored.
 
         Raises:
-            ParamError: A bad value, or an unknown name that starts with `kv_`.
+            ParamError: A value is out of bounds, or a name that starts with `kv_` is unknown.
         """
         check_names(values)
         if values.get(PREFIX_MESSAGES.name) is not None:
             raise ParamError(
                 PREFIX_MESSAGES.name,
-                f"{PREFIX_MESSAGES.name} counts the messages of a chat, which only a server of vllm-l2kv sees; give "
+                f"{PREFIX_MESSAGES.name} counts messages of a chat, and works only with a server of vllm-l2kv; set "
                 f"{PREFIX_TOKENS.name} instead.",
             )
         given = {f.attribute: values[f.name] for f in FIELDS if values.get(f.name) is not None}
         return replace(self, **given) if given else self
 
     def read(self, values: Mapping[str, Any] | None) -> "Asked":
-        """What a request asks of an engine whose defaults these are.
+        """Reads the fields of a request, with these params as the engine's defaults.
 
         Args:
-            values: Field names to values, as for `override`; `None` for a request without any.
+            values: Field names to values, as for `override`; `None` for a request without fields.
 
         Raises:
-            ParamError: A bad value, or an unknown name that starts with `kv_`.
+            ParamError: A value is out of bounds, or a name that starts with `kv_` is unknown.
         """
         values = values or {}
         params = self.override(values)
         return Asked(params, by_client=any(values.get(name) is not None for name in FIELD_NAMES))
 
     def as_fields(self) -> dict[str, FieldValue | None]:
-        """The params by the names of their request fields."""
+        """Request field names to the values of these params."""
         return {field.name: getattr(self, field.attribute) for field in FIELDS}
 
 
@@ -195,12 +194,12 @@ class Field:
 
     Attributes:
         name: Name in a request.
-        attribute: Its attribute of `CompressionParams`; empty for one that the server turns into another field.
-        default: Its value in an engine whose operator sets no other; `None` if it then has no effect.
-        kind: The kind of its values.
+        attribute: Attribute of `CompressionParams`; empty for a field that the server converts to another field.
+        default: Value where neither request nor operator gives one; `None` if the field then has no effect.
+        kind: Kind of value.
         description: One sentence for API docs and help texts.
-        option: The server's option for its default; empty if only requests give it.
-        chats_only: Whether it works at endpoints of chats only.
+        option: The server option that sets the operator's default; empty if only requests set the field.
+        chats_only: Whether only the chat endpoint takes it.
     """
 
     name: str
@@ -218,12 +217,12 @@ class Field:
 
     @property
     def bounds(self) -> str:
-        """Its bounds, in words."""
+        """The bounds of the value, as text."""
         return self.kind.bounds(self.name)
 
     @property
     def argument(self) -> str:
-        """The argument of `engine_args` for its default; empty if only requests give it."""
+        """The argument of `engine_args` that sets the default; empty if only requests set the field."""
         return self.option.removeprefix("--kv-").replace("-", "_")
 
 
@@ -233,7 +232,7 @@ FIELDS = tuple(
     )
     for field in dataclasses.fields(CompressionParams)
 )
-"""What `CompressionParams` holds."""
+"""The fields that `CompressionParams` holds."""
 (PREFIX_TOKENS,) = (field for field in FIELDS if field.attribute == "prefix_tokens")
 PREFIX_MESSAGES = Field(
     name="kv_prefix_messages",
@@ -245,19 +244,19 @@ PREFIX_MESSAGES = Field(
     chats_only=True,
 )
 REQUEST_FIELDS = (*FIELDS, PREFIX_MESSAGES)
-"""What a request may give."""
+"""All fields that a request may give."""
 FIELD_NAMES = tuple(field.name for field in REQUEST_FIELDS)
 FIELDS_WITH_DEFAULTS = tuple(field for field in FIELDS if field.option)
-"""Those for which the operator of a server sets a default."""
+"""The fields for which an operator can set a default."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What one request asks of the KV cache, from `CompressionParams.read`.
+    """The compression that one request asks for, from `CompressionParams.read`.
 
     Attributes:
-        params: What applies to it: its own fields over the engine's defaults.
-        by_client: Whether it gave any field, even `kv_keep_ratio=1`.
+        params: The request's fields, with the engine's defaults for those that it leaves out.
+        by_client: Whether the request gave any field, even `kv_keep_ratio=1`.
     """
 
     params: CompressionParams
@@ -265,17 +264,17 @@ class Asked:
 
     @property
     def reports(self) -> bool:
-        """Whether its numbers are reported: it gave a field, or the defaults compress it."""
+        """Whether `usage` reports the request's numbers: it gave a field, or the defaults compress it."""
         return self.by_client or self.params.compresses
 
 
 def check_session(asked: Asked) -> None:
     """Refuses compression of streaming input: a prompt in chunks, each answered before the next one is computed.
 
-    Where a client gives no field and the operator's defaults compress, its prompt is kept whole instead.
+    If only the operator's defaults ask for compression, nothing is raised; such a prompt is kept whole.
 
     Args:
-        asked: What a chunk of the prompt asks.
+        asked: The fields of one chunk of the prompt.
 
     Raises:
         ParamError: The client asks for compression.
@@ -297,13 +296,13 @@ def check_session(asked: Asked) -> None:
 
 
 def check_names(names: Iterable[Any]) -> None:
-    """Refuses names that are meant for a field but are not the name of one.
+    """Refuses misspelt field names.
 
     Args:
-        names: Names that a client wrote; vLLM's own pass, and so do those that resemble no field.
+        names: Names that a client wrote. Names of vLLM's fields, and names that resemble no field, are accepted.
 
     Raises:
-        ParamError: For the first such name; the message holds the right one.
+        ParamError: A name is misspelt; the message suggests the right one.
     """
     for name in names:
         if isinstance(name, str) and (meant := meant_field(name)) is not None:
@@ -311,16 +310,16 @@ def check_names(names: Iterable[Any]) -> None:
 
 
 def meant_field(name: str) -> str | None:
-    """The field that a wrong name is meant for: `kv_keep_ratio` for `kv-keep-ratio`, `KVKeepRatio` and `kv_keep_rate`.
+    """The field that a misspelt name means: `kv_keep_ratio` for `kv-keep-ratio`, `KVKeepRatio` and `kv_keep_rate`.
 
-    A name with the prefix `kv_` must be a field or one of vLLM's. One that only begins with "kv" in another spelling
-    may belong to another component, so it must be close to a field.
+    A name with the prefix `kv_` must be a field of this plugin or of vLLM. A name that starts with "kv" in another
+    spelling may belong to another component, so it counts as misspelt only if it is close to a field.
 
     Args:
         name: A name that a client wrote.
 
     Returns:
-        The nearest field, or `None` if the name is a field, is vLLM's, or means something else.
+        The nearest field, or `None` if the name is a field, is vLLM's, or belongs to another component.
     """
     if name in FIELD_NAMES or name in VLLM_NAMES or not (letters := _letters(name)).startswith("kv"):
         return None
@@ -331,5 +330,5 @@ def meant_field(name: str) -> str | None:
 
 
 def _letters(name: str) -> str:
-    """What is left of a name when case, hyphens, underscores and spaces do not count."""
+    """The name in lower case, without hyphens, underscores and spaces."""
     return re.sub(r"[\W_]+", "", name).lower()

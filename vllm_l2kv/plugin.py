@@ -1,7 +1,7 @@
-"""What vLLM calls at start-up in every process, and the classes it takes for this machine's device.
+"""The plugin's entry point, which vLLM calls at start-up in every process, and the classes for this machine's device.
 
-vLLM imports this module in every environment that has it, stock servers included. So it imports nothing of vLLM before
-the version is known: another one may not have the names.
+vLLM imports this module in every environment in which it is installed, stock servers included. So it imports names of
+vLLM only after checking the version: an unsupported version may not have them.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ CPU_BLOCK_SIZE = 32
 
 
 def register() -> None:
-    """Tells vLLM which block manager serves which of our specs.
+    """Registers the block managers of this plugin's KV-cache specs with vLLM.
 
-    Called by vLLM as `vllm.general_plugins` in the front end, the engine core and each worker, more than once. It
-    registers our own classes and changes nothing of vLLM's: an engine without our worker never meets them. With a
-    version of vLLM that is not supported it does nothing, and says so.
+    vLLM calls this as `vllm.general_plugins` in the front end, the engine core and each worker, more than once. It
+    changes nothing of vLLM: an engine without this plugin's worker never uses the registered classes. With an
+    unsupported version of vLLM it only logs a warning.
     """
     try:
         check_vllm()
@@ -34,7 +34,7 @@ def register() -> None:
     from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec, RecurrentLayerSpec
     from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, FullLayerManager, RecurrentLayerManager
 
-    # Once anything is registered vLLM skips its built-in specs, so those go first.
+    # vLLM registers its built-in specs only while nothing else is registered, so they come first.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CompressedLayerSpec, CompressedLayerManager)
     KVCacheSpecRegistry.register(FullLayerSpec, FullLayerManager)
@@ -42,10 +42,10 @@ def register() -> None:
 
 
 def device_engine_args() -> dict[str, Any]:
-    """Scheduler and worker class for this machine's device.
+    """The arguments of vLLM that name scheduler and worker class for this machine's device.
 
     Raises:
-        ValueError: A device without a worker of ours, or a version of vLLM that is not supported.
+        ValueError: The device has no worker class, or the version of vLLM is not supported.
     """
     check_vllm()
     from vllm.platforms import current_platform
@@ -55,5 +55,6 @@ def device_engine_args() -> dict[str, Any]:
     if current_platform.is_cuda():
         return {"scheduler_cls": SCHEDULER_CLS, "worker_cls": GPU_WORKER_CLS}
     raise ValueError(
-        f"vllm-l2kv does not run on {current_platform.device_name}; use a machine with an NVIDIA GPU or a CPU only."
+        f"vllm-l2kv does not support the device {current_platform.device_name}; use an NVIDIA GPU, or a machine "
+        "without GPUs."
     )

@@ -1,8 +1,8 @@
 """When a request is compacted, and how many rows are kept: integers in, integers out.
 
-Both depend on nothing but the request's own length and parameters: not on the batch, the chunks of its prompt,
-preemption or prefix-cache hits. So the scheduler knows them without asking the worker, tensor-parallel ranks agree
-without communication, and an answer depends on its request alone.
+Both depend only on the request's own length and parameters: not on the batch, the chunks of its prompt, preemption or
+prefix-cache hits. So the scheduler knows them without asking the worker, tensor-parallel ranks agree without
+communication, and an answer depends only on its request.
 """
 
 import math
@@ -19,8 +19,8 @@ class Intervals(NamedTuple):
     """Rows beyond its budget that a request may hold until it is compacted to the budget.
 
     Attributes:
-        prompt: Before the end of its prompt. Prefill chunks are no longer than this, so it is large.
-        answer: From the end of its prompt on.
+        prompt: Rows before the end of the prompt. It limits the length of prefill chunks, so it is large.
+        answer: Rows from the end of the prompt on.
     """
 
     prompt: int = 2048
@@ -30,8 +30,8 @@ class Intervals(NamedTuple):
 class Kind(StrEnum):
     """Why a request is compacted.
 
-    Its ratio at the end of the prompt, the end of its document, or its budget, before the end of the prompt or from
-    there on.
+    By its ratio at the end of the prompt, at the end of its document, or by its budget: before the end of the prompt,
+    or from there on.
     """
 
     RATIO = "ratio"
@@ -44,7 +44,7 @@ class Compaction(NamedTuple):
     """One compaction of a request.
 
     Attributes:
-        position: It happens when exactly this many tokens are computed; the next token sees the kept rows.
+        position: Number of computed tokens at which it happens; the next token attends to the kept rows.
         num_rows: Rows that each head of a compressed layer holds before it, all of them candidates for eviction.
         num_keep: Rows that each head keeps.
         kind: Why it happens.
@@ -57,7 +57,7 @@ class Compaction(NamedTuple):
 
     @property
     def num_evicted(self) -> int:
-        """Slots by which positions have moved forward after it, those of earlier compactions included."""
+        """Tokens evicted by this compaction and all earlier ones: `position - num_evicted` is a later token's slot."""
         return self.position - self.num_keep
 
 
@@ -65,15 +65,15 @@ class Compaction(NamedTuple):
 class CompactionPoints:
     """The compactions of one request, in the order of their positions.
 
-    At the end of its prompt a request with a ratio is compacted to `num_keep` rows. A request with a budget is
-    compacted to it at the first position where it holds the budget and an interval more. Where both are due, whichever
-    leaves fewer rows happens. A document takes the place of the prompt for the ratio, and at its end the budget is due
-    too, so that what follows a document begins with its compressed rows.
+    A request with a ratio is compacted to `num_keep` rows at the end of its prompt. A request with a budget is
+    compacted to the budget as soon as it holds an interval more than that. Where both are due, only the one that leaves
+    fewer rows happens. For a request with a document, the ratio applies to the document instead of the prompt. The
+    budget also applies at the end of the document, so that what follows begins with the document's compressed rows.
 
     Attributes:
         num_prompt_tokens: Length n of the prompt, n >= 1.
         params: The request's ratio, budget and protection.
-        intervals: Those of the engine.
+        intervals: The engine's intervals.
     """
 
     num_prompt_tokens: int
@@ -82,10 +82,10 @@ class CompactionPoints:
 
     @classmethod
     def of(cls, num_prompt_tokens: int, params: CompressionParams, intervals: Intervals) -> "CompactionPoints | None":
-        """Those of a request; `None` if it is kept whole.
+        """The compactions of a request; `None` if it is kept whole.
 
         Raises:
-            ParamError: Nothing follows its document.
+            ParamError: No token follows its document.
         """
         document = params.prefix_tokens
         if document is not None and document >= num_prompt_tokens:
@@ -97,7 +97,7 @@ class CompactionPoints:
         return cls(num_prompt_tokens, params, intervals) if params.compresses else None
 
     def after(self, last: Compaction | None) -> Compaction | None:
-        """The compaction that follows one, or the first one for `None`; `None` if there is none."""
+        """The compaction that follows `last`, or the first one if `last` is `None`; `None` if there is none."""
         due = [compaction for compaction in (self._by_ratio(last), self._by_budget(last)) if compaction is not None]
         return min(due, key=lambda compaction: (compaction.position, compaction.num_keep), default=None)
 
@@ -111,13 +111,13 @@ class CompactionPoints:
     def in_prompt(self) -> list[Compaction]:
         """The compactions before the end of the prompt.
 
-        They depend on the prompt's tokens up to their position, not on its length. So their rows serve every request
-        whose prompt begins with the same tokens.
+        They depend on the prompt's tokens up to their position, not on its length. So every request whose prompt
+        begins with the same tokens can use their rows.
         """
         return list(self.until(self.num_prompt_tokens - 1))
 
     def to_publish(self) -> list[Compaction]:
-        """Of those before the end of the prompt, the ones that later requests will ask for.
+        """The compactions of `in_prompt` whose rows later requests are likely to use.
 
         The last one, for the next turn of a conversation, and the last one in the document, for other questions.
         """
@@ -126,13 +126,13 @@ class CompactionPoints:
         return list(dict.fromkeys([*in_document[-1:], *found[-1:]]))
 
     def max_rows(self, num_tokens: int, last: Compaction | None = None) -> int:
-        """A bound on the rows that a head of a compressed layer holds at a time, while `num_tokens` are computed.
+        """Upper bound on the rows that a head of a compressed layer holds at any time while `num_tokens` are computed.
 
-        An answer that is long enough reaches it.
+        A request whose answer is long enough reaches it.
 
         Args:
-            num_tokens: All that are computed.
-            last: The compaction with whose rows the request begins; `None` for one that computes all itself.
+            num_tokens: All tokens that the request computes or finds in the cache.
+            last: The compaction whose rows the request begins on; `None` if it computes all tokens itself.
         """
         budget, num_evicted = self.params.max_tokens, last.num_evicted if last else 0
         if budget is not None:
@@ -166,10 +166,10 @@ class CompactionPoints:
 
 
 def num_keep(num_prompt_tokens: int, params: CompressionParams) -> int:
-    """Tokens of the prompt, or of a document, that each KV head of a compressed layer keeps by the ratio.
+    """Tokens of a prompt or a document that each KV head of a compressed layer keeps by the ratio.
 
-    The ceiling is that of the authors' code (Devoto et al., arXiv 2406.11430); 1e-9 forgives products such as
-    `0.1 * 30 == 3.0000000000000004`, which would otherwise keep one token too many.
+    The ceiling is that of the authors' code (Devoto et al., arXiv 2406.11430). Subtracting 1e-9 allows for rounding in
+    products such as `0.1 * 30 == 3.0000000000000004`, which would otherwise keep one token too many.
 
     Args:
         num_prompt_tokens: Length n of the prompt or the document, n >= 1.

@@ -1,9 +1,9 @@
-"""A profile: what one model's layers and heads do for answers, measured once, in one file of safetensors.
+"""Profiles: which layers and heads a model needs for its answers, measured once and stored in one safetensors file.
 
-The file's metadata has one key, `vllm_l2kv`, which holds JSON: the model, its fingerprint, the layers in the order in
-which answers need them, and settings for several memories, with whole layers full and with single KV heads full.
-Reading it needs no torch. The tensors are the measurements by layer and KV head, and the weights of the learned scorer.
-`vllm-l2kv profile` writes it.
+The file's metadata has one key, `vllm_l2kv`, with JSON: the model, its fingerprint, its layers in order of importance,
+and settings for several shares of memory, with whole layers full and with single KV heads full. Reading it needs no
+torch. The tensors are the measurements by layer and KV head, and the weights of the scorer `learned`. `vllm-l2kv
+profile` writes the file.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 VERSION = 2
 METADATA_KEY = "vllm_l2kv"
 LEARNED = "learned."
-"""Names of the learned scorer's weights begin so."""
+"""Prefix of the names of the learned scorer's weights."""
 FULL_ATTENTION = "full_attention"
-"""What `transformers` calls layers of the kind that compresses."""
+"""Type of layers that may compress, as `transformers` names it."""
 SLIDING_ATTENTION = "sliding_attention"
-"""Those with a sliding window."""
+"""Type of layers with a sliding window."""
 RECURRENT = frozenset({"linear_attention", "conv"})
-"""Those that keep a state in place of keys: Mamba, gated delta nets, short convolutions."""
+"""Types of layers with a state instead of keys: Mamba, gated delta nets, short convolutions."""
 WITHOUT_CACHE = frozenset({"mlp", "moe"})
-"""Feed-forward layers that count as layers."""
+"""Types of feed-forward layers that are counted as layers."""
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors allows."""
 SHAPE_FIELDS = (
@@ -54,24 +54,24 @@ ROPE_FIELDS = (
     "rope_local_base_freq",
     "partial_rotary_factor",
 )
-"""Entries of config.json, or of its `text_config`, that make up the first two parts of a fingerprint."""
+"""Entries of config.json, or of its `text_config`, for the first two parts of a fingerprint."""
 PARTS = ("shape", "RoPE", "weights")
-"""What a fingerprint has a digest of, in this order."""
+"""Parts of a fingerprint in order, each of which is a digest."""
 DIGEST_LENGTH = 32
-"""Hexadecimal digits of each."""
+"""Hexadecimal digits of a digest."""
 SAMPLED_BYTES = 1024
-"""Read from the beginning, the middle and the end of each tensor."""
+"""Bytes read at the start, the middle and the end of each tensor."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's KV cache.
+    """Shape of a model's KV cache.
 
     Attributes:
-        num_layers: All of them.
-        num_kv_heads: Of each layer, over all tensor-parallel ranks.
+        num_layers: Number of all layers.
+        num_kv_heads: KV heads of each layer, over all tensor-parallel ranks.
         head_size: Elements of a key.
-        layer_types: Of each layer, as `transformers` names them.
+        layer_types: Type of each layer, as `transformers` names it.
     """
 
     num_layers: int
@@ -81,12 +81,12 @@ class Shape:
 
     @property
     def compressible(self) -> tuple[int, ...]:
-        """Layers that may compress: those of full attention."""
+        """Indices of the layers that may compress: those with full attention."""
         return tuple(layer for layer, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION)
 
     @property
     def num_heads(self) -> int:
-        """KV heads of all layers that may compress: the whole cache."""
+        """KV heads of all layers that may compress together: the whole cache."""
         return self.num_kv_heads * len(self.compressible)
 
     def num_full(self, full_layers: Collection[int], full_heads: FullHeads) -> int:
@@ -102,9 +102,9 @@ class Rope:
     """How keys are rotated.
 
     Attributes:
-        rotary_dim: Elements at the beginning of a key that are rotated; even.
+        rotary_dim: Number of first elements of a key that are rotated; even.
         interleaved: Whether elements 2i and 2i + 1 are a pair, as in GLM; else i and i + rotary_dim / 2.
-        slow_pairs: Pairs at the end that turn by less than a quarter circle over the model's longest context.
+        slow_pairs: Number of last pairs that rotate by less than a quarter turn over the model's longest context.
     """
 
     rotary_dim: int
@@ -113,14 +113,14 @@ class Rope:
 
 
 class Target(NamedTuple):
-    """What a memory is best spent on.
+    """The best setting for a share of memory.
 
     Attributes:
-        memory: Share of the whole cache, all layers of full attention together; in (0, 1].
-        full_layers: Layers that never compress.
-        keep_ratio: Of the others, so that the whole cache costs `memory`.
-        scorer: Of the others.
-        full_heads: Layers to those of their KV heads that never compress; empty where whole layers do.
+        memory: Share of the whole cache (all layers of full attention together), in (0, 1].
+        full_layers: Indices of layers that never compress.
+        keep_ratio: Keep ratio of the others, at which the whole cache costs `memory`.
+        scorer: Scorer of the others.
+        full_heads: KV heads that never compress, by layer; empty if whole layers are full.
     """
 
     memory: float
@@ -131,12 +131,12 @@ class Target(NamedTuple):
 
     @property
     def classes(self) -> str:
-        """Of `CLASSES`."""
+        """What is full: one of `CLASSES`."""
         return HEADS if self.full_heads else LAYERS
 
 
 class Setting(NamedTuple):
-    """What an engine does: `Target` without its memory."""
+    """The settings of an engine: a `Target` without its memory."""
 
     full_layers: tuple[int, ...]
     keep_ratio: float
@@ -146,21 +146,21 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Profile:
-    """The metadata of a profile; tensors are read when they are asked for.
+    """The metadata of a profile; tensors are read on demand.
 
     Attributes:
-        model: Name, for people.
-        fingerprint: As of `fingerprint`.
-        shape: Of the model's KV cache.
-        rope: How its keys are rotated.
-        layer_order: Layers that may compress, those first that answers need most.
-        memory: Settings, the smallest memory first; for a memory there may be one of each of `CLASSES`.
-        about: How it was made: texts, tokens, dtype, versions, seconds.
-        path: The file; `None` if there is none yet.
-        tensors: Shapes of the file's tensors.
+        model: Name of the model, for messages.
+        fingerprint: Result of `fingerprint` for the model.
+        shape: Shape of the model's KV cache.
+        rope: How the model's keys are rotated.
+        layer_order: Indices of layers that may compress, the most important ones first.
+        memory: Settings in ascending order of memory; up to one of each of `CLASSES` for a memory.
+        about: How the profile was made: texts, tokens, dtype, versions, seconds.
+        path: The file; `None` if not written yet.
+        tensors: Names of the file's tensors to their shapes.
 
     Raises:
-        ValueError: Fields that contradict each other.
+        ValueError: Fields contradict each other.
     """
 
     model: str
@@ -205,25 +205,25 @@ class Profile:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads the metadata of a file, and where its tensors are.
+        """Reads the metadata of a file, and the names and shapes of its tensors.
 
         Raises:
-            OSError: It cannot be read.
-            ValueError: It is no profile, one of another version, or damaged.
+            OSError: The file cannot be read.
+            ValueError: The file is not a profile, has another version, or is damaged.
         """
         path = Path(path)
         header = _header(path)
         text = header.pop("__metadata__", {}).get(METADATA_KEY)
         if text is None:
-            raise ValueError(f"{path} is no profile of vllm-l2kv: make one with `vllm-l2kv profile MODEL -o FILE`.")
+            raise ValueError(f"{path} is not a profile of vllm-l2kv; make one with `vllm-l2kv profile MODEL -o FILE`.")
         try:
             fields = _mapping(json.loads(text))
         except ValueError as error:
             raise _damaged(path, str(error)) from error
         if (version := fields.get("version")) != VERSION:
             raise ValueError(
-                f"{path} is a profile of version {version}, and this vllm-l2kv reads version {VERSION}: make it again "
-                "with `vllm-l2kv profile MODEL -o FILE`."
+                f"{path} must be a profile of version {VERSION}, got version {version}; make it again with `vllm-l2kv "
+                "profile MODEL -o FILE`."
             )
         try:
             return cls(
@@ -243,7 +243,15 @@ class Profile:
             raise _damaged(path, str(error)) from error
 
     def write(self, path: str | os.PathLike[str], tensors: Mapping[str, "torch.Tensor"]) -> "Profile":
-        """Writes the file, whole or not at all, and returns the profile as read from it."""
+        """Writes the file atomically, and returns the profile as read from it.
+
+        Args:
+            path: The file.
+            tensors: Tensors by name, of any device.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         from safetensors.torch import save_file
 
         fields = {name: value for name, value in asdict(self).items() if name not in ("path", "tensors")}
@@ -265,33 +273,34 @@ class Profile:
         full_heads: FullHeads | None = None,
         classes: str = LAYERS,
     ) -> Setting:
-        """What stays full, and keep ratio and scorer of the rest, with which the whole cache costs this share.
+        """The setting with which the whole cache costs this share of memory.
 
-        What stays full and the scorer are those of the listed memory that is next below, or of the smallest one. The
-        ratio follows.
+        Full layers or heads and the scorer are those of the profile's setting for the next lower memory, or for the
+        lowest one. The keep ratio is computed from them.
 
         Args:
-            memory: Share of what all layers of full attention would hold together, in (0, 1].
-            full_layers: Layers to take in place of the listed ones; `None` for those.
-            full_heads: The same of KV heads.
-            classes: Of `CLASSES`: which of the listed settings.
+            memory: Share of the whole cache (all layers of full attention together), in (0, 1].
+            full_layers: Layers to use instead of the profile's; `None` for the profile's.
+            full_heads: KV heads to use instead of the profile's; `None` for the profile's.
+            classes: Which settings of the profile to use: one of `CLASSES`.
 
         Raises:
-            ValueError: A memory out of bounds, or so small that what stays full alone costs more, or no such settings.
+            ValueError: The memory is out of bounds or less than full layers and heads alone cost, or the profile has no
+                settings of these classes.
         """
         if not 0 < memory <= 1:
             raise ValueError(f"memory must be in (0, 1], got {memory}.")
         listed = [target for target in self.memory if target.classes == classes]
         if not listed:
             kind = "" if classes == LAYERS else " with full heads; make it again, or leave --kv-classes out"
-            raise ValueError(f"{self.path or 'The profile'} names no settings{kind}.")
+            raise ValueError(f"{self.path or 'The profile'} has no settings{kind}.")
         below = [target for target in listed if target.memory <= memory + 1e-9]
         chosen = below[-1] if below else listed[0]
         layers = chosen.full_layers if full_layers is None else tuple(full_layers)
         heads = chosen.full_heads if full_heads is None else full_heads
         num_heads, num_full = self.shape.num_heads, self.shape.num_full(layers, heads)
         if num_full == num_heads:
-            raise ValueError(f"full_{classes} names every layer of full attention; leave one to compress.")
+            raise ValueError(f"full_{classes} must not name every layer of full attention; leave one to compress.")
         keep_ratio = ratio_for(memory, num_heads, num_full)
         if keep_ratio <= 0:
             whose = "" if full_layers is not None else " of the smallest setting of this profile"
@@ -302,21 +311,24 @@ class Profile:
         return Setting(layers, keep_ratio, chosen.scorer, heads)
 
     def weights(self) -> dict[str, "torch.Tensor"]:
-        """Weights of the learned scorer, their names without `LEARNED`.
+        """Weights of the learned scorer, by their names without `LEARNED`.
 
         Raises:
-            ValueError: The profile has none.
+            ValueError: The profile has no such weights.
         """
         weights = self.measures(LEARNED)
         if not weights:
-            raise ValueError(f"{self.path} has no weights of the scorer learned.")
+            raise ValueError(
+                f"{self.path} has no weights of the scorer learned; make it again with `vllm-l2kv profile MODEL -o "
+                "FILE`."
+            )
         return weights
 
     def measures(self, prefix: str = "") -> dict[str, "torch.Tensor"]:
-        """Tensors whose names begin with `prefix`, their names without it, on the CPU.
+        """Tensors whose names begin with `prefix`, by their names without it, on the CPU.
 
         Raises:
-            ValueError: The file is damaged, or there is none.
+            ValueError: The file is damaged, or not written yet.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -338,30 +350,30 @@ def setting_of(
     full_heads: FullHeads | None = None,
     classes: str | None = None,
 ) -> Setting | None:
-    """What the file that `--kv-profile` names sets, as every command reads it.
+    """The setting of the file that `--kv-profile` names; used by every command.
 
     Args:
-        path: The file; `None` if none is named.
-        memory: As of `Profile.setting`; `None` if none is asked.
-        full_layers: Likewise.
-        has_ratio: Whether a keep ratio is given too, so that with full layers nothing is left to set.
-        full_heads: As of `Profile.setting`.
-        classes: The same; `None` for layers.
+        path: The file; `None` for no profile.
+        memory: See `Profile.setting`; `None` if not given.
+        full_layers: See `Profile.setting`.
+        has_ratio: Whether a keep ratio is given. Together with full layers it leaves nothing for the profile to set.
+        full_heads: See `Profile.setting`.
+        classes: See `Profile.setting`; `None` for layers.
 
     Returns:
-        `None` if nothing is set.
+        The setting; `None` if the profile sets nothing.
 
     Raises:
-        ValueError: A memory or classes without a file or without a use, or a file or a memory that is refused.
+        ValueError: Memory or classes are given without a file or have no effect, or file or memory is refused.
     """
     if path is None:
         asked = {"memory (--kv-memory)": memory, "classes (--kv-classes)": classes}
         for name, value in asked.items():
             if value is not None:
-                raise ValueError(f"{name} is what a profile is set for; name its file too (--kv-profile FILE).")
+                raise ValueError(f"{name} needs a profile; give its file too (--kv-profile FILE).")
         return None
     if classes == HEADS and (full_layers is not None or full_heads is not None):
-        raise ValueError("full layers and heads come from the profile with --kv-classes heads; leave them out.")
+        raise ValueError("full layers and heads are set by the profile with --kv-classes heads; leave them out.")
     try:
         profile = Profile.read(path)
     except OSError as error:
@@ -374,25 +386,25 @@ def setting_of(
 
 
 def ratio_for(memory: float, num_heads: int, num_full: int) -> float:
-    """The keep ratio with which the whole cache costs `memory`; 0 or less if what stays full alone costs more.
+    """The keep ratio at which the whole cache costs `memory`; 0 or less if full layers and heads alone cost more.
 
     Args:
         memory: Share of what `num_heads` heads hold uncompressed.
-        num_heads: KV heads of all layers of full attention. Where whole layers stay full, both numbers may be layers.
-        num_full: Those of them that never compress. If they are all, nothing is left to compress, and it is 0.
+        num_heads: KV heads of all layers of full attention. If whole layers are full, both numbers may count layers.
+        num_full: How many of these heads never compress. If all of them, the result is 0.
     """
     others = num_heads - num_full
     return round((memory * num_heads - num_full) / others, 6) if others else 0.0
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str:
-    """Identifies a model: digests of shape, RoPE and weights, one after the other.
+    """Identifies a model: the concatenated digests of shape, RoPE and weights.
 
-    Of the weights it takes names, types and shapes, and `SAMPLED_BYTES` at three places of each: seconds for the
-    largest models. How they are spread over files does not matter.
+    The digest of the weights covers names, types and shapes, and `SAMPLED_BYTES` bytes at three places of each tensor,
+    which takes seconds even for the largest models. How weights are spread over files does not matter.
 
     Args:
-        folder: With config.json and weights in safetensors.
+        folder: Folder with config.json and weights in safetensors.
 
     Returns:
         `DIGEST_LENGTH` hexadecimal digits for each of `PARTS`.
@@ -410,11 +422,11 @@ def fingerprint(folder: str | os.PathLike[str]) -> str:
 
 
 def check_model(profile: Profile, folder: str | os.PathLike[str]) -> None:
-    """Refuses a profile of another model.
+    """Rejects a profile that was made for another model.
 
     Raises:
         OSError: A file of the model cannot be read.
-        ValueError: Says whether shape, RoPE or weights differ.
+        ValueError: Shape, RoPE or weights differ; the message says which.
     """
     found = fingerprint(folder)
     parts = [(i * DIGEST_LENGTH, name) for i, name in enumerate(PARTS)]
@@ -423,21 +435,21 @@ def check_model(profile: Profile, folder: str | os.PathLike[str]) -> None:
     ]
     if differ:
         raise ValueError(
-            f"{profile.path or 'The profile'} is a profile of another model, {profile.model}: {' and '.join(differ)} "
-            f"of {folder} differ. Make one with `vllm-l2kv profile {folder} -o FILE`."
+            f"{profile.path or 'The profile'} was made for another model, {profile.model}: {' and '.join(differ)} "
+            f"of {folder} differ; make one with `vllm-l2kv profile {folder} -o FILE`."
         )
 
 
 def local_folder(name: str, revision: str | None = None, cache: str | None = None) -> Path:
-    """Where a model's files are on this machine.
+    """The folder of a model's files on this machine.
 
     Args:
-        name: A folder, or a name on the Hugging Face hub that has been downloaded.
-        revision: Of the latter.
+        name: A folder, or the name of a downloaded model on the Hugging Face hub.
+        revision: Revision of the downloaded model.
         cache: Folder of downloads; `None` for that of Hugging Face.
 
     Raises:
-        ValueError: They are not here.
+        ValueError: The files are not on this machine.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -446,11 +458,11 @@ def local_folder(name: str, revision: str | None = None, cache: str | None = Non
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
     except (OSError, ValueError) as error:
-        raise ValueError(f"The files of {name} are not on this machine: give its folder.") from error
+        raise ValueError(f"The files of {name} are not on this machine; give the folder of the model.") from error
 
 
 def _target(fields: Mapping[str, Any]) -> Target:
-    """Of the metadata. Files that were made before heads could be full name none."""
+    """Reads a `Target` from the metadata; older files have no full heads."""
     changed = {
         "full_layers": tuple(fields["full_layers"]),
         "full_heads": heads_by_layer(fields.get("full_heads", {})),
@@ -475,19 +487,19 @@ def _weights(folder: Path) -> Iterator[bytes]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights; some folders hold them twice, and the index says which are meant."""
+    """The files of a model's weights; if a folder has them twice, the index tells which to use."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = set(_mapping(json.loads(index.read_text(encoding="utf-8")))["weight_map"].values())
         return [folder / name for name in sorted(names)]
     files = [path] if (path := folder / "model.safetensors").exists() else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} has no weights in safetensors, so no profile can be tied to it.")
+        raise ValueError(f"{folder} has no weights in safetensors, which profiles need; convert the model.")
     return files
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """The header of a file of safetensors: names to type, shape and place, and `__metadata__`."""
+    """The header of a safetensors file: tensor names to type, shape and offsets, and `__metadata__`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -498,14 +510,14 @@ def _header(path: Path) -> dict[str, Any]:
         _mapping(header.get("__metadata__", {}))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no file of safetensors.") from error
+        raise ValueError(f"{path} is not a safetensors file.") from error
     if 8 + length + max(ends, default=0) != size:
         raise _damaged(path, "its end is missing")
     return header
 
 
 def _digest(parts: Iterable[bytes]) -> str:
-    """Of byte strings, each with its length in front, so that no two lists have the same one."""
+    """Digest of byte strings, each preceded by its length, so that no two lists hash the same bytes."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(struct.pack("<Q", len(part)) + part)

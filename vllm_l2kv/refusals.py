@@ -1,4 +1,4 @@
-"""Configurations of vLLM that are not tested with compaction, each refused with a sentence that says what to do."""
+"""Rejects configurations of vLLM that are not tested with compaction, each with a sentence that says what to do."""
 
 from os.path import isdir
 
@@ -14,17 +14,17 @@ from vllm_l2kv.settings import Settings
 from vllm_l2kv.supported_vllm import check_vllm
 
 DRAFTERS = {"CPUs": ("ngram", "draft_model", "eagle", "eagle3", "mtp"), "GPUs": ()}
-"""Methods of speculative decoding that were run together with compaction, by device."""
+"""Methods of speculative decoding that are tested with compaction, by device."""
 
 
 def check_supported(config: VllmConfig) -> None:
     """Rejects configurations that are not tested with compaction.
 
     Raises:
-        ValueError: One sentence that names the setting and says what to do.
+        ValueError: The configuration is not tested; the message names the setting and says what to do.
     """
     check_vllm()
-    check_connector(config)  # first, since some make vLLM change other settings
+    check_connector(config)  # first, since some connectors make vLLM change other settings
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     on_cpu = current_platform.is_cpu()
     refusals = {
@@ -33,7 +33,7 @@ def check_supported(config: VllmConfig) -> None:
         ),
         "experts of several data-parallel engines on CPUs, where vLLM cannot exchange tokens between them "
         "(set --data-parallel-size 1)": on_cpu and parallel.data_parallel_size > 1 and model.is_moe,
-        "pipeline parallelism on GPUs, where it was never run (set --pipeline-parallel-size 1)": (
+        "pipeline parallelism on GPUs, where it is not tested (set --pipeline-parallel-size 1)": (
             parallel.pipeline_parallel_size > 1 and not on_cpu
         ),
         **_refused_drafts(config, "CPUs" if on_cpu else "GPUs"),
@@ -47,11 +47,10 @@ def check_supported(config: VllmConfig) -> None:
         "encoder-decoder models (serve them with stock vLLM)": model.is_encoder_decoder,
         "R-SWA models (serve them with stock vLLM)": model.rswa_window is not None,
         "models with MLA, whose cache holds no keys (serve them with stock vLLM; see docs/mla.md)": model.use_mla,
-        "images that attend in both directions, on GPUs (set --language-model-only to serve text)": (
+        "images with bidirectional attention on GPUs (set --language-model-only to serve text)": (
             model.is_mm_prefix_lm and not on_cpu
         ),
-        "models with recurrent layers alone (serve them with stock vLLM)": model.has_inner_state
-        and not model.is_hybrid,
+        "models with only recurrent layers (serve them with stock vLLM)": model.has_inner_state and not model.is_hybrid,
         "ReplaySSM (drop --use-replayssm)": cache.use_replayssm,
         "prefix-cache hits inside a block of recurrent layers (drop --prefix-match-unit)": (
             model.is_hybrid and cache.prefix_match_unit is not None
@@ -69,23 +68,23 @@ def check_supported(config: VllmConfig) -> None:
             raise ValueError(f"vllm-l2kv does not support {what}.")
     num_heads, degree = model.get_total_num_kv_heads(), parallel.tensor_parallel_size
     check_kv_heads(num_heads, degree)
-    # Layers without a cache of their own are seen by the worker alone.
+    # Only the worker knows which layers have no cache of their own.
     layers = range(model.get_total_num_hidden_layers())
     check_full(Settings.from_config(config.additional_config), layers, num_heads, degree)
-    if isdir(model.model):  # the files of a name may not be here yet, so the worker looks once they are
+    if isdir(model.model):  # otherwise the files may not be downloaded yet, and the worker checks after loading
         check_profile(config)
 
 
 CONNECTORS: tuple[str, ...] = ()
-"""KV connectors that work with compression. `SimpleCPUOffloadConnector` comes in once `tests/gpu/test_offload.py` has
-passed: its copies need a GPU."""
+"""KV connectors that work with compression. `SimpleCPUOffloadConnector` is added once `tests/gpu/test_offload.py` has
+passed on a GPU, which its copies need."""
 
 
 def check_connector(config: VllmConfig) -> None:
-    """Refuses KV connectors that are not known to hold blocks while they copy them, and settings that are not tested.
+    """Rejects KV connectors that may release blocks before they have copied them, and untested settings of the others.
 
     Raises:
-        ValueError: Another connector, or one in another mode.
+        ValueError: The connector, or one of its settings, is not supported.
     """
     transfer, cache = config.kv_transfer_config, config.cache_config
     if transfer is None:
@@ -112,7 +111,7 @@ def check_connector(config: VllmConfig) -> None:
 
 
 def _refused_drafts(config: VllmConfig, devices: str) -> dict[str, bool]:
-    """What is refused of speculative decoding, to whether it is asked for."""
+    """Unsupported uses of speculative decoding to whether this configuration has them."""
     speculative = config.speculative_config
     if speculative is None:
         return {}
@@ -122,13 +121,13 @@ def _refused_drafts(config: VllmConfig, devices: str) -> dict[str, bool]:
         f"speculative decoding by {speculative.method} on {devices} (drop --speculative-config{instead})": (
             speculative.method not in taken
         ),
-        "Gemma 4's drafter, which reads the cache that compacts (drop --speculative-config)": (
+        "Gemma 4's drafter, which reads the cache of compressed layers (drop --speculative-config)": (
             speculative.use_gemma4_mtp()
         ),
-        "more than one layer that drafts by mtp (set num_speculative_tokens to 1 in --speculative-config)": (
+        "mtp with more than one draft layer (set num_speculative_tokens to 1 in --speculative-config)": (
             speculative.use_multi_module_mtp()
         ),
-        "adaptive verification of drafts (drop enable_adaptive_verification from --speculative-config)": (
+        "adaptive verification of draft tokens (drop enable_adaptive_verification from --speculative-config)": (
             speculative.enable_adaptive_verification
         ),
         "speculative decoding of models with recurrent layers (drop --speculative-config)": (
@@ -142,14 +141,14 @@ def _refused_drafts(config: VllmConfig, devices: str) -> dict[str, bool]:
 
 
 def check_profile(config: VllmConfig) -> None:
-    """Refuses a profile of another model than the engine's.
+    """Rejects a profile that was made for another model.
 
     Args:
-        config: Of an engine whose model is on this machine, as a folder or in the cache of downloads.
+        config: The engine's configuration; its model is on this machine, as a folder or as a finished download.
 
     Raises:
-        OSError: Profile or model cannot be read.
-        ValueError: The profile is damaged or of another model, or the model's files are not here.
+        OSError: The profile or the model cannot be read.
+        ValueError: The profile is damaged or of another model, or the model's files are not on this machine.
     """
     path, model = Settings.from_config(config.additional_config).profile, config.model_config
     if path is not None:
@@ -157,36 +156,36 @@ def check_profile(config: VllmConfig) -> None:
 
 
 def check_seed(seed: int | None, points: CompactionPoints) -> None:
-    """Refuses a seed for a prompt that its budget cuts into chunks, on a CPU.
+    """Rejects a seed on a CPU if compaction splits the prompt into chunks.
 
-    vLLM's runner for CPUs cannot take back a seeded draw at the end of a chunk, and ends its engine.
+    vLLM's runner for CPUs cannot undo a seeded draw at the end of a chunk: its engine would fail.
 
     Args:
-        seed: The request's; `None` for one without, or one that samples greedily.
-        points: Its compactions.
+        seed: The request's seed; `None` if it has none or samples greedily.
+        points: The request's compactions.
 
     Raises:
-        ParamError: Names the length from which on that is so.
+        ParamError: The prompt is split; the message names the longest prompt that is not.
     """
     first = points.after(None)
     if seed is None or first is None or first.position >= points.num_prompt_tokens or not current_platform.is_cpu():
         return
     raise ParamError(
         "seed",
-        f"seed does not work on CPUs with a prompt of more than {first.position} tokens (kv_max_tokens and "
+        f"seed works on CPUs only with prompts of at most {first.position} tokens (kv_max_tokens plus "
         f"--kv-prompt-interval), got {points.num_prompt_tokens}; leave seed out, or raise kv_max_tokens.",
     )
 
 
 def check_kv_heads(num_kv_heads: int, num_ranks: int) -> None:
-    """Refuses heads that can neither be dealt out nor repeated; vLLM would end in an assertion without a word.
+    """Rejects KV heads that can be neither divided among the ranks nor replicated; vLLM would fail without a message.
 
     Args:
         num_kv_heads: KV heads of a layer.
         num_ranks: Tensor-parallel size.
 
     Raises:
-        ValueError: They are neither divisor nor multiple of each other.
+        ValueError: Neither number divides the other.
     """
     if num_kv_heads % num_ranks and num_ranks % num_kv_heads:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""What differs between the versions of vLLM that we support; no other module of this package knows of it.
+"""Differences between the supported versions of vLLM; no other module of this package depends on them.
 
-Found by feature, not by number. Each seam says what differs, and when it can go.
+They are detected by feature, not by version number. Each says what differs, and when it can be removed.
 """
 
 import inspect
@@ -20,7 +20,7 @@ __all__ = [
     "stored_event",
 ]
 
-# Moved in 0.33. The second goes with 0.32.
+# Moved in 0.33. Remove the second import with 0.32.
 try:
     from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups, get_kv_cache_groups
 except ImportError:
@@ -34,23 +34,23 @@ _NO_LOOKAHEAD: dict[str, None] = (
 
 
 def draft_layers(runner: Any, layers: Mapping[str, Any]) -> set[str]:
-    """Names of the layers that a model for drafts has among vLLM's, once it is loaded.
+    """Names of the draft model's layers, once it is loaded.
 
-    vLLM marks them, but in 0.32 not for runner V1, whose drafter knows them. The second line goes with 0.32.
+    vLLM marks these layers. In 0.32 it does not for runner V1, whose drafter lists them: remove that with 0.32.
 
     Args:
-        runner: vLLM's, of any version.
-        layers: vLLM's, by name.
+        runner: vLLM's runner, of any version.
+        layers: All of vLLM's layers by name.
     """
     marked = {name for name, layer in layers.items() if getattr(layer, "is_draft_layer", False)}
     return marked or set(getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", ()))
 
 
 def fail_request(scheduler: Any, req_id: str, sentence: str) -> None:
-    """Lets vLLM's scheduler fail a request at the end of the next step.
+    """Makes vLLM's scheduler fail a request at the end of the next step.
 
-    A set of ids in 0.32. In 0.33 a dict, a new one after each step, and the front end answers 400 with the sentence.
-    The branch for the set goes with 0.32.
+    vLLM keeps failing requests in a set of ids in 0.32. In 0.33 it is a dict, replaced after each step, and the front
+    end answers 400 with the sentence. Remove the branch for the set with 0.32.
     """
     failing = scheduler.grammar_compile_error_reqs
     if isinstance(failing, dict):
@@ -60,7 +60,7 @@ def fail_request(scheduler: Any, req_id: str, sentence: str) -> None:
 
 
 def spare_request(scheduler: Any, req_id: str) -> None:
-    """Takes `fail_request` back, if it was called. The branch for the set goes with 0.32."""
+    """Undoes `fail_request`, if it was called. Remove the branch for the set with 0.32."""
     failing = scheduler.grammar_compile_error_reqs
     if isinstance(failing, dict):
         failing.pop(req_id, None)
@@ -69,14 +69,14 @@ def spare_request(scheduler: Any, req_id: str) -> None:
 
 
 def num_hash_lookahead(pool: BlockPool) -> int:
-    """Tokens after a block that its hash covers too, since what drafts has read them. Since 0.33, and 0 in 0.32."""
+    """Tokens after a block that its hash also covers, since the draft model has read them. New in 0.33; 0 in 0.32."""
     return getattr(pool, "num_hash_lookahead_tokens", 0)
 
 
 def stored_event(pool: BlockPool, request: Any, *, block_hashes: list[Any], end_token_idx: int, **others: Any) -> Any:
-    """A KV event of blocks that are findable.
+    """A KV event of blocks that were added to the prefix cache.
 
-    Since 0.33 it also wants the tokens after a block that its hash covers. Written out at its callers once 0.32 goes.
+    Since 0.33 the event also needs the tokens after each block that its hash covers. Inline this with 0.32.
     """
     lookahead: dict[str, Any] = dict(_NO_LOOKAHEAD)
     if num_ahead := num_hash_lookahead(pool):

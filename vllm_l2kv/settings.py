@@ -1,6 +1,6 @@
-"""What the operator sets once for an engine.
+"""Settings that the operator makes once for an engine.
 
-Travels to every process inside vLLM's own `additional_config`, under the key `l2kv`. Standard library only.
+vLLM's `additional_config` carries them to every process, under the key `l2kv`. Standard library only.
 """
 
 import difflib
@@ -21,12 +21,12 @@ from vllm_l2kv.params import (
 from vllm_l2kv.policy import Intervals
 
 FullHeads = Mapping[int, tuple[int, ...]]
-"""Layers to some of their KV heads, by their numbers in the model."""
+"""Layer index to indices of KV heads, both as numbered in the model."""
 CONFIG_KEY = "l2kv"
 DEFAULT_MEMORY = 0.5
-"""Share of the whole cache that a profile is set for unless another one is asked."""
+"""Share of the whole cache for which a profile chooses its settings by default."""
 LAYERS, HEADS = CLASSES = ("layers", "heads")
-"""What of a profile stays full: whole layers, or single KV heads."""
+"""What stays full by a profile: whole layers or single KV heads."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class Settings:
 
     Attributes:
         full_layers: Indices of layers that never compact; the paper's skipped layers are 0 and 1.
-        full_heads: Layers to those of their KV heads that never compact. Heads have their numbers in the model, over
-            all tensor-parallel ranks. A layer whose heads are all named is a full layer.
+        full_heads: KV heads that never compact, by layer index. Heads are numbered as in the model, over all
+            tensor-parallel ranks. A layer whose heads are all named is a full layer.
         defaults: Params of a request that gives no field.
         metrics: Whether the engine reports statistics to its front end, which must then be that of vllm-l2kv.
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt, at least 1.
-        answer_interval: The same from the end of the prompt on.
+        answer_interval: Rows beyond its budget that a request may hold from the end of its prompt on, at least 1.
         profile: Path of the model's profile; `None` without one.
-        evaluation_scorers: Scorers without kernels that requests may name beside the others: some of
-            `params.EVALUATION_SCORERS`, and `MODULE:CLASS` for those of a user's own.
+        evaluation_scorers: Scorers without kernels that requests may also name: some of
+            `params.EVALUATION_SCORERS`, and `MODULE:CLASS` for a user's scorers.
 
     Raises:
-        ValueError: An index of a layer or a head that is not a non-negative integer, an interval out of bounds, or a
-            default scorer that these settings do not allow.
+        ValueError: An index of a layer or a head is not an integer >= 0, an interval is out of bounds, or the default
+            scorer is not allowed by these settings.
     """
 
     full_layers: tuple[int, ...] = (0, 1)
@@ -77,28 +77,28 @@ class Settings:
 
     @property
     def intervals(self) -> Intervals:
-        """The two intervals."""
+        """Both intervals."""
         return Intervals(self.prompt_interval, self.answer_interval)
 
     @property
     def scorers(self) -> tuple[str, ...]:
-        """What requests may name as `kv_scorer`."""
+        """The scorers that requests may name as `kv_scorer`."""
         barred = () if self.profile else PROFILE_SCORERS
         return (*(name for name in OFFERED_SCORERS if name not in barred), *self.evaluation_scorers)
 
     def read(self, values: Mapping[str, Any] | None) -> Asked:
-        """What a request asks of this engine: `CompressionParams.read`, and a scorer that the engine has.
+        """Reads the fields of a request as `CompressionParams.read` does, and checks that this engine has its scorer.
 
         Raises:
-            ParamError: A bad value, an unknown name that starts with `kv_`, or a scorer that these settings do not
-                allow.
+            ParamError: A value is out of bounds, a name that starts with `kv_` is unknown, or these settings do not
+                allow the scorer.
         """
         asked = self.defaults.read(values)
         self._check_scorer(asked.params.scorer)
         return asked
 
     def as_config(self) -> dict[str, Any]:
-        """A JSON-able form for `additional_config["l2kv"]`: attributes, and the defaults by their fields' names."""
+        """JSON-serializable values for `additional_config["l2kv"]`: attributes, and the defaults by field name."""
         config = {name: getattr(self, name) for name in _own_keys()}
         config |= {field.name: getattr(self.defaults, field.attribute) for field in FIELDS_WITH_DEFAULTS}
         config["full_heads"] = {str(layer): list(heads) for layer, heads in self.full_heads.items()}
@@ -106,10 +106,10 @@ class Settings:
 
     @classmethod
     def from_config(cls, additional_config: Any) -> "Settings":
-        """Reads `additional_config`; what is not given keeps its default.
+        """Reads `additional_config`; keys that are not given keep their defaults.
 
         Raises:
-            ValueError: An unknown key or a bad value below `l2kv`.
+            ValueError: A key below `l2kv` is unknown, or its value is out of bounds.
         """
         section = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         section = dict(section or {})
@@ -128,27 +128,28 @@ class Settings:
             raise ParamError(
                 "kv_scorer",
                 f"kv_scorer {scorer!r} needs the weights of a profile, and this engine was started without one; choose "
-                "another scorer, or start it with --kv-profile FILE (`vllm-l2kv profile MODEL -o FILE` writes one).",
+                "another scorer, or start the engine with --kv-profile FILE (`vllm-l2kv profile MODEL -o FILE` writes "
+                "one).",
             )
         raise ParamError(
             "kv_scorer",
-            f"kv_scorer {scorer!r} is slow and would hold up other requests, so only `vllm-l2kv eval` takes it, "
-            f"and offline engine_args(evaluation_scorers=[{scorer!r}]); choose one of {', '.join(self.scorers)}.",
+            f"kv_scorer {scorer!r} is slow and would delay other requests, so only `vllm-l2kv eval` and offline "
+            f"engine_args(evaluation_scorers=[{scorer!r}]) take it; choose one of {', '.join(self.scorers)}.",
         )
 
 
 def _unserved(named: Any) -> tuple[str, ...]:
-    """Checks `Settings.evaluation_scorers`; each counts once.
+    """Checks `Settings.evaluation_scorers` and removes duplicates.
 
     Raises:
-        ValueError: No list, or another name in it.
+        ValueError: It is not a list, or a name in it is not allowed.
     """
     if not isinstance(named, list | tuple):
         raise ValueError(f"evaluation_scorers must be a list of names, got {named!r}.")
     for name in named:
         if not isinstance(name, str) or not UNSERVED_SCORER.fullmatch(name):
             known = ", ".join(EVALUATION_SCORERS)
-            raise ValueError(f"evaluation_scorers must hold {known} or MODULE:CLASS of your own, got {name!r}.")
+            raise ValueError(f"evaluation_scorers must hold {known} or MODULE:CLASS, got {name!r}.")
     return tuple(dict.fromkeys(named))
 
 
@@ -156,13 +157,13 @@ def heads_by_layer(named: Any) -> FullHeads:
     """Checks and sorts `Settings.full_heads`.
 
     Args:
-        named: Layers to lists of KV heads; layers may be words, as JSON has them.
+        named: Layer indices to lists of KV heads; layer indices may be strings, as in JSON.
 
     Returns:
-        Only layers of which heads are named.
+        The same, without layers whose list is empty.
 
     Raises:
-        ValueError: Another value.
+        ValueError: An index is not an integer >= 0, or a value has another type.
     """
     if not isinstance(named, Mapping):
         raise ValueError(f"full_heads must map layer indices to lists of KV heads, got {named!r}.")
@@ -181,5 +182,5 @@ def heads_by_layer(named: Any) -> FullHeads:
 
 
 def _own_keys() -> list[str]:
-    """Keys that are no request field: attributes of `Settings` but `defaults`."""
+    """Keys that are not request fields: the attributes of `Settings` except `defaults`."""
     return [attribute.name for attribute in fields(Settings) if attribute.name != "defaults"]

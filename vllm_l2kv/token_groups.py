@@ -1,7 +1,7 @@
-"""What is kept or evicted as one: a token of a head, or a block of tokens of all compressed heads of a layer.
+"""The unit that is kept or evicted: one token of a head, or a block of tokens in all compressed heads of a layer.
 
-A block is `TOKENS_PER_BLOCK` tokens of the prompt in a row, counted from its start. It is not a block of the cache: the
-size of those depends on the device, and what is kept must not.
+A block is `TOKENS_PER_BLOCK` consecutive tokens, counted from the start of the prompt. It is not a block of the cache,
+whose size depends on the device: the choice of tokens must not depend on the device.
 """
 
 import torch
@@ -11,11 +11,11 @@ from vllm_l2kv.params import TOKENS_PER_BLOCK
 
 
 def pool_scores(scores: torch.Tensor, granularity: str) -> torch.Tensor:
-    """The scores by which one layer's heads decide.
+    """Pools the scores of one layer over the unit that is kept or evicted.
 
-    With `token` they are unchanged. With `block` each is the mean over the tokens of its block, of which the last
-    may be short, and over the heads: those of this tensor-parallel rank, so ranks need not communicate. One NaN makes
-    its block NaN, which ranks last.
+    With `token` scores are unchanged. With `block` each score becomes the mean over the tokens of its block (the last
+    block may be shorter) and over the heads of this tensor-parallel rank, so ranks need not communicate. A NaN makes
+    the score of its block NaN, which ranks last.
 
     Args:
         scores: `[num_kv_heads, n]` fp32, all compressed heads of the layer.
@@ -26,7 +26,7 @@ def pool_scores(scores: torch.Tensor, granularity: str) -> torch.Tensor:
     """
     if granularity == "token":
         return scores
-    # In fp64 the sum of finite scores is finite, and the order of summation does not show in fp32.
+    # In fp64 the sum of finite scores is finite, and the order of summation does not change the fp32 result.
     of_tokens = scores.mean(dim=0, keepdim=True, dtype=torch.float64)
     of_blocks = avg_pool1d(of_tokens, TOKENS_PER_BLOCK, ceil_mode=True).float()
     return of_blocks.repeat_interleave(TOKENS_PER_BLOCK, dim=1)[:, : scores.shape[1]].expand_as(scores)

@@ -119,7 +119,7 @@ def test_all_scorers_of_many_compactions_in_one_batch(engine, scored, text_ids, 
 )
 def test_what_one_compaction_alone_defines_is_refused_with_a_budget(engine, text_ids, field, value):
     """The error names the scorer and fails that request alone, also without a front end. Without a budget it works."""
-    sentence = f"kv_{field} '{value}' is defined for one compaction only"
+    sentence = f"kv_{field} '{value}' is defined for a single compaction"
     with pytest.raises(ParamError, match=sentence):
         compression(0.5, max_tokens=100, **{field: value})
     alone, both = keep("0.5"), keep("0.5")

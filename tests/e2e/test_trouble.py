@@ -125,7 +125,7 @@ def test_a_profile_of_another_model_ends_the_start(engine, tmp_path, monkeypatch
     """Also if the check before the model was loaded passed."""
     write_profile(tmp_path / "p", made_up_weights(30, 3, 64))
     monkeypatch.setitem(engine.worker.vllm_config.additional_config["l2kv"], "profile", str(tmp_path / "p"))
-    with pytest.raises(ValueError, match="is a profile of another model, made up"):
+    with pytest.raises(ValueError, match="was made for another model, made up"):
         engine.worker.get_kv_cache_spec()
 
 

@@ -93,9 +93,9 @@ def test_ranks_have_their_part(degree, num_heads, compressed, full):
 
 
 def test_ranks_with_other_counts_are_refused():
-    with pytest.raises(ValueError, match="names 2, 0 KV heads of layer 1 on the 2 tensor-parallel ranks"):
+    with pytest.raises(ValueError, match="KV heads of layer 1 on each of the 2 tensor-parallel ranks, got 2, 0;"):
         classify_layers(layers(3, 2), Settings((), {1: (0, 1)}), None, 4, 2)
-    with pytest.raises(ValueError, match="names 1, 1, 0, 0 KV heads of layer 1 on the 4 tensor-parallel ranks"):
+    with pytest.raises(ValueError, match="KV heads of layer 1 on each of the 4 tensor-parallel ranks, got 1, 1, 0, 0;"):
         classify_layers(layers(3, 1), Settings((), {1: (0,)}), None, 2, 4)
 
 

@@ -123,7 +123,7 @@ def test_a_profile_is_compared_with_the_files_of_a_name(llama, tmp_path):
     (repository / "snapshots/c0ffee").symlink_to(llama)
     check_profile(about)
     write_profile(path, made_up_weights(4, 2, 32), memory=memory)
-    with pytest.raises(ValueError, match="is a profile of another model, made up: shape and RoPE and weights of"):
+    with pytest.raises(ValueError, match="was made for another model, made up: shape and RoPE and weights of"):
         check_profile(about)
 
 
@@ -151,7 +151,7 @@ def test_an_ordinary_configuration_passes():
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_config__rswa_window": 128}, "R-SWA"),
         ({"model_config__use_mla": True}, r"models with MLA, .*stock vLLM; see docs/mla\.md"),
-        ({"model_config__has_inner_state": True}, "recurrent layers alone"),
+        ({"model_config__has_inner_state": True}, "only recurrent layers"),
         (
             {"model_config__is_hybrid": True, "speculative_config": drafting("ngram")},
             "speculative decoding of models with recurrent layers",
@@ -382,9 +382,9 @@ class LayerOfAModel:
     [
         (attention(FlexAttentionBackend), "FLEX_ATTENTION.* --attention-backend FLASH_ATTN"),
         (attention(FlashAttentionBackend, alibi=[0.5]), "ALiBi"),
-        (attention(NamedAlike), "way of its own .*Attention with NamedAlike.*stock vLLM"),
-        (attention(FlashAttentionBackend, RSWAAttention), "way of its own .*RSWAAttention.*stock vLLM"),
-        (LayerOfAModel(), "way of its own .*LayerOfAModel with FlashAttentionBackend.*stock vLLM"),
+        (attention(NamedAlike), "attention of its own .*Attention with NamedAlike.*stock vLLM"),
+        (attention(FlashAttentionBackend, RSWAAttention), "attention of its own .*RSWAAttention.*stock vLLM"),
+        (LayerOfAModel(), "attention of its own .*LayerOfAModel with FlashAttentionBackend.*stock vLLM"),
     ],
 )
 def test_attention_that_does_not_work_on_compacted_rows(layer, message):
@@ -396,7 +396,7 @@ def test_attention_that_does_not_work_on_compacted_rows(layer, message):
 def test_images_that_attend_in_both_directions(monkeypatch):
     seeing = config(model_config__is_mm_prefix_lm=True, use_v2_model_runner=True)
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
-    with pytest.raises(ValueError, match=r"in both directions, on GPUs .*--language-model-only"):
+    with pytest.raises(ValueError, match=r"bidirectional attention on GPUs .*--language-model-only"):
         check_supported(seeing)
 
 
@@ -473,6 +473,6 @@ def test_a_seed_on_a_cpu_for_a_prompt_in_chunks(monkeypatch, seed, on_cpu, num_p
     if not refused:
         check_seed(seed, points)
         return
-    with pytest.raises(ParamError, match=r"more than 300 tokens .* got 301; leave seed out") as error:
+    with pytest.raises(ParamError, match=r"at most 300 tokens .* got 301; leave seed out") as error:
         check_seed(seed, points)
     assert error.value.param == "seed"

@@ -303,8 +303,8 @@ def test_info(app):
             "type": "integer",
             "default": None,
             "bounds": "1 <= kv_max_tokens <= 2147483647",
-            "description": "Rows that each head of a compressed layer holds at most between compactions, in the prompt "
-            "and the answer.",
+            "description": "Most rows that each head of a compressed layer keeps at a compaction, in the prompt and in "
+            "the answer.",
         },
         {
             "name": "kv_protect_last",

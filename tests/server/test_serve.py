@@ -123,14 +123,14 @@ class TestProfile:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--kv-memory", "0.5"], "name its file too (--kv-profile FILE)."),
+            (["--kv-memory", "0.5"], "give its file too (--kv-profile FILE)."),
             (["--kv-profile", "PROFILE", "--kv-memory", "0"], "--kv-memory: M must satisfy 0 < M <= 1, got 0"),
             (["--kv-profile", "PROFILE", "--kv-memory", "2"], "--kv-memory: M must satisfy 0 < M <= 1, got 2"),
             (["--kv-profile", "PROFILE", "--kv-memory", "0.1"], "memory must be more than 0.100, which the 1 full"),
-            (["--kv-classes", "heads"], "classes (--kv-classes) is what a profile is set for; name its file too"),
-            (["--kv-profile", "PROFILE", "--kv-classes", "heads"], "names no settings with full heads; make it again"),
+            (["--kv-classes", "heads"], "classes (--kv-classes) needs a profile; give its file too"),
+            (["--kv-profile", "PROFILE", "--kv-classes", "heads"], "has no settings with full heads; make it again"),
             (["--kv-profile", "no/such"], "cannot read the profile no/such: No such file or directory."),
-            (["--kv-profile", __file__], "is no file of safetensors."),
+            (["--kv-profile", __file__], "is not a safetensors file."),
         ],
     )
     def test_refusals(self, parser, profile, capsys, words, message):
@@ -237,13 +237,13 @@ def test_model_option(parser):
         (["--kv-default-max-tokens", "10"], "at least kv_protect_first + kv_protect_last = 68, got 10"),
         (
             ["--kv-default-max-tokens", "500", "--kv-scorer", "random"],
-            "kv_scorer 'random' is defined for one compaction",
+            "kv_scorer 'random' is defined for a single compaction",
         ),
         (["--kv-default-max-tokens=500", "--kv-granularity=block"], "set kv_granularity to 'token'"),
         (["--kv-prompt-interval", "0"], "--kv-prompt-interval: N must satisfy 1 <= N <= 2147483647, got 0"),
         (["--kv-answer-interval", "0"], "--kv-answer-interval: N must satisfy 1 <= N <= 2147483647, got 0"),
         (["--kv-answer-interval", "1.5"], "--kv-answer-interval: N must be an integer >= 1, got 1.5"),
-        (["--kv-full-layers", "0,x"], "--kv-full-layers: layer indices >= 0"),
+        (["--kv-full-layers", "0,x"], "--kv-full-layers: must be layer indices >= 0"),
         (["--kv-full-layers", "-1"], "--kv-full-layers"),
         (["--scheduler-cls", "a.B"], "--scheduler-cls: set by vllm-l2kv itself"),
         (["--worker-cls", "a.B"], "--worker-cls: set by vllm-l2kv itself"),
@@ -311,7 +311,7 @@ class TestConfigFile:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("kv-full-layers: 0,x", "argument --kv-full-layers: layer indices >= 0"),
+            ("kv-full-layers: 0,x", "argument --kv-full-layers: must be layer indices >= 0"),
             ("kv-default-keep-ratio: .nan", "argument --kv-default-keep-ratio: R must satisfy 0 < R <= 1, got nan"),
         ],
     )

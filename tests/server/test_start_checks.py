@@ -183,7 +183,7 @@ class TestParsed:
         write_profile(path, made_up_weights(4, 2, 32), fingerprint(llama), memory)
         check_parsed(parse(parser, [str(llama), "--kv-profile", str(path), *CPU]))
         write_profile(path, made_up_weights(4, 2, 32), memory=memory)
-        said = f"{path} is a profile of another model, made up: shape and RoPE and weights of {llama} differ. "
+        said = f"{path} was made for another model, made up: shape and RoPE and weights of {llama} differ; "
         assert self.refused(parser, str(llama), "--kv-profile", str(path)).startswith(said)
 
     def test_a_pooling_model(self, parser, tmp_path):

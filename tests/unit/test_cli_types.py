@@ -18,7 +18,7 @@ from vllm_l2kv.cli_types import (
     real,
 )
 
-HEADS = "LAYER:HEAD,HEAD with numbers >= 0, one word for each layer, such as 7:0,2 12:1"
+HEADS = "must be LAYER:HEAD,HEAD with indices >= 0, one word per layer, such as 7:0,2 12:1"
 share = real("D", "0 <= D <= 1", lambda value: 0 <= value <= 1)
 
 
@@ -62,8 +62,8 @@ def test_values(parse, word, value):
         (share, "nan", "D must be a number with 0 <= D <= 1, got nan."),
         (share, "x", "D must be a number with 0 <= D <= 1, got 'x'."),
         (real("G", "0 < G", lambda value: value > 0), "inf", "G must be a number with 0 < G, got inf."),
-        (layers, "0,-1", "layer indices >= 0 with commas between them, such as 0,1, got '0,-1'."),
-        (layers, "0,1.0", "layer indices >= 0 with commas between them, such as 0,1, got '0,1.0'."),
+        (layers, "0,-1", "must be layer indices >= 0 separated by commas, such as 0,1, got '0,-1'."),
+        (layers, "0,1.0", "must be layer indices >= 0 separated by commas, such as 0,1, got '0,1.0'."),
         (heads, "7", f"{HEADS}, got '7'."),
         (heads, "[7]:0", f"{HEADS}, got '[7]:0'."),
         (heads, "7:0 x:1", f"{HEADS}, got '7:0 x:1'."),
@@ -73,7 +73,7 @@ def test_values(parse, word, value):
         (heads, "{7: 1}", f"{HEADS}, got '{{7: 1}}'."),
         (one_of(("a", "b")), "c", "'c' is not one of a, b."),
         (list_of(ratio), "0.5,2", "R must satisfy 0 < R <= 1, got 2."),
-        (list_of(ratio), " , ", "at least one is needed."),
+        (list_of(ratio), " , ", "must hold at least one value, got ' , '."),
     ],
 )
 def test_errors(parse, word, message):

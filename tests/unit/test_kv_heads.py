@@ -1,5 +1,7 @@
 """KV heads of ranks and of classes, and memory that classes waste."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,8 +32,8 @@ def test_classes():
         (Settings((0, 4)), 1, "full_layers names layer 4, but .* 0 to 3; change --kv-full-layers"),
         (Settings((), {7: (0,)}), 1, "full_heads names layer 7, but .* 0 to 3; change --kv-full-heads"),
         (Settings((), {1: (2, 4)}), 1, "KV head 4 of layer 1, but .* heads 0 to 3; change --kv-full-heads"),
-        (Settings((), {1: (0, 1)}), 2, "names 2, 0 KV heads of layer 1 on the 2 tensor-parallel ranks"),
-        (Settings((), {1: (2,)}), 8, "names 0, 0, 0, 0, 1, 1, 0, 0 KV heads of layer 1 on the 8"),
+        (Settings((), {1: (0, 1)}), 2, "KV heads of layer 1 on each of the 2 tensor-parallel ranks, got 2, 0;"),
+        (Settings((), {1: (2,)}), 8, "of layer 1 on each of the 8 tensor-parallel ranks, got 0, 0, 0, 0, 1, 1, 0, 0;"),
     ],
 )
 def test_impossible_full_heads(settings, degree, message):
@@ -67,7 +69,7 @@ def test_advice_names_the_nearest_counts_that_waste_less(num_heads, data):
     sentence = advice(num_full, num_heads)
     assert (sentence is None) == (waste(num_full, num_heads - num_full) <= MAX_WASTE)
     if sentence is not None:
-        below, above = (int(word) for word in sentence.partition("; ")[2].split()[:3:2])
+        below, above = map(int, re.findall(r"name (\d+) or (\d+) heads", sentence)[0])
         assert below < num_full < above
         fits = [waste(n, num_heads - n) <= MAX_WASTE for n in range(below, above + 1)]
         assert fits == [True, *[False] * (above - below - 1), True]
@@ -75,5 +77,6 @@ def test_advice_names_the_nearest_counts_that_waste_less(num_heads, data):
 
 def test_the_words_of_advice():
     assert advice(102, 256) == (
-        "102 full KV heads of 256 leave 33.8% of each block of the rarer class empty; 85 or 124 would leave at most 7%."
+        "102 full KV heads of 256 leave 33.8% of each block of the smaller class empty; name 85 or 124 heads to leave "
+        "at most 7%."
     )

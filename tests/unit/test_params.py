@@ -38,7 +38,7 @@ def test_a_document_has_a_token():
 
 def test_only_a_server_counts_messages():
     """Refused offline, and in the engine of a server without the routes of vllm-l2kv."""
-    with pytest.raises(ParamError, match="only a server of vllm-l2kv sees; give kv_prefix_tokens instead") as error:
+    with pytest.raises(ParamError, match="only with a server of vllm-l2kv; set kv_prefix_tokens instead") as error:
         CompressionParams().read({"kv_prefix_messages": 1})
     assert error.value.param == "kv_prefix_messages"
     with pytest.raises(TypeError, match=r"it takes .*, prefix_tokens"):

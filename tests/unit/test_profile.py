@@ -122,7 +122,7 @@ class TestSettings:
         assert MADE.setting(0.25, ()) == ((), 0.25, "learned", {})
         with pytest.raises(ValueError, match=r"memory must be more than 0\.600, which the 3 full layers cost, got 0.5"):
             MADE.setting(0.5, (1, 3, 5))
-        with pytest.raises(ValueError, match="names every layer of full attention"):
+        with pytest.raises(ValueError, match="must not name every layer of full attention"):
             MADE.setting(0.5, (1, 3, 5, 7, 9))
 
     def test_what_commands_read(self, path):
@@ -136,8 +136,8 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("asked", "message"),
         [
-            ((None, 0.5), r"memory \(--kv-memory\) is what a profile is set for; name its file too"),
-            ((None, None, None, False, None, "heads"), r"classes \(--kv-classes\) is what a profile is set for"),
+            ((None, 0.5), r"memory \(--kv-memory\) needs a profile; give its file too"),
+            ((None, None, None, False, None, "heads"), r"classes \(--kv-classes\) needs a profile"),
             (("PATH", 0.5, (1,), True), "leave one of the three out"),
             (("nothing.here", 0.5), "cannot read the profile nothing.here: No such file or directory"),
         ],
@@ -158,11 +158,11 @@ class TestSettings:
         assert setting == ((1, 3), 0.2, "l2", {5: (0,), 2: (0, 1)})
 
     def test_heads_that_are_not_there_or_cost_more(self):
-        with pytest.raises(ValueError, match="names no settings with full heads; make it again"):
+        with pytest.raises(ValueError, match="has no settings with full heads; make it again"):
             MADE.setting(0.5, classes="heads")
         with pytest.raises(ValueError, match=r"more than 0\.100, which the 1 full heads of the smallest setting"):
             HEADS_MADE.setting(0.1, classes="heads")
-        with pytest.raises(ValueError, match="names every layer of full attention"):
+        with pytest.raises(ValueError, match="must not name every layer of full attention"):
             MADE.setting(0.5, (1, 3, 5, 7), {9: (0, 1)})
 
     def test_commands_read_heads(self, tmp_path):
@@ -173,11 +173,11 @@ class TestSettings:
         assert setting_of(path, 0.5) == setting_of(path, 0.5, classes="layers") == MADE.setting(0.5)
         assert setting_of(path, 0.9, full_heads={5: (1,)}).full_layers == (1, 3)
         for given in ({"full_layers": (1,)}, {"full_heads": {5: (0,)}}):
-            with pytest.raises(ValueError, match="come from the profile with --kv-classes heads; leave them out"):
+            with pytest.raises(ValueError, match="are set by the profile with --kv-classes heads; leave them out"):
                 setting_of(path, 0.5, classes="heads", **given)
 
     def test_none_listed(self):
-        with pytest.raises(ValueError, match="names no settings"):
+        with pytest.raises(ValueError, match="has no settings"):
             replace(MADE, memory=()).setting(0.5)
 
     def test_the_demo_model_at_half(self):
@@ -228,14 +228,14 @@ class TestRefusedFiles:
     @pytest.mark.parametrize("content", [b"", b"not a profile at all", b"\xff" * 32, b"\x02\0\0\0\0\0\0\0[]"])
     def test_something_else(self, tmp_path, content):
         (tmp_path / "x").write_bytes(content)
-        assert self.refused(tmp_path / "x") == "FILE is no file of safetensors."
+        assert self.refused(tmp_path / "x") == "FILE is not a safetensors file."
 
     def test_weights_of_a_model(self, tmp_path):
         save_file({"x": torch.zeros(1)}, tmp_path / "x")
-        assert self.refused(tmp_path / "x").startswith("FILE is no profile of vllm-l2kv: make one with")
+        assert self.refused(tmp_path / "x").startswith("FILE is not a profile of vllm-l2kv; make one with")
 
     def test_another_version(self, path):
-        assert self.rewritten(path, {"version": 1}).startswith("FILE is a profile of version 1, and this vllm-l2kv")
+        assert self.rewritten(path, {"version": 1}).startswith(f"FILE must be a profile of version {VERSION}, got")
 
     @pytest.mark.parametrize("size", [1, 1000])
     def test_a_file_whose_end_is_missing(self, path, size):
@@ -329,7 +329,7 @@ def test_another_model_is_refused_and_the_difference_named(model, tmp_path, chan
     profile = replace(MADE, fingerprint=fingerprint(model), path=tmp_path / "p")
     check_model(profile, model)
     change(model)
-    with pytest.raises(ValueError, match=f"is a profile of another model, some/model: {part} {model} differ"):
+    with pytest.raises(ValueError, match=f"was made for another model, some/model: {part} {model} differ"):
         check_model(profile, model)
 
 

@@ -1,6 +1,6 @@
-"""What crosses a process boundary, and on which of vLLM's objects. Standard library only.
+"""Messages between processes, and the vLLM objects that carry them. Standard library only.
 
-| what | from | to | rides on | module of `vllm_l2kv` |
+| message | from | to | carried by | module of `vllm_l2kv` |
 |---|---|---|---|---|
 | settings of an engine | front end | all | `VllmConfig.additional_config` | `settings` |
 | fields of a request | front end | scheduler | `SamplingParams.extra_args` | `params` |
@@ -11,6 +11,6 @@
 | why a request failed | scheduler | front end | `EngineCoreOutput.stop_reason`, `error` | `scheduler.failed_requests` |
 | statistics | scheduler | front end | `SchedulerStats.kv_connector_stats` | `messages.stats` |
 
-Settings and fields go the ways that vLLM has for them. Each message of this package has two functions beside it: one
-puts it on vLLM's object, the other gets it back.
+vLLM itself provides the carriers of settings and fields. Each message of this package has two functions: one puts it on
+the vLLM object, the other reads it back.
 """

@@ -1,8 +1,8 @@
-"""Orders from the scheduler to the worker: compact this request, from these blocks into those.
+"""Orders from the scheduler to the worker: compact a request, from its source blocks into destination blocks.
 
-An order holds block ids and counts only. Which tokens are kept is decided on the device and never leaves it. The worker
-reports back how long compactions took. A request that begins on rows which another one has compacted needs no order,
-only its count.
+An order holds block ids and counts only. The device selects the kept tokens, and the selection never leaves it. The
+worker reports how long compactions took. A request that begins on rows that another request compacted needs no order,
+only its number of evicted tokens.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,8 +21,8 @@ _SECONDS = "compaction_seconds"
 class GroupMove:
     """Blocks of one KV-cache group before and after a compaction.
 
-    `destination` either shares no block with `source` (fresh blocks) or is the beginning of `source`, blocks that only
-    this request holds (in place). Within one step no block is a destination of one order and belongs to another.
+    `destination` either shares no block with `source` (fresh blocks), or consists of the first blocks of `source`,
+    which then only this request holds (in place). Within one step, no destination block of one order occurs in another.
     """
 
     group_id: int
@@ -32,14 +32,14 @@ class GroupMove:
 
 @dataclass(frozen=True, kw_only=True)
 class CompactionOrder:
-    """One request's compaction, to be carried out before anything else of the step.
+    """The compaction of one request, to be carried out before the step's forward pass.
 
     Attributes:
         req_id: vLLM's request id.
         num_rows: Rows that each head holds: the first slots of the source blocks, all of them candidates for eviction.
         num_keep: Rows that each head keeps.
-        num_evicted: Slots by which every later position moves forward.
-        params: What the request asks; its protection, scorer and granularity decide which tokens are kept.
+        num_evicted: Difference between position and slot of every later token.
+        params: The request's params; protection, scorer and granularity decide which tokens are kept.
         moves: One entry for each compressed group.
     """
 
@@ -57,7 +57,7 @@ class CompactionOrder:
 
 
 def partly_filled(orders: Iterable[CompactionOrder]) -> list[int]:
-    """Fresh blocks that compactions may fill in part only: the last one of each destination."""
+    """Ids of the fresh blocks that compactions may fill only in part: the last block of each destination."""
     moves = (move for order in orders for move in order.moves)
     return [move.destination[-1] for move in moves if move.destination[-1] not in move.source]
 
@@ -71,26 +71,26 @@ def attach_orders(scheduler_output: Any, orders: tuple[CompactionOrder, ...]) ->
 
 
 def orders_of(scheduler_output: Any) -> tuple[CompactionOrder, ...]:
-    """The orders of a step; none for a step of a scheduler that compacts nothing."""
+    """The orders of a step; empty if the scheduler attached none."""
     orders: tuple[CompactionOrder, ...] = getattr(scheduler_output, _ATTRIBUTE, ())
     return orders
 
 
 def attach_compacted_hits(scheduler_output: Any, hits: Mapping[str, int]) -> None:
-    """Puts on a step's `SchedulerOutput` which requests begin on compacted rows: their ids, to evicted slots."""
+    """Puts on a step's `SchedulerOutput` the ids of requests that begin on compacted rows, and their evicted tokens."""
     setattr(scheduler_output, _HITS, hits)
 
 
 def compacted_hits_of(scheduler_output: Any) -> Mapping[str, int]:
-    """The requests of a step that begin on compacted rows, to evicted slots; mostly none."""
+    """Ids of the requests that begin on compacted rows in a step, with their evicted tokens; usually empty."""
     hits: Mapping[str, int] = getattr(scheduler_output, _HITS, {})
     return hits
 
 
 def with_seconds(model_runner_output: Any, seconds: list[float]) -> Any:
-    """A step's `ModelRunnerOutput` with times of compactions, which may be those of an earlier step.
+    """A copy of a step's `ModelRunnerOutput` with seconds of compactions, possibly of an earlier step.
 
-    A copy: vLLM returns one and the same object for all steps without work.
+    A copy, since vLLM returns the same object for all steps without work.
     """
     output = copy(model_runner_output)
     setattr(output, _SECONDS, seconds)
@@ -98,6 +98,6 @@ def with_seconds(model_runner_output: Any, seconds: list[float]) -> Any:
 
 
 def seconds_of(model_runner_output: Any) -> list[float]:
-    """Times of compactions, mostly none."""
+    """Seconds of compactions; usually empty."""
     seconds: list[float] = getattr(model_runner_output, _SECONDS, [])
     return seconds

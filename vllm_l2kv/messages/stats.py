@@ -1,9 +1,9 @@
 """Statistics of compactions that an engine core reports to its front ends, for `/metrics`.
 
-They travel on vLLM's `SchedulerStats`, which reach one front end of each engine at every step, with any number of
-engines and API processes. So each event is reported once, and Prometheus' client adds up over processes. The field is
-that of KV connectors, which are refused beside compression. The front end must take the statistics off before vLLM
-reads the field, so an engine reports them only if its front end does that (`Settings.metrics`).
+vLLM's `SchedulerStats` carry them, in the field of KV connectors. At every step one front end of each engine receives
+them, with any number of engines and API processes. So each event is reported once, and Prometheus' client adds up over
+processes. The front end must remove the statistics before vLLM reads the field, so an engine reports them only if its
+front end does that (`Settings.metrics`).
 """
 
 from dataclasses import asdict, dataclass, field
@@ -13,12 +13,12 @@ _KEY = "l2kv"
 
 
 class CompactionEvent(NamedTuple):
-    """One compaction, as statistics count it.
+    """One compaction, as the statistics count it.
 
     Attributes:
         kind: One of `policy.Kind`.
         num_kept: Rows that each head of a compressed layer kept.
-        num_evicted: Rows that it evicted.
+        num_evicted: Rows that each head evicted.
     """
 
     kind: str
@@ -31,17 +31,17 @@ class CompactionStats:
     """Events since the last report, and the current state.
 
     Attributes:
-        compactions: What was compacted; again after a preemption, since the work is done again.
-        num_compressed: Requests that were compacted for the first time, each once.
-        num_freed_blocks: Blocks that compactions gave back to the pool; those that other requests hold stay.
-        num_taken_blocks: Blocks that compactions took for kept rows.
-        num_found_tokens: Tokens of prompts whose compacted rows were found in the cache.
-        num_published: Compacted beginnings of prompts that became findable.
-        num_preempted: Requests that were preempted so that a compaction finds blocks for its kept rows.
-        seconds: Time on the device of each step's compactions.
-        logical_tokens: Tokens of running requests, as their positions count.
-        physical_tokens: The same in rows that they fill in compressed layers.
-        memory_ratio: Memory of the whole cache that they hold, over what they would hold uncompressed; 1 if none runs.
+        compactions: Compactions carried out; repeated after a preemption, since the work is repeated.
+        num_compressed: Requests that were compacted for the first time.
+        num_freed_blocks: Blocks that compactions returned to the pool, without those that other requests still hold.
+        num_taken_blocks: Blocks that compactions took from the pool for kept rows.
+        num_found_tokens: Prompt tokens whose compacted rows were found in the cache.
+        num_published: Compacted prefixes of prompts that were added to the prefix cache.
+        num_preempted: Requests that were preempted to free blocks for a compaction.
+        seconds: Seconds that each step's compactions took on the device.
+        logical_tokens: Positions of running requests.
+        physical_tokens: Rows of running requests in compressed layers.
+        memory_ratio: Memory that running requests hold, divided by what they would hold uncompressed; 1 if none runs.
     """
 
     compactions: list[CompactionEvent] = field(default_factory=list)
@@ -63,7 +63,7 @@ def attach_stats(scheduler_stats: Any, stats: CompactionStats) -> None:
 
 
 def take_stats(scheduler_stats: Any) -> CompactionStats | None:
-    """Takes statistics off vLLM's `SchedulerStats`, if they are there."""
+    """Removes the statistics from vLLM's `SchedulerStats` and returns them; `None` if there are none."""
     others = dict(scheduler_stats.kv_connector_stats or {})
     stats = others.pop(_KEY, None)
     if stats is None:

@@ -1,7 +1,7 @@
-"""What an answer's `usage.kv_cache` says of its request: how many tokens were kept and evicted, and why none were.
+"""The `usage.kv_cache` of an answer: how many tokens were kept and evicted, or why none were evicted.
 
-Rides on the `kv_transfer_params` of every output of the request: a free dict, empty without a KV connector, which vLLM
-hands on from `EngineCoreOutput` to `RequestOutput`.
+The `kv_transfer_params` of every output carry it: a dict that vLLM passes from `EngineCoreOutput` to `RequestOutput`
+unread, and that is empty without a KV connector.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,23 +12,23 @@ from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
 
 MEMORY_RATIO_DIGITS = 4
-"""To which shares of memory are rounded."""
+"""Digits after the decimal point of a reported memory ratio."""
 USAGE_KEY = "kv_cache"
-"""Its name in an answer's `usage`, and in `kv_transfer_params`."""
+"""Key in an answer's `usage`, and in `kv_transfer_params`."""
 REASON = "reason"
 
 
 class KeptWhole(StrEnum):
-    """Why nothing of a request was evicted although it asks for that: the cause, then the remedy."""
+    """Why nothing was evicted although the request asks for compression: the cause, then the remedy."""
 
     PROTECTED = (
         "kv_protect_first and kv_protect_last cover the whole prompt or document; lower them to evict some of it."
     )
     ROUNDED = "kv_keep_ratio rounds up to the whole prompt or document; lower it to evict some of it."
-    FIRST_TOKEN = "A prompt is compressed after the first token of its answer; raise max_tokens if that cut it off."
-    BUDGET = "kv_max_tokens and the server's interval were not reached together; lower it to evict sooner."
+    FIRST_TOKEN = "The prompt is compressed after the first token of the answer; raise max_tokens to get more tokens."
+    BUDGET = "The request stayed below kv_max_tokens plus the server's interval; lower kv_max_tokens to evict sooner."
     WHOLE_DOCUMENT = (
-        "kv_keep_ratio is 1, which keeps the document of kv_prefix_tokens whole; lower it to evict some of it."
+        "kv_keep_ratio is 1, which keeps the whole document of kv_prefix_tokens; lower it to evict some of it."
     )
     SESSION = "Streaming input is not compressed; give the whole prompt at once."
 
@@ -38,17 +38,17 @@ class RequestUsage(TypedDict):
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
-        kept_tokens: Rows that each head of a compressed layer holds: all tokens but the last one of the answer, which
-            was never computed on, less the evicted ones.
-        evicted_tokens: Tokens that each head has evicted, those of the answer included.
+        kept_tokens: Rows that each head of a compressed layer holds: all tokens except the last one of the answer,
+            which was never an input, minus the evicted tokens.
+        evicted_tokens: Tokens that each head has evicted, of the prompt and the answer.
         compactions: How often the request was compacted.
-        memory_ratio: Memory of the whole cache that the rows take, over what all tokens would take; full layers
-            count, layers with a sliding window do not.
-        found_tokens: Tokens of the prompt whose compressed rows an earlier request had left in the cache; their
-            compactions count above. Absent for a request without a document, if there are none.
-        max_tokens: The bound of the answer's length, if the request named none and the cache cannot hold the rest of
+        memory_ratio: Memory that the rows take, divided by what all tokens would take uncompressed. Full layers count,
+            layers with a sliding window do not.
+        found_tokens: Tokens of the prompt whose compacted rows were found in the cache, left by an earlier request.
+            `compactions` includes theirs. Absent if there are none and the request has no document.
+        max_tokens: The bound on the answer's length, if the request gave none and the cache cannot hold the rest of
             the context.
-        reason: Why nothing was evicted although the request asks for that.
+        reason: Why nothing was evicted although the request asks for compression; a value of `KeptWhole`.
     """
 
     prompt_tokens: int
@@ -62,9 +62,9 @@ class RequestUsage(TypedDict):
 
 
 def why_whole(num_prompt_tokens: int, params: CompressionParams) -> KeptWhole | None:
-    """Why a request that ends before its first compaction was kept whole; `None` if it asks for none.
+    """Why a request that ends before its first compaction was kept whole; `None` if it asks for no compression.
 
-    A prompt that is still to be compacted at its end has `FIRST_TOKEN`, which is right if the answer ends here.
+    `FIRST_TOKEN` if the prompt would be compacted before the second token of the answer.
     """
     end = params.prefix_tokens or num_prompt_tokens
     if params.keep_ratio < 1 and num_keep(end, params) < end:
@@ -78,7 +78,7 @@ def why_whole(num_prompt_tokens: int, params: CompressionParams) -> KeptWhole | 
 
 
 def memory_of_all(usages: Iterable[Mapping[str, Any]]) -> float:
-    """The memory ratio of several requests together, of one or more `RequestUsage`."""
+    """The memory ratio of one or more requests together, from their `RequestUsage`."""
     held = whole = 0.0
     for usage in usages:
         num_tokens = usage["kept_tokens"] + usage["evicted_tokens"]
@@ -88,12 +88,12 @@ def memory_of_all(usages: Iterable[Mapping[str, Any]]) -> float:
 
 
 def attach_usage(output: Any, usage: RequestUsage) -> None:
-    """Puts a request's usage on an `EngineCoreOutput`, beside what a KV connector has to say."""
+    """Puts a request's usage on an `EngineCoreOutput`, beside the entries of a KV connector."""
     output.kv_transfer_params = {**(output.kv_transfer_params or {}), USAGE_KEY: usage}
 
 
 def take_usage(output: Any) -> RequestUsage | None:
-    """Takes a request's usage off a `RequestOutput`, if it is there; vLLM would show the dict to clients."""
+    """Removes a request's usage from a `RequestOutput` and returns it, since vLLM would show the dict to clients."""
     others = dict(output.kv_transfer_params or {})
     usage: RequestUsage | None = others.pop(USAGE_KEY, None)
     if usage is not None:
