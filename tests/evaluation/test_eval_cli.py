@@ -216,7 +216,7 @@ def test_budgets_are_measured_beside_ratios(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "keep 0.5" in out
     assert out.index("budget 200+16") < out.index("budget 100+16")
-    assert "holds I rows more in the answer, or 2048 more in the prompt." in out
+    assert "before the end of the prompt when it holds B+2048." in out
 
 
 def test_the_learned_scorer_needs_a_profile(capsys):
