@@ -23,11 +23,6 @@ class Classes(NamedTuple):
     compressed: tuple[int, ...]
     full: tuple[int, ...]
 
-    @property
-    def are_mixed(self) -> bool:
-        """Whether there are heads of both classes, each of which needs its own cache."""
-        return bool(self.compressed and self.full)
-
 
 def heads_of_rank(num_heads: int, rank: int, degree: int) -> range:
     """The heads that a tensor-parallel rank holds: its share, or one head that several ranks replicate.

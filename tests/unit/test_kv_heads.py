@@ -22,7 +22,6 @@ def test_classes():
     settings = Settings((0,), {0: (1,), 1: (3, 0), 2: (0, 1, 2, 3)})
     classes = [classes_of(settings, layer, range(4)) for layer in range(4)]
     assert classes == [((), (0, 1, 2, 3)), ((1, 2), (0, 3)), ((), (0, 1, 2, 3)), ((0, 1, 2, 3), ())]
-    assert [each.are_mixed for each in classes] == [False, True, False, False]
     assert classes_of(settings, 1, range(2, 4)) == ((2,), (3,))
 
 
