@@ -1,11 +1,13 @@
 """A real vLLM engine in this process, with its inside open to tests."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
@@ -70,8 +72,14 @@ class Engine:
 
     @property
     def layers(self) -> dict[str, Any]:
-        """vLLM's attention layers by name."""
+        """vLLM's attention layers by name, and layers of experts."""
         return self.worker.vllm_config.compilation_config.static_forward_context
+
+    @property
+    def caches(self) -> list[torch.Tensor]:
+        """Tensors of rows and states."""
+        caches = (getattr(layer, "kv_cache", ()) for layer in self.layers.values())  # experts have none
+        return [each for cache in caches for each in (cache if isinstance(cache, (tuple, list)) else (cache,))]
 
     @property
     def has_ranks(self) -> bool:
@@ -81,13 +89,14 @@ class Engine:
     def shutdown(self) -> None:
         self.core.shutdown()
 
+    def spoil(self) -> None:
+        """Fills the empty cache with NaN, which states may leave in a block."""
+        for cache in self.caches:
+            cache.fill_(math.nan)
+
     def free_memory(self) -> None:
         """Takes away weights and cache, which references from elsewhere may keep for long; not of ranks."""
-        tensors = [*self.worker.model_runner.model.parameters()]
-        for layer in self.layers.values():
-            cache = getattr(layer, "kv_cache", ())  # experts have none
-            tensors += cache if isinstance(cache, (tuple, list)) else [cache]
-        for tensor in tensors:
+        for tensor in (*self.worker.model_runner.model.parameters(), *self.caches):
             tensor.untyped_storage().resize_(0)
 
     # --- whole requests

@@ -1,7 +1,6 @@
 """Models with recurrent layers, which keep a state and stay as they are; full-attention layers compress."""
 
 import json
-import math
 
 import pytest
 from engine import bare_rule, greedy, keep, tokens_of
@@ -14,13 +13,6 @@ from vllm_l2kv.profile import Profile
 from vllm_l2kv.tools.plan import cli
 
 
-def spoil(engine) -> None:
-    """Fills the empty cache with NaN, which states may leave in a block."""
-    for layer in engine.layers.values():
-        for cache in layer.kv_cache if isinstance(layer.kv_cache, (tuple, list)) else (layer.kv_cache,):
-            cache.fill_(math.nan)
-
-
 class TestShortConvolution:
     """LFM2: short convolutions in layers 0, 2, 4, attention in 1, 3, 5. The prefix cache holds states too."""
 
@@ -31,7 +23,7 @@ class TestShortConvolution:
     @pytest.fixture(scope="class")
     def engine(self, model, run):
         with run(model, (0, 1)) as engine:
-            spoil(engine)
+            engine.spoil()
             yield engine
 
     @pytest.fixture(scope="class")
@@ -133,7 +125,7 @@ def test_an_architecture(kind, named, full_layers, full_heads, tiny_model, run, 
     """Without a prefix cache, which vLLM's Mamba 2 for CPUs cannot have."""
     model = tiny_model(kind)
     with run(model, named, full_heads, enable_prefix_caching=False) as engine:
-        spoil(engine)
+        engine.spoil()
         check_exact(engine, HybridReference(model, full_heads=full_heads), full_layers)
 
 

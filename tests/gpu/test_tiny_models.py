@@ -4,7 +4,6 @@ Tiny models with random weights, of architectures that vLLM's CPU kernels suppor
 `test_engine`, by how much bf16 changes the reference.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -65,10 +64,7 @@ def engine(kind, model, start_small):
     rule = bare_rule(full_layers=KINDS[kind].named, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "kv_cache_memory_bytes": 1 << 28}
     engine = start_small(model, max_num_seqs=32, max_num_batched_tokens=2048, **sizes, **rule)
-    for layer in engine.layers.values():  # NaN, which a state may leave in a block
-        caches = layer.kv_cache if isinstance(layer.kv_cache, (tuple, list)) else (layer.kv_cache,)
-        for cache in caches:
-            cache.fill_(math.nan)
+    engine.spoil()
     yield engine
     engine.shutdown()
 
