@@ -1,1 +1,1 @@
-"""Scripts, and what they measured, behind every number of README.md and docs/. Run from the root of the repository."""
+"""Scripts, with their results, for every number in README.md and docs/. Run them from the root of the repository."""

@@ -118,13 +118,15 @@ class Page:
 
     def _address(self, folder: Path) -> str:
         """Returns the address of the page's socket, once the browser has printed its port."""
-        told, deadline = folder / "DevToolsActivePort", time.monotonic() + PATIENCE_SECONDS
-        while not (told.exists() and told.read_text().count("\n")):
+        port_file, deadline = folder / "DevToolsActivePort", time.monotonic() + PATIENCE_SECONDS
+        while not (port_file.exists() and port_file.read_text().count("\n")):
             log = (folder / "chromium.log").read_text()
             has_time = self._process.poll() is None and time.monotonic() < deadline
             assert has_time, f"Chromium did not start:\n{log}"
             time.sleep(0.1)
-        pages = httpx.get(f"http://127.0.0.1:{told.read_text().split()[0]}/json/list", timeout=PATIENCE_SECONDS).json()
+        pages = httpx.get(
+            f"http://127.0.0.1:{port_file.read_text().split()[0]}/json/list", timeout=PATIENCE_SECONDS
+        ).json()
         return next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
 
     def _note(self, event: str | None, params: dict[str, Any]) -> None:

@@ -56,12 +56,12 @@ WAYS = ("equal counts", "two calls", "one call")
 
 
 def attention_sections(rows: list[Row], loads: list[Row], heads: list[Row]) -> str:
-    """All of them.
+    """Returns all these sections.
 
     Args:
-        rows: Of `attention.py`, from both GPUs.
-        loads: Of `attention.py --loads`.
-        heads: Of `heads_attention.py`.
+        rows: Rows of `attention.py`, from both GPUs.
+        loads: Rows of `attention.py --loads`.
+        heads: Rows of `heads_attention.py`.
     """
     ratios = [row["ratio"] for row in rows if row["what"] in ("compressed", "full")]
     return SECTIONS.format(
@@ -79,12 +79,12 @@ def attention_sections(rows: list[Row], loads: list[Row], heads: list[Row]) -> s
 
 
 def gpu_of(row: Row) -> str:
-    """`H100` or `H200`."""
+    """Returns `H100` or `H200`."""
     return row["gpu"].removeprefix("NVIDIA ").split()[0]
 
 
 def layouts_table(rows: list[Row]) -> str:
-    """One line a GPU and shape: stock vLLM, and both classes of `pack`, which share a stride."""
+    """Returns a table with a line for each GPU and shape: stock vLLM, and both classes of `pack`, with one stride."""
     of_shape: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row["what"] != "scan":
@@ -100,7 +100,7 @@ def layouts_table(rows: list[Row]) -> str:
 
 
 def padding_table(rows: list[Row]) -> str:
-    """The 8B shape at strides a little above its own: one line a GPU."""
+    """Returns a table of the 8B shape at strides a little above its own, with a line for each GPU."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         is_padding = row["num_layers"] == 30 and row["block_size"] == 16 and row["layout"] == "BLHNC"
@@ -112,7 +112,7 @@ def padding_table(rows: list[Row]) -> str:
 
 
 def joined_table(rows: list[Row]) -> str:
-    """Unpadded places: one line a GPU and shape, both layouts by tokens a block."""
+    """Returns a table of unpadded blocks: a line for each GPU and shape, both layouts by tokens per block."""
     found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     num_layers = {"8b": 30, "8b-tp4": 30, "1b": 14, "70b-8-layers": 6, "135m": 28}
     for row in rows:
@@ -125,12 +125,12 @@ def joined_table(rows: list[Row]) -> str:
 
 
 def pair(on: dict[str, float]) -> str:
-    """Both layouts in one cell; empty where one was not measured."""
+    """Returns both layouts as one cell; empty if one was not measured."""
     return f"{on['BLHNC']}, {on['BLNHC']}" if len(on) == 2 else ""
 
 
 def loads_table(rows: list[Row]) -> str:
-    """One line a load, with blocks as in an engine just started and as in one that has been running."""
+    """Returns a table with a line for each load, with blocks in order and with blocks shuffled."""
     lines = []
     for load in dict.fromkeys(row["load"] for row in rows):
         us = {(row["fresh"], row["what"]): row["us_per_layer"] for row in rows if row["load"] == load}
@@ -143,7 +143,7 @@ def loads_table(rows: list[Row]) -> str:
 
 
 def heads_table(rows: list[Row]) -> str:
-    """One line a load: every token in every head, then each way by the share of tokens that most heads hold."""
+    """Returns a table with a line for each load: all tokens in all heads, then each way by the share of tokens held."""
     shares = list(dict.fromkeys(row["share"] for row in rows))
     found = {(row["load"], row["share"]): row for row in rows}
     columns = [(way, share) for share in shares for way in WAYS]
@@ -156,7 +156,7 @@ def heads_table(rows: list[Row]) -> str:
 
 
 def plot_attention(rows_of: dict[str, list[Row]]) -> None:
-    """Attention of the 8B shape by stride."""
+    """Draws the attention time of the 8B shape by stride."""
     labels: dict[str, Any] = {"xlabel": "stride between blocks, KiB", "ylabel": "time, of stock vLLM's"}
     with plot("attention", **labels, title="decode attention, one layer") as axes:
         for name, rows in rows_of.items():

@@ -116,7 +116,7 @@ def memory_table(rows: list[Row]) -> str:
 
 
 def offload_table(rows: list[Row]) -> str:
-    """One line an engine and ratio: the question found on the GPU and in CPU memory, and computed anew."""
+    """Returns a table with a line for each engine and ratio: the question found on the GPU, in CPU memory, computed."""
     lines = []
     for row in rows:
         anew = row["median_computed_ms"]

@@ -19,14 +19,14 @@ Rows: `h100_drafts.jsonl`, by
     python -m benchmarks.speed.drafts --model FOLDER_WITH_CONFIG_JSON --dummy --out h100_drafts.jsonl
 """
 DRAFTERS = {"": "none", "model": "model", "ngrams": "n-grams"}
-"""Endings of variants' names, and what the table calls them."""
+"""Endings of variants' names, and their names in the table."""
 
 
 def drafts_section(rows: list[Row]) -> str:
-    """All of it; empty before anything was measured.
+    """Returns the section; empty without rows.
 
     Args:
-        rows: Of `drafts.py`.
+        rows: Rows of `drafts.py`.
     """
     if not rows:
         return ""
@@ -38,7 +38,7 @@ def drafts_section(rows: list[Row]) -> str:
 
 
 def drafts_table(rows: list[Row]) -> str:
-    """One line a model, engine, drafter and keep ratio."""
+    """Returns a table with a line for each model, engine, drafter and keep ratio."""
     stock = {load_of(row): row["tokens_per_s"] for row in rows if row["variant"] == "stock"}
     lines: list[list[Any]] = []
     for row in rows:
@@ -53,5 +53,5 @@ def drafts_table(rows: list[Row]) -> str:
 
 
 def load_of(row: Row) -> tuple[str, str]:
-    """The model, and its requests x prompt tokens: rows of one load are compared."""
+    """Returns the model, and its requests x prompt tokens; rows of one load are compared."""
     return f"{row['model']}{', made-up weights' if row['dummy'] else ''}", row["load"]

@@ -13,7 +13,7 @@ from vllm_l2kv_server.body import PARSED
 from vllm_l2kv_server.body_bound import has_body, read_body, replay
 from vllm_l2kv_server.context import current
 from vllm_l2kv_server.refusal import path_of, refusal
-from vllm_l2kv_server.request_fields import look_into, read_compression
+from vllm_l2kv_server.request_fields import parse_if_needed, read_compression
 from vllm_l2kv_server.usage import UsageBox, UsageWriter
 
 RESPONSES_PATH = "/v1/responses"
@@ -41,7 +41,7 @@ class CompressionMiddleware:
             receive = replay(messages, receive)
             body = b"".join(message.get("body", b"") for message in messages)
             try:
-                value = look_into(body)
+                value = parse_if_needed(body)
                 compression = read_compression(value, path, getattr(state, "kv_settings", None) or Settings())
             except VLLMValidationError as error:
                 await refusal(error, scope)(scope, receive, send)

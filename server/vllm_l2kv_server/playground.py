@@ -55,7 +55,7 @@ def add_playground(app: FastAPI) -> None:
     for path in sorted(STATIC.iterdir()):
         if path != INDEX:
             app.add_route(f"{PATH}/{path.name}", _serve(path), include_in_schema=False)
-    app.add_route(f"{PATH}/", _leave_slash, include_in_schema=False)
+    app.add_route(f"{PATH}/", _redirect_slash, include_in_schema=False)
 
 
 def _serve(path: Path) -> Callable[[Request], Awaitable[Response]]:
@@ -67,6 +67,6 @@ def _serve(path: Path) -> Callable[[Request], Awaitable[Response]]:
     return send
 
 
-async def _leave_slash(request: Request) -> Response:
+async def _redirect_slash(request: Request) -> Response:
     """Redirects to a relative address; Starlette's absolute one is wrong behind a proxy that strips a prefix."""
     return RedirectResponse(f"..{PATH}", headers=HEADERS)

@@ -56,7 +56,7 @@ MENTIONS_A_FIELD = re.compile(rb'"(\s*kv|use_beam_search")', re.IGNORECASE)
 ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 
 
-def look_into(body: bytes) -> Any:
+def parse_if_needed(body: bytes) -> Any:
     """Parses a body if its bytes show that it may hold a field or end the server.
 
     Args:
@@ -82,7 +82,7 @@ def read_compression(body: Any, path: str, settings: Settings) -> Compression | 
     """Returns what a request asks of the KV cache.
 
     Args:
-        body: The JSON value from `look_into`.
+        body: The JSON value from `parse_if_needed`.
         path: The endpoint's path, from `path_of`.
         settings: The engine's.
 

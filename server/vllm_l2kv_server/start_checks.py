@@ -128,12 +128,12 @@ def check_address(host: str | None, port: int, uds: str | None) -> None:
         try:
             listener.bind(uds or (host, port))
         except OSError as error:
-            raise StartError(_why_not(error, host, port, uds)) from None
+            raise StartError(_address_error(error, host, port, uds)) from None
         if uds:
             os.unlink(uds)
 
 
-def _why_not(error: OSError, host: str, port: int, uds: str | None) -> str:
+def _address_error(error: OSError, host: str, port: int, uds: str | None) -> str:
     if uds:
         hint = "remove it if no server uses it" if error.errno == errno.EADDRINUSE else "name another path"
         return f"argument --uds: cannot listen on {uds} ({error.strerror}); {hint}."

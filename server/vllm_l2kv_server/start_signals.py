@@ -11,7 +11,7 @@ VLLM_HANDLER = "_interrupt_init"
 It raises `KeyboardInterrupt`, which vLLM's `zmq_socket_ctx` swallows while vLLM waits for its engine. vLLM installs it
 over the handler of this module and calls no code of vllm-l2kv until the engine is ready, so a timer restores that one.
 """
-LOOK_SECONDS = 0.5
+CHECK_SECONDS = 0.5
 
 
 class Stopped(SystemExit):
@@ -33,8 +33,8 @@ class Stopped(SystemExit):
 def signals_that_stop() -> Iterator[None]:
     """Raises `Stopped` in the main thread at a signal, until vLLM's HTTP server installs its own handlers."""
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _take_back)
-    signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS, LOOK_SECONDS)
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _restore_handler)
+    signal.setitimer(signal.ITIMER_REAL, CHECK_SECONDS, CHECK_SECONDS)
     try:
         yield
     finally:
@@ -47,7 +47,7 @@ def _stop(number: int, _frame: object) -> NoReturn:
     raise Stopped(number)
 
 
-def _take_back(*_: object) -> None:
+def _restore_handler(*_: object) -> None:
     """Replaces vLLM's handler of SIGTERM, once; a signal handler too, since only the main thread may set handlers."""
     if (handler := signal.getsignal(signal.SIGTERM)) is _stop:
         return

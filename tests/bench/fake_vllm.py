@@ -1,6 +1,7 @@
 """The part of vLLM's HTTP API that load tests use."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +44,11 @@ process_resident_memory_bytes 1.048576e+06
 class Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+
+    def handle_error(self, *args: Any) -> None:
+        """Prints an error, but not that of a client which has disconnected: another test may be reading the output."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*args)
 
 
 class Fake:
@@ -105,9 +111,9 @@ class Fake:
     def usage(self, body: dict[str, Any]) -> dict[str, Any]:
         prompt = len(body["prompt"])
         kept = min(round(body.get("kv_keep_ratio", 1) * prompt), body.get("kv_max_tokens", prompt))
-        told = {"kv_cache": usage(prompt, body["max_tokens"], prompt - kept)}
+        reported = {"kv_cache": usage(prompt, body["max_tokens"], prompt - kept)}
         counts = {"prompt_tokens": prompt, "completion_tokens": body["max_tokens"]}
-        return counts | (told if self.compresses and "kv_keep_ratio" in body else {})
+        return counts | (reported if self.compresses and "kv_keep_ratio" in body else {})
 
     def metrics_text(self) -> str:
         with self._lock:
@@ -180,7 +186,7 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
                 return
             elif broken == "short":
                 usage["completion_tokens"] = 1
-            elif broken == "not told":
+            elif broken == "not reported":
                 usage.pop("kv_cache")
             self.event({"choices": [], "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")

@@ -59,7 +59,7 @@ class TestAnswers:
             ("error event", "500 The engine is dead."),
             ("no usage", "the answer has no usage"),
             ("short", "the answer has 1 tokens instead of 4"),
-            ("not told", "the usage has no kv_cache"),
+            ("not reported", "the usage has no kv_cache"),
         ],
     )
     def test_failures_are_named(self, start, broken, error):

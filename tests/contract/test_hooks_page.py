@@ -110,7 +110,7 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
             yield from ((alias.name.split(".")[-1], node) for alias in node.names if alias.name.startswith("vllm."))
 
 
-def stands_before(node: ast.AST) -> bool:
+def is_wrapper(node: ast.AST) -> bool:
     """Whether a class passes unknown attributes on to another object."""
     return isinstance(node, ast.ClassDef) and "__getattr__" in {getattr(child, "name", None) for child in node.body}
 
@@ -234,7 +234,7 @@ def test_every_override_has_a_row():
 
 def test_every_wrapper_object_has_a_row():
     """The section of replaced objects has a row for each, and some row has each method that it answers."""
-    ours = [(path, node) for path, tree in trees().items() for node in ast.walk(tree) if stands_before(node)]
+    ours = [(path, node) for path, tree in trees().items() for node in ast.walk(tree) if is_wrapper(node)]
     listed = {name for row in rows() if row.section == REPLACED for name in row.names}
     assert len(ours) >= 3
     assert {node.name for _, node in ours} <= listed, f"add rows to {REPLACED!r}"

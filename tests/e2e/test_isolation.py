@@ -182,7 +182,7 @@ def test_every_row_belongs_to_its_request(engine, reference, prompts):
     ordinary = [
         output for output in answers.values() if output.kv_transfer_params["kv_cache"].get("found_tokens", 0) == 0
     ]
-    assert any(output.num_cached_tokens for output in ordinary), "some begin alike"
+    assert any(output.num_cached_tokens for output in ordinary), "some share a beginning"
     for number, output in answers.items():
         answer = list(output.outputs[0].token_ids)
         check_answer(reference, prompts[number], answer, rules[number])

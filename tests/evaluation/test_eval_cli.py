@@ -178,16 +178,16 @@ def test_rows_are_added_and_reported(capsys, tmp_path, task, words):
     command = [task, "model", "--lengths", "400", "--samples", "2", "--ratios", "0.5", "--out", str(tmp_path), *words]
     cli.evaluate(command)
     report = (tmp_path / "report.html").read_text()
-    told = capsys.readouterr()
-    *_, last = told.out.splitlines()
+    captured = capsys.readouterr()
+    *_, last = captured.out.splitlines()
     assert last == str(tmp_path / "report.html")
-    assert f"{task}: model, full layers 0, 1\n2 prompts of 400 tokens, " in told.out
-    assert ", seed 0" in told.out
-    assert "Protected tokens: 4 first and 64 last." in told.out
-    assert "without compression: " in told.out
+    assert f"{task}: model, full layers 0, 1\n2 prompts of 400 tokens, " in captured.out
+    assert ", seed 0" in captured.out
+    assert "Protected tokens: 4 first and 64 last." in captured.out
+    assert "without compression: " in captured.out
     for variant in ("l2 +4/64", "random +4/64", "l2_high +4/64", "first_last +4/64"):
-        assert f"\n{variant} " in told.out
-    assert told.err == f"Log: {tmp_path / 'vllm.log'} (--verbose prints it here instead)\n"
+        assert f"\n{variant} " in captured.out
+    assert captured.err == f"Log: {tmp_path / 'vllm.log'} (--verbose prints it here instead)\n"
     cli.evaluate(command)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     # Two samples, each without compression, by l2 and by three controls.
@@ -346,9 +346,9 @@ def talking(monkeypatch, tokenizer):
 def test_an_engine_that_ends_shows_the_end_of_its_log(capfd, tmp_path):
     with pytest.raises(RuntimeError, match="See root cause above"):
         cli.evaluate([*COMMAND, "--out", str(tmp_path)])
-    told = capfd.readouterr()
-    assert "ERROR" not in told.out
-    assert told.err.endswith(f"The last lines of {tmp_path / 'vllm.log'}:\n  INFO much\n  ERROR the root cause\n")
+    captured = capfd.readouterr()
+    assert "ERROR" not in captured.out
+    assert captured.err.endswith(f"The last lines of {tmp_path / 'vllm.log'}:\n  INFO much\n  ERROR the root cause\n")
     assert (tmp_path / "vllm.log").read_text() == "INFO much\nERROR the root cause\n"
 
 
@@ -365,9 +365,9 @@ def test_an_interrupt_reports_what_was_measured(capsys, tmp_path, talking, monke
     with pytest.raises(SystemExit) as ended:
         cli.evaluate([*COMMAND, "--out", str(tmp_path)])
     assert ended.value.code == 130
-    told = capsys.readouterr()
-    assert "Interrupted; the report covers the rows that were finished." in told.err
-    assert told.out.splitlines()[-1] == str(tmp_path / "report.html")
+    captured = capsys.readouterr()
+    assert "Interrupted; the report covers the rows that were finished." in captured.err
+    assert captured.out.splitlines()[-1] == str(tmp_path / "report.html")
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 7
 
 

@@ -195,12 +195,12 @@ class TestReport:
 
     def test_conditions_are_named(self, tmp_path):
         rows = made_up("perplexity", text="moby_dick", seed=7, continued=64)
-        told = conditions(aggregates(rows))
-        assert told == (
+        text = conditions(aggregates(rows))
+        assert text == (
             "8 prompts of 100 and 200 tokens, text moby_dick, seed 7, continued 64 tokens. "
             "Protected tokens: 0 first and 0 last; 4 first and 64 last."
         )
-        assert told in write_report(rows, tmp_path).read_text()
+        assert text in write_report(rows, tmp_path).read_text()
         assert "tiny, full layers 0, 1" in summary(rows)
 
     def test_rows_of_older_runs_lack_some_conditions(self):

@@ -183,4 +183,4 @@ def test_a_placeholder_is_explained(block, text):
     before, after = text[: block.start()].rstrip().split("\n\n")[-1], text[block.end() :].lstrip().split("\n\n")[0]
     shown = " ".join([before, after, *re.findall(r"(?m)(?:^|\s)#.*$", commands)])
     for word in set(PLACEHOLDER.findall(without_comments)):
-        assert re.search(rf"\b{word}\b", shown), f"say what {word} stands for"
+        assert re.search(rf"\b{word}\b", shown), f"explain {word}"

@@ -258,10 +258,12 @@ def test_numbers_do_not_depend_on_steps_in_flight(make_harness):
         harness = make_harness(100, prompt_interval=8, answer_interval=3, **steps)
         run(harness, COMPRESSED)
         orders = Counter(order.req_id for step in harness.steps for order in orders_of(step))
-        assert {req_id: told["compactions"] for req_id, told in harness.usage.items() if told["compactions"]} == orders
+        assert {
+            req_id: reported["compactions"] for req_id, reported in harness.usage.items() if reported["compactions"]
+        } == orders
         usage[name] = harness.usage
     assert len(usage["one by one"]) == len(COMPRESSED)
-    assert all(told == usage["one by one"] for told in usage.values())
+    assert all(reported == usage["one by one"] for reported in usage.values())
 
 
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())

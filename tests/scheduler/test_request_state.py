@@ -57,10 +57,10 @@ def test_a_compaction_counts_once_a_token_follows_it(life, length):
     num_computed = life["n"] + length - 1  # the last token of an answer is not computed
     past = [c for c in state.points.until(200) if c.position < num_computed] if state.points else []
     evicted = sum(compaction.num_rows - compaction.num_keep for compaction in past)
-    told = after(state, length)
-    reason = {"reason": told["reason"]} if "reason" in told else {}
-    assert told == usage(life["n"], length, evicted, len(past), **reason)
-    assert ("reason" in told) == (not past and state.reason is not None)
+    reported = after(state, length)
+    reason = {"reason": reported["reason"]} if "reason" in reported else {}
+    assert reported == usage(life["n"], length, evicted, len(past), **reason)
+    assert ("reason" in reported) == (not past and state.reason is not None)
 
 
 def test_an_answer_under_a_budget():

@@ -126,10 +126,10 @@ def test_an_order_is_withdrawn_when_its_request_is_preempted_by_the_same_step(ma
         for _ in range(6):
             compacted_before = set(harness.compressed.num_evicted)
             output = harness.step()
-            told = {order.req_id for order in orders_of(output)}
-            assert told == set(harness.compressed.num_evicted) - compacted_before
+            reported = {order.req_id for order in orders_of(output)}
+            assert reported == set(harness.compressed.num_evicted) - compacted_before
             if output.preempted_req_ids and "new" in harness.scheduler.requests:
-                assert "new" not in told
+                assert "new" not in reported
                 withdrawn = True
         harness.run()
         check_whole(harness, 12)
@@ -366,7 +366,7 @@ def test_all_ways_to_lose_the_blocks_use_one_method(make_harness, depth, way, mo
         harness.step()
     harness.step()
     assert lost.count("r") == 1
-    told = [{*step.finished_req_ids, *(step.preempted_req_ids or ())} for step in harness.steps[begin:]]
-    assert sum("r" in gone for gone in told) == 1
+    reported = [{*step.finished_req_ids, *(step.preempted_req_ids or ())} for step in harness.steps[begin:]]
+    assert sum("r" in gone for gone in reported) == 1
     harness.run()
     check_whole(harness, 24 if way == "no blocks" else 60)

@@ -58,24 +58,24 @@ def check_whole(harness) -> None:
 def test_a_session_without_fields_equals_stock_vllm(harness, keep_ratio, extra_args, reason, ahead):
     """Its numbers cover the tokens computed for an answer: the chunks so far and the answers between them."""
     defaults(harness, keep_ratio)
-    told = []
+    reported = []
     for length in (50, 7, 40):
         say(harness, [1] * length, extra_args)
         if not ahead:
             steps(harness)
-            told.append(harness.usage.get("session"))
+            reported.append(harness.usage.get("session"))
     end(harness, extra_args)
     harness.run()
     assert not [order for output in harness.steps for order in orders_of(output)]
     assert harness.outputs["session"] == [7] * 3 * MAX_TOKENS
-    told.append(harness.usage.get("session"))
+    reported.append(harness.usage.get("session"))
     kept = MAX_TOKENS - 1  # the last token of an answer is not computed, and not part of the next prompt
     lengths = [50, 50 + kept + 7, 50 + kept + 7 + kept + 40]
     why = {} if reason is None else {"reason": reason}
     numbers = None if keep_ratio == 1 and extra_args is None else [usage(n, MAX_TOKENS, **why) for n in lengths]
-    assert told[-1] == (numbers and numbers[-1])
+    assert reported[-1] == (numbers and numbers[-1])
     if not ahead:
-        assert told[:3] == (numbers or [None] * 3)
+        assert reported[:3] == (numbers or [None] * 3)
     check_whole(harness)
 
 

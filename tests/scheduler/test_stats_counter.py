@@ -10,19 +10,19 @@ from vllm_l2kv.messages.stats import take_stats
 
 
 @pytest.fixture
-def telling(make_harness, monkeypatch):
-    """A harness whose scheduler reports statistics; all are in its list `told`."""
+def reporting(make_harness, monkeypatch):
+    """A harness whose scheduler reports statistics; all are in its list `reported`."""
 
     set_plugins(monkeypatch, ["l2kv"])  # as the server does
 
     def make(num_blocks: int, **arguments):
         harness = make_harness(num_blocks, log_stats=True, **arguments)
-        harness.told = []
+        harness.reported = []
         update = harness.scheduler.update_from_output
 
         def listen(*args):
             outputs = update(*args)
-            harness.told += [
+            harness.reported += [
                 take_stats(client.scheduler_stats) for client in outputs.values() if client.scheduler_stats
             ]
             return outputs
@@ -39,12 +39,12 @@ def set_plugins(monkeypatch, plugins: list[str] | None) -> None:
 
 
 def total(harness, name: str):
-    values = [getattr(stats, name) for stats in harness.told]
+    values = [getattr(stats, name) for stats in harness.reported]
     return list(chain(*values)) if isinstance(values[0], list) else sum(values)
 
 
-def test_numbers_are_those_of_the_orders(telling):
-    harness = telling(400)
+def test_numbers_are_those_of_the_orders(reporting):
+    harness = reporting(400)
     harness.add("half", 100, ratio=0.5)
     harness.add("tenth", 200, ratio=0.1)
     harness.add("whole", 300)
@@ -58,9 +58,9 @@ def test_numbers_are_those_of_the_orders(telling):
     assert total(harness, "num_preempted") == 0
 
 
-def test_compactions_by_kind(telling):
+def test_compactions_by_kind(reporting):
     """Each compaction has its kept and evicted rows; a request counts once."""
-    harness = telling(400, prompt_interval=60, answer_interval=30)
+    harness = reporting(400, prompt_interval=60, answer_interval=30)
     harness.submit("prompt", [1] * 200, {"kv_max_tokens": 40}, 8)  # at 100 and 160, and at its end with 80 rows
     harness.submit("answer", [2] * 30, {"kv_max_tokens": 40}, 60)  # at 70
     harness.submit("both", [3] * 90, {"kv_max_tokens": 40, "kv_keep_ratio": 0.25}, 60)  # at 90, and with 70 rows at 137
@@ -71,24 +71,24 @@ def test_compactions_by_kind(telling):
     assert total(harness, "num_compressed") == 3
 
 
-def test_tokens_now(telling):
-    harness = telling(400)
+def test_tokens_now(reporting):
+    harness = reporting(400)
     harness.add("half", 100, max_tokens=8, ratio=0.5)
     harness.add("whole", 60, max_tokens=30)
     harness.run()
     # Seven of eight tokens are computed; both requests run when the first is compacted.
-    compacted = [stats for stats in harness.told if stats.logical_tokens - stats.physical_tokens == 50]
+    compacted = [stats for stats in harness.reported if stats.logical_tokens - stats.physical_tokens == 50]
     assert len(compacted) >= 5
     for stats in compacted:
         held = stats.logical_tokens + 4 * stats.physical_tokens  # one of five layers is full
         assert stats.memory_ratio == held / (5 * stats.logical_tokens)
-    assert max(stats.logical_tokens for stats in harness.told) > 160
-    assert harness.told[-1].logical_tokens == harness.told[-1].physical_tokens == 0
-    assert harness.told[-1].memory_ratio == 1
+    assert max(stats.logical_tokens for stats in harness.reported) > 160
+    assert harness.reported[-1].logical_tokens == harness.reported[-1].physical_tokens == 0
+    assert harness.reported[-1].memory_ratio == 1
 
 
-def test_blocks_that_others_hold_are_not_freed(telling):
-    harness = telling(400)
+def test_blocks_that_others_hold_are_not_freed(reporting):
+    harness = reporting(400)
     for req_id, ratio in (("first", 1.0), ("second", 0.5)):
         harness.submit(req_id, list(range(160)), {"kv_keep_ratio": ratio}, 20)
     harness.run()
@@ -96,8 +96,8 @@ def test_blocks_that_others_hold_are_not_freed(telling):
     assert total(harness, "num_freed_blocks") < len(order.moves[0].source)
 
 
-def test_a_request_that_is_preempted_counts_once(telling):
-    harness = telling(36, full_layers=(0,))
+def test_a_request_that_is_preempted_counts_once(reporting):
+    harness = reporting(36, full_layers=(0,))
     for i in range(4):
         harness.submit(f"{i}", list(range(1000 * i, 1000 * i + 120)), {"kv_keep_ratio": 0.5}, 120)
     harness.run()
@@ -108,9 +108,9 @@ def test_a_request_that_is_preempted_counts_once(telling):
     assert len(total(harness, "compactions")) == len(orders) > 4  # the work is repeated
 
 
-def test_a_preemption_for_a_compaction_counts(telling):
+def test_a_preemption_for_a_compaction_counts(reporting):
     """Two requests share blocks that neither may write, and no block is free for a copy."""
-    harness = telling(40, full_layers=(), max_num_batched_tokens=256)
+    harness = reporting(40, full_layers=(), max_num_batched_tokens=256)
     shared = [1] * 160
     harness.submit("first", shared, {}, 30)
     for _ in range(3):

@@ -47,7 +47,7 @@ class RunnerV2Model(WorkerModel):
         if group in self._compressed:
             num_rows -= self._states[req_id].num_evicted
         assert seen.tables[group][i, : len(table)].tolist() == table, f"{req_id}: table of group {group}"
-        assert not seen.tables[group][i, len(table) :].any(), f"{req_id}: blocks behind its table"
+        assert not seen.tables[group][i, len(table) :].any(), f"{req_id}: blocks after its table"
         found = [self._where(req_id, group, slot) for slot in range(num_rows - num_tokens, num_rows)]
         slots = [block * size + offset for block, offset in found]
         assert seen.slots[req_id][group].tolist() == slots, f"{req_id}: slots of group {group}"

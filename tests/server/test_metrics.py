@@ -74,8 +74,8 @@ def test_the_fake_server_of_load_tests_has_real_metrics():
 def test_stats_of_engines_add_up_and_gauges_follow():
     metrics = EngineMetrics(CONFIG, [0, 1])
     ratio, budget = CompactionEvent("ratio", 50, 30), CompactionEvent("answer_budget", 25, 75)
-    told = {"compactions": [ratio, budget], "num_compressed": 2, "num_freed_blocks": 8, "num_taken_blocks": 5}
-    metrics.record(scheduler_stats(**told, seconds=[0.5], logical_tokens=210, physical_tokens=84), None)
+    reported = {"compactions": [ratio, budget], "num_compressed": 2, "num_freed_blocks": 8, "num_taken_blocks": 5}
+    metrics.record(scheduler_stats(**reported, seconds=[0.5], logical_tokens=210, physical_tokens=84), None)
     metrics.record(scheduler_stats(compactions=[budget], num_preempted=1, num_found_tokens=700), None)
     metrics.record(scheduler_stats(num_published=2, num_found_tokens=300), None)
     metrics.record(scheduler_stats(compactions=[ratio], num_compressed=1), None, engine_idx=1)

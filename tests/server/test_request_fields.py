@@ -6,7 +6,7 @@ import math
 import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm_l2kv_server.context import ChatDocument
-from vllm_l2kv_server.request_fields import CHAT_PATHS, GENERATING_PATHS, look_into, read_compression, read_fields
+from vllm_l2kv_server.request_fields import CHAT_PATHS, GENERATING_PATHS, parse_if_needed, read_compression, read_fields
 
 from vllm_l2kv.params import EVALUATION_SCORERS, FIELD_NAMES, CompressionParams
 from vllm_l2kv.settings import Settings
@@ -38,7 +38,7 @@ NEAR_SPELLINGS = {
 def fields(body, path: str = CHAT, by_default: bool = False) -> dict | None:
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     settings = Settings(defaults=CompressionParams(keep_ratio=0.5 if by_default else 1))
-    compression = read_compression(look_into(body), path, settings)
+    compression = read_compression(parse_if_needed(body), path, settings)
     return None if compression is None else compression.fields
 
 
@@ -189,7 +189,7 @@ class TestDocumentOfAChat:
     """It is not a field of the engine, which has only `kv_prefix_tokens`."""
 
     def document(self, path: str, body: dict) -> ChatDocument | None:
-        compression = read_compression(look_into(json.dumps(body).encode()), path, Settings())
+        compression = read_compression(parse_if_needed(json.dumps(body).encode()), path, Settings())
         assert compression.fields == {}
         return compression.document
 

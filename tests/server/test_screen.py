@@ -94,7 +94,7 @@ def test_requests_that_work_or_fail(tmp_path):
         "POST /v1/chat/completions 200",
         "GET /v1/models 401",
     ]
-    assert not any("/v1" in line for line in shown(tmp_path, REQUESTS)), "before it is ready, nobody asks"
+    assert not any("/v1" in line for line in shown(tmp_path, REQUESTS)), "there are no requests before it is ready"
 
 
 def test_a_failure_shows_the_first_error(tmp_path):

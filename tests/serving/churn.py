@@ -209,7 +209,7 @@ async def _read(response: httpx.Response, answer: Answer) -> None:
         answer.is_complete = True
         return
     async for data in _stream(response):
-        assert not answer.is_complete, "a stream goes on after its end"
+        assert not answer.is_complete, "a stream continues after its end"
         if data == "[DONE]":
             answer.is_complete = True
         else:

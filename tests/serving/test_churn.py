@@ -100,7 +100,7 @@ def test_every_client_that_stays_has_one_answer(server, ask, num_requests, name)
         assert found[False] > 1
     if PHASES[name].cut_off:
         assert any(not answer.is_complete for answer in answers)
-        assert any(answer.events and not answer.is_complete for answer in answers), "somebody leaves in mid-stream"
+        assert any(answer.events and not answer.is_complete for answer in answers), "some client leaves early"
     churn.wait_until_idle(server)
     # An answer depends on its request alone, not on preemptions of itself or others.
     churn.check_again(server.url, [answer for answer in answers if answer.is_complete][:NUM_AGAIN])
