@@ -145,7 +145,7 @@ LIFE = [
     (0, 1, "kv_keep_ratio 0.5"),
     (1, 1, "check the fields, or answer 400"),
     (1, 2, "prompt, fields"),
-    (2, 2, "compute compaction points;\nlook for compressed beginnings"),
+    (2, 2, "compute compaction points;\nlook for compacted prefixes"),
     (2, 3, "chunks of the prompt, none across a point"),
     (3, 0, "first token, computed on the whole cache"),
     (2, 2, "free blocks beyond 500 rows;\nwaiting requests start"),
