@@ -166,7 +166,7 @@ def test_superseded_blocks_are_not_stored(make):
     assert not any(harness.pool.blocks[block_id].block_hash for block_id in superseded)
 
 
-def test_a_longer_beginning_in_cpu_memory_is_preferred(make):
+def test_a_longer_prefix_in_cpu_memory_is_preferred(make):
     harness = make(prompt_interval=32, answer_interval=16)
     budget = {"kv_max_tokens": 64, "kv_protect_first": 0, "kv_protect_last": 0}
     harness.submit("long", list(range(200)), budget, 4)  # compacted at 96, 128, 160, 192

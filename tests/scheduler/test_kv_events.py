@@ -17,7 +17,7 @@ class Consumer:
         self.stored: Counter[tuple[int, object]] = Counter()
         self.prefixes: dict[object, tuple[int, ...]] = {None: ()}
         self.num_events: Counter[str] = Counter()
-        self.compressed: set[object] = set()  # hashes of blocks of compressed beginnings
+        self.compressed: set[object] = set()  # hashes of blocks of compacted prefixes
         harness.scheduler.kv_event_publisher.publish = self.take
 
     def take(self, batch) -> None:

@@ -56,7 +56,7 @@ def is_running(harness, req_id: str) -> bool:
 
 
 def copy_of(harness, state):
-    """Returns the findable blocks of a request's longest compacted beginning, by group; `None` if there are none."""
+    """Returns the findable blocks of a request's longest compacted prefix, by group; `None` if there are none."""
     state.prefixes.missed_at = -1
     hit = harness.scheduler._shared.find(state.prefixes)
     return None if hit is None else hit[1]
