@@ -144,6 +144,16 @@ def mixed(names: Collection[str]) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlidingLayerSpec(SlidingWindowSpec):
+    """A layer that attends to a window of the last tokens and holds no more of them; it never compacts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedLayerSpec(ChunkedLocalAttentionSpec):
+    """A layer that attends to the chunk that a token lies in and holds no more; it never compacts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecurrentLayerSpec(MambaSpec):
     """A layer that keeps a state in place of rows (Mamba, gated delta net, short convolution); it never compacts."""
 
@@ -170,9 +180,9 @@ def classify_ranks(
 ) -> list[dict[str, KVCacheSpec]]:
     """Turns a model's full-attention specs into compressed and full ones.
 
-    Layers that attend to a window or a chunk stay as they are: they hold no more already. Recurrent layers hold a
-    state, without rows. Layers of a draft model are full, whatever their numbers: what drafts finds its slots and
-    lengths without us, by positions.
+    Layers that attend to a window or a chunk hold no more already. Recurrent layers hold a state, without rows. All of
+    these get a class of their own and stay as they are. Layers of a draft model are full, whatever their numbers: what
+    drafts finds its slots and lengths without us, by positions.
 
     Args:
         ranks: Of each pipeline rank, layer names to the specs that vLLM found, of any tensor-parallel rank.
@@ -279,6 +289,10 @@ def _classified(name: str, spec: KVCacheSpec, settings: Settings, heads: range) 
         if layer in settings.full_heads:
             raise ValueError(f"full_heads names layer {layer}, which has no KV heads; change --kv-full-heads.")
         return {name: replace_as(spec, RecurrentLayerSpec)}
+    if isinstance(spec, SlidingWindowSpec):
+        return {name: replace_as(spec, SlidingLayerSpec)}
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return {name: replace_as(spec, ChunkedLayerSpec)}
     if not isinstance(spec, FullAttentionSpec):
         return {name: spec}
     if spec.num_kv_heads != len(heads):

@@ -31,13 +31,27 @@ def register() -> None:
         return
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, FullLayerSpec, RecurrentLayerSpec
-    from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, FullLayerManager, RecurrentLayerManager
+    from vllm_l2kv.kv_cache_spec import (
+        ChunkedLayerSpec,
+        CompressedLayerSpec,
+        FullLayerSpec,
+        RecurrentLayerSpec,
+        SlidingLayerSpec,
+    )
+    from vllm_l2kv.scheduler.cache_manager import (
+        ChunkedLayerManager,
+        CompressedLayerManager,
+        FullLayerManager,
+        RecurrentLayerManager,
+        SlidingLayerManager,
+    )
 
     # vLLM registers its built-in specs only while nothing else is registered, so they come first.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CompressedLayerSpec, CompressedLayerManager)
     KVCacheSpecRegistry.register(FullLayerSpec, FullLayerManager)
+    KVCacheSpecRegistry.register(SlidingLayerSpec, SlidingLayerManager)
+    KVCacheSpecRegistry.register(ChunkedLayerSpec, ChunkedLayerManager)
     KVCacheSpecRegistry.register(RecurrentLayerSpec, RecurrentLayerManager)
 
 

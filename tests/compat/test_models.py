@@ -1,9 +1,35 @@
 """Architectures with different keys, heads and layers. Greedy token ids equal those of the reference."""
 
 import pytest
-from engine import keep
+from engine import keep, tokens_of
 from reference import Reference, check_numbers
+from rules import INTERVALS
 from tiny import SLIDING_WINDOW, ChunkedReference, HybridReference
+
+
+@pytest.fixture(scope="session")
+def check_shared(text_ids):
+    """Who asks about a document after another one begins with its rows, and answers as if it were alone."""
+
+    def check(engine, reference, full_layers) -> None:
+        """Documents that end inside a block, at the end of one, and before the first window does."""
+        for num_document, num_question in ((200, 40), (192, 90), (40, 70)):
+            document, rule = text_ids[:num_document], {"ratio": "0.3", "document": num_document}
+            for expected, begin in ((0, 300), (num_document, 400), (num_document, 500)):
+                prompt = document + text_ids[begin : begin + num_question]
+                (output,) = engine.generate([prompt], [keep(**rule)])
+                assert tokens_of(output) == reference.generate(prompt, 12, full_layers=full_layers, **rule)
+                assert check_numbers(output, **rule)["found_tokens"] == expected
+            assert tokens_of(output) != reference.generate(prompt, 12, full_layers=full_layers)
+        # The next turn of a conversation begins at the last compaction in the earlier prompt.
+        prompt, rule = text_ids[700:1100], {"ratio": "1", "budget": 60, "intervals": INTERVALS}
+        for expected in (0, 360):
+            (output,) = engine.generate([prompt], [keep(ratio="1", budget=60)])
+            assert tokens_of(output) == reference.generate(prompt, 12, full_layers=full_layers, **rule)
+            assert check_numbers(output, **rule).get("found_tokens", 0) == expected
+            prompt = [*prompt, *tokens_of(output), *text_ids[600:640]]
+
+    return check
 
 
 @pytest.mark.parametrize(
@@ -84,18 +110,11 @@ class TestSlidingWindow:
                 engine.check_whole()
         assert held[0] == held[1]
 
-    def test_documents_are_compressed_and_not_shared(self, tiny_model, run, text_ids):
-        """A request that continues a document needs the window at its end, which is not kept."""
-        model = tiny_model("gemma3", num_blocks=2)
-        document, rule = text_ids[:200], {"ratio": "0.3", "document": 200}
-        reference = HybridReference(model)
+    def test_documents_are_shared(self, tiny_model, run, check_shared):
+        """Layers 2 and 5 and 8 attend to everything. The first is full, in blocks of 64 tokens."""
+        model = tiny_model("gemma3", num_blocks=3)
         with run(model, (2,)) as engine:
-            for begin in (300, 340):
-                prompt = document + text_ids[begin : begin + 40]
-                (output,) = engine.generate([prompt], [keep(**rule)])
-                assert list(output.outputs[0].token_ids) == reference.generate(prompt, 12, full_layers=(2,), **rule)
-                assert list(output.outputs[0].token_ids) != reference.generate(prompt, 12, full_layers=(2,))
-                assert check_numbers(output, **rule)["found_tokens"] == 0
+            check_shared(engine, HybridReference(model), (2,))
 
     def test_nothing_left_to_compress_is_refused(self, tiny_model, run):
         model = tiny_model("gemma3", num_blocks=2)
@@ -119,10 +138,12 @@ class TestSlidingWindow:
         pytest.param("llama4", ChunkedReference, id="chunked local attention (Llama 4)"),
     ],
 )
-def test_full_attention_layers_compress_beside_others(kind, make_reference, tiny_model, run, check_exact):
+def test_full_attention_layers_compress_beside_others(kind, make_reference, tiny_model, run, check_exact, check_shared):
     """Layers 1, 3, 5 have full attention, and layer 1 is a full layer."""
     model = tiny_model(kind)
     with run(model, (0, 1)) as engine:
         groups = engine.worker.kv_cache_groups()
         assert {name.split(".")[2] for group in groups if group["compressed"] for name in group["layers"]} == {"3", "5"}
-        check_exact(engine, make_reference(model), (1,))
+        reference = make_reference(model)
+        check_exact(engine, reference, (1,))
+        check_shared(engine, reference, (1,))

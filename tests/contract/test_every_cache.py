@@ -22,7 +22,14 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_l2kv.kv_cache_spec import KNOWN_FIELDS, CompressedLayerSpec, RecurrentLayerSpec, classify_layers
+from vllm_l2kv.kv_cache_spec import (
+    KNOWN_FIELDS,
+    ChunkedLayerSpec,
+    CompressedLayerSpec,
+    RecurrentLayerSpec,
+    SlidingLayerSpec,
+    classify_layers,
+)
 from vllm_l2kv.settings import Settings
 
 SOURCE = Path(vllm.__file__).parent
@@ -46,8 +53,8 @@ VALUES = {
 BECOMES = {
     FullAttentionSpec: CompressedLayerSpec,
     MambaSpec: RecurrentLayerSpec,
-    SlidingWindowSpec: SlidingWindowSpec,
-    ChunkedLocalAttentionSpec: ChunkedLocalAttentionSpec,
+    SlidingWindowSpec: SlidingLayerSpec,
+    ChunkedLocalAttentionSpec: ChunkedLayerSpec,
 }
 ABSTRACT = {"KVCacheSpec", "AttentionSpec"}
 ASK_FOR_THEM = {

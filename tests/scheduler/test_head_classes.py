@@ -14,6 +14,7 @@ from vllm_l2kv.kv_cache_spec import (
     FLASH_ATTENTION,
     CompressedLayerSpec,
     FullLayerSpec,
+    SlidingLayerSpec,
     classify_layers,
     group_layer_specs,
     is_packed,
@@ -62,7 +63,7 @@ def test_heads_of_a_layer_that_slides_are_left_alone():
     window = SlidingWindowSpec(**SHAPE, num_kv_heads=4, sliding_window=512)
     specs = {**layers(2, 4), "model.layers.2.attn": window}
     classified = classify_layers(specs, Settings((), {2: (1,)}))
-    assert [type(spec) for spec in classified.values()] == [CompressedLayerSpec, CompressedLayerSpec, SlidingWindowSpec]
+    assert [type(spec) for spec in classified.values()] == [CompressedLayerSpec, CompressedLayerSpec, SlidingLayerSpec]
 
 
 def test_heads_of_a_layer_that_has_none():

@@ -32,9 +32,11 @@ from vllm_l2kv import engine_args, refusals
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_cache_spec import (
     FLASH_ATTENTION,
+    ChunkedLayerSpec,
     CompressedLayerSpec,
     FullLayerSpec,
     RecurrentLayerSpec,
+    SlidingLayerSpec,
     classify_layers,
     key_dtype,
     pack,
@@ -289,12 +291,15 @@ def test_more_full_layers_than_compressed_ones():
 
 
 @pytest.mark.parametrize(
-    "window",
-    [SlidingWindowSpec(**SHAPE, sliding_window=512), ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64)],
+    ("window", "of_ours"),
+    [
+        (SlidingWindowSpec(**SHAPE, sliding_window=512), SlidingLayerSpec),
+        (ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64), ChunkedLayerSpec),
+    ],
 )
-def test_layers_that_attend_to_a_part_are_left_alone(window):
+def test_layers_that_attend_to_a_part_are_left_alone(window, of_ours):
     classified = classify_layers(layers(window, window, FullAttentionSpec(**SHAPE)), Settings(()))
-    assert list(classified.values())[:2] == [window, window]
+    assert list(classified.values())[:2] == [replace_as(window, of_ours)] * 2
     assert type(list(classified.values())[2]) is CompressedLayerSpec
 
 

@@ -1,6 +1,7 @@
 """Any order of admissions, steps, aborts, preemptions and resets, against a worker that knows every row by name."""
 
 import contextlib
+import functools
 import logging
 import sys
 from collections import Counter
@@ -20,14 +21,16 @@ from hypothesis.stateful import (
 )
 from v2_model import MAX_MODEL_LEN, RunnerV2Model
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 from vllm.v1.worker.gpu import buffer_utils
+from window_shapes import specs
 from worker_model import STOP, Rule, Tokens, WorkerModel
 
 from vllm_l2kv import refusals
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of
-from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, WindowManager
 from vllm_l2kv.scheduler.integrity import check_block_conservation, check_nothing_left, check_requests
 
 BLOCK_SIZE = 4
@@ -129,6 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, data, num_blocks, full, runner_v2, intervals, default_budget) -> None:
         self.num_blocks = num_blocks
+        full = {} if "specs" in self.arguments else full
         steps, drafter = data.draw(st.sampled_from(self.steps)), data.draw(st.sampled_from(self.drafters))
         self.num_ahead = dict(drafter).get("num_speculative_tokens", 0) * (steps["depth"] + (drafter == MODEL))
         self.harness = self.make_harness(
@@ -154,6 +158,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         groups = (
             [manager.block_size for manager in self.managers],
             {manager.kv_cache_group_id for manager in self.compressed},
+            {
+                manager.kv_cache_group_id: functools.partial(passed, manager.kv_cache_spec)
+                for manager in self.managers
+                if isinstance(manager, WindowManager)
+            },
         )
         self.worker = RunnerV2Model(*groups, steps["depth"]) if runner_v2 else WorkerModel(*groups)
         self.harness.execute = self.worker.execute
@@ -321,7 +330,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_rows = min(num_rows + self.num_ahead, num_tokens)
             of_group = [num_rows if manager in self.compressed else num_tokens for manager in self.managers]
             blocks = [num_blocks_for(n, manager.block_size) for n, manager in zip(of_group, self.managers, strict=True)]
-            return sum(blocks) <= self.num_blocks
+            caps = [manager.max_admission_blocks_per_request for manager in self.managers]  # of windows
+            return sum(min(n, cap or n) for n, cap in zip(blocks, caps, strict=True)) <= self.num_blocks
 
         longest = max(filter(fits, range(1, max_tokens + 1)), default=0)
         takes_less = longest > 0 and num_prompt_tokens + max_tokens == MAX_MODEL_LEN
@@ -406,6 +416,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.preempted |= preempted
 
 
+def passed(spec, num_tokens: int) -> int:
+    """Tokens that the next one after so many does not see in a layer that attends to a window or a chunk."""
+    if isinstance(spec, SlidingWindowSpec):
+        return max(0, num_tokens + 1 - spec.sliding_window)
+    return num_tokens - num_tokens % spec.attention_chunk_size
+
+
+class WindowMachine(SchedulerMachine):
+    """In a model some of whose layers attend to the end of a context only.
+
+    vLLM sizes windows by the steps in flight, and of the runner that it plans for no more than two are.
+    """
+
+    steps = STEPS[:3]
+
+
 class DraftingMachine(SchedulerMachine):
     """With speculative decoding, which is refused with pipeline parallelism."""
 
@@ -466,6 +492,24 @@ def run(make_machine, seen: Counter, profile, num_quick: int, enough: Counter) -
 def test_every_request_finds_its_own_rows_whatever_happens(make_harness, policy, profile, patched):
     seen: Counter[str] = Counter()
     run(lambda: SchedulerMachine(make_harness, seen, scheduling_policy=policy), seen, profile, 160, ENOUGH)
+
+
+WINDOWS = {
+    "a short window": {"specs": specs((6, None), BLOCK_SIZE), "full_layers": ()},
+    "a full layer, short and long windows": {
+        "specs": specs((6, None, 33, None, 6, None), BLOCK_SIZE),
+        "full_layers": (1,),
+    },
+    "chunks": {"specs": specs(((8,), None), BLOCK_SIZE), "full_layers": ()},
+}
+
+
+@pytest.mark.parametrize("model", WINDOWS)
+@pytest.mark.parametrize("profile", profiles)
+def test_rows_in_windows(make_harness, model, profile, patched):
+    seen: Counter[str] = Counter()
+    enough = Counter({"published": 10, "hits": 4, "copied tails": 4})
+    run(lambda: WindowMachine(make_harness, seen, **WINDOWS[model]), seen, profile, 40, enough)
 
 
 @pytest.mark.parametrize("profile", profiles)

@@ -16,11 +16,12 @@ class RunnerV2Model(WorkerModel):
     Args:
         block_sizes: Tokens in a block, by group.
         compressed: Groups that are compacted.
+        passed: As for `WorkerModel`.
         num_in_flight: Maximum number of steps in flight.
     """
 
-    def __init__(self, block_sizes: list[int], compressed: set[int], num_in_flight: int) -> None:
-        super().__init__(block_sizes, compressed)
+    def __init__(self, block_sizes: list[int], compressed: set[int], passed, num_in_flight: int) -> None:
+        super().__init__(block_sizes, compressed, passed)
         buffer_utils.set_default_max_concurrency(num_in_flight)  # as vLLM's runner does
         runner = StatefulRunner(
             block_sizes=block_sizes,

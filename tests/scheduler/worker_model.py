@@ -10,7 +10,7 @@ import itertools
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -176,13 +176,20 @@ class WorkerModel:
     Args:
         block_sizes: Tokens in a block, by group.
         compressed: Groups that are compacted.
+        passed: Of groups that attend to the end of a context only: how many of its tokens the next one does not see.
     """
 
-    def __init__(self, block_sizes: list[int], compressed: set[int]) -> None:
+    def __init__(
+        self,
+        block_sizes: list[int],
+        compressed: set[int],
+        passed: Mapping[int, Callable[[int], int]] | None = None,
+    ) -> None:
         self.tokens: dict[str, Tokens] = {}
         self.rules: dict[str, Rule] = {}
         self._block_sizes = block_sizes
         self._compressed = compressed
+        self._passed = passed or {}
         self._memory: dict[tuple[int, int], Row | None] = {}
         self._states: dict[str, RequestState] = {}
         self._compactions = itertools.count()
@@ -194,6 +201,7 @@ class WorkerModel:
         """Runs a step and returns what it sampled, in the order of `num_scheduled_tokens`."""
         for req_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
             self._states.pop(req_id, None)
+        self.begun = {}
         self._compact(orders_of(output))
         self._copy(output.kv_cache_block_copies or [])
         self._hits = compacted_hits_of(output)
@@ -212,7 +220,8 @@ class WorkerModel:
 
     def _check_private(self, blocks: Iterable[int]) -> None:
         """Checks that a block filled with other rows has one holder."""
-        holders = Counter(block for state in self._states.values() for table in state.tables for block in table)
+        tables = ((req_id, group) for req_id, state in self._states.items() for group in range(len(state.tables)))
+        holders = Counter(block for table in tables for _, block in self._blocks_read(*table))
         for block in blocks:
             assert holders[block] <= 1, f"block {block} is overwritten and has {holders[block]} holders"
 
@@ -222,8 +231,8 @@ class WorkerModel:
         It must not even write after the other's rows: a hit in a partial block is a copy of it.
         """
         for req_id, state in self._states.items():
-            for group, table in enumerate(state.tables):
-                for i, block in enumerate(table):
+            for group in range(len(state.tables)):
+                for i, block in self._blocks_read(req_id, group):
                     for offset in written.get(block, ()):
                         slot = i * self._block_sizes[group] + offset
                         assert slot < len(state.rows[group]), f"block {block} of {req_id} is written by another"
@@ -351,8 +360,19 @@ class WorkerModel:
         end = state.num_computed
         return [state.tokens[position] for position in range(end - state.num_accepted, end + 1)]
 
+    def _first_read(self, req_id: str, group: int) -> int:
+        """The first slot that a request reads in this step, or in its next one if it has none."""
+        begin = self.begun.get(req_id, self._states[req_id].num_computed)
+        return self._passed[group](begin) if group in self._passed else 0
+
+    def _blocks_read(self, req_id: str, group: int) -> Iterator[tuple[int, int]]:
+        """Indices and ids of a request's blocks; those that a window has passed may be of others by now."""
+        first = self._first_read(req_id, group) // self._block_sizes[group]
+        return itertools.islice(enumerate(self._states[req_id].tables[group]), first, None)
+
     def _check_rows(self, req_id: str, group: int) -> None:
-        for slot, row in enumerate(self._states[req_id].rows[group]):
+        first = self._first_read(req_id, group)
+        for slot, row in enumerate(self._states[req_id].rows[group][first:], first):
             found = self._memory.get(self._where(req_id, group, slot))
             assert found == row, f"{req_id} reads {found} in slot {slot} instead of {row}"
 

@@ -15,7 +15,13 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
     maybe_convert_block_hash,
 )
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager, SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    FullAttentionManager,
+    MambaManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.request import Request
 
 from vllm_l2kv import block_math, seams
@@ -314,6 +320,66 @@ class CompressedLayerManager(LayerManager):
 
     def _begin_compacted(self, request_id: str, num_evicted: int) -> None:
         self.num_evicted[request_id] = num_evicted
+
+
+class WindowManager(SingleTypeKVCacheManager):
+    """Blocks of layers that attend to the end of a context only: slots are positions, and passed blocks are null.
+
+    vLLM frees a block as soon as a request has passed it. Those in the window at the end of a compacted prefix
+    serve others who begin with it, so the request that publishes the prefix holds them until it ends, as it holds
+    its other blocks.
+
+    Attributes:
+        compacted_hits: Waiting requests that are to begin on compacted rows, to the tokens evicted from these.
+        held: Requests to the blocks that they hold for others, beside those in their tables.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.compacted_hits: dict[str, int] = {}
+        self.held: dict[str, list[KVCacheBlock]] = {}
+
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        """Same contract as upstream. What follows compacted rows is not for the prefix cache."""
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        if self.compacted_hits.pop(request_id, None) is not None:
+            # Not later: in this very step vLLM caches the blocks that the request fills.
+            stop_prefix_caching(self, request_id)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Same contract as upstream; the blocks that the request holds for others come first, so they stay longest."""
+        self.compacted_hits.pop(request_id, None)
+        return [*self.held.pop(request_id, ()), *super().pop_blocks_for_free(request_id)]
+
+    def hold(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
+        """Keeps blocks from being reused until the request ends or `let_go_of_windows` is called."""
+        self.block_pool.touch(blocks)
+        self.held.setdefault(request_id, []).extend(blocks)
+
+
+class SlidingLayerManager(WindowManager, SlidingWindowManager):
+    """Blocks of layers that attend to a window of the last tokens."""
+
+
+class ChunkedLayerManager(WindowManager, ChunkedLocalAttentionManager):
+    """Blocks of layers that attend to the chunk that a token lies in."""
+
+
+def let_go_of_windows(managers: Sequence[WindowManager]) -> bool:
+    """Frees the blocks that requests hold for others.
+
+    Requests are sized without them. So they must go before a running request is preempted for want of blocks, or one
+    that runs alone would be preempted again and again.
+
+    Returns:
+        Whether there were any.
+    """
+    held = [block for manager in managers for blocks in manager.held.values() for block in blocks]
+    for manager in managers:
+        manager.held.clear()
+    if held:
+        managers[0].block_pool.free_blocks(held)
+    return bool(held)
 
 
 class RecurrentLayerManager(MambaManager):

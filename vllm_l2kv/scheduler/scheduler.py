@@ -27,6 +27,7 @@ from vllm_l2kv.refusals import check_seed, check_supported
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
     LayerManager,
+    WindowManager,
     announce_hit,
     find_prefixes_inside_blocks,
     stop_prefix_caching,
@@ -35,6 +36,7 @@ from vllm_l2kv.scheduler.cpu_memory import CPUMemory
 from vllm_l2kv.scheduler.decode_fast_path import with_decode_fast_path
 from vllm_l2kv.scheduler.external_hits import ExternalHits
 from vllm_l2kv.scheduler.failed_requests import Refusals
+from vllm_l2kv.scheduler.held_windows import with_held_windows
 from vllm_l2kv.scheduler.request_state import RequestState
 from vllm_l2kv.scheduler.room import Room
 from vllm_l2kv.scheduler.shared_prefixes import SharedPrefixes
@@ -62,7 +64,8 @@ class L2KVScheduler(AsyncScheduler):
         find_prefixes_inside_blocks(self.kv_cache_manager.coordinator)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._layers = [manager for manager in managers if isinstance(manager, LayerManager)]
-        self.kv_cache_manager: Any = with_decode_fast_path(self.kv_cache_manager)
+        self._sharing = [manager for manager in managers if isinstance(manager, (LayerManager, WindowManager))]
+        self.kv_cache_manager: Any = with_held_windows(with_decode_fast_path(self.kv_cache_manager))
         self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
         if not self._compressed:
             raise ValueError(
@@ -407,7 +410,7 @@ class L2KVScheduler(AsyncScheduler):
         max_rows = points.max_rows(self._max_num_computed(state.request), last)
         for manager in self._compressed:
             manager.max_rows[req_id] = max_rows
-        for layer in self._layers:
+        for layer in self._sharing:
             layer.compacted_hits.pop(req_id, None)
             if last is not None:
                 layer.compacted_hits[req_id] = last.num_evicted

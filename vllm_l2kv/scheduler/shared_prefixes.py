@@ -26,7 +26,7 @@ from vllm.v1.request import Request
 from vllm_l2kv import seams
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.policy import Compaction, CompactionPoints
-from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, LayerManager
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, LayerManager, WindowManager
 
 GroupBlocks = tuple[list[KVCacheBlock], ...]
 
@@ -74,9 +74,9 @@ class SharedPrefixes:
         self._managers = kv_cache_manager.coordinator.single_type_managers
         self._pool = kv_cache_manager.block_pool
         self._hash = get_hash_fn_by_name(hash_algorithm)
-        # A manager of sliding windows would have to hold the window before the end of a beginning too.
+        # A recurrent layer has left the state at the end of a prefix by the time that others ask for it.
         self._is_possible = kv_cache_manager.enable_caching and all(
-            isinstance(manager, LayerManager) for manager in self._managers
+            isinstance(manager, (LayerManager, WindowManager)) for manager in self._managers
         )
         self._first_group = next(
             group for group, manager in enumerate(self._managers) if isinstance(manager, CompressedLayerManager)
@@ -133,18 +133,20 @@ class SharedPrefixes:
         self.forget_copy(prefix, self._pool)
         for group, keys in enumerate(self.keys_of(prefix)):
             manager = self._managers[group]
-            added = []
-            for key, block in zip(keys, manager.req_to_blocks[request.request_id], strict=False):
-                # A key has one block. What is left of full layers is as good: they hold every token.
+            added, table = [], manager.req_to_blocks[request.request_id]
+            for key, i in zip(keys, self._indices(group, prefix), strict=True):
+                # A key has one block. What is left of full layers and windows is as good: they choose no rows.
                 if self._find(key) is None:
-                    self._pool._insert_block_hash(key, block, num_tokens=prefix.compaction.position)
+                    self._pool._insert_block_hash(key, table[i], num_tokens=prefix.compaction.position)
                     added.append(key)
+            if isinstance(manager, WindowManager):
+                manager.hold(request.request_id, [block for key in keys if (block := self._find(key)) is not None])
             self._announce(request, prefix, group, added)
         self._num_published += 1
         return True
 
     def forget_copy(self, prefix: Prefix, pool: BlockPool) -> None:
-        """Makes what is left of a copy's compressed layers unfindable in a pool. Full layers hold every token."""
+        """Makes what is left of a copy's compressed layers unfindable in a pool. Others choose no rows."""
         for key in self._copied_keys(prefix):
             while (left := self._find(key, pool)) is not None:
                 pool.evict_blocks({left.block_id})
@@ -224,15 +226,23 @@ class SharedPrefixes:
         is_compressed = isinstance(self._managers[group], CompressedLayerManager)
         return prefix.compaction.num_keep if is_compressed else prefix.compaction.position
 
+    def _num_passed(self, group: int, prefix: Prefix) -> int:
+        """Blocks before its end that a window has passed; 0 in layers without one."""
+        manager = self._managers[group]
+        num_blocks: int = manager.get_num_skipped_tokens(prefix.compaction.position) // manager.block_size
+        return num_blocks
+
+    def _indices(self, group: int, prefix: Prefix) -> range:
+        """Where its blocks are in a request's table."""
+        end = num_blocks_for(self._num_rows(group, prefix), self._managers[group].block_size)
+        return range(self._num_passed(group, prefix), end)
+
     def keys_of(self, prefix: Prefix) -> tuple[list[BlockHashWithGroupId], ...]:
         """Under what its blocks are findable, by group."""
         if prefix.keys is None:
             prefix.keys = tuple(
-                [
-                    self._key(prefix, group, i)
-                    for i in range(num_blocks_for(self._num_rows(group, prefix), manager.block_size))
-                ]
-                for group, manager in enumerate(self._managers)
+                [self._key(prefix, group, i) for i in self._indices(group, prefix)]
+                for group in range(len(self._managers))
             )
             prefix.key_set = frozenset().union(*prefix.keys)
         return prefix.keys
@@ -257,9 +267,15 @@ class SharedPrefixes:
         return prefix.key_set <= pool.cached_block_hash_to_block._cache.keys()
 
     def blocks_of(self, prefix: Prefix, pool: BlockPool | None = None) -> GroupBlocks | None:
-        """The blocks of a beginning in a pool, vLLM's own one unless it is named, if all are there."""
+        """The blocks of a beginning in a pool, vLLM's own one unless it is named, if all are there.
+
+        As in vLLM's hits, blocks that a window has passed are null.
+        """
         pool = pool or self._pool
         if not self.is_complete(prefix, pool):
             return None
-        blocks = ([self._find(key, pool) for key in keys] for keys in self.keys_of(prefix))
-        return tuple([block for block in group if block is not None] for group in blocks)
+        groups = []
+        for group, keys in enumerate(self.keys_of(prefix)):
+            passed = [pool.null_block] * self._num_passed(group, prefix)
+            groups.append(passed + [block for key in keys if (block := self._find(key, pool)) is not None])
+        return tuple(groups)

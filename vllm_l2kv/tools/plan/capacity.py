@@ -183,8 +183,8 @@ class Cache:
         The last one needs the most room while it is computed: it is whole until its compaction, which is in place.
 
         Returns:
-            The number; `None` for models with sliding windows or recurrent layers, which do not share compressed
-            documents, and whose uncompressed prefixes also depend on cached windows and states.
+            The number; `None` for models with sliding windows or recurrent layers, whose uncompressed prefixes also
+            depend on cached windows and states. Those with recurrent layers do not share compressed documents.
         """
         if any(group.kind in ("sliding", "recurrent") for group in self.groups):
             return None

@@ -22,8 +22,7 @@ Prompts share nothing, and --max-num-seqs is ignored. docs/sizing.md has the for
 DOCUMENT_COLUMNS = ("engine", "kept", "rows", "document GiB", "documents")
 DOCUMENT_REMARK = """\
 documents: how many stay cached if each is computed once and nothing else runs; document GiB: memory of one.
-none: with sliding windows or recurrent layers compressed documents are not shared, and uncompressed ones are not
-planned."""
+none: not planned for models with sliding windows; models with recurrent layers do not share compressed documents."""
 
 FLEET_COLUMNS = ("engine", "kept", "at once", "on average", "documents")
 FLEET_REMARK = """\

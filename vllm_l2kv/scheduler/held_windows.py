@@ -1,0 +1,38 @@
+"""Blocks that requests hold for others (`cache_manager.WindowManager`), freed when a running request lacks blocks."""
+
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_l2kv.scheduler.cache_manager import WindowManager, let_go_of_windows
+
+
+class HeldWindows:
+    """Wraps vLLM's `KVCacheManager` and frees held blocks where vLLM would preempt a request.
+
+    Requests that wait to be admitted have no such claim: those that hold blocks end some time.
+
+    Attributes:
+        manager: The wrapped manager.
+    """
+
+    def __init__(self, manager: Any, windows: list[WindowManager]) -> None:
+        self.manager = manager
+        self._windows = windows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.manager, name)
+
+    def allocate_slots(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        """Same contract as upstream."""
+        blocks: KVCacheBlocks | None = self.manager.allocate_slots(request, num_new_tokens, *args, **kwargs)
+        if blocks is None and request.status == RequestStatus.RUNNING and let_go_of_windows(self._windows):
+            blocks = self.manager.allocate_slots(request, num_new_tokens, *args, **kwargs)
+        return blocks
+
+
+def with_held_windows(manager: Any) -> Any:
+    """The manager in a `HeldWindows`; unchanged if it manages no windows."""
+    windows = [layer for layer in manager.coordinator.single_type_managers if isinstance(layer, WindowManager)]
+    return HeldWindows(manager, windows) if windows else manager
