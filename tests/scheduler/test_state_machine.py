@@ -73,7 +73,7 @@ ENOUGH = Counter(
 )
 """What all histories of the quick profile must see of shared rows at least.
 
-Well below what a run sees, since runs differ: Hypothesis also draws from the constants of all modules that are imported.
+Well below what a run sees, since runs differ: Hypothesis also draws from the constants of all imported modules.
 """
 
 REFUSED = 7  # a keep ratio
