@@ -8,8 +8,11 @@ option's name before it.
 import argparse
 import json
 import math
+import shutil
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from vllm_l2kv.field_kinds import Choice, Count, Kind, ParamError, Ratio
@@ -17,6 +20,8 @@ from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, LAYERS, FullHeads, Settings, heads_by_layer
 
 T = TypeVar("T")
+PROGRAM = "vllm-l2kv"
+"""Name of the script that the package installs."""
 DEFAULT_LAYERS = ",".join(map(str, Settings.full_layers))
 DEFAULT_PROTECTION = f"{CompressionParams.protect_first}:{CompressionParams.protect_last}"
 """Defaults of an engine as command-line words, for parsers whose help shows defaults."""
@@ -209,6 +214,21 @@ def list_of(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
 def listed(names: Iterable[str]) -> str:
     """Names, separated by commas, for help texts and errors."""
     return ", ".join(names)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as `1 question` or `2 questions`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def as_typed() -> str:
+    """The word by which the user can call this program again, for commands that it prints.
+
+    It is the path that was typed, such as `.venv/bin/vllm-l2kv`; the bare name if the shell found it by `PATH`, or if
+    Python was started in another way.
+    """
+    called = sys.argv[0]
+    return called if Path(called).name == PROGRAM and called != shutil.which(PROGRAM) else PROGRAM
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -17,10 +17,11 @@ from typing import Any, NoReturn
 
 from vllm_l2kv import engine_args
 from vllm_l2kv.params import FIELDS_WITH_DEFAULTS
-from vllm_l2kv.settings import CONFIG_KEY
+from vllm_l2kv.settings import CONFIG_KEY, Settings
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, is_demo_model, model_folder
 from vllm_l2kv_server.config_file import ConfigFileError, nearest, option_names, read_config_file
 from vllm_l2kv_server.last_line import LastLine, Outcome
+from vllm_l2kv_server.profile_line import profile_line
 from vllm_l2kv_server.screen import Screen, open_screen
 from vllm_l2kv_server.serve_options import PROG, own_options
 from vllm_l2kv_server.start_checks import DEFAULT_PORT, StartError, check_parsed, check_words
@@ -63,6 +64,9 @@ def serve(argv: Sequence[str]) -> None:
         with signals_that_stop():
             with without_garbage_collection():
                 args = _checked_options(argv, screen)
+            if line := profile_line(Settings.from_config(args.additional_config)):
+                sys.stdout.write(line)
+                sys.stdout.flush()
             args.outcome = outcome
             _run(args)
     except (Stopped, KeyboardInterrupt) as interrupt:

@@ -51,9 +51,16 @@ def test_a_profile_is_made(made, llama):
     assert all(set(outcome["exact_by_kind"]) == set(search["judged_by"]) for outcome in search["outcomes"])
     assert not any(tensor.isnan().any() for tensor in measures.values())
     assert shown.rstrip().splitlines()[-3] == f"  vllm-l2kv serve {llama} --kv-profile {profile.path} --kv-memory 0.5"
+    assert "Layers and heads were measured with 4 questions about facts; the model answers 0 exactly" in shown
+    assert "Settings were searched with 3 other questions, and judged with 2 more." in shown
+    assert "share of exact answers to 2 questions that the search did not use" in shown
+    (doubts,) = [line for line in shown.splitlines() if line.startswith("Warning: ")]
+    assert doubts.startswith("Warning: 3 questions for the search and 2 to judge are few: ")
+    assert "The model answers only 0.00 of the questions with its whole cache" in doubts
     report = Path(re.search(r"Report: (.*)", shown)[1])
     assert report == profile.path.parent / "tiny-report" / "report.html"
     text = report.read_text()
+    assert f"<p>{doubts}" in text
     assert text.count("<img ") == text.count("<figcaption>") == 10
     for heading in (
         "Settings",
@@ -120,3 +127,11 @@ def test_what_is_refused(llama, tmp_path, capsys, words, message):
         main(["profile", str(llama), "-o", str(tmp_path / "p"), *FEW, *words])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_its_parts_are_named_before_the_wait(llama, tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        main(["profile", str(llama), "-o", str(tmp_path / "p"), "--device", "abacus"])
+    shown = capfd.readouterr().err
+    assert "2. training the scorer learned; no option shortens it\n" in shown
+    assert shown.index("Parts of this run") < shown.index("loading")

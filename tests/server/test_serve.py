@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from vllm_l2kv_server import serve
 from vllm_l2kv_server.last_line import LastLine
+from vllm_l2kv_server.profile_line import profile_line
+from vllm_l2kv_server.screen import NOTICE
 from vllm_l2kv_server.serve import load_routes, make_parser, name_plugin, parse, use_demo_model
 from vllm_l2kv_server.start_signals import Stopped
 from weights import made_up_weights, write_profile
@@ -110,6 +112,21 @@ class TestProfile:
         ours = engine_args(profile=profile.name, memory=0.25, scorer="l2", metrics=True)
         words = ["--kv-profile", profile, "--kv-memory", 0.25, "--kv-scorer", "l2"]
         assert Settings.from_config(ours["additional_config"]) == self.settings(parser, *words)
+
+    def test_a_line_says_what_it_sets(self, parser, profile):
+        assert profile_line(self.settings(parser)) is None
+        words = ["--kv-profile", profile]
+        line = profile_line(self.settings(parser, *words))
+        assert line == (
+            f"vllm-l2kv: With profile {profile}: full layers 2, 7; by default a request keeps 0.375 of the others by "
+            "scorer keydiff, in all 0.5 of the whole cache.\n"
+        )
+        assert NOTICE.search(line), "a quiet screen shows it"
+        own = profile_line(self.settings(parser, *words, "--kv-full-layers=", "--kv-default-keep-ratio=0.1"))
+        assert "full layers none; by default a request keeps 0.1 of the others by scorer l2, in all 0.1 of" in own
+        heads = profile_line(self.settings(parser, *words, "--kv-full-heads", "1:0", "2:0,1", "--kv-memory", 0.6))
+        assert "full layers 2, 7, 1 full head of 20; " in heads
+        assert heads.endswith(", in all 0.6 of the whole cache.\n")
 
     def test_a_config_file_names_a_profile_beside_itself(self, parser, profile):
         config = profile.parent / "config.yaml"
@@ -456,6 +473,19 @@ def test_serve_hands_over_to_vllm(monkeypatch, ends):
     (args,) = handed
     assert (args.model, args.model_tag, args.port) == ("some/model", None, 8123)
     assert json.dumps(args.additional_config)
+
+
+def test_serve_prints_what_it_takes_from_a_profile(monkeypatch, ends, tmp_path, capsys):
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    def cmd(args):
+        assert "vllm-l2kv: With profile" in capsys.readouterr().out, "before the engine starts"
+
+    write_profile(tmp_path / "p", made_up_weights(10, 2, 32), memory=(Target(0.5, (2, 7), 0.375, "l2"),))
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(cmd))
+    with pytest.raises(SystemExit):
+        main(["serve", "some/model", "--kv-profile", str(tmp_path / "p")])
+    assert ends == [(0, "stopped.")]
 
 
 def raising(error):

@@ -1,6 +1,8 @@
 """Values of command-line options."""
 
 import math
+import os
+import sys
 from argparse import ArgumentTypeError
 
 import pytest
@@ -8,7 +10,9 @@ import pytest
 from vllm_l2kv.cli_types import (
     OneLineParser,
     add_full_heads,
+    as_typed,
     count,
+    counted,
     heads,
     layers,
     list_of,
@@ -110,3 +114,21 @@ def test_errors_are_one_line(capsys):
 def test_a_number_too_long_for_python_is_refused():
     with pytest.raises(ArgumentTypeError):
         ratio(str(math.inf))
+
+
+def test_singular_and_plural():
+    assert [counted(number, "question") for number in (0, 1, 2)] == ["0 questions", "1 question", "2 questions"]
+
+
+def test_the_program_as_the_user_typed_it(tmp_path, monkeypatch):
+    script = tmp_path / "vllm-l2kv"
+    script.touch(mode=0o755)
+    monkeypatch.setenv("PATH", os.defpath)
+    for typed in (".venv/bin/vllm-l2kv", str(script)):
+        monkeypatch.setattr(sys, "argv", [typed])
+        assert as_typed() == typed
+    # The shell passes the whole path of a bare name that it finds by PATH.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert as_typed() == "vllm-l2kv"
+    monkeypatch.setattr(sys, "argv", ["lib/vllm_l2kv/cli.py"])
+    assert as_typed() == "vllm-l2kv"

@@ -66,7 +66,12 @@ class Ranked(NamedTuple):
 
 
 def answerable(
-    model: Any, shape: Shape, samples: Sequence[Iterable[Sample]], num: int, progress: Progress
+    model: Any,
+    shape: Shape,
+    samples: Sequence[Iterable[Sample]],
+    num: int,
+    progress: Progress,
+    purpose: str = "for the search",
 ) -> list[list[Case]]:
     """Up to `num` questions that the model answers from its whole cache, each as two cases: hidden, then seen.
 
@@ -79,8 +84,9 @@ def answerable(
         samples: Texts of each kind, taken only as needed.
         num: Number of questions.
         progress: Counts questions.
+        purpose: What the questions are for, as words of the progress.
     """
-    progress.part("finding questions that the model answers", num, "questions")
+    progress.part(f"finding questions {purpose} that the model answers", num, "found")
     share = -(-num // len(samples))
     of_kinds = [_answerable(model, shape, of_kind, share, progress) for of_kind in samples]
     return [cases for turn in zip_longest(*of_kinds) for cases in turn if cases is not None][:num]

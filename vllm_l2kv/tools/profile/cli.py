@@ -16,6 +16,13 @@ DEFAULTS = {"cpu": (12, 512, 4), "cuda": (112, 1536, 128)}
 """Number of texts, tokens of a text, and number of questions. With these, a small model takes minutes on a CPU."""
 DRAWN = "drawn"
 """Value of `--images` for the bundled pictures."""
+PARTS = """\
+Parts of this run; each shows the time left where it is known:
+  1. reading texts and asking about them; fewer --samples, --tokens shorten it
+  2. training the scorer learned; no option shortens it
+  3. searching for settings and judging them; fewer --questions, --tokens shorten it
+A run that is ended starts anew: the profile is written at the end."""
+"""What a user needs to know before the wait."""
 
 
 def profile(argv: Sequence[str]) -> None:
@@ -58,6 +65,7 @@ def _make(options: Namespace) -> Any:
     except (OSError, ValueError) as error:
         raise RefusedError(str(error)) from error
     with progress_beside_log(options.report / "transformers.log", options.verbose) as progress:
+        progress.say(PARTS)
         progress.begin(f"loading {options.model}")
         import torch
 
@@ -93,7 +101,8 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="vllm-l2kv profile",
         description="Measures how much a model's answers need each layer and KV head, and writes a profile for "
-        "--kv-profile of serve, eval, plan and bench. Runs the model in transformers. See docs/profiles.md.",
+        "--kv-profile of serve, eval, plan and bench. Runs the model in transformers. No option shortens the "
+        "training of the scorer learned. A run that is ended starts anew. See docs/profiles.md.",
     )
     add = parser.add_argument
     add(
@@ -126,9 +135,10 @@ def _parser() -> OneLineParser:
         f"{DRAWN}: four bundled pictures",
     )
     helps = {
-        "samples": "number of texts to read",
-        "tokens": "tokens of a text",
-        "questions": "number of questions for the search; half as many more are used to judge its results",
+        "samples": "number of texts to read, and at most as many for the search; fewer shorten the reading",
+        "tokens": "tokens of a text; fewer shorten everything but the training",
+        "questions": "number of questions for the search; half as many more judge its results; fewer shorten both, "
+        "and the report warns if they are too few",
     }
     for (name, text), few, many in zip(helps.items(), DEFAULTS["cpu"], DEFAULTS["cuda"], strict=True):
         add(f"--{name}", type=positive, metavar="N", help=f"{text} (default: {many}, on a CPU {few})")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vllm_l2kv.cli_types import counted
 from vllm_l2kv.profile import Shape
 from vllm_l2kv.scorers import norms
 from vllm_l2kv.tools.profile.attention import variation
@@ -70,7 +71,7 @@ def image_norms(
         ValueError: The model does not mark the tokens of images in a prompt.
     """
     found, num_tokens = [], 0
-    progress.begin(f"reading {len(pictures)} pictures")
+    progress.begin(f"reading {counted(len(pictures), 'picture')}")
     for number, picture in enumerate(pictures, start=1):
         alone = _prompt(processor, picture, "", "")
         num_image_tokens = int(_is_image(model, alone).sum())

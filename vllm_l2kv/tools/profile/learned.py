@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import gelu
 
+from vllm_l2kv.cli_types import counted
 from vllm_l2kv.profile import Rope
 from vllm_l2kv.scorers.learned import HIDDEN, features, scores_of, slow_pairs_of
 from vllm_l2kv.tools.progress import Progress
@@ -145,7 +146,7 @@ def train(
     size = sum(text.nbytes for text in examples.features[layers[0]])
     at_once = max(1, MAX_GROUP_BYTES // size) if on_gpu else CPU_LAYERS
     groups = [layers[first : first + at_once] for first in range(0, len(layers), at_once)]
-    progress.begin(f"training the scorer learned on {num_texts - num_held_out} texts")
+    progress.begin(f"training the scorer learned on {counted(num_texts - num_held_out, 'text')}")
     weights: dict[str, torch.Tensor] = {}
     overlaps: list[torch.Tensor] = []
     for number, group in enumerate(groups, start=1):

@@ -110,9 +110,17 @@ def make(
     progress.begin("searching for settings")
     questions, others = (
         answerable(
-            loaded, shape, asked_samples(tokenizer, amounts.tokens, amounts.texts, seed, own_texts), num, progress
+            loaded,
+            shape,
+            asked_samples(tokenizer, amounts.tokens, amounts.texts, seed, own_texts),
+            num,
+            progress,
+            purpose,
         )
-        for seed, num in ((SEARCHED, amounts.questions), (JUDGED, -(-amounts.questions // 2)))
+        for seed, num, purpose in (
+            (SEARCHED, amounts.questions, "for the search"),
+            (JUDGED, -(-amounts.questions // 2), "for judging"),
+        )
     )
     found = recommend(loaded, shape, scorers, questions, others, measured.ranks, num_ranks, progress)
     clock.lap("searching")

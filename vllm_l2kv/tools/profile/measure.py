@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vllm_l2kv.cli_types import counted
 from vllm_l2kv.profile import Shape
 from vllm_l2kv.tools.evaluation.texts import encode
 from vllm_l2kv.tools.profile import norms
@@ -82,7 +83,7 @@ def measure(
         raise ValueError("No text has a question; raise --samples or --tokens.")
     between = encode(tokenizer, REPEAT)[len(encode(tokenizer, "")) :]
     shares, of_norms = [], []
-    progress.begin(f"reading {len(samples)} texts")
+    progress.begin(f"reading {counted(len(samples), 'text')}")
     for number, sample in enumerate(samples, start=1):
         progress.part(f"reading text {number} of {len(samples)} ({sample.kind})")
         found = _Text()
@@ -119,7 +120,7 @@ class _Text:
 def _ask(model: Any, shape: Shape, samples: Sequence[Sample], progress: Progress) -> list[Answers]:
     with_questions = [sample for sample in samples if sample.questions]
     num_questions = sum(len(sample.questions) for sample in with_questions)
-    progress.begin(f"asking {num_questions} questions")
+    progress.begin(f"asking {counted(num_questions, 'question')}")
     found: list[Answers] = []
     for sample in with_questions:
         context = read(model, sample.token_ids)

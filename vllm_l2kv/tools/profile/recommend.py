@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_l2kv.cli_types import counted
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.profile import Shape, Target, ratio_for
 from vllm_l2kv.scorers import Scorers
@@ -30,6 +31,8 @@ MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 SCORERS = ("l2", "keydiff_value", "learned")
 """Scorers that are tried, the fastest one first."""
 CONTROL = "random"
+WHOLE, NO_PROFILE, NOTHING_FULL = "whole cache", "no profile", "nothing full"
+"""Names of outcomes with which the recommended settings are compared; see `Outcome`."""
 GREEDY_MEMORY, GREEDY_SCORER = 0.25, "learned"
 """Memory and scorer of the greedy order: with few full layers, the choice of each matters most."""
 GREEDY_QUESTIONS = 24
@@ -57,7 +60,8 @@ class Outcome(NamedTuple):
     """Results of a setting on questions that the search did not use.
 
     Attributes:
-        name: `whole cache`; one of `NAMES`, some with a scorer; or `no profile`: the first layers full, `l2` elsewhere.
+        name: `WHOLE`; one of `NAMES`, some with a scorer; `NO_PROFILE`: the first layers full, `l2` elsewhere; or
+            `NOTHING_FULL`: `l2` everywhere.
         memory: See `Target`.
         full_layers: See `Target`.
         keep_ratio: See `Target`.
@@ -102,6 +106,16 @@ class Recommendation:
     num_finalists: int
     searched: dict[str, int]
     judged: dict[str, int]
+
+    @property
+    def num_searched(self) -> int:
+        """Number of questions in the search."""
+        return sum(self.searched.values())
+
+    @property
+    def num_judged(self) -> int:
+        """Number of questions for the outcomes."""
+        return sum(self.judged.values())
 
 
 class _Candidate(NamedTuple):
@@ -246,12 +260,12 @@ def _search(
     """Tries all candidates on a few questions, then the best ones on all questions, also with the first layers full."""
     tried = list(_candidates(units, scorers, lowest))
     few = cases[: 2 * FEW_QUESTIONS]
-    progress.part(f"trying {len(tried)} settings of {units.classes}", len(few), "questions asked")
+    progress.part(f"trying {len(tried)} settings of {units.classes} on {_asked(few)}", len(few), "answers")
     best = [tried[i] for i in _best(tried, _costs(model, shape, scorers, few, tried, progress), NUM_BEST)]
     first = shape.compressible[:FIRST_LAYERS]
     with_first = [each for each in (_with_layers(units, each, first, lowest) for each in best) if each is not None]
     finalists = [*best, *with_first]
-    progress.part(f"trying the best {len(finalists)} again", len(cases), "questions asked")
+    progress.part(f"trying the best {len(finalists)} on {_asked(cases)}", len(cases), "answers")
     costs = _costs(model, shape, scorers, cases, finalists, progress)
     of_scorers = _best(finalists, costs, 1)
     chosen = []
@@ -262,6 +276,11 @@ def _search(
         chosen += [finalists[i] for i in of_memory if costs[i] <= least + SAME_COST][:1]
     best_of_scorers = [finalists[i] for i in of_scorers]
     return _Found(units.classes, chosen, best_of_scorers, len(tried) + len(with_first), len(finalists))
+
+
+def _asked(cases: Sequence[Case]) -> str:
+    """Number of questions, of which each is two cases: hidden and seen."""
+    return counted(len(cases) // 2, "question")
 
 
 def _best(candidates: Sequence[_Candidate], costs: Sequence[float], num: int) -> list[int]:
@@ -317,19 +336,20 @@ def _costs(
 def _outcomes(
     model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: Sequence[_Found], progress: Progress
 ) -> tuple[Outcome, ...]:
-    """Outcomes of the whole cache; of each target, also with random rows; and without a profile."""
-    named = [("whole cache", Target(1.0, (), 1.0, SCORERS[0]))]
+    """Outcomes of the whole cache; of each target, also with random rows; without a profile; and with nothing full."""
+    named = [(WHOLE, Target(1.0, (), 1.0, SCORERS[0]))]
     first = shape.compressible[:FIRST_LAYERS]
     for memory in MEMORIES:
         ratio = ratio_for(memory, len(shape.compressible), len(first))
         if ratio > 0:
-            named.append(("no profile", Target(memory, first, ratio, SCORERS[0])))
+            named.append((NO_PROFILE, Target(memory, first, ratio, SCORERS[0])))
+        named.append((NOTHING_FULL, Target(memory, (), memory, SCORERS[0])))
     for each in found:
         recommended, control, best = NAMES[each.classes]
         named += [(recommended, candidate.target) for candidate in each.chosen]
         named += [(control, candidate.target._replace(scorer=CONTROL)) for candidate in each.chosen]
         named += [(f"{best} {candidate.target.scorer}", candidate.target) for candidate in each.of_scorers]
-    progress.part("judging the results", len(cases), "questions asked")
+    progress.part(f"judging the results by {_asked(cases)}", len(cases), "answers")
     choices = [choice_of(shape, target) for _, target in named]
     lost = losses_of_cases(model, shape, scorers, cases, choices, progress)
     kinds = sorted({case.kind for case in cases})

@@ -1,19 +1,21 @@
 """The report of a profile: text for the terminal, and one HTML file with heat maps."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from vllm_l2kv.cli_types import aligned, heads_in_words
+from vllm_l2kv.cli_types import aligned, as_typed, counted, heads_in_words
 from vllm_l2kv.profile import Profile, Target
 from vllm_l2kv.settings import CLASSES, HEADS, LAYERS
 from vllm_l2kv.tools.html_report import embedded, write_html
+from vllm_l2kv.tools.profile.doubts import warning
 from vllm_l2kv.tools.profile.make import Made
 from vllm_l2kv.tools.profile.norms import JUDGED, KEEP_RATIOS, NUM_PEAKS
 from vllm_l2kv.tools.profile.ranks import POOLED
-from vllm_l2kv.tools.profile.recommend import NAMES, Outcome
+from vllm_l2kv.tools.profile.recommend import NAMES, NO_PROFILE, WHOLE, Outcome
 from vllm_l2kv.tools.progress import duration
 
 USED_MEMORY = 0.5
@@ -53,15 +55,20 @@ def summary(made: Made, model: str) -> str:
         made: The profile.
         model: The model as given by the user.
     """
-    profile, measured, _ = made
+    profile, measured, found = made
     about, num_compressible = profile.about, len(profile.shape.compressible)
     memories = [target.memory for target in profile.memory]
     took = duration(sum(about["seconds"].values()))
+    used = USED_MEMORY if USED_MEMORY in memories else memories[-1]
+    command = [as_typed(), "serve", model, "--kv-profile", str(profile.path), "--kv-memory", f"{used:g}"]
+    doubts = warning(found)
     lines = [
         f"{profile.model}: {num_compressible} of {profile.shape.num_layers} layers may compress, "
         f"{profile.shape.num_kv_heads} KV heads each.",
-        f"{measured.num_questions} questions about facts, of which the model answers {measured.num_answered} exactly "
-        "with its whole cache.",
+        f"Layers and heads were measured with {counted(measured.num_questions, 'question')} about facts; the model "
+        f"answers {measured.num_answered} exactly with its whole cache.",
+        f"Settings were searched with {counted(found.num_searched, 'other question')}, and judged with "
+        f"{found.num_judged} more.",
         *_needed(profile, measured.loss),
         "",
         *_beside_layers(settings(made)),
@@ -70,9 +77,9 @@ def summary(made: Made, model: str) -> str:
         "",
         f"Profile: {profile.path} ({took}"
         + (f", {about['peak_gib']} GiB of GPU memory)" if about["peak_gib"] else ")"),
+        *([doubts] if doubts else []),
         "Use it with:",
-        f"  vllm-l2kv serve {model} --kv-profile {profile.path} "
-        f"--kv-memory {USED_MEMORY if USED_MEMORY in memories else memories[-1]:g}",
+        f"  {shlex.join(command)}",
     ]
     return "\n".join(lines)
 
@@ -89,7 +96,7 @@ def settings(made: Made) -> list[list[str]]:
     lines = [["memory", "keep ratio", "scorer", "seen", "hidden", "no profile: seen", "hidden", "full"]]
     for target in sorted(made.profile.memory, key=lambda target: -target.memory):
         exact = []
-        for name in (NAMES[target.classes][0], "no profile"):
+        for name in (NAMES[target.classes][0], NO_PROFILE):
             outcome = outcomes.get((name, target.memory))
             exact += [f"{share:.2f}" for share in reversed(outcome.exact)] if outcome else ["", ""]
         lines.append([f"{target.memory:g}", f"{target.keep_ratio:.3f}", target.scorer, *exact, _full(target)])
@@ -116,7 +123,7 @@ def _by_kind(made: Made) -> list[list[str]]:
     asked = made.found.judged
     lines = [["memory", "full", "scorer", *(f"{kind} ({asked[kind]})" for kind in asked)]]
     for each in made.found.outcomes:
-        if each.name in ("whole cache", *(NAMES[classes][0] for classes in CLASSES)):
+        if each.name in (WHOLE, *(NAMES[classes][0] for classes in CLASSES)):
             shares = ("{1:.2f} / {0:.2f}".format(*each.exact_by_kind[kind]) for kind in asked)
             lines.append([f"{each.memory:g}", HEADS if each.full_heads else LAYERS, each.scorer, *shares])
     return lines
@@ -128,7 +135,7 @@ def _how_to_read(made: Made) -> Iterator[str]:
         "ratio, chosen by the scorer. Settings with full heads are served with --kv-classes heads."
     )
     yield (
-        f"seen, hidden: share of exact answers to {sum(made.found.judged.values())} questions that the search did not "
+        f"seen, hidden: share of exact answers to {counted(made.found.num_judged, 'question')} that the search did not "
         "use, with compression after the question (seen) and before it (hidden)."
     )
     yield "no profile: the same memory with the first layers full and l2 in the others."
@@ -136,19 +143,19 @@ def _how_to_read(made: Made) -> Iterator[str]:
 
 def write_report(made: Made, folder: Path) -> Path:
     """Draws heat maps and writes the HTML file to an existing folder; returns its path."""
-    profile, measured, _ = made
+    profile, measured, found = made
     sections: list[dict[str, Any]] = [
         {
             "title": "Settings",
-            "note": " ".join(_how_to_read(made)),
+            "note": " ".join(filter(None, (warning(found), *_how_to_read(made)))),
             "table": settings(made),
         },
         {
             "title": "What was compared",
-            "note": f"{made.found.num_tried} settings were tried on a few questions, and the best "
-            f"{made.found.num_finalists} of them on {sum(made.found.searched.values())}; "
-            f"{sum(made.found.judged.values())} other questions judge the results. Loss: nats per token of the answer; "
-            "exact: share of exact answers. The loss varies less by chance than the share.",
+            "note": f"{found.num_tried} settings were tried on a few questions, and the best {found.num_finalists} of "
+            f"them on {counted(found.num_searched, 'question')}; {counted(found.num_judged, 'other question')} served "
+            "to judge the results. Loss: nats per token of the answer; exact: share of exact answers. The loss varies "
+            "less by chance than the share.",
             "table": _outcomes(made),
         },
         {

@@ -1,0 +1,64 @@
+"""What a search could not measure, as one line of warning.
+
+The fewer questions, the less their share of exact answers says: Wilson's 95 % confidence interval is at most +-0.45 for
+one question, +-0.22 for 16 and +-0.12 for 64, as many as judge by default on a GPU.
+"""
+
+from collections.abc import Iterator
+
+from vllm_l2kv.cli_types import counted, listed
+from vllm_l2kv.settings import CLASSES
+from vllm_l2kv.tools.profile.recommend import FEW_QUESTIONS, NAMES, NOTHING_FULL, WHOLE, Outcome, Recommendation
+
+MIN_QUESTIONS = FEW_QUESTIONS
+"""Questions below which a warning is printed: the first round of the search needs as many. Half as many judge."""
+NEARLY_NONE = 0.1
+"""Share of answered questions up to which nothing can be compared: less than the uncertainty of 64 questions."""
+Z = 1.96
+"""Standard deviations of a 95 % confidence interval."""
+
+
+def warning(found: Recommendation) -> str | None:
+    """One line on what could not be measured, with a remedy; `None` if there is nothing to say."""
+    doubts = list(_doubts(found))
+    return f"Warning: {' '.join(doubts)}" if doubts else None
+
+
+def uncertainty(num_questions: int) -> float:
+    """Largest half width of Wilson's 95 % confidence interval of a share of this many questions."""
+    return float(Z / (2 * (num_questions + Z**2) ** 0.5))
+
+
+def _doubts(found: Recommendation) -> Iterator[str]:
+    if found.num_searched < MIN_QUESTIONS:
+        yield (
+            f"{counted(found.num_searched, 'question')} for the search and {found.num_judged} to judge are few: a "
+            f"share may be wrong by {uncertainty(found.num_judged):.2f}; use --questions {MIN_QUESTIONS} and --samples "
+            f"{MIN_QUESTIONS} or more."
+        )
+    of_names = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
+    whole = of_names[WHOLE, 1.0]
+    if _share(whole) <= NEARLY_NONE:
+        yield (
+            f"The model answers only {_share(whole):.2f} of the questions with its whole cache, so the settings could "
+            "not be compared; use lower --tokens, or a model that answers questions."
+        )
+        return
+    memories = {
+        outcome.memory
+        for outcome in found.outcomes
+        if outcome.name in {NAMES[classes][0] for classes in CLASSES}
+        and _share(outcome) <= _share(of_names[NOTHING_FULL, outcome.memory])
+        and _share(whole) - _share(outcome) > uncertainty(found.num_judged)
+    }
+    if memories:
+        named = listed(f"{memory:g}" for memory in sorted(memories, reverse=True))
+        yield (
+            f"At memory {named} a setting answers fewer questions than the whole cache, and no more than one with "
+            "nothing full; use more memory, or a profile made with more --questions."
+        )
+
+
+def _share(outcome: Outcome) -> float:
+    """Share of exact answers, hidden and seen together."""
+    return sum(outcome.exact) / len(outcome.exact)
