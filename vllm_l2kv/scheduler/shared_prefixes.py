@@ -1,8 +1,8 @@
-"""Compacted beginnings of prompts, which later requests find and begin with.
+"""Compacted prefixes of prompts, which later requests find and begin with.
 
 The rows that a compaction before the end of a prompt leaves depend on the tokens up to it, on how rows are chosen and
-on the compactions so far, and on nothing else. All of that is their name. Their blocks are findable under it as any
-cached block is under the hash of its tokens: vLLM's pool holds, shares and evicts them.
+on the compactions so far, and on nothing else. Their name is a hash of all that. Their blocks are findable under it, as
+any cached block is under the hash of its tokens: vLLM's pool holds, shares and evicts them.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -33,10 +33,10 @@ GroupBlocks = tuple[list[KVCacheBlock], ...]
 
 @dataclass(eq=False)
 class Prefix:
-    """One compacted beginning of a prompt.
+    """One compacted prefix of a prompt.
 
     Attributes:
-        compaction: That which leaves it.
+        compaction: The compaction that leaves it.
         name: Hash of all that its rows depend on.
     """
 
@@ -48,7 +48,7 @@ class Prefix:
 
 @dataclass
 class Prefixes:
-    """The compacted beginnings of one request's prompt.
+    """The compacted prefixes of one request's prompt.
 
     Attributes:
         findable: All of them, shortest first.
@@ -63,7 +63,7 @@ class Prefixes:
 
 
 class SharedPrefixes:
-    """Names, publishes and finds compacted beginnings.
+    """Names, publishes and finds compacted prefixes.
 
     Args:
         kv_cache_manager: vLLM's.
@@ -85,7 +85,7 @@ class SharedPrefixes:
         self._computed_by: dict[BlockHash, str] = {}
 
     def of(self, request: Request, points: CompactionPoints) -> Prefixes:
-        """The beginnings of a request's prompt that it may find or publish. To be asked once, since it hashes."""
+        """The prefixes of a request's prompt that it may find or publish. Call it once a request, since it hashes."""
         if not self._is_possible:
             return Prefixes()
         params = points.params
@@ -99,9 +99,9 @@ class SharedPrefixes:
         return Prefixes(findable, [prefix for prefix in findable if prefix.compaction in published])
 
     def find(self, prefixes: Prefixes) -> tuple[Prefix, GroupBlocks] | None:
-        """The longest beginning of which all blocks are there, and these.
+        """The longest prefix of which all blocks are there, with these blocks.
 
-        A waiting request asks at each step. As long as nothing is published only its last answer is looked at.
+        A waiting request asks at each step. As long as nothing new is published, only its last answer is checked.
         """
         last = prefixes.found
         if prefixes.found_at == self._num_published and (last is None or self.is_complete(last[0], self._pool)):
@@ -115,14 +115,14 @@ class SharedPrefixes:
         return prefixes.found
 
     def publish(self, request: Request, prefix: Prefix, in_use: Collection[int] = ()) -> bool:
-        """Makes a beginning findable in the request's own blocks, once it is certain that the worker will compact it.
+        """Makes a prefix findable in the request's own blocks, once it is certain that the worker will compact it.
 
         There is one copy of a name. A complete one stays; what is left of an incomplete one is forgotten first. Rows of
         two copies may differ where rounding decided, so blocks of both together could double a row or lose one.
 
         Args:
             request: Its blocks hold the rows.
-            prefix: The beginning.
+            prefix: The prefix.
             in_use: Ids of blocks that must not be forgotten now; if something of an older copy is there, that stays.
 
         Returns:
@@ -163,12 +163,12 @@ class SharedPrefixes:
                 yield from keys
 
     def announce(self, request: Request, prefix: Prefix) -> None:
-        """Publishes the KV events of a beginning that is there. vLLM publishes those of its removal."""
+        """Publishes the KV events of a prefix that is there. vLLM publishes those of its removal."""
         for group, keys in enumerate(self.keys_of(prefix)):
             self._announce(request, prefix, group, keys)
 
     def _announce(self, request: Request, prefix: Prefix, group: int, keys: Sequence[BlockHashWithGroupId]) -> None:
-        """Publishes the KV event of blocks of a beginning.
+        """Publishes the KV event of blocks of a prefix.
 
         They hold no run of tokens. Routers match prompts by tokens and extra keys, so each block counts as one token
         with an extra key that no prompt has: they see it come and go, and prefer this engine for no prompt.
@@ -189,7 +189,7 @@ class SharedPrefixes:
         self._pool.kv_event_queue.append(event)
 
     def computes(self, req_id: str, prefix: Prefix) -> None:
-        """Notes which request is about to compute a beginning that it will publish."""
+        """Notes which request is about to compute a prefix that it will publish."""
         self._computed_by[prefix.name] = req_id
 
     def computed_by(self, prefix: Prefix) -> str | None:
@@ -203,7 +203,7 @@ class SharedPrefixes:
                 del self._computed_by[prefix.name]
 
     def num_partial_blocks(self, prefix: Prefix) -> int:
-        """Blocks at the end of a beginning that its rows do not fill: a request that begins with it gets copies."""
+        """Blocks at the end of a prefix that its rows do not fill: a request that begins with it gets copies."""
         return sum(
             self._num_rows(group, prefix) % manager.block_size != 0 for group, manager in enumerate(self._managers)
         )
@@ -258,7 +258,7 @@ class SharedPrefixes:
         return block
 
     def is_complete(self, prefix: Prefix, pool: BlockPool) -> bool:
-        """Whether all blocks of a beginning are findable in a pool."""
+        """Whether all blocks of a prefix are findable in a pool."""
         if prefix.keys is None and self._find(self._key(prefix, self._first_group, 0), pool) is None:
             return False
         self.keys_of(prefix)
@@ -267,7 +267,7 @@ class SharedPrefixes:
         return prefix.key_set <= pool.cached_block_hash_to_block._cache.keys()
 
     def blocks_of(self, prefix: Prefix, pool: BlockPool | None = None) -> GroupBlocks | None:
-        """The blocks of a beginning in a pool, vLLM's own one unless it is named, if all are there.
+        """The blocks of a prefix in a pool (by default vLLM's), if all are there.
 
         As in vLLM's hits, blocks that a window has passed are null.
         """

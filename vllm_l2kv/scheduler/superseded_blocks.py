@@ -1,4 +1,4 @@
-"""Full blocks of prompts whose compacted beginning is findable: reused before anything else that is findable."""
+"""Full blocks of prompts whose compacted prefix is findable: reused before all other findable blocks."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 
 class SupersededBlocks:
-    """Blocks that serve only requests which keep the same prompt in another way.
+    """Blocks that serve only requests with the same prompt and other parameters.
 
     vLLM first reuses blocks that no prompt can find, then the others in the order in which they were freed. The full
     blocks of a document are many times its compacted ones, and as young, so they would drive other documents out.
