@@ -64,8 +64,8 @@ serve: setup ## Serve the demo model on port 8000, or another model with ARGS=MO
 test: setup ## Run all tests, or those that ARGS names; those that need a GPU are skipped without one
 	$(BIN)/vllm-l2kv demo-model
 ifeq ($(ARGS),)
-	@# Three at a time, even on two cores: tests with engines wait half of the time, for starts, clients and clocks.
-	$(MAKE) --no-print-directory --jobs 3 --output-sync=line test-engines test-e2e test-serving test-fast
+	@# Two at a time, the longest first. Three take longer on two cores: vLLM's processes spin while they wait.
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-engines test-e2e test-serving test-fast
 else
 	$(PYTEST) -m "not slow" $(ARGS)
 endif

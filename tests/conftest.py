@@ -15,7 +15,7 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Two threads on two busy cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nor may the three of `make test` spin for each other: beside any other work that is four times slower.
+# Nor may the two of `make test` spin for each other: beside any other work that is four times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
