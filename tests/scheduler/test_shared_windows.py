@@ -201,14 +201,15 @@ class TestHolding:
         assert harness.preempted() == []
         check_nothing_left(harness.scheduler)
 
-    def test_a_newcomer_waits_for_them(self, make):
+    def test_a_newcomer_need_not_wait_for_them(self, make):
         harness = make("a window")
         self.begin(harness)
         take_all(harness, num_left=2)
-        harness.submit("newcomer", [5] * 32, None, 1)  # two blocks in each of two groups; four are held
+        harness.submit("newcomer", [5] * 32, None, 4)  # two blocks in each of two groups; four are held
         harness.step()
-        assert harness.scheduler.requests["newcomer"].status == RequestStatus.WAITING
-        assert windows(harness)[0].held
+        assert harness.scheduler.requests["newcomer"].status == RequestStatus.RUNNING
+        assert not any(manager.held for manager in windows(harness))
+        assert harness.preempted() == []
         give_back(harness)
         harness.run()
 

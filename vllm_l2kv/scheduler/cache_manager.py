@@ -368,7 +368,7 @@ class ChunkedLayerManager(WindowManager, ChunkedLocalAttentionManager):
 def let_go_of_windows(managers: Sequence[WindowManager]) -> bool:
     """Frees the blocks that requests hold for others.
 
-    Requests are sized without them. So they must go before a running request is preempted for want of blocks, or one
+    Requests are sized without them. So they must go before a request is preempted or waits for want of blocks, or one
     that runs alone would be preempted again and again.
 
     Returns:

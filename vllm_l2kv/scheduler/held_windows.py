@@ -1,17 +1,17 @@
-"""Blocks that requests hold for others (`cache_manager.WindowManager`), freed when a running request lacks blocks."""
+"""Blocks that requests hold for others (`cache_manager.WindowManager`), freed when a request lacks blocks."""
 
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from vllm_l2kv.scheduler.cache_manager import WindowManager, let_go_of_windows
 
 
 class HeldWindows:
-    """Wraps vLLM's `KVCacheManager` and frees held blocks where vLLM would preempt a request.
+    """Wraps vLLM's `KVCacheManager` and frees held blocks where vLLM would preempt a request, or not admit one.
 
-    Requests that wait to be admitted have no such claim: those that hold blocks end some time.
+    Freed blocks stay findable until they are reused, after all that were freed before them.
 
     Attributes:
         manager: The wrapped manager.
@@ -27,7 +27,7 @@ class HeldWindows:
     def allocate_slots(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """Same contract as upstream."""
         blocks: KVCacheBlocks | None = self.manager.allocate_slots(request, num_new_tokens, *args, **kwargs)
-        if blocks is None and request.status == RequestStatus.RUNNING and let_go_of_windows(self._windows):
+        if blocks is None and let_go_of_windows(self._windows):
             blocks = self.manager.allocate_slots(request, num_new_tokens, *args, **kwargs)
         return blocks
 

@@ -85,7 +85,10 @@ class Room:
             return False
         num_tokens = request.num_tokens if coming is None else min(coming.position, request.num_tokens)
         num_coming = num_tokens - num_computed_tokens
-        return self._capacity.num_held(num_coming, num_coming) + reserved > self._pool.get_num_free_blocks()
+        needed = self._capacity.num_held(num_coming, num_coming) + reserved
+        if needed > self._pool.get_num_free_blocks():
+            let_go_of_windows(self._windows)
+        return bool(needed > self._pool.get_num_free_blocks())
 
     def num_destination_blocks(self, coming: Compaction) -> int:
         """Number of blocks for the kept rows of a compaction."""
