@@ -279,40 +279,30 @@ def write_eagle(folder: Path, config: PretrainedConfig) -> Path:
     Returns:
         The folder.
     """
-    torch.manual_seed(0)
-    config = type(config)(**{**config.to_dict(), "num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]})
-    layers = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.layers.state_dict(prefix="layers.")
-    weights = {name: weight for name, weight in layers.items() if "input_layernorm" not in name}
+    config, layer = _one_layer(config, "layers.0.", architectures=["LlamaForCausalLM"])
+    weights = {name: weight for name, weight in layer.items() if "input_layernorm" not in name}
     weights["fc.weight"] = torch.randn(config.hidden_size, 2 * config.hidden_size) * config.initializer_range
-    save_file(weights, folder / "model.safetensors")
-    config.save_pretrained(folder)
-    return folder
+    return _write_head(folder, config, weights)
 
 
 def write_eagle3(folder: Path, config: PretrainedConfig) -> Path:
     """Writes an EAGLE-3 head with random weights, for the lower half of the target's vocabulary.
 
     Args:
-        folder: Where to.
-        config: Of the target, a Llama.
+        folder: Destination.
+        config: The target's configuration, a Llama.
 
     Returns:
         The folder.
     """
-    torch.manual_seed(0)
-    names = {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "draft_vocab_size": config.vocab_size // 2,
-        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
-    }
-    config = type(config)(**{**config.to_dict(), "num_hidden_layers": 1, **names})
-    layer = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.layers[0].state_dict(prefix="midlayer.")
+    names = {"draft_vocab_size": config.vocab_size // 2, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+    config, layer = _one_layer(config, "midlayer.", architectures=["LlamaForCausalLMEagle3"], **names)
     size = config.hidden_size
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape) * config.initializer_range
 
-    # Queries, keys and values are made of the token's embedding beside three hidden states of the target, made one.
+    # Queries, keys and values come from the token's embedding beside what `fc` makes of three hidden states.
     inputs = [f"midlayer.self_attn.{part}_proj.weight" for part in "qkv"]
     weights = {
         **layer,
@@ -323,6 +313,18 @@ def write_eagle3(folder: Path, config: PretrainedConfig) -> Path:
         "lm_head.weight": drawn(config.draft_vocab_size, size),
         "d2t": torch.zeros(config.draft_vocab_size, dtype=torch.long),
     }
+    return _write_head(folder, config, weights)
+
+
+def _one_layer(config: PretrainedConfig, prefix: str, **names: Any) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
+    """Returns the configuration of a head with one layer of the target's shape, and that layer's random weights."""
+    torch.manual_seed(0)
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": 1, **names})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return config, model.model.layers[0].state_dict(prefix=prefix)
+
+
+def _write_head(folder: Path, config: PretrainedConfig, weights: dict[str, torch.Tensor]) -> Path:
     save_file(weights, folder / "model.safetensors")
     config.save_pretrained(folder)
     return folder
@@ -332,7 +334,7 @@ def write_mtp(folder: Path, model: Path) -> Path:
     """Writes a model as MiMo, with a layer for the token after the next one, which has the weights of the last.
 
     Args:
-        folder: Where to.
+        folder: Destination.
         model: Folder of the Qwen2.
 
     Returns:

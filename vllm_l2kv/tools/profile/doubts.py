@@ -8,14 +8,13 @@ from collections.abc import Iterator
 
 from vllm_l2kv.cli_types import counted, listed
 from vllm_l2kv.settings import CLASSES
+from vllm_l2kv.tools.evaluation.statistics import Moments, share
 from vllm_l2kv.tools.profile.recommend import FEW_QUESTIONS, NAMES, NOTHING_FULL, WHOLE, Outcome, Recommendation
 
 MIN_QUESTIONS = FEW_QUESTIONS
 """Questions below which a warning is printed: the first round of the search needs as many. Half as many judge."""
 NEARLY_NONE = 0.1
 """Share of answered questions up to which nothing can be compared: less than the uncertainty of 64 questions."""
-Z = 1.96
-"""Standard deviations of a 95 % confidence interval."""
 
 
 def warning(found: Recommendation) -> str | None:
@@ -26,7 +25,8 @@ def warning(found: Recommendation) -> str | None:
 
 def uncertainty(num_questions: int) -> float:
     """Largest half width of Wilson's 95 % confidence interval of a share of this many questions."""
-    return float(Z / (2 * (num_questions + Z**2) ** 0.5))
+    half = 0.5  # the share whose interval is widest
+    return share(Moments(num_questions, half, 0.0)).high - half
 
 
 def _doubts(found: Recommendation) -> Iterator[str]:
