@@ -136,8 +136,8 @@ def loads_table(rows: list[Row]) -> str:
         us = {(row["fresh"], row["what"]): row["us_per_layer"] for row in rows if row["load"] == load}
         cells = []
         for fresh in (True, False):
-            stock, ours = us[fresh, "stock"], us[fresh, "compressed"]
-            cells.append(f"{stock}, {ours} ({ours / stock:.3f})")
+            stock, compressed = us[fresh, "stock"], us[fresh, "compressed"]
+            cells.append(f"{stock}, {compressed} ({compressed / stock:.3f})")
         lines.append([load, *cells])
     return table("load adjacent,blocks scattered,blocks", lines)
 

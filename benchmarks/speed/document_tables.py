@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from benchmarks.speed.page_parts import GIB, Row, plot, table
+from benchmarks.speed.page_parts import GIB, Row, plot, table, values_of
 
 TURNS = (1, 2, 5, 10, 15, 20, 25, 30)
 HEAD = """
@@ -79,8 +79,8 @@ def documents_section(rows: dict[str, list[Row]], waiting: list[Row]) -> str:
     measured = [row for of_scenario in rows.values() for row in of_scenario]
     if not measured:
         return ""
-    gpus, commits = (", ".join(dict.fromkeys(row[name] for row in measured)) for name in ("gpu", "commit"))
-    return HEAD.format(about=f"{gpus}, commit {commits}.") + "\n\n".join(texts) + "\n"
+    about = f"{values_of(measured, 'gpu')}, commit {values_of(measured, 'commit')}."
+    return HEAD.format(about=about) + "\n\n".join(texts) + "\n"
 
 
 def numbers_of(rows: list[Row]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.speed.page_parts import Row, table
+from benchmarks.speed.page_parts import Row, table, values_of
 
 SECTION = """
 ## Speculative decoding
@@ -30,10 +30,7 @@ def drafts_section(rows: list[Row]) -> str:
     """
     if not rows:
         return ""
-    gpus, versions, commits = (
-        ", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("gpu", "vllm", "commit")
-    )
-    about = f"{gpus}, vLLM {versions}, commit {commits}."
+    about = f"{values_of(rows, 'gpu')}, vLLM {values_of(rows, 'vllm')}, commit {values_of(rows, 'commit')}."
     return SECTION.format(num_drafts=rows[0]["num_drafts"], about=about, table=drafts_table(rows))
 
 

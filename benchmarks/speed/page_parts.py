@@ -29,6 +29,11 @@ def read(name: str, must_exist: bool = True) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if must_exist or file.exists() else []
 
 
+def values_of(rows: list[Row], name: str) -> str:
+    """Returns the distinct values of a field in all rows."""
+    return ", ".join(dict.fromkeys(row[name] for row in rows))
+
+
 def table(head: str, lines: Iterable[Iterable[Any]]) -> str:
     """Returns a Markdown table; each word of the head names a column, with commas for spaces."""
     columns = [word.replace(",", " ") for word in head.split()]

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.speed.attention_tables import attention_sections, plot_attention
 from benchmarks.speed.document_tables import documents_section, plot_conversation
 from benchmarks.speed.draft_tables import drafts_section
-from benchmarks.speed.page_parts import GIB, PLOTS, ROOT, Row, filled, plot, read, table
+from benchmarks.speed.page_parts import GIB, PLOTS, ROOT, Row, filled, plot, read, table, values_of
 from benchmarks.speed.serving import DOCUMENTS, ON_DEMAND, SCENARIOS
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -466,11 +466,6 @@ def findings_lines(rows: list[Row]) -> list[str]:
     for row in rows:
         checks.setdefault(row["found"], []).append(row["check"])
     return [f"- {'; '.join(of_finding)}: {found}" for found, of_finding in checks.items()]
-
-
-def values_of(rows: list[Row], name: str) -> str:
-    """Returns the distinct values of a field in all rows."""
-    return ", ".join(dict.fromkeys(row[name] for row in rows))
 
 
 def split_checks(rows: list[Row]) -> tuple[list[Row], list[Row]]:
