@@ -89,10 +89,10 @@ class Engine:
     def shutdown(self) -> None:
         self.core.shutdown()
 
-    def spoil(self) -> None:
-        """Fills the empty cache with NaN, which states may leave in a block."""
+    def spoil(self, value: float = math.nan) -> None:
+        """Fills the empty cache, by default with NaN, which states may leave in a block."""
         for cache in self.caches:
-            cache.fill_(math.nan)
+            cache.fill_(value)
 
     def free_memory(self) -> None:
         """Takes away weights and cache, which references from elsewhere may keep for long; not of ranks."""

@@ -171,6 +171,7 @@ class HostRunner:
             [AttentionGroup(None, [], None, group, metadata_builders=[Builder()])] for group in range(len(block_sizes))
         ]
         self.req_states = SimpleNamespace(req_id_to_index={})
+        self.decode_query_len = 1
 
     def dummy_metadata(self, num_reqs: int, seq_len: int, capture: bool) -> list[CommonAttentionMetadata]:
         """Returns attention's inputs of a dummy batch, as during the capture of a graph."""
@@ -179,9 +180,15 @@ class HostRunner:
         return self.build(torch.full((num_reqs,), seq_len, dtype=torch.int32), capture)
 
     def build(
-        self, seq_lens: torch.Tensor, capture: bool = False, states: Sequence[int] = ()
+        self, seq_lens: torch.Tensor, capture: bool = False, states: Sequence[int] | None = ()
     ) -> list[CommonAttentionMetadata]:
-        """Returns attention's inputs by group, for `seq_lens`, `[num_reqs]` int32, of requests in these states."""
+        """Returns attention's inputs by group.
+
+        Args:
+            seq_lens: `[num_reqs]` int32.
+            capture: Whether a graph is being captured.
+            states: The requests' states; `None` for a model with recurrent layers, for which vLLM does not tell them.
+        """
         num_reqs = seq_lens.shape[0]
         metadata = CommonAttentionMetadata(
             query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32),
@@ -192,7 +199,7 @@ class HostRunner:
             max_query_len=1,
             max_seq_len=int(seq_lens.max()),
             seq_lens_cpu_upper_bound=seq_lens.cpu(),
-            req_idx=np.array(states, dtype=np.int32),
+            req_idx=None if states is None else np.array(states, dtype=np.int32),
             block_table_tensor=torch.zeros(num_reqs, 1, dtype=torch.int32),
             slot_mapping=torch.zeros(num_reqs, dtype=torch.int64),
         )
@@ -315,13 +322,14 @@ class FakeGPUWorker(CompactionWorker, Device):
 # --- steps
 
 
-def step_output(finished=(), preempted=(), orders=(), new=(), hits=()) -> SimpleNamespace:
+def step_output(finished=(), preempted=(), orders=(), new=(), hits=(), scheduled=()) -> SimpleNamespace:
     """Returns the parts of a `SchedulerOutput` that the worker reads; `new` pairs ids with states."""
     output = SimpleNamespace(
         finished_req_ids=set(finished),
         preempted_req_ids=set(preempted) or None,
         new=new,
         kv_connector_metadata=None,
+        num_scheduled_tokens=dict(scheduled),
     )
     if orders:
         attach_orders(output, tuple(orders))

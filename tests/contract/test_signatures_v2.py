@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBackedTensor, UvaBufferPool
-from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner, sort_batch_req_ids
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_worker import Worker
@@ -152,6 +152,14 @@ def test_the_order_of_a_step():
 def test_dummy_batches_are_marked():
     assert "get_dummy_block_tables(" in inspect.getsource(GPUModelRunner.prepare_dummy_attn)
     assert "get_dummy_block_tables(" in inspect.getsource(cudagraph_utils.prepare_inputs_to_capture)
+
+
+def test_the_order_of_a_batch_whose_metadata_does_not_tell_it():
+    """`RunnerV2` finds it as vLLM does; drafts are refused for these models."""
+    assert "req_idx=" in inspect.getsource(DefaultModelState.prepare_attn)
+    for used in ("sort_batch_req_ids(", "self.decode_query_len ="):
+        assert used in inspect.getsource(GPUModelRunner)
+    assert sort_batch_req_ids({"a": 7, "b": 1, "c": 3, "d": 1}, {}, 1) == ["b", "d", "c", "a"]
 
 
 def test_attributes_of_the_runner_and_the_worker():

@@ -89,7 +89,8 @@ def full_heads():
 
 @pytest.fixture(scope="session")
 def heads_in_graphs(demo_model):
-    engine = start_on_gpu(demo_model, {"full_layers": (), "full_heads": FULL_HEADS}, gpu_memory_utilization=0.2)
+    arguments = {"kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.2}
+    engine = start_on_gpu(demo_model, {"full_layers": (), "full_heads": FULL_HEADS}, **arguments)
     yield engine
     engine.shutdown()
 
@@ -97,7 +98,8 @@ def heads_in_graphs(demo_model):
 @pytest.fixture(scope="session")
 def heads_in_fp8(demo_model):
     """An engine without graphs."""
-    arguments = {"kv_cache_dtype": "fp8_e4m3", "enforce_eager": True, "gpu_memory_utilization": 0.15}
+    arguments = {"kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.15}
+    arguments |= {"kv_cache_dtype": "fp8_e4m3", "enforce_eager": True}
     engine = start_on_gpu(demo_model, {"full_layers": (), "full_heads": FULL_HEADS}, **arguments)
     yield engine
     engine.shutdown()

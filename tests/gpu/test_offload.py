@@ -85,7 +85,9 @@ def test_a_whole_prompt_comes_back_and_is_compacted(engine, documents):
     settle(engine)
     (again,), _ = ask(engine, [prompt], rule)
     assert again.num_cached_tokens >= DOCUMENT - engine.scheduler.block_size
-    assert rms([likely(again).get(token, -20) - value for token, value in likely(first).items()]) < 0.3
+    before, after = likely(first), likely(again)
+    assert len(before.keys() & after.keys()) >= 15, "of 20"
+    assert rms([before[token] - after[token] for token in before.keys() & after.keys()]) < 0.3
 
 
 def test_many_at_once_in_a_cache_that_holds_few(engine, documents):

@@ -4,6 +4,7 @@ Tiny models with random weights, of architectures that vLLM's CPU kernels suppor
 `test_engine`, by how much bf16 changes the reference.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,24 +29,31 @@ LENGTHS = (33, 449, 1000, 1700)
 
 
 class Kind(NamedTuple):
-    """The full layers of the setting, those of the model, and the model's differences from tests on CPUs."""
+    """The full layers of the setting, those of the model, and the model's differences from tests on CPUs.
+
+    `stale` is in every row before it is written. Recurrent states may leave NaN. In models with windows FlashAttention
+    multiplies values before a window by zero, so there it is as finite as the rows of other requests.
+    """
 
     named: tuple[int, ...]
     full_layers: tuple[int, ...]
     changes: dict[str, Any]
+    stale: float = math.nan
+    graphs: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 SMALL = {"initializer_range": 0.06}
 """Scale of the weights, since large ones amplify rounding to bf16's eight bits."""
 KINDS = {
     # Without a choice of experts, which rounding could decide.
-    "qwen3_next": Kind((0, 1), (1,), {**SMALL, "mlp_only_layers": tuple(range(6))}),
+    "qwen3_next": Kind((0, 1), (1,), {**SMALL, "mlp_only_layers": (0, 1, 2, 3, 4, 5)}),
     "nemotron_h": Kind((0, 1), (3,), SMALL),
     "lfm2": Kind((), (), {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}),
     "granite_hybrid": Kind((3,), (3,), SMALL),
     "jamba": Kind((0, 1), (1,), SMALL),
-    "gpt_oss": Kind((0, 1), (1,), {"initializer_range": 0.15, "num_experts_per_tok": 4}),
-    "llama4": Kind((0, 1), (1,), SMALL),
+    "gpt_oss": Kind((0, 1), (1,), {"initializer_range": 0.15, "num_experts_per_tok": 4}, stale=100.0),
+    # vLLM captures attention by chunks in no graph.
+    "llama4": Kind((0, 1), (1,), SMALL, stale=100.0, graphs=CUDAGraphMode.PIECEWISE),
 }
 
 
@@ -64,7 +72,7 @@ def engine(kind, model, start_small):
     rule = bare_rule(full_layers=KINDS[kind].named, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "kv_cache_memory_bytes": 1 << 28}
     engine = start_small(model, max_num_seqs=32, max_num_batched_tokens=2048, **sizes, **rule)
-    engine.spoil()
+    engine.spoil(KINDS[kind].stale)
     yield engine
     engine.shutdown()
 
@@ -76,8 +84,8 @@ def references(kind, model):
     return [make(model, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.bfloat16)]
 
 
-def test_decoding_runs_in_graphs(engine):
-    assert engine.worker.vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+def test_decoding_runs_in_graphs(kind, engine):
+    assert engine.worker.vllm_config.compilation_config.cudagraph_mode == KINDS[kind].graphs
 
 
 def test_answers(kind, engine, references, text_ids):

@@ -116,7 +116,7 @@ def test_flashinfer_plans_the_rows_that_requests_hold(backend):
         runner.block_tables.append_block_ids(state, ([1, 4, 2, 3],), overwrite=True)
     v2 = RunnerV2(runner, [0])
     evicted = {"compacted": 27, "prompt": 30}
-    v2.begin_step([], [order(name, n, destination=tuple(BLOCKS[name])) for name, n in evicted.items()], {})
+    v2.begin_step([], [order(name, n, destination=tuple(BLOCKS[name])) for name, n in evicted.items()], {}, {})
     runner.block_tables.apply_staged_writes()
     built = runner.attn_groups[0][0].build_metadata(metadata(runner, [20, 40, 50], [1, 1, 6]))
     assert (built.num_decodes, built.num_prefills) == (2, 1)

@@ -83,7 +83,7 @@ STATES = [5, 2, 7]
 
 def begin_step(vllm_runner: HostRunner, runner: RunnerV2, gone, orders, hits=()) -> None:
     """Runs the beginning of a step: the runner's part around vLLM's, which adds states of new requests."""
-    runner.begin_step(gone, orders, dict(hits))
+    runner.begin_step(gone, orders, dict(hits), {})
     vllm_runner.block_tables.apply_staged_writes()
 
 
@@ -129,6 +129,18 @@ def test_lengths_on_the_host_are_physical():
     assert real_metadata(vllm_runner)[0].max_seq_len == 14
     begin_step(vllm_runner, runner, ["a", "b", "c"], [])
     assert real_metadata(vllm_runner)[0].max_seq_len == 40
+
+
+def test_lengths_on_the_host_are_physical_beside_recurrent_layers():
+    """vLLM does not tell the states of a batch then. It sorts requests by their numbers of tokens."""
+    vllm_runner, runner = compacted_runner()
+    for num_scheduled, right in (({"a": 1, "b": 1, "c": 1}, [20, 14, 40]), ({"c": 3, "b": 2, "a": 1}, [20, 14, 40])):
+        runner.begin_step([], [], {}, num_scheduled)
+        idx_mapping, starts = torch.tensor(STATES), torch.arange(4, dtype=torch.int32)
+        vllm_runner.block_tables.compute_slot_mappings(idx_mapping, starts, torch.tensor(LENGTHS) - 1, 3)
+        compressed, full = vllm_runner.build(torch.tensor(LENGTHS, dtype=torch.int32), states=None)
+        assert compressed.seq_lens_cpu_upper_bound.tolist() == compressed.seq_lens.tolist() == right
+        assert full.seq_lens_cpu_upper_bound.tolist() == LENGTHS
 
 
 def test_all_builders_of_a_group_share_one_launch_of_lengths(monkeypatch):
@@ -226,7 +238,7 @@ def test_each_compaction_rewrites_the_present_row():
 def test_a_request_that_begins_on_compacted_rows_has_their_count():
     """Its state is known only after vLLM has added it; one that was preempted in the same step keeps nothing."""
     vllm_runner, runner = compacted_runner()
-    runner.begin_step(["b"], [order("c", 30, destination=(3,))], {"new": 9, "b": 12})
+    runner.begin_step(["b"], [order("c", 30, destination=(3,))], {"new": 9, "b": 12}, {})
     del vllm_runner.req_states.req_id_to_index["b"]
     vllm_runner.req_states.req_id_to_index.update(new=2, b=6)
     vllm_runner.block_tables.apply_staged_writes()

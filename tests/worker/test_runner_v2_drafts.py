@@ -54,7 +54,7 @@ def drafting(monkeypatch) -> SimpleNamespace:
     for state in STATES:
         vllm_runner.block_tables.append_block_ids(state, ([*range(10, 26)], [*range(30, 38)]), overwrite=True)
     runner = RunnerV2(vllm_runner, [COMPRESSED])
-    runner.begin_step([], [order("b", 16, destination=(3, 9, 4, 8))], {})
+    runner.begin_step([], [order("b", 16, destination=(3, 9, 4, 8))], {}, {})
     vllm_runner.block_tables.apply_staged_writes()
     return SimpleNamespace(runner=vllm_runner, speculator=speculator)
 

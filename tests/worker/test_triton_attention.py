@@ -130,7 +130,7 @@ class Engine:
         counts = {"num_rows": num_rows, "num_keep": KEEP, "num_evicted": num_rows - KEEP}
         order = CompactionOrder(req_id="compacted", params=PARAMS, moves=(move,), **counts)
         self.compactor.compact([order])
-        self.v2.begin_step([], [order], {})
+        self.v2.begin_step([], [order], {}, {})
         self.runner.block_tables.apply_staged_writes()
         scores = -self.held["compacted"][0].norm(dim=-1).T
         self.kept["compacted"] = select(scores, KEEP, PARAMS.protect_first, PARAMS.protect_last).tolist(), num_rows

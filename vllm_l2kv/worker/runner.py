@@ -26,7 +26,13 @@ class Runner(Protocol):
         vLLM does so if the pool also holds recurrent states, whose bytes may be NaN when read as keys or values.
         """
 
-    def begin_step(self, gone: Iterable[str], orders: Sequence[CompactionOrder], hits: Mapping[str, int]) -> None:
+    def begin_step(
+        self,
+        gone: Iterable[str],
+        orders: Sequence[CompactionOrder],
+        hits: Mapping[str, int],
+        num_scheduled: Mapping[str, int],
+    ) -> None:
         """Updates the state that the step's kernels will read; called once per step, before vLLM prepares the step.
 
         Args:
@@ -35,4 +41,5 @@ class Runner(Protocol):
                 `slot = position - num_evicted`.
             hits: Ids of requests that begin on compacted rows in this step, with their evicted tokens. They may be in
                 `gone` too, if they were preempted just before.
+            num_scheduled: Ids of the step's requests, with the number of tokens that it computes.
         """

@@ -40,7 +40,13 @@ class RunnerV1:
                 if isinstance(spec, AttentionSpec):
                     layers[name].kv_cache[list(block_ids)] = 0
 
-    def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder], hits: Mapping[str, int]) -> None:
+    def begin_step(
+        self,
+        gone: Iterable[str],
+        orders: Iterable[CompactionOrder],
+        hits: Mapping[str, int],
+        num_scheduled: Mapping[str, int],
+    ) -> None:
         """Forgets requests, gives compacted ones the blocks of their kept rows, and updates all counts.
 
         Changes both the request's state and its row in the batch, if it has one: a request that skips a step leaves the

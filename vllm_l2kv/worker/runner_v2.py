@@ -1,7 +1,7 @@
 """Runner V2 (`gpu.model_runner.GPUModelRunner`), vLLM's default on GPUs.
 
 Its block tables are on the device and CUDA graphs read its metadata, so kernels write slots and lengths to buffers at
-fixed addresses. Nothing here waits for the device or loops over the requests of a batch.
+fixed addresses. Nothing here waits for the device, and only models with recurrent layers loop over a batch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from vllm_l2kv.kernels.slots import physical_lengths, slot_mappings
 from vllm_l2kv.messages.orders import CompactionOrder
@@ -31,6 +32,7 @@ class RunnerV2:
         self.counts = EvictedCountsV2(runner.max_num_reqs)
         self._tables = CompressedBlockTables(runner.block_tables, group_ids, self.counts, runner.req_states)
         self._seq_lens = torch.zeros(runner.max_num_reqs, dtype=torch.int32, device=runner.device)
+        self._num_scheduled: Mapping[str, int] = {}
         self._made: tuple[CommonAttentionMetadata, CommonAttentionMetadata] | None = None
         runner.block_tables = self._tables
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
@@ -39,7 +41,13 @@ class RunnerV2:
         """Same contract as `Runner`."""
         self._runner.kv_block_zeroer.zero_block_ids(list(block_ids))
 
-    def begin_step(self, gone: Iterable[str], orders: Iterable[CompactionOrder], hits: Mapping[str, int]) -> None:
+    def begin_step(
+        self,
+        gone: Iterable[str],
+        orders: Iterable[CompactionOrder],
+        hits: Mapping[str, int],
+        num_scheduled: Mapping[str, int],
+    ) -> None:
         """Forgets requests and stages the block tables of compacted ones, which vLLM copies together with its own.
 
         A request that begins gets its state from vLLM later in the step, so `CompressedBlockTables` sets its count.
@@ -52,6 +60,7 @@ class RunnerV2:
                 self._tables.num_blocks.np[move.group_id, state] = len(move.destination)
             self.counts.set(order.req_id, state, order.num_evicted)
         self._tables.hits = hits
+        self._num_scheduled = num_scheduled
 
     def warm_up(self) -> None:
         """Compiles the kernels for the argument types that the runner uses, on an empty batch."""
@@ -75,7 +84,16 @@ class RunnerV2:
             seq_lens.copy_(metadata.seq_lens)
             return metadata.replace(seq_lens=seq_lens)
         physical_lengths(seq_lens, metadata.seq_lens, idx_mapping, self.counts.on_device)
-        return with_physical_lengths(metadata, seq_lens, self.counts.of_states(metadata.req_idx))
+        states = self._states_of_batch() if metadata.req_idx is None else metadata.req_idx
+        return with_physical_lengths(metadata, seq_lens, self.counts.of_states(states))
+
+    def _states_of_batch(self) -> np.ndarray:
+        """Request states in batch order, which vLLM does not pass on for models with recurrent layers.
+
+        Their batches have no drafts.
+        """
+        req_ids = sort_batch_req_ids(dict(self._num_scheduled), {}, self._runner.decode_query_len)
+        return np.array([self._runner.req_states.req_id_to_index[req_id] for req_id in req_ids], dtype=np.intp)
 
 
 class EvictedCountsV2:

@@ -157,7 +157,8 @@ class CompactionWorker(WorkerBase):
                 # From now on a KV connector may load into the freed blocks, without any order with the device's work.
                 self._wait_for_device()
         gone = chain(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
-        self._runner.begin_step(gone, orders, compacted_hits_of(scheduler_output))
+        hits = compacted_hits_of(scheduler_output)
+        self._runner.begin_step(gone, orders, hits, scheduler_output.num_scheduled_tokens)
         output = super().execute_model(scheduler_output)
         return None if output is None else self._with_seconds(output)  # None: `sample_tokens` returns the output
 
