@@ -218,10 +218,9 @@ def qwen3_next(**changes: Any) -> PretrainedConfig:
         "moe_intermediate_size": 64,
         "shared_expert_intermediate_size": 64,
         "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     }
-    # `changes` must be hashable, and the configuration takes lists alone.
-    without_experts = list(changes.pop("mlp_only_layers", ()))
-    return Qwen3NextConfig(**{**SHAPE, **hybrid, **changes}, mlp_only_layers=without_experts)
+    return Qwen3NextConfig(**{**SHAPE, **hybrid, **changes})
 
 
 def jamba(**changes: Any) -> PretrainedConfig:

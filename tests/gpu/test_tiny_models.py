@@ -45,8 +45,8 @@ class Kind(NamedTuple):
 SMALL = {"initializer_range": 0.06}
 """Scale of the weights, since large ones amplify rounding to bf16's eight bits."""
 KINDS = {
-    # Without a choice of experts, which rounding could decide.
-    "qwen3_next": Kind((0, 1), (1,), {**SMALL, "mlp_only_layers": (0, 1, 2, 3, 4, 5)}),
+    # With every expert chosen, since rounding could decide a choice.
+    "qwen3_next": Kind((0, 1), (1,), {**SMALL, "num_experts_per_tok": 4}),
     "nemotron_h": Kind((0, 1), (3,), SMALL),
     "lfm2": Kind((), (), {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}),
     "granite_hybrid": Kind((3,), (3,), SMALL),
