@@ -72,10 +72,10 @@ class Torch:
 
 
 def open_connector(monkeypatch) -> None:
-    """Lets an engine in this process use the connector, which vllm-l2kv refuses until it has been run on a GPU."""
+    """Lets an engine in this process use the connector, which CPUs refuse, since its copies need a GPU."""
     monkeypatch.setattr(worker, "torch", Torch())
     monkeypatch.setattr(worker, "DmaCopyBackend", HostBackend)
-    monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
+    monkeypatch.setitem(refusals.CONNECTORS, "CPUs", ("SimpleCPUOffloadConnector",))
 
 
 def cpu_memory(num_bytes: int) -> KVTransferConfig:

@@ -1,7 +1,7 @@
 """Tiny models with random weights: real architectures, small enough to start in seconds."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +361,21 @@ class HybridReference(Reference):
     def __init__(self, model: Path, **options: Any) -> None:
         super().__init__(model, **options)
         self.new_cache: Callable[[], DynamicCache] = lambda: DynamicCache(config=self.model.config)
+
+
+class TokenwiseReference(HybridReference):
+    """The reference for models whose states `transformers` loses when they continue with several tokens at once."""
+
+    def _forward(
+        self, cache: DynamicCache, tokens: Sequence[int], position: int, num_logits: int
+    ) -> tuple[DynamicCache, torch.Tensor]:
+        if position == 0:
+            return super()._forward(cache, tokens, position, num_logits)
+        rows = []
+        for end in range(position, len(tokens)):
+            cache, logits = super()._forward(cache, tokens[: end + 1], end, 1)
+            rows.append(logits)
+        return cache, torch.cat(rows[-num_logits:])
 
 
 class ChunkedReference(HybridReference):

@@ -13,8 +13,17 @@ from vllm_l2kv.profile import Profile, check_model, local_folder
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.supported_vllm import check_vllm
 
-DRAFTERS = {"CPUs": ("ngram", "draft_model", "eagle", "eagle3", "mtp"), "GPUs": ()}
+DRAFTERS = {
+    "CPUs": ("ngram", "draft_model", "eagle", "eagle3", "mtp"),
+    "GPUs": ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3"),
+}
 """Methods of speculative decoding that are tested with compaction, by device."""
+CONNECTORS: dict[str, tuple[str, ...]] = {"CPUs": (), "GPUs": ("SimpleCPUOffloadConnector",)}
+"""KV connectors that are tested with compaction, by device."""
+
+
+FAILED_ON_GPUS: tuple[str, ...] = ("nemotron_h",)
+"""Types of models that failed `tests/gpu/test_tiny_models.py`, with the cause not known yet."""
 
 
 def check_supported(config: VllmConfig) -> None:
@@ -36,7 +45,7 @@ def check_supported(config: VllmConfig) -> None:
         "pipeline parallelism on GPUs, where it is not tested (set --pipeline-parallel-size 1)": (
             parallel.pipeline_parallel_size > 1 and not on_cpu
         ),
-        **_refused_drafts(config, "CPUs" if on_cpu else "GPUs"),
+        **_refused_drafts(config, _devices()),
         "this KV-cache type (set --kv-cache-dtype to auto or fp8_e4m3)": (
             is_quantized_kv_cache(cache.cache_dtype) and cache.cache_dtype not in ("fp8", "fp8_e4m3")
         ),
@@ -49,6 +58,9 @@ def check_supported(config: VllmConfig) -> None:
         "models with MLA, whose cache holds no keys (serve them with stock vLLM; see docs/mla.md)": model.use_mla,
         "images with bidirectional attention on GPUs (set --language-model-only to serve text)": (
             model.is_mm_prefix_lm and not on_cpu
+        ),
+        "Nemotron-H on GPUs, where answers in a batch differed from the reference (serve it with stock vLLM)": (
+            model.hf_text_config.model_type in FAILED_ON_GPUS and not on_cpu
         ),
         "models with only recurrent layers (serve them with stock vLLM)": model.has_inner_state and not model.is_hybrid,
         "ReplaySSM (drop --use-replayssm)": cache.use_replayssm,
@@ -75,11 +87,6 @@ def check_supported(config: VllmConfig) -> None:
         check_profile(config)
 
 
-CONNECTORS: tuple[str, ...] = ()
-"""KV connectors that work with compression. `SimpleCPUOffloadConnector` is added once `tests/gpu/test_offload.py` has
-passed on a GPU, which its copies need."""
-
-
 def check_connector(config: VllmConfig) -> None:
     """Rejects KV connectors that may release blocks before they have copied them, and untested settings of the others.
 
@@ -90,10 +97,12 @@ def check_connector(config: VllmConfig) -> None:
     if transfer is None:
         return
     extra = transfer.kv_connector_extra_config
+    devices = _devices()
+    taken = CONNECTORS[devices]
+    instead = f", or set kv_connector to {' or '.join(taken)}" if taken else ""
     refusals = {
-        f"the KV connector {transfer.kv_connector} (drop --kv-transfer-config and --kv-offloading-size)": (
-            transfer.kv_connector not in CONNECTORS
-        ),
+        f"the KV connector {transfer.kv_connector} on {devices} (drop --kv-transfer-config and --kv-offloading-size"
+        f"{instead})": transfer.kv_connector not in taken,
         "CPU offloading without a prefix cache (drop --no-enable-prefix-caching, or --kv-transfer-config)": (
             not cache.enable_prefix_caching
         ),
@@ -108,6 +117,10 @@ def check_connector(config: VllmConfig) -> None:
     for what, found in refusals.items():
         if found:
             raise ValueError(f"vllm-l2kv does not support {what}.")
+
+
+def _devices() -> str:
+    return "CPUs" if current_platform.is_cpu() else "GPUs"
 
 
 def _refused_drafts(config: VllmConfig, devices: str) -> dict[str, bool]:

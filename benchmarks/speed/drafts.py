@@ -82,10 +82,7 @@ def start_variant(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from benchmarks.speed.engines import start
-    from vllm_l2kv import refusals
 
-    # Allows configurations that are refused until they have been measured.
-    refusals.DRAFTERS["GPUs"] = ("ngram_gpu", "draft_model")
     engine, _, drafter = args.inside.partition("_")
     method = "ngram_gpu" if torch.cuda.is_available() else "ngram"
     speculative = {

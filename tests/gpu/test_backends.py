@@ -16,7 +16,11 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm_l2kv.worker.gpu import L2KVGPUWorker
 from vllm_l2kv.worker.heads import SplitAttention
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # Of CUTLASS, when it compiles FlashAttention 4.
+    pytest.mark.filterwarnings("ignore:Argument .* cannot be converted to a JitArgument:UserWarning"),
+]
 
 INTERVALS = (300, 5)
 RULES = (

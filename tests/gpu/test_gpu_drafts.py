@@ -18,7 +18,6 @@ from vllm_l2kv import refusals
 
 pytestmark = pytest.mark.gpu
 
-METHODS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3")
 INTERVALS = (300, 20)
 RULES = {
     **{f"keep {ratio}": {"ratio": ratio} for ratio in ("1.0", "0.5", "0.25")},
@@ -29,7 +28,7 @@ LENGTHS = (33, 449, 1000, 1700)
 NUM_TOKENS = 48
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=refusals.DRAFTERS["GPUs"])
 def method(request):
     return request.param
 
@@ -45,11 +44,8 @@ def drafting(method, demo_model, start_small, tmp_path_factory):
         write = {"eagle": tiny.write_eagle, "eagle3": tiny.write_eagle3}[method]
         speculative["model"] = str(write(tmp_path_factory.mktemp(method), AutoConfig.from_pretrained(demo_model)))
     rule = bare_rule(full_layers=(0, 1), prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        # Needed until this has passed on a GPU.
-        monkeypatch.setitem(refusals.DRAFTERS, "GPUs", METHODS)
-        sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}}
-        engine = start_small(demo_model, max_num_seqs=32, speculative_config=speculative, **sizes, **rule)
+    sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}}
+    engine = start_small(demo_model, max_num_seqs=32, speculative_config=speculative, **sizes, **rule)
     yield engine
     engine.shutdown()
 

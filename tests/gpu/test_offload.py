@@ -1,7 +1,4 @@
-"""Documents and prompts in CPU memory, by vLLM's connector with its own copies: bf16, CUDA graphs, async scheduling.
-
-Engines refuse the connector until this has been run. If it passes, add its name to `refusals.CONNECTORS`.
-"""
+"""Documents and prompts in CPU memory, by vLLM's connector with its own copies: bf16, CUDA graphs, async scheduling."""
 
 import random
 import time
@@ -12,8 +9,6 @@ from engine import bare_rule, draw, keep, tokens_of
 from host_copies import cpu_memory
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from vllm_l2kv import refusals
-
 pytestmark = pytest.mark.gpu
 
 DOCUMENT, NUM_DOCUMENTS = 1500, 24
@@ -23,11 +18,9 @@ RULE = {"ratio": "0.25", "document": DOCUMENT}
 @pytest.fixture(scope="module")
 def engine(start_small, demo_model):
     """An engine whose cache holds four whole documents, or half of all of them compressed."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
-        sizes = {"kv_cache_memory_bytes": 160 << 20, "max_num_batched_tokens": 2048, "max_num_seqs": 16}
-        rule = bare_rule(full_layers=(0, 1))
-        engine = start_small(demo_model, kv_transfer_config=cpu_memory(2 << 30), **sizes, **rule)
+    sizes = {"kv_cache_memory_bytes": 160 << 20, "max_num_batched_tokens": 2048, "max_num_seqs": 16}
+    rule = bare_rule(full_layers=(0, 1))
+    engine = start_small(demo_model, kv_transfer_config=cpu_memory(2 << 30), **sizes, **rule)
     yield engine
     engine.shutdown()
 

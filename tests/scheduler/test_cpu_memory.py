@@ -12,7 +12,7 @@ from vllm_l2kv.scheduler.integrity import check_nothing_left
 
 @pytest.fixture(autouse=True)
 def _opened(monkeypatch):
-    monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
+    monkeypatch.setitem(refusals.CONNECTORS, "CPUs", ("SimpleCPUOffloadConnector",))
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ def config(**changes):
         ),
         "model_config": SimpleNamespace(
             model="some/model",
+            hf_text_config=SimpleNamespace(model_type="llama"),
             revision=None,
             runner_type="generate",
             is_encoder_decoder=False,
@@ -136,8 +137,14 @@ def test_an_ordinary_configuration_passes():
 @pytest.mark.parametrize(
     ("changes", "setting"),
     [
-        ({"kv_transfer_config": transfer("LMCacheConnectorV1")}, "LMCacheConnectorV1 .drop --kv-transfer-config"),
-        ({"kv_transfer_config": transfer("OffloadingConnector")}, "OffloadingConnector .drop .*--kv-offloading-size"),
+        (
+            {"kv_transfer_config": transfer("LMCacheConnectorV1")},
+            "LMCacheConnectorV1 on CPUs .drop --kv-transfer-config",
+        ),
+        (
+            {"kv_transfer_config": transfer("OffloadingConnector")},
+            "OffloadingConnector on CPUs .drop .*--kv-offloading-size",
+        ),
         ({"speculative_config": drafting("dflash")}, "by dflash on CPUs .*set its method to ngram or draft_model or"),
         ({"speculative_config": drafting("mtp", model_type="gemma4_mtp")}, "Gemma 4's drafter, which reads the cache"),
         ({"speculative_config": drafting("mtp", num_nextn_predict_layers=2)}, "set num_speculative_tokens to 1"),
@@ -179,13 +186,17 @@ def test_unsupported_settings_are_named(changes, setting):
         ({"kv_transfer_config": transfer(lazy_offload=False)}, '"lazy_offload": true'),
         ({"kv_transfer_config": transfer(kv_offload_backend="disk")}, '"kv_offload_backend"'),
         ({"cache_config__enable_prefix_caching": False}, "--no-enable-prefix-caching"),
-        ({"kv_transfer_config": transfer("MultiConnector")}, "the KV connector MultiConnector"),
+        (
+            {"kv_transfer_config": transfer("MultiConnector")},
+            "the KV connector MultiConnector on GPUs .*, or set kv_connector to SimpleCPUOffloadConnector",
+        ),
         ({"parallel_config__pipeline_parallel_size": 2}, "KV connectors with pipeline parallelism"),
     ],
 )
 def test_offloading_to_cpu_memory(monkeypatch, changes, setting):
-    monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
-    about = config(**{"kv_transfer_config": transfer(), **changes})
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    parts = {"kv_transfer_config": transfer(), "use_v2_model_runner": True}
+    about = config(**{**parts, **changes})
     with pytest.raises(ValueError, match=setting) if setting else nullcontext():
         check_supported(about)
 
@@ -205,6 +216,14 @@ def test_experts_of_several_engines_are_taken_on_gpus_alone(monkeypatch):
     check_supported(experts)
 
 
+def test_a_model_that_failed_on_gpus_is_taken_on_cpus_alone(monkeypatch):
+    failed = config(model_config__hf_text_config=SimpleNamespace(model_type="nemotron_h"))
+    check_supported(failed)
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match="Nemotron-H on GPUs"):
+        check_supported(failed)
+
+
 def test_pipeline_parallelism_is_taken_on_cpus_alone(monkeypatch):
     piped = config(parallel_config__pipeline_parallel_size=2, parallel_config__tensor_parallel_size=2)
     check_supported(piped)
@@ -219,17 +238,16 @@ def test_heads_that_do_not_divide_evenly_are_refused(num_ranks):
         check_supported(config(parallel_config__tensor_parallel_size=num_ranks))
 
 
-@pytest.mark.parametrize("method", refusals.DRAFTERS["CPUs"])
-def test_drafts_are_taken_where_their_method_was_run(monkeypatch, method):
-    asked = {"speculative_config": drafting(method)}
-    check_supported(config(**asked))
-    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
-    monkeypatch.setattr(refusals, "DRAFTERS", {"GPUs": ("ngram_gpu",)})
-    with pytest.raises(ValueError, match=rf"by {method} on GPUs \(drop --.*, or set its method to ngram_gpu\)"):
-        check_supported(config(**asked))
-    monkeypatch.setattr(refusals, "DRAFTERS", {"GPUs": ()})
-    with pytest.raises(ValueError, match=rf"by {method} on GPUs \(drop --speculative-config\)"):
-        check_supported(config(**asked))
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "mtp", "medusa"])
+@pytest.mark.parametrize("devices", ["CPUs", "GPUs"])
+def test_drafts_are_taken_where_their_method_was_run(monkeypatch, devices, method):
+    on_gpu = devices == "GPUs"
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: not on_gpu)
+    about = config(speculative_config=drafting(method), use_v2_model_runner=on_gpu)
+    is_taken = method not in ({"mtp", "medusa"} if on_gpu else {"ngram_gpu", "medusa"})
+    sentence = rf"by {method} on {devices} \(drop --speculative-config, or set its method to ngram or "
+    with nullcontext() if is_taken else pytest.raises(ValueError, match=sentence):
+        check_supported(about)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])

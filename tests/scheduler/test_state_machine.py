@@ -521,7 +521,7 @@ def test_drafts_leave_no_rows(make_harness, profile, patched):
 
 @pytest.mark.parametrize("profile", profiles)
 def test_rows_come_back_from_cpu_memory(make_harness, profile, patched, monkeypatch):
-    monkeypatch.setattr(refusals, "CONNECTORS", ("SimpleCPUOffloadConnector",))
+    monkeypatch.setitem(refusals.CONNECTORS, "CPUs", ("SimpleCPUOffloadConnector",))
     seen: Counter[str] = Counter()
     cpu_blocks = max(POOL_SIZES) + 1  # it may not be less than the largest cache
     enough = Counter({"blocks stored": 200, "blocks loaded": 40, "loading": 20, "published": 60})
