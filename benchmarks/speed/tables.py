@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.speed.attention_tables import attention_sections, plot_attention
 from benchmarks.speed.document_tables import documents_section, plot_conversation
 from benchmarks.speed.draft_tables import drafts_section
+from benchmarks.speed.heads_tables import heads_section, heads_verdict
 from benchmarks.speed.page_parts import GIB, PLOTS, ROOT, Row, filled, plot, read, table, values_of
 from benchmarks.speed.serving import DOCUMENTS, ON_DEMAND, SCENARIOS
 
@@ -107,13 +108,14 @@ By kernel, for one prompt at 0.25 (PyTorch's profiler):
 
     python -m benchmarks.speed.compaction --out h100_compaction.jsonl
 {scorers}
-{attention}{two_gpus}"""
+{attention}{heads}{two_gpus}"""
 
 VERDICT = """- **A cache too small**: {memory} x stock's output tokens a second at keep 1, {ratios}.
 - **Long answers**: {answers} x with budgets of {budgets}.
 - **Ample memory**: {ample} x at keep 1, {ratios}.
 - **Decode step**: {idle} x stock's time with nothing compressed; {compressed} x at {ratios} (8 x 15,000 tokens).
 - **First token**: {whole} x with a ratio; {first:.2f} x with a budget of {budget:,} at {length:,} tokens.
+- **Full heads**: {heads}.
 - **Compaction**: {shares} % of the prompt's prefill.
 - **Documents**: see [choosing](choosing.md#one-document-many-questions)."""
 
@@ -202,6 +204,7 @@ def page() -> str:
         compaction_kernels=kernel_table(compaction),
         scorers=scorers_section(read("h100_scorers", must_exist=False)),
         attention=attention_sections([*attention, *attention_h200], read("h100_attention_loads"), by_class),
+        heads=heads_section(read("h100_heads")),
         two_gpus=two_gpus_section({name: read(f"tp2_{name}", must_exist=False) for name in TWO_GPU_FILES}),
     )
     return filled(text)
@@ -233,6 +236,7 @@ def verdict(rows: dict[str, list[Row]], compaction: list[Row]) -> str:
         first=longest[FIRST_TOKEN] / whole[longest["num_prompt_tokens"]],
         budget=longest["budget"],
         length=longest["num_prompt_tokens"],
+        heads=heads_verdict(read("h100_heads")),
         shares=f"{min(shares):.2f} to {max(shares):.2f}",
     )
 

@@ -312,3 +312,96 @@ def test_drafts_beside_stock_vllm_without_them(draft):
     assert "| a model | 16x3000 | stock | none | 1.0 | 1,600 | 1.00 | 10.00 | 1.0 |  | 40 |" in page
     assert "| a model | 16x3000 | l2kv | model | 0.25 | 3,200 | 2.00 | 10.00 | 2.0 | 33% | 40 |" in page
     assert "| a model, made-up weights | 16x3000 | l2kv | n-grams | 0.5 | 3,200 |  | 10.00 | 2.0 | 33% | 40 |" in page
+
+
+HEADS = {**WHERE, "num_gpus": 1, "full_heads": 0.125, "rate": 0.1}
+
+
+@pytest.fixture
+def heads(monkeypatch):
+    """Returns the section about full heads, from rows with some fields changed; steps and first tokens by variant."""
+    from benchmarks.speed import first_token, heads, heads_tables
+
+    variants = {"one_call": 1.01, "equal": 1.0, "stock": 1.0}
+    seeds = []
+
+    def rows_of(slower=variants, repeats=(5, 5)):
+        monkeypatch.setattr(heads, "LENGTHS", dict(zip((8000, 30_000), repeats, strict=True)))
+        for variant, factor in slower.items():
+            about, first_ms = {**HEADS, "variant": variant}, {8000: 200.0, 30_000: 1000.0}
+            for num_requests, num_tokens, is_compacted in heads.DECODE:
+                if not (is_compacted and variant == "stock"):
+                    ms = factor * (8.0 if is_compacted else 10.0)
+                    load = {"load": f"{num_requests}x{num_tokens}", "compacted": is_compacted}
+                    yield {**about, "case": "decode", **load, "median_step_ms": ms}
+
+            def run(_llm, num_tokens, ratio, budget, seed, factor=factor, first_ms=first_ms):
+                seeds.append(seed)
+                # The first of each case is slow, and so is every compacted one.
+                is_first = seed % 1000 == 0
+                return first_ms[num_tokens] * factor * (9 if is_first else 1.1 if ratio else 1)
+
+            monkeypatch.setattr(first_token, "run", run)
+            seeds.clear()
+            for row in heads.first_token(None, about, 0.125, 0.1):
+                yield {**about, "case": "first_token", **row}
+            assert len(seeds) == len(set(seeds)), "an engine would find the prompt"
+            load = {"load": "16 GiB", "memory": 1.0 if variant == "stock" else 0.25, "mean_running": 15.0}
+            speed = {"output_tokens_per_s": 1000.0 * factor, "median_first_token_s": 3.5, "num_first_tokens": 20}
+            yield {**about, "case": "load", **load, **speed, "preemptions": 4, "seconds": 15.1}
+
+    return SimpleNamespace(rows=lambda *args, **named: list(rows_of(*args, **named)), page=heads_tables.heads_section)
+
+
+def test_full_heads_beside_equal_counts_and_stock(heads):
+    from benchmarks.speed.heads_tables import heads_verdict
+
+    rows = heads.rows()
+    page = heads.page(rows)
+    assert "0.125 of all heads" in page
+    assert "One engine of each, NVIDIA H100 80GB HBM3, vLLM 0.32.0, commit abc1234." in page
+    assert "| load | memory | stock | equal counts | full heads | of stock | of equal |" in page
+    assert "| 64x256 | 1 | 10.00 | 10.00 | 10.10 | 1.010 | 1.010 |" in page
+    # 1/8 of the rows whole, and a tenth of the others.
+    assert "| 64x256 | 0.21 | 10.00 | 8.00 | 8.08 | 0.808 | 1.010 |" in page
+    assert "| full heads | 0.25 | 15.0 | 1,010 | 1.01 | 3.5 | 20 | 4 |" in page
+    assert page.index("| stock | 1.0 |") < page.index("| equal counts | 0.25 |") < page.index("| full heads | 0.25 |")
+    assert heads_verdict(rows) == (
+        "1.010 to 1.010 x stock's decode step with nothing compressed; 1.010 to 1.010 x that of equal counts in the "
+        "same memory"
+    )
+
+
+def test_first_tokens_with_full_heads_whole_and_compressed(heads):
+    rows = heads.rows()
+    of_first_tokens = [row for row in rows if row["case"] == "first_token"]
+    assert len(of_first_tokens) == 4 + 4 + 2, "stock vLLM compresses nothing"
+    assert all(set(row["first_token_ms"]) == {row["median_first_token_ms"]} for row in of_first_tokens)
+    page = heads.page(rows)
+    assert "| load | memory | measured | stock | equal counts | full heads | of stock | of equal |" in page
+    assert "| 1x8000 | 1 | 5 | 200.00 | 200.00 | 202.00 | 1.010 | 1.010 |" in page
+    assert "| 1x30000 | 0.21 | 5 | 1000.00 | 1100.00 | 1111.00 | 1.111 | 1.010 |" in page
+    assert "Target: 1.02 x stock. Missed in 2 lines." in page
+
+
+def test_targets_of_full_heads(heads):
+    assert "1.08 x equal counts. Met in all lines." in heads.page(heads.rows())
+    slow = {"one_call": 1.03, "equal": 1.0, "stock": 1.0}
+    assert "Missed in 3 lines." in heads.page(heads.rows(slow)), "more is allowed at 64x256, and where rows are evicted"
+    assert "Missed in 7 lines." in heads.page(heads.rows({**slow, "one_call": 1.09}))
+
+
+def test_few_first_tokens_are_no_finding(heads):
+    rows = heads.rows(repeats=(5, 4))
+    assert "Missed in 2 lines, but measured 4 or 5 times, which is too few to say." in heads.page(rows)
+    for row in rows:
+        if row["case"] == "first_token":
+            del row["first_token_ms"], row["compacted"]
+    old = [row for row in rows if row["case"] != "first_token"] + [
+        {**row, "median_first_token_ms": 300.0}
+        for row in {(row["variant"], row["load"]): row for row in rows if row["case"] == "first_token"}.values()
+    ]
+    page = heads.page(old)
+    assert "Met in all lines, but measured 1 or 3 times, which is too few to say." in page
+    assert "| 1x8000 | 0.21 | 3 | 300.00 | 300.00 | 300.00 | 1.000 | 1.000 |" in page
+    assert "| 1x8000 | 1 |" not in page, "older rows of both engines are of compressed requests"
