@@ -80,14 +80,20 @@ def verdict(cells: Sequence[Row]) -> Iterator[str]:
 
 
 def num_settings(cells: Sequence[Row]) -> str:
-    """How many settings were compared, as a sentence."""
-    compared = {(cell["method"], cell["memory"]) for cell in cells if cell["method"] != WHOLE}
+    """How many settings were compared, as a sentence; methods without full layers may share settings and answers."""
+    answers = {(setting_of(cell), *(cell[name] for name in ("length", "task", "question"))): cell for cell in cells}
+    compared = {setting_of(cell) for cell in cells if cell["method"] != WHOLE}
     lengths, tasks = {cell["length"] for cell in cells}, {cell["task"] for cell in cells}
-    num_answers = sum(len(cell["scores"]) for cell in cells)
+    num_answers = sum(len(cell["scores"]) for cell in answers.values())
     return (
         f"{len(compared)} settings were compared in {len(tasks)} tasks at {len(lengths)} lengths, by {num_answers:,} "
         "answers; the best of so many look better than they are."
     )
+
+
+def setting_of(cell: Row) -> tuple[Any, ...]:
+    """What the engine and the request were told, whatever the method's name."""
+    return tuple(cell["full_layers"]), cell.get("full_heads", ""), cell["keep_ratio"], cell["scorer"]
 
 
 def tables(cells: Sequence[Row]) -> Iterator[str]:

@@ -112,9 +112,9 @@ class TestRefused:
 def quality(monkeypatch):
     """The module that measures the numbers of docs/quality.md."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.quality import cells, pooled, settings
+    from benchmarks.quality import cells, pooled, settings, tables
 
-    return SimpleNamespace(cells=cells, pooled=pooled, settings=settings)
+    return SimpleNamespace(cells=cells, pooled=pooled, settings=settings, tables=tables)
 
 
 class TestCells:
@@ -156,6 +156,13 @@ class TestCells:
         found = quality.cells.cells(settings, [*rows, *third, *fourth])
         assert [cell.get("full_heads") for cell in found] == ["", "", "7:0,2", "7:0"]
         assert [round(cell["scores"][0], 3) for cell in found] == [2, 0.5, 1.5, 2.5]
+
+    def test_two_methods_may_be_one_setting_which_counts_once(self, quality):
+        settings = self.settings(quality)
+        found = quality.cells.cells([*settings, replace(settings[2], method="equal-l2")], self.rows("passkey"))
+        assert [cell["scores"] for cell in found[2:]] == [[1, 0] * 4] * 2
+        said = quality.tables.num_settings(found)
+        assert said.startswith("2 settings were compared in 1 tasks at 1 lengths, by 24 answers;")
 
     def test_losses_are_counted_from_the_whole_cache_of_another_engine(self, quality):
         whole, equal, profile = quality.cells.cells(self.settings(quality), self.rows("perplexity"))
