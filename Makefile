@@ -21,6 +21,9 @@ MARKED := $(addprefix tests/,evaluation examples plan server)
 NEXT := $(addprefix tests/,contract scheduler worker server plan/test_model.py plan/test_plan_command.py) \
   --ignore tests/worker/test_rows.py
 
+# Parts of `make test`.
+PARTS ?= test-engines test-e2e test-serving test-fast
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
@@ -65,7 +68,7 @@ test: setup ## Run all tests, or those that ARGS names; those that need a GPU ar
 	$(BIN)/vllm-l2kv demo-model
 ifeq ($(ARGS),)
 	@# Two at a time, the longest first. Three take longer on two cores: vLLM's processes spin while they wait.
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-engines test-e2e test-serving test-fast
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=line $(PARTS)
 else
 	$(PYTEST) -m "not slow" $(ARGS)
 endif
