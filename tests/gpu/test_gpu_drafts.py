@@ -1,8 +1,8 @@
 """Drafts on a GPU: bf16, CUDA graphs, async scheduling where vLLM has it for the method.
 
 The demo model drafts for itself, on its whole cache. EAGLE and EAGLE-3 heads have random weights, so that most of their
-drafts are rejected. A tiny model with random weights has a prediction layer (`mtp`). Judged as in `test_engine`: by what
-bf16 moves in the reference.
+drafts are rejected. A tiny model with random weights has a prediction layer (`mtp`). Judged as in `test_engine`: by
+what bf16 moves in the reference.
 """
 
 from collections import Counter
