@@ -1,5 +1,6 @@
 """Rejects configurations of vLLM that are not tested with compaction, each with a sentence that says what to do."""
 
+from collections.abc import Sequence
 from os.path import isdir
 
 from vllm.config import VllmConfig
@@ -8,7 +9,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_heads import check_full
-from vllm_l2kv.policy import CompactionPoints
+from vllm_l2kv.policy import CompactionPoints, Kind
 from vllm_l2kv.profile import Profile, check_model, local_folder
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.supported_vllm import check_vllm
@@ -20,10 +21,11 @@ DRAFTERS = {
 """Methods of speculative decoding that are tested with compaction, by device."""
 CONNECTORS: dict[str, tuple[str, ...]] = {"CPUs": (), "GPUs": ("SimpleCPUOffloadConnector",)}
 """KV connectors that are tested with compaction, by device."""
-
-
 FAILED_ON_GPUS: tuple[str, ...] = ("nemotron_h",)
 """Types of models that failed `tests/gpu/test_tiny_models.py`, with the cause not known yet."""
+IMAGES_IN_BOTH_DIRECTIONS = {"CPUs": True, "GPUs": False}
+"""Whether models whose images attend in both directions are supported, by device. On CPUs vLLM lets them attend
+causally. GPUs are added once `tests/gpu/test_images.py` has passed on one."""
 
 
 def check_supported(config: VllmConfig) -> None:
@@ -57,7 +59,7 @@ def check_supported(config: VllmConfig) -> None:
         "R-SWA models (serve them with stock vLLM)": model.rswa_window is not None,
         "models with MLA, whose cache holds no keys (serve them with stock vLLM; see docs/mla.md)": model.use_mla,
         "images with bidirectional attention on GPUs (set --language-model-only to serve text)": (
-            model.is_mm_prefix_lm and not on_cpu
+            model.is_mm_prefix_lm and not IMAGES_IN_BOTH_DIRECTIONS[_devices()]
         ),
         "Nemotron-H on GPUs, where answers in a batch differed from the reference (serve it with stock vLLM)": (
             model.hf_text_config.model_type in FAILED_ON_GPUS and not on_cpu
@@ -188,6 +190,42 @@ def check_seed(seed: int | None, points: CompactionPoints) -> None:
         f"seed works on CPUs only with prompts of at most {first.position} tokens (kv_max_tokens plus "
         f"--kv-prompt-interval), got {points.num_prompt_tokens}; leave seed out, or raise kv_max_tokens.",
     )
+
+
+def reads_images_as_a_whole(config: VllmConfig) -> bool:
+    """Whether tokens of an image attend to each other, so that all must be computed in one step.
+
+    On CPUs vLLM's attention is causal in images too.
+    """
+    return bool(config.model_config.is_mm_prefix_lm) and not current_platform.is_cpu()
+
+
+def check_images(images: Sequence[tuple[int, int]], points: CompactionPoints) -> None:
+    """Rejects a compaction inside an image that must be computed in one step.
+
+    Args:
+        images: First and last position of each such image in the prompt.
+        points: The request's compactions.
+
+    Raises:
+        ParamError: A compaction is inside an image; the message names the image's tokens.
+    """
+    for compaction in points.in_prompt() if images else ():
+        position = compaction.position
+        for first, last in images:
+            if not first < position <= last:
+                continue
+            inside = f"inside an image (tokens {first} to {last} of the prompt), which this model reads as a whole"
+            if compaction.kind is Kind.DOCUMENT:
+                raise ParamError(
+                    "kv_prefix_tokens",
+                    f"kv_prefix_tokens must not end {inside}, got {position}; set it to {first} or {last + 1}.",
+                )
+            raise ParamError(
+                "kv_max_tokens",
+                f"kv_max_tokens would compact the prompt after {position} tokens, {inside}; set it a little lower or "
+                "higher.",
+            )
 
 
 def check_kv_heads(num_kv_heads: int, num_ranks: int) -> None:

@@ -44,7 +44,7 @@ from vllm_l2kv.kv_cache_spec import (
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import CompactionPoints, Intervals
 from vllm_l2kv.profile import Target, fingerprint
-from vllm_l2kv.refusals import check_profile, check_seed, check_supported
+from vllm_l2kv.refusals import check_images, check_profile, check_seed, check_supported
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.worker import check_attention, check_block_size
 
@@ -403,7 +403,7 @@ class LayerOfAModel:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (attention(FlexAttentionBackend), "FLEX_ATTENTION.* --attention-backend FLASH_ATTN"),
+        (attention(FlexAttentionBackend), "FLEX_ATTENTION.* --attention-backend FLASH_ATTN or TRITON_ATTN"),
         (attention(FlashAttentionBackend, alibi=[0.5]), "ALiBi"),
         (attention(NamedAlike), "attention of its own .*Attention with NamedAlike.*stock vLLM"),
         (attention(FlashAttentionBackend, RSWAAttention), "attention of its own .*RSWAAttention.*stock vLLM"),
@@ -411,9 +411,10 @@ class LayerOfAModel:
     ],
 )
 def test_attention_that_does_not_work_on_compacted_rows(layer, message):
-    check_attention("model.layers.3.self_attn.attn", attention(FlashAttentionBackend), ("FLASH_ATTN",))
+    backends = ("FLASH_ATTN", "TRITON_ATTN")
+    check_attention("model.layers.3.self_attn.attn", attention(FlashAttentionBackend), backends)
     with pytest.raises(ValueError, match=f"Layer model.layers.3.self_attn.attn .*{message}"):
-        check_attention("model.layers.3.self_attn.attn", layer, ("FLASH_ATTN",))
+        check_attention("model.layers.3.self_attn.attn", layer, backends)
 
 
 def test_images_that_attend_in_both_directions(monkeypatch):
@@ -421,6 +422,31 @@ def test_images_that_attend_in_both_directions(monkeypatch):
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
     with pytest.raises(ValueError, match=r"bidirectional attention on GPUs .*--language-model-only"):
         check_supported(seeing)
+    monkeypatch.setitem(refusals.IMAGES_IN_BOTH_DIRECTIONS, "GPUs", True)
+    check_supported(seeing)
+
+
+@pytest.mark.parametrize(
+    ("asked", "images", "message"),
+    [
+        ({"prefix_tokens": 120}, [(10, 20), (100, 140)], r"got 120; set it to 100 or 141"),
+        ({"prefix_tokens": 140}, [(100, 140)], r"\(tokens 100 to 140 .* got 140"),
+        ({"prefix_tokens": 100}, [(100, 140)], None),
+        ({"prefix_tokens": 141}, [(100, 140)], None),
+        # After 200, 300, ... 900 tokens; answers have no images.
+        ({"max_tokens": 100}, [(301, 399), (450, 600)], r"after 500 tokens, .*\(tokens 450 to 600"),
+        ({"max_tokens": 100}, [(300, 399), (901, 999)], None),
+        ({"keep_ratio": 0.5}, [(900, 999)], None),
+    ],
+)
+def test_compactions_inside_an_image_that_is_read_as_a_whole(asked, images, message):
+    points = CompactionPoints(1000, CompressionParams(**{"keep_ratio": 0.5, **asked}), Intervals(100, 10))
+    if message is None:
+        check_images(images, points)
+        return
+    with pytest.raises(ParamError, match=message) as error:
+        check_images(images, points)
+    assert error.value.param == f"kv_{next(iter(asked))}"
 
 
 @pytest.mark.parametrize(

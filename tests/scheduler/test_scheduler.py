@@ -3,8 +3,13 @@
 from fractions import Fraction
 
 import pytest
+import torch
 from usages import usage
+from vllm import SamplingParams
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.request import Request
 
+from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.messages.orders import orders_of
 from vllm_l2kv.messages.usage import KeptWhole
 from vllm_l2kv.scheduler.integrity import check_nothing_left, num_evicted
@@ -370,3 +375,19 @@ def test_all_ways_to_lose_the_blocks_use_one_method(make_harness, depth, way, mo
     assert sum("r" in gone for gone in reported) == 1
     harness.run()
     check_whole(harness, 24 if way == "no blocks" else 60)
+
+
+@pytest.mark.parametrize("as_a_whole", [False, True])
+def test_a_compaction_inside_an_image(make_harness, monkeypatch, as_a_whole):
+    """Fails a request if the image must be computed in one step."""
+    scheduler = make_harness(40).scheduler
+    monkeypatch.setattr(scheduler, "_reads_images_as_a_whole", as_a_whole)
+    words = torch.tensor([False] * 2 + [True] * 16 + [False])
+    place = PlaceholderRange(offset=30, length=len(words), is_embed=words)
+    feature = MultiModalFeatureSpec(data=None, modality="image", identifier="image", mm_position=place)
+    fields = {"kv_keep_ratio": 0.5, "kv_prefix_tokens": 40}
+    request = Request("r", [5] * 60, SamplingParams(extra_args=fields), None, mm_features=[feature])
+    assert scheduler._whole_images(request) == ([(32, 47)] if as_a_whole else [])
+    if as_a_whole:
+        with pytest.raises(ParamError, match=r"tokens 32 to 47 .* set it to 32 or 48"):
+            scheduler._state_of(request, scheduler._read_fields(request))

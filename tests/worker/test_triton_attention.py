@@ -230,6 +230,26 @@ def test_an_image_after_a_compaction_attends_to_all_of_itself():
     engine.step({0: [(2, 8), (42, 47)]}, compacted=1)
 
 
+def test_images_of_several_requests_and_compactions():
+    """One in each request of a batch, two in one step, and one after a second compaction."""
+    engine = Engine(is_split=False)
+    engine.step({0: [(3, 9)], 1: [(30, 37)]}, whole=15, compacted=40)
+    engine.compact()
+    engine.more_blocks(22, 23, 7, 10)
+    images = {0: [(3, 9), (16, 19)], 1: [(30, 37), (40, 44), (46, 54)]}
+    compressed, _ = engine.step(images, whole=5, compacted=16)
+    assert compressed.mm_prefix_range == {0: images[0], 1: [(3, 10), (13, 17), (19, 27)]}
+    engine.step(images, whole=1, compacted=3)
+
+
+def test_a_step_that_ends_inside_an_image_is_wrong():
+    """Queries give weight to later keys of the image, which do not exist: why `refusals.check_images` refuses it."""
+    engine = Engine(is_split=False)
+    engine.step({0: [(20, 27)]}, whole=28)
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        engine.step({0: [(20, 27), (30, 37)]}, whole=5)
+
+
 def test_a_step_after_an_image_takes_causal_attention(monkeypatch):
     """The composite of Triton and FlashAttention chooses by physical ranges and lengths."""
     engine = Engine(is_split=True)

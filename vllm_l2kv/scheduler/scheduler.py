@@ -23,7 +23,7 @@ from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, attach_usage, why_whole
 from vllm_l2kv.params import Asked, check_session
 from vllm_l2kv.policy import Compaction, CompactionPoints
-from vllm_l2kv.refusals import check_seed, check_supported
+from vllm_l2kv.refusals import check_images, check_seed, check_supported, reads_images_as_a_whole
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
     LayerManager,
@@ -86,6 +86,7 @@ class L2KVScheduler(AsyncScheduler):
         self._ended: set[str] = set()  # finished requests whose state is still kept
         self._refusals = Refusals(self)
         self._stats_counter = StatsCounter()
+        self._reads_images_as_a_whole = reads_images_as_a_whole(self.vllm_config)
         in_use = self._cpu_memory.blocks_in_use if self._cpu_memory is not None else tuple
         self._room = Room(self, self._capacity, self._next, self._stats_counter, in_use)
         self._reports_stats = self.settings.metrics and self.log_stats
@@ -551,7 +552,8 @@ class L2KVScheduler(AsyncScheduler):
         """The state of a new request, whose `max_tokens` is lowered to what fits; `None` if it reports nothing.
 
         Raises:
-            ParamError: The runner does not support the request's seed, or no token follows its document.
+            ParamError: The runner does not support the request's seed, no token follows its document, or a compaction
+                would divide an image that must be computed as a whole.
             DoesNotFitError: The cache cannot hold the request.
         """
         num_prompt_tokens, params = request.num_prompt_tokens, asked.params
@@ -559,6 +561,7 @@ class L2KVScheduler(AsyncScheduler):
         if points is not None:
             sampling = request.sampling_params
             check_seed(sampling.seed if sampling and sampling.temperature > 0 else None, points)
+            check_images(self._whole_images(request), points)
         max_tokens = self._capacity.max_tokens(num_prompt_tokens, request.max_tokens, points)
         is_bounded = max_tokens < request.max_tokens
         request.max_tokens = max_tokens
@@ -569,6 +572,13 @@ class L2KVScheduler(AsyncScheduler):
         if points is not None:
             state.prefixes = self._shared.of(request, points)
         return state
+
+    def _whole_images(self, request: Request) -> list[tuple[int, int]]:
+        """First and last positions of images whose tokens attend to each other."""
+        if not self._reads_images_as_a_whole:
+            return []
+        images = (feature for feature in request.mm_features if feature.modality in ("image", "video"))
+        return [(first, last) for image in images for first, last in image.mm_position.extract_embeds_range()]
 
     def _read_fields(self, request: Request) -> Asked:
         """Reads a request's fields. Checked here too, since an offline engine has no server that checks them.

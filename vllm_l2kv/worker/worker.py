@@ -345,7 +345,7 @@ def check_attention(name: str, layer: Any, backends: Sequence[str]) -> None:
     if backend.get_name() not in backends:
         raise ValueError(
             f"Layer {name} uses the attention backend {backend.get_name()}, which is not tested with compaction; set "
-            f"--attention-backend {backends[0]}."
+            f"--attention-backend {' or '.join(backends)}."
         )
     if type(layer) is not Attention or backend is not AttentionBackendEnum[backend.get_name()].get_class():
         raise ValueError(
