@@ -113,12 +113,13 @@ def attend(
     sliding_window=None,
     s_aux=None,
     first_position=None,
+    images=(),
     **others,
 ):
     """Causal attention for layers with different numbers of rows; `transformers` makes one mask for all layers.
 
     `s_aux` are learned sinks, a logit for each head. `first_position` is the position of the first query, for attention
-    within chunks of the text.
+    within chunks of the text and in `images`, whose tokens all see each other: first and last positions.
     """
     shape = query.shape[2], key.shape[2]
     num_before = shape[1] - shape[0]
@@ -129,6 +130,10 @@ def attend(
         positions = torch.arange(first_position - num_before, first_position + shape[0], device=query.device)
         chunks = positions // module.config.attention_chunk_size
         mask &= chunks[num_before:, None] == chunks
+    for first, last in images:
+        begin, end = max(first - first_position, 0), last + 1 - first_position  # among the queries
+        if end > 0:
+            mask[begin:end, num_before + begin : num_before + end] = True
     if (held := _held(key)).logical_not().any():
         mask = mask & held.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
         key = key.nan_to_num()

@@ -4,6 +4,7 @@ In transformers, their processors need torchvision. PyPI's build for Linux is fo
 build of PyTorch; see "PyTorch for CPUs" in docs/quick_start.md for an index with builds for CPUs.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -169,7 +170,7 @@ FAMILIES = {
 }
 
 
-def write(folder: Path, family: str, tokenizer: Path, chat_template: str | None = None) -> Path:
+def write(folder: Path, family: str, tokenizer: Path, chat_template: str | None = None, **changes: Any) -> Path:
     """Writes a model with random weights, a processor, and the words of another model's tokenizer.
 
     Args:
@@ -177,11 +178,13 @@ def write(folder: Path, family: str, tokenizer: Path, chat_template: str | None 
     family: One of `FAMILIES`.
     tokenizer: Folder of the other model.
     chat_template: Template of the processor.
+    changes: Differences of the text model's configuration.
 
     Returns:
         The folder.
     """
     config, processor = FAMILIES[family].make(tokenizer)
+    config.get_text_config().update(changes)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -207,14 +210,30 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
     return Image.fromarray(noise)
 
 
+def ranges_of(tokens: Sequence[int], token: int) -> list[tuple[int, int]]:
+    """Returns the first and the last position of each run of a token."""
+    runs = itertools.groupby(range(len(tokens)), key=lambda i: tokens[i] == token)
+    positions = [[*run] for is_image, run in runs if is_image]
+    return [(run[0], run[-1]) for run in positions]
+
+
 class VisionReference(Reference):
-    """The reference for one prompt with images at a time; attention in images is causal too, as in vLLM on CPUs."""
+    """The reference for one prompt with images at a time.
+
+    Args:
+        is_causal: Whether attention is causal in images too, as in vLLM on CPUs; otherwise all their tokens see each
+        other.
+
+    Attributes:
+        ranges: First and last positions of images whose tokens see each other, in the prompt last seen.
+    """
 
     auto_class = AutoModelForImageTextToText
     attention = {"text_config": "any_rows", "vision_config": "sdpa"}  # noqa: RUF012
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, is_causal: bool = True, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.is_causal = is_causal
         self.processor = AutoProcessor.from_pretrained(folder)
         self.new_cache = lambda: DynamicCache(config=self.model.config.get_text_config())
 
@@ -222,7 +241,7 @@ class VisionReference(Reference):
     def see(self, text: str, images: Sequence[Image.Image]) -> list[int]:
         """Embeds the prompt for the next calls as the model does, and returns its tokens."""
         self._begun.clear()
-        inputs = self.processor(images=list(images), text=text, return_tensors="pt")
+        inputs = self.processor(images=list(images), text=text, return_tensors="pt").to(self.device)
         seen: dict[str, Any] = {}
         language = self.model.model.language_model
         hook = language.register_forward_pre_hook(lambda _module, _args, given: seen.update(given), with_kwargs=True)
@@ -230,16 +249,18 @@ class VisionReference(Reference):
         hook.remove()
         self._embeddings, self._positions = seen["inputs_embeds"], seen["position_ids"]
         if self._positions is None:
-            self._positions = torch.arange(self._embeddings.shape[1])[None]
+            self._positions = torch.arange(self._embeddings.shape[1], device=self.device)[None]
         self._images, self._deep = seen.get("visual_pos_masks"), seen.get("deepstack_visual_embeds")
-        return inputs["input_ids"][0].tolist()
+        tokens = inputs["input_ids"][0].tolist()
+        self.ranges = () if self.is_causal else ranges_of(tokens, self.model.config.image_token_id)
+        return tokens
 
     def _forward(self, cache, tokens, position, num_logits):
         n = self._embeddings.shape[1]
         first = max(position, n)  # first token of the answer
-        answered = torch.tensor([tokens[first:]], dtype=torch.long)
+        answered = torch.tensor([tokens[first:]], dtype=torch.long, device=self.device)
         embeddings = self.model.get_input_embeddings()(answered)
-        after = self._positions.max() + 1 + torch.arange(first, first + answered.shape[1]) - n
+        after = self._positions.max() + 1 + torch.arange(first - n, first - n + answered.shape[1], device=self.device)
         positions = self._positions[..., position : len(tokens)]
         positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
         hidden = self.model.model.language_model(
@@ -247,6 +268,7 @@ class VisionReference(Reference):
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            **({"images": self.ranges, "first_position": position} if self.ranges else {}),
             **self._deep_features(position, len(tokens)),
         ).last_hidden_state
         return cache, self.model.lm_head(hidden[0, -num_logits:]).float()
