@@ -25,7 +25,7 @@ FAILED_ON_GPUS: tuple[str, ...] = ("nemotron_h",)
 """Types of models that failed `tests/gpu/test_tiny_models.py`, with the cause not known yet."""
 IMAGES_IN_BOTH_DIRECTIONS = {"CPUs": True, "GPUs": False}
 """Whether models whose images attend in both directions are supported, by device. On CPUs vLLM lets them attend
-causally. GPUs are added once `tests/gpu/test_images.py` has passed on one."""
+causally. GPUs are added once `tests/gpu/test_gpu_images.py` has passed on one."""
 
 
 def check_supported(config: VllmConfig) -> None:
