@@ -5,6 +5,7 @@ import torch
 from fake_gpu import HostRunner, order
 
 from vllm_l2kv.kernels.slots import physical_lengths
+from vllm_l2kv.worker.runner import Step
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 
 pytestmark = pytest.mark.gpu
@@ -15,7 +16,7 @@ LENGTHS = 1000
 
 
 def as_the_worker_does(runner: RunnerV2) -> None:
-    runner.begin_step(["finished", "preempted"], [NEXT], {}, {})
+    runner.begin_step(Step(["finished", "preempted"], [NEXT]))
     runner._tables.apply_staged_writes()
 
 
@@ -41,7 +42,7 @@ def test_a_step_that_waits_for_the_device_finds_its_own_counts(prepare, is_distu
     physical_lengths(found, lengths, states, runner.counts.on_device)  # compiles
     torch.cuda.synchronize()
 
-    runner.begin_step([], [order(req_id, num_evicted) for req_id, num_evicted in BEGUN.items()], {}, {})
+    runner.begin_step(Step(orders=[order(req_id, num_evicted) for req_id, num_evicted in BEGUN.items()]))
     vllm_runner.block_tables.apply_staged_writes()
     torch.cuda._sleep(500_000_000)  # clock cycles: about a quarter of a second
     waiting = torch.cuda.Event()

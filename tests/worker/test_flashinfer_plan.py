@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec
+from vllm_l2kv.worker.runner import Step
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 
 NAME, PAGE = "model.layers.0.attn", 16
@@ -116,7 +117,8 @@ def test_flashinfer_plans_the_rows_that_requests_hold(backend):
         runner.block_tables.append_block_ids(state, ([1, 4, 2, 3],), overwrite=True)
     v2 = RunnerV2(runner, [0])
     evicted = {"compacted": 27, "prompt": 30}
-    v2.begin_step([], [order(name, n, destination=tuple(BLOCKS[name])) for name, n in evicted.items()], {}, {})
+    orders = [order(name, n, destination=tuple(BLOCKS[name])) for name, n in evicted.items()]
+    v2.begin_step(Step(orders=orders))
     runner.block_tables.apply_staged_writes()
     built = runner.attn_groups[0][0].build_metadata(metadata(runner, [20, 40, 50], [1, 1, 6]))
     assert (built.num_decodes, built.num_prefills) == (2, 1)

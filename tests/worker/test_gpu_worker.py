@@ -81,7 +81,7 @@ def test_a_step_compacts_and_updates_the_runner_before_vllm_prepares_it(worker, 
     done = []
     worker._compactors = [SimpleNamespace(compact=lambda orders: done.append(("compact", len(orders))))]
     worker._runner = SimpleNamespace(
-        begin_step=lambda gone, orders, *_: done.append((sorted(gone), len(orders))),
+        begin_step=lambda step: done.append((sorted(step.gone), len(step.orders))),
         zero=lambda block_ids: done.append(("zero", block_ids)),
     )
     worker._clock = FakeClock()

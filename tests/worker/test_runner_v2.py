@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu import buffer_utils
 
 from vllm_l2kv.worker import runner_v2
+from vllm_l2kv.worker.runner import Step
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 
 
@@ -83,7 +84,7 @@ STATES = [5, 2, 7]
 
 def begin_step(vllm_runner: HostRunner, runner: RunnerV2, gone, orders, hits=()) -> None:
     """Runs the beginning of a step: the runner's part around vLLM's, which adds states of new requests."""
-    runner.begin_step(gone, orders, dict(hits), {})
+    runner.begin_step(Step(gone, orders, dict(hits)))
     vllm_runner.block_tables.apply_staged_writes()
 
 
@@ -135,7 +136,7 @@ def test_lengths_on_the_host_are_physical_beside_recurrent_layers():
     """vLLM does not tell the states of a batch then. It sorts requests by their numbers of tokens."""
     vllm_runner, runner = compacted_runner()
     for num_scheduled, right in (({"a": 1, "b": 1, "c": 1}, [20, 14, 40]), ({"c": 3, "b": 2, "a": 1}, [20, 14, 40])):
-        runner.begin_step([], [], {}, num_scheduled)
+        runner.begin_step(Step(num_scheduled=num_scheduled))
         idx_mapping, starts = torch.tensor(STATES), torch.arange(4, dtype=torch.int32)
         vllm_runner.block_tables.compute_slot_mappings(idx_mapping, starts, torch.tensor(LENGTHS) - 1, 3)
         compressed, full = vllm_runner.build(torch.tensor(LENGTHS, dtype=torch.int32), states=None)
@@ -238,7 +239,7 @@ def test_each_compaction_rewrites_the_present_row():
 def test_a_request_that_begins_on_compacted_rows_has_their_count():
     """Its state is known only after vLLM has added it; one that was preempted in the same step keeps nothing."""
     vllm_runner, runner = compacted_runner()
-    runner.begin_step(["b"], [order("c", 30, destination=(3,))], {"new": 9, "b": 12}, {})
+    runner.begin_step(Step(["b"], [order("c", 30, destination=(3,))], {"new": 9, "b": 12}))
     del vllm_runner.req_states.req_id_to_index["b"]
     vllm_runner.req_states.req_id_to_index.update(new=2, b=6)
     vllm_runner.block_tables.apply_staged_writes()

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_l2kv.worker.runner import Step
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 
 COMPRESSED, FULL = 0, 1
@@ -54,7 +55,7 @@ def drafting(monkeypatch) -> SimpleNamespace:
     for state in STATES:
         vllm_runner.block_tables.append_block_ids(state, ([*range(10, 26)], [*range(30, 38)]), overwrite=True)
     runner = RunnerV2(vllm_runner, [COMPRESSED])
-    runner.begin_step([], [order("b", 16, destination=(3, 9, 4, 8))], {}, {})
+    runner.begin_step(Step(orders=[order("b", 16, destination=(3, 9, 4, 8))]))
     vllm_runner.block_tables.apply_staged_writes()
     return SimpleNamespace(runner=vllm_runner, speculator=speculator)
 

@@ -31,6 +31,7 @@ from vllm_l2kv.messages.orders import CompactionOrder, GroupMove
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.scorers import Heads, bind
 from vllm_l2kv.worker.heads import split_attention
+from vllm_l2kv.worker.runner import Step
 from vllm_l2kv.worker.runner_v2 import RunnerV2
 
 # Queries that pad a tile divide zero by zero.
@@ -130,7 +131,7 @@ class Engine:
         counts = {"num_rows": num_rows, "num_keep": KEEP, "num_evicted": num_rows - KEEP}
         order = CompactionOrder(req_id="compacted", params=PARAMS, moves=(move,), **counts)
         self.compactor.compact([order])
-        self.v2.begin_step([], [order], {}, {})
+        self.v2.begin_step(Step(orders=[order]))
         self.runner.block_tables.apply_staged_writes()
         scores = -self.held["compacted"][0].norm(dim=-1).T
         self.kept["compacted"] = select(scores, KEEP, PARAMS.protect_first, PARAMS.protect_last).tolist(), num_rows

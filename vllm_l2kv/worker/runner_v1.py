@@ -1,6 +1,6 @@
 """Runner V1 (`gpu_model_runner.GPUModelRunner`), which vLLM uses on CPUs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.block_table import BlockTable
 
 from vllm_l2kv.kv_cache_spec import group_layer_specs
-from vllm_l2kv.messages.orders import CompactionOrder
 from vllm_l2kv.worker.attention_lengths import make_groups_physical, with_physical_lengths
+from vllm_l2kv.worker.runner import Step
 
 BatchCounts = Callable[[], torch.Tensor | None]
 
@@ -40,28 +40,22 @@ class RunnerV1:
                 if isinstance(spec, AttentionSpec):
                     layers[name].kv_cache[list(block_ids)] = 0
 
-    def begin_step(
-        self,
-        gone: Iterable[str],
-        orders: Iterable[CompactionOrder],
-        hits: Mapping[str, int],
-        num_scheduled: Mapping[str, int],
-    ) -> None:
+    def begin_step(self, step: Step) -> None:
         """Forgets requests, gives compacted ones the blocks of their kept rows, and updates all counts.
 
         Changes both the request's state and its row in the batch, if it has one: a request that skips a step leaves the
         batch, and is later added again from its state.
         """
-        self.counts.forget(gone)
+        self.counts.forget(step.gone)
         batch = self._runner.input_batch
-        for order in orders:
+        for order in step.orders:
             row = batch.req_id_to_index.get(order.req_id)
             for move in order.moves:
                 self._runner.requests[order.req_id].block_ids[move.group_id][:] = move.destination
                 if row is not None:
                     batch.block_table[move.group_id].add_row(list(move.destination), row)
             self.counts.set(order.req_id, order.num_evicted)
-        for req_id, num_evicted in hits.items():
+        for req_id, num_evicted in step.hits.items():
             self.counts.set(req_id, num_evicted)
 
     def _of_batch(self) -> torch.Tensor | None:

@@ -15,8 +15,8 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from vllm_l2kv.kernels.slots import physical_lengths, slot_mappings
-from vllm_l2kv.messages.orders import CompactionOrder
 from vllm_l2kv.worker.attention_lengths import make_groups_physical, with_physical_lengths
+from vllm_l2kv.worker.runner import NOTHING, Step
 
 
 class RunnerV2:
@@ -32,7 +32,7 @@ class RunnerV2:
         self.counts = EvictedCountsV2(runner.max_num_reqs)
         self._tables = CompressedBlockTables(runner.block_tables, group_ids, self.counts, runner.req_states)
         self._seq_lens = torch.zeros(runner.max_num_reqs, dtype=torch.int32, device=runner.device)
-        self._num_scheduled: Mapping[str, int] = {}
+        self._num_scheduled = NOTHING
         self._made: tuple[CommonAttentionMetadata, CommonAttentionMetadata] | None = None
         runner.block_tables = self._tables
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
@@ -41,26 +41,20 @@ class RunnerV2:
         """Same contract as `Runner`."""
         self._runner.kv_block_zeroer.zero_block_ids(list(block_ids))
 
-    def begin_step(
-        self,
-        gone: Iterable[str],
-        orders: Iterable[CompactionOrder],
-        hits: Mapping[str, int],
-        num_scheduled: Mapping[str, int],
-    ) -> None:
+    def begin_step(self, step: Step) -> None:
         """Forgets requests and stages the block tables of compacted ones, which vLLM copies together with its own.
 
         A request that begins gets its state from vLLM later in the step, so `CompressedBlockTables` sets its count.
         """
-        self.counts.forget(gone)
-        for order in orders:
+        self.counts.forget(step.gone)
+        for order in step.orders:
             state = self._runner.req_states.req_id_to_index[order.req_id]
             for move in order.moves:
                 self._tables.block_tables[move.group_id].stage_write(state, 0, list(move.destination))
                 self._tables.num_blocks.np[move.group_id, state] = len(move.destination)
             self.counts.set(order.req_id, state, order.num_evicted)
-        self._tables.hits = hits
-        self._num_scheduled = num_scheduled
+        self._tables.hits = step.hits
+        self._num_scheduled = step.num_scheduled
 
     def warm_up(self) -> None:
         """Compiles the kernels for the argument types that the runner uses, on an empty batch."""
@@ -92,7 +86,7 @@ class RunnerV2:
 
         Their batches have no drafts.
         """
-        req_ids = sort_batch_req_ids(dict(self._num_scheduled), {}, self._runner.decode_query_len)
+        req_ids = sort_batch_req_ids(self._num_scheduled, {}, self._runner.decode_query_len)
         return np.array([self._runner.req_states.req_id_to_index[req_id] for req_id in req_ids], dtype=np.intp)
 
 

@@ -1,7 +1,6 @@
 """Base class of the workers for all devices: makes the specs of full and compressed caches, and carries out orders."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -42,7 +41,7 @@ from vllm_l2kv.seams import draft_layers
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.worker.clock import Clock
 from vllm_l2kv.worker.heads import check_split, split_attention
-from vllm_l2kv.worker.runner import Runner
+from vllm_l2kv.worker.runner import Runner, Step
 
 logger = logger_of(__name__)
 
@@ -156,9 +155,14 @@ class CompactionWorker(WorkerBase):
             if scheduler_output.kv_connector_metadata is not None:
                 # From now on a KV connector may load into the freed blocks, without any order with the device's work.
                 self._wait_for_device()
-        gone = chain(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
-        hits = compacted_hits_of(scheduler_output)
-        self._runner.begin_step(gone, orders, hits, scheduler_output.num_scheduled_tokens)
+        self._runner.begin_step(
+            Step(
+                gone=(*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())),
+                orders=orders,
+                hits=compacted_hits_of(scheduler_output),
+                num_scheduled=scheduler_output.num_scheduled_tokens,
+            )
+        )
         output = super().execute_model(scheduler_output)
         return None if output is None else self._with_seconds(output)  # None: `sample_tokens` returns the output
 
