@@ -101,10 +101,9 @@ def check_connector(config: VllmConfig) -> None:
     extra = transfer.kv_connector_extra_config
     devices = _devices()
     taken = CONNECTORS[devices]
-    instead = f", or set kv_connector to {' or '.join(taken)}" if taken else ""
     refusals = {
         f"the KV connector {transfer.kv_connector} on {devices} (drop --kv-transfer-config and --kv-offloading-size"
-        f"{instead})": transfer.kv_connector not in taken,
+        f"{_or_set('kv_connector', taken)})": transfer.kv_connector not in taken,
         "CPU offloading without a prefix cache (drop --no-enable-prefix-caching, or --kv-transfer-config)": (
             not cache.enable_prefix_caching
         ),
@@ -125,17 +124,20 @@ def _devices() -> str:
     return "CPUs" if current_platform.is_cpu() else "GPUs"
 
 
+def _or_set(name: str, supported: Sequence[str]) -> str:
+    """The end of an advice to drop a setting, which names what it may be instead, if anything."""
+    return f", or set {name} to {' or '.join(supported)}" if supported else ""
+
+
 def _refused_drafts(config: VllmConfig, devices: str) -> dict[str, bool]:
     """Unsupported uses of speculative decoding to whether this configuration has them."""
     speculative = config.speculative_config
     if speculative is None:
         return {}
     taken = DRAFTERS[devices]
-    instead = f", or set its method to {' or '.join(taken)}" if taken else ""
     return {
-        f"speculative decoding by {speculative.method} on {devices} (drop --speculative-config{instead})": (
-            speculative.method not in taken
-        ),
+        f"speculative decoding by {speculative.method} on {devices} (drop --speculative-config"
+        f"{_or_set('its method', taken)})": speculative.method not in taken,
         "Gemma 4's drafter, which reads the cache of compressed layers (drop --speculative-config)": (
             speculative.use_gemma4_mtp()
         ),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.speed.page_parts import Row, table, values_of
+from benchmarks.speed.page_parts import Row, provenance, table
 
 SECTION = """
 ## Speculative decoding
@@ -30,8 +30,7 @@ def drafts_section(rows: list[Row]) -> str:
     """
     if not rows:
         return ""
-    about = f"{values_of(rows, 'gpu')}, vLLM {values_of(rows, 'vllm')}, commit {values_of(rows, 'commit')}."
-    return SECTION.format(num_drafts=rows[0]["num_drafts"], about=about, table=drafts_table(rows))
+    return SECTION.format(num_drafts=rows[0]["num_drafts"], about=provenance(rows), table=drafts_table(rows))
 
 
 def drafts_table(rows: list[Row]) -> str:

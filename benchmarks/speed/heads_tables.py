@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable
 
-from benchmarks.speed.page_parts import Row, table, values_of
+from benchmarks.speed.page_parts import Row, provenance, table
 
 SECTION = """
 ## Full heads in an engine
@@ -48,7 +48,7 @@ def heads_section(rows: list[Row]) -> str:
     loads = [row for row in rows if row["case"] == "load"]
     return SECTION.format(
         full_heads=rows[0]["full_heads"],
-        about=f"{values_of(rows, 'gpu')}, vLLM {values_of(rows, 'vllm')}, commit {values_of(rows, 'commit')}.",
+        about=provenance(rows),
         idle_target=IDLE_TARGET,
         short_target=SHORT_TARGET,
         target=TARGET,

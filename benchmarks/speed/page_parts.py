@@ -29,6 +29,11 @@ def read(name: str, must_exist: bool = True) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if must_exist or file.exists() else []
 
 
+def provenance(rows: list[Row]) -> str:
+    """Returns what measured rows were measured on."""
+    return f"{values_of(rows, 'gpu')}, vLLM {values_of(rows, 'vllm')}, commit {values_of(rows, 'commit')}."
+
+
 def values_of(rows: list[Row], name: str) -> str:
     """Returns the distinct values of a field in all rows."""
     return ", ".join(dict.fromkeys(row[name] for row in rows))

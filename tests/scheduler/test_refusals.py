@@ -143,7 +143,7 @@ def test_an_ordinary_configuration_passes():
         ),
         (
             {"kv_transfer_config": transfer("OffloadingConnector")},
-            "OffloadingConnector on CPUs .drop .*--kv-offloading-size",
+            r"OffloadingConnector on CPUs \(drop .*--kv-offloading-size\)",
         ),
         ({"speculative_config": drafting("dflash")}, "by dflash on CPUs .*set its method to ngram or draft_model or"),
         ({"speculative_config": drafting("mtp", model_type="gemma4_mtp")}, "Gemma 4's drafter, which reads the cache"),
@@ -245,7 +245,10 @@ def test_drafts_are_taken_where_their_method_was_run(monkeypatch, devices, metho
     monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: not on_gpu)
     about = config(speculative_config=drafting(method), use_v2_model_runner=on_gpu)
     is_taken = method not in ({"mtp", "medusa"} if on_gpu else {"ngram_gpu", "medusa"})
-    sentence = rf"by {method} on {devices} \(drop --speculative-config, or set its method to ngram or "
+    others = {"CPUs": "draft_model or eagle or eagle3 or mtp", "GPUs": "ngram_gpu or draft_model or eagle or eagle3"}
+    sentence = (
+        rf"by {method} on {devices} \(drop --speculative-config, or set its method to ngram or {others[devices]}\)"
+    )
     with nullcontext() if is_taken else pytest.raises(ValueError, match=sentence):
         check_supported(about)
 
