@@ -45,7 +45,7 @@ from vllm_l2kv.scheduler.external_hits import ExternalHits
 from vllm_l2kv.scheduler.held_windows import HeldWindows
 from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm_l2kv.supported_vllm import check_vllm
-from vllm_l2kv.worker.by_head import DecodeByHead
+from vllm_l2kv.worker.by_head import AttentionByHead
 from vllm_l2kv.worker.heads import SplitAttention
 from vllm_l2kv.worker.runner_v1 import CompressedBlockTable
 from vllm_l2kv.worker.runner_v2 import CompressedBlockTables
@@ -99,7 +99,7 @@ WRAPPED = {
     CompressedBlockTable: BlockTable,
     CompressedBlockTables: BlockTables,
     SplitAttention: CPUAttentionBackendImpl,
-    DecodeByHead: FlashAttentionImpl,
+    AttentionByHead: FlashAttentionImpl,
 }
 """Each wrapper class, and the class of vLLM that it wraps."""
 SET_ON_AN_INSTANCE = {EngineCalls: AsyncLLM}

@@ -12,7 +12,7 @@ from reference import Reference, check_numbers
 from vllm.config import CUDAGraphMode
 
 from vllm_l2kv.kv_cache_spec import full_name
-from vllm_l2kv.worker.by_head import DecodeByHead
+from vllm_l2kv.worker.by_head import AttentionByHead
 from vllm_l2kv.worker.heads import SplitAttention
 
 pytestmark = pytest.mark.gpu
@@ -38,8 +38,8 @@ def references(demo_model, full_heads):
 def by_head(engine):
     """Layers that decode in one call."""
     layers = {name: layer for name, layer in engine.layers.items() if full_name(name) in engine.layers}
-    assert all(isinstance(layer.impl, DecodeByHead | SplitAttention) for layer in layers.values())
-    return sorted(int(name.split(".")[2]) for name, layer in layers.items() if isinstance(layer.impl, DecodeByHead))
+    assert all(isinstance(layer.impl, AttentionByHead | SplitAttention) for layer in layers.values())
+    return sorted(int(name.split(".")[2]) for name, layer in layers.items() if isinstance(layer.impl, AttentionByHead))
 
 
 @pytest.mark.parametrize("kind", ["heads_in_graphs", "heads_in_fp8"])
@@ -52,7 +52,7 @@ def test_layers_with_both_classes_decode_in_one_call(request, kind, full_heads):
 
 @pytest.mark.parametrize(("kind", "rounded"), [("heads_in_graphs", 1), ("heads_in_fp8", 2)])
 def test_answers_equal_the_reference(request, kind, rounded, references, text_ids):
-    """Every length and rule in one batch; its prefill needs a call for each class."""
+    """Every length and rule in one batch; its prefill takes a call for each run of adjacent heads."""
     engine, exact, other = request.getfixturevalue(kind), references[0], references[-1]
     intervals = engine.scheduler.settings.intervals
     cases = [(text_ids[7 * i : 7 * i + n], name) for i, n in enumerate(LENGTHS) for name in RULES]

@@ -1,4 +1,4 @@
-"""Decoding by head without an engine; without a GPU, in Triton's interpreter and with a loop for FlashAttention."""
+"""Attention by head without an engine; without a GPU, in Triton's interpreter and with loops for FlashAttention."""
 
 import os
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from vllm.v1.worker.utils import AttentionGroup  # noqa: E402
 from vllm_l2kv.kernels import head_pages  # noqa: E402
 from vllm_l2kv.kv_cache_spec import full_name  # noqa: E402
 from vllm_l2kv.worker import by_head  # noqa: E402
-from vllm_l2kv.worker.by_head import ARGUMENTS, Room, decode_by_head, leave_schedules_to_calls, room_shape  # noqa: E402
+from vllm_l2kv.worker.by_head import ARGUMENTS, Room, attend_by_head, leave_schedules_to_calls, room_shape  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
@@ -27,21 +27,44 @@ FULL_SIZE, PAGE_SIZE = (48, 16) if ON_GPU else (LARGE, SMALL)
 NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(len(FULL_HEADS))]
 
 
+class Impl:
+    """vLLM's implementation as loops over requests of one token; records the KV heads of its calls."""
+
+    def __init__(self, num_kv_heads, calls):
+        self.num_heads, self.num_kv_heads, self.calls = num_kv_heads * GROUP, num_kv_heads, calls
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        self.calls.append(("update", self.num_kv_heads))
+        assert key.shape[1] == kv_cache.shape[1] == self.num_kv_heads
+        for token, slot in enumerate(slot_mapping.tolist()):
+            if slot >= 0:
+                block, row = divmod(slot, kv_cache.shape[2])
+                kv_cache[block, :, row] = torch.cat([key[token], value[token]], -1)
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output):
+        self.calls.append(("forward", self.num_kv_heads))
+        assert query.shape[1] == output.shape[1] == self.num_heads
+        for request, length in enumerate(attn_metadata.seq_lens.tolist()):
+            rows = kv_cache[attn_metadata.block_table[request].long()].transpose(1, 2).flatten(0, 1)[:length]
+            keys, values = rows.float().repeat_interleave(GROUP, 1).transpose(0, 1).split(SIZE, -1)
+            weights = (query[request].float().unsqueeze(1) @ keys.transpose(1, 2) * SCALE).softmax(-1)
+            output[request] = (weights @ values).squeeze(1).to(output.dtype)
+
+
 class Split:
-    """A split layer's attention, which records that it was called."""
+    """A split layer's attention, which serves only steps without metadata."""
 
     scale, logits_soft_cap = SCALE, 0.0
 
-    def __init__(self, full_heads):
-        compressed = tuple(head for head in range(HEADS) if head not in full_heads)
-        self.classes = SimpleNamespace(kv_heads=compressed), SimpleNamespace(kv_heads=tuple(full_heads))
+    def __init__(self, name, full_heads):
         self.calls = []
-
-    def do_kv_cache_update(self, *args):
-        self.calls.append("update")
+        compressed = [head for head in range(HEADS) if head not in full_heads]
+        self.classes = [
+            SimpleNamespace(name=of_class, kv_heads=tuple(heads), impl=Impl(len(heads), self.calls))
+            for of_class, heads in ((name, compressed), (full_name(name), full_heads))
+        ]
 
     def forward(self, *args):
-        self.calls.append("forward")
         return "split"
 
 
@@ -73,12 +96,12 @@ class Engine:
         for i, (name, full_heads) in enumerate(zip(NAMES, FULL_HEADS, strict=True)):
             scales = {"_q_scale": one, "_k_scale": one, "_v_scale": one}
             self.layers[name] = SimpleNamespace(
-                impl=Split(full_heads), kv_cache=self.pool.cache("compressed", i), **scales
+                impl=Split(name, full_heads), kv_cache=self.pool.cache("compressed", i), **scales
             )
             self.layers[full_name(name)] = SimpleNamespace(kv_cache=self.pool.cache("full", i))
         self.splits = [self.layers[name].impl for name in NAMES]
         self.room = Room.of(*room_shape(HEADS, max_num_requests, 100, PAGE_SIZE), torch.device(DEVICE))
-        self.names = decode_by_head(self.layers, reversed(NAMES), self.room)
+        self.names = attend_by_head(self.layers, reversed(NAMES), self.room)
         self.step()
         self.loop = Loop()
         monkeypatch.setattr(by_head, "get_attention_context", lambda name: self.context(name))
@@ -122,24 +145,30 @@ def states():
     return query.view(5, -1, SIZE), key.view(5, HEADS, SIZE), value.view(5, HEADS, SIZE), output
 
 
+def check(engine, i):
+    """Runs a layer, and compares its cache and outputs with the pool's rows."""
+    full_heads = FULL_HEADS[i]
+    query, key, value, output = states()
+    assert engine.run(i, (query, key, value, output)) is output
+    compressed = [head for head in range(HEADS) if head not in full_heads]
+    for request, head in ((r, h) for r in (0, 1, 3) for h in range(HEADS)):
+        name = "full" if head in full_heads else "compressed"
+        heads = full_heads if name == "full" else compressed
+        rows = engine.pool.rows(name, i, heads.index(head), request).float()
+        assert torch.equal(rows[-1], torch.cat([key[request, head], value[request, head]]).float())
+        own = slice(head * GROUP, (head + 1) * GROUP)
+        weights = (query[request, own].float() @ rows[:, :SIZE].T * SCALE).softmax(-1)
+        right = weights @ rows[:, SIZE:]
+        assert torch.allclose(output[request, own].float(), right, atol=2e-2 if ON_GPU else 1e-2)
+
+
 def test_layers_with_both_classes_of_heads_attend_in_one_call(monkeypatch):
     monkeypatch.setattr(head_pages, "TILE", 16)
     engine = Engine(monkeypatch)
     assert engine.names == engine.layers.keys()
     for _ in range(2):
-        query, key, value, output = states()
-        for i, full_heads in enumerate(FULL_HEADS):
-            assert engine.run(i, (query, key, value, output)) is output
-            compressed = [head for head in range(HEADS) if head not in full_heads]
-            for request, head in ((r, h) for r in (0, 1, 3) for h in range(HEADS)):
-                name = "full" if head in full_heads else "compressed"
-                heads = full_heads if name == "full" else compressed
-                rows = engine.pool.rows(name, i, heads.index(head), request).float()
-                assert torch.equal(rows[-1], torch.cat([key[request, head], value[request, head]]).float())
-                own = slice(head * GROUP, (head + 1) * GROUP)
-                weights = (query[request, own].float() @ rows[:, :SIZE].T * SCALE).softmax(-1)
-                right = weights @ rows[:, SIZE:]
-                assert torch.allclose(output[request, own].float(), right, atol=2e-2 if ON_GPU else 1e-2)
+        for i in range(len(FULL_HEADS)):
+            check(engine, i)
     assert not any(split.calls for split in engine.splits)
     if not ON_GPU:
         first, second, third, last = engine.loop.schedules[-len(FULL_HEADS) :]
@@ -148,35 +177,47 @@ def test_layers_with_both_classes_of_heads_attend_in_one_call(monkeypatch):
         assert first is not engine.loop.schedules[0], "each pass makes its own"
 
 
-def test_other_batches_take_a_call_for_each_class(monkeypatch):
+@pytest.mark.parametrize(("max_query_len", "max_num_requests"), [(2, 4), (1, 3)], ids=["prompts", "too many requests"])
+def test_other_batches_take_a_call_for_each_run_of_adjacent_heads(max_query_len, max_num_requests, monkeypatch):
+    engine = Engine(monkeypatch, max_num_requests)
+    engine.step(max_query_len)
+    for i in range(len(FULL_HEADS)):
+        check(engine, i)
+    # Full heads 1, 0 and 3, 0 to 2, and 2 of four; those that compress come first.
+    runs = [[1, 2, 1], [2, 1, 1], [1, 3], [2, 1, 1]]
+    for split, lengths in zip(engine.splits, runs, strict=True):
+        assert split.calls == [("update", n) for n in lengths] + [("forward", n) for n in lengths]
+    assert not engine.loop.schedules
+
+
+def test_steps_without_metadata_are_vllms(monkeypatch):
     engine = Engine(monkeypatch)
-    engine.step(max_query_len=2)
-    assert engine.run(0, states()) == "split"
-    assert engine.splits[0].calls == ["update", "forward"]
-
-
-def test_batches_larger_than_the_buffer_take_a_call_for_each_class(monkeypatch):
-    engine = Engine(monkeypatch, max_num_requests=3)
-    assert engine.run(0, states()) == "split"
-    assert engine.splits[0].calls == ["update", "forward"]
+    engine.metadata = {"full": None, "compressed": None}
+    assert engine.run(0, states(), update=False) == "split"
+    assert not engine.splits[0].calls
 
 
 def test_a_table_is_used_only_by_its_own_layer_and_step(monkeypatch):
     """A piecewise graph may contain the cache's update, so its replay makes no table."""
     engine = Engine(monkeypatch)
-    assert engine.run(0, states(), update=False) == "split"
-    assert engine.run(0, states()) != "split"
-    assert engine.run(3, states(), update=False) == "split"
+    engine.run(0, states(), update=False)
+    assert engine.splits[0].calls.pop() == ("forward", 1)
+    engine.splits[0].calls.clear()
+    engine.run(0, states())
+    assert not engine.splits[0].calls
+    engine.run(3, states(), update=False)
+    assert engine.splits[3].calls
     engine.step()
-    assert engine.run(0, states(), update=False) == "split"
+    engine.run(0, states(), update=False)
+    assert engine.splits[0].calls
 
 
 def test_blocks_that_are_not_pages_are_not_used(monkeypatch):
     engine = Engine(monkeypatch)
-    split = Split(FULL_HEADS[0])
+    split = Split(NAMES[0], FULL_HEADS[0])
     engine.layers[NAMES[0]].impl = split
     engine.layers[full_name(NAMES[0])].kv_cache = torch.zeros_like(engine.pool.cache("full", 0))
-    assert decode_by_head(engine.layers, NAMES[:1], engine.room) == set()
+    assert attend_by_head(engine.layers, NAMES[:1], engine.room) == set()
     assert engine.layers[NAMES[0]].impl is split
 
 

@@ -1,14 +1,15 @@
-"""Decode attention over both classes of a layer's heads in one call of FlashAttention 3.
+"""Attention of a mixed layer with FlashAttention 3, without copies of queries, keys, values and outputs.
 
-Used for batches in which every request decodes one token. Every (request, KV head) is a sequence with its own pages
-(`kernels.head_pages`). Queries and outputs are not copied: `starts` gives each sequence's place, and `seqused_q` limits
-FlashAttention to one query there. All kernels are launched while the model runs, so CUDA graphs of the model contain
-them, and nothing needs to run before a replay.
+A batch in which every request decodes one token takes one call for both classes of heads. Every (request, KV head) is a
+sequence with its own pages (`kernels.head_pages`): `starts` gives each sequence's place, and `seqused_q` limits
+FlashAttention to one query there. Other batches take a call for each run of adjacent heads of a class. All kernels are
+launched while the model runs, so CUDA graphs of the model contain them, and nothing needs to run before a replay.
 """
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_l2kv.kernels.head_pages import HeadPages, Held, Sequences
 from vllm_l2kv.kv_cache_spec import full_name
+from vllm_l2kv.worker.heads import HeadClass
 
 MOST_BYTES = 256 << 20
-"""Bytes for the sequences of a layer; batches with more requests than fit use one call for each class."""
+"""Bytes for the sequences of a layer; batches with more requests than fit take calls for runs."""
 MAX_NUM_SPLITS = 32
 """Most splits of a sequence, where vLLM lets FlashAttention choose: since it would choose for a single head, it would
 reserve memory for four times as many."""
@@ -146,8 +148,42 @@ def attend(
     torch.ops._vllm_fa3_C.fwd(**named)
 
 
-class DecodeByHead:
-    """Wraps a layer's `SplitAttention`, which still serves other batches and all other calls.
+@dataclass(frozen=True)
+class Run:
+    """Adjacent KV heads of one class, which are slices of a layer's states and of the class's cache.
+
+    Attributes:
+        name: vLLM's name of the class's cache.
+        kv: The KV heads, among those of the layer.
+        queries: Their query heads.
+        cached: The KV heads, among those of the class.
+        impl: A copy of vLLM's implementation with the run's number of heads.
+    """
+
+    name: str
+    kv: slice
+    queries: slice
+    cached: slice
+    impl: Any
+
+
+def runs_of(heads: HeadClass) -> list[Run]:
+    """Returns the runs of a class, in ascending order."""
+    kv_heads = heads.kv_heads
+    group = heads.impl.num_heads // heads.impl.num_kv_heads
+    starts = [i for i, head in enumerate(kv_heads) if i == 0 or head != kv_heads[i - 1] + 1]
+    runs = []
+    for start, end in pairwise([*starts, len(kv_heads)]):
+        first, number = kv_heads[start], end - start
+        kv, queries = slice(first, first + number), slice(first * group, (first + number) * group)
+        impl = copy(heads.impl)
+        impl.num_heads, impl.num_kv_heads = number * group, number
+        runs.append(Run(heads.name, kv, queries, slice(start, end), impl))
+    return runs
+
+
+class AttentionByHead:
+    """Wraps a layer's `SplitAttention`, which still serves other calls.
 
     Args:
         split: The layer's `SplitAttention`.
@@ -160,6 +196,7 @@ class DecodeByHead:
     def __init__(self, split: Any, name: str, pages: HeadPages, room: Room, is_first: bool) -> None:
         self._split = split
         self._names = full_name(name), name
+        self._runs = [run for of_class in split.classes for run in runs_of(of_class)]
         self._pages = pages
         self._room = room
         self._kind = Kind(split.scale, split.logits_soft_cap, is_first)
@@ -174,7 +211,9 @@ class DecodeByHead:
         (full, _, _, full_slots), (compressed, _, _, slots) = (get_attention_context(name) for name in self._names)
         num_requests = self._num_requests(compressed)
         if num_requests is None:
-            self._split.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+            for run in self._runs:
+                _, _, cache, slots = get_attention_context(run.name)
+                run.impl.do_kv_cache_update(layer, key[:, run.kv], value[:, run.kv], cache[:, run.cached], slots)
             return
         self._pages.write(
             self._room.sequences,
@@ -200,12 +239,12 @@ class DecodeByHead:
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Same contract as upstream."""
+        if attn_metadata is None:  # vLLM's warm-up
+            whole: torch.Tensor = self._split.forward(layer, query, key, value, kv_cache, attn_metadata, output)
+            return whole
         # A piecewise CUDA graph may contain the cache update without this.
         if not self._room.is_for(self, attn_metadata):
-            whole: torch.Tensor = self._split.forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-            return whole
+            return self._forward_runs(layer, query, output)
         full, *_ = get_attention_context(self._names[0])
         num_requests = attn_metadata.seq_lens.shape[0]
         is_quantized = self._pages.pool.itemsize == 1
@@ -222,6 +261,14 @@ class DecodeByHead:
         )
         return output
 
+    def _forward_runs(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """A call for each run. Keys and values are already in the cache."""
+        for run in self._runs:
+            metadata, _, cache, _ = get_attention_context(run.name)
+            own = query[:, run.queries], None, None, cache[:, run.cached], metadata, output[:, run.queries]
+            run.impl.forward(layer, *own)
+        return output
+
     def _num_requests(self, metadata: Any) -> int | None:
         """Number of requests, padding included, of a batch that uses one call; `None` for other batches."""
         if metadata is None or metadata.max_query_len != 1:
@@ -232,13 +279,13 @@ class DecodeByHead:
 
 
 def leave_schedules_to_calls(groups: Iterable[Iterable[AttentionGroup]], names: set[str]) -> None:
-    """Keeps vLLM from making a schedule for FlashAttention in each step, which decoding by head does not use.
+    """Keeps vLLM from making a schedule for FlashAttention in each step, which would be for all heads of a class.
 
-    Other calls of these layers then make their own schedule.
+    Each call of these layers then makes its own schedule.
 
     Args:
         groups: The runner's attention groups.
-        names: Names of the caches whose layers decode by head.
+        names: Names of the caches whose layers attend by head.
     """
     for group in chain(*groups):
         if names.issuperset(group.layer_names):
@@ -279,8 +326,8 @@ def room_shape(num_kv_heads: int, max_num_requests: int, max_model_len: int, pag
     return min(max_num_requests, MOST_BYTES // (4 * max_num_pages * num_kv_heads)) * num_kv_heads, max_num_pages
 
 
-def decode_by_head(layers: Mapping[str, Any], names: Iterable[str], room: Room) -> set[str]:
-    """Lets layers decode in one call if their blocks can be read as pages of one head.
+def attend_by_head(layers: Mapping[str, Any], names: Iterable[str], room: Room) -> set[str]:
+    """Lets layers attend by head if their blocks can be read as pages of one head.
 
     Args:
         layers: vLLM's layers by name, with their caches allocated.
@@ -288,7 +335,7 @@ def decode_by_head(layers: Mapping[str, Any], names: Iterable[str], room: Room) 
         room: The engine's room.
 
     Returns:
-        Names of the caches of layers that decode in one call.
+        Names of the caches of these layers.
     """
     done: set[str] = set()
     counts: set[int] = set()
@@ -298,7 +345,7 @@ def decode_by_head(layers: Mapping[str, Any], names: Iterable[str], room: Room) 
         pages = HeadPages.of(layers[full_name(name)].kv_cache, layer.kv_cache, full, compressed)
         if pages is None:
             continue
-        layer.impl = DecodeByHead(split, name, pages, room, len(full) not in counts)
+        layer.impl = AttentionByHead(split, name, pages, room, len(full) not in counts)
         counts.add(len(full))
         done |= {name, full_name(name)}
     return done

@@ -18,7 +18,7 @@ from vllm_l2kv.log import logger_of
 from vllm_l2kv.scorers import bytes_of_a_head
 from vllm_l2kv.worker.by_head import (
     Room,
-    decode_by_head,
+    attend_by_head,
     leave_schedules_to_calls,
     room_bytes,
     room_shape,
@@ -58,7 +58,7 @@ class L2KVGPUWorker(CompactionWorker, Worker):
             return
         by_head: set[str] = set()
         if self._room_shape is not None:
-            by_head = decode_by_head(self._layers, names, Room.of(*self._room_shape, self.device))
+            by_head = attend_by_head(self._layers, names, Room.of(*self._room_shape, self.device))
             leave_schedules_to_calls(self.model_runner.attn_groups, by_head)
         logger.info(
             "Of %d mixed layers (full and compressed KV heads), %d decode in one call of attention, the others in two.",
