@@ -19,12 +19,8 @@ SHOWN = (
     "output tok/s",
     "first token, p50 (ms)",
     "inter-token, p50 (ms)",
-    "per output token, p50 (ms)",
     "end to end, p50 (ms)",
-    "end to end, p95 (ms)",
     "requests running, mean",
-    "requests waiting, mean",
-    "KV cache in use, mean (%)",
     "preemptions",
     "rows evicted",
 )
