@@ -19,19 +19,16 @@ block. So a little padding is enough, here of the 8B shape's 1,920 KiB (ratios t
 
 ![decode attention by stride](img/attention.svg)
 
-The order of heads and tokens in a block hardly matters, and joined blocks only by their longer reads. Layouts `BLHNC`
-and `BLNHC` by tokens a block, unpadded (ratios to stock):
-
-{joined}
-
-Rows: `h100_attention.jsonl` and `h200_attention.jsonl`, by
+Longer blocks do not help instead: unpadded on an H100 this shape takes {joined} x stock's time with {sizes} tokens a
+block. `BLNHC`, the other order of heads and tokens, takes {least_order:.3f} to {most_order:.3f} x the time of `BLHNC`,
+over all shapes and lengths of blocks. Rows: `h100_attention.jsonl` and `h200_attention.jsonl`, by
 
     python -m benchmarks.speed.attention --out h100_attention.jsonl
 
 ### Where the last percent of a decode step goes
 
-An engine that was just started, as above, gives a request adjacent blocks. Stock vLLM reads them faster; blocks of
-vllm-l2kv hold all layers, so those of one layer are never adjacent. In a server that has been running blocks are
+To adjacent blocks, which stock vLLM reads faster; blocks of vllm-l2kv hold all layers, so those of one layer are never
+adjacent. A fresh engine, as above, gives a request adjacent blocks. In a server that has been running blocks are
 scattered, and the difference is gone. Microseconds a layer, stock and compressed layers, in brackets their ratio:
 
 {loads}
@@ -64,12 +61,18 @@ def attention_sections(rows: list[Row], loads: list[Row], heads: list[Row]) -> s
         heads: Rows of `heads_attention.py`.
     """
     ratios = [row["ratio"] for row in rows if row["what"] in ("compressed", "full")]
+    unpadded = unpadded_ratios(rows)
+    orders = [on["BLNHC"] / on["BLHNC"] for on in unpadded.values() if len(on) == 2]
+    joined = {size: on["BLHNC"] for (gpu, shape, size), on in unpadded.items() if (gpu, shape) == ("H100", "8b")}
     return SECTIONS.format(
         least=min(ratios),
         most=max(ratios),
         layouts=layouts_table(rows),
         padding=padding_table(rows),
-        joined=joined_table(rows),
+        joined=", ".join(f"{joined[size]:.2f}" for size in sorted(joined)),
+        sizes=", ".join(map(str, sorted(joined))),
+        least_order=min(orders),
+        most_order=max(orders),
         loads=loads_table(loads),
         heads_gpu=heads[0]["gpu"],
         full_heads=heads[0]["full"],
@@ -111,22 +114,15 @@ def padding_table(rows: list[Row]) -> str:
     return table(f"GPU {' '.join(f'{padding},KiB' for padding in paddings)}", lines)
 
 
-def joined_table(rows: list[Row]) -> str:
-    """Returns a table of unpadded blocks: a line for each GPU and shape, both layouts by tokens per block."""
-    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+def unpadded_ratios(rows: list[Row]) -> dict[tuple[str, str, int], dict[str, float]]:
+    """Returns times of unpadded blocks in stock vLLM's, by GPU, shape and tokens a block, and then by layout."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
     num_layers = {"8b": 30, "8b-tp4": 30, "1b": 14, "70b-8-layers": 6, "135m": 28}
     for row in rows:
         if row["what"] == "scan" and not row["padding"] and row["num_layers"] == num_layers.get(row["shape"]):
-            of_shape = found.setdefault((gpu_of(row), row["shape"]), {})
-            of_shape.setdefault(row["block_size"], {})[row["layout"]] = row["ratio"]
-    sizes = sorted({size for of_shape in found.values() for size, on in of_shape.items() if len(on) == 2})
-    lines = [[*place, *(pair(of_shape.get(size, {})) for size in sizes)] for place, of_shape in found.items()]
-    return table(f"GPU shape {' '.join(map(str, sizes))}", lines)
-
-
-def pair(on: dict[str, float]) -> str:
-    """Returns both layouts as one cell; empty if one was not measured."""
-    return f"{on['BLHNC']}, {on['BLNHC']}" if len(on) == 2 else ""
+            of_blocks = found.setdefault((gpu_of(row), row["shape"], row["block_size"]), {})
+            of_blocks[row["layout"]] = row["ratio"]
+    return found
 
 
 def loads_table(rows: list[Row]) -> str:

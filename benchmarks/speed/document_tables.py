@@ -9,8 +9,7 @@ TURNS = (1, 2, 5, 10, 15, 20, 25, 30)
 HEAD = """
 ## Documents and conversations
 
-Later requests with the same beginning find what a request compressed before the end of its prompt. Stock vLLM uses its
-prefix cache. {about}
+Stock vLLM uses its prefix cache. {about}
 
     python -m benchmarks.speed.serving --model FOLDER --out FOLDER --engine-args '{{"max_model_len": 32768}}' \\
         --scenarios document findable popular conversation
@@ -31,8 +30,8 @@ milliseconds, in brackets the ratio to computing it anew (scenario `offload`, wi
     "findable": """### Documents that stay findable
 
 Documents of {num_document_tokens:,} tokens in {cache_gib:.0f} GiB: how many are found if all are asked about in turn,
-and then again, the latest first (scenario `findable`). They must fit beside the one that is being computed: whole with
-a ratio, hardly more than its copy with a budget. With 2 full layers of 32 a ratio of 0.2 is a quarter of the cache.""",
+and then again, the latest first (scenario `findable`). They must fit beside the one that is being computed, which is
+whole with a ratio alone. With 2 full layers of 32 a ratio of 0.2 is a quarter of the cache.""",
     "popular": """### Popular documents
 
 {num_documents} such documents, popularity by Zipf's law, {num_clients} clients that wait for their answers,
@@ -43,8 +42,8 @@ and answer.""",
 
 {num_conversations} conversations in a cache of {cache_gib:.1f} GiB, or 60,000 tokens. A turn adds {turn_tokens:,}
 tokens to all earlier ones: median time to first token, milliseconds, of the turns that an engine came to in 120 seconds
-(scenario `conversation`, `--prompt-interval 512`). With a budget and an interval of 2,048 rows the conversations do not
-fit together, and lose their rows while they wait: choose both so that all fit.""",
+(scenario `conversation`, `--prompt-interval 512`). Choose budget and interval so that all conversations fit together:
+at 2,048 and 2,048 they do not, and lose their rows while they wait.""",
     "waiting": """### Requests that wait
 
 The scheduler's processor time, milliseconds a step, while one request decodes and another waits for blocks. Both have

@@ -25,23 +25,22 @@ FIRST_TOKEN = "median_first_token_ms"
 
 TEMPLATE = """# Benchmarks
 
-What compression gains and costs in speed. Unless a section says otherwise: the shape of Llama-3.1-8B with made-up
-weights, bf16, full layers {{0, 1}}, one {gpu}, vLLM {vllm}, with async scheduling, prefix caching and full CUDA
-graphs.
+Unless a section says otherwise: the shape of Llama-3.1-8B with made-up weights, bf16, full layers {{0, 1}}, one {gpu},
+vLLM {vllm}, with async scheduling, prefix caching and full CUDA graphs.
 
 {verdict}
 
-`python -m benchmarks.speed.tables` makes this page from the rows in `benchmarks/speed/results`. Each has its GPU and
-commit, and rows of engines also the version of vLLM and block sizes. Where a section names a scenario, its rows are in
-`h100_SCENARIO.jsonl`, by this command, first with stock vLLM and then with vllm-l2kv:
+`python -m benchmarks.speed.tables` makes this page from the rows in `benchmarks/speed/results`, which name their GPU
+and commit. Where a section names a scenario, its rows are in `h100_SCENARIO.jsonl`, by this command, first with stock
+vLLM and then with vllm-l2kv:
 
     python -m benchmarks.speed.serving --model FOLDER_WITH_CONFIG_JSON --out FOLDER --scenarios SCENARIO
 
 ## Decode step
 
 Median of {num_steps} steps in milliseconds (scenario `decode_step`). Cases are requests x prompt tokens, and @ the keep
-ratio; `ratio` is to uncompressed stock vLLM. The floor is the step if kept rows cost what they cost stock vLLM and
-nothing else were added: stock's step of 8 x 128, plus the share 2/32 + 30/32 x keep ratio of what its long prompts add.
+ratio; `ratio` is to uncompressed stock vLLM. The floor is the step if nothing but kept rows cost time: stock's step of
+8 x 128, plus the share 2/32 + 30/32 x keep ratio of what its long prompts add.
 
 {steps}
 
@@ -52,8 +51,7 @@ With an fp8 KV cache (`--engine-args '{{"kv_cache_dtype": "fp8_e4m3"}}'`) steps 
 ## Time to first token
 
 One request on an idle engine, milliseconds, in brackets the ratio to stock (scenario `first_token`). `at 0.5` compacts
-after the first token. With a budget (`kv_max_tokens`) the prompt is compacted on the way, so a chunk attends to the
-budget and the prompt interval at most:
+after the first token. With a budget the prompt is compacted on the way:
 
 {first_token}
 
@@ -66,24 +64,24 @@ budget and the prompt interval at most:
 
 {ample}
 
-Short steps are bound by the host, where `scheduler.decode_fast_path` skips the work for each group of layers in which a
-request needs no block. A step of 256 decoding requests takes {scheduler}. This is the scheduler's processor time
-without an engine, on another machine; rows: `scheduler.jsonl`, by
+Short steps are bound by the host, where `scheduler.decode_fast_path` saves time. A step of 256 decoding requests takes
+{scheduler}. This is the scheduler's processor time without an engine, on another machine; rows: `scheduler.jsonl`, by
 
     PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 python -m benchmarks.speed.scheduler --model FOLDER --out FILE
 
 ## A cache too small for its requests
 
-Prompts of 8,000 tokens, answers of 1,000, always eight requests in the queue, 40 seconds of steady state, 20 with an
-fp8 cache (scenario `memory_bound`). First token: from joining the queue. The bound is how many requests of average
-length fit without padding; full layers and generated tokens count whole.
+Prompts of 8,000 tokens, answers of 1,000, a cache of {memory_gib:.0f} GiB, always eight requests in the queue, 40
+seconds of steady state, 20 with an fp8 cache (scenario `memory_bound`). First token: from joining the queue. The bound
+is how many requests of average length fit without padding.
 
 {memory}
 
 ## Long answers
 
-Prompts of 512 tokens, answers of 8,000, always eight requests in the queue, 60 seconds of steady state (scenario
-`long_answers`). Gap: time between two tokens of a request. Compactions: their share of the time, on the device.
+Prompts of 512 tokens, answers of 8,000, a cache of {answers_gib:.0f} GiB, always eight requests in the queue, 60
+seconds of steady state (scenario `long_answers`). Gap: time between two tokens of a request. Compactions: their share
+of the time, on the device.
 
 {long_answers}
 
@@ -195,7 +193,9 @@ def page() -> str:
         ample_requests=ample[0]["num_requests"],
         ample=ample_table(ample),
         scheduler=scheduler_times(decoding),
+        memory_gib=memory[0]["cache_bytes"] / GIB,
         memory=memory_table(memory),
+        answers_gib=rows["long_answers"][0]["cache_bytes"] / GIB,
         long_answers=long_answers_table(rows["long_answers"]),
         bursts=bursts_table(rows["bursts"]),
         documents=documents_section({name: rows[name] for name in may_lack}, waiting),
@@ -361,9 +361,9 @@ def long_answers_table(rows: list[Row]) -> str:
     for row in rows:
         speed, share = row["output_tokens_per_s"], row["compaction_share"]
         gaps = row["median_gap_ms"], row["p99_gap_ms"]
-        what = row["engine"], f"{row['cache_bytes'] / GIB:.0f} GiB", row["budget"] or "none", row["mean_running"]
+        what = row["engine"], row["budget"] or "none", row["mean_running"]
         lines.append([*what, f"{speed:,.0f}", f"{speed / stock:.2f}", *gaps, row["preemptions"], f"{share:.2%}"])
-    return table("engine cache budget running output,tok/s of,stock gap,(ms) gap,p99 preemptions compactions", lines)
+    return table("engine budget running output,tok/s of,stock gap,(ms) gap,p99 preemptions compactions", lines)
 
 
 def bursts_table(rows: list[Row]) -> str:
@@ -417,13 +417,13 @@ def memory_table(rows: list[Row]) -> str:
     """Returns a table with a line for each run."""
     lines = []
     for row in rows:
-        ratio, cache = row["keep_ratio"], row["cache_bytes"]
+        ratio = row["keep_ratio"]
         token_bytes = 128 * 1024 // (1 if row["kv_cache_dtype"] == "auto" else 2)
-        bound = cache / token_bytes / (8500 * 2 / 32 + (8000 * ratio + 500) * 30 / 32)
-        what = row["engine"], row["kv_cache_dtype"].replace("auto", "bf16"), f"{cache / GIB:.0f} GiB", ratio
+        bound = row["cache_bytes"] / token_bytes / (8500 * 2 / 32 + (8000 * ratio + 500) * 30 / 32)
+        what = row["engine"], row["kv_cache_dtype"].replace("auto", "bf16"), ratio
         running = row["mean_running"], f"{bound:.1f}", f"{row['output_tokens_per_s']:,.0f}"
         lines.append([*what, *running, row["median_first_token_s"], row["preemptions"]])
-    return table("engine cache,type cache keep,ratio running bound output,tok/s first,token,(s) preemptions", lines)
+    return table("engine cache,type keep,ratio running bound output,tok/s first,token,(s) preemptions", lines)
 
 
 def two_gpus_section(rows: dict[str, list[Row]]) -> str:

@@ -101,7 +101,7 @@ def test_memory_and_checks(section):
         {**WHERE, "check": "a check", "found": "what it found"},
     ]
     page = section(memory_bound=[memory], checks=checks)
-    assert "| l2kv | bf16 | 16 GiB | 0.5 | 27.0 | 27.6 | 2,000 | 3.0 | 0 |" in page
+    assert "| l2kv | bf16 | 0.5 | 27.0 | 27.6 | 2,000 | 3.0 | 0 |" in page
     assert "| a model | 0.5 | 3 of 4 | 0.031 | 0.040 | 0.050 |" in page
     assert "- a check: what it found" in page
 
