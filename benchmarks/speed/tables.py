@@ -100,9 +100,7 @@ the prefill. Targets: at most twice the copy, and 0.5 % of the prefill.
 
 {compaction}
 
-By kernel, for one prompt at 0.25 (PyTorch's profiler):
-
-{compaction_kernels}
+Of one prompt at 0.25 {compaction_kernels} of the kernels' time (PyTorch's profiler).
 
     python -m benchmarks.speed.compaction --out h100_compaction.jsonl
 {scorers}
@@ -201,7 +199,7 @@ def page() -> str:
         documents=documents_section({name: rows[name] for name in may_lack}, waiting),
         drafts=drafts_section(read("h100_drafts", must_exist=False)),
         compaction=compaction_table(compaction, first),
-        compaction_kernels=kernel_table(compaction),
+        compaction_kernels=kernel_shares(compaction),
         scorers=scorers_section(read("h100_scorers", must_exist=False)),
         attention=attention_sections([*attention, *attention_h200], read("h100_attention_loads"), by_class),
         heads=heads_section(read("h100_heads")),
@@ -517,15 +515,15 @@ def compaction_table(rows: list[Row], first_token: list[Row]) -> str:
     return table(f"prompts,x,tokens {' '.join(f'keep,{ratio:g}' for ratio in RATIOS)}", lines)
 
 
-def kernel_table(rows: list[Row]) -> str:
-    """Returns a table with a line for each length."""
-    names = ("_score_kernel", "_select_kernel", "_move_kernel")
-    lines = [
-        [f"{row['num_prompt_tokens']:,}", *(row["kernel_us"][name] for name in names)]
-        for row in rows
-        if row["num_prompts"] == 1 and row["keep_ratio"] == 0.25
-    ]
-    return table("prompt,tokens score select move", lines)
+def kernel_shares(rows: list[Row]) -> str:
+    """Returns the share of each kernel in the time of a compaction, over lengths of prompts."""
+    kernels = {"_score_kernel": "scores take", "_select_kernel": "the choice", "_move_kernel": "moving rows"}
+    times = [row["kernel_us"] for row in rows if row["num_prompts"] == 1 and row["keep_ratio"] == 0.25]
+    texts = []
+    for name, what in kernels.items():
+        shares = [of_kernel[name] / sum(of_kernel[each] for each in kernels) for of_kernel in times]
+        texts.append(f"{what} {100 * min(shares):.0f} to {100 * max(shares):.0f} %")
+    return ", ".join(texts)
 
 
 def scorers_section(rows: list[Row]) -> str:
