@@ -9,7 +9,8 @@ SECTION = """
 
 Decode steps with {num_drafts} drafts each; `of stock` is the ratio to stock vLLM without drafts. `model`: the model
 drafts for itself, on its whole cache, which makes nothing fast and shows what a draft model costs. `n-grams`: of the
-request's own tokens. With made-up weights the share of accepted drafts means nothing. {about}
+request's own tokens. With made-up weights the share of accepted drafts means nothing. The median of {num_runs} runs,
+and the slowest and fastest: steps of a small model take as long as the host needs to launch them. {about}
 
 {table}
 
@@ -30,7 +31,9 @@ def drafts_section(rows: list[Row]) -> str:
     """
     if not rows:
         return ""
-    return SECTION.format(num_drafts=rows[0]["num_drafts"], about=provenance(rows), table=drafts_table(rows))
+    num_runs = len(rows[0]["tokens_per_s_of_runs"])
+    about = {"num_drafts": rows[0]["num_drafts"], "num_runs": num_runs, "about": provenance(rows)}
+    return SECTION.format(**about, table=drafts_table(rows))
 
 
 def drafts_table(rows: list[Row]) -> str:
@@ -42,9 +45,11 @@ def drafts_table(rows: list[Row]) -> str:
         what = [*load_of(row), row["engine"], drafter, 1.0 if row["ratio"] is None else row["ratio"]]
         speed, base = row["tokens_per_s"], stock.get(load_of(row))
         accepted = "" if row["accepted"] is None else f"{row['accepted']:.0%}"
-        speeds = [f"{speed:,.0f}", f"{speed / base:.2f}" if base else "", f"{row['median_step_ms']:.2f}"]
+        runs = row["tokens_per_s_of_runs"]
+        speeds = [f"{speed:,.0f}", f"{min(runs):,.0f} to {max(runs):,.0f}", f"{speed / base:.2f}" if base else ""]
+        speeds.append(f"{row['median_step_ms']:.2f}")
         lines.append([*what, *speeds, row["tokens_per_request_and_step"], accepted, row["held_blocks"]])
-    measured = "output,tok/s of,stock step,(ms) tokens,a,step accepted blocks"
+    measured = "output,tok/s runs of,stock step,(ms) tokens,a,step accepted blocks"
     return table(f"model load engine drafts keep,ratio {measured}", lines)
 
 

@@ -1,6 +1,6 @@
 """The section of docs/benchmarks.md about engines with full KV heads."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from benchmarks.speed.page_parts import Row, provenance, table
 
@@ -21,7 +21,7 @@ seconds of steady state:
 
 {load}
 
-Time to first token of one request on an idle engine, milliseconds. Target: {first_token_target:g} x stock. {doubt}
+Time to first token of one request on an idle engine, milliseconds. Target: {first_token_target:g} x stock. {first_finding}
 
 {first_tokens}
 
@@ -31,10 +31,6 @@ ENGINES = {"stock": "stock", "equal": "equal counts", "one_call": "full heads"}
 """Variants, and their names in the tables."""
 SHORT = "64x256"
 IDLE_TARGET, SHORT_TARGET, TARGET, FIRST_TOKEN_TARGET = 1.02, 1.04, 1.08, 1.02
-ENOUGH = 5
-"""Fewest first tokens of a case for a conclusion."""
-OLD_COUNTS = {"1x8000": 3, "1x30000": 1}
-"""Measured first tokens of rows that do not say."""
 Case = tuple[str, float]
 """A load, and the share of rows that are kept."""
 
@@ -59,7 +55,7 @@ def heads_section(rows: list[Row]) -> str:
         seconds=max(row["seconds"] for row in loads),
         load=load_table(loads),
         first_token_target=FIRST_TOKEN_TARGET,
-        doubt=finding(first_token_ratios(rows), counts_of(rows).values()),
+        first_finding=finding(first_token_ratios(rows)),
         first_tokens=compared(times_of(rows, "first_token", "median_first_token_ms"), counts_of(rows)),
     )
 
@@ -76,9 +72,8 @@ def heads_verdict(rows: list[Row]) -> str:
 
 
 def memory_of(row: Row) -> float:
-    """Returns the share of a prompt's rows that a request keeps; in older rows of first tokens all were compressed."""
-    is_compacted = row.get("compacted", row["variant"] != "stock")
-    return row["full_heads"] + (1 - row["full_heads"]) * row["rate"] if is_compacted else 1
+    """Returns the share of a prompt's rows that a request keeps."""
+    return row["full_heads"] + (1 - row["full_heads"]) * row["rate"] if row["compacted"] else 1
 
 
 def times_of(rows: list[Row], case: str, field: str) -> dict[Case, dict[str, float]]:
@@ -97,9 +92,8 @@ def counts_of(rows: list[Row]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for row in rows:
         if row["case"] == "first_token":
-            load = row["load"]
-            count = len(row["first_token_ms"]) if "first_token_ms" in row else OLD_COUNTS[load]
-            counts[load] = min(count, counts.get(load, count))
+            count = len(row["first_token_ms"])
+            counts[row["load"]] = min(count, counts.get(row["load"], count))
     return counts
 
 
@@ -120,18 +114,14 @@ def first_token_ratios(rows: list[Row]) -> list[tuple[float, float]]:
     return [(of["one_call"] / of["stock"], FIRST_TOKEN_TARGET) for of in times.values()]
 
 
-def finding(ratios: Iterable[tuple[float, float]], counts: Collection[int] = ()) -> str:
+def finding(ratios: Iterable[tuple[float, float]]) -> str:
     """Returns whether all targets are met, as a sentence.
 
     Args:
         ratios: Ratios, and their targets.
-        counts: Measurements of each load, where they may be too few.
     """
     missed = sum(ratio > target for ratio, target in ratios)
-    found = f"Missed in {missed} lines" if missed else "Met in all lines"
-    if min(counts, default=ENOUGH) >= ENOUGH:
-        return f"{found}."
-    return f"{found}, but measured {' or '.join(map(str, sorted(counts)))} times, which is too few to say."
+    return f"Missed in {missed} lines." if missed else "Met in all lines."
 
 
 def compared(times: dict[Case, dict[str, float]], counts: dict[str, int] | None = None) -> str:
