@@ -16,16 +16,11 @@ from vllm_l2kv.supported_vllm import check_vllm
 
 DRAFTERS = {
     "CPUs": ("ngram", "draft_model", "eagle", "eagle3", "mtp"),
-    "GPUs": ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3"),
+    "GPUs": ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "mtp"),
 }
 """Methods of speculative decoding that are tested with compaction, by device."""
 CONNECTORS: dict[str, tuple[str, ...]] = {"CPUs": (), "GPUs": ("SimpleCPUOffloadConnector",)}
 """KV connectors that are tested with compaction, by device."""
-FAILED_ON_GPUS: tuple[str, ...] = ("nemotron_h",)
-"""Types of models that failed `tests/gpu/test_tiny_models.py`, with the cause not known yet."""
-IMAGES_IN_BOTH_DIRECTIONS = {"CPUs": True, "GPUs": False}
-"""Whether models whose images attend in both directions are supported, by device. On CPUs vLLM lets them attend
-causally. GPUs are added once `tests/gpu/test_gpu_images.py` has passed on one."""
 
 
 def check_supported(config: VllmConfig) -> None:
@@ -44,9 +39,6 @@ def check_supported(config: VllmConfig) -> None:
         ),
         "experts of several data-parallel engines on CPUs, where vLLM cannot exchange tokens between them "
         "(set --data-parallel-size 1)": on_cpu and parallel.data_parallel_size > 1 and model.is_moe,
-        "pipeline parallelism on GPUs, where it is not tested (set --pipeline-parallel-size 1)": (
-            parallel.pipeline_parallel_size > 1 and not on_cpu
-        ),
         **_refused_drafts(config, _devices()),
         "this KV-cache type (set --kv-cache-dtype to auto or fp8_e4m3)": (
             is_quantized_kv_cache(cache.cache_dtype) and cache.cache_dtype not in ("fp8", "fp8_e4m3")
@@ -58,12 +50,6 @@ def check_supported(config: VllmConfig) -> None:
         "encoder-decoder models (serve them with stock vLLM)": model.is_encoder_decoder,
         "R-SWA models (serve them with stock vLLM)": model.rswa_window is not None,
         "models with MLA, whose cache holds no keys (serve them with stock vLLM; see docs/mla.md)": model.use_mla,
-        "images with bidirectional attention on GPUs (set --language-model-only to serve text)": (
-            model.is_mm_prefix_lm and not IMAGES_IN_BOTH_DIRECTIONS[_devices()]
-        ),
-        "Nemotron-H on GPUs, where answers in a batch differed from the reference (serve it with stock vLLM)": (
-            model.hf_text_config.model_type in FAILED_ON_GPUS and not on_cpu
-        ),
         "models with only recurrent layers (serve them with stock vLLM)": model.has_inner_state and not model.is_hybrid,
         "ReplaySSM (drop --use-replayssm)": cache.use_replayssm,
         "prefix-cache hits inside a block of recurrent layers (drop --prefix-match-unit)": (

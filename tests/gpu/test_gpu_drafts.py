@@ -21,7 +21,7 @@ from vllm_l2kv import refusals
 
 pytestmark = pytest.mark.gpu
 
-METHODS = (*refusals.DRAFTERS["GPUs"], "mtp")
+METHODS = refusals.DRAFTERS["GPUs"]
 INTERVALS = (300, 20)
 RULES = {
     **{f"keep {ratio}": {"ratio": ratio} for ratio in ("1.0", "0.5", "0.25")},
@@ -65,9 +65,7 @@ def drafting(method, demo_model, target, start_small, tmp_path_factory):
         speculative["model"] = str(write(tmp_path_factory.mktemp(method), AutoConfig.from_pretrained(demo_model)))
     rule = bare_rule(full_layers=(0, 1), prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(refusals.DRAFTERS, "GPUs", METHODS)  # needed until `mtp` has passed
-        engine = start_small(target, max_num_seqs=32, speculative_config=speculative, **sizes, **rule)
+    engine = start_small(target, max_num_seqs=32, speculative_config=speculative, **sizes, **rule)
     yield engine
     engine.shutdown()
 

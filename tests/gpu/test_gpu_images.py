@@ -9,8 +9,6 @@ from agreement import check_rules
 from engine import Engine, bare_rule, keep
 from vllm.config import CUDAGraphMode
 
-from vllm_l2kv import refusals
-
 pytestmark = pytest.mark.gpu
 pytest.importorskip("torchvision")
 
@@ -82,10 +80,7 @@ def engine(model, start_small):
     rule = bare_rule(full_layers=FULL_LAYERS, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "kv_cache_memory_bytes": 1 << 28}
     images = {"limit_mm_per_prompt": {"image": 3}, "skip_mm_profiling": True}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        # Needed until this has passed on a GPU.
-        monkeypatch.setitem(refusals.IMAGES_IN_BOTH_DIRECTIONS, "GPUs", True)
-        engine = start_small(model, max_num_seqs=32, **sizes, **images, **rule)
+    engine = start_small(model, max_num_seqs=32, **sizes, **images, **rule)
     # As in models with windows: finite, see `test_tiny_models.Kind`.
     engine.spoil(100.0)
     yield engine

@@ -16,8 +16,6 @@ from engine import bare_rule
 from tiny import ChunkedReference, HybridReference, TokenwiseReference
 from vllm.config import CUDAGraphMode
 
-from vllm_l2kv import refusals
-
 pytestmark = pytest.mark.gpu
 
 INTERVALS = (300, 5)
@@ -52,16 +50,16 @@ class Kind(NamedTuple):
 
 SMALL = {"initializer_range": 0.06}
 """Scale of the weights, since large ones amplify rounding to bf16's eight bits."""
+UNTIED = {**SMALL, "tie_word_embeddings": False}
+"""Changes of models whose embeddings vLLM never ties."""
 KINDS = {
     # With every expert chosen, since rounding could decide a choice, and kernels that need no FlashInfer.
-    "qwen3_next": Kind((0, 1), (1,), {**SMALL, "num_experts_per_tok": 4}, arguments={"gdn_prefill_backend": "triton"}),
+    "qwen3_next": Kind((0, 1), (1,), {**UNTIED, "num_experts_per_tok": 4}, arguments={"gdn_prefill_backend": "triton"}),
     "nemotron_h": Kind((0, 1), (3,), SMALL),
     "lfm2": Kind((), (), {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}),
     "granite_hybrid": Kind((3,), (3,), SMALL),
-    # Its embeddings are not tied in vLLM. Its reference is slow.
-    "jamba": Kind(
-        (0, 1), (1,), {**SMALL, "tie_word_embeddings": False}, reference=TokenwiseReference, lengths=LENGTHS[:2]
-    ),
+    # Its reference is slow.
+    "jamba": Kind((0, 1), (1,), UNTIED, reference=TokenwiseReference, lengths=LENGTHS[:2]),
     "gpt_oss": Kind((0, 1), (1,), {"initializer_range": 0.15, "num_experts_per_tok": 4}, stale=100.0),
     # vLLM captures attention by chunks in no graph.
     "llama4": Kind((0, 1), (1,), SMALL, 100.0, CUDAGraphMode.PIECEWISE, ChunkedReference),
@@ -83,9 +81,7 @@ def engine(kind, model, start_small):
     rule = bare_rule(full_layers=KINDS[kind].named, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "kv_cache_memory_bytes": 1 << 28}
     sizes |= {"max_num_seqs": 32, "max_num_batched_tokens": 2048}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(refusals, "FAILED_ON_GPUS", ())  # needed until Nemotron-H passes
-        engine = start_small(model, **sizes, **rule, **KINDS[kind].arguments)
+    engine = start_small(model, **sizes, **rule, **KINDS[kind].arguments)
     engine.spoil(KINDS[kind].stale)
     yield engine
     engine.shutdown()

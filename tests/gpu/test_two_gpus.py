@@ -29,7 +29,6 @@ LENGTHS = (33, 449, 1000, 2500)
 NUM_TOKENS = 16
 WIDENED, REPLICATED = "demo model, a fourth KV head", "one KV head on both ranks"
 PIPELINE = "demo model, half of its layers on each rank"
-NOT_YET = pytest.mark.skip(reason="pipeline parallelism is refused on GPUs: strike that line of refusals.py, and this")
 
 
 class Shape(NamedTuple):
@@ -48,7 +47,7 @@ class Shape(NamedTuple):
         pytest.param(WIDENED, id="widened"),
         pytest.param(REPLICATED, id="replicated"),
         # Layers 0 and 1 are full, so the second rank has no full heads, and one of its groups has no layers.
-        pytest.param(PIPELINE, id="pipeline", marks=NOT_YET),
+        pytest.param(PIPELINE, id="pipeline"),
     ],
 )
 def shape(request, widened_model, replicated_model, demo_model, text_ids, start_small) -> Iterator[Shape]:
@@ -168,7 +167,6 @@ def test_compaction_adds_no_communication(widened_model, text_ids, start_small, 
     [
         pytest.param((6, 3), {"tensor_parallel_size": 2}, "does not support 3 KV heads on 2 ranks", id="uneven"),
         pytest.param((9, 3), {"tensor_parallel_size": 2}, "must be divisible by tensor parallel size", id="vllm"),
-        pytest.param((4, 2), {"pipeline_parallel_size": 2}, "does not support pipeline parallelism", id="pipeline"),
     ],
 )
 def test_refused(tiny_model, start_small, capfd, heads, arguments, sentence, note):
