@@ -97,6 +97,7 @@ def test_pairs_whose_slowness_is_unknown(tiny_model):
     [
         ("mistral", {"sliding_window": 32}, "has a sliding window in every layer"),
         ("llama", {"kv_lora_rank": 8}, "has MLA, whose cache holds no keys"),
+        ("llama", {"num_kv_shared_layers": 2}, "has layers that read another layer's cache"),
         (
             "llama",
             {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]},

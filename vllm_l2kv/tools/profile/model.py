@@ -71,6 +71,8 @@ def layout(model: Any) -> tuple[Shape, Rope]:
     name, config = type(model).__name__, model.config.get_text_config()
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{name} has MLA, whose cache holds no keys, so no layer would compress.")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(f"{name} has layers that read another layer's cache, which profile does not support.")
     types = list(getattr(config, "layer_types", None) or [])
     if strange := set(types) - {FULL_ATTENTION, SLIDING_ATTENTION} - RECURRENT - WITHOUT_CACHE:
         raise ValueError(f"{name} has layers of type {min(strange)}, which profile does not support.")
