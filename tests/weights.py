@@ -1,11 +1,12 @@
-"""Made-up weights of the scorer `learned`."""
+"""Made-up profiles, and weights of the scorer `learned`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vllm_l2kv.profile import LEARNED, Profile, Rope, Shape, Target
+from vllm_l2kv.profile import LEARNED, RECOMMENDED, Profile, Rope, Shape, Target
 from vllm_l2kv.scorers import Weights
 from vllm_l2kv.scorers.learned import DTYPES, num_features, shapes_of_a_head
 
@@ -25,12 +26,21 @@ def made_up_weights(num_layers: int, num_heads: int, head_size: int, rope: Rope 
     return Weights(tensors, rope)
 
 
+def judged(outcomes: Iterable[tuple[Target, tuple[float, float]]]) -> dict[str, Any]:
+    """What a profile says about its search: the shares of exact answers, hidden and seen, of each setting."""
+    rows = [{"name": RECOMMENDED[target.classes], **target._asdict(), "exact": exact} for target, exact in outcomes]
+    # A comparison that is not a setting of the profile comes first.
+    first = {"name": "whole cache", "memory": 1.0, "exact": (1.0, 1.0)}
+    return {"search": {"outcomes": [first, *rows]}}
+
+
 def write_profile(
     path: Path,
     weights: Weights,
     fingerprint: str = "0" * 96,
     memory: tuple[Target, ...] = (),
     tensors: Mapping[str, torch.Tensor] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Profile:
     """Writes a profile of a model with full attention in all layers, with these weights and settings.
 
@@ -45,6 +55,7 @@ def write_profile(
         rope=weights.rope,
         layer_order=tuple(range(num_layers)),
         memory=memory,
+        about=about or {},
     )
     written = weights.tensors if tensors is None else tensors
     return profile.write(path, {LEARNED + name: tensor for name, tensor in written.items()})

@@ -53,6 +53,7 @@ def engine_args(
     profile: str | os.PathLike[str] | None = None,
     memory: float | None = None,
     classes: str | None = None,
+    tensor_parallel_size: int | None = None,
     evaluation_scorers: Sequence[str] = Settings.evaluation_scorers,
     additional_config: dict[str, Any] | None = None,
     **defaults: FieldValue | None,
@@ -72,7 +73,10 @@ def engine_args(
             given, it only provides the weights of the scorer `learned`.
         memory: Share of the whole cache, in (0, 1], full layers and heads included, for which the profile chooses its
             settings; `None` for 0.5.
-        classes: What stays full by the profile: whole `layers` (the default) or single KV `heads`.
+        classes: What stays full by the profile: whole `layers` or single KV `heads`; `None` for those that the profile
+            judged better, see `Profile.default_classes`.
+        tensor_parallel_size: vLLM's argument, passed on; `None` for vLLM's default, 1. The default of `classes` depends
+            on it.
         evaluation_scorers: Scorers without GPU kernels that requests may also name: `lagkv`, `l2_pagerank`, and
             `MODULE:CLASS` for an importable subclass of `vllm_l2kv.scorers.Scorer`.
         additional_config: Other entries for vLLM's option of this name.
@@ -80,8 +84,9 @@ def engine_args(
             `CompressionParams`. `None` counts as not given.
 
     Returns:
-        `scheduler_cls`, `worker_cls` and `additional_config`, and on a CPU `block_size`. vLLM's default there, 128
-        tokens, would make the blocks of full layers needlessly long, and prefix-cache hits end at whole blocks.
+        `scheduler_cls`, `worker_cls` and `additional_config`, `tensor_parallel_size` if it is given, and on a CPU
+        `block_size`. vLLM's default there, 128 tokens, would make the blocks of full layers needlessly long, and
+        prefix-cache hits end at whole blocks.
 
     Raises:
         ValueError: A value is out of bounds, the profile cannot be read, or a scorer cannot be imported.
@@ -95,7 +100,8 @@ def engine_args(
     params = {field.attribute: value for field, value in given.items() if value is not None}
     layers = None if full_layers is None else tuple(full_layers)
     heads = None if full_heads is None else heads_by_layer(full_heads)
-    setting = setting_of(profile, memory, layers, "keep_ratio" in params, heads, classes)
+    ranks = {} if tensor_parallel_size is None else {"tensor_parallel_size": tensor_parallel_size}
+    setting = setting_of(profile, memory, layers, "keep_ratio" in params, heads, classes, tensor_parallel_size or 1)
     if setting is not None:
         layers, heads = setting.full_layers, setting.full_heads
         params = {"keep_ratio": setting.keep_ratio, "scorer": setting.scorer} | params
@@ -113,6 +119,7 @@ def engine_args(
         class_of(scorer)  # fail here, not after the engine has started
     return {
         **device_engine_args(),
+        **ranks,
         "additional_config": {**(additional_config or {}), CONFIG_KEY: settings.as_config()},
     }
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from vllm_l2kv.field_kinds import Choice, Count, Kind, ParamError, Ratio
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, LAYERS, FullHeads, Settings, heads_by_layer
+from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, FullHeads, Settings, heads_by_layer
 
 T = TypeVar("T")
 PROGRAM = "vllm-l2kv"
@@ -28,7 +28,8 @@ DEFAULT_PROTECTION = f"{CompressionParams.protect_first}:{CompressionParams.prot
 PROFILE = "file that `vllm-l2kv profile` wrote for this model"
 MEMORY = "share of the whole KV cache, full layers and heads included, for which the profile chooses its settings"
 WHAT_STAYS_FULL = "what stays full by the profile: whole layers or single KV heads"
-"""Help texts of `--kv-profile`, `--kv-memory` and `--kv-classes`."""
+BETTER_JUDGED = "heads where the profile judged them better and the tensor-parallel ranks can share them, else layers"
+"""Help texts of `--kv-profile`, `--kv-memory` and `--kv-classes`, and the default of the last."""
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -77,16 +78,17 @@ def taken_by(kind: Kind) -> dict[str, Any]:
             return {"choices": names}
 
 
-def add_profile(add: Callable[..., Any], what: str) -> None:
+def add_profile(add: Callable[..., Any], what: str, classes: str = BETTER_JUDGED) -> None:
     """Adds `--kv-profile`, `--kv-memory` and `--kv-classes`, which `profile.setting_of` reads.
 
     Args:
         add: `add_argument` of a parser, or of a group.
         what: What the profile sets for this command, as words of its help.
+        classes: The default of `--kv-classes`, as words of its help.
     """
     add("--kv-profile", metavar="FILE", help=f"{PROFILE}; {what} come from it unless they are given")
     add("--kv-memory", type=memory, metavar="M", help=f"{MEMORY} (default: {DEFAULT_MEMORY})")
-    add("--kv-classes", choices=CLASSES, help=f"{WHAT_STAYS_FULL} (default: {LAYERS})")
+    add("--kv-classes", choices=CLASSES, help=f"{WHAT_STAYS_FULL} (default: {classes})")
 
 
 def real(name: str, bound: str, holds: Callable[[float], bool]) -> Callable[[str], float]:

@@ -6,7 +6,7 @@ Standard library only.
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from vllm_l2kv.settings import Settings
+from vllm_l2kv.settings import FullHeads, Settings
 
 MAX_WASTE = 0.07
 """Share of a block; above it, `advice` warns."""
@@ -75,14 +75,31 @@ def check_full(settings: Settings, layers: Collection[int], num_heads: int, degr
                 f"full_heads names KV head {heads[-1]} of layer {layer}, but this model's layers have KV heads 0 to "
                 f"{num_heads - 1}; change --kv-full-heads."
             )
-        of_ranks = (classes_of(settings, layer, heads_of_rank(num_heads, rank, degree)) for rank in range(degree))
-        counts = [len(classes.full) for classes in of_ranks]
+        counts = _full_of_ranks(settings, layer, num_heads, degree)
         if len(set(counts)) > 1:
             raise ValueError(
                 f"full_heads must name the same number of KV heads of layer {layer} on each of the {degree} "
                 f"tensor-parallel ranks, got {', '.join(map(str, counts))}; change --kv-full-heads or "
-                "--tensor-parallel-size."
+                "--tensor-parallel-size, or take --kv-classes layers of a profile."
             )
+
+
+def are_even(full_heads: FullHeads, num_heads: int, degree: int) -> bool:
+    """Whether each rank has the same number of these full heads in each layer, as `check_full` requires.
+
+    Args:
+        full_heads: See `Settings`; no layer is full.
+        num_heads: KV heads of a layer in the model.
+        degree: Tensor-parallel size.
+    """
+    settings = Settings((), full_heads)
+    return all(len(set(_full_of_ranks(settings, layer, num_heads, degree))) == 1 for layer in full_heads)
+
+
+def _full_of_ranks(settings: Settings, layer: int, num_heads: int, degree: int) -> list[int]:
+    """How many heads of a layer are full on each rank."""
+    ranks = (heads_of_rank(num_heads, rank, degree) for rank in range(degree))
+    return [len(classes_of(settings, layer, heads).full) for heads in ranks]
 
 
 def waste(one: int, other: int) -> float:

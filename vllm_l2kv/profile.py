@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from vllm_l2kv.kv_heads import are_even
 from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, HEADS, LAYERS, FullHeads, heads_by_layer
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ DIGEST_LENGTH = 32
 """Hexadecimal digits of a digest."""
 SAMPLED_BYTES = 1024
 """Bytes read at the start, the middle and the end of each tensor."""
+RECOMMENDED = {LAYERS: "recommended", HEADS: "recommended heads"}
+"""Names of the outcomes of a profile's settings among `about["search"]["outcomes"]`."""
+WORTH_HEADS = 0.02
+"""Heads are taken by default only if they answer a larger share of the questions by more than this, since they slow
+down a decode step."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +277,8 @@ class Profile:
         memory: float = DEFAULT_MEMORY,
         full_layers: Iterable[int] | None = None,
         full_heads: FullHeads | None = None,
-        classes: str = LAYERS,
+        classes: str | None = None,
+        num_ranks: int = 1,
     ) -> Setting:
         """The setting with which the whole cache costs this share of memory.
 
@@ -282,7 +289,9 @@ class Profile:
             memory: Share of the whole cache (all layers of full attention together), in (0, 1].
             full_layers: Layers to use instead of the profile's; `None` for the profile's.
             full_heads: KV heads to use instead of the profile's; `None` for the profile's.
-            classes: Which settings of the profile to use: one of `CLASSES`.
+            classes: Which settings of the profile to use: one of `CLASSES`; `None` for layers if full layers or heads
+                are given, else for those of `default_classes`.
+            num_ranks: Tensor-parallel size of the engine.
 
         Raises:
             ValueError: The memory is out of bounds or less than full layers and heads alone cost, or the profile has no
@@ -290,12 +299,13 @@ class Profile:
         """
         if not 0 < memory <= 1:
             raise ValueError(f"memory must be in (0, 1], got {memory}.")
-        listed = [target for target in self.memory if target.classes == classes]
-        if not listed:
-            kind = "" if classes == LAYERS else " with full heads; make it again, or leave --kv-classes out"
+        if classes is None:
+            given = full_layers is not None or full_heads is not None
+            classes = LAYERS if given else self.default_classes(memory, num_ranks)
+        chosen = self._target_for(memory, classes)
+        if chosen is None:
+            kind = "" if classes == LAYERS else " with full heads; make it again, or take layers (--kv-classes layers)"
             raise ValueError(f"{self.path or 'The profile'} has no settings{kind}.")
-        below = [target for target in listed if target.memory <= memory + 1e-9]
-        chosen = below[-1] if below else listed[0]
         layers = chosen.full_layers if full_layers is None else tuple(full_layers)
         heads = chosen.full_heads if full_heads is None else full_heads
         num_heads, num_full = self.shape.num_heads, self.shape.num_full(layers, heads)
@@ -309,6 +319,39 @@ class Profile:
                 f"memory must be more than {num_full / num_heads:.3f}, which the {what}{whose} cost, got {memory}."
             )
         return Setting(layers, keep_ratio, chosen.scorer, heads)
+
+    def default_classes(self, memory: float, num_ranks: int) -> str:
+        """Which settings a memory is spent by unless the user says: one of `CLASSES`.
+
+        Heads, if the search judged them better by more than `WORTH_HEADS` and an engine can have them: they cost less
+        than the memory, and ranks share them evenly.
+
+        Args:
+            memory: See `setting`.
+            num_ranks: See `setting`.
+        """
+        layers, heads = (self._target_for(memory, classes) for classes in CLASSES)
+        if layers is None or heads is None:
+            return LAYERS
+        num_full = self.shape.num_full(heads.full_layers, heads.full_heads)
+        possible = ratio_for(memory, self.shape.num_heads, num_full) > 0 and are_even(
+            heads.full_heads, self.shape.num_kv_heads, num_ranks
+        )
+        better = round(self._answered(heads) - self._answered(layers), 4) > WORTH_HEADS
+        return HEADS if possible and better else LAYERS
+
+    def _target_for(self, memory: float, classes: str) -> Target | None:
+        """The setting of these classes for the next lower memory, or for the lowest one; `None` if there is none."""
+        listed = [target for target in self.memory if target.classes == classes]
+        below = [target for target in listed if target.memory <= memory + 1e-9]
+        return below[-1] if below else next(iter(listed), None)
+
+    def _answered(self, target: Target) -> float:
+        """Share of the judged questions that a setting answers exactly, seen and hidden; 0 if it was not judged."""
+        for outcome in self.about.get("search", {}).get("outcomes", ()):
+            if (outcome["name"], outcome["memory"]) == (RECOMMENDED[target.classes], target.memory):
+                return float(sum(outcome["exact"]) / len(outcome["exact"]))
+        return 0.0
 
     def weights(self) -> dict[str, "torch.Tensor"]:
         """Weights of the learned scorer, by their names without `LEARNED`.
@@ -349,6 +392,7 @@ def setting_of(
     has_ratio: bool = False,
     full_heads: FullHeads | None = None,
     classes: str | None = None,
+    num_ranks: int = 1,
 ) -> Setting | None:
     """The setting of the file that `--kv-profile` names; used by every command.
 
@@ -358,7 +402,8 @@ def setting_of(
         full_layers: See `Profile.setting`.
         has_ratio: Whether a keep ratio is given. Together with full layers it leaves nothing for the profile to set.
         full_heads: See `Profile.setting`.
-        classes: See `Profile.setting`; `None` for layers.
+        classes: See `Profile.setting`.
+        num_ranks: See `Profile.setting`.
 
     Returns:
         The setting; `None` if the profile sets nothing.
@@ -379,7 +424,8 @@ def setting_of(
     except OSError as error:
         raise ValueError(f"cannot read the profile {path}: {error.strerror or error}.") from error
     if full_layers is None or not has_ratio:
-        return profile.setting(DEFAULT_MEMORY if memory is None else memory, full_layers, full_heads, classes or LAYERS)
+        memory = DEFAULT_MEMORY if memory is None else memory
+        return profile.setting(memory, full_layers, full_heads, classes, num_ranks)
     if memory is not None:
         raise ValueError("memory (--kv-memory) follows from full layers and a keep ratio; leave one of the three out.")
     return None

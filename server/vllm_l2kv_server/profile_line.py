@@ -17,7 +17,9 @@ def profile_line(settings: Settings) -> str | None:
     shape = Profile.read(settings.profile).shape
     of_layers = shape.num_full(settings.full_layers, {})
     num_full = shape.num_full(settings.full_layers, settings.full_heads)
-    full = [f"full layers {listed(map(str, settings.full_layers)) or 'none'}"]
+    full = []
+    if settings.full_layers or not settings.full_heads:
+        full.append(f"full layers {listed(map(str, settings.full_layers)) or 'none'}")
     if settings.full_heads:
         full.append(f"{counted(num_full - of_layers, 'full head')} of {shape.num_heads}")
     ratio = settings.defaults.keep_ratio

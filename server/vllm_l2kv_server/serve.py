@@ -252,6 +252,7 @@ def parse(parser: Any, argv: Sequence[str]) -> Namespace:
             profile=args.kv_profile,
             memory=args.kv_memory,
             classes=args.kv_classes,
+            tensor_parallel_size=args.tensor_parallel_size,
             additional_config=args.additional_config,
             **{field.argument: getattr(args, f"kv_{field.argument}") for field in FIELDS_WITH_DEFAULTS},
         )

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from vllm_l2kv.cli_types import (
+    BETTER_JUDGED,
     DEFAULT_LAYERS,
     MEMORY,
     PROFILE,
@@ -20,7 +21,7 @@ from vllm_l2kv.cli_types import (
 )
 from vllm_l2kv.field_kinds import Count, Ratio
 from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, Field
-from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, LAYERS, Settings
+from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, Settings
 
 PROG = "vllm-l2kv serve"
 MAX_BODY_OPTION = "--max-body-mib"
@@ -115,9 +116,8 @@ def config_schema() -> str:
             "default": DEFAULT_MEMORY,
         },
         "kv-classes": {
-            "description": WHAT_STAYS_FULL[0].upper() + WHAT_STAYS_FULL[1:] + ".",
+            "description": f"{WHAT_STAYS_FULL[0].upper()}{WHAT_STAYS_FULL[1:]}; by default {BETTER_JUDGED}.",
             "enum": list(CLASSES),
-            "default": LAYERS,
         },
     }
     for field in FIELDS_WITH_DEFAULTS:

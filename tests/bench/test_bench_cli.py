@@ -135,6 +135,23 @@ class TestProfile:
         assert run(*words, *QUICK) == 0
         assert [row["keep_ratio"] for row in rows_of(tmp_path / "out")] == [1, 0.444444]
 
+    def test_classes_are_those_of_the_server(self, capsys, ours, tmp_path, profile):
+        """Which only the server can know: the default depends on its ranks."""
+        path = tmp_path / "both.safetensors"
+        memory = (Target(0.5, (0, 1), 0.375, "keydiff"), Target(0.5, (), 0.444444, "l2", {3: (0,), 4: (1,)}))
+        write_profile(path, made_up_weights(10, 2, 32), memory=memory)
+        for name, ratio in (("layers", 0.375), ("heads", 0.444444)):
+            out = tmp_path / name
+            assert run("--url", ours.url, "--kv-profile", str(path), *QUICK, "--out", str(out)) == 0
+            assert [row["keep_ratio"] for row in rows_of(out)] == [1, ratio]
+            ours.full = {"full_layers": [], "full_heads": {"3": [0], "4": [1]}}
+        capsys.readouterr()
+        words = ["--url", ours.url, "--kv-classes", "layers", "--out", str(tmp_path / "no")]
+        line = refused(capsys, *words, "--kv-profile", str(path))
+        assert "full layers 0, 1 at this memory, but the server has full layers none, full heads 3:0 4:1;" in line
+        line = refused(capsys, *words[:2], *words[4:], "--kv-profile", profile)
+        assert "has no settings with full heads; make it again, or take layers (--kv-classes layers)." in line
+
 
 class TestRuns:
     def test_one_row_and_column_a_ratio(self, capsys, ours, tmp_path):

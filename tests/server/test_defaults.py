@@ -10,9 +10,11 @@ import pytest
 import yaml
 from vllm_l2kv_server.routes import _describe
 from vllm_l2kv_server.serve import make_parser, parse
+from weights import judged, made_up_weights, write_profile
 
 import vllm_l2kv
 from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, CompressionParams
+from vllm_l2kv.profile import Target
 from vllm_l2kv.settings import CONFIG_KEY, Settings
 from vllm_l2kv.tools.bench.client import body_of
 from vllm_l2kv.tools.evaluation import cli as evaluation
@@ -182,6 +184,28 @@ def test_plan():
     take_profile(options)
     assert options.full_layers == EXPECTED["full_layers"]
     assert options.protect == (EXPECTED["kv_protect_first"], EXPECTED["kv_protect_last"])
+
+
+@pytest.mark.parametrize(("num_ranks", "heads"), [(1, {2: (0, 1), 7: (1,)}), (2, {})])
+def test_what_a_profile_keeps_full(tmp_path, num_ranks, heads):
+    """Two ranks cannot share head 1 of layer 7. `eval` has one rank."""
+    memory = Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.5, (), 0.411765, "l2", {2: (0, 1), 7: (1,)})
+    about = judged(zip(memory, [(0.5, 0.5), (0.9, 0.9)], strict=True))
+    write_profile(tmp_path / "p", made_up_weights(10, 2, 32), memory=memory, about=about)
+    words = ["--kv-profile", str(tmp_path / "p")]
+    ranks = ["--tensor-parallel-size", str(num_ranks)]
+    of_server = served(*words, *ranks)
+    full = {"full_layers": () if heads else (2, 7), "full_heads": heads}
+    assert {name: of_server[name] for name in full} == full
+    planned = plan_parser().parse_args(["m", "--context", "100", "--output", "10", *words, *ranks])
+    take_profile(planned)
+    assert {name: getattr(planned, name) for name in full} == full
+    assert planned.ratio == [of_server["kv_keep_ratio"]]
+    if num_ranks == 1:
+        evaluated = _eval_parser().parse_args(["passkey", "m", *words])
+        evaluation.take_profile(evaluated)
+        assert {name: getattr(evaluated, name) for name in full} == full
+        assert (evaluated.ratios, evaluated.scorers) == ([of_server["kv_keep_ratio"]], [of_server["kv_scorer"]])
 
 
 def test_bench():

@@ -14,7 +14,7 @@ from vllm_l2kv_server.profile_line import profile_line
 from vllm_l2kv_server.screen import NOTICE
 from vllm_l2kv_server.serve import load_routes, make_parser, name_plugin, parse, use_demo_model
 from vllm_l2kv_server.start_signals import Stopped
-from weights import made_up_weights, write_profile
+from weights import judged, made_up_weights, write_profile
 
 import vllm_l2kv
 from vllm_l2kv import cli, engine_args
@@ -106,6 +106,25 @@ class TestProfile:
         assert both.defaults.keep_ratio == pytest.approx((12 - 5) / 15, abs=1e-6)
         (tmp_path / "c.yaml").write_text("kv-profile: p\nkv-classes: heads\n")
         assert self.settings(parser, "--config", tmp_path / "c.yaml") == heads
+
+    def test_the_better_judged_by_default(self, parser, tmp_path):
+        layers, heads = Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.5, (), 0.411765, "l2", {2: (0, 1), 7: (1,)})
+        about = judged([(layers, (0.6, 0.7)), (heads, (0.7, 0.7))])
+        write_profile(tmp_path / "p", made_up_weights(10, 2, 32), memory=(layers, heads), about=about)
+        words = ["--kv-profile", tmp_path / "p"]
+        taken = self.settings(parser, *words)
+        assert taken == self.settings(parser, *words, "--kv-classes", "heads")
+        assert taken.full_heads == {2: (0, 1), 7: (1,)}
+        assert f"With profile {tmp_path / 'p'}: 3 full heads of 20; by default" in profile_line(taken)
+        two = self.settings(parser, *words, "--tensor-parallel-size", 2)
+        assert two == self.settings(parser, *words, "--kv-classes", "layers")
+        assert "full layers 2, 7; by default" in profile_line(two)
+        offline = engine_args(profile=tmp_path / "p", metrics=True, tensor_parallel_size=2)
+        assert offline["tensor_parallel_size"] == 2
+        assert Settings.from_config(offline["additional_config"]) == two
+        offline = engine_args(profile=tmp_path / "p", metrics=True)
+        assert "tensor_parallel_size" not in offline
+        assert Settings.from_config(offline["additional_config"]) == taken
 
     def test_offline_it_is_the_same(self, parser, profile, monkeypatch):
         monkeypatch.chdir(profile.parent)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_l2kv.kv_heads import MAX_WASTE, advice, check_full, classes_of, heads_of_rank, waste
+from vllm_l2kv.kv_heads import MAX_WASTE, advice, are_even, check_full, classes_of, heads_of_rank, waste
 from vllm_l2kv.settings import Settings
 
 
@@ -45,6 +45,9 @@ def test_full_heads_that_ranks_share_evenly(degree):
     check_full(Settings((0,), {0: (1,), 1: (0, 1, 2, 3)}), range(4), 4, degree)
     if degree <= 2:
         check_full(Settings((), {1: (0, 3)}), range(4), 4, degree)
+    assert are_even({1: (0, 1, 2, 3)}, 4, degree)
+    assert are_even({1: (0, 1, 2, 3), 3: (0, 3)}, 4, degree) == (degree <= 2)
+    assert are_even({1: (0, 1)}, 4, degree) == (degree == 1)
 
 
 @given(one=st.integers(1, 300), other=st.integers(1, 300))

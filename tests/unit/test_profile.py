@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weights import judged
 
 from vllm_l2kv.profile import (
     METADATA_KEY,
     VERSION,
+    WORTH_HEADS,
     Profile,
     Rope,
     Shape,
@@ -186,6 +188,93 @@ class TestSettings:
 
     def test_nothing_left_to_compress(self):
         assert ratio_for(0.5, 2, 2) == 0
+
+
+class TestDefaultClasses:
+    """Heads or layers, if nothing says which."""
+
+    def judged(self, **exact: tuple[float, float]) -> Profile:
+        """`HEADS_MADE`, with shares of exact answers by classes and memory in percent, such as `heads_50`."""
+        outcomes = [
+            (target, exact[name])
+            for target in HEADS_MADE.memory
+            if (name := f"{target.classes}_{target.memory:.0%}".rstrip("%")) in exact
+        ]
+        assert len(outcomes) == len(exact)
+        return replace(HEADS_MADE, about=judged(outcomes))
+
+    def test_the_better_judged_at_each_memory(self):
+        profile = self.judged(layers_50=(0.8, 0.9), heads_50=(0.8, 0.8), layers_25=(0.5, 0.6), heads_25=(0.7, 0.8))
+        chosen = {memory: profile.default_classes(memory, 1) for memory in (1, 0.5, 0.49, 0.25, 0.22)}
+        assert chosen == {1: "layers", 0.5: "layers", 0.49: "heads", 0.25: "heads", 0.22: "heads"}
+        assert profile.setting(0.5) == MADE.setting(0.5)
+        assert profile.setting(0.25) == ((), 0.166667, "l2", {7: (0,)})
+
+    @pytest.mark.parametrize(
+        ("heads", "classes"),
+        [
+            ((0.5, 0.5 + 2 * WORTH_HEADS), "layers"),
+            ((0.5, 0.51 + 2 * WORTH_HEADS), "heads"),
+            ((0.4, 0.7), "heads"),
+            ((0.7, 0.3), "layers"),
+        ],
+    )
+    def test_layers_unless_heads_are_worth_their_time(self, heads, classes):
+        """Hidden and seen questions count alike."""
+        assert self.judged(layers_50=(0.5, 0.5), heads_50=heads).default_classes(0.5, 1) == classes
+
+    def test_what_is_given_wins(self):
+        profile = self.judged(layers_50=(0.1, 0.1), heads_50=(0.9, 0.9))
+        assert profile.setting(0.5).full_heads
+        assert profile.setting(0.5, classes="layers") == MADE.setting(0.5)
+        assert profile.setting(0.5, (1, 3)) == MADE.setting(0.5)
+        assert profile.setting(0.9, full_heads={5: (1,)}) == MADE.setting(0.9, full_heads={5: (1,)})
+
+    def test_ranks_share_heads_or_layers_are_full(self):
+        """At 0.5 head 1 of layer 9 would be on one rank alone; with one head for each, only whole layers can be."""
+        profile = self.judged(layers_50=(0.1, 0.1), heads_50=(0.9, 0.9))
+        assert [profile.default_classes(0.5, num_ranks) for num_ranks in (1, 2, 4)] == ["heads", "layers", "layers"]
+        assert profile.setting(0.5, num_ranks=2) == MADE.setting(0.5)
+        even = Target(0.5, (), 0.375, "l2", {3: (0, 1)})
+        evenly = replace(MADE, memory=(*TARGETS, even), about=judged([(TARGETS[0], (0, 0)), (even, (1, 1))]))
+        assert evenly.setting(0.5, num_ranks=2).full_heads == {3: (0, 1)}
+
+    def test_heads_that_cost_more_than_the_memory(self):
+        """The lowest setting of heads costs 0.3; that of layers, 0.2, is left."""
+        heads = Target(0.35, (), 0.071429, "l2", {3: (0, 1), 9: (1,)})
+        about = judged([(TARGETS[1], (0, 0)), (heads, (1, 1))])
+        profile = replace(MADE, memory=(*TARGETS, heads), about=about)
+        assert profile.default_classes(0.31, 1) == "heads"
+        assert profile.setting(0.3) == MADE.setting(0.3)
+
+    @pytest.mark.parametrize(
+        "profile",
+        [
+            HEADS_MADE,
+            replace(HEADS_MADE, about={"search": {"outcomes": []}}),
+            replace(MADE, about=judged((target, (0.0, 0.0)) for target in TARGETS)),
+        ],
+        ids=["no search", "no outcomes", "no heads"],
+    )
+    def test_what_was_not_judged(self, profile):
+        assert profile.setting(0.5) == MADE.setting(0.5)
+
+    def test_a_file_holds_what_was_judged(self, tmp_path):
+        path = tmp_path / "judged"
+        profile = self.judged(layers_50=(0.8, 0.8), heads_50=(0.9, 0.9))
+        profile.write(path, TENSORS)
+        assert setting_of(path, None) == profile.setting(0.5, classes="heads")
+        assert setting_of(path, None, num_ranks=2) == setting_of(path, None, classes="layers") == MADE.setting(0.5)
+
+    def test_the_profiles_of_configs(self):
+        folder = Path(__file__).parents[2] / "configs"
+        smollm2, gemma = (
+            Profile.read(folder / f"{name}.profile.safetensors") for name in ("smollm2-135m", "gemma-3-270m")
+        )
+        chosen = {memory: smollm2.default_classes(memory, 1) for memory in (0.75, 0.5, 0.35, 0.25, 0.15)}
+        assert chosen.pop(0.75) == "layers"
+        assert set(chosen.values()) == {"heads"}
+        assert {gemma.default_classes(memory, 1) for memory in (0.75, 0.5, 0.25)} == {"layers"}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from vllm_l2kv.cli_types import (
     ratio,
 )
 from vllm_l2kv.profile import setting_of
+from vllm_l2kv.settings import HEADS, LAYERS
 from vllm_l2kv.tools.bench.load import FORMS, Load, lengths, positive_number, share
 
 ROWS, REQUESTS, SAMPLES = "rows.jsonl", "requests.jsonl", "samples.jsonl"
@@ -111,12 +112,14 @@ def _take_profile(options: argparse.Namespace, server: Any) -> None:
 
     Args:
         options: Options of the command line; changed in place.
-        server: The `Server` under test, whose full layers and heads no request can change.
+        server: The `Server` under test, whose full layers and heads no request can change. Unless `--kv-classes` is
+            given, it has those of the classes that it took.
 
     Raises:
         ValueError: Profile or memory is refused, or the server has other full layers or heads.
     """
-    setting = setting_of(options.kv_profile, options.kv_memory, classes=options.kv_classes)
+    taken = options.kv_profile and (HEADS if server.full_heads else LAYERS)
+    setting = setting_of(options.kv_profile, options.kv_memory, classes=options.kv_classes or taken)
     if setting is not None:
         wanted, found = (full_in_words(each.full_layers, each.full_heads) for each in (setting, server))
         if wanted != found:
@@ -251,7 +254,7 @@ def _add_load(parser: OneLineParser) -> None:
     add = group.add_argument
     default = ",".join(f"{each:g}" for each in RATIOS)
     add("--ratios", type=list_of(ratio), metavar="R,R", help=f"keep ratios (default: {default})")
-    add_profile(add, "--ratios, after 1, and kv_scorer")
+    add_profile(add, "--ratios, after 1, and kv_scorer", classes="those of the server")
     add(
         "--budgets",
         type=list_of(positive),

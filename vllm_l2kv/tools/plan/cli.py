@@ -77,7 +77,8 @@ def take_profile(options: argparse.Namespace) -> None:
     """
     has_ratio = options.ratio is not None
     full = options.full_layers, has_ratio, options.full_heads
-    setting = setting_of(options.kv_profile, options.kv_memory, *full, options.kv_classes)
+    wanted = options.kv_classes, options.tensor_parallel_size
+    setting = setting_of(options.kv_profile, options.kv_memory, *full, *wanted)
     if options.full_layers is None:
         options.full_layers = setting.full_layers if setting else Settings.full_layers
     if options.full_heads is None:

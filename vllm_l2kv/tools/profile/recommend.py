@@ -20,7 +20,7 @@ import torch
 
 from vllm_l2kv.cli_types import counted
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.profile import Shape, Target, ratio_for
+from vllm_l2kv.profile import RECOMMENDED, Shape, Target, ratio_for
 from vllm_l2kv.scorers import Scorers
 from vllm_l2kv.settings import HEADS, LAYERS, FullHeads
 from vllm_l2kv.tools.profile.choices import Case, Choice, kinds_of, losses, losses_of_cases, rank
@@ -48,8 +48,8 @@ NUM_BEST = 3
 FIRST_LAYERS = 2
 """Number of layers that the paper leaves full."""
 NAMES = {
-    LAYERS: ("recommended", "recommended layers, random rows", "best with"),
-    HEADS: ("recommended heads", "recommended heads, random rows", "best heads with"),
+    LAYERS: (RECOMMENDED[LAYERS], "recommended layers, random rows", "best with"),
+    HEADS: (RECOMMENDED[HEADS], "recommended heads, random rows", "best heads with"),
 }
 """Names of outcomes: the recommended setting, the same with random rows, and the best setting with a scorer."""
 SAME_COST = 0.01

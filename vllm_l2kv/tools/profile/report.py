@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_l2kv.cli_types import aligned, as_typed, counted, heads_in_words
-from vllm_l2kv.profile import Profile, Target
+from vllm_l2kv.profile import WORTH_HEADS, Profile, Target
 from vllm_l2kv.settings import CLASSES, HEADS, LAYERS
 from vllm_l2kv.tools.html_report import embedded, write_html
 from vllm_l2kv.tools.profile.doubts import warning
@@ -132,7 +132,8 @@ def _by_kind(made: Made) -> list[list[str]]:
 def _how_to_read(made: Made) -> Iterator[str]:
     yield (
         "memory: share of the whole cache. Full layers or heads keep every row; the others keep the share of the keep "
-        "ratio, chosen by the scorer. Settings with full heads are served with --kv-classes heads."
+        "ratio, chosen by the scorer. At each memory a server takes full heads if the mean of their shares seen and "
+        f"hidden is higher by more than {WORTH_HEADS:g}, else full layers; --kv-classes says otherwise."
     )
     yield (
         f"seen, hidden: share of exact answers to {counted(made.found.num_judged, 'question')} that the search did not "
