@@ -21,7 +21,8 @@ seconds of steady state:
 
 {load}
 
-Time to first token of one request on an idle engine, milliseconds. Target: {first_token_target:g} x stock. {first_finding}
+Time to first token of one request on an idle engine, milliseconds. Target: {first_token_target:g} x stock.
+{first_finding}
 
 {first_tokens}
 

@@ -310,8 +310,13 @@ def test_drafts_beside_stock_vllm_without_them(draft):
     assert "with 3 drafts each" in page
     assert "NVIDIA H100 80GB HBM3, vLLM 0.32.0, commit abc1234." in page
     assert "| a model | 16x3000 | stock | none | 1.0 | 1,600 | 1,600 to 1,600 | 1.00 | 10.00 | 1.0 |  | 40 |" in page
-    assert "| a model | 16x3000 | l2kv | model | 0.25 | 3,200 | 3,200 to 3,200 | 2.00 | 10.00 | 2.0 | 33% | 40 |" in page
-    assert "| a model, made-up weights | 16x3000 | l2kv | n-grams | 0.5 | 3,200 | 3,200 to 3,200 |  | 10.00 | 2.0 | 33% | 40 |" in page
+    assert (
+        "| a model | 16x3000 | l2kv | model | 0.25 | 3,200 | 3,200 to 3,200 | 2.00 | 10.00 | 2.0 | 33% | 40 |" in page
+    )
+    assert (
+        "| a model, made-up weights | 16x3000 | l2kv | n-grams | 0.5 | 3,200 | 3,200 to 3,200 |  | 10.00 | 2.0 | 33% | 40 |"
+        in page
+    )
 
 
 HEADS = {**WHERE, "num_gpus": 1, "full_heads": 0.125, "rate": 0.1}
