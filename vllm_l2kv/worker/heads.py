@@ -181,7 +181,7 @@ def check_split(name: str, layers: Mapping[str, Any]) -> None:
         if holds:
             raise ValueError(
                 f"The KV heads of layer {name} must all be full or all be compressed, since {reason}; name all or none "
-                "of them in --kv-full-heads."
+                "of them in --kv-full-heads, or take --kv-classes layers of a profile."
             )
 
 
