@@ -35,7 +35,7 @@ SHAPE = {"block_size": 16, "head_size": 8, "dtype": torch.float32}
 NUM_HEADS = 2
 HEAD_BYTES = 2 * SHAPE["head_size"] * 4
 
-get_kv_cache_configs = inspect.getmodule(get_kv_cache_groups).get_kv_cache_configs  # it moved in 0.33
+planning = inspect.getmodule(get_kv_cache_groups)  # it moved in 0.33
 
 
 def ranks_of(*num_layers: int, num_heads: int = NUM_HEADS) -> list[dict[str, FullAttentionSpec]]:
@@ -45,6 +45,14 @@ def ranks_of(*num_layers: int, num_heads: int = NUM_HEADS) -> list[dict[str, Ful
         ranks.append({f"model.layers.{i}.attn": spec for i in range(first, first + number)})
         first += number
     return ranks
+
+
+def configs_of(config, ranks, memory: list[int]) -> list[KVCacheConfig]:
+    """Returns vLLM's plan for each rank; since 0.33 it is asked for the groups first."""
+    if hasattr(planning, "get_global_kv_cache_groups"):
+        groups = planning.get_global_kv_cache_groups(config, ranks)
+        return planning.get_kv_cache_configs(config, ranks, memory, groups)
+    return planning.get_kv_cache_configs(config, ranks, memory)
 
 
 def classes(rank) -> list[tuple[type, int]]:
@@ -120,10 +128,6 @@ def models(draw):
     return num_layers, counts, window
 
 
-@pytest.mark.skipif(
-    "global_kv_cache_groups" in inspect.signature(get_kv_cache_configs).parameters,
-    reason="vLLM 0.33 is for GPUs alone, where pipelines are refused; its planner is asked in another way",
-)
 def test_vllm_plans_one_pool_for_all_ranks(config):
     @settings(max_examples=60, deadline=None)
     @given(models())
@@ -147,7 +151,7 @@ def check_plan(config, num_layers, counts, window) -> None:
     packed = is_packed(spec for rank in classified for spec in rank.values())
     config.cache_config.kv_cache_layout = "BLHNC" if packed else "LBHNC"
     memory = [(1 << 22) + 10_000 * i for i in range(len(ranks))]
-    configs = get_kv_cache_configs(config, [dict(rank) for rank in classified], memory)
+    configs = configs_of(config, [dict(rank) for rank in classified], memory)
     assert len({each.num_blocks for each in configs}) == 1
     assert len({capacity_of(each, config) for each in configs}) == 1
     for each in configs:
@@ -170,15 +174,11 @@ def caches_of(kv_cache_config: KVCacheConfig, layout: KVCacheLayout) -> dict[str
     return allocate_kv_cache(kv_cache_config, torch.device("cpu"), layout)
 
 
-@pytest.mark.skipif(
-    "global_kv_cache_groups" in inspect.signature(get_kv_cache_configs).parameters,
-    reason="vLLM 0.33 is for GPUs alone, where pipelines are refused; its planner is asked in another way",
-)
 def test_stock_vllm_plans_places_for_layers_of_another_rank(config):
     """Once vLLM no longer does this, `with_own_layers` can be removed."""
     classified = classify_ranks(ranks_of(2, 2), Settings((0,)))
     config.cache_config.kv_cache_layout = "BLHNC"
-    _, second = get_kv_cache_configs(config, [dict(rank) for rank in classified], [1 << 20] * 2)
+    _, second = configs_of(config, [dict(rank) for rank in classified], [1 << 20] * 2)
     with pytest.raises(StopIteration):
         caches_of(second, KVCacheLayout.BLHNC)
     assert caches_of(with_own_layers(second), KVCacheLayout.BLHNC).keys() == classified[1].keys()
