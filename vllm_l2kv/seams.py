@@ -15,6 +15,7 @@ __all__ = [
     "fail_request",
     "get_kv_cache_config_from_groups",
     "get_kv_cache_groups",
+    "groups_of_rank",
     "num_hash_lookahead",
     "spare_request",
     "stored_event",
@@ -22,8 +23,10 @@ __all__ = [
 
 # Moved in 0.33. Remove the second import with 0.32.
 try:
+    from vllm.v1.core.kv_cache_planning import _project_kv_cache_groups_to_worker as groups_of_rank
     from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups, get_kv_cache_groups
 except ImportError:
+    from vllm.v1.core.kv_cache_utils import _project_kv_cache_groups_to_worker as groups_of_rank
     from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 
 _NO_LOOKAHEAD: dict[str, None] = (

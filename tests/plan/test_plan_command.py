@@ -267,6 +267,27 @@ def test_copies_of_a_model_share_the_gpus_of_a_fleet(plan, capsys, llama_8b):
     assert "\n4 GPUs, 1 copy of the model\n" in capsys.readouterr().out
 
 
+def test_pipeline_ranks_share_layers_and_weights(plan, llama_8b):
+    one, two = (plan(llama_8b, gpu_gib=80, full_layers="", pipeline_parallel_size=size) for size in (1, 2))
+    for name in ("stock", "vllm-l2kv"):
+        assert engine_of(two, name)["block_bytes"] == engine_of(one, name)["block_bytes"] // 2
+        assert engine_of(two, name)["groups"] == engine_of(one, name)["groups"]
+        assert row_of(two, name, 1)["memory_ratio"] == 1
+    assert two["bytes_per_token"]["full_attention"] == one["bytes_per_token"]["full_attention"] // 2
+    assert two["memory_of_a_gpu"]["weights_gib"] == one["memory_of_a_gpu"]["weights_gib"] / 2
+    assert engine_of(two, "stock")["num_blocks"] > 2 * engine_of(one, "stock")["num_blocks"], "weights leave more room"
+    fleet = plan(llama_8b, gpu_gib=80, pipeline_parallel_size=2, tensor_parallel_size=2, gpus=12)
+    assert (fleet["num_gpus"], fleet["num_replicas"]) == (4, 3)
+
+
+def test_the_rank_with_the_largest_blocks_limits_a_pipeline(plan, llama_8b):
+    """With layers 0 and 1 full the first rank has 14 compressed layers, the second 16 and none of the full ones."""
+    two = engine_of(plan(llama_8b, kv_cache_gib=16, pipeline_parallel_size=2), "vllm-l2kv")
+    assert [(group["kind"], group["layers"]) for group in two["groups"]] == [("full", 2), ("compressed", 30)]
+    assert two["block_bytes"] == 16 * 16 * 8 * 2 * 128 * 2
+    assert two["num_blocks"] == 2**34 // two["block_bytes"]
+
+
 def test_documents_are_not_mentioned_without_the_option(capsys, plan, llama_8b):
     assert "documents" not in row_of(plan(llama_8b, kv_cache_gib=16), "vllm-l2kv", 0.25)
     cli.plan([llama_8b, "--context=8000", "--output=1000", "--kv-cache-gib=16"])
@@ -314,7 +335,11 @@ def test_the_table(capsys, llama_8b):
         (["--gpu-gib", "16"], "the KV cache must have at least two blocks, got -3.24 GiB"),
         (["--gpu-gib", "80", "--kv-cache-dtype", "int8"], "--kv-cache-dtype: invalid choice: 'int8'"),
         (["--gpu-gib", "80", "--tensor-parallel-size", "3"], "--tensor-parallel-size must divide"),
-        (["--gpu-gib", "80", "--tensor-parallel-size", "4", "--gpus", "10"], "a multiple of --tensor-parallel-size 4"),
+        (
+            ["--gpu-gib", "80", "--tensor-parallel-size", "4", "--gpus", "10"],
+            "a multiple of the 4 GPUs that share the model",
+        ),
+        (["--gpu-gib", "80", "--pipeline-parallel-size", "33"], "leave a layer with a cache to each rank"),
     ],
 )
 def test_errors_are_one_line(capsys, llama_8b, words, message):

@@ -28,6 +28,7 @@ from vllm_l2kv.messages.orders import orders_of
 from vllm_l2kv.scheduler import integrity
 from vllm_l2kv.seams import get_kv_cache_groups
 from vllm_l2kv.settings import Settings
+from vllm_l2kv.tools.plan.capacity import cache_of
 from vllm_l2kv.worker import worker as worker_module
 from vllm_l2kv.worker.worker import CompactionWorker
 
@@ -153,6 +154,9 @@ def check_plan(config, num_layers, counts, window) -> None:
     memory = [(1 << 22) + 10_000 * i for i in range(len(ranks))]
     configs = configs_of(config, [dict(rank) for rank in classified], memory)
     assert len({each.num_blocks for each in configs}) == 1
+    planned = cache_of(classified, min(memory), max_in_flight_tokens=512)
+    equal = configs_of(config, [dict(rank) for rank in classified], [min(memory)] * len(ranks))
+    assert planned.num_blocks == equal[0].num_blocks
     assert len({capacity_of(each, config) for each in configs}) == 1
     for each in configs:
         groups = [(type(group_spec(group)), group_spec(group).block_size) for group in each.kv_cache_groups]

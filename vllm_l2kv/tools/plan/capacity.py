@@ -2,7 +2,7 @@
 
 import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
@@ -16,7 +16,7 @@ from vllm_l2kv.field_kinds import MAX_TOKENS
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, group_capacity, group_layer_specs, is_packed, token_bytes
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import Compaction, CompactionPoints, Intervals
-from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups, groups_of_rank
 
 
 class Group(NamedTuple):
@@ -121,11 +121,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Cache:
-    """The KV cache of one GPU, as vLLM lays it out.
+    """The KV cache of a model, as vLLM lays it out.
 
     Attributes:
-        groups: Groups of layers, which share one pool of blocks.
-        block_bytes: Bytes of a block, padding included.
+        groups: Groups of the model's layers, which share one pool of blocks.
+        block_bytes: Bytes of a block on one GPU, padding included; with pipeline ranks, on the one that takes most.
         num_blocks: Number of blocks, as in vLLM's `num_gpu_blocks`.
         max_in_flight_tokens: Most prompt tokens in flight at once; sliding layers hold them in addition to the window.
     """
@@ -230,12 +230,13 @@ class Cache:
         return Capacity(self.num_usable, groups, MAX_TOKENS, compressed_bytes=compressed, full_bytes=full)
 
 
-def cache_of(specs: Mapping[str, KVCacheSpec], num_bytes: int, max_in_flight_tokens: int) -> Cache:
-    """Lays out a KV cache with vLLM's planner.
+def cache_of(ranks: Sequence[Mapping[str, KVCacheSpec]], num_bytes: int, max_in_flight_tokens: int) -> Cache:
+    """Lays out a KV cache with vLLM's planner. Every pipeline rank gets as many blocks as the one with least room.
 
     Args:
-        specs: Specs of the layers on one GPU: vLLM's, or those of `kv_cache_spec.classify_layers`.
-        num_bytes: Memory for the cache on that GPU, in bytes.
+        ranks: Of each pipeline rank, specs of its layers on one GPU: vLLM's, or those of
+            `kv_cache_spec.classify_ranks`.
+        num_bytes: Memory for the cache on each GPU, in bytes.
         max_in_flight_tokens: vLLM's `--max-num-batched-tokens` times the number of steps in flight at once.
 
     Raises:
@@ -244,16 +245,20 @@ def cache_of(specs: Mapping[str, KVCacheSpec], num_bytes: int, max_in_flight_tok
     # The device is not used here, but vLLM would look for one, and fail on a machine where it knows none.
     config = VllmConfig(device_config=DeviceConfig(device="cpu"))
     config.scheduler_config.disable_hybrid_kv_cache_manager = False
+    specs = {name: spec for rank in ranks for name, spec in rank.items()}
     config.cache_config.kv_cache_layout = "BLHNC" if is_packed(specs.values()) else "LBHNC"
-    groups = get_kv_cache_groups(config, dict(specs))
-    plan = get_kv_cache_config_from_groups(config, groups, max(0, num_bytes))
-    if plan.num_blocks < 2:
+    groups = get_kv_cache_groups(config, specs)
+    plans = [
+        get_kv_cache_config_from_groups(config, groups_of_rank(groups, dict(rank)), max(0, num_bytes)) for rank in ranks
+    ]
+    num_blocks = min(plan.num_blocks for plan in plans)
+    if num_blocks < 2:
         raise ValueError(
             f"the KV cache must have at least two blocks, got {num_bytes / 2**30:.2f} GiB; give more memory or GPUs."
         )
     return Cache(
         groups=tuple(Group(tuple(group_layer_specs(group).values())) for group in groups),
-        block_bytes=plan.kv_cache_tensors[0].size // plan.num_blocks,
-        num_blocks=plan.num_blocks,
+        block_bytes=max(plan.kv_cache_tensors[0].size // plan.num_blocks for plan in plans),
+        num_blocks=num_blocks,
         max_in_flight_tokens=max_in_flight_tokens,
     )

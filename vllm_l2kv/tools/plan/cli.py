@@ -54,9 +54,12 @@ def plan(argv: Sequence[str]) -> None:
     if options.kv_cache_gib is None and (options.gpu_gib is None or options.device == "cpu"):
         needed = "--kv-cache-gib" if options.device == "cpu" else "--gpu-gib or --kv-cache-gib"
         parser.error(f"{needed} must be given: how much memory there is.")
-    if options.gpus and options.gpus % options.tensor_parallel_size:
-        size = options.tensor_parallel_size
-        parser.error(f"argument --gpus: must be a multiple of --tensor-parallel-size {size}, got {options.gpus}.")
+    shared_by = options.tensor_parallel_size * options.pipeline_parallel_size
+    if options.gpus and options.gpus % shared_by:
+        parser.error(
+            f"argument --gpus: must be a multiple of the {shared_by} GPUs that share the model "
+            f"(--tensor-parallel-size times --pipeline-parallel-size), got {options.gpus}."
+        )
     with _silent_vllm():
         from vllm_l2kv.tools.plan.report import report
         from vllm_l2kv.tools.plan.table import as_table
@@ -134,12 +137,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="G",
         help="estimate of other memory on one GPU: activations, CUDA graphs",
     )
-    add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs that share the model")
+    add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs that share each layer")
+    add("--pipeline-parallel-size", type=positive, default=1, metavar="N", help="ranks that share the layers")
     add(
         "--gpus",
         type=positive,
         metavar="N",
-        help="also show what a fleet of N GPUs holds, with a copy of the model on each --tensor-parallel-size GPUs",
+        help="also show what a fleet of N GPUs holds, with a copy of the model on the GPUs that share it",
     )
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="as vLLM's")
     add("--kv-cache-dtype", choices=("auto", "fp8", "fp8_e4m3"), default="auto", help="as vLLM's")

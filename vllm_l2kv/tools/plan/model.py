@@ -1,6 +1,6 @@
 """Reads a model's KV cache from its config, and the size of its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,8 @@ from huggingface_hub import get_local_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import AutoModelForCausalLM
 from vllm.config.model import MODEL_ARCH_CONFIG_CONVERTORS, ModelArchConfigConvertorBase
+from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.transformers_utils.config import get_config, get_hf_text_config
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.kv_cache_interface import (
@@ -88,6 +90,32 @@ class Model:
             window = SlidingWindowSpec(block_size=rows.block_size, sliding_window=self.window, **cache)
             of_type[SLIDING_ATTENTION] = window
         return {f"layers.{i}.attn": of_type[kind] for i, kind in enumerate(self.layer_types) if kind in of_type}
+
+
+def of_pipeline_ranks(
+    specs: Mapping[str, KVCacheSpec], num_layers: int, num_ranks: int
+) -> list[dict[str, KVCacheSpec]]:
+    """Specs of each pipeline rank, to which vLLM gives adjacent layers.
+
+    Args:
+        specs: From `Model.specs`.
+        num_layers: Layers of the model, with a cache or without.
+        num_ranks: Pipeline-parallel size.
+
+    Raises:
+        ValueError: A rank would have no layer with a cache.
+    """
+    bounds = [get_pp_indices(num_layers, rank, num_ranks) for rank in range(num_ranks)]
+    ranks = [
+        {name: spec for name, spec in specs.items() if first <= extract_layer_index(name) < end}
+        for first, end in bounds
+    ]
+    if not all(ranks):
+        raise ValueError(
+            f"--pipeline-parallel-size must leave a layer with a cache to each rank; of {num_layers} layers "
+            f"{len(specs)} have one, got {num_ranks} ranks."
+        )
+    return ranks
 
 
 def blocks_of_equal_bytes(rows: FullAttentionSpec, state: MambaSpec) -> tuple[FullAttentionSpec, MambaSpec]:

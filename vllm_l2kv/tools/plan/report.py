@@ -1,15 +1,15 @@
 """Computes a plan: memory, block layouts, and a row for each engine and keep ratio or budget."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec, SlidingWindowSpec
 
-from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, Geometry, classify_layers
+from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, Geometry, classify_ranks, token_bytes
 from vllm_l2kv.messages.usage import MEMORY_RATIO_DIGITS
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.plugin import CPU_BLOCK_SIZE
@@ -17,9 +17,12 @@ from vllm_l2kv.policy import Intervals
 from vllm_l2kv.profile import Profile
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.tools.plan.capacity import Cache, Document, Request, cache_of
-from vllm_l2kv.tools.plan.model import Model, model_of, read_config, weight_bytes
+from vllm_l2kv.tools.plan.model import Model, model_of, of_pipeline_ranks, read_config, weight_bytes
 
 GIB = 2**30
+Spec = TypeVar("Spec", bound=KVCacheSpec)
+Ranks = Sequence[Mapping[str, KVCacheSpec]]
+"""Specs of the layers on each pipeline rank."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Device:
         stock_block_size: Default tokens per block in stock vLLM.
         block_size: Default tokens per block in vllm-l2kv.
         geometry: Geometry of packed blocks that the worker requires.
-        num_steps: Most steps in flight at once.
+        num_steps: Most steps in flight at once on one pipeline rank; each further rank adds one.
     """
 
     stock_block_size: int
@@ -58,27 +61,30 @@ def report(options: Namespace) -> dict[str, Any]:
     memory = _memory(options, config, model.dtype)
     device = DEVICES[options.device]
 
-    def specs(block_size: int) -> dict[str, KVCacheSpec]:
-        return model.specs(block_size, options.kv_cache_dtype, options.tensor_parallel_size)
+    def ranks(block_size: int) -> Ranks:
+        specs = model.specs(block_size, options.kv_cache_dtype, options.tensor_parallel_size)
+        return of_pipeline_ranks(specs, len(model.layer_types), options.pipeline_parallel_size)
 
-    def cache(layers: Mapping[str, KVCacheSpec]) -> Cache:
+    def cache(layers: Ranks) -> Cache:
         num_bytes = int(memory["kv_cache_gib"] * GIB)
-        return cache_of(layers, num_bytes, options.max_num_batched_tokens * device.num_steps)
+        num_steps = device.num_steps + options.pipeline_parallel_size - 1
+        return cache_of(layers, num_bytes, options.max_num_batched_tokens * num_steps)
 
-    stock = cache(specs(device.stock_block_size))
+    stock = cache(ranks(device.stock_block_size))
     settings = Settings(options.full_layers, options.full_heads)
     dealt = model.num_kv_heads, options.tensor_parallel_size
-    compressed = cache(classify_layers(specs(device.block_size), settings, device.geometry, *dealt))
+    compressed = cache(classify_ranks(ranks(device.block_size), settings, device.geometry, *dealt))
+    num_gpus = gpus_of_copy(options)
     return {
         "model": options.model,
         "num_prompt_tokens": options.context,
         "num_output_tokens": options.output,
         "num_document_tokens": options.document_tokens,
-        "num_gpus": options.tensor_parallel_size,
-        "num_replicas": options.gpus // options.tensor_parallel_size if options.gpus else None,
+        "num_gpus": num_gpus,
+        "num_replicas": options.gpus // num_gpus if options.gpus else None,
         "memory_of_a_gpu": memory,
-        "bytes_per_token": _bytes_per_token(specs(1)),
-        "state_bytes": _state_bytes(specs(1)),
+        "bytes_per_token": _bytes_per_token(ranks(1)),
+        "state_bytes": _state_bytes(ranks(1)),
         "full_layers": sorted(options.full_layers),
         "full_heads": settings.as_config()["full_heads"],
         "profile": options.kv_profile,
@@ -117,26 +123,35 @@ def _memory(options: Namespace, config: Any, dtype: torch.dtype) -> dict[str, An
     memory = {
         "gpu_gib": options.gpu_gib,
         "used_gib": options.gpu_gib * options.gpu_memory_utilization,
-        "weights_gib": weights / options.tensor_parallel_size / GIB,
+        "weights_gib": weights / gpus_of_copy(options) / GIB,
         "overhead_gib": options.overhead_gib,
     }
     left = memory["used_gib"] - memory["weights_gib"] - memory["overhead_gib"]
     return {**memory, "weights_source": source, "kv_cache_gib": left}
 
 
-def _bytes_per_token(specs: Mapping[str, KVCacheSpec]) -> dict[str, int]:
-    """Bytes per token on one GPU, in all layers of each kind."""
+def gpus_of_copy(options: Namespace) -> int:
+    """GPUs that share the model."""
+    num_gpus: int = options.tensor_parallel_size * options.pipeline_parallel_size
+    return num_gpus
+
+
+def _bytes_per_token(ranks: Ranks) -> dict[str, int]:
+    """Bytes per token in all layers of each kind, on the GPU that has most of them."""
     of_class = {"full_attention": FullAttentionSpec, "sliding_window": SlidingWindowSpec}
-    return {
-        name: sum(spec.page_size_bytes // spec.block_size for spec in specs.values() if isinstance(spec, kind))
-        for name, kind in of_class.items()
-    }
+    return {name: max(token_bytes([_of(kind, rank)]) for rank in ranks) for name, kind in of_class.items()}
 
 
-def _state_bytes(specs: Mapping[str, KVCacheSpec]) -> int:
-    """Bytes per request on one GPU for states in all recurrent layers, independent of its length."""
-    states = (replace(spec, page_size_padded=None) for spec in specs.values() if isinstance(spec, MambaSpec))
-    return sum(state.page_size_bytes for state in states)
+def _state_bytes(ranks: Ranks) -> int:
+    """Bytes per request for states in all recurrent layers, independent of its length, on the GPU that has most."""
+    states = [[replace(state, page_size_padded=None) for state in _of(MambaSpec, rank)] for rank in ranks]
+    totals: list[int] = [sum(state.page_size_bytes for state in of_rank) for of_rank in states]
+    return max(totals)
+
+
+def _of(kind: type[Spec], specs: Mapping[str, KVCacheSpec]) -> list[Spec]:
+    """The specs of this kind."""
+    return [spec for spec in specs.values() if isinstance(spec, kind)]
 
 
 def _layout(cache: Cache) -> dict[str, Any]:
