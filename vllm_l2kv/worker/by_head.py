@@ -7,7 +7,6 @@ launched while the model runs, so CUDA graphs of the model contain them, and not
 """
 
 from collections.abc import Iterable, Mapping
-from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any
@@ -21,7 +20,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_l2kv.kernels.head_pages import HeadPages, Held, Sequences
 from vllm_l2kv.kv_cache_spec import full_name
-from vllm_l2kv.worker.heads import HeadClass
+from vllm_l2kv.worker.heads import HeadClass, with_heads
 
 MOST_BYTES = 256 << 20
 """Bytes for the sequences of a layer; batches with more requests than fit take calls for runs."""
@@ -176,9 +175,7 @@ def runs_of(heads: HeadClass) -> list[Run]:
     for start, end in pairwise([*starts, len(kv_heads)]):
         first, number = kv_heads[start], end - start
         kv, queries = slice(first, first + number), slice(first * group, (first + number) * group)
-        impl = copy(heads.impl)
-        impl.num_heads, impl.num_kv_heads = number * group, number
-        runs.append(Run(heads.name, kv, queries, slice(start, end), impl))
+        runs.append(Run(heads.name, kv, queries, slice(start, end), with_heads(heads.impl, number)))
     return runs
 
 
@@ -208,11 +205,12 @@ class AttentionByHead:
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Same contract as upstream; also writes the layer's sequences if the batch uses one call."""
-        (full, _, _, full_slots), (compressed, _, _, slots) = (get_attention_context(name) for name in self._names)
+        contexts = {name: get_attention_context(name) for name in self._names}
+        (full, _, _, full_slots), (compressed, _, _, slots) = contexts.values()
         num_requests = self._num_requests(compressed)
         if num_requests is None:
             for run in self._runs:
-                _, _, cache, slots = get_attention_context(run.name)
+                _, _, cache, slots = contexts[run.name]
                 run.impl.do_kv_cache_update(layer, key[:, run.kv], value[:, run.kv], cache[:, run.cached], slots)
             return
         self._pages.write(
@@ -263,8 +261,9 @@ class AttentionByHead:
 
     def _forward_runs(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """A call for each run. Keys and values are already in the cache."""
+        contexts = {name: get_attention_context(name) for name in self._names}
         for run in self._runs:
-            metadata, _, cache, _ = get_attention_context(run.name)
+            metadata, _, cache, _ = contexts[run.name]
             own = query[:, run.queries], None, None, cache[:, run.cached], metadata, output[:, run.queries]
             run.impl.forward(layer, *own)
         return output

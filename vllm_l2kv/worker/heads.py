@@ -46,10 +46,16 @@ class HeadClass:
         self.kv_heads = tuple(kv_heads)
         self.kv = _places(kv_heads, device)
         self.queries = _places(queries, device)
-        self.impl = copy(impl)
-        self.impl.num_heads, self.impl.num_kv_heads = len(queries), len(kv_heads)
+        self.impl = with_heads(impl, len(kv_heads))
         if impl.sinks is not None:
             self.impl.sinks = impl.sinks[queries]
+
+
+def with_heads(impl: Any, num_kv_heads: int) -> Any:
+    """A copy of vLLM's implementation for so many of its KV heads, and their query heads."""
+    part = copy(impl)
+    part.num_heads, part.num_kv_heads = impl.num_heads // impl.num_kv_heads * num_kv_heads, num_kv_heads
+    return part
 
 
 class SplitAttention:
