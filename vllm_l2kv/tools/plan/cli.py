@@ -54,12 +54,6 @@ def plan(argv: Sequence[str]) -> None:
     if options.kv_cache_gib is None and (options.gpu_gib is None or options.device == "cpu"):
         needed = "--kv-cache-gib" if options.device == "cpu" else "--gpu-gib or --kv-cache-gib"
         parser.error(f"{needed} must be given: how much memory there is.")
-    shared_by = options.tensor_parallel_size * options.pipeline_parallel_size
-    if options.gpus and options.gpus % shared_by:
-        parser.error(
-            f"argument --gpus: must be a multiple of the {shared_by} GPUs that share the model "
-            f"(--tensor-parallel-size times --pipeline-parallel-size), got {options.gpus}."
-        )
     with _silent_vllm():
         from vllm_l2kv.tools.plan.report import report
         from vllm_l2kv.tools.plan.table import as_table

@@ -52,8 +52,14 @@ def report(options: Namespace) -> dict[str, Any]:
         options: Options of the command line.
 
     Raises:
-        ValueError: The model cannot be planned, or there is too little memory.
+        ValueError: The model cannot be planned, there is too little memory, or copies do not fill the fleet.
     """
+    num_gpus = gpus_of_copy(options)
+    if options.gpus and options.gpus % num_gpus:
+        raise ValueError(
+            f"argument --gpus: must be a multiple of the {num_gpus} GPUs that share the model "
+            f"(--tensor-parallel-size times --pipeline-parallel-size), got {options.gpus}."
+        )
     config = read_config(options.model)
     model = model_of(config, options.dtype)
     if options.kv_profile:
@@ -74,7 +80,6 @@ def report(options: Namespace) -> dict[str, Any]:
     settings = Settings(options.full_layers, options.full_heads)
     dealt = model.num_kv_heads, options.tensor_parallel_size
     compressed = cache(classify_ranks(ranks(device.block_size), settings, device.geometry, *dealt))
-    num_gpus = gpus_of_copy(options)
     return {
         "model": options.model,
         "num_prompt_tokens": options.context,
