@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from classified import classify_layers
 from engine import bare_rule
 from vllm import SamplingParams
 from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig
@@ -21,7 +22,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_l2kv.kv_cache_spec import classify_layers
 from vllm_l2kv.params import FIELDS
 from vllm_l2kv.plugin import register
 from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups

@@ -158,18 +158,6 @@ class RecurrentLayerSpec(MambaSpec):
     """A layer that keeps a state in place of rows (Mamba, gated delta net, short convolution); it never compacts."""
 
 
-def classify_layers(
-    specs: Mapping[str, KVCacheSpec],
-    settings: Settings,
-    geometry: Geometry | None = None,
-    num_heads: int | None = None,
-    degree: int = 1,
-    drafts: Collection[str] = (),
-) -> dict[str, KVCacheSpec]:
-    """`classify_ranks` of a model whose layers are all on one pipeline rank."""
-    return classify_ranks([specs], settings, geometry, num_heads, degree, drafts)[0]
-
-
 def classify_ranks(
     ranks: Sequence[Mapping[str, KVCacheSpec]],
     settings: Settings,

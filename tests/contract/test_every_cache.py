@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import vllm
+from classified import classify_layers
 from vllm.v1 import kv_cache_interface
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -28,7 +29,6 @@ from vllm_l2kv.kv_cache_spec import (
     CompressedLayerSpec,
     RecurrentLayerSpec,
     SlidingLayerSpec,
-    classify_layers,
 )
 from vllm_l2kv.settings import Settings
 

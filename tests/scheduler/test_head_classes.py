@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from classified import classify_layers
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
@@ -15,7 +16,6 @@ from vllm_l2kv.kv_cache_spec import (
     CompressedLayerSpec,
     FullLayerSpec,
     SlidingLayerSpec,
-    classify_layers,
     group_layer_specs,
     is_packed,
     pack,

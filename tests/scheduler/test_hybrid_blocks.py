@@ -1,11 +1,12 @@
 """Models with recurrent layers: groups, blocks and prefix cache, in shapes of real models without their kernels."""
 
 import pytest
+from classified import classify_layers
 from hybrid_shapes import MODELS
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
-from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, FullLayerSpec, classify_layers
+from vllm_l2kv.kv_cache_spec import FLASH_ATTENTION, CompressedLayerSpec, FullLayerSpec
 from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, FullLayerManager, RecurrentLayerManager
 from vllm_l2kv.scheduler.integrity import check_nothing_left
 from vllm_l2kv.settings import Settings

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from classified import classify_layers
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.config import SpeculativeConfig
@@ -37,7 +38,6 @@ from vllm_l2kv.kv_cache_spec import (
     FullLayerSpec,
     RecurrentLayerSpec,
     SlidingLayerSpec,
-    classify_layers,
     key_dtype,
     pack,
 )
