@@ -16,11 +16,7 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm_l2kv.worker.gpu import L2KVGPUWorker
 from vllm_l2kv.worker.heads import SplitAttention
 
-pytestmark = [
-    pytest.mark.gpu,
-    # CUTLASS gives several kinds of warnings when it compiles FlashAttention 4.
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = pytest.mark.gpu
 
 INTERVALS = (300, 5)
 RULES = (
@@ -54,6 +50,10 @@ KINDS = {
 }
 
 
+COMPILED = {"fa4": pytest.mark.filterwarnings("ignore")}
+"""CUTLASS gives several kinds of warnings when it compiles FlashAttention 4."""
+
+
 def reason_to_skip(kind: str) -> str | None:
     if kind == "fa4" and get_flash_attn_version(head_size=512) != 4:
         return "vLLM's FlashAttention 4 does not run here"
@@ -62,7 +62,7 @@ def reason_to_skip(kind: str) -> str | None:
     return None
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=COMPILED.get(kind, ())) for kind in KINDS])
 def kind(request):
     if reason := reason_to_skip(request.param):
         pytest.skip(reason)
