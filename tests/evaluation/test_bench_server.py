@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def bench(server, out: Path, *words: str) -> list[dict[str, Any]]:
     ]
 
 
+def most_at_once(requests: Sequence[dict[str, Any]]) -> int:
+    """Largest number of requests that have been sent and not yet answered, at any time."""
+    spans = [(request["start_s"], request["start_s"] + request["end_to_end_s"]) for request in requests]
+    return max(sum(start <= begin < end for start, end in spans) for begin, _ in spans)
+
+
 def test_ratios_and_budgets_side_by_side(server, tmp_path):
     # The server's answer interval is 256, so prompts of more than 306 tokens are compacted to this budget.
     words = "--ratios 1,0.25 --budgets 50 --requests 6 --concurrency 3 --prompt-tokens 250:400 --output-tokens 6"
@@ -35,13 +42,16 @@ def test_ratios_and_budgets_side_by_side(server, tmp_path):
     assert len(requests) == 18
     for row in requests:
         assert row["error"] is None
-        assert 1 <= len(row["gaps_s"]) <= 5  # a busy server sends several waiting tokens together
+        assert len(row["gaps_s"]) <= 5  # a busy server sends several waiting tokens together
         asked = {"keep_ratio": row["keep_ratio"], "max_tokens": row["max_tokens"]}
         assert row["kv_cache"] == expected_usage(row["prompt_tokens"], row["output_tokens"], **asked)
-    for row in (whole, quarter, budget):
+    for i, row in enumerate((whole, quarter, budget)):
+        of_round = requests[6 * i : 6 * (i + 1)]
+        assert any(request["gaps_s"] for request in of_round)
+        assert most_at_once(of_round) == 3
         assert (row["num_requests"], row["num_failed"], row["output_tokens"]) == (6, 0, 36)
         assert (row["prefix_hits"], row["preemptions"]) == (0, 0)
-        assert 1 < row["running"]["max"] <= 3
+        assert 0 < row["running"]["max"] <= 3  # samples of .1 s may miss the moments with three
         assert 0 < row["kv_cache_usage"]["max"] < 1
         # The engine, with the model and the cache, is a separate process.
         assert row["memory"]["tree"] > row["memory"]["process"] > 2**28
