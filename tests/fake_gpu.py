@@ -231,7 +231,8 @@ class StatefulRunner(HostRunner):
         self.kv_caches: list[torch.Tensor] = []
         self.kv_cache_config = SimpleNamespace(num_blocks=1)
         self.sampler = self.encoder_cache = self.pooling_runner = self.pp_handler = None
-        self.prompt_logprobs_worker = self.adaptive_verification = self.kv_block_zeroer = None
+        self.prompt_logprobs_worker = self.adaptive_verification = None
+        self.kv_block_zeroer = SimpleNamespace(zero_block_ids=lambda _: None)
 
     def _remove_request(self, req_id: str) -> bool:
         return self._vllm._remove_request(self, req_id)

@@ -57,7 +57,9 @@ class TestShortConvolution:
 
     @pytest.mark.parametrize(("rule", "found"), [({"ratio": "0.5"}, 576), ({"ratio": "1", "budget": 60}, 0)])
     def test_a_hit_ends_before_the_first_compaction(self, rule, found, engine, reference, text_ids):
+        """Unless an earlier prompt has left compacted rows."""
         prompt = text_ids[1000:1600]
+        assert engine.kv_cache_manager.reset_prefix_cache()
         engine.generate([prompt], [keep("1")])
         (output,) = engine.generate([prompt], [keep(**rule)])
         rule = {**rule, "intervals": INTERVALS}
@@ -66,15 +68,39 @@ class TestShortConvolution:
         assert output.num_cached_tokens == found
         check_numbers(output, **rule)
 
-    def test_documents_are_compressed_and_not_shared(self, engine, reference, text_ids):
-        """A request that continues a document needs the states at its end, which its first request has overwritten."""
-        document, rule = text_ids[:200], {"ratio": "0.3", "document": 200}
-        for begin in (300, 340):
-            prompt = document + text_ids[begin : begin + 40]
-            (output,) = engine.generate([prompt], [keep(**rule)])
+    @pytest.mark.parametrize("num_document", [200, 224, 31, 97])
+    def test_documents_are_shared(self, num_document, engine, reference, text_ids):
+        """The first asker overwrites the state at the end of the document; the others begin on a copy of it."""
+        document, rule = text_ids[2000 : 2000 + num_document], {"ratio": "0.3", "document": num_document}
+        prompts = [document + text_ids[begin : begin + 40] for begin in (300, 340, 380, 300)]
+        outputs = [engine.generate([prompt], [keep(**rule)])[0] for prompt in prompts]
+        answers = [tokens_of(output) for output in outputs]
+        assert answers == [reference.generate(prompt, 12, full_layers=(1,), **rule) for prompt in prompts]
+        assert answers != [reference.generate(prompt, 12, full_layers=(1,)) for prompt in prompts]
+        found = [check_numbers(output, **rule)["found_tokens"] for output in outputs]
+        assert found == [0, *[num_document] * 3]
+
+    def test_askers_of_one_document_at_once(self, engine, reference, text_ids):
+        """All but one wait for the document, then begin on copies of one state in the same step."""
+        rule = {"ratio": "0.4", "document": 150}
+        prompts = [text_ids[3000:3150] + text_ids[begin : begin + 30] for begin in (100, 200, 400, 700)]
+        outputs = engine.generate(prompts, [keep(**rule)] * 4)
+        assert sorted(output.kv_transfer_params["kv_cache"]["found_tokens"] for output in outputs) == [0, 150, 150, 150]
+        for prompt, output in zip(prompts, outputs, strict=True):
             assert tokens_of(output) == reference.generate(prompt, 12, full_layers=(1,), **rule)
-            assert tokens_of(output) != reference.generate(prompt, 12, full_layers=(1,))
-            assert check_numbers(output, **rule)["found_tokens"] == 0
+
+    def test_a_conversation_with_a_budget_goes_on_at_an_earlier_compaction(self, engine, reference, text_ids):
+        """Its state is that of a compressed context, and found by its history alone."""
+        rule = {"ratio": "1", "budget": 60}
+        prompt = text_ids[500:1100]
+        (first,) = engine.generate([prompt], [keep(**rule)])
+        prompt = [*prompt, *tokens_of(first), *text_ids[1700:1800]]
+        (second,) = engine.generate([prompt], [keep(**rule)])
+        found = second.kv_transfer_params["kv_cache"]["found_tokens"]
+        assert 400 < found < 600
+        assert tokens_of(second) == reference.generate(prompt, 12, full_layers=(1,), intervals=INTERVALS, **rule)
+        assert tokens_of(second) != reference.generate(prompt, 12, full_layers=(1,))
+        check_numbers(second, intervals=INTERVALS, **rule)
 
     def test_the_plan_is_of_these_blocks(self, engine, model, text_ids, capsys):
         """The plan bounds states but does not count them: with a prefix cache a request holds one or two per layer."""

@@ -42,7 +42,7 @@ import vllm_l2kv
 from vllm_l2kv.scheduler.cpu_memory import CPUMemory
 from vllm_l2kv.scheduler.decode_fast_path import DecodeFastPath
 from vllm_l2kv.scheduler.external_hits import ExternalHits
-from vllm_l2kv.scheduler.held_windows import HeldWindows
+from vllm_l2kv.scheduler.held_blocks import HeldBlocks
 from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm_l2kv.supported_vllm import check_vllm
 from vllm_l2kv.worker.by_head import AttentionByHead
@@ -93,7 +93,7 @@ def test_first_parameters(function, first):
 
 WRAPPED = {
     DecodeFastPath: KVCacheManager,
-    HeldWindows: KVCacheManager,
+    HeldBlocks: KVCacheManager,
     ExternalHits: SimpleCPUOffloadConnector,
     CPUMemory: SimpleCPUOffloadConnector,
     CompressedBlockTable: BlockTable,

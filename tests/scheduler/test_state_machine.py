@@ -19,18 +19,18 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from tail_shapes import STATE, specs
 from v2_model import MAX_MODEL_LEN, RunnerV2Model
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 from vllm.v1.worker.gpu import buffer_utils
-from window_shapes import specs
 from worker_model import STOP, Rule, Tokens, WorkerModel
 
 from vllm_l2kv import refusals
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of
-from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, WindowManager
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, RecurrentLayerManager, TailManager
 from vllm_l2kv.scheduler.integrity import check_block_conservation, check_nothing_left, check_requests
 
 BLOCK_SIZE = 4
@@ -161,8 +161,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             {
                 manager.kv_cache_group_id: functools.partial(passed, manager.kv_cache_spec)
                 for manager in self.managers
-                if isinstance(manager, WindowManager)
+                if isinstance(manager, TailManager)
             },
+            {manager.kv_cache_group_id for manager in self.managers if isinstance(manager, RecurrentLayerManager)},
         )
         self.worker = RunnerV2Model(*groups, steps["depth"]) if runner_v2 else WorkerModel(*groups)
         self.harness.execute = self.worker.execute
@@ -330,7 +331,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_rows = min(num_rows + self.num_ahead, num_tokens)
             of_group = [num_rows if manager in self.compressed else num_tokens for manager in self.managers]
             blocks = [num_blocks_for(n, manager.block_size) for n, manager in zip(of_group, self.managers, strict=True)]
-            caps = [manager.max_admission_blocks_per_request for manager in self.managers]  # of windows
+            # Of windows, and of states: with a prefix cache a request also holds that of the step before.
+            caps = [
+                2 if isinstance(manager, RecurrentLayerManager) else manager.max_admission_blocks_per_request
+                for manager in self.managers
+            ]
             return sum(min(n, cap or n) for n, cap in zip(blocks, caps, strict=True)) <= self.num_blocks
 
         longest = max(filter(fits, range(1, max_tokens + 1)), default=0)
@@ -417,7 +422,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 def passed(spec, num_tokens: int) -> int:
-    """Tokens that the next one after so many does not see in a layer that attends to a window or a chunk."""
+    """Tokens that the next one after so many does not see in a layer that holds the end of a context only."""
+    if isinstance(spec, MambaSpec):
+        return max(0, num_tokens - 1)
     if isinstance(spec, SlidingWindowSpec):
         return max(0, num_tokens + 1 - spec.sliding_window)
     return num_tokens - num_tokens % spec.attention_chunk_size
@@ -510,6 +517,21 @@ def test_rows_in_windows(make_harness, model, profile, patched):
     seen: Counter[str] = Counter()
     enough = Counter({"published": 10, "hits": 4, "copied tails": 4})
     run(lambda: WindowMachine(make_harness, seen, **WINDOWS[model]), seen, profile, 40, enough)
+
+
+STATES = {
+    "states": {"specs": specs((STATE, None, STATE, None), BLOCK_SIZE), "full_layers": ()},
+    "a full layer in larger blocks": {"specs": specs((STATE, None) * 3, BLOCK_SIZE), "full_layers": (1,)},
+    "more states than rows": {"specs": specs((STATE, STATE, STATE, None), BLOCK_SIZE), "full_layers": ()},
+}
+
+
+@pytest.mark.parametrize("model", STATES)
+@pytest.mark.parametrize("profile", profiles)
+def test_states(make_harness, model, profile, patched):
+    seen: Counter[str] = Counter()
+    enough = Counter({"published": 10, "hits": 1, "copied tails": 4})
+    run(lambda: SchedulerMachine(make_harness, seen, **STATES[model]), seen, profile, 40, enough)
 
 
 @pytest.mark.parametrize("profile", profiles)

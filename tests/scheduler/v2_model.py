@@ -16,12 +16,12 @@ class RunnerV2Model(WorkerModel):
     Args:
         block_sizes: Tokens in a block, by group.
         compressed: Groups that are compacted.
-        passed: As for `WorkerModel`.
+        passed, recurrent: As for `WorkerModel`.
         num_in_flight: Maximum number of steps in flight.
     """
 
-    def __init__(self, block_sizes: list[int], compressed: set[int], passed, num_in_flight: int) -> None:
-        super().__init__(block_sizes, compressed, passed)
+    def __init__(self, block_sizes: list[int], compressed: set[int], passed, recurrent, num_in_flight: int) -> None:
+        super().__init__(block_sizes, compressed, passed, recurrent)
         buffer_utils.set_default_max_concurrency(num_in_flight)  # as vLLM's runner does
         runner = StatefulRunner(
             block_sizes=block_sizes,
@@ -49,7 +49,9 @@ class RunnerV2Model(WorkerModel):
             num_rows -= self._states[req_id].num_evicted
         assert seen.tables[group][i, : len(table)].tolist() == table, f"{req_id}: table of group {group}"
         assert not seen.tables[group][i, len(table) :].any(), f"{req_id}: blocks after its table"
+        assert int(seen.metadata[group].seq_lens[i]) == num_rows, f"{req_id}: length of group {group}"
+        if group in self._recurrent:
+            return  # its kernels take the state's block from the table
         found = [self._where(req_id, group, slot) for slot in range(num_rows - num_tokens, num_rows)]
         slots = [block * size + offset for block, offset in found]
         assert seen.slots[req_id][group].tolist() == slots, f"{req_id}: slots of group {group}"
-        assert int(seen.metadata[group].seq_lens[i]) == num_rows, f"{req_id}: length of group {group}"

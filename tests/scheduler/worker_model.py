@@ -10,7 +10,7 @@ import itertools
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -176,7 +176,8 @@ class WorkerModel:
     Args:
         block_sizes: Tokens in a block, by group.
         compressed: Groups that are compacted.
-        passed: Of groups that attend to the end of a context only: how many of its tokens the next one does not see.
+        passed: Of groups that hold the end of a context only: how many of its tokens the next one does not see.
+        recurrent: Those of them in which a block holds one state, named as the row of its last token.
     """
 
     def __init__(
@@ -184,12 +185,14 @@ class WorkerModel:
         block_sizes: list[int],
         compressed: set[int],
         passed: Mapping[int, Callable[[int], int]] | None = None,
+        recurrent: Collection[int] = (),
     ) -> None:
         self.tokens: dict[str, Tokens] = {}
         self.rules: dict[str, Rule] = {}
         self._block_sizes = block_sizes
         self._compressed = compressed
         self._passed = passed or {}
+        self._recurrent = recurrent
         self._memory: dict[tuple[int, int], Row | None] = {}
         self._states: dict[str, RequestState] = {}
         self._compactions = itertools.count()
@@ -203,6 +206,7 @@ class WorkerModel:
             self._states.pop(req_id, None)
         self.begun = {}
         self._compact(orders_of(output))
+        self._zero(output.new_block_ids_to_zero or [])
         self._copy(output.kv_cache_block_copies or [])
         self._hits = compacted_hits_of(output)
         self._update(output)
@@ -234,7 +238,11 @@ class WorkerModel:
             for group in range(len(state.tables)):
                 for i, block in self._blocks_read(req_id, group):
                     for offset in written.get(block, ()):
-                        slot = i * self._block_sizes[group] + offset
+                        slot = (
+                            len(state.rows[group]) - 1
+                            if group in self._recurrent
+                            else i * self._block_sizes[group] + offset
+                        )
                         assert slot < len(state.rows[group]), f"block {block} of {req_id} is written by another"
                         assert state.rows[group][slot] == self._memory[block, offset], f"{req_id}: row of another"
 
@@ -264,6 +272,10 @@ class WorkerModel:
         self._memory.update(itertools.zip_longest(slots, rows))
         state.tables[move.group_id] = list(move.destination)
         state.rows[move.group_id] = rows
+
+    def _zero(self, blocks: Iterable[int]) -> None:
+        offsets = range(max(self._block_sizes))
+        self._memory.update(((block, offset), None) for block in blocks for offset in offsets)
 
     def _copy(self, copies) -> None:
         offsets = range(max(self._block_sizes))
@@ -326,6 +338,8 @@ class WorkerModel:
             assert state.num_computed < state.due.position, f"{req_id} runs without its compaction"
             end = state.num_computed + num_tokens + num_drafts
             assert end <= state.due.position, f"{req_id} runs past its compaction"
+        for group in self._recurrent:
+            self._check_rows(req_id, group)  # the state that the step begins with, before it is overwritten
         num_rows = [len(rows) for rows in state.rows]
         num_accepted = zlib.crc32(b"%d %d" % (state.num_computed, num_drafts)) % (num_drafts + 1)
         self.drafts.update(accepted=num_accepted, rejected=num_drafts - num_accepted)
@@ -333,7 +347,8 @@ class WorkerModel:
         state.compute(state.num_computed + num_tokens + num_accepted)
         written = []
         for group, rows in enumerate(state.rows):
-            for slot in range(num_rows[group], len(rows)):
+            first = len(rows) - 1 if group in self._recurrent else num_rows[group]
+            for slot in range(first, len(rows)):
                 written.append(self._where(req_id, group, slot))
                 self._memory[written[-1]] = rows[slot]
         return written
@@ -371,15 +386,16 @@ class WorkerModel:
         return itertools.islice(enumerate(self._states[req_id].tables[group]), first, None)
 
     def _check_rows(self, req_id: str, group: int) -> None:
-        first = self._first_read(req_id, group)
-        for slot, row in enumerate(self._states[req_id].rows[group][first:], first):
+        rows = self._states[req_id].rows[group]
+        first = max(0, len(rows) - 1) if group in self._recurrent else self._first_read(req_id, group)
+        for slot, row in enumerate(rows[first:], first):
             found = self._memory.get(self._where(req_id, group, slot))
             assert found == row, f"{req_id} reads {found} in slot {slot} instead of {row}"
 
     def _where(self, req_id: str, group: int, slot: int) -> tuple[int, int]:
         table, size = self._states[req_id].tables[group], self._block_sizes[group]
         assert slot < len(table) * size, f"{req_id}: slot {slot} is beyond its table of {len(table)} blocks of {size}"
-        return table[slot // size], slot % size
+        return table[slot // size], 0 if group in self._recurrent else slot % size
 
 
 def kept_slots(num_rows: int, num_keep: int, first: int, last: int) -> list[int]:

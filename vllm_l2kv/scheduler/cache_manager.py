@@ -322,12 +322,11 @@ class CompressedLayerManager(LayerManager):
         self.num_evicted[request_id] = num_evicted
 
 
-class WindowManager(SingleTypeKVCacheManager):
-    """Blocks of layers that attend to the end of a context only: slots are positions, and passed blocks are null.
+class TailManager(SingleTypeKVCacheManager):
+    """Blocks of layers that hold the end of a context only: slots are positions, and passed blocks are null.
 
-    vLLM frees a block as soon as a request has passed it. Those in the window at the end of a compacted prefix
-    serve others who begin with it, so the request that publishes the prefix holds them until it ends, as it holds
-    its other blocks.
+    vLLM frees a block as soon as a request has passed it. Those at the end of a compacted prefix serve others who
+    begin with it, so the request that publishes the prefix holds them until it ends, as it holds its other blocks.
 
     Attributes:
         compacted_hits: Waiting requests that are to begin on compacted rows, to the tokens evicted from these.
@@ -352,20 +351,20 @@ class WindowManager(SingleTypeKVCacheManager):
         return [*self.held.pop(request_id, ()), *super().pop_blocks_for_free(request_id)]
 
     def hold(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
-        """Keeps blocks from being reused until the request ends or `let_go_of_windows` is called."""
+        """Keeps blocks from being reused until the request ends or `let_go_of_held` is called."""
         self.block_pool.touch(blocks)
         self.held.setdefault(request_id, []).extend(blocks)
 
 
-class SlidingLayerManager(WindowManager, SlidingWindowManager):
+class SlidingLayerManager(TailManager, SlidingWindowManager):
     """Blocks of layers that attend to a window of the last tokens."""
 
 
-class ChunkedLayerManager(WindowManager, ChunkedLocalAttentionManager):
+class ChunkedLayerManager(TailManager, ChunkedLocalAttentionManager):
     """Blocks of layers that attend to the chunk that a token lies in."""
 
 
-def let_go_of_windows(managers: Sequence[WindowManager]) -> bool:
+def let_go_of_held(managers: Sequence[TailManager]) -> bool:
     """Frees the blocks that requests hold for others.
 
     Requests are sized without them. So they must go before a request is preempted or waits for want of blocks, or one
@@ -382,8 +381,16 @@ def let_go_of_windows(managers: Sequence[WindowManager]) -> bool:
     return bool(held)
 
 
-class RecurrentLayerManager(MambaManager):
-    """Blocks of recurrent layers, one state in each: that of all tokens of a request, however few rows it holds."""
+class RecurrentLayerManager(TailManager, MambaManager):
+    """Blocks of recurrent layers, one state in each: that of all tokens of a request, however few rows it holds.
+
+    Attributes:
+        kept: Requests to copies of their states at this step's compactions, until `drop_states`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept: dict[str, KVCacheBlock] = {}
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Same contract as upstream; does nothing after `stop_prefix_caching`.
@@ -392,3 +399,24 @@ class RecurrentLayerManager(MambaManager):
         """
         if self.num_cached_block.get(request.request_id, 0) < UNREACHABLE:
             super().cache_blocks(request, *args, **kwargs)
+
+    def keep_state(self, request_id: str, num_tokens: int) -> None:
+        """Has the worker copy a request's state, which the request's next step overwrites, into a fresh block.
+
+        The pool must have one. vLLM's copy-on-write makes the copy before the model runs in this step.
+
+        Args:
+            request_id: A request whose last scheduled step computes the state.
+            num_tokens: Tokens that the state is of.
+        """
+        state = self.req_to_blocks[request_id][block_math.num_blocks_for(num_tokens, self.block_size) - 1]
+        (copy,) = self.block_pool.get_new_blocks(1)
+        self.kept[request_id] = copy
+        # vLLM frees both once more when the copy has been made.
+        self._pending_cow_copies.append((state, copy))
+        self.block_pool.touch([state, copy])
+
+    def drop_states(self) -> None:
+        """Frees the copies of this step's states that no request holds, see `hold`."""
+        self.block_pool.free_blocks(self.kept.values())
+        self.kept = {}

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, WindowManager
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, TailManager
 from vllm_l2kv.scheduler.scheduler import L2KVScheduler
 
 
@@ -37,7 +37,7 @@ def check_requests(scheduler: L2KVScheduler) -> None:
     remembered: list[Iterable[str]] = [scheduler._states]
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         remembered.append(manager.num_cached_block)
-        if isinstance(manager, WindowManager):
+        if isinstance(manager, TailManager):
             remembered += [manager.compacted_hits, manager.held]
     for manager in compressed_managers(scheduler):
         remembered += [manager.num_evicted, manager.max_rows, manager.num_tokens_allocated, manager.next_cacheable]
@@ -95,8 +95,8 @@ def check_block_conservation(kv_cache_manager: KVCacheManager, others: Iterable[
     managers = kv_cache_manager.coordinator.single_type_managers
     tables = [(manager, req_id, blocks) for manager in managers for req_id, blocks in manager.req_to_blocks.items()]
     holders = Counter(block.block_id for _, _, blocks in tables for block in blocks if not block.is_null)
-    windows = [manager for manager in managers if isinstance(manager, WindowManager)]
-    holders.update(block.block_id for window in windows for blocks in window.held.values() for block in blocks)
+    tails = [manager for manager in managers if isinstance(manager, TailManager)]
+    holders.update(block.block_id for tail in tails for blocks in tail.held.values() for block in blocks)
     holders.update(others)
     free = Counter(block.block_id for block in pool.free_block_queue.get_all_free_blocks())
     assert pool.free_block_queue.num_free_blocks == sum(free.values()), "the free list has lost count"

@@ -10,7 +10,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.capacity import Capacity
 from vllm_l2kv.policy import Compaction
-from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, WindowManager, let_go_of_windows
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, TailManager, let_go_of_held
 from vllm_l2kv.scheduler.stats_counter import StatsCounter
 
 
@@ -41,7 +41,7 @@ class Room:
         self._pool = scheduler.kv_cache_manager.block_pool
         self._managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self._compressed = [manager for manager in self._managers if isinstance(manager, CompressedLayerManager)]
-        self._windows = [manager for manager in self._managers if isinstance(manager, WindowManager)]
+        self._tails = [manager for manager in self._managers if isinstance(manager, TailManager)]
 
     def find(self, request: Request, coming: Compaction, room_is_coming: bool) -> bool:
         """Preempts other requests, and finally the request itself, until there are blocks for its kept rows.
@@ -59,7 +59,7 @@ class Room:
             # Once its own blocks are stored they can be used; preemption would make it publish and store them again.
             if room_is_coming or self._is_stored(request):
                 return False
-            if let_go_of_windows(self._windows):
+            if let_go_of_held(self._tails):
                 continue
             victim = self._next_to_preempt()
             self._scheduler.running.remove(victim)
@@ -87,7 +87,7 @@ class Room:
         num_coming = num_tokens - num_computed_tokens
         needed = self._capacity.num_held(num_coming, num_coming) + reserved
         if needed > self._pool.get_num_free_blocks():
-            let_go_of_windows(self._windows)
+            let_go_of_held(self._tails)
         return bool(needed > self._pool.get_num_free_blocks())
 
     def num_destination_blocks(self, coming: Compaction) -> int:

@@ -27,7 +27,8 @@ from vllm_l2kv.refusals import check_images, check_seed, check_supported, reads_
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
     LayerManager,
-    WindowManager,
+    RecurrentLayerManager,
+    TailManager,
     announce_hit,
     find_prefixes_inside_blocks,
     stop_prefix_caching,
@@ -36,10 +37,10 @@ from vllm_l2kv.scheduler.cpu_memory import CPUMemory
 from vllm_l2kv.scheduler.decode_fast_path import with_decode_fast_path
 from vllm_l2kv.scheduler.external_hits import ExternalHits
 from vllm_l2kv.scheduler.failed_requests import Refusals
-from vllm_l2kv.scheduler.held_windows import with_held_windows
+from vllm_l2kv.scheduler.held_blocks import with_held_blocks
 from vllm_l2kv.scheduler.request_state import RequestState
 from vllm_l2kv.scheduler.room import Room
-from vllm_l2kv.scheduler.shared_prefixes import SharedPrefixes
+from vllm_l2kv.scheduler.shared_prefixes import Prefix, SharedPrefixes
 from vllm_l2kv.scheduler.stats_counter import StatsCounter
 from vllm_l2kv.scheduler.superseded_blocks import SupersededBlocks
 from vllm_l2kv.settings import Settings
@@ -64,9 +65,10 @@ class L2KVScheduler(AsyncScheduler):
         find_prefixes_inside_blocks(self.kv_cache_manager.coordinator)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._layers = [manager for manager in managers if isinstance(manager, LayerManager)]
-        self._sharing = [manager for manager in managers if isinstance(manager, (LayerManager, WindowManager))]
-        self.kv_cache_manager: Any = with_held_windows(with_decode_fast_path(self.kv_cache_manager))
+        self._sharing = [manager for manager in managers if isinstance(manager, (LayerManager, TailManager))]
+        self.kv_cache_manager: Any = with_held_blocks(with_decode_fast_path(self.kv_cache_manager))
         self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
+        self._recurrent = [manager for manager in managers if isinstance(manager, RecurrentLayerManager)]
         if not self._compressed:
             raise ValueError(
                 "vllm-l2kv manages no KV-cache group: pass its worker class together with its scheduler class, and if "
@@ -172,6 +174,8 @@ class L2KVScheduler(AsyncScheduler):
             attach_orders(output, tuple(self._orders.values()))
             for order in self._orders.values():
                 self._publish(order)
+        for manager in self._recurrent:
+            manager.drop_states()
         if self._states:
             self._note_hits(output)
         self._ended |= output.finished_req_ids
@@ -310,13 +314,24 @@ class L2KVScheduler(AsyncScheduler):
             request.kv_cache_report_mode = mode
         coordinator = self.kv_cache_manager.coordinator
         usable = self._usable_hit(request, num_tokens) if num_tokens else 0
-        if usable < num_tokens:
-            found, num_tokens, *_ = coordinator.find_longest_cache_hit(request.block_hashes, usable)
+        asked = None
+        while usable < num_tokens or (asked != num_tokens and self._is_cut(num_tokens)):
+            asked = min(usable, num_tokens)
+            found, num_tokens, *_ = coordinator.find_longest_cache_hit(request.block_hashes, asked)
             blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
         if is_reported:
             for manager in coordinator.single_type_managers:
                 announce_hit(manager, request, num_tokens)
         return blocks, num_tokens, *others
+
+    def _is_cut(self, num_tokens: int) -> bool:
+        """Whether a hit may end inside a block of full attention because a window or a state ends it there.
+
+        Another request may be computing this block in this very step, so a copy of it would come too early. What is
+        findable up to a boundary inside a block is of earlier steps: a hit that was asked to end there is safe.
+        """
+        is_shorter = len(self._layers) < len(self._sharing)
+        return is_shorter and any(num_tokens % layer.block_size for layer in self._layers)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Same contract as upstream, called for each chunk of tokens: ends it at the request's next compaction."""
@@ -450,14 +465,18 @@ class L2KVScheduler(AsyncScheduler):
 
         Called once it is certain that the worker will carry out the order.
         """
-        state, memory = self._states[order.req_id], self._cpu_memory
+        request, memory = self._states[order.req_id].request, self._cpu_memory
         in_use = memory.blocks_in_use() if memory is not None else ()
-        for prefix in state.prefixes.to_publish:
-            is_left = prefix.compaction.num_evicted == order.num_evicted
-            if is_left and self._shared.publish(state.request, prefix, in_use):
+        for prefix in self._published_by(order):
+            if self._shared.publish(request, prefix, in_use):
                 self._stats_counter.published()
                 if memory is not None:
                     memory.store(prefix)
+
+    def _published_by(self, order: CompactionOrder) -> list[Prefix]:
+        """The prefixes, at most one, whose rows a compaction leaves for later requests."""
+        prefixes = self._states[order.req_id].prefixes.to_publish
+        return [prefix for prefix in prefixes if prefix.compaction.num_evicted == order.num_evicted]
 
     def _compact_due(self) -> None:
         """Compacts every request that has reached its next compaction."""
@@ -479,6 +498,18 @@ class L2KVScheduler(AsyncScheduler):
         # Requests with the same params use the published prefix instead, which takes fewer blocks.
         self._superseded.free(reversed(superseded))
         self._stats_counter.freed(pool.get_num_free_blocks() - num_free)
+        self._keep_states()
+
+    def _keep_states(self) -> None:
+        """Keeps the states of recurrent layers at compactions whose rows will be published, if there are blocks."""
+        if not self._recurrent:
+            return
+        pool = self.kv_cache_manager.block_pool
+        for order in self._orders.values():
+            is_published = any(not self._shared.is_complete(prefix, pool) for prefix in self._published_by(order))
+            if is_published and pool.get_num_free_blocks() >= len(self._recurrent):
+                for manager in self._recurrent:
+                    manager.keep_state(order.req_id, order.num_evicted + order.num_keep)
 
     def _is_due(self, request: Request, coming: Compaction) -> bool:
         """Whether all tokens up to the compaction have been scheduled and another step will follow.

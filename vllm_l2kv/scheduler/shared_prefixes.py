@@ -26,7 +26,7 @@ from vllm.v1.request import Request
 from vllm_l2kv import seams
 from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.policy import Compaction, CompactionPoints
-from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, LayerManager, WindowManager
+from vllm_l2kv.scheduler.cache_manager import CompressedLayerManager, RecurrentLayerManager, TailManager
 
 GroupBlocks = tuple[list[KVCacheBlock], ...]
 
@@ -74,10 +74,8 @@ class SharedPrefixes:
         self._managers = kv_cache_manager.coordinator.single_type_managers
         self._pool = kv_cache_manager.block_pool
         self._hash = get_hash_fn_by_name(hash_algorithm)
-        # A recurrent layer has left the state at the end of a prefix by the time that others ask for it.
-        self._is_possible = kv_cache_manager.enable_caching and all(
-            isinstance(manager, (LayerManager, WindowManager)) for manager in self._managers
-        )
+        self._is_possible = kv_cache_manager.enable_caching
+        self._recurrent = [manager for manager in self._managers if isinstance(manager, RecurrentLayerManager)]
         self._first_group = next(
             group for group, manager in enumerate(self._managers) if isinstance(manager, CompressedLayerManager)
         )
@@ -126,21 +124,25 @@ class SharedPrefixes:
             in_use: Ids of blocks that must not be forgotten now; if something of an older copy is there, that stays.
 
         Returns:
-            Whether it is new.
+            Whether it is new. Nothing is published if there was no block for the state of a recurrent layer.
         """
         if self.is_complete(prefix, self._pool) or self._has_left(prefix, in_use):
+            return False
+        req_id = request.request_id
+        if any(req_id not in manager.kept for manager in self._recurrent):
             return False
         self.forget_copy(prefix, self._pool)
         for group, keys in enumerate(self.keys_of(prefix)):
             manager = self._managers[group]
-            added, table = [], manager.req_to_blocks[request.request_id]
+            table, added = manager.req_to_blocks[req_id], []
             for key, i in zip(keys, self._indices(group, prefix), strict=True):
-                # A key has one block. What is left of full layers and windows is as good: they choose no rows.
+                # A key has one block. What is left of full layers, windows and states is as good: they choose no rows.
                 if self._find(key) is None:
-                    self._pool._insert_block_hash(key, table[i], num_tokens=prefix.compaction.position)
+                    block = manager.kept[req_id] if manager in self._recurrent else table[i]
+                    self._pool._insert_block_hash(key, block, num_tokens=prefix.compaction.position)
                     added.append(key)
-            if isinstance(manager, WindowManager):
-                manager.hold(request.request_id, [block for key in keys if (block := self._find(key)) is not None])
+            if isinstance(manager, TailManager):
+                manager.hold(req_id, [block for key in keys if (block := self._find(key)) is not None])
             self._announce(request, prefix, group, added)
         self._num_published += 1
         return True
@@ -227,7 +229,7 @@ class SharedPrefixes:
         return prefix.compaction.num_keep if is_compressed else prefix.compaction.position
 
     def _num_passed(self, group: int, prefix: Prefix) -> int:
-        """Blocks before its end that a window has passed; 0 in layers without one."""
+        """Blocks before its end that a window or a state has passed; 0 in other layers."""
         manager = self._managers[group]
         num_blocks: int = manager.get_num_skipped_tokens(prefix.compaction.position) // manager.block_size
         return num_blocks
@@ -269,7 +271,7 @@ class SharedPrefixes:
     def blocks_of(self, prefix: Prefix, pool: BlockPool | None = None) -> GroupBlocks | None:
         """The blocks of a prefix in a pool (by default vLLM's), if all are there.
 
-        As in vLLM's hits, blocks that a window has passed are null.
+        As in vLLM's hits, blocks that a window or a state has passed are null.
         """
         pool = pool or self._pool
         if not self.is_complete(prefix, pool):

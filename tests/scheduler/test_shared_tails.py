@@ -1,4 +1,4 @@
-"""Documents in models some of whose layers attend to the end of a context only: a window, or a chunk.
+"""Documents in models some of whose layers hold the end of a context only: a window, a chunk, or a state.
 
 `test_state_machine.py` has them in any order of events; here is what one trap each looks like.
 """
@@ -7,11 +7,12 @@ import itertools
 from typing import Any
 
 import pytest
+from tail_shapes import STATE, specs
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
-from window_shapes import specs
 
 from vllm_l2kv.block_math import num_blocks_for
-from vllm_l2kv.scheduler.cache_manager import WindowManager
+from vllm_l2kv.scheduler.cache_manager import TailManager
 from vllm_l2kv.scheduler.integrity import check_nothing_left
 from vllm_l2kv.scheduler.scheduler import L2KVScheduler
 
@@ -24,6 +25,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "a full layer in larger blocks": {"layers": (40, None, 40, None, 40, None), "full_layers": (1,)},
     "windows that are short, and longer than the document": {"layers": (17, None, 200, None), "full_layers": ()},
     "chunks": {"layers": ((64,), None, (64,), None), "full_layers": ()},
+    "states": {"layers": (STATE, None, STATE, None), "full_layers": ()},
+    "states, and a full layer in larger blocks": {"layers": (STATE, None) * 3, "full_layers": (1,)},
+    "states and windows": {"layers": (STATE, 40, None, STATE, 40, None), "full_layers": ()},
 }
 """A window of 40 tokens ends 100 tokens in blocks 3 to 6 of 16, a chunk of 64 in blocks 4 to 6."""
 
@@ -47,9 +51,9 @@ def harness(make, request):
     return make(request.param)
 
 
-def windows(harness) -> list[WindowManager]:
+def tails(harness) -> list[TailManager]:
     managers = harness.scheduler.kv_cache_manager.coordinator.single_type_managers
-    return [manager for manager in managers if isinstance(manager, WindowManager)]
+    return [manager for manager in managers if isinstance(manager, TailManager)]
 
 
 def ask(
@@ -90,7 +94,7 @@ def test_the_second_asker_computes_its_question(harness, num_document):
     num_rows = [-(-num_document // 2) if manager is harness.compressed else num_document for manager in managers]
     partial = [rows % manager.block_size != 0 for rows, manager in zip(num_rows, managers, strict=True)]
     assert len(begin.kv_cache_block_copies or ()) == sum(partial)
-    for manager in windows(harness):
+    for manager in tails(harness):
         blocks = new.block_ids[manager.kv_cache_group_id]
         num_null = manager.get_num_skipped_tokens(num_document) // manager.block_size
         assert [block == 0 for block in blocks] == [i < num_null for i in range(len(blocks))]
@@ -110,9 +114,10 @@ def test_a_longer_document_is_another_one(harness):
     assert found(harness, "third") == DOCUMENT
 
 
-def test_a_conversation_begins_at_its_last_compaction_in_the_earlier_prompt(make):
+@pytest.mark.parametrize("model", ["windows that are short, and longer than the document", "states"])
+def test_a_conversation_begins_at_its_last_compaction_in_the_earlier_prompt(make, model):
     """Of 96 tokens of the second window three blocks are from before the third compaction."""
-    harness = make("windows that are short, and longer than the document", prompt_interval=32, answer_interval=16)
+    harness = make(model, prompt_interval=32, answer_interval=16)
     budget = {"kv_max_tokens": 64, "kv_protect_first": 0, "kv_protect_last": 0}
     prompt = list(range(300))  # compacted at 96, 128, 160, ..., 288
     harness.submit("turn 1", prompt, budget, 40)
@@ -131,7 +136,7 @@ def test_what_is_computed_on_found_rows_is_not_for_the_prefix_cache(harness):
     for req_id in ("first", "second"):
         request = ask(harness, req_id, num_question=200)
         harness.run()
-        for manager in windows(harness):
+        for manager in tails(harness):
             size = manager.block_size
             keys = [request.block_hashes[i] for i in range(DOCUMENT // size, request.num_tokens // size)]
             assert not any(harness.pool.get_cached_block(key, [manager.kv_cache_group_id]) for key in keys)
@@ -153,12 +158,12 @@ class TestHolding:
         """Until the first asker is past the window, or the chunk, at the end of its document."""
         ask(harness, "first", num_tokens=num_tokens)
         harness.run_until(lambda: len(harness.outputs.get("first", ())) > 150, 300)
-        assert all(len(manager.held["first"]) > 0 for manager in windows(harness))
+        assert all(len(manager.held["first"]) > 0 for manager in tails(harness))
 
     def test_a_window_stays_as_long_as_the_rest(self, make):
         harness = make("a window")
         self.begin(harness)
-        table = windows(harness)[0].req_to_blocks["first"]
+        table = tails(harness)[0].req_to_blocks["first"]
         assert all(block.is_null for block in table[: num_blocks_for(DOCUMENT, 16)])
         take_all(harness)
         give_back(harness)
@@ -183,7 +188,7 @@ class TestHolding:
         harness = make(model)
         self.begin(harness)
         take_all(harness)
-        harness.run_until(lambda: not any(manager.held for manager in windows(harness)), 40)
+        harness.run_until(lambda: not any(manager.held for manager in tails(harness)), 40)
         assert harness.preempted() == []
         give_back(harness)
         harness.run()
@@ -208,7 +213,7 @@ class TestHolding:
         harness.submit("newcomer", [5] * 32, None, 4)  # two blocks in each of two groups; four are held
         harness.step()
         assert harness.scheduler.requests["newcomer"].status == RequestStatus.RUNNING
-        assert not any(manager.held for manager in windows(harness))
+        assert not any(manager.held for manager in tails(harness))
         assert harness.preempted() == []
         give_back(harness)
         harness.run()
@@ -224,7 +229,7 @@ class TestHolding:
         else:
             scheduler.running.remove(scheduler.requests["first"])
             scheduler._preempt_request(scheduler.requests["first"], 0.0)
-        assert not any(manager.held for manager in windows(harness))
+        assert not any(manager.held for manager in tails(harness))
         harness.run()
         check_nothing_left(scheduler)
         assert found(harness, "second") == DOCUMENT
@@ -232,7 +237,7 @@ class TestHolding:
 
 def test_a_window_that_is_lost_is_a_document_that_is_lost(harness):
     """And the next copy takes what is left of it, without a row of compressed layers."""
-    for number, manager in itertools.product(range(2), windows(harness)):
+    for number, manager in itertools.product(range(2), tails(harness)):
         found(harness, f"{number} {manager.kv_cache_group_id}")
         state_of = ask(harness, f"look {number} {manager.kv_cache_group_id}")
         prefixes = harness.scheduler._states[state_of.request_id].prefixes
@@ -243,3 +248,84 @@ def test_a_window_that_is_lost_is_a_document_that_is_lost(harness):
         assert not harness.scheduler._shared.is_complete(prefix, harness.pool)
         assert found(harness, f"again {number} {manager.kv_cache_group_id}") == 0
         assert found(harness, f"and again {number} {manager.kv_cache_group_id}") == DOCUMENT
+
+
+class TestStates:
+    """A step overwrites the state that the one before has left."""
+
+    def test_a_state_is_copied_before_it_is_overwritten(self, make):
+        """Even if the request computes nothing in the step of its compaction."""
+        harness = make("states")
+        scheduler: L2KVScheduler = harness.scheduler
+        ask(harness, "first", num_document=100, num_question=40)
+        harness.run_until(lambda: "first" in scheduler._next and scheduler._is_due(*due(scheduler, "first")), 20)
+        scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        harness.step()
+        assert "first" in scheduler._orders
+        assert not harness.steps[-1].num_scheduled_tokens
+        scheduler.set_pause_state(PauseState.UNPAUSED)
+        for manager in tails(harness):
+            (copy,) = manager.held["first"]
+            state = manager.req_to_blocks["first"][6]
+            pairs = [(copied.src_block_id, copied.dst_block_id) for copied in harness.steps[-1].kv_cache_block_copies]
+            assert (state.block_id, copy.block_id) in pairs
+            assert copy.block_hash is not None
+        harness.run()
+        assert found(harness, "second") == 100
+
+    def test_without_a_block_for_the_copy_nothing_is_shared(self, make, monkeypatch):
+        harness = make("states")
+        keep_states = harness.scheduler._keep_states
+
+        def without_room():
+            take_all(harness, num_left=1)  # there are two groups of states
+            keep_states()
+            give_back(harness)
+
+        monkeypatch.setattr(harness.scheduler, "_keep_states", without_room)
+        assert found(harness, "first") == found(harness, "second") == 0
+        monkeypatch.undo()
+        assert found(harness, "third") == 0
+        assert found(harness, "fourth") == DOCUMENT
+        check_nothing_left(harness.scheduler)
+
+    def test_a_copy_that_nobody_publishes_is_freed(self, make):
+        """The request is preempted in the step of its compaction."""
+        harness = make("states")
+        ask(harness, "first", num_tokens=40)
+        scheduler: L2KVScheduler = harness.scheduler
+        harness.run_until(lambda: "first" in scheduler._next and scheduler._is_due(*due(scheduler, "first")), 20)
+        schedule, preempted = scheduler._update_after_schedule, []
+
+        def preempt(output):
+            schedule(output)
+            if not preempted and scheduler._orders:
+                preempted.append(scheduler.running.pop())
+                scheduler._preempt_request(preempted[0], 0.0)
+
+        scheduler._update_after_schedule = preempt
+        harness.step()
+        assert [request.request_id for request in preempted] == ["first"]
+        assert not any(manager.kept or manager.held for manager in tails(harness))
+
+    def test_a_hit_is_not_cut_inside_a_block_that_is_being_computed(self, make):
+        """The first request of this prompt has left a state at 48 tokens, inside a block of the full layer.
+
+        The second fills that block, so it is findable as a whole in this very step. A copy would be made before.
+        """
+        harness = make("states, and a full layer in larger blocks")
+        harness.submit("first", [1] * 49, None, 3)
+        harness.run()
+        for req_id in ("second", "third"):
+            harness.submit(req_id, [1] * 48 + [2] * 40, None, 3)
+        output = harness.step()
+        assert {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs} == {"second": 48, "third": 48}
+        copies = output.kv_cache_block_copies
+        assert not {copied.src_block_id for copied in copies} & {copied.dst_block_id for copied in copies}
+        written = {block for new in output.scheduled_new_reqs for table in new.block_ids for block in table[3:]}
+        assert not written & {copied.src_block_id for copied in copies}
+        harness.run()
+
+
+def due(scheduler: L2KVScheduler, req_id: str):
+    return scheduler.requests[req_id], scheduler._next[req_id]
