@@ -1,4 +1,4 @@
-"""The pages agree with the code, and the built site loads nothing from other hosts."""
+"""The pages agree with the code; the built site loads nothing from other hosts, and its search works from files."""
 
 import json
 import re
@@ -8,8 +8,10 @@ from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
+from chromium import Page, find_chromium
 from prometheus_client import REGISTRY
 from vllm_l2kv_server.metrics import PREFIX, EngineMetrics, RequestMetrics
 from vllm_l2kv_server.serve_options import INTERVALS
@@ -27,6 +29,7 @@ FOR_ALL = {
     *("--kv-prompt-interval", "--kv-answer-interval"),
 }
 """Options that no request can override."""
+BROWSER = find_chromium()
 DEFAULTS = CompressionParams().as_fields()
 COMPACTIONS = ("request_fields.md", "tokens computed")
 
@@ -135,21 +138,42 @@ class Assets(HTMLParser):
             self.addresses += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "action")]
 
 
-def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The folder of the built site."""
     if not (find_spec("mkdocs") and find_spec("material")):
         pytest.skip("needs mkdocs-material: pip install -e .[docs]")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    pages = sorted((tmp_path / "site").rglob("*.html"))
+    return folder
+
+
+def test_the_site_loads_nothing_from_elsewhere(site):
+    pages = sorted(site.rglob("*.html"))
     assert {page.stem for page in pages} == {page.stem for page in DOCS.glob("*.md")} | {"404"}
     for page in pages:
         assets = Assets()
         assets.feed(page.read_text())
         assert assets.addresses
         assert not [address for address in assets.addresses if re.match(r"(?:https?:)?//", address)], page
-    for sheet in (tmp_path / "site").rglob("*.css"):
+    for sheet in site.rglob("*.css"):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium, such as Debian's package chromium")
+def test_the_search_works_from_files(site, tmp_path):
+    with Page(BROWSER, tmp_path) as page:
+        page.open((site / "index.html").as_uri())
+        page.click("label[for=__search]")
+        page.wait_for("document.activeElement.matches('.md-search__input')", seconds=60)
+        page.fill(".md-search__input", "kv_prefix_messages")
+        page.wait_for("document.querySelector('.md-search-result__link')", seconds=60)
+        links = "[...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
+        assert (site / "request_fields.html").as_uri() + "#kv_prefix_messages" in page.evaluate(links)
+        assert {urlsplit(url).scheme for url in page.urls} <= {"file", "data"}
+        assert page.complaints == []
 
 
 def test_pages_and_sections_that_comments_name_exist():
