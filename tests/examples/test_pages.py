@@ -176,6 +176,29 @@ def test_the_search_works_from_files(site, tmp_path):
         assert page.complaints == []
 
 
+def prose(page: Path) -> str:
+    """The text without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the sections of a page."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted((*ROOT.glob("*.md"), *DOCS.glob("*.md"))), ids=lambda page: page.name)
+def test_links_on_github(page):
+    """Links to files and sections. The site's build checks by its own rules, and only pages of `docs/`."""
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        is_there = ":" in name or (target.exists() and (not anchor or anchor in anchors(target)))
+        lost += [] if is_there else [link]
+    assert not lost
+
+
 def test_pages_and_sections_that_comments_name_exist():
     """Comments in `configs/` and `docker/`, such as `docs/quick_start.md, "On a GPU"`."""
     named = []
