@@ -125,8 +125,10 @@ def test_the_planned_number_of_documents_stays_findable(capsys, case):
     engine, model, full_layers = case
     planned = plan(capsys, model, full_layers)
     for row in planned["rows"]:
-        if any(group["kind"] == "sliding" for group in planned["groups"]):
-            assert row["documents"] is None
+        is_compressed = row["document_rows"] < NUM_DOCUMENT_TOKENS
+        has_windows = any(group["kind"] == "sliding" for group in planned["groups"])
+        assert (row["documents"] is None) == (has_windows and not is_compressed)
+        if row["documents"] is None:
             continue
         assert engine.kv_cache_manager.reset_prefix_cache()
         params = params_of(row, full_layers).clone()
@@ -140,9 +142,10 @@ def test_the_planned_number_of_documents_stays_findable(capsys, case):
         assert NUM_DOCUMENT_TOKENS - planned["groups"][0]["block_size"] < whole <= NUM_DOCUMENT_TOKENS
         assert found == sorted(found, reverse=True)
         # The last block of an uncompressed document is not full, so it is neither cached nor looked up.
-        is_compressed = row["document_rows"] < NUM_DOCUMENT_TOKENS
-        assert found.count(whole) == row["documents"] or not is_compressed, (row, found)
-        assert found.count(whole) >= row["documents"], (row, found)
+        # With windows or a budget the last one may need less than is planned.
+        num_more = found.count(whole) - row["documents"]
+        assert num_more >= 0, (row, found)
+        assert num_more <= 1 or not is_compressed, (row, found)
 
 
 def test_the_longest_request_of_a_default_budget(capsys, tiny_model):

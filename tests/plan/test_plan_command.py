@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma3TextConfig
 from vllm.config import CacheConfig
 from vllm.platforms.interface import UnspecifiedPlatform
 from weights import made_up_weights, write_profile
@@ -258,6 +259,28 @@ def test_with_a_budget_a_document_is_never_whole(plan, llama_8b):
     assert (rows, blocks) == (4000, 250 + 417)
     # At its end it holds 5,000 rows, and the kept ones fill their blocks.
     assert documents == 1 + (usable - (313 + 417) - 1) // (250 + 417)
+
+
+def test_documents_beside_windows(capsys, plan, tmp_path):
+    """Of Gemma 3 270M: 15 layers have windows of 512 tokens, in five groups; three layers compress."""
+    types = (["sliding_attention"] * 5 + ["full_attention"]) * 3
+    shape = {"num_hidden_layers": 18, "num_key_value_heads": 1, "head_dim": 256}
+    Gemma3TextConfig(layer_types=types, sliding_window=512, dtype="bfloat16", **shape).save_pretrained(tmp_path)
+    about = {"kv_cache_gib": 2, "full_layers": "", "document_tokens": 30_001, "budgets": "4000"}
+    result = plan(str(tmp_path), **about)
+    (_, _, whole), half, quarter, budget = documents_of(result)
+    usable = engine_of(result, "vllm-l2kv")["num_blocks"] - 1
+    windows = 5 * (32 + 1)
+    # Steps of 8,192 tokens, two at once: most blocks when the third is computed, and the first has ended.
+    computed = 1536 + 5 * (1536 - (8192 - 511) // 16)
+    assert half == (15_001, 938 + windows, 1 + (usable - computed) // (938 + windows))
+    assert quarter == (7501, 469 + windows, 1 + (usable - computed) // (469 + windows))
+    # Most before the second compaction, at 8,096 tokens. What the first one released is not reused.
+    computed = 2 * 378 + 5 * 506
+    assert budget == (4000, 250 + windows, 1 + (usable - computed - 1) // (250 + windows))
+    assert whole is row_of(result, "stock", 1)["documents"] is None
+    cli.plan([str(tmp_path), "--context=8000", "--output=1000", "--kv-cache-gib=2", "--document-tokens=30001"])
+    assert "what prompts\nfind of these depends on the text after them." in capsys.readouterr().out
 
 
 def test_copies_of_a_model_share_the_gpus_of_a_fleet(plan, capsys, llama_8b):

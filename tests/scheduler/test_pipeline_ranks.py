@@ -154,7 +154,7 @@ def check_plan(config, num_layers, counts, window) -> None:
     memory = [(1 << 22) + 10_000 * i for i in range(len(ranks))]
     configs = configs_of(config, [dict(rank) for rank in classified], memory)
     assert len({each.num_blocks for each in configs}) == 1
-    planned = cache_of(classified, min(memory), max_in_flight_tokens=512)
+    planned = cache_of(classified, min(memory), batch_tokens=512, num_steps=1)
     equal = configs_of(config, [dict(rank) for rank in classified], [min(memory)] * len(ranks))
     assert planned.num_blocks == equal[0].num_blocks
     assert len({capacity_of(each, config) for each in configs}) == 1

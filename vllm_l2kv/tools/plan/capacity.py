@@ -11,6 +11,7 @@ from typing import NamedTuple
 from vllm.config import DeviceConfig, VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MambaSpec, SlidingWindowSpec
 
+from vllm_l2kv.block_math import num_blocks_for
 from vllm_l2kv.capacity import Capacity
 from vllm_l2kv.field_kinds import MAX_TOKENS
 from vllm_l2kv.kv_cache_spec import CompressedLayerSpec, group_capacity, group_layer_specs, is_packed, token_bytes
@@ -127,13 +128,15 @@ class Cache:
         groups: Groups of the model's layers, which share one pool of blocks.
         block_bytes: Bytes of a block on one GPU, padding included; with pipeline ranks, on the one that takes most.
         num_blocks: Number of blocks, as in vLLM's `num_gpu_blocks`.
-        max_in_flight_tokens: Most prompt tokens in flight at once; sliding layers hold them in addition to the window.
+        batch_tokens: Most prompt tokens in a step.
+        num_steps: Most steps in flight at once; sliding layers hold their tokens in addition to the window.
     """
 
     groups: tuple[Group, ...]
     block_bytes: int
     num_blocks: int
-    max_in_flight_tokens: int
+    batch_tokens: int
+    num_steps: int
 
     @property
     def num_usable(self) -> int:
@@ -175,7 +178,7 @@ class Cache:
 
     def document_blocks(self, document: Document) -> int:
         """Blocks of a document in the cache while no request uses it."""
-        return self._answering.num_held(document.num_tokens, document.num_keep)
+        return sum(_num_findable(group, document) for group in self.groups)
 
     def num_documents(self, document: Document) -> int | None:
         """Number of such documents that stay in the cache if each is computed once, and nothing else runs.
@@ -183,20 +186,24 @@ class Cache:
         The last one needs the most room while it is computed: it is whole until its compaction, which is in place.
 
         Returns:
-            The number; `None` for models with sliding windows or recurrent layers, whose uncompressed prefixes also
-            depend on cached windows and states. Those with recurrent layers do not share compressed documents.
+            The number. With budgets or sliding windows, where the last one needs less than is counted, there may be one
+            more. `None` for models with recurrent layers, whose cached states are not planned, and for uncompressed
+            documents in models with sliding windows: vLLM caches the window at the end of a prompt, so what others find
+            depends on the text after the document.
         """
-        if any(group.kind in ("sliding", "recurrent") for group in self.groups):
+        kinds, compactions = {group.kind for group in self.groups}, document.compactions
+        if "recurrent" in kinds or ("sliding" in kinds and not compactions):
             return None
-        num_tokens = document.num_tokens
-        whole = [(compaction.position, compaction.num_rows) for compaction in document.compactions]
-        computed = max(self._computing.num_held(*held) for held in whole or [(num_tokens, num_tokens)])
-        if computed > self.num_usable:
+        parts = [(compaction.position, compaction.num_rows) for compaction in compactions]
+        first, *others = parts or [(document.num_tokens, document.num_tokens)]
+        if max(self._computing.num_held(*part) for part in (first, *others)) > self.num_usable:
             return 0
-        kept = self.document_blocks(document)
+        # What the first compaction releases is findable by its tokens until the next request begins.
+        computed = self._computed([first, *((num_tokens, first[1] + num_rows) for num_tokens, num_rows in others)])
         # At least one token follows the document, in its last block if there is room.
-        asked = self._answering.num_held(num_tokens + 1, document.num_keep + 1) - kept
-        return 1 + max(0, self.num_usable - computed - asked) // kept
+        rows = (document.num_keep if group.kind == "compressed" else document.num_tokens for group in self.groups)
+        asked: int = sum(held % group.spec.block_size == 0 for held, group in zip(rows, self.groups, strict=True))
+        return 1 + max(0, self.num_usable - computed - asked) // self.document_blocks(document)
 
     def longest(self, params: CompressionParams, intervals: Intervals) -> int | None:
         """The largest `--max-model-len` with which an engine with these defaults starts.
@@ -214,9 +221,25 @@ class Cache:
         fitting = bisect_right(range(1, MAX_TOKENS), self.num_usable, key=num_blocks)
         return fitting if fitting < MAX_TOKENS - 1 else None
 
+    def _computed(self, parts: Sequence[tuple[int, int]]) -> int:
+        """Most blocks that a document takes while it is computed alone, in batches that end at its compactions.
+
+        Args:
+            parts: Tokens computed, and rows of compressed layers, before each compaction.
+        """
+        ends, most = [0] * self.num_steps, 0
+        for num_tokens, num_rows in parts:
+            for end in (*range(ends[-1] + self.batch_tokens, num_tokens, self.batch_tokens), num_tokens):
+                # Rows that a window has passed are freed when their step has ended.
+                ended = ends[-self.num_steps]
+                held = (_num_held(group, end, end - num_tokens + num_rows, ended) for group in self.groups)
+                most = max(most, sum(held))
+                ends.append(end)
+        return most
+
     @cached_property
     def _computing(self) -> Capacity:
-        return self._capacity(self.max_in_flight_tokens)
+        return self._capacity(self.batch_tokens * self.num_steps)
 
     @cached_property
     def _answering(self) -> Capacity:
@@ -230,14 +253,34 @@ class Cache:
         return Capacity(self.num_usable, groups, MAX_TOKENS, compressed_bytes=compressed, full_bytes=full)
 
 
-def cache_of(ranks: Sequence[Mapping[str, KVCacheSpec]], num_bytes: int, max_in_flight_tokens: int) -> Cache:
+def _num_held(group: Group, num_tokens: int, num_rows: int, num_ended: int) -> int:
+    """Blocks of a request in a group, of whose tokens the first `num_ended` were computed by steps that have ended."""
+    if isinstance(group.spec, SlidingWindowSpec):
+        size: int = group.spec.block_size
+        num_passed: int = max(0, num_ended - group.spec.sliding_window + 1)
+        return num_blocks_for(num_tokens, size) - num_passed // size
+    return group_capacity(group.spec, 1, MAX_TOKENS).num_blocks(num_tokens, num_rows)
+
+
+def _num_findable(group: Group, document: Document) -> int:
+    """Blocks of a document in a group while no request uses it."""
+    num_tokens, spec, compactions = document.num_tokens, group.spec, document.compactions
+    num_whole = compactions[0].position if compactions else num_tokens
+    end = num_tokens - num_tokens % spec.block_size
+    # Of tokens before the first compaction vLLM also caches the window at the end of the last whole block.
+    has_both = isinstance(spec, SlidingWindowSpec) and num_whole > end - spec.sliding_window
+    return _num_held(group, num_tokens, document.num_keep, end if has_both else num_tokens)
+
+
+def cache_of(ranks: Sequence[Mapping[str, KVCacheSpec]], num_bytes: int, batch_tokens: int, num_steps: int) -> Cache:
     """Lays out a KV cache with vLLM's planner. Every pipeline rank gets as many blocks as the one with least room.
 
     Args:
         ranks: Of each pipeline rank, specs of its layers on one GPU: vLLM's, or those of
             `kv_cache_spec.classify_ranks`.
         num_bytes: Memory for the cache on each GPU, in bytes.
-        max_in_flight_tokens: vLLM's `--max-num-batched-tokens` times the number of steps in flight at once.
+        batch_tokens: vLLM's `--max-num-batched-tokens`.
+        num_steps: Most steps in flight at once.
 
     Raises:
         ValueError: The memory is less than two blocks, of which vLLM uses one itself.
@@ -260,5 +303,6 @@ def cache_of(ranks: Sequence[Mapping[str, KVCacheSpec]], num_bytes: int, max_in_
         groups=tuple(Group(tuple(group_layer_specs(group).values())) for group in groups),
         block_bytes=max(plan.kv_cache_tensors[0].size // plan.num_blocks for plan in plans),
         num_blocks=num_blocks,
-        max_in_flight_tokens=max_in_flight_tokens,
+        batch_tokens=batch_tokens,
+        num_steps=num_steps,
     )

@@ -74,7 +74,7 @@ def report(options: Namespace) -> dict[str, Any]:
     def cache(layers: Ranks) -> Cache:
         num_bytes = int(memory["kv_cache_gib"] * GIB)
         num_steps = device.num_steps + options.pipeline_parallel_size - 1
-        return cache_of(layers, num_bytes, options.max_num_batched_tokens * num_steps)
+        return cache_of(layers, num_bytes, options.max_num_batched_tokens, num_steps)
 
     stock = cache(ranks(device.stock_block_size))
     settings = Settings(options.full_layers, options.full_heads)

@@ -22,7 +22,8 @@ Prompts share nothing, and --max-num-seqs is ignored. docs/sizing.md has the for
 DOCUMENT_COLUMNS = ("engine", "kept", "rows", "document GiB", "documents")
 DOCUMENT_REMARK = """\
 documents: how many stay cached if each is computed once and nothing else runs; document GiB: memory of one.
-none: not planned for models with sliding windows; models with recurrent layers do not share compressed documents."""
+none: not planned for models with recurrent layers, nor with sliding windows for uncompressed documents: what prompts
+find of these depends on the text after them."""
 
 FLEET_COLUMNS = ("engine", "kept", "at once", "on average", "documents")
 FLEET_REMARK = """\
