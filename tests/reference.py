@@ -30,6 +30,7 @@ def expected_compactions(
     budget: int | None = None,
     intervals: tuple[int, int] = (2048, 256),
     document: int | None = None,
+    images: Sequence[tuple[int, int]] = (),
 ) -> dict[int, int]:
     """Maps numbers of computed tokens at which rows are evicted to the rows left, by a walk over the tokens.
 
@@ -45,14 +46,17 @@ def expected_compactions(
         intervals: Intervals before the end of the prompt, and after it.
         document: Number of tokens at the beginning of the prompt that are compressed by themselves, at most to the
         budget; `None` for no document.
+        images: First and last positions of images in the prompt that a budget must not divide: what would be due inside
+        one happens before it.
     """
     left, rows = {}, 0
+    num_coming = {first: last - first for first, last in images}
     end = n if document is None else document
     for position in range(1, num_computed + 1):
         rows += 1
         keep = rows
-        if budget is not None and rows >= budget + intervals[position >= n]:
-            keep = budget
+        if budget is not None and rows + num_coming.get(position, 0) >= budget + intervals[position >= n]:
+            keep = min(rows, budget)
         if position == end:
             keep = min(keep, expected_keep(end, ratio, first, last))
         if position == document and budget is not None:
@@ -213,6 +217,7 @@ class Reference:
         budget: int | None = None,
         intervals: tuple[int, int] = (2048, 256),
         document: int | None = None,
+        images: Sequence[tuple[int, int]] = (),
     ) -> torch.Tensor:
         """Returns logits of each next token, `[len(tokens), vocabulary]` fp32.
 
@@ -221,7 +226,7 @@ class Reference:
         """
         known, rows, n = [*prompt, *tokens], [], len(prompt)
         end_of_answer = n + len(tokens) - 1  # the last token is not computed
-        left = expected_compactions(n, end_of_answer, ratio, first, last, budget, intervals, document)
+        left = expected_compactions(n, end_of_answer, ratio, first, last, budget, intervals, document, images)
         unknown = {place for place, token in enumerate(known) if token is None}
         cache, position = self.new_cache(), 0
         for end in sorted({*left, *unknown, n, end_of_answer}):

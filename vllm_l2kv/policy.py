@@ -1,8 +1,8 @@
 """When a request is compacted, and how many rows are kept: integers in, integers out.
 
-Both depend only on the request's own length and parameters: not on the batch, the chunks of its prompt, preemption or
-prefix-cache hits. So the scheduler knows them without asking the worker, tensor-parallel ranks agree without
-communication, and an answer depends only on its request.
+Both depend only on the request's own length, images and parameters: not on the batch, the chunks of its prompt,
+preemption or prefix-cache hits. So the scheduler knows them without asking the worker, tensor-parallel ranks agree
+without communication, and an answer depends only on its request.
 """
 
 import math
@@ -25,6 +25,10 @@ class Intervals(NamedTuple):
 
     prompt: int = 2048
     answer: int = 256
+
+
+Images = tuple[tuple[int, int], ...]
+"""First and last positions of images in a prompt."""
 
 
 class Kind(StrEnum):
@@ -70,18 +74,25 @@ class CompactionPoints:
     fewer rows happens. For a request with a document, the ratio applies to the document instead of the prompt. The
     budget also applies at the end of the document, so that what follows begins with the document's compressed rows.
 
+    A compaction by the budget that is due inside an image in `images` happens at its first position. It stays inside if
+    there is nothing to evict there, which takes an image of more tokens than the prompt's interval.
+
     Attributes:
         num_prompt_tokens: Length n of the prompt, n >= 1.
         params: The request's ratio, budget and protection.
         intervals: The engine's intervals.
+        images: First and last positions of images in the prompt that must be computed in one step.
     """
 
     num_prompt_tokens: int
     params: CompressionParams
     intervals: Intervals
+    images: Images = ()
 
     @classmethod
-    def of(cls, num_prompt_tokens: int, params: CompressionParams, intervals: Intervals) -> "CompactionPoints | None":
+    def of(
+        cls, num_prompt_tokens: int, params: CompressionParams, intervals: Intervals, images: Images = ()
+    ) -> "CompactionPoints | None":
         """The compactions of a request; `None` if it is kept whole.
 
         Raises:
@@ -94,7 +105,7 @@ class CompactionPoints:
                 f"kv_prefix_tokens must be less than the prompt's {num_prompt_tokens} tokens, got {document}; at least "
                 "one token must follow the document.",
             )
-        return cls(num_prompt_tokens, params, intervals) if params.compresses else None
+        return cls(num_prompt_tokens, params, intervals, images) if params.compresses else None
 
     def after(self, last: Compaction | None) -> Compaction | None:
         """The compaction that follows `last`, or the first one if `last` is `None`; `None` if there is none."""
@@ -128,7 +139,7 @@ class CompactionPoints:
     def max_rows(self, num_tokens: int, last: Compaction | None = None) -> int:
         """Upper bound on the rows that a head of a compressed layer holds at any time while `num_tokens` are computed.
 
-        A request whose answer is long enough reaches it.
+        A request without images whose answer is long enough reaches it.
 
         Args:
             num_tokens: All tokens that the request computes or finds in the cache.
@@ -143,6 +154,10 @@ class CompactionPoints:
         if coming is None or num_tokens <= coming.position:
             return num_tokens - num_evicted
         return max(coming.num_rows, num_tokens - coming.num_evicted)
+
+    def image_around(self, position: int) -> tuple[int, int] | None:
+        """First and last positions of the image that a compaction at `position` would divide; `None` without one."""
+        return next(((first, last) for first, last in self.images if first < position <= last), None)
 
     def _by_ratio(self, last: Compaction | None) -> Compaction | None:
         budget, document = self.params.max_tokens, self.params.prefix_tokens
@@ -162,6 +177,9 @@ class CompactionPoints:
         if position >= self.num_prompt_tokens:
             position, kind = num_evicted + budget + self.intervals.answer, Kind.ANSWER_BUDGET
             position = max(position, self.num_prompt_tokens)
+        image = self.image_around(position)
+        if image is not None and image[0] - num_evicted > budget:
+            position = image[0]
         return Compaction(position, position - num_evicted, budget, kind)
 
 

@@ -188,32 +188,32 @@ def reads_images_as_a_whole(config: VllmConfig) -> bool:
     return bool(config.model_config.is_mm_prefix_lm) and not current_platform.is_cpu()
 
 
-def check_images(images: Sequence[tuple[int, int]], points: CompactionPoints) -> None:
+def check_images(points: CompactionPoints) -> None:
     """Rejects a compaction inside an image that must be computed in one step.
 
     Args:
-        images: First and last position of each such image in the prompt.
-        points: The request's compactions.
+        points: The request's compactions, with its images.
 
     Raises:
         ParamError: A compaction is inside an image; the message names the image's tokens.
     """
-    for compaction in points.in_prompt() if images else ():
-        position = compaction.position
-        for first, last in images:
-            if not first < position <= last:
-                continue
-            inside = f"inside an image (tokens {first} to {last} of the prompt), which this model reads as a whole"
-            if compaction.kind is Kind.DOCUMENT:
-                raise ParamError(
-                    "kv_prefix_tokens",
-                    f"kv_prefix_tokens must not end {inside}, got {position}; set it to {first} or {last + 1}.",
-                )
+    for compaction in points.in_prompt() if points.images else ():
+        position, image = compaction.position, points.image_around(compaction.position)
+        if image is None:
+            continue
+        first, last = image
+        inside = f"inside an image (tokens {first} to {last} of the prompt), which this model reads as a whole"
+        if compaction.kind is Kind.DOCUMENT:
             raise ParamError(
-                "kv_max_tokens",
-                f"kv_max_tokens would compact the prompt after {position} tokens, {inside}; set it a little lower or "
-                "higher.",
+                "kv_prefix_tokens",
+                f"kv_prefix_tokens must not end {inside}, got {position}; set it to {first} or {last + 1}.",
             )
+        raise ParamError(
+            "kv_max_tokens",
+            f"kv_max_tokens={points.params.max_tokens} would compact the prompt after {position} tokens, {inside}; set "
+            f"it to at least {last + 1 - points.intervals.prompt}, or --kv-prompt-interval to at least the image's "
+            f"{last + 1 - first} tokens.",
+        )
 
 
 def check_kv_heads(num_kv_heads: int, num_ranks: int) -> None:

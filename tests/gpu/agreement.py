@@ -91,16 +91,17 @@ def check_rules(
     engine: An `engine.Engine` with `LOGITS`.
     references: The reference in fp32, and in bf16.
     cases: Prompts with their rules, which may evict nothing.
-    asked: `full_layers`, `intervals` and `num_tokens` of all cases.
+    asked: `full_layers`, `intervals` and `num_tokens` of all cases, and `images` that are read as a whole.
 
     Returns:
     The findings, to print.
     """
     num_tokens = asked.pop("num_tokens")
+    places = {"intervals": asked["intervals"], "images": asked.get("images", ())}
     params = [keep(**rule, num_tokens=num_tokens, logprobs=20) for _, rule in cases]
     moved, reach, other = [], [], []
     for (prompt, rule), output in zip(cases, engine.generate([prompt for prompt, _ in cases], params), strict=True):
-        numbers = check_numbers(output, **rule, intervals=asked["intervals"])
+        numbers = check_numbers(output, **rule, **places)
         steps = steps_of(output)
         tokens = tokens_of(steps)
         assert len(tokens) == num_tokens

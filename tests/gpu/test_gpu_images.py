@@ -104,10 +104,12 @@ def test_it_runs_as_vllm_would_run_it(engine):
     assert backends == {"TRITON_ATTN"}
 
 
+ASKED = {"full_layers": FULL_LAYERS, "intervals": INTERVALS, "num_tokens": NUM_TOKENS}
+
+
 def check(seeing, references, rules) -> str:
     cases = [(prompt, rule) for rule in rules for prompt in prompts()]
-    asked = {"full_layers": FULL_LAYERS, "intervals": INTERVALS, "num_tokens": NUM_TOKENS}
-    return check_rules(seeing, references, cases, **asked)
+    return check_rules(seeing, references, cases, **ASKED)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -132,16 +134,22 @@ def test_the_comparison_sees_whether_images_attend_in_both_directions(model, eng
         check(Seeing(engine), causal, RULES[:1])
 
 
-def test_a_compaction_inside_an_image_is_refused(engine, references):
-    """By its document, and by its budget."""
-    text, images = prompts()[1]
-    tokens = references[0].see(text, images)
+@pytest.mark.parametrize("place", ["second token", "last token"])
+def test_a_budget_compacts_before_the_image_that_it_would_divide(engine, references, place):
+    """Twice: the second time with the rows before the image that the first one published."""
+    prompt = prompts()[1]
+    num_tokens = len(references[0].see(*prompt))
     first, last = references[0].ranges[1]
-    rules = {
-        "kv_prefix_tokens": {"ratio": "0.5", "document": first + 1},
-        "kv_max_tokens": {"ratio": "1", "budget": last - INTERVALS[0]},
-    }
-    assert len(tokens) > last + 1
-    for name, rule in rules.items():
-        (output,) = Seeing(engine).generate([(text, images)], [keep(**rule)])
-        assert output.outputs[0].finish_reason == "error", name
+    due = first + 1 if place == "second token" else last
+    assert due < num_tokens
+    rule = {"ratio": "1", "budget": due - INTERVALS[0], "first": 4, "last": 16}
+    for _ in range(2):
+        print(check_rules(Seeing(engine), references, [(prompt, rule)], **ASKED, images=references[0].ranges))
+
+
+def test_a_document_that_ends_inside_an_image_is_refused(engine, references):
+    prompt = prompts()[1]
+    references[0].see(*prompt)
+    first, _ = references[0].ranges[1]
+    (output,) = Seeing(engine).generate([prompt], [keep(ratio="0.5", document=first + 1)])
+    assert output.outputs[0].finish_reason == "error"

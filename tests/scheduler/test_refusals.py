@@ -416,20 +416,40 @@ def test_attention_that_does_not_work_on_compacted_rows(layer, message):
         ({"prefix_tokens": 140}, [(100, 140)], r"\(tokens 100 to 140 .* got 140"),
         ({"prefix_tokens": 100}, [(100, 140)], None),
         ({"prefix_tokens": 141}, [(100, 140)], None),
-        # After 200, 300, ... 900 tokens; answers have no images.
-        ({"max_tokens": 100}, [(301, 399), (450, 600)], r"after 500 tokens, .*\(tokens 450 to 600"),
-        ({"max_tokens": 100}, [(300, 399), (901, 999)], None),
+        # After 200, 300, 399, 499, 500, ... tokens: none of these images is longer than the interval of 100.
+        ({"max_tokens": 100}, [(301, 398), (399, 498), (500, 599)], None),
+        # After 200, 300, 400 and 450 tokens, and then inside an image.
+        (
+            {"max_tokens": 100},
+            [(450, 550)],
+            r"kv_max_tokens=100 would .* after 550 tokens, .*\(tokens 450 to 550 .* set it to at least 451, or "
+            r"--kv-prompt-interval to at least the image's 101 tokens",
+        ),
+        ({"max_tokens": 451}, [(450, 550)], None),
+        # The end of the prompt is not inside its last image, and answers have no images.
+        ({"max_tokens": 100}, [(900, 999)], None),
         ({"keep_ratio": 0.5}, [(900, 999)], None),
     ],
 )
 def test_compactions_inside_an_image_that_is_read_as_a_whole(asked, images, message):
-    points = CompactionPoints(1000, CompressionParams(**{"keep_ratio": 0.5, **asked}), Intervals(100, 10))
+    params = CompressionParams(**{"keep_ratio": 0.5, **asked})
+    points = CompactionPoints(1000, params, Intervals(100, 10), tuple(images))
     if message is None:
-        check_images(images, points)
+        check_images(points)
         return
     with pytest.raises(ParamError, match=message) as error:
-        check_images(images, points)
+        check_images(points)
     assert error.value.param == f"kv_{next(iter(asked))}"
+
+
+@pytest.mark.parametrize("interval", [100, 101])
+def test_the_advice_to_raise_the_prompts_interval_helps(interval):
+    points = CompactionPoints(1000, CompressionParams(max_tokens=100), Intervals(interval, 10), ((450, 550),))
+    if interval == 101:
+        check_images(points)
+        return
+    with pytest.raises(ParamError, match="at least the image's 101 tokens"):
+        check_images(points)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """Decisions of the scheduler, with one step in flight (as on CPUs) and with two (async scheduling)."""
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from usages import usage
-from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.request import Request
 
@@ -377,17 +377,36 @@ def test_all_ways_to_lose_the_blocks_use_one_method(make_harness, depth, way, mo
     check_whole(harness, 24 if way == "no blocks" else 60)
 
 
+def image(first: int, last: int) -> MultiModalFeatureSpec:
+    """An image at these positions, between two tokens and one that belong to its placeholder."""
+    is_embed = torch.tensor([False] * 2 + [True] * (last + 1 - first) + [False])
+    place = PlaceholderRange(offset=first - 2, length=len(is_embed), is_embed=is_embed)
+    return MultiModalFeatureSpec(data=None, modality="image", identifier="image", mm_position=place)
+
+
+def with_image(harness, first: int, last: int, req_id: str, num_prompt_tokens: int, **fields: Any) -> Request:
+    return harness.submit(req_id, [5] * num_prompt_tokens, fields, 8, mm_features=[image(first, last)])
+
+
 @pytest.mark.parametrize("as_a_whole", [False, True])
-def test_a_compaction_inside_an_image(make_harness, monkeypatch, as_a_whole):
-    """Fails a request if the image must be computed in one step."""
-    scheduler = make_harness(40).scheduler
-    monkeypatch.setattr(scheduler, "_reads_images_as_a_whole", as_a_whole)
-    words = torch.tensor([False] * 2 + [True] * 16 + [False])
-    place = PlaceholderRange(offset=30, length=len(words), is_embed=words)
-    feature = MultiModalFeatureSpec(data=None, modality="image", identifier="image", mm_position=place)
-    fields = {"kv_keep_ratio": 0.5, "kv_prefix_tokens": 40}
-    request = Request("r", [5] * 60, SamplingParams(extra_args=fields), None, mm_features=[feature])
-    assert scheduler._whole_images(request) == ([(32, 47)] if as_a_whole else [])
-    if as_a_whole:
-        with pytest.raises(ParamError, match=r"tokens 32 to 47 .* set it to 32 or 48"):
-            scheduler._state_of(request, scheduler._read_fields(request))
+@pytest.mark.parametrize(
+    ("last", "fields", "expected"),
+    [
+        (47, {"kv_keep_ratio": 0.5, "kv_prefix_tokens": 40}, "tokens 32 to 47 .* set it to 32 or 48"),
+        (47, {"kv_max_tokens": 24}, 32),
+        (48, {"kv_max_tokens": 32}, "tokens 32 to 48 .* at least 33, or --kv-prompt-interval to at least .* 17 tokens"),
+    ],
+)
+def test_a_compaction_inside_an_image(make_harness, as_a_whole, last, fields, expected):
+    """If the image must be computed in one step, one by a budget is earlier; another one fails its request."""
+    harness = make_harness(40, prompt_interval=16)
+    harness.scheduler._reads_images_as_a_whole = as_a_whole
+    request = with_image(harness, 32, last, "r", 60, **fields)
+    assert harness.scheduler._whole_images(request) == (((32, last),) if as_a_whole else ())
+    if not as_a_whole:
+        expected = fields.get("kv_prefix_tokens") or fields["kv_max_tokens"] + 16
+    if isinstance(expected, int):
+        assert harness.scheduler._states["r"].points.after(None).position == expected
+    else:
+        with pytest.raises(ParamError, match=expected):
+            harness.scheduler._state_of(request, harness.scheduler._read_fields(request))

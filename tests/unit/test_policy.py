@@ -57,13 +57,14 @@ class Life(NamedTuple):
     params: CompressionParams
     intervals: Intervals
     num_tokens: int
+    images: tuple[tuple[int, int], ...] = ()
 
     @property
     def points(self) -> CompactionPoints:
-        return CompactionPoints(self.num_prompt_tokens, self.params, self.intervals)
+        return CompactionPoints(self.num_prompt_tokens, self.params, self.intervals, self.images)
 
     def walk(self, last: Compaction | None = None) -> tuple[list[tuple[int, int, int]], int]:
-        """Adds row after row and checks at each position whether a compaction is due.
+        """Adds row after row and checks at each position whether a compaction is due, there or inside an image.
 
         Args:
         last: A compaction with whose rows the walk begins.
@@ -74,6 +75,7 @@ class Life(NamedTuple):
         begin, rows = (last.position, last.num_keep) if last else (0, 0)
         found, most = [], rows
         document, budget = self.params.prefix_tokens, self.params.max_tokens
+        num_coming = {first: last - first for first, last in self.images}
         for position in range(begin + 1, self.num_tokens + 1):
             rows += 1
             most = max(most, rows)
@@ -82,12 +84,23 @@ class Life(NamedTuple):
                 due.append(num_keep(position, self.params))
             is_in_prompt = position < self.num_prompt_tokens
             interval = self.intervals.prompt if is_in_prompt else self.intervals.answer
-            if budget is not None and (rows >= budget + interval or position == document):
+            held = rows + num_coming.get(position, 0)  # at the end of an image that begins here
+            if budget is not None and (held >= budget + interval or position == document):
                 due.append(budget)
             if min(due) < rows:
                 found.append((position, rows, min(due)))
                 rows = min(due)
         return found, most
+
+
+@st.composite
+def images(draw, begin: int, end: int) -> tuple[tuple[int, int], ...]:
+    """Draws images between two positions, some of them without text between them."""
+    found: list[tuple[int, int]] = []
+    for gap, length in draw(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 30)), max_size=4)):
+        first = (found[-1][1] + 1 if found else begin) + gap
+        found.append((first, first + length - 1))
+    return tuple(image for image in found if image[1] < end)
 
 
 @st.composite
@@ -104,7 +117,7 @@ def lives(draw) -> Life:
     )
     intervals = Intervals(draw(st.integers(1, 25)), draw(st.integers(1, 25)))
     n = draw(st.integers((params.prefix_tokens or 0) + 1, 80))
-    return Life(n, params, intervals, draw(st.integers(1, 120)))
+    return Life(n, params, intervals, draw(st.integers(1, 120)), draw(images(0, n)))
 
 
 @settings(max_examples=2000, deadline=None)
@@ -170,11 +183,37 @@ def test_those_in_the_prompt_come_before_its_end(life):
     assert [(c.position, c.num_rows, c.num_keep) for c in life.points.in_prompt()] == long.walk()[0]
 
 
-@given(life=lives(), more=st.integers(0, 60))
-def test_those_in_the_prompt_are_the_same_in_every_longer_one(life, more):
+@given(life=lives(), data=st.data())
+def test_those_in_the_prompt_are_the_same_in_every_longer_one(life, data):
     """Otherwise their rows could not serve other questions and the next turn of a conversation."""
-    longer = life._replace(num_prompt_tokens=life.num_prompt_tokens + more).points.in_prompt()
-    assert [c for c in longer if c.position < life.num_prompt_tokens] == life.points.in_prompt()
+    n = life.num_prompt_tokens
+    end = data.draw(st.integers(n, n + 60))
+    more = data.draw(images(n, end))
+    longer = life._replace(num_prompt_tokens=end, images=life.images + more).points.in_prompt()
+    assert [c for c in longer if c.position < n] == life.points.in_prompt()
+
+
+@settings(max_examples=500, deadline=None)
+@given(life=lives())
+def test_a_budget_divides_no_image_as_long_as_the_prompts_interval(life):
+    """Only a longer one, and only if no earlier compaction is possible; the end of the prompt is after all images."""
+    document = life.params.prefix_tokens
+    for last, coming in itertools.pairwise([None, *life.points.until(life.num_tokens)]):
+        divided = life.points.image_around(coming.position)
+        if divided is None:
+            continue
+        assert coming.position < life.num_prompt_tokens
+        if coming.position != document:
+            first, end = divided
+            assert end + 1 - first > life.intervals.prompt
+            assert first - (last.num_evicted if last else 0) <= life.params.max_tokens
+
+
+@given(life=lives())
+def test_images_change_nothing_if_no_compaction_would_be_inside_one(life):
+    expected = life._replace(images=()).points.in_prompt()
+    away = [(first, last) for first, last in life.images if not any(first < c.position <= last for c in expected)]
+    assert life._replace(images=tuple(away)).points.in_prompt() == expected
 
 
 @given(life=lives())
@@ -196,13 +235,14 @@ def test_the_list_up_to_a_position_begins_every_longer_one(life, more):
 @settings(max_examples=500, deadline=None)
 @given(life=lives())
 def test_max_rows_is_a_bound(life):
-    """It holds at every length, and is exact without a budget or with a long enough answer."""
+    """It holds at every length, and is exact without a budget or, without images, with a long enough answer."""
     _, most = life.walk()
     bound = life.points.max_rows(life.num_tokens)
     assert most <= bound <= life.num_tokens
+    assert bound == life._replace(images=()).points.max_rows(life.num_tokens)
     if life.params.max_tokens is None:
         assert bound == most
-    elif life.params.prefix_tokens is None:
+    elif life.params.prefix_tokens is None and not life.images:
         long = life._replace(num_tokens=life.num_prompt_tokens + life.params.max_tokens + life.intervals.answer)
         assert long.points.max_rows(long.num_tokens) == long.walk()[1] <= life.params.max_tokens + max(life.intervals)
 
@@ -271,8 +311,8 @@ def test_a_document_is_shorter_than_its_prompt(n, document, keep_ratio):
     assert (CompactionPoints.of(document + 1, params, Intervals()) is None) == (keep_ratio == 1)
 
 
-def points(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[tuple]:
-    found = CompactionPoints(n, CompressionParams(**{**BARE, **params}), Intervals(*intervals)).until(20_000)
+def points(n: int, intervals: tuple[int, int] = (2048, 256), images=(), **params) -> list[tuple]:
+    found = CompactionPoints(n, CompressionParams(**{**BARE, **params}), Intervals(*intervals), images).until(20_000)
     return [tuple(compaction) for compaction in itertools.islice(found, 4)]
 
 
@@ -347,6 +387,24 @@ def points(n: int, intervals: tuple[int, int] = (2048, 256), **params) -> list[t
         ),
         # the budget is due at the end of the document in any case
         (points(4000, prefix_tokens=3048, max_tokens=1000)[0], (3048, 3048, 1000, "document")),
+        # 3,048 would be inside an image, so the head holds 3,000 rows there; the next interval begins at 3,000
+        (
+            points(9000, max_tokens=1000, images=((500, 755), (3000, 3255)))[:2],
+            [(3000, 3000, 1000, "prompt_budget"), (5048, 3048, 1000, "prompt_budget")],
+        ),
+        # before its first token, and after its last one, an image is whole
+        (points(9000, max_tokens=1000, images=((3048, 3303),))[0], (3048, 3048, 1000, "prompt_budget")),
+        (points(9000, max_tokens=1000, images=((2792, 3047),))[0], (3048, 3048, 1000, "prompt_budget")),
+        # an image of 2,049 tokens after 1,000 rows: nothing can be evicted before it
+        (points(9000, max_tokens=1000, images=((1000, 3048),))[0], (3048, 3048, 1000, "prompt_budget")),
+        (points(9000, max_tokens=1000, images=((1001, 3048),))[0], (1001, 1001, 1000, "prompt_budget")),
+        # an image at the end of the prompt, where the answer's interval counts
+        (points(3048, max_tokens=1000, images=((2792, 3047),))[0], (3048, 3048, 1000, "answer_budget")),
+        # a document that is compacted to 500 rows before the image
+        (
+            points(9000, keep_ratio=0.5, prefix_tokens=1000, max_tokens=1000, images=((3400, 3655),))[:2],
+            [(1000, 1000, 500, "document"), (3400, 2900, 1000, "prompt_budget")],
+        ),
         # a budget full of protected rows
         (
             points(12, (3, 2), max_tokens=8, protect_first=4, protect_last=4)[:2],

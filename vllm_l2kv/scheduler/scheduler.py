@@ -588,11 +588,11 @@ class L2KVScheduler(AsyncScheduler):
             DoesNotFitError: The cache cannot hold the request.
         """
         num_prompt_tokens, params = request.num_prompt_tokens, asked.params
-        points = CompactionPoints.of(num_prompt_tokens, params, self.settings.intervals)
+        points = CompactionPoints.of(num_prompt_tokens, params, self.settings.intervals, self._whole_images(request))
         if points is not None:
             sampling = request.sampling_params
             check_seed(sampling.seed if sampling and sampling.temperature > 0 else None, points)
-            check_images(self._whole_images(request), points)
+            check_images(points)
         max_tokens = self._capacity.max_tokens(num_prompt_tokens, request.max_tokens, points)
         is_bounded = max_tokens < request.max_tokens
         request.max_tokens = max_tokens
@@ -604,12 +604,12 @@ class L2KVScheduler(AsyncScheduler):
             state.prefixes = self._shared.of(request, points)
         return state
 
-    def _whole_images(self, request: Request) -> list[tuple[int, int]]:
+    def _whole_images(self, request: Request) -> tuple[tuple[int, int], ...]:
         """First and last positions of images whose tokens attend to each other."""
         if not self._reads_images_as_a_whole:
-            return []
+            return ()
         images = (feature for feature in request.mm_features if feature.modality in ("image", "video"))
-        return [(first, last) for image in images for first, last in image.mm_position.extract_embeds_range()]
+        return tuple((first, last) for image in images for first, last in image.mm_position.extract_embeds_range())
 
     def _read_fields(self, request: Request) -> Asked:
         """Reads a request's fields. Checked here too, since an offline engine has no server that checks them.
