@@ -7,6 +7,7 @@ import pytest
 import torch
 from usages import usage
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
 from vllm_l2kv.field_kinds import ParamError
@@ -410,3 +411,60 @@ def test_a_compaction_inside_an_image(make_harness, as_a_whole, last, fields, ex
     else:
         with pytest.raises(ParamError, match=expected):
             harness.scheduler._state_of(request, harness.scheduler._read_fields(request))
+
+
+@pytest.fixture
+def make_seeing_harness(make_harness, monkeypatch):
+    """Makes harnesses of a model whose images must be computed in one step: 64 tokens a step, 44 of a request."""
+
+    def make(is_rolled_back: bool = True) -> Any:
+        harness = make_harness(200, prompt_interval=50, answer_interval=50, long_prefill_token_threshold=44)
+        scheduler = harness.scheduler
+        monkeypatch.setattr(scheduler.scheduler_config, "disable_chunked_mm_input", is_rolled_back)
+        scheduler._reads_images_as_a_whole = True
+        scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=1000)
+        scheduler.max_num_encoder_input_tokens = 1000
+        return harness
+
+    return make
+
+
+def chunk_ends(harness, req_id: str) -> list[int]:
+    """Returns how many tokens of a request are computed after each step that computes some."""
+    steps = [output for output in harness.steps if req_id in output.num_scheduled_tokens]
+    return [harness.computed_after(output, req_id) for output in steps]
+
+
+def test_an_image_after_a_compaction_is_computed_in_one_step(make_seeing_harness):
+    """It waits for a step with room for it. vLLM would divide it, since the chunk begins at its first token."""
+    harness = make_seeing_harness()
+    harness.add("older", 300)  # leaves 20 tokens of each step
+    with_image(harness, 60, 99, "r", 130, kv_max_tokens=20)
+    harness.run()
+    assert chunk_ends(harness, "r")[:6] == [20, 40, 58, 60, 104, 110]
+    assert [order.num_rows for order in orders(harness)] == [60, 70]
+    assert harness.outputs["r"] == [7] * 8
+    check_whole(harness, 200)
+
+
+def test_a_request_that_finds_all_rows_before_an_image_waits_too(make_seeing_harness):
+    harness = make_seeing_harness()
+    with_image(harness, 60, 99, "first", 105, kv_max_tokens=20)
+    harness.run()
+    harness.add("older", 300)
+    with_image(harness, 60, 99, "second", 105, kv_max_tokens=20)
+    harness.run()
+    assert harness.usage["second"]["found_tokens"] == 60
+    assert chunk_ends(harness, "second")[:2] == [104, 105]
+    assert harness.outputs["second"] == [7] * 8
+    check_whole(harness, 200)
+
+
+def test_an_image_longer_than_a_chunk_may_be_does_not_wait(make_seeing_harness):
+    """No step could compute it whole as long as there are two requests. vLLM 0.33's own rule would wait for ever."""
+    harness = make_seeing_harness(is_rolled_back=False)
+    for req_id in ("one", "other"):
+        with_image(harness, 60, 104, req_id, 130, kv_max_tokens=20)
+    harness.run()
+    assert [harness.outputs[req_id] for req_id in ("one", "other")] == [[7] * 8] * 2
+    check_whole(harness, 200)

@@ -89,6 +89,8 @@ class L2KVScheduler(AsyncScheduler):
         self._refusals = Refusals(self)
         self._stats_counter = StatsCounter()
         self._reads_images_as_a_whole = reads_images_as_a_whole(self.vllm_config)
+        most = self.max_num_scheduled_tokens
+        self._longest_chunk = min(self.scheduler_config.long_prefill_token_threshold or most, most)
         in_use = self._cpu_memory.blocks_in_use if self._cpu_memory is not None else tuple
         self._room = Room(self, self._capacity, self._next, self._stats_counter, in_use)
         self._reports_stats = self.settings.metrics and self.log_stats
@@ -350,6 +352,22 @@ class L2KVScheduler(AsyncScheduler):
             # vLLM takes all of a padded request's tokens or none. It does not pad a request that runs alone.
             return 0
         return min(num_new_tokens, limit)
+
+    def _try_schedule_encoder_inputs(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Same contract as upstream, called for each chunk of a request with images; ends none inside a whole image.
+
+        Upstream does if the chunk begins at the image's first token, as after a compaction there, and the step has too
+        few tokens left. Here the request waits for another step.
+        """
+        if self._reads_images_as_a_whole and num_computed_tokens < request.num_prompt_tokens:
+            end = num_computed_tokens + num_new_tokens
+            for first, last in self._whole_images(request):
+                # An image that is longer than a chunk may be would wait for ever.
+                if first < end <= last and last - first < self._longest_chunk:
+                    num_new_tokens = max(first - num_computed_tokens, 0)
+        return super()._try_schedule_encoder_inputs(request, num_computed_tokens, num_new_tokens, *args, **kwargs)
 
     def _is_padded(self, request: Request, num_computed_tokens: int) -> bool:
         """Whether vLLM pads a request that begins with this many computed tokens with placeholder draft tokens.
