@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.distributed import parallel_state
+from vllm.model_executor.layers import rotary_embedding
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
@@ -190,6 +192,23 @@ class Engine:
             self.pool.free_blocks(tables.pop("somebody else"))
 
 
+def undo_traces() -> None:
+    """Takes away what earlier engines in this process left in modules of vLLM and later ones would stumble over.
+
+    vLLM makes its groups of ranks with the first engine of a process, and the one for experts only if that engine's
+    model has experts. Later engines take the groups they find, and a model with experts fails without this one.
+
+    vLLM also keeps rotary embeddings for later models, and its ERNIE 4.5 changes one of them.
+    """
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        world = parallel_state.get_world_group()
+        backend = torch.distributed.get_backend(world.device_group)
+        parallel_state._EP = parallel_state.init_model_parallel_group(
+            [world.ranks], world.local_rank, backend, group_name="ep"
+        )
+    rotary_embedding._ROPE_DICT.clear()
+
+
 @contextmanager
 def running(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments: Any) -> Iterator[Engine]:
     """An engine for a while; without us if `full_layers` is `None`.
@@ -207,6 +226,7 @@ def running(model: Path, full_layers: tuple[int, ...] | None = (0,), **arguments
         "num_gpu_blocks_override": 800,
         "seed": 0,
     }
+    undo_traces()
     engine = Engine(model, **{**defaults, **ours, **arguments})
     engine.llm.llm_engine.engine_core._finalizer.detach()
     try:
