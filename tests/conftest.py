@@ -113,7 +113,7 @@ def tiny_model(demo_model, tmp_path_factory) -> Callable[..., Path]:
     root, written = tmp_path_factory.mktemp("tiny"), {}
 
     def model(kind: str, **changes: Any) -> Path:
-        key = (kind, *sorted(changes.items()))
+        key = (kind, repr(sorted(changes.items())))
         if key not in written:
             config = getattr(tiny, kind)(**changes)
             written[key] = tiny.write(root / f"{len(written)}-{kind}", config, demo_model)

@@ -116,14 +116,16 @@ def attend(
     scaling=None,
     sliding_window=None,
     s_aux=None,
+    softcap=None,
     first_position=None,
     images=(),
     **others,
 ):
     """Causal attention for layers with different numbers of rows; `transformers` makes one mask for all layers.
 
-    `s_aux` are learned sinks, a logit for each head. `first_position` is the position of the first query, for attention
-    within chunks of the text and in `images`, whose tokens all see each other: first and last positions.
+    `s_aux` are learned sinks, a logit for each head; `softcap` bounds logits. `first_position` is the position of the
+    first query, for attention within chunks of the text and in `images`, whose tokens all see each other: first and
+    last positions.
     """
     shape = query.shape[2], key.shape[2]
     num_before = shape[1] - shape[0]
@@ -141,15 +143,19 @@ def attend(
     if (held := _held(key)).logical_not().any():
         mask = mask & held.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
         key = key.nan_to_num()
-    if s_aux is None:
+    if s_aux is None and softcap is None:
         attended = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
         )
     else:
         keys, values = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
-        logits = (query @ keys.transpose(2, 3) * scaling).masked_fill(~mask, -torch.inf)
-        sinks = s_aux.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-        attended = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1] @ values
+        logits = query @ keys.transpose(2, 3) * scaling
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        logits = logits.masked_fill(~mask, -torch.inf)
+        sinks = torch.full_like(logits[..., :1], -torch.inf) if s_aux is None else s_aux.view(1, -1, 1, 1)
+        logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], -1)
+        attended = logits.softmax(-1)[..., :-1] @ values
     return attended.transpose(1, 2).contiguous(), None
 
 

@@ -56,6 +56,11 @@ def llama(**changes: Any) -> PretrainedConfig:
     return LlamaConfig(**{**SHAPE, **changes})
 
 
+def of_type(model_type: str, **changes: Any) -> PretrainedConfig:
+    """A model by its type in `config.json`, for families that need no more than a name and a few changes."""
+    return AutoConfig.for_model(model_type, **{**SHAPE, **changes})
+
+
 def qwen2(**changes: Any) -> PretrainedConfig:
     """Biases in the projections of queries, keys and values."""
     return Qwen2Config(**{**SHAPE, **changes})
@@ -376,6 +381,17 @@ class TokenwiseReference(HybridReference):
             cache, logits = super()._forward(cache, tokens[: end + 1], end, 1)
             rows.append(logits)
         return cache, torch.cat(rows[-num_logits:])
+
+
+class WiderReference(HybridReference):
+    """The reference for Cohere 2, whose windows are one token larger in vLLM than in `transformers`."""
+
+    def __init__(self, model: Path, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.model.config.sliding_window += 1
+        for layer in self.model.model.layers:
+            if layer.self_attn.sliding_window is not None:
+                layer.self_attn.sliding_window += 1
 
 
 class ChunkedReference(HybridReference):

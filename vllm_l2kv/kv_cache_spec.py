@@ -207,6 +207,11 @@ def classify_ranks(
     of_class = {each: _of_class(each, classified) for each in (FullLayerSpec, CompressedLayerSpec)}
     full, compressed = of_class.values()
     if not any(compressed):
+        if not any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
+            raise ValueError(
+                "No layer of this model attends to all tokens before it, so there is nothing to compress; serve it "
+                "with stock vLLM."
+            )
         raise ValueError("No full-attention layer is left to compress; name fewer layers in --kv-full-layers.")
     changes: dict[type, dict[str, Any]] = {each: {} for each in of_class}
     if any(full):
@@ -436,6 +441,26 @@ def with_own_layers(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
     own = {name for group in kv_cache_config.kv_cache_groups for name in group.layer_names}
     places = [place for place in kv_cache_config.kv_cache_tensors if own.issuperset(place.layers)]
     return replace(kv_cache_config, kv_cache_tensors=places)
+
+
+def with_borrowed_specs(kv_cache_config: KVCacheConfig, lenders: Mapping[str, str]) -> KVCacheConfig:
+    """The same plan, with specs in packed groups for layers that read another layer's cache.
+
+    vLLM adds such layers to the groups of their lenders, and fails where it then finds no spec for them.
+
+    Args:
+        kv_cache_config: vLLM's plan for this rank.
+        lenders: Names of layers without a cache of their own to those of the layers whose caches they read.
+    """
+    groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            specs = spec.kv_cache_specs
+            borrowed = {name: specs[lender] for name, lender in lenders.items() if lender in specs}
+            group = replace(group, kv_cache_spec=replace(spec, kv_cache_specs={**specs, **borrowed}))
+        groups.append(group)
+    return replace(kv_cache_config, kv_cache_groups=groups)
 
 
 def capacity_of(kv_cache_config: Any, vllm_config: Any) -> Capacity:

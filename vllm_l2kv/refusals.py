@@ -51,6 +51,9 @@ def check_supported(config: VllmConfig) -> None:
         "R-SWA models (serve them with stock vLLM)": model.rswa_window is not None,
         "models with MLA, whose cache holds no keys (serve them with stock vLLM; see docs/mla.md)": model.use_mla,
         "models with only recurrent layers (serve them with stock vLLM)": model.has_inner_state and not model.is_hybrid,
+        "prefills that leave out layers that read another layer's cache (drop --kv-sharing-fast-prefill)": (
+            cache.kv_sharing_fast_prefill
+        ),
         "ReplaySSM (drop --use-replayssm)": cache.use_replayssm,
         "prefix-cache hits inside a block of recurrent layers (drop --prefix-match-unit)": (
             model.is_hybrid and cache.prefix_match_unit is not None

@@ -4,7 +4,36 @@ import pytest
 from engine import keep, tokens_of
 from reference import Reference, check_numbers
 from rules import INTERVALS
-from tiny import SLIDING_WINDOW, ChunkedReference, HybridReference
+from tiny import SLIDING_WINDOW, ChunkedReference, HybridReference, WiderReference
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+EVERY_OTHER = {
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_hidden_layers": 6,
+    "sliding_window": SLIDING_WINDOW,
+}
+
+
+def beside(engine, make_reference, model):
+    """Returns the reference for the model of an engine.
+
+    vLLM's backend for models that it takes from `transformers` changes their classes, which then need its settings.
+    """
+    with set_current_vllm_config(engine.worker.vllm_config):
+        return make_reference(model)
+
+
+def layers_of_compressed_groups(engine) -> set[int]:
+    groups = engine.worker.kv_cache_groups()
+    return {extract_layer_index(name) for group in groups if group["compressed"] for name in group["layers"]}
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +84,39 @@ def test_an_architecture(kind, changes, tiny_model, run, check_exact):
     model = tiny_model(kind, **changes)
     with run(model) as engine:
         check_exact(engine, Reference(model))
+
+
+@pytest.mark.slow  # an engine for each
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        pytest.param("mistral", {}, id="Mistral"),
+        pytest.param("of_type", {"model_type": "ministral3", "sliding_window": None}, id="Ministral 3"),
+        pytest.param("of_type", {"model_type": "mixtral", **EXPERTS}, id="Mixtral"),
+        pytest.param(
+            "of_type", {"model_type": "qwen2_moe", "hidden_size": 128, **QWEN_EXPERTS}, id="Qwen2 with experts"
+        ),
+        pytest.param("of_type", {"model_type": "stablelm", "hidden_size": 128}, id="StableLM"),
+        pytest.param("phi3", {}, id="Phi-3"),
+        pytest.param("of_type", {"model_type": "phi"}, id="Phi-2"),
+        pytest.param("glm", {}, id="GLM"),
+        pytest.param("glm4", {}, id="GLM-4"),
+        pytest.param("of_type", {"model_type": "gemma"}, id="Gemma"),
+        pytest.param("of_type", {"model_type": "cohere"}, id="Command R"),
+        pytest.param("of_type", {"model_type": "granite"}, id="Granite 3"),
+        pytest.param("of_type", {"model_type": "nemotron"}, id="Nemotron"),
+        pytest.param("of_type", {"model_type": "olmo2"}, id="OLMo 2"),
+        pytest.param("of_type", {"model_type": "smollm3"}, id="SmolLM3"),
+        pytest.param("of_type", {"model_type": "starcoder2", "sliding_window": None}, id="StarCoder2"),
+        pytest.param("of_type", {"model_type": "ernie4_5"}, id="ERNIE 4.5"),
+        pytest.param("of_type", {"model_type": "hunyuan_v1_dense"}, id="Hunyuan"),
+        pytest.param("of_type", {"model_type": "seed_oss"}, id="Seed-OSS"),
+    ],
+)
+def test_a_family_with_full_attention_alone(kind, changes, tiny_model, run, check_exact):
+    model = tiny_model(kind, **changes)
+    with run(model) as engine:
+        check_exact(engine, beside(engine, Reference, model))
 
 
 class TestSlidingWindow:
@@ -121,6 +183,15 @@ class TestSlidingWindow:
         with pytest.raises(ValueError, match="name fewer layers in --kv-full-layers"), run(model, (2, 5)):
             pass
 
+    @pytest.mark.slow
+    def test_windows_alone_are_refused(self, tiny_model, run):
+        """As in the first Mistral."""
+        with (
+            pytest.raises(ValueError, match="nothing to compress; serve it with stock vLLM"),
+            run(tiny_model("mistral", sliding_window=SLIDING_WINDOW), (0, 1)),
+        ):
+            pass
+
     def test_one_kind_of_group_for_all_layers_is_refused(self, tiny_model, run):
         model = tiny_model("gemma3", num_blocks=2)
         with (
@@ -130,20 +201,50 @@ class TestSlidingWindow:
             pass
 
 
-@pytest.mark.slow  # two more engines
+@pytest.mark.slow  # an engine for each
 @pytest.mark.parametrize(
-    ("kind", "make_reference"),
+    ("kind", "changes", "make_reference"),
     [
-        pytest.param("gpt_oss", HybridReference, id="learned sinks beside sliding windows (gpt-oss)"),
-        pytest.param("llama4", ChunkedReference, id="chunked local attention (Llama 4)"),
+        pytest.param("gpt_oss", {}, HybridReference, id="learned sinks beside sliding windows (gpt-oss)"),
+        pytest.param("llama4", {}, ChunkedReference, id="chunked local attention (Llama 4)"),
+        pytest.param(
+            "gemma2", {**EVERY_OTHER, "tie_word_embeddings": True}, HybridReference, id="capped scores (Gemma 2)"
+        ),
+        pytest.param("of_type", {"model_type": "olmo3", **EVERY_OTHER}, HybridReference, id="OLMo 3"),
+        pytest.param("of_type", {"model_type": "exaone4", **EVERY_OTHER}, HybridReference, id="EXAONE 4"),
+        pytest.param("of_type", {"model_type": "cohere2", **EVERY_OTHER}, WiderReference, id="Command A (Cohere 2)"),
     ],
 )
-def test_full_attention_layers_compress_beside_others(kind, make_reference, tiny_model, run, check_exact, check_shared):
+def test_full_attention_layers_compress_beside_others(
+    kind, changes, make_reference, tiny_model, run, check_exact, check_shared
+):
     """Layers 1, 3, 5 have full attention, and layer 1 is a full layer."""
-    model = tiny_model(kind)
+    model = tiny_model(kind, **changes)
     with run(model, (0, 1)) as engine:
-        groups = engine.worker.kv_cache_groups()
-        assert {name.split(".")[2] for group in groups if group["compressed"] for name in group["layers"]} == {"3", "5"}
-        reference = make_reference(model)
+        assert layers_of_compressed_groups(engine) == {3, 5}
+        reference = beside(engine, make_reference, model)
         check_exact(engine, reference, (1,))
         check_shared(engine, reference, (1,))
+
+
+@pytest.mark.slow  # two engines
+@pytest.mark.parametrize(("full_layers", "compressed"), [((1,), {3, 5, 7}), ((), {1, 3, 5, 7})])
+def test_layers_that_read_the_cache_of_another(full_layers, compressed, tiny_model, run, check_exact, check_shared):
+    """Gemma 4. The last four of eight layers read the caches of layers 2 and 3, and need no compaction of their own."""
+    types = ["sliding_attention", "full_attention"] * 4
+    model = tiny_model(
+        "of_type",
+        model_type="gemma4_text",
+        num_hidden_layers=8,
+        layer_types=types,
+        sliding_window=SLIDING_WINDOW,
+        num_kv_shared_layers=4,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=49152,
+        tie_word_embeddings=False,
+    )
+    with run(model, full_layers) as engine:
+        assert layers_of_compressed_groups(engine) == compressed
+        reference = beside(engine, HybridReference, model)
+        check_exact(engine, reference, full_layers)
+        check_shared(engine, reference, full_layers)

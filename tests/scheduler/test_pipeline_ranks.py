@@ -22,6 +22,7 @@ from vllm_l2kv.kv_cache_spec import (
     group_layer_specs,
     group_spec,
     is_packed,
+    with_borrowed_specs,
     with_own_layers,
 )
 from vllm_l2kv.messages.orders import orders_of
@@ -279,3 +280,18 @@ def test_a_compaction_among_tokens_that_are_not_known_yet(make_harness, steps):
     (first, *_) = (order for step in harness.steps for order in orders_of(step))
     assert first.num_keep + first.num_evicted == 16
     assert len(harness.outputs["r"]) == 12
+
+
+def test_layers_without_a_cache_borrow_the_spec_of_the_one_they_read(config):
+    """vLLM's runners look for it; only their copy of the plan has it."""
+    (classified,) = classify_ranks(ranks_of(4), Settings((0,)))
+    (plan,) = configs_of(config, [dict(classified)], [1 << 20])
+    reader, lender = "model.layers.4.attn", "model.layers.3.attn"
+    for before, after in zip(
+        plan.kv_cache_groups, with_borrowed_specs(plan, {reader: lender}).kv_cache_groups, strict=True
+    ):
+        specs = dict(before.kv_cache_spec.kv_cache_specs)
+        assert reader not in specs
+        more = {reader: specs[lender]} if lender in specs else {}
+        assert after.kv_cache_spec.kv_cache_specs == specs | more
+        assert group_layer_specs(after) == group_layer_specs(before)

@@ -83,7 +83,11 @@ def config(**changes):
         ),
         "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         "cache_config": SimpleNamespace(
-            cache_dtype="auto", use_replayssm=False, prefix_match_unit=None, enable_prefix_caching=True
+            cache_dtype="auto",
+            use_replayssm=False,
+            prefix_match_unit=None,
+            enable_prefix_caching=True,
+            kv_sharing_fast_prefill=False,
         ),
         "load_config": SimpleNamespace(download_dir=None),
         "use_v2_model_runner": not refusals.current_platform.is_cpu(),
@@ -165,6 +169,7 @@ def test_an_ordinary_configuration_passes():
             {"model_config__is_hybrid": True, "speculative_config": drafting("ngram")},
             "speculative decoding of models with recurrent layers",
         ),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "drop --kv-sharing-fast-prefill"),
         ({"cache_config__use_replayssm": True}, "--use-replayssm"),
         ({"model_config__is_hybrid": True, "cache_config__prefix_match_unit": 16}, "--prefix-match-unit"),
         ({"model_config__get_total_num_hidden_layers": lambda: 1}, "full_layers names layer 1"),
@@ -285,6 +290,12 @@ def test_a_full_layer_that_does_not_exist():
 def test_nothing_left_to_compress():
     with pytest.raises(ValueError, match="name fewer layers"):
         classify_layers(layers(*[FullAttentionSpec(**SHAPE)] * 2), Settings((0, 1)))
+
+
+@pytest.mark.parametrize("kinds", ["SSSS", "MSMS"])
+def test_nothing_to_compress_at_all(kinds):
+    with pytest.raises(ValueError, match=r"No layer of this model attends to all tokens .*stock vLLM"):
+        classify_layers(hybrid(kinds), Settings((0, 1)))
 
 
 def test_classes_of_an_ordinary_model():

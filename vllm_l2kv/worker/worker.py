@@ -28,6 +28,7 @@ from vllm_l2kv.kv_cache_spec import (
     key_dtype,
     layer_name,
     mixed,
+    with_borrowed_specs,
     with_own_layers,
 )
 from vllm_l2kv.kv_heads import advice, classes_of, heads_of_rank
@@ -127,7 +128,9 @@ class CompactionWorker(WorkerBase):
             classes = classes_of(self.settings, extract_layer_index(name), heads)
             compressed, full = ([heads.index(head) for head in of_class] for of_class in classes)
             split_attention(self._layers, name, compressed, full, self.device)
-        super().initialize_from_config(kv_cache_config)
+        lenders = {name: getattr(layer, "kv_sharing_target_layer_name", None) for name, layer in self._layers.items()}
+        borrowing = {name: lender for name, lender in lenders.items() if lender is not None}
+        super().initialize_from_config(with_borrowed_specs(kv_cache_config, borrowing))
         layers = {
             group_id: [self._layer(name, spec) for name, spec in group_layer_specs(group).items()]
             for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
