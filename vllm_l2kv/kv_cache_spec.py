@@ -474,10 +474,11 @@ def capacity_of(kv_cache_config: Any, vllm_config: Any) -> Capacity:
     specs = [group_spec(group) for group in kv_cache_config.kv_cache_groups]
     compressed = next(spec for spec in specs if isinstance(spec, CompressedLayerSpec))
     # Those of each step under way, which the model may still reject, and those that a draft model writes ahead.
-    num_drafts = vllm_config.max_concurrent_batches * vllm_config.num_speculative_tokens
+    num_steps, num_tokens = vllm_config.max_concurrent_batches, vllm_config.scheduler_config.max_num_batched_tokens
+    num_drafts = num_steps * vllm_config.num_speculative_tokens
     return Capacity(
         num_blocks=kv_cache_config.num_blocks - 1,  # one is vLLM's null block
-        groups=tuple(group_capacity(spec, vllm_config.max_in_flight_tokens, max_model_len) for spec in specs),
+        groups=tuple(group_capacity(spec, num_steps, num_tokens, max_model_len) for spec in specs),
         max_model_len=max_model_len,
         num_drafts=num_drafts + vllm_config.num_lookahead_tokens,
         compressed_bytes=compressed.compressed_bytes,
@@ -485,24 +486,28 @@ def capacity_of(kv_cache_config: Any, vllm_config: Any) -> Capacity:
     )
 
 
-def group_capacity(spec: KVCacheSpec, max_in_flight_tokens: int, max_model_len: int) -> GroupCapacity:
+def group_capacity(spec: KVCacheSpec, num_steps: int, num_tokens: int, max_model_len: int) -> GroupCapacity:
     """What a KV-cache group needs of a request.
 
     Args:
         spec: Of one of its layers, which are of one class.
-        max_in_flight_tokens: Tokens of a request that may be under way at once.
+        num_steps: Steps under way at once.
+        num_tokens: Tokens of a request in a step.
         max_model_len: Tokens of the longest request.
     """
     max_blocks = None
     if isinstance(spec, (SlidingWindowSpec, ChunkedLocalAttentionSpec)):
-        max_blocks = spec.max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        max_blocks = spec.max_admission_blocks_per_request(num_steps * num_tokens, max_model_len)
     elif isinstance(spec, MambaSpec):
-        max_blocks = _blocks_of_states(spec)
+        max_blocks = _blocks_of_states(spec, num_steps)
     return GroupCapacity(spec.block_size, isinstance(spec, CompressedLayerSpec), max_blocks)
 
 
-def _blocks_of_states(spec: MambaSpec) -> int:
-    """Blocks that a request holds at most; where states are cached, also the one of the step before."""
+def _blocks_of_states(spec: MambaSpec, num_steps: int) -> int:
+    """Blocks that a request holds at most; where states are cached, those of all steps under way and the one before.
+
+    vLLM counts one step under way, and would preempt a request that just fits again and again.
+    """
     if spec.mamba_cache_mode == "none":
         return 1 + spec.num_speculative_blocks
-    return 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks
+    return 1 + num_steps + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks

@@ -331,9 +331,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_rows = min(num_rows + self.num_ahead, num_tokens)
             of_group = [num_rows if manager in self.compressed else num_tokens for manager in self.managers]
             blocks = [num_blocks_for(n, manager.block_size) for n, manager in zip(of_group, self.managers, strict=True)]
-            # Of windows, and of states: with a prefix cache a request also holds that of the step before.
+            # Of windows, and of states: those of all steps under way, and the one before.
             caps = [
-                2 if isinstance(manager, RecurrentLayerManager) else manager.max_admission_blocks_per_request
+                1 + self.scheduler.vllm_config.max_concurrent_batches
+                if isinstance(manager, RecurrentLayerManager)
+                else manager.max_admission_blocks_per_request
                 for manager in self.managers
             ]
             return sum(min(n, cap or n) for n, cap in zip(blocks, caps, strict=True)) <= self.num_blocks
@@ -430,10 +432,10 @@ def passed(spec, num_tokens: int) -> int:
     return num_tokens - num_tokens % spec.attention_chunk_size
 
 
-class WindowMachine(SchedulerMachine):
-    """In a model some of whose layers attend to the end of a context only.
+class TailMachine(SchedulerMachine):
+    """In a model some of whose layers hold the end of a context only.
 
-    vLLM sizes windows by the steps in flight, and of the runner that it plans for no more than two are.
+    Windows and states are sized by the steps in flight, and of the runner that vLLM plans for no more than two are.
     """
 
     steps = STEPS[:3]
@@ -516,7 +518,7 @@ WINDOWS = {
 def test_rows_in_windows(make_harness, model, profile, patched):
     seen: Counter[str] = Counter()
     enough = Counter({"published": 10, "hits": 4, "copied tails": 4})
-    run(lambda: WindowMachine(make_harness, seen, **WINDOWS[model]), seen, profile, 40, enough)
+    run(lambda: TailMachine(make_harness, seen, **WINDOWS[model]), seen, profile, 40, enough)
 
 
 STATES = {
@@ -531,7 +533,7 @@ STATES = {
 def test_states(make_harness, model, profile, patched):
     seen: Counter[str] = Counter()
     enough = Counter({"published": 10, "hits": 1, "copied tails": 4})
-    run(lambda: SchedulerMachine(make_harness, seen, **STATES[model]), seen, profile, 40, enough)
+    run(lambda: TailMachine(make_harness, seen, **STATES[model]), seen, profile, 40, enough)
 
 
 @pytest.mark.parametrize("profile", profiles)

@@ -239,14 +239,14 @@ class Cache:
 
     @cached_property
     def _computing(self) -> Capacity:
-        return self._capacity(self.batch_tokens * self.num_steps)
+        return self._capacity(self.num_steps, self.batch_tokens)
 
     @cached_property
     def _answering(self) -> Capacity:
-        return self._capacity(max_in_flight_tokens=1)
+        return self._capacity(num_steps=1, num_tokens=1)
 
-    def _capacity(self, max_in_flight_tokens: int) -> Capacity:
-        groups = tuple(group_capacity(group.spec, max_in_flight_tokens, MAX_TOKENS) for group in self.groups)
+    def _capacity(self, num_steps: int, num_tokens: int) -> Capacity:
+        groups = tuple(group_capacity(group.spec, num_steps, num_tokens, MAX_TOKENS) for group in self.groups)
         compressed, full = (
             token_bytes(group.specs for group in self.groups if group.kind == kind) for kind in ("compressed", "full")
         )
@@ -259,7 +259,7 @@ def _num_held(group: Group, num_tokens: int, num_rows: int, num_ended: int) -> i
         size: int = group.spec.block_size
         num_passed: int = max(0, num_ended - group.spec.sliding_window + 1)
         return num_blocks_for(num_tokens, size) - num_passed // size
-    return group_capacity(group.spec, 1, MAX_TOKENS).num_blocks(num_tokens, num_rows)
+    return group_capacity(group.spec, 1, 1, MAX_TOKENS).num_blocks(num_tokens, num_rows)
 
 
 def _num_findable(group: Group, document: Document) -> int:
