@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from reference import Reference
 from safetensors.torch import load_file, save_file
-from tiny import SHAPE, SLIDING_WINDOW
+from tiny import SHAPE, SLIDING_WINDOW, llama4
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, PretrainedConfig
 
 # More embeddings than words in the demo model's tokenizer.
@@ -26,6 +26,28 @@ QWEN_WORDS = {
     "vision_end_token": "<|vision_end|>",
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
+}
+PIXTRAL_WORDS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
+LLAMA_WORDS = {
+    "image_token": "<|image|>",
+    "patch_token": "<|patch|>",
+    "start_of_image_token": "<|image_start|>",
+    "end_of_image_token": "<|image_end|>",
+    "tile_x_separator_token": "<|tile_x_separator|>",
+    "tile_y_separator_token": "<|tile_y_separator|>",
+}
+IDEFICS_WORDS = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "end_of_utterance_token": "<end_of_utterance>",
+    "global_image_token": "<global-img>",
+    **{f"row_{row}_col_{column}": f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3)},
+}
+INTERN_WORDS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
 }
 GEMMA_WORDS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 
@@ -37,13 +59,11 @@ class Family(NamedTuple):
         make: Makes configuration and processor, with the words of a tokenizer's folder and a few more.
         image: Placeholder of an image in a prompt.
         num_tokens: Returns the number of tokens of an image, by height and width in pixels.
-        ends: Number of tokens around an image.
     """
 
     make: Callable[[Path], tuple[PretrainedConfig, Any]]
     image: str
     num_tokens: Callable[[int, int], int]
-    ends: int
 
 
 def tokenizer_of(folder: Path, **words: str) -> Any:
@@ -161,12 +181,129 @@ def llava(folder: Path) -> tuple[PretrainedConfig, Any]:
     return config, transformers.LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="full")
 
 
+def pixtral_vision() -> PretrainedConfig:
+    return transformers.PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        head_dim=32,
+        image_size=112,
+        patch_size=14,
+    )
+
+
+def pixtral(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """Mistral after a vision tower: one token per 14 x 14 pixels of an image of at most 112, and one after each row."""
+    tokenizer = tokenizer_of(folder, **PIXTRAL_WORDS)
+    config = transformers.LlavaConfig(
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+        vision_config=pixtral_vision(),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    images = transformers.PixtralImageProcessor(size={"longest_edge": 112}, patch_size=14)
+    return config, transformers.PixtralProcessor(images, tokenizer, patch_size=14)
+
+
+def mistral3(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """The same, with one token for 2 x 2 of Pixtral's."""
+    tokenizer = tokenizer_of(folder, **PIXTRAL_WORDS)
+    config = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+        vision_config=pixtral_vision(),
+        image_token_index=tokenizer.image_token_id,
+        tie_word_embeddings=True,
+    )
+    images = transformers.PixtralImageProcessor(size={"longest_edge": 112}, patch_size=14)
+    return config, transformers.PixtralProcessor(images, tokenizer, patch_size=14, spatial_merge_size=2)
+
+
+def llama4_vision(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """Every tile of 56 x 56 pixels takes 4 tokens; an image has up to 4 tiles, and one more of the whole."""
+    tokenizer = tokenizer_of(folder, **LLAMA_WORDS)
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 256,  # of 2 x 2 patches, which a projector joins
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "vision_output_dim": 32,
+    }
+    config = transformers.Llama4Config(
+        text_config=llama4(vocab_size=TEXT["vocab_size"], hidden_size=TEXT["hidden_size"]),
+        vision_config=transformers.Llama4VisionConfig(**vision),
+        image_token_index=tokenizer.patch_token_id,
+        boi_token_index=tokenizer.start_of_image_token_id,
+        eoi_token_index=tokenizer.end_of_image_token_id,
+        tie_word_embeddings=False,
+    )
+    images = transformers.Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4)
+    return config, transformers.Llama4Processor(images, tokenizer, patch_size=14, chat_template=None)
+
+
+def internvl(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """Qwen2 after a vision tower: every tile of 112 x 112 pixels takes 4 tokens, and so does the whole image."""
+    tokenizer = tokenizer_of(folder, **INTERN_WORDS)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "image_size": (112, 112),
+        "patch_size": (28, 28),
+    }
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen2Config(**TEXT),
+        vision_config=transformers.InternVLVisionConfig(**vision),
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+        tie_word_embeddings=True,
+    )
+    images = transformers.GotOcr2ImageProcessor(size={"height": 112, "width": 112})
+    videos = transformers.InternVLVideoProcessor(size={"height": 112, "width": 112})
+    return config, transformers.InternVLProcessor(images, tokenizer, videos, image_seq_length=4)
+
+
+def idefics3(folder: Path) -> tuple[PretrainedConfig, Any]:
+    """Llama after a vision tower: every tile of 56 x 56 pixels takes 4 tokens, and so does the whole image."""
+    tokenizer = tokenizer_of(folder, **IDEFICS_WORDS)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    config = transformers.Idefics3Config(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=vision,
+        image_token_id=tokenizer.image_token_id,
+        pad_token_id=TEXT["pad_token_id"],
+        tie_word_embeddings=True,
+    )
+    sizes = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+    images = transformers.Idefics3ImageProcessor(**sizes)
+    return config, transformers.Idefics3Processor(images, tokenizer, image_seq_len=4)
+
+
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 FAMILIES = {
-    "qwen2.5-vl": Family(qwen2_5_vl, QWEN_IMAGE, lambda height, width: height * width // 28**2, ends=2),
-    "qwen3-vl": Family(qwen3_vl, QWEN_IMAGE, lambda height, width: round(height / 32) * round(width / 32), ends=2),
-    "gemma3": Family(gemma3, "<start_of_image>", lambda _height, _width: 16, ends=4),
-    "llava": Family(llava, "<image>", lambda _height, _width: 16, ends=0),
+    "qwen2.5-vl": Family(qwen2_5_vl, QWEN_IMAGE, lambda height, width: height * width // 28**2),
+    "qwen3-vl": Family(qwen3_vl, QWEN_IMAGE, lambda height, width: round(height / 32) * round(width / 32)),
+    "gemma3": Family(gemma3, "<start_of_image>", lambda _height, _width: 16),
+    "llava": Family(llava, "<image>", lambda _height, _width: 16),
+    "pixtral": Family(pixtral, "[IMG]", lambda height, width: 8 * 8 * width // height),
+    "mistral3": Family(mistral3, "[IMG]", lambda height, width: 4 * 4 * width // height),
+    "llama4": Family(llama4_vision, "<|image|>", lambda height, width: 4 * 3),
+    "idefics3": Family(idefics3, "<image>", lambda height, width: 4 * 3),
+    "internvl": Family(internvl, "<IMG_CONTEXT>", lambda _height, _width: 3 * 4),
 }
 
 
@@ -194,12 +331,14 @@ def write(folder: Path, family: str, tokenizer: Path, chat_template: str | None 
             elif "visual" in name or "vision" in name or "projector" in name:
                 parameter.normal_(0, 0.2)
     model.save_pretrained(folder)
-    # As in the files of real models, since vLLM needs these names of the vision tower's weights.
-    weights = load_file(folder / "model.safetensors")
-    named = {
-        re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): weights[name] for name in weights
-    }
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    if config.vision_config.model_type == "siglip_vision_model":
+        # As in the files of real models, since vLLM needs these names of the vision tower's weights.
+        weights = load_file(folder / "model.safetensors")
+        named = {
+            re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): weights[name]
+            for name in weights
+        }
+        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     processor.chat_template = chat_template
     processor.save_pretrained(folder)
     return folder
@@ -235,16 +374,20 @@ class VisionReference(Reference):
         super().__init__(folder, **options)
         self.is_causal = is_causal
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.new_cache = lambda: DynamicCache(config=self.model.config.get_text_config())
+        decoder, text = self.model.get_decoder(), self.model.config.get_text_config()
+        self.decoder = getattr(decoder, "model", decoder)  # Llama 4's has its output layer
+        self.has_chunks = "chunked_attention" in (getattr(text, "layer_types", None) or ())
+        self.new_cache = lambda: DynamicCache(config=text)
 
     @torch.inference_mode()
     def see(self, text: str, images: Sequence[Image.Image]) -> list[int]:
         """Embeds the prompt for the next calls as the model does, and returns its tokens."""
         self._begun.clear()
-        inputs = self.processor(images=list(images), text=text, return_tensors="pt").to(self.device)
+        inputs = self.processor(images=list(images), text=text, return_tensors="pt").to(self.device, self.model.dtype)
         seen: dict[str, Any] = {}
-        language = self.model.model.language_model
-        hook = language.register_forward_pre_hook(lambda _module, _args, given: seen.update(given), with_kwargs=True)
+        hook = self.decoder.register_forward_pre_hook(
+            lambda _module, _args, given: seen.update(given), with_kwargs=True
+        )
         self.model(**inputs)
         hook.remove()
         self._embeddings, self._positions = seen["inputs_embeds"], seen["position_ids"]
@@ -263,15 +406,15 @@ class VisionReference(Reference):
         after = self._positions.max() + 1 + torch.arange(first - n, first - n + answered.shape[1], device=self.device)
         positions = self._positions[..., position : len(tokens)]
         positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
-        hidden = self.model.model.language_model(
+        hidden = self.decoder(
             inputs_embeds=torch.cat([self._embeddings[:, position : len(tokens)], embeddings], 1),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            **({"images": self.ranges, "first_position": position} if self.ranges else {}),
+            **({"images": self.ranges, "first_position": position} if self.ranges or self.has_chunks else {}),
             **self._deep_features(position, len(tokens)),
         ).last_hidden_state
-        return cache, self.model.lm_head(hidden[0, -num_logits:]).float()
+        return cache, self.model.get_output_embeddings()(hidden[0, -num_logits:]).float()
 
     def _deep_features(self, begin: int, end: int) -> dict[str, Any]:
         """Returns the features that the first layers add to the tokens from `begin` to `end`."""

@@ -1,8 +1,9 @@
 """Images are tokens of a prompt: their rows are kept, evicted and protected like those of text.
 
 Tiny models with random weights: Qwen2.5-VL, whose positions in an image have three dimensions; Qwen3-VL, whose first
-layers add features of images; Gemma 3, with sliding windows; LLaVA. Their greedy answers equal those of Hugging Face's
-models on the same embeddings and positions.
+layers add features of images; Gemma 3, with sliding windows; Llama 4, with chunks; LLaVA, Pixtral, Mistral 3, Idefics 3
+and InternVL, with full attention alone. Their greedy answers equal those of Hugging Face's models on the same
+embeddings and positions.
 """
 
 import copy
