@@ -19,7 +19,8 @@ DRAFTERS = {
     "GPUs": ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "mtp"),
 }
 """Methods of speculative decoding that are tested with compaction, by device."""
-CONNECTORS: dict[str, tuple[str, ...]] = {"CPUs": (), "GPUs": ("SimpleCPUOffloadConnector",)}
+OFFLOADING, TRANSFERRING = "SimpleCPUOffloadConnector", "NixlConnector"
+CONNECTORS = {"CPUs": (TRANSFERRING,), "GPUs": (OFFLOADING,)}
 """KV connectors that are tested with compaction, by device."""
 
 
@@ -90,14 +91,19 @@ def check_connector(config: VllmConfig) -> None:
     extra = transfer.kv_connector_extra_config
     devices = _devices()
     taken = CONNECTORS[devices]
+    offloads = transfer.kv_connector == OFFLOADING
+    instead = [name for name in taken if name == OFFLOADING]  # most users of other connectors want to offload
     refusals = {
         f"the KV connector {transfer.kv_connector} on {devices} (drop --kv-transfer-config and --kv-offloading-size"
-        f"{_or_set('kv_connector', taken)})": transfer.kv_connector not in taken,
+        f"{_or_set('kv_connector', instead)})": transfer.kv_connector not in taken,
         "CPU offloading without a prefix cache (drop --no-enable-prefix-caching, or --kv-transfer-config)": (
-            not cache.enable_prefix_caching
+            offloads and not cache.enable_prefix_caching
         ),
         'eager CPU offloading (add "lazy_offload": true to kv_connector_extra_config)': (
-            not extra.get("lazy_offload", False)
+            offloads and not extra.get("lazy_offload", False)
+        ),
+        'rows that the prefilling engine loads back (drop "bidirectional_kv_xfer")': bool(
+            extra.get("bidirectional_kv_xfer")
         ),
         "KV connectors with pipeline parallelism (drop --kv-transfer-config)": (
             config.parallel_config.pipeline_parallel_size > 1

@@ -1,7 +1,7 @@
 """Whole prompts loaded by a KV connector, as in the decoding engine of a prefill/decode pair.
 
 vLLM's `DecodeBenchConnector` has all of a prompt but its last token. Engines refuse it; these tests use the scheduler
-alone.
+alone. `tests/compat/test_prefill_decode_pair.py` has a pair of servers.
 """
 
 import pytest
@@ -11,11 +11,14 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from vllm_l2kv import refusals
 from vllm_l2kv.messages.orders import orders_of
+from vllm_l2kv.messages.usage import KeptWhole
 from vllm_l2kv.scheduler.integrity import check_nothing_left
+from vllm_l2kv.scheduler.transfers import DIVISION, Transfers
 
 PROMPT = [*DOCUMENT, *range(700, 800)]
 RATIO = {"kv_keep_ratio": 0.5, "kv_protect_first": 0, "kv_protect_last": 0}
 BUDGET = {"kv_max_tokens": 64, "kv_protect_first": 0, "kv_protect_last": 0}
+DECODED_ELSEWHERE = {"kv_transfer_params": {"do_remote_decode": True}}
 
 
 @pytest.fixture(params=[False, True], ids=["in the step", "in the background"])
@@ -78,3 +81,56 @@ def test_a_prompt_that_is_compacted_inside_is_computed_here(harness, asked):
     assert begin_of(harness, asked) == 0
     assert harness.usage["asks"]["evicted_tokens"] > 0
     check_nothing_left(harness.scheduler)
+
+
+class TestPair:
+    """The connector in `Transfers`, as `NixlConnector` is."""
+
+    @pytest.fixture
+    def pair(self, harness):
+        scheduler = harness.scheduler
+        about = scheduler.connector.connector, scheduler._external_bound, scheduler.kv_cache_config
+        scheduler.connector = Transfers(*about)
+        return harness
+
+    @pytest.mark.parametrize("asked", [RATIO, BUDGET, fields()], ids=["ratio", "budget", "document"])
+    def test_the_prefilling_engine_keeps_a_prompt_whole(self, pair, asked):
+        """Else it would send the rows that are left as if they were all."""
+        pair.submit("asks", PROMPT, {**asked, **DECODED_ELSEWHERE}, 4)
+        pair.run()
+        assert not any(orders_of(step) for step in pair.steps)
+        assert pair.usage["asks"]["evicted_tokens"] == 0
+        assert pair.usage["asks"]["reason"] == KeptWhole.DECODED_ELSEWHERE
+
+    def test_an_engine_without_a_connector_compacts(self, make_harness):
+        harness = make_harness(100)
+        harness.submit("asks", PROMPT, {**RATIO, **DECODED_ELSEWHERE}, 4)
+        harness.run()
+        assert harness.usage["asks"]["evicted_tokens"] == 100
+
+    @pytest.mark.parametrize(("division", "begin"), [("its own", len(PROMPT) - 1), ("another", 0), (None, 0)])
+    def test_blocks_of_another_division_are_not_loaded(self, pair, division, begin, caplog):
+        """Without one the prefilling engine has no vllm-l2kv."""
+        sent = {"do_remote_prefill": True}
+        if division is not None:
+            sent[DIVISION] = pair.scheduler.connector._division if division == "its own" else division
+        assert begin_of(pair, {**RATIO, "kv_transfer_params": sent}) == begin
+        assert pair.usage["asks"]["evicted_tokens"] == 100
+        assert ("Request asks computes its prompt itself" in caplog.text) == (begin == 0)
+
+    def test_the_division_goes_along(self, pair, monkeypatch):
+        connector = pair.scheduler.connector
+        for said in ((True, {"do_remote_prefill": True}), (False, None)):
+            monkeypatch.setattr(connector.connector, "request_finished_all_groups", lambda *_, said=said: said)
+            waits, params = connector.request_finished_all_groups(None, ())
+            assert waits == said[0]
+            assert params == (said[1] and {**said[1], DIVISION: connector._division})
+
+    def test_other_full_layers_are_another_division(self, make_harness, monkeypatch):
+        monkeypatch.setattr(refusals, "check_connector", lambda config: None)
+        divisions = [
+            Transfers(None, lambda _: 0, make_harness(100, full).scheduler.kv_cache_config)._division
+            for full in ((0,), (1,), (), (0,))
+        ]
+        assert len(set(divisions)) == 3
+        assert divisions[0] == divisions[-1]

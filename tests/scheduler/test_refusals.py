@@ -206,6 +206,21 @@ def test_offloading_to_cpu_memory(monkeypatch, changes, setting):
         check_supported(about)
 
 
+@pytest.mark.parametrize(
+    ("on_cpu", "extra", "setting"),
+    [
+        (True, {}, None),
+        (False, {}, "the KV connector NixlConnector on GPUs"),
+        (True, {"bidirectional_kv_xfer": True}, '"bidirectional_kv_xfer"'),
+    ],
+)
+def test_prefill_decode_pairs(monkeypatch, on_cpu, extra, setting):
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: on_cpu)
+    about = config(kv_transfer_config=transfer("NixlConnector", **extra), use_v2_model_runner=not on_cpu)
+    with pytest.raises(ValueError, match=setting) if setting else nullcontext():
+        check_supported(about)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 6, 12])
 def test_heads_are_dealt_out_or_replicated(num_ranks):
     check_supported(config(parallel_config__tensor_parallel_size=num_ranks))

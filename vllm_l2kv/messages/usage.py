@@ -30,6 +30,7 @@ class KeptWhole(StrEnum):
     WHOLE_DOCUMENT = (
         "kv_keep_ratio is 1, which keeps the whole document of kv_prefix_tokens; lower it to evict some of it."
     )
+    DECODED_ELSEWHERE = "Another engine decodes the answer, and compresses there."
     SESSION = "Streaming input is not compressed; give the whole prompt at once."
 
 

@@ -23,7 +23,7 @@ from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, attach_usage, why_whole
 from vllm_l2kv.params import Asked, check_session
 from vllm_l2kv.policy import Compaction, CompactionPoints
-from vllm_l2kv.refusals import check_images, check_seed, check_supported, reads_images_as_a_whole
+from vllm_l2kv.refusals import TRANSFERRING, check_images, check_seed, check_supported, reads_images_as_a_whole
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
     LayerManager,
@@ -43,6 +43,7 @@ from vllm_l2kv.scheduler.room import Room
 from vllm_l2kv.scheduler.shared_prefixes import Prefix, SharedPrefixes
 from vllm_l2kv.scheduler.stats_counter import StatsCounter
 from vllm_l2kv.scheduler.superseded_blocks import SupersededBlocks
+from vllm_l2kv.scheduler.transfers import Transfers, is_decoded_elsewhere
 from vllm_l2kv.settings import Settings
 
 logger = logger_of(__name__)
@@ -107,6 +108,8 @@ class L2KVScheduler(AsyncScheduler):
                 "vllm-l2kv does not support KV connectors with models that have sliding windows, chunks or recurrent "
                 "layers beside full attention (drop --kv-transfer-config)."
             )
+        if self.vllm_config.kv_transfer_config.kv_connector == TRANSFERRING:
+            return Transfers(connector, self._external_bound, self.kv_cache_config)
         if not isinstance(connector, SimpleCPUOffloadConnector):
             return ExternalHits(connector, self._external_bound)
         self._cpu_memory = CPUMemory(connector, self._external_bound, self._shared, self.kv_cache_manager.block_pool)
@@ -607,6 +610,9 @@ class L2KVScheduler(AsyncScheduler):
         """
         num_prompt_tokens, params = request.num_prompt_tokens, asked.params
         points = CompactionPoints.of(num_prompt_tokens, params, self.settings.intervals, self._whole_images(request))
+        reason = why_whole(num_prompt_tokens, params)
+        if isinstance(self.connector, Transfers) and is_decoded_elsewhere(request):
+            points, reason = None, KeptWhole.DECODED_ELSEWHERE if params.compresses else None
         if points is not None:
             sampling = request.sampling_params
             check_seed(sampling.seed if sampling and sampling.temperature > 0 else None, points)
@@ -616,7 +622,6 @@ class L2KVScheduler(AsyncScheduler):
         request.max_tokens = max_tokens
         if not asked.reports and not is_bounded:
             return None
-        reason = why_whole(num_prompt_tokens, params)
         state = RequestState(request, self._capacity, points, reason, max_tokens if is_bounded else None)
         if points is not None:
             state.prefixes = self._shared.of(request, points)
