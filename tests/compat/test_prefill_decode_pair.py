@@ -21,11 +21,12 @@ RATIO, BUDGET = {"kv_keep_ratio": 0.5}, {"kv_max_tokens": 150}
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Iterator[tuple[Server, Server]]:
-    """The prefilling and the decoding server; each has a port for handshakes, which vLLM reads from its environment."""
+    """The prefilling and the decoding server; each has a port for handshakes, and a core, since their workers poll."""
     folder, environment = tmp_path_factory.mktemp("pair"), pytest.MonkeyPatch()
     servers = []
-    for name in ("prefill", "decode"):
+    for core, name in enumerate(("prefill", "decode")):
         environment.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(free_port()))
+        environment.setenv("VLLM_CPU_OMP_THREADS_BIND", str(core))
         servers.append(Server(folder / f"{name}.log", "--kv-transfer-config", json.dumps(CONNECTOR), *WORDS))
     environment.undo()
     with servers[0] as prefilling, servers[1] as decoding:
@@ -34,7 +35,7 @@ def pair(tmp_path_factory) -> Iterator[tuple[Server, Server]]:
 
 def complete(server: Server, prompt: list[int], num_tokens: int, **fields) -> dict:
     body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, **fields}
-    response = httpx.post(f"{server.url}/v1/completions", json={**body, "return_token_ids": True}, timeout=120)
+    response = httpx.post(f"{server.url}/v1/completions", json={**body, "return_token_ids": True}, timeout=300)
     assert response.status_code == 200, response.text
     return response.json()
 
