@@ -296,7 +296,11 @@ class Reference:
                     keys, values = keys.clone(), values.clone()
                     keys[:, heads], values[:, heads] = torch.nan, 0
                     keys[:, heads, -num_keep:], values[:, heads, -num_keep:] = of_heads
-            compacted.update(keys, values, index)
+            if hasattr(layer, "conv_states"):  # a layer with a state beside its rows
+                layer.keys, layer.values = keys, values
+                compacted.layers[index] = layer
+            else:
+                compacted.update(keys, values, index)
         return compacted
 
     def _kept(

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
@@ -187,6 +188,18 @@ def nemotron_h(**changes: Any) -> PretrainedConfig:
         "conv_kernel": 4,
     }
     return NemotronHConfig(**{**SHAPE, **hybrid, **changes})
+
+
+def falcon_h1(**changes: Any) -> PretrainedConfig:
+    """Mamba 2 and attention side by side in each layer."""
+    hybrid = {
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 32,
+    }
+    return FalconH1Config(**{**SHAPE, **hybrid, **changes})
 
 
 def granite_hybrid(**changes: Any) -> PretrainedConfig:

@@ -145,6 +145,7 @@ class TestShortConvolution:
         pytest.param("granite_hybrid", (3, 5), (3, 5), {}, id="Granite 4, two full"),
         pytest.param("granite_hybrid", (0, 1), (1,), {5: (0,)}, id="Granite 4, a full layer and a full head"),
         pytest.param("lfm2", (), (), {}, id="LFM2, nothing full"),
+        pytest.param("falcon_h1", (0,), (0,), {}, id="Falcon-H1"),
     ],
 )
 def test_an_architecture(kind, named, full_layers, full_heads, tiny_model, run, check_exact):
