@@ -238,12 +238,15 @@ def documents_of(result: dict[str, Any]) -> list[tuple[int, int, int | None]]:
 
 
 def test_documents_are_held_compressed_and_computed_whole(plan, llama_8b):
-    """Blocks have 16 and 240 tokens. Computing a document takes 2,000 of 8,593 blocks; its blocks of 240 are full."""
+    """Blocks have 16 and 240 tokens. A document takes 2,000 of 8,593 blocks; it fills them, so a question takes more.
+
+    After a compaction these are blocks that it has released.
+    """
     result = plan(llama_8b, kv_cache_gib=16, ratio="0.5,0.25", document_tokens=30_000)
     assert engine_of(result, "vllm-l2kv")["num_blocks"] == 8594
-    room = 8593 - 2000 - 1
+    room = 8593 - 2000
     assert documents_of(result) == [
-        (30_000, 2000, 1 + (room - 1) // 2000),
+        (30_000, 2000, 1 + (room - 2) // 2000),
         (15_000, 938 + 125, 1 + room // (938 + 125)),
         (7_500, 469 + 125, 1 + room // (469 + 125)),
     ]
@@ -257,8 +260,8 @@ def test_with_a_budget_a_document_is_never_whole(plan, llama_8b):
     usable = engine_of(result, "vllm-l2kv")["num_blocks"] - 1
     assert whole == 0
     assert (rows, blocks) == (4000, 250 + 417)
-    # At its end it holds 5,000 rows, and the kept ones fill their blocks.
-    assert documents == 1 + (usable - (313 + 417) - 1) // (250 + 417)
+    # At its end it holds 5,000 rows.
+    assert documents == 1 + (usable - (313 + 417)) // (250 + 417)
 
 
 def test_documents_beside_windows(capsys, plan, tmp_path):
@@ -275,9 +278,9 @@ def test_documents_beside_windows(capsys, plan, tmp_path):
     computed = 1536 + 5 * (1536 - (8192 - 511) // 16)
     assert half == (15_001, 938 + windows, 1 + (usable - computed) // (938 + windows))
     assert quarter == (7501, 469 + windows, 1 + (usable - computed) // (469 + windows))
-    # Most before the second compaction, at 8,096 tokens. What the first one released is not reused.
-    computed = 2 * 378 + 5 * 506
-    assert budget == (4000, 250 + windows, 1 + (usable - computed - 1) // (250 + windows))
+    # Most before the second compaction, at 8,096 tokens. What the first one released is reused.
+    computed = 378 + 5 * 506
+    assert budget == (4000, 250 + windows, 1 + (usable - computed) // (250 + windows))
     assert whole is row_of(result, "stock", 1)["documents"] is None
     cli.plan([str(tmp_path), "--context=8000", "--output=1000", "--kv-cache-gib=2", "--document-tokens=30001"])
     assert "what prompts\nfind of these depends on the text after them." in capsys.readouterr().out

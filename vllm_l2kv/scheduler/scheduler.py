@@ -244,11 +244,7 @@ class L2KVScheduler(AsyncScheduler):
             if self._cpu_memory is not None:
                 self._cpu_memory.choose(request.request_id, None)
             hit = self._find_compacted(state, state.points) or self._find_in_cpu_memory(state, state.points)
-        blocks, num_tokens, *others = hit or self._find_whole(request, *args, **kwargs)
-        if self._superseded:
-            num_coming = request.num_tokens - num_tokens
-            self._superseded.reuse_first(self._capacity.num_held(num_coming, num_coming))
-        return blocks, num_tokens, *others
+        return hit or self._find_whole(request, *args, **kwargs)
 
     def _find_compacted(self, state: RequestState, points: CompactionPoints) -> Any:
         """A request's hit on compacted rows, in vLLM's form; `None` if there is none, or a longer one in CPU memory."""

@@ -13,7 +13,7 @@ class SupersededBlocks:
     blocks of a document are many times its compacted ones, and as young, so they would drive other documents out.
 
     Args:
-        pool: vLLM's.
+        pool: vLLM's. It asks here whenever it gives blocks away.
         is_offloading: Whether a KV connector stores blocks that are about to be reused. These are not worth it.
     """
 
@@ -22,10 +22,14 @@ class SupersededBlocks:
         self._is_offloading = is_offloading
         # To the hash under which it was findable; the first is reused first. Several requests may free the same.
         self._hashes: dict[int, BlockHashWithGroupId] = {}
+        self._get_new_blocks = pool.get_new_blocks
+        pool.get_new_blocks = self.get_new_blocks
 
-    def __bool__(self) -> bool:
-        """Whether there may be some."""
-        return bool(self._hashes)
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """Same contract as the pool's."""
+        if self._hashes:
+            self.reuse_first(num_blocks)
+        return self._get_new_blocks(num_blocks)
 
     def free(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Returns blocks to the pool. While it has enough blocks that no prompt can find, they are like any others.
@@ -39,7 +43,7 @@ class SupersededBlocks:
 
     def reuse_first(self, num_blocks: int) -> None:
         """Puts them before all other findable blocks, if one of the next `num_blocks` that are reused is findable."""
-        if not self or not self.would_evict(num_blocks):
+        if not self.would_evict(num_blocks):
             return
         # Meanwhile some may have been reused, or found and held.
         blocks = ((self._pool.blocks[block_id], block_hash) for block_id, block_hash in self._hashes.items())

@@ -108,16 +108,26 @@ class Document:
     intervals: Intervals
 
     @property
-    def compactions(self) -> list[Compaction]:
-        """The compactions up to the end of the document, of a request with one token after it."""
+    def points(self) -> CompactionPoints:
+        """The compactions of a request with one token after the document."""
         params = replace(self.params, prefix_tokens=self.num_tokens)
-        return CompactionPoints(self.num_tokens + 1, params, self.intervals).in_prompt()
+        return CompactionPoints(self.num_tokens + 1, params, self.intervals)
+
+    @cached_property
+    def compactions(self) -> list[Compaction]:
+        """Those up to the end of the document."""
+        return self.points.in_prompt()
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Where each part of that request ends, before a compaction or with its last token, and the rows held there."""
+        before = [(compaction.position, compaction.num_rows) for compaction in self.compactions]
+        return [*before, (self.num_tokens + 1, self.num_keep + 1)]
 
     @property
     def num_keep(self) -> int:
         """Rows of the document after its compactions."""
-        compactions = self.compactions
-        return compactions[-1].num_keep if compactions else self.num_tokens
+        return self.compactions[-1].num_keep if self.compactions else self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -191,19 +201,12 @@ class Cache:
             documents in models with sliding windows: vLLM caches the window at the end of a prompt, so what others find
             depends on the text after the document.
         """
-        kinds, compactions = {group.kind for group in self.groups}, document.compactions
-        if "recurrent" in kinds or ("sliding" in kinds and not compactions):
+        kinds, num_tokens = {group.kind for group in self.groups}, document.num_tokens + 1
+        if "recurrent" in kinds or ("sliding" in kinds and not document.compactions):
             return None
-        parts = [(compaction.position, compaction.num_rows) for compaction in compactions]
-        first, *others = parts or [(document.num_tokens, document.num_tokens)]
-        if max(self._computing.num_held(*part) for part in (first, *others)) > self.num_usable:
+        if self._computing.num_held(num_tokens, document.points.max_rows(num_tokens)) > self.num_usable:
             return 0
-        # What the first compaction releases is findable by its tokens until the next request begins.
-        computed = self._computed([first, *((num_tokens, first[1] + num_rows) for num_tokens, num_rows in others)])
-        # At least one token follows the document, in its last block if there is room.
-        rows = (document.num_keep if group.kind == "compressed" else document.num_tokens for group in self.groups)
-        asked: int = sum(held % group.spec.block_size == 0 for held, group in zip(rows, self.groups, strict=True))
-        return 1 + max(0, self.num_usable - computed - asked) // self.document_blocks(document)
+        return 1 + max(0, self.num_usable - self._computed(document)) // self.document_blocks(document)
 
     def longest(self, params: CompressionParams, intervals: Intervals) -> int | None:
         """The largest `--max-model-len` with which an engine with these defaults starts.
@@ -221,18 +224,18 @@ class Cache:
         fitting = bisect_right(range(1, MAX_TOKENS), self.num_usable, key=num_blocks)
         return fitting if fitting < MAX_TOKENS - 1 else None
 
-    def _computed(self, parts: Sequence[tuple[int, int]]) -> int:
-        """Most blocks that a document takes while it is computed alone, in batches that end at its compactions.
+    def _computed(self, document: Document) -> int:
+        """Most blocks that a document takes while it is computed alone, and one token after it.
 
-        Args:
-            parts: Tokens computed, and rows of compressed layers, before each compaction.
+        What a compaction releases is reused before blocks of other documents.
         """
         ends, most = [0] * self.num_steps, 0
-        for num_tokens, num_rows in parts:
-            for end in (*range(ends[-1] + self.batch_tokens, num_tokens, self.batch_tokens), num_tokens):
+        for part_end, num_rows in document.parts:
+            while ends[-1] < part_end:
+                end = min(ends[-1] + self.batch_tokens, part_end)
                 # Rows that a window has passed are freed when their step has ended.
                 ended = ends[-self.num_steps]
-                held = (_num_held(group, end, end - num_tokens + num_rows, ended) for group in self.groups)
+                held = (_num_held(group, end, end - part_end + num_rows, ended) for group in self.groups)
                 most = max(most, sum(held))
                 ends.append(end)
         return most
