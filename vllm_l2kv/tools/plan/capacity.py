@@ -196,13 +196,13 @@ class Cache:
         The last one needs the most room while it is computed: it is whole until its compaction, which is in place.
 
         Returns:
-            The number. With budgets or sliding windows, where the last one needs less than is counted, there may be one
-            more. `None` for models with recurrent layers, whose cached states are not planned, and for uncompressed
-            documents in models with sliding windows: vLLM caches the window at the end of a prompt, so what others find
-            depends on the text after the document.
+            The number. With budgets, sliding windows or recurrent layers, where the last one needs less than is
+            counted, there may be one more. `None` for uncompressed documents in models with sliding windows or
+            recurrent layers: vLLM caches the window, or the state, at the end of a prompt, so what others find depends
+            on the text after the document.
         """
         kinds, num_tokens = {group.kind for group in self.groups}, document.num_tokens + 1
-        if "recurrent" in kinds or ("sliding" in kinds and not document.compactions):
+        if kinds & {"sliding", "recurrent"} and not document.compactions:
             return None
         if self._computing.num_held(num_tokens, document.points.max_rows(num_tokens)) > self.num_usable:
             return 0
@@ -229,16 +229,31 @@ class Cache:
 
         What a compaction releases is reused before blocks of other documents.
         """
-        ends, most = [0] * self.num_steps, 0
+        ends, most = [0] * (1 + self.num_steps), 0
         for part_end, num_rows in document.parts:
             while ends[-1] < part_end:
-                end = min(ends[-1] + self.batch_tokens, part_end)
-                # Rows that a window has passed are freed when their step has ended.
-                ended = ends[-self.num_steps]
-                held = (_num_held(group, end, end - part_end + num_rows, ended) for group in self.groups)
-                most = max(most, sum(held))
-                ends.append(end)
-        return most
+                ends.append(min(self._step_end(ends[-1], document.num_tokens), part_end))
+                ended, rows = ends[-1 - self.num_steps], num_rows - (part_end - ends[-1])
+                most = max(most, sum(_num_held(group, ends, rows, ended) for group in self.groups))
+        # States are copied after the last compaction, when those of the steps before are still held.
+        num_copies, before = sum(group.kind == "recurrent" for group in self.groups), ends[-2 - self.num_steps]
+        copying = sum(_num_held(group, ends[:-1], document.num_keep, before) for group in self.groups)
+        # With the last token there is also what else of the document is cached.
+        firsts = [min(ended, _cached_end(group, document) or ended) for group in self.groups]
+        asking = sum(_num_held(group, ends, rows, first) for group, first in zip(self.groups, firsts, strict=True))
+        return max(most, copying + num_copies, asking + num_copies)
+
+    def _step_end(self, begin: int, num_tokens: int) -> int:
+        """Where a step that begins at token `begin` of a document of `num_tokens` ends at the latest.
+
+        With recurrent layers vLLM ends it where a state can be cached: at the end of a block.
+        """
+        end = begin + self.batch_tokens
+        size = next((group.spec.block_size for group in self.groups if group.kind == "recurrent"), None)
+        if size is None:
+            return end
+        whole: int = (begin // size + 1 if begin % size else min(end, num_tokens) // size) * size
+        return whole if begin < whole < end else end
 
     @cached_property
     def _computing(self) -> Capacity:
@@ -256,23 +271,42 @@ class Cache:
         return Capacity(self.num_usable, groups, MAX_TOKENS, compressed_bytes=compressed, full_bytes=full)
 
 
-def _num_held(group: Group, num_tokens: int, num_rows: int, num_ended: int) -> int:
-    """Blocks of a request in a group, of whose tokens the first `num_ended` were computed by steps that have ended."""
+def _num_held(group: Group, ends: Sequence[int], num_rows: int, num_ended: int) -> int:
+    """Blocks of a request in a group while its last step is under way.
+
+    Args:
+        group: The group.
+        ends: Number of tokens at the end of each of its steps.
+        num_rows: Rows of compressed layers at the end of the last one.
+        num_ended: Tokens of steps that have ended: blocks that a window or a state had passed by then are free.
+    """
+    num_tokens, size = ends[-1], int(group.spec.block_size)
     if isinstance(group.spec, SlidingWindowSpec):
-        size: int = group.spec.block_size
         num_passed: int = max(0, num_ended - group.spec.sliding_window + 1)
         return num_blocks_for(num_tokens, size) - num_passed // size
+    if group.kind == "recurrent":
+        return len({num_blocks_for(end, size) for end in ends if end >= max(num_ended, 1)})
     return group_capacity(group.spec, 1, 1, MAX_TOKENS).num_blocks(num_tokens, num_rows)
 
 
 def _num_findable(group: Group, document: Document) -> int:
     """Blocks of a document in a group while no request uses it."""
-    num_tokens, spec, compactions = document.num_tokens, group.spec, document.compactions
-    num_whole = compactions[0].position if compactions else num_tokens
-    end = num_tokens - num_tokens % spec.block_size
-    # Of tokens before the first compaction vLLM also caches the window at the end of the last whole block.
-    has_both = isinstance(spec, SlidingWindowSpec) and num_whole > end - spec.sliding_window
-    return _num_held(group, num_tokens, document.num_keep, end if has_both else num_tokens)
+    num_tokens, also = document.num_tokens, _cached_end(group, document)
+    if group.kind == "recurrent":
+        return bool(document.compactions) + (also is not None)
+    return _num_held(group, [num_tokens], document.num_keep, num_tokens if also is None else also)
+
+
+def _cached_end(group: Group, document: Document) -> int | None:
+    """Where vLLM caches a window or a state of a document besides: at the end of its last whole block.
+
+    Only of tokens before the first compaction. Otherwise `None`.
+    """
+    spec, compactions = group.spec, document.compactions
+    num_whole = compactions[0].position if compactions else document.num_tokens
+    window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else 1
+    end: int = document.num_tokens - document.num_tokens % spec.block_size
+    return end if end > 0 and num_whole > end - window else None
 
 
 def cache_of(ranks: Sequence[Mapping[str, KVCacheSpec]], num_bytes: int, batch_tokens: int, num_steps: int) -> Cache:

@@ -22,7 +22,7 @@ Prompts share nothing, and --max-num-seqs is ignored. docs/sizing.md has the for
 DOCUMENT_COLUMNS = ("engine", "kept", "rows", "document GiB", "documents")
 DOCUMENT_REMARK = """\
 documents: how many stay cached if each is computed once and nothing else runs; document GiB: memory of one.
-none: not planned for models with recurrent layers, nor with sliding windows for uncompressed documents: what prompts
+none: not planned for uncompressed documents in models with sliding windows or recurrent layers: what prompts
 find of these depends on the text after them."""
 
 FLEET_COLUMNS = ("engine", "kept", "at once", "on average", "documents")
