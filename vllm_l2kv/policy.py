@@ -31,6 +31,11 @@ Images = tuple[tuple[int, int], ...]
 """First and last positions of images in a prompt."""
 
 
+def image_around(images: Images, position: int) -> tuple[int, int] | None:
+    """First and last positions of the image that an end at `position` tokens would divide; `None` without one."""
+    return next(((first, last) for first, last in images if first < position <= last), None)
+
+
 class Kind(StrEnum):
     """Why a request is compacted.
 
@@ -155,10 +160,6 @@ class CompactionPoints:
             return num_tokens - num_evicted
         return max(coming.num_rows, num_tokens - coming.num_evicted)
 
-    def image_around(self, position: int) -> tuple[int, int] | None:
-        """First and last positions of the image that a compaction at `position` would divide; `None` without one."""
-        return next(((first, last) for first, last in self.images if first < position <= last), None)
-
     def _by_ratio(self, last: Compaction | None) -> Compaction | None:
         budget, document = self.params.max_tokens, self.params.prefix_tokens
         end, num_evicted = document or self.num_prompt_tokens, last.num_evicted if last else 0
@@ -177,7 +178,7 @@ class CompactionPoints:
         if position >= self.num_prompt_tokens:
             position, kind = num_evicted + budget + self.intervals.answer, Kind.ANSWER_BUDGET
             position = max(position, self.num_prompt_tokens)
-        image = self.image_around(position)
+        image = image_around(self.images, position)
         if image is not None and image[0] - num_evicted > budget:
             position = image[0]
         return Compaction(position, position - num_evicted, budget, kind)

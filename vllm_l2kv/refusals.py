@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.kv_heads import check_full
-from vllm_l2kv.policy import CompactionPoints, Kind
+from vllm_l2kv.policy import CompactionPoints, Kind, image_around
 from vllm_l2kv.profile import Profile, check_model, local_folder
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.supported_vllm import check_vllm
@@ -207,7 +207,7 @@ def check_images(points: CompactionPoints) -> None:
         ParamError: A compaction is inside an image; the message names the image's tokens.
     """
     for compaction in points.in_prompt() if points.images else ():
-        position, image = compaction.position, points.image_around(compaction.position)
+        position, image = compaction.position, image_around(points.images, compaction.position)
         if image is None:
             continue
         first, last = image

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_l2kv.field_kinds import ParamError
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.policy import Compaction, CompactionPoints, Intervals, Kind, num_keep
+from vllm_l2kv.policy import Compaction, CompactionPoints, Intervals, Kind, image_around, num_keep
 
 BARE = {"protect_first": 0, "protect_last": 0}
 ratios = st.one_of(st.just(1.0), st.floats(0, 1, exclude_min=True))
@@ -199,7 +199,7 @@ def test_a_budget_divides_no_image_as_long_as_the_prompts_interval(life):
     """Only a longer one, and only if no earlier compaction is possible; the end of the prompt is after all images."""
     document = life.params.prefix_tokens
     for last, coming in itertools.pairwise([None, *life.points.until(life.num_tokens)]):
-        divided = life.points.image_around(coming.position)
+        divided = image_around(life.points.images, coming.position)
         if divided is None:
             continue
         assert coming.position < life.num_prompt_tokens

@@ -22,7 +22,7 @@ from vllm_l2kv.messages.orders import CompactionOrder, attach_compacted_hits, at
 from vllm_l2kv.messages.stats import attach_stats
 from vllm_l2kv.messages.usage import KeptWhole, attach_usage, why_whole
 from vllm_l2kv.params import Asked, check_session
-from vllm_l2kv.policy import Compaction, CompactionPoints
+from vllm_l2kv.policy import Compaction, CompactionPoints, Images, image_around
 from vllm_l2kv.refusals import TRANSFERRING, check_images, check_seed, check_supported, reads_images_as_a_whole
 from vllm_l2kv.scheduler.cache_manager import (
     CompressedLayerManager,
@@ -66,7 +66,7 @@ class L2KVScheduler(AsyncScheduler):
         find_prefixes_inside_blocks(self.kv_cache_manager.coordinator)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._layers = [manager for manager in managers if isinstance(manager, LayerManager)]
-        self._sharing = [manager for manager in managers if isinstance(manager, (LayerManager, TailManager))]
+        self._tails = [manager for manager in managers if isinstance(manager, TailManager)]
         self.kv_cache_manager: Any = with_held_blocks(with_decode_fast_path(self.kv_cache_manager))
         self._compressed = [manager for manager in managers if isinstance(manager, CompressedLayerManager)]
         self._recurrent = [manager for manager in managers if isinstance(manager, RecurrentLayerManager)]
@@ -103,7 +103,7 @@ class L2KVScheduler(AsyncScheduler):
 
     def _with_bounds(self, connector: Any) -> ExternalHits:
         """Wraps the KV connector, so that requests take only rows before their first compaction from it."""
-        if len(self._layers) < len(self.kv_cache_manager.coordinator.single_type_managers):
+        if self._tails:
             raise ValueError(
                 "vllm-l2kv does not support KV connectors with models that have sliding windows, chunks or recurrent "
                 "layers beside full attention (drop --kv-transfer-config)."
@@ -331,8 +331,7 @@ class L2KVScheduler(AsyncScheduler):
         Another request may be computing this block in this very step, so a copy of it would come too early. What is
         findable up to a boundary inside a block is of earlier steps: a hit that was asked to end there is safe.
         """
-        is_shorter = len(self._layers) < len(self._sharing)
-        return is_shorter and any(num_tokens % layer.block_size for layer in self._layers)
+        return bool(self._tails) and any(num_tokens % layer.block_size for layer in self._layers)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Same contract as upstream, called for each chunk of tokens: ends it at the request's next compaction."""
@@ -361,11 +360,10 @@ class L2KVScheduler(AsyncScheduler):
         few tokens left. Here the request waits for another step.
         """
         if self._reads_images_as_a_whole and num_computed_tokens < request.num_prompt_tokens:
-            end = num_computed_tokens + num_new_tokens
-            for first, last in self._whole_images(request):
-                # An image that is longer than a chunk may be would wait for ever.
-                if first < end <= last and last - first < self._longest_chunk:
-                    num_new_tokens = max(first - num_computed_tokens, 0)
+            image = image_around(self._whole_images(request), num_computed_tokens + num_new_tokens)
+            # An image that is longer than a chunk may be would wait for ever.
+            if image is not None and image[1] - image[0] < self._longest_chunk:
+                num_new_tokens = max(image[0] - num_computed_tokens, 0)
         return super()._try_schedule_encoder_inputs(request, num_computed_tokens, num_new_tokens, *args, **kwargs)
 
     def _is_padded(self, request: Request, num_computed_tokens: int) -> bool:
@@ -443,7 +441,8 @@ class L2KVScheduler(AsyncScheduler):
         max_rows = points.max_rows(self._max_num_computed(state.request), last)
         for manager in self._compressed:
             manager.max_rows[req_id] = max_rows
-        for layer in self._sharing:
+        sharing: list[LayerManager | TailManager] = [*self._layers, *self._tails]
+        for layer in sharing:
             layer.compacted_hits.pop(req_id, None)
             if last is not None:
                 layer.compacted_hits[req_id] = last.num_evicted
@@ -523,10 +522,10 @@ class L2KVScheduler(AsyncScheduler):
             return
         pool = self.kv_cache_manager.block_pool
         for order in self._orders.values():
-            is_published = any(not self._shared.is_complete(prefix, pool) for prefix in self._published_by(order))
-            if is_published and pool.get_num_free_blocks() >= len(self._recurrent):
-                for manager in self._recurrent:
-                    manager.keep_state(order.req_id, order.num_evicted + order.num_keep)
+            for prefix in self._published_by(order):
+                if pool.get_num_free_blocks() >= len(self._recurrent) and not self._shared.is_complete(prefix, pool):
+                    for manager in self._recurrent:
+                        manager.keep_state(order.req_id, prefix.compaction.position)
 
     def _is_due(self, request: Request, coming: Compaction) -> bool:
         """Whether all tokens up to the compaction have been scheduled and another step will follow.
@@ -623,7 +622,7 @@ class L2KVScheduler(AsyncScheduler):
             state.prefixes = self._shared.of(request, points)
         return state
 
-    def _whole_images(self, request: Request) -> tuple[tuple[int, int], ...]:
+    def _whole_images(self, request: Request) -> Images:
         """First and last positions of images whose tokens attend to each other."""
         if not self._reads_images_as_a_whole:
             return ()

@@ -240,6 +240,7 @@ class Cache:
         copying = sum(_num_held(group, ends[:-1], document.num_keep, before) for group in self.groups)
         # With the last token there is also what else of the document is cached.
         firsts = [min(ended, _cached_end(group, document) or ended) for group in self.groups]
+        rows = document.num_keep + 1
         asking = sum(_num_held(group, ends, rows, first) for group, first in zip(self.groups, firsts, strict=True))
         return max(most, copying + num_copies, asking + num_copies)
 
