@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -28,6 +28,7 @@ def pytest_report_header() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--demo-model", type=Path, help="folder of the demo model, instead of fetching it")
     parser.addoption("--soak-requests", type=int, default=140, help="requests of each test of churn")
+    parser.addoption("--results", type=Path, default=os.devnull, help="file for rows of what tests measured")
     parser.addoption("--rows", type=Path, help="folder to which tests/gpu/test_two_gpus.py adds rows of what it found")
     parser.addoption("--no-engines", action="store_true", help="leave out tests marked `engine`, fail others with one")
     parser.addoption("--gpu-engine-args", type=json.loads, default={}, help="more of vLLM's for engines on two GPUs")
@@ -103,6 +104,25 @@ def reference(demo_model):
 @pytest.fixture(scope="session")
 def num_requests(request) -> int:
     return request.config.getoption("--soak-requests")
+
+
+@pytest.fixture(scope="session")
+def results(request) -> Iterator[TextIO]:
+    with request.config.getoption("--results").open("w") as file:
+        yield file
+
+
+@pytest.fixture
+def measured(request, results) -> Callable[..., None]:
+    """Writes a row of what a test measured to the file of `--results`; tests call it once their checks have passed."""
+    from benchmarks.load.servers import machine
+    from vllm_l2kv.supported_vllm import vllm_version
+
+    def measured(**found: Any) -> None:
+        row = {"test": request.node.nodeid, "machine": machine(), "vllm": vllm_version(), **found}
+        print(json.dumps(row), file=results, flush=True)
+
+    return measured
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,11 @@ As in `tests/serving/test_faults.py`: all of it ends in time, no client hangs, a
 """
 
 import signal
+from collections import Counter
 
 import pytest
 from http_server import Server
-from load import check_end, process_named, texts_of, under_load
+from load import ABORTED, ERRORS, check_end, outcomes_of, process_named, under_load
 
 pytestmark = pytest.mark.slow
 
@@ -26,16 +27,6 @@ def server(request, tiny_model, tmp_path, monkeypatch):
         yield server
 
 
-def is_error(text: str) -> bool:
-    """Whether it is an error in OpenAI's format, with a status or in a stream, or a closed connection."""
-    return '"error":' in text or text.endswith("Error")
-
-
-def is_aborted(text: str) -> bool:
-    """Whether an answer was cut short as vLLM does when it stops an engine because another one ended."""
-    return '"finish_reason":"abort"' in text
-
-
 @pytest.mark.parametrize(
     ("server", "title"),
     [
@@ -46,31 +37,41 @@ def is_aborted(text: str) -> bool:
     ],
     indirect=["server"],
 )
-def test_a_process_is_killed(server, title):
+def test_a_process_is_killed(request, server, title, measured):
     with under_load(server) as answers:
         process_named(server, title).kill()
-        check_end(server)
-        texts = texts_of(answers)
-        assert all(map(is_error, texts)), texts
+        seconds, outcomes = check_end(server), outcomes_of(answers)
+        assert set(outcomes) <= ERRORS
     assert server.process.returncode == 1
+    fault = f"SIGKILL of {request.node.callspec.id}"
+    measured(fault=fault, seconds=seconds, status=1, outcomes=Counter(outcomes))
 
 
-@pytest.mark.parametrize("server", [TWO_ENGINES, TWO_ENGINES_ONE_API_SERVER], indirect=True)
-def test_one_of_two_engines_is_killed(server):
+@pytest.mark.parametrize(
+    "server",
+    [
+        pytest.param(TWO_ENGINES, id="one of two engines"),
+        pytest.param(TWO_ENGINES_ONE_API_SERVER, id="one of two engines with one API server"),
+    ],
+    indirect=True,
+)
+def test_one_of_two_engines_is_killed(request, server, measured):
+    """vLLM then stops the other one, which cuts its answers short."""
     with under_load(server) as answers:
         process_named(server, "EngineCore_DP1").kill()
-        check_end(server)
-        texts = texts_of(answers)
-        assert all(is_error(text) or is_aborted(text) for text in texts), texts
-        assert any(map(is_error, texts)), texts
+        seconds, outcomes = check_end(server), outcomes_of(answers)
+        assert set(outcomes) <= {*ERRORS, ABORTED}
+        assert set(outcomes) & ERRORS
     assert server.process.returncode == 1
+    fault = f"SIGKILL of {request.node.callspec.id}"
+    measured(fault=fault, seconds=seconds, status=1, outcomes=Counter(outcomes))
 
 
 @pytest.mark.parametrize("server", [TWO_API_SERVERS], indirect=True)
-def test_sigterm(server):
+def test_sigterm(server, measured):
     with under_load(server) as answers:
         server.process.send_signal(signal.SIGTERM)
-        check_end(server)
-        texts = texts_of(answers)
-        assert all(map(is_error, texts)), texts
+        seconds, outcomes = check_end(server), outcomes_of(answers)
+        assert set(outcomes) <= ERRORS
     assert server.process.returncode == 0
+    measured(fault="SIGTERM, two API servers", seconds=seconds, status=0, outcomes=Counter(outcomes))

@@ -222,20 +222,21 @@ class TestParsed:
         (["--host", "127.0.0.1", "--port", "TAKEN"], "is taken on 127.0.0.1"),
     ],
 )
-def test_the_whole_command_without_vllm(taken, words, said):
+def test_the_whole_command_without_vllm(taken, words, said, measured):
     """In a process where importing vLLM fails, which proves that the check comes first."""
-    words = [str(taken) if word == "TAKEN" else word for word in words]
     code = f"""
 import sys
 sys.modules["vllm.entrypoints.cli"] = sys.modules["torch"] = None
 from vllm_l2kv_server.serve import serve
-serve({json.dumps(words)})
+serve({json.dumps([str(taken) if word == "TAKEN" else word for word in words])})
 """
+    begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("vllm-l2kv serve: error: ")
     assert said in line
+    measured(start=f"`{' '.join(words)}`", seconds=time.monotonic() - begin, status=2)
 
 
 class TestLastLine:
@@ -305,9 +306,11 @@ def wait_for_import(pid: int) -> None:
         ),
     ],
 )
-def test_options_that_are_refused(words, sentence):
+def test_options_that_are_refused(words, sentence, measured):
     """In a separate process."""
     command = [sys.executable, "-m", "vllm_l2kv.cli", "serve", *words]
+    begin = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"vllm-l2kv serve: error: {sentence}"
+    measured(start=f"`{' '.join(words)}`", seconds=time.monotonic() - begin, status=2)

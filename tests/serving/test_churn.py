@@ -60,16 +60,22 @@ def comes_to_rest(server):
 
 
 @pytest.fixture
-def ask(server, text_ids):
+def ask(server, text_ids, measured):
     def ask(mix: Mix, num_requests: int) -> list[churn.Answer]:
+        """Returns answers that have been checked."""
         begin, num_preemptions = time.monotonic(), churn.num_preemptions(server)
         answers = churn.ask_all(server.url, churn.make_requests(mix, num_requests, text_ids), mix.concurrency)
         seconds, num_preemptions = time.monotonic() - begin, churn.num_preemptions(server) - num_preemptions
-        print(
-            f"{len(answers)} requests in {seconds:.0f} s, {num_preemptions} preemptions, "
-            f"{sum(answer.is_complete for answer in answers)} complete answers, "
-            f"{churn.resident_mib(server).total():.1f} MiB"
-        )
+        churn.check_answers(answers)
+        found = {
+            "requests": len(answers),
+            "seconds": seconds,
+            "preemptions": num_preemptions,
+            "complete": sum(answer.is_complete for answer in answers),
+            "mib": churn.resident_mib(server).total(),
+        }
+        print(found)
+        measured(**found)
         return answers
 
     return ask
@@ -79,7 +85,6 @@ def test_answers_without_preemption_equal_those_of_each_request_alone(server, as
     before = churn.num_preemptions(server)
     answers = ask(CALM, num_requests // 2)
     assert churn.num_preemptions(server) == before
-    churn.check_answers(answers)
     assert sum(answer.is_compressed for answer in answers) > len(answers) / 3
     assert any(answer.num_compactions > 1 for answer in answers)
     churn.check_again(server.url, answers)
@@ -90,7 +95,6 @@ def test_every_client_that_stays_has_one_answer(server, ask, num_requests, name)
     before = churn.num_preemptions(server)
     num_requests = num_requests // 2 if name == "long answers" else num_requests
     answers = ask(PHASES[name], num_requests)
-    churn.check_answers(answers)
     if name == "long answers":
         assert churn.num_preemptions(server) >= before + num_requests / 10
     if PHASES[name] is REMEMBERED:

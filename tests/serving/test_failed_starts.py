@@ -33,14 +33,16 @@ def without_weights(tmp_path, llama) -> Path:
     return folder
 
 
-def test_an_engine_that_fails(without_weights, tmp_path):
+def test_an_engine_that_fails(without_weights, tmp_path, measured):
+    begin = time.monotonic()
     server = Server(tmp_path / "server.log", str(without_weights), *OPTIONS)
-    lines = ended(server)
+    lines, seconds = ended(server), time.monotonic() - begin
     assert server.process.returncode == 1
     assert lines[-1] == "vllm-l2kv: the engine ended during its start; the first ERROR in the log above says why."
     first = next(line for line in lines if "ERROR" in line)
     assert "EngineCore" in first or "Worker" in first
     assert any("ERROR" in line and "weights" in line for line in lines)
+    measured(start="a model without weights", seconds=seconds, status=1)
 
 
 @pytest.mark.slow  # one more start; `tests/server/test_screen.py` has its parts
@@ -61,13 +63,15 @@ def test_an_engine_that_fails_on_a_terminal(without_weights, tmp_path, monkeypat
 
 @pytest.mark.slow  # one more start, most of which the test before has
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_while_the_engine_starts(llama, tmp_path, number, status):
+def test_a_signal_while_the_engine_starts(llama, tmp_path, number, status, measured):
     server = Server(tmp_path / "server.log", str(llama), *OPTIONS)
     deadline = time.monotonic() + START_SECONDS
     while not any("EngineCore" in process.name() for process in server.family()):
         assert time.monotonic() < deadline, server.log.read_text()
         time.sleep(0.1)
     server.process.send_signal(number)
-    lines = ended(server)
+    begin = time.monotonic()
+    lines, seconds = ended(server), time.monotonic() - begin
     assert server.process.returncode == status
     assert lines[-1] == f"vllm-l2kv: stopped by {number.name} before it was ready."
+    measured(start=f"{number.name} while the engine starts", seconds=seconds, status=status)
