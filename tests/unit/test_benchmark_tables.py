@@ -1,6 +1,7 @@
 """Pages made from rows: the committed ones, and the section of a run on two GPUs."""
 
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -38,6 +39,18 @@ def test_the_page_is_made_from_the_rows(tables):
 
 def test_the_headline_is_made_from_the_rows(tables):
     assert tables.headline_of_rows() in tables.README.read_text()
+
+
+def test_the_tables_of_reliability_are_made_from_the_rows():
+    from benchmarks.reliability.tables import PAGE, with_tables
+
+    text = PAGE.read_text()
+    assert with_tables(text) == text
+    torn = re.sub(r"(reliability/tables.py -->\n).*?(<!-- end of)", r"\1\2", text, flags=re.DOTALL)
+    assert with_tables(torn) == text != torn
+    for page in (text.replace("<!-- end of faults -->", ""), text * 2):
+        with pytest.raises(ValueError, match="must hold the marks of"):
+            with_tables(page)
 
 
 def test_paragraphs_and_lists_are_filled_and_nothing_else():

@@ -1,0 +1,1 @@
+"""Results of the tests that attack servers, for docs/reliability.md."""
