@@ -35,8 +35,10 @@ ONE_COMPACTION_SCORERS = ("lagkv", "random")
 """Scorers that use a row's index as its position in the prompt, which it no longer is once rows were evicted."""
 PROFILE_SCORERS = ("learned",)
 """Scorers whose weights are in a profile."""
-GRANULARITIES = ("token", "block")
+GRANULARITIES = ("token", "neighbors", "block")
 """Values of `kv_granularity`, see `vllm_l2kv.token_groups`."""
+NEIGHBORS = 1
+"""Tokens on each side of a token whose scores count for it with granularity `neighbors`."""
 TOKENS_PER_BLOCK = 16
 """Tokens in a group of granularity `block`: the page of PagedEviction, arXiv 2509.04377."""
 
@@ -105,8 +107,8 @@ class CompressionParams:
     granularity: str = _field(
         "token",
         Choice(GRANULARITIES),
-        f"Unit that is kept or evicted: a token of a head, or {TOKENS_PER_BLOCK} consecutive tokens of all heads of a "
-        "layer.",
+        "What is kept or evicted as one: a token of a head, by its own score or by the mean over it and its neighbors, "
+        f"or {TOKENS_PER_BLOCK} consecutive tokens of all heads of a layer.",
         "--kv-granularity",
     )
     prefix_tokens: int | None = _field(
@@ -139,11 +141,11 @@ class CompressionParams:
                 f"kv_scorer {self.scorer!r} is defined for a single compaction, and kv_max_tokens compacts repeatedly; "
                 f"choose one of {', '.join(known)}, or leave kv_max_tokens out.",
             )
-        if self.granularity != "token":
+        if self.granularity == "block":
             raise ParamError(
                 "kv_granularity",
                 f"kv_granularity {self.granularity!r} is defined for a single compaction, and kv_max_tokens compacts "
-                "repeatedly; set kv_granularity to 'token', or leave kv_max_tokens out.",
+                "repeatedly; set kv_granularity to 'token' or 'neighbors', or leave kv_max_tokens out.",
             )
 
     @property

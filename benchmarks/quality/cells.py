@@ -21,7 +21,7 @@ from vllm_l2kv.tools.evaluation.rows import read_rows
 RESULTS = Path(__file__).parent / "results"
 CELLS = "cells.jsonl"
 Row = Mapping[str, Any]
-KIND = ("scorer", "keep_ratio", "length", "task", "question")
+KIND = ("scorer", "keep_ratio", "granularity", "length", "task", "question")
 """Fields that the rows of one cell share, with full layers and heads."""
 
 
@@ -52,12 +52,12 @@ def cells(settings: Iterable[Setting], rows: Sequence[Row]) -> list[dict[str, An
     for row in answers:
         key = (_full(row), *(row[name] for name in KIND))
         groups.setdefault(key, {})[prompt_of(row)] = row
-    measured = list(dict.fromkeys(key[3:] for key in groups))
+    measured = list(dict.fromkeys(key[4:] for key in groups))
     found = [
         _cell(setting, *kind, groups[key])
         for setting in settings
         for kind in measured
-        if (key := (setting.full, setting.scorer, setting.keep_ratio, *kind)) in groups
+        if (key := (setting.full, setting.scorer, setting.keep_ratio, setting.granularity, *kind)) in groups
     ]
     _check_prompts(found)
     return found

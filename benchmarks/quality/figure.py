@@ -22,6 +22,7 @@ from vllm_l2kv.tools.evaluation.variants import QUESTIONS  # noqa: E402
 PLOT = Path(__file__).parents[2] / "docs" / "img" / "quality.svg"
 COLOURS = {"l2": "C0", "keydiff_value": "C2", "learned": "C3", "random": "0.55"}
 """Colours of scorers."""
+MARKERS = {"token": "o", "neighbors": "^"}
 STYLES = {EQUAL: "--", PROFILE: "-", PROFILE_HEADS: "-."}
 Row = Mapping[str, Any]
 
@@ -54,7 +55,7 @@ def draw(axes: Axes, cells: Sequence[Row], question: str) -> None:
         return
     at = pooled(whole)
     axes.axhline(at.value, color="black", linewidth=0.8, linestyle=":", label=WHOLE)
-    for method, (source, scorer) in METHODS.items():
+    for method, (source, scorer, granularity) in METHODS.items():
         chosen = [cell for cell in cells if (cell["method"], cell["question"]) == (method, question)]
         if not chosen:
             continue
@@ -64,8 +65,9 @@ def draw(axes: Axes, cells: Sequence[Row], question: str) -> None:
                 points[memory] = pooled(scores)
         memories = sorted(points)
         values, lows, highs = zip(*(points[memory] for memory in memories), strict=True)
-        axes.plot(memories, values, STYLES[source], marker="o", markersize=3, color=COLOURS[scorer], label=method)
-        axes.fill_between(memories, lows, highs, color=COLOURS[scorer], alpha=0.12, linewidth=0)
+        colour, marker = COLOURS[scorer], MARKERS[granularity]
+        axes.plot(memories, values, STYLES[source], marker=marker, markersize=3, color=colour, label=method)
+        axes.fill_between(memories, lows, highs, color=colour, alpha=0.12, linewidth=0)
     axes.grid(alpha=0.3)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_l2kv.cli_types import heads_in_words
 from vllm_l2kv.params import CompressionParams
@@ -18,17 +18,37 @@ TRIAL_MEMORIES = (0.533, 0.3)
 Profiles are measured at them too, in retrieval at the main length.
 """
 EQUAL, PROFILE, PROFILE_HEADS = "equal counts", "profile", "profile, full heads"
+
+
+class Method(NamedTuple):
+    """How a method chooses rows.
+
+    Attributes:
+        source: Where full layers and heads come from: `EQUAL`, `PROFILE` or `PROFILE_HEADS`.
+        scorer: Scorer of the other layers and heads.
+        granularity: Their granularity.
+    """
+
+    source: str
+    scorer: str
+    granularity: str = CompressionParams.granularity
+
+
 METHODS = {
-    "equal-l2": (EQUAL, "l2"),
-    "equal-keydiff_value": (EQUAL, "keydiff_value"),
-    "profile-l2": (PROFILE, "l2"),
-    "profile-keydiff_value": (PROFILE, "keydiff_value"),
-    "profile-learned": (PROFILE, "learned"),
-    "profile-random": (PROFILE, "random"),
-    "heads-l2": (PROFILE_HEADS, "l2"),
-    "heads-learned": (PROFILE_HEADS, "learned"),
+    "equal-l2": Method(EQUAL, "l2"),
+    "equal-keydiff_value": Method(EQUAL, "keydiff_value"),
+    "equal-keydiff_value-neighbors": Method(EQUAL, "keydiff_value", "neighbors"),
+    "profile-l2": Method(PROFILE, "l2"),
+    "profile-keydiff_value": Method(PROFILE, "keydiff_value"),
+    "profile-learned": Method(PROFILE, "learned"),
+    "profile-learned-neighbors": Method(PROFILE, "learned", "neighbors"),
+    "profile-random": Method(PROFILE, "random"),
+    "heads-l2": Method(PROFILE_HEADS, "l2"),
+    "heads-l2-neighbors": Method(PROFILE_HEADS, "l2", "neighbors"),
+    "heads-learned": Method(PROFILE_HEADS, "learned"),
+    "heads-learned-neighbors": Method(PROFILE_HEADS, "learned", "neighbors"),
 }
-"""The source of full layers and heads, and the scorer of the others. `profile-random` is the control."""
+"""`profile-random` is the control."""
 EQUAL_LAYERS = (0, 1)
 """Full layers of the methods without a profile, the default of an engine."""
 NO_HEADS: FullHeads = {}
@@ -87,6 +107,7 @@ class Setting:
         keep_ratio: Ratio of the other layers and heads.
         scorer: Scorer of the other layers and heads.
         full_heads: KV heads that never compact, as on a command line.
+        granularity: Granularity of the other layers and heads.
     """
 
     method: str
@@ -95,6 +116,7 @@ class Setting:
     keep_ratio: float
     scorer: str
     full_heads: str = ""
+    granularity: str = CompressionParams.granularity
 
     @property
     def full(self) -> Full:
@@ -106,7 +128,7 @@ class Setting:
         """Parameters of requests; protection is the engine's default."""
         if self.method == WHOLE:
             return BASELINE
-        return CompressionParams(self.keep_ratio, scorer=self.scorer)
+        return CompressionParams(self.keep_ratio, scorer=self.scorer, granularity=self.granularity)
 
     def is_measured(self, length: int, task: str) -> bool:
         """Whether prompts of this length and task are asked with it."""
@@ -127,7 +149,7 @@ def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]
     found = [Setting(WHOLE, 1.0, equal_layers, 1.0, CompressionParams.scorer)]
     has_heads = any(target.full_heads for target in profile.memory)
     for method in methods:
-        source, scorer = METHODS[method]
+        source, scorer, granularity = METHODS[method]
         if source == PROFILE_HEADS and not has_heads:
             continue
         for memory in memories:
@@ -139,5 +161,6 @@ def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]
             else:
                 classes = HEADS if source == PROFILE_HEADS else LAYERS
                 full_layers, ratio, _, full_heads = profile.setting(memory, classes=classes)
-            found.append(Setting(method, memory, tuple(full_layers), ratio, scorer, heads_in_words(full_heads)))
+            words = heads_in_words(full_heads)
+            found.append(Setting(method, memory, tuple(full_layers), ratio, scorer, words, granularity))
     return found

@@ -93,7 +93,8 @@ def num_settings(cells: Sequence[Row]) -> str:
 
 def setting_of(cell: Row) -> tuple[Any, ...]:
     """What the engine and the request were told, whatever the method's name."""
-    return tuple(cell["full_layers"]), cell.get("full_heads", ""), cell["keep_ratio"], cell["scorer"]
+    by = cell["scorer"], cell.get("granularity", "token")
+    return tuple(cell["full_layers"]), cell.get("full_heads", ""), cell["keep_ratio"], by
 
 
 def tables(cells: Sequence[Row]) -> Iterator[str]:
@@ -136,7 +137,7 @@ def by_method(cells: Sequence[Row], shown: Callable[[Sequence[Row]], str]) -> st
 
 def used(cells: Sequence[Row]) -> str:
     """Returns full layers, ratio and measured memory, of one method for each source of full layers and heads."""
-    first = {source: method for method, (source, _) in reversed(METHODS.items())}
+    first = {of.source: method for method, of in reversed(METHODS.items())}
     main = [cell for cell in cells if cell["length"] == MAIN_LENGTH and cell["method"] in first.values()]
 
     def words(of: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ from benchmarks.speed.draft_tables import drafts_section
 from benchmarks.speed.heads_tables import heads_section, heads_verdict
 from benchmarks.speed.page_parts import GIB, PLOTS, ROOT, Row, filled, plot, read, table, values_of
 from benchmarks.speed.serving import DOCUMENTS, ON_DEMAND, SCENARIOS
+from vllm_l2kv.params import GRANULARITIES
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
@@ -533,14 +534,15 @@ def scorers_section(rows: list[Row]) -> str:
     lengths = sorted({row["num_prompt_tokens"] for row in rows})
     us = {(row["scorer"], row["granularity"], row["num_prompt_tokens"]): row["us"] for row in rows}
     multiples = {case: time / us["l2", "token", case[2]] for case, time in us.items()}
-    columns = [("token", length) for length in lengths] + [("block", lengths[-1])]
+    pooled = [name for name in GRANULARITIES if name != "token" and any(row["granularity"] == name for row in rows)]
+    columns = [("token", length) for length in lengths] + [(name, lengths[-1]) for name in pooled]
     lines = []
     for scorer in dict.fromkeys(row["scorer"] for row in rows):
         cases = [(scorer, *column) for column in columns]
         cells = [f"{us[case] / 1000:.2f} ({multiples[case]:.1f})" if case in us else "" for case in cases]
         waited = max(max(row["host_ms"]) for row in rows if row["scorer"] == scorer)
         lines.append([f"`{scorer}`", *cells, f"{waited:.1f}"])
-    names = [f"{length},tokens{',by,block' if granularity == 'block' else ''}" for granularity, length in columns]
+    names = [f"{length},tokens{f',by,{name}' if name in pooled else ''}" for name, length in columns]
     return SCORERS.format(
         most=max(multiples.values()),
         keep_ratio=rows[0]["keep_ratio"],

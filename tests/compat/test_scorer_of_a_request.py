@@ -42,6 +42,19 @@ class BlockReference(Reference):
         return torch.tensor([[kept] * num_kv_heads])
 
 
+class NeighborReference(Reference):
+    """Norms averaged over a row and those beside it, in loops."""
+
+    def _kept(self, index, keys, values, num_keep, first, last):
+        kept = []
+        for norms in keys.norm(dim=-1).tolist():
+            n = len(norms)
+            beside = [norms[max(i - 1, 0) : i + 2] for i in range(n)]
+            order = sorted((first <= i < n - last, sum(some) / len(some), i) for i, some in enumerate(beside))
+            kept.append(sorted(i for _, _, i in order[:num_keep]))
+        return torch.tensor([kept])
+
+
 @pytest.fixture(scope="module")
 def weights(llama_reference):
     config = llama_reference.model.config
@@ -143,13 +156,25 @@ def test_scorers_that_an_engine_does_not_have_are_refused(plain_settings, engine
 
 @pytest.mark.parametrize("last", [0, 8])
 @pytest.mark.parametrize("length", [30, 200, 333])
-def test_blocks_beside_tokens(engine, llama, llama_reference, text_ids, length, last):
+def test_all_granularities_in_one_batch(engine, llama, llama_reference, text_ids, length, last):
     prompt = text_ids[40 : 40 + length]
-    arguments = prompt, NUM_TOKENS, "0.5", FULL_LAYERS, 0, last
-    blocks, tokens = engine.tokens([prompt] * 2, [ask(last=last, granularity=name) for name in ("block", "token")])
-    assert blocks == BlockReference(llama).generate(*arguments)
-    assert tokens == llama_reference.generate(*arguments)
-    assert blocks != tokens
+    references = {"token": llama_reference, "neighbors": NeighborReference(llama), "block": BlockReference(llama)}
+    answers = engine.tokens([prompt] * 3, [ask(last=last, granularity=name) for name in references])
+    for (name, reference), answer in zip(references.items(), answers, strict=True):
+        assert answer == reference.generate(prompt, NUM_TOKENS, "0.5", FULL_LAYERS, 0, last), name
+    assert len(set(map(tuple, answers))) == 3
+
+
+def test_neighbors_with_a_budget(engine, llama, text_ids):
+    """At later compactions the rows beside a row are those that were kept."""
+    prompt, rule = text_ids[40:440], {"ratio": "1", "first": 4, "last": 8, "budget": 60}
+    pooled, alone = keep(**rule), keep(**rule)
+    pooled.extra_args = {**pooled.extra_args, "kv_granularity": "neighbors"}
+    pooled, alone = engine.generate([prompt] * 2, [pooled, alone])
+    rule["intervals"] = INTERVALS
+    expected = NeighborReference(llama).generate(prompt, NUM_TOKENS, full_layers=FULL_LAYERS, **rule)
+    assert list(pooled.outputs[0].token_ids) == expected != list(alone.outputs[0].token_ids)
+    assert check_numbers(pooled, **rule)["compactions"] > 6
 
 
 def test_the_defaults_are_l2_and_token(engine, text_ids):

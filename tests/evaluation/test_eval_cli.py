@@ -85,7 +85,7 @@ def refused(capsys, *words: str) -> str:
         ("copy", ["--answer-interval", "0"], "1 <= N <= 2147483647, got 0"),
         ("passkey", ["--scorers", "l2,l3"], f"'l3' is not one of {', '.join(SCORERS)}"),
         ("passkey", ["--scorers", "./mine.py:Recent"], "'./mine.py:Recent' is not one of l2"),
-        ("passkey", ["--granularities", "page"], "'page' is not one of token, block"),
+        ("passkey", ["--granularities", "page"], "'page' is not one of token, neighbors, block"),
         ("passkey", ["--depths", "1.5"], "0 <= D <= 1, got 1.5"),
         ("needle", ["--depths=-0.5"], "0 <= D <= 1, got -0.5"),
         ("passkey", ["--samples", "0"], "1 <= N <= 2147483647, got 0"),

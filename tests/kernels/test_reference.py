@@ -39,6 +39,11 @@ def means_of_blocks(rows: list[list[float]]) -> list[float]:
     return means
 
 
+def means_of_neighbors(norms: list[float]) -> list[float]:
+    """Returns for each position the mean over it and the positions beside it."""
+    return [sum(beside) / len(beside) for i in range(len(norms)) if (beside := norms[max(i - 1, 0) : i + 2])]
+
+
 def check_compaction(rows, source, destination, n, num_keep, first=0, last=0, granularity="token"):
     before = LayerRows(rows.keys.clone(), rows.values.clone())
     move = GroupMove(0, tuple(source), tuple(destination))
@@ -50,6 +55,8 @@ def check_compaction(rows, source, destination, n, num_keep, first=0, last=0, gr
     protected = [slot < first or slot >= n - last for slot in range(n)]
     if granularity == "block":
         norms = [means_of_blocks(norms)] * HEADS
+    elif granularity == "neighbors":
+        norms = [means_of_neighbors(of_head) for of_head in norms]
     for head in range(HEADS):
         kept = sorted(sorted(range(n), key=lambda slot: (not protected[slot], norms[head][slot], slot))[:num_keep])
         for slot, position in enumerate(kept):
@@ -80,12 +87,13 @@ def test_protected_rows_stay(first, last):
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 63, 200])
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (5, 0), (0, 7), (5, 7)])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1])
-def test_blocks_of_tokens(n, first, last, ratio):
+@pytest.mark.parametrize("granularity", ["neighbors", "block"])
+def test_pooled_scores(n, first, last, ratio, granularity):
     """In a cache with other blocks, of 24 tokens, shuffled."""
     num_keep = min(n, max(int(ratio * n), first + last, 1))
     table = torch.randperm(20, generator=torch.Generator().manual_seed(n)).tolist()
     rows = random_rows(20, 24)
-    check_compaction(rows, table[:9], table[9:19], n, num_keep, first, last, granularity="block")
+    check_compaction(rows, table[:9], table[9:19], n, num_keep, first, last, granularity)
 
 
 def test_in_place():
@@ -147,6 +155,18 @@ def test_blocks_are_chosen_by_the_mean_over_tokens_and_heads():
     assert select(shared, 9, protect_first=2, protect_last=1).tolist() == [[0, 1, *range(16, 20), 32, 33, 34]] * 2
 
 
+def test_neighbors_share_their_scores_within_a_head():
+    scores = torch.tensor([[0.0, 0, 9, 0, 0, 6, 3], [6.0, 0, 0, 0, 3, 0, 0]])
+    pooled = pool_scores(scores, "neighbors")
+    assert pooled.tolist() == [[0, 3, 3, 3, 2, 3, 4.5], [3, 2, 0, 1, 1, 1, 0]]
+    assert select(pooled, 4).tolist() == [[1, 2, 3, 6], [0, 1, 3, 4]]
+
+
+def test_one_broken_score_makes_its_neighbors_the_last():
+    scores = torch.tensor([[5.0, 5, 5, float("nan"), 5, 0]])
+    assert select(pool_scores(scores, "neighbors"), 3).tolist() == [[0, 1, 5]]
+
+
 def test_equal_blocks_are_kept_in_the_order_of_their_positions():
     scores = torch.ones(2, 40)
     scores[:, 16:32:2] = 0
@@ -162,10 +182,11 @@ def test_one_broken_score_makes_its_block_the_last(broken):
     assert select(pool_scores(scores, "block"), 33).tolist() == [[0, *range(16, 48)]] * 2
 
 
-def test_huge_scores_do_not_overflow():
+@pytest.mark.parametrize("granularity", ["neighbors", "block"])
+def test_huge_scores_do_not_overflow(granularity):
     scores = torch.full((2, 48), 3e38)
     scores[:, 16:32] = torch.finfo(torch.float32).max
-    assert select(pool_scores(scores, "block"), 16).tolist() == [list(range(16, 32))] * 2
+    assert select(pool_scores(scores, granularity), 16).tolist() == [list(range(16, 32))] * 2
 
 
 def test_protection_beats_any_score_and_counts_in():

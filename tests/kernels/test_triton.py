@@ -23,7 +23,7 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton.language as tl  # noqa: E402
 
-from vllm_l2kv.kernels import one_pass, ranks, scratch, select_and_move, slots, triton_compactor  # noqa: E402
+from vllm_l2kv.kernels import finish, one_pass, ranks, scratch, select_and_move, slots, triton_compactor  # noqa: E402
 from vllm_l2kv.kernels.batch import Batch  # noqa: E402
 from vllm_l2kv.kernels.group_cache import GroupCache  # noqa: E402
 from vllm_l2kv.kernels.scores import keydiff  # noqa: E402
@@ -308,7 +308,9 @@ def random_pool(num_blocks: int, **shape) -> Pool:
 
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize(
-    ("n", "granularity"), [(1, "token"), (5, "block"), (300, "token"), (300, "block")] + [(2500, "token")] * ON_GPU
+    ("n", "granularity"),
+    [(1, "token"), (1, "neighbors"), (5, "block"), (300, "token"), (300, "neighbors"), (300, "block")]
+    + [(2500, "token"), (2500, "neighbors")] * ON_GPU,
 )
 def test_scores(scorer, granularity, n):
     """In one launch with an order of another scorer."""
@@ -322,12 +324,13 @@ def test_scores(scorer, granularity, n):
 
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_scores_of_layers_with_unequal_numbers_of_heads(scorer):
-    """In one launch; by tokens, and by blocks, which each layer forms by itself."""
-    a, b, c, d = tables(24, 6, 3, 4, 2)
-    pool = random_pool(24, num_layers=3, dtype=torch.float32)
+    """In one launch; by tokens, by neighbors, and by blocks, which each layer forms by itself."""
+    a, b, c, d, e, f = tables(32, 6, 3, 4, 2, 5, 2)
+    pool = random_pool(32, num_layers=3, dtype=torch.float32)
     pool.leave((0, 1), (1,), (0,))
     others = pool.views[1][:, 0].clone(), pool.views[2][:, 1].clone()
-    check_sets(pool, [order(a, b, 90, 40, 1, 2, scorer), order(c, d, 60, 20, 2, 1, scorer, "block")])
+    orders = [order(a, b, 90, 40, 1, 2, scorer), order(c, d, 60, 20, 2, 1, scorer, "block")]
+    check_sets(pool, [*orders, order(e, f, 70, 25, 0, 3, scorer, "neighbors")])
     assert torch.equal(pool.views[1][:, 0], others[0])
     assert torch.equal(pool.views[2][:, 1], others[1])
 
@@ -425,6 +428,26 @@ def test_blocks_of_tokens(dtype, num_keep):
     a, b, c, d = tables(16, 3, -(-(num_keep + 3) // 32), 2, 1)
     orders = [order(a, b, 90, num_keep, 93, granularity="block"), order(c, d, 50, 10)]
     check(Pool(16, 32, dtype=dtype), orders)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 128, 200])
+def test_neighbors_across_tiles(monkeypatch, n):
+    """Integers, whose means over neighbors are the reference's in every bit; in one launch with a shorter order."""
+    monkeypatch.setattr(finish, "ROWS", 64)
+    num_source = -(-n // 16)
+    a, b, c, d = tables(num_source + 20, num_source, 13, 2, 1)
+    pool = Pool(num_source + 20, 16, dtype=torch.float32)
+    batch = Batch.of(pool.compactor().cache, [order(a, b, n, 1), order(c, d, 30, 1)], 0)
+    sizes = [n, 30]
+    generator = torch.Generator().manual_seed(n)
+    raw = [torch.randint(-99, 99, (batch.cache.num_selections, size), generator=generator).float() for size in sizes]
+    scores = torch.cat([part.flatten() for part in raw]).to(DEVICE).view(torch.int32)
+    finish.finish(batch, scores, "neighbors")
+    for part, keys in zip(raw, scores.cpu().split([part.numel() for part in raw]), strict=True):
+        expected = pool_scores(part, "neighbors")
+        # Keys are in descending order of the scores, and equal where they are equal.
+        order_of = [torch.unique(each, return_inverse=True)[1] for each in (-expected, keys.view(part.shape))]
+        assert torch.equal(*order_of)
 
 
 def test_layers_must_be_alike():

@@ -159,7 +159,7 @@ def test_openapi_shows_the_fields_at_every_endpoint(app):
         assert tuple(field for field in properties if field in FIELD_NAMES) == expected
         assert properties["kv_keep_ratio"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
         assert properties["kv_protect_last"]["anyOf"][0]["type"] == "integer"
-        assert properties["kv_granularity"]["anyOf"][0]["enum"] == ["token", "block"]
+        assert properties["kv_granularity"]["anyOf"][0]["enum"] == ["token", "neighbors", "block"]
         assert "every compaction keeps" in properties["kv_protect_first"]["description"]
         assert properties["kv_max_tokens"]["anyOf"][0]["minimum"] == 1
         assert properties["kv_prefix_tokens"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}

@@ -275,7 +275,7 @@ def test_model_option(parser):
             ["--kv-default-max-tokens", "500", "--kv-scorer", "random"],
             "kv_scorer 'random' is defined for a single compaction",
         ),
-        (["--kv-default-max-tokens=500", "--kv-granularity=block"], "set kv_granularity to 'token'"),
+        (["--kv-default-max-tokens=500", "--kv-granularity=block"], "set kv_granularity to 'token' or 'neighbors'"),
         (["--kv-prompt-interval", "0"], "--kv-prompt-interval: N must satisfy 1 <= N <= 2147483647, got 0"),
         (["--kv-answer-interval", "0"], "--kv-answer-interval: N must satisfy 1 <= N <= 2147483647, got 0"),
         (["--kv-answer-interval", "1.5"], "--kv-answer-interval: N must be an integer >= 1, got 1.5"),

@@ -55,7 +55,7 @@ def test_bad_scorer_is_refused_by_name_and_with_the_good_ones(value):
 
 @pytest.mark.parametrize("value", ["", "Block", "block ", "head", 16, True, [], ["block"], {}, "x" * 1000])
 def test_bad_granularity_is_refused_by_name_and_with_the_good_ones(value):
-    with pytest.raises(ParamError, match="kv_granularity must be one of token, block, got ") as error:
+    with pytest.raises(ParamError, match="kv_granularity must be one of token, neighbors, block, got ") as error:
         CompressionParams().override({"kv_granularity": value})
     assert error.value.param == "kv_granularity"
     assert len(str(error.value)) < 250

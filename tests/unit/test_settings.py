@@ -52,7 +52,7 @@ def test_scorers_that_an_engine_has(scorer):
         ({"full_layer": [0]}, "did you mean 'full_layers'"),
         ({"keep_ratio": 0.5}, "did you mean 'kv_keep_ratio'"),
         ({"kv_keep_ratio": 0}, "0 < kv_keep_ratio <= 1"),
-        ({"kv_granularity": "page"}, "kv_granularity must be one of token, block"),
+        ({"kv_granularity": "page"}, "kv_granularity must be one of token, neighbors, block"),
         ({"full_layers": [-1]}, "layer indices >= 0"),
         ({"full_layers": [True]}, "layer indices >= 0"),
         ({"full_layers": ["0"]}, "layer indices >= 0"),

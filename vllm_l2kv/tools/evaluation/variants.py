@@ -45,7 +45,7 @@ def variants(
         scorers: Names of `SCORERS`, or `MODULE:CLASS`.
         ratios: Keep ratios; 1 is the baseline.
         protections: Pairs of `protect_first` and `protect_last`.
-        granularities: `token`, `block`.
+        granularities: some of `GRANULARITIES`.
         budgets: Values of `max_tokens`; controls that do not work with a budget are left out.
 
     Raises:
