@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from vllm_l2kv.kv_heads import are_even
+from vllm_l2kv.params import PROFILE_SCORERS, CompressionParams
 from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, HEADS, LAYERS, FullHeads, heads_by_layer
 
 if TYPE_CHECKING:
@@ -148,6 +149,11 @@ class Setting(NamedTuple):
     keep_ratio: float
     scorer: str
     full_heads: FullHeads = {}  # noqa: RUF012 - nothing writes to it
+
+    @property
+    def granularity(self) -> str:
+        """See `granularity_of`."""
+        return granularity_of(self.scorer)
 
 
 @dataclass(frozen=True)
@@ -429,6 +435,11 @@ def setting_of(
     if memory is not None:
         raise ValueError("memory (--kv-memory) follows from full layers and a keep ratio; leave one of the three out.")
     return None
+
+
+def granularity_of(scorer: str) -> str:
+    """The `kv_granularity` that goes with a scorer where a profile chooses: `learned` loses less with neighbors."""
+    return "neighbors" if scorer in PROFILE_SCORERS else CompressionParams.granularity
 
 
 def ratio_for(memory: float, num_heads: int, num_full: int) -> float:

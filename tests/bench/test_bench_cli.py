@@ -114,7 +114,13 @@ class TestProfile:
     def test_a_round_by_its_ratio_and_scorer(self, ours, tmp_path, profile):
         assert run("--url", ours.url, "--kv-profile", profile, *QUICK, "--out", str(tmp_path / "out")) == 0
         assert [row["keep_ratio"] for row in rows_of(tmp_path / "out")] == [1, 0.375]
-        assert {body["kv_scorer"] for body in ours.measured(0.375)} == {"keydiff"}
+        asked = {(body["kv_scorer"], body["kv_granularity"]) for body in ours.measured(0.375)}
+        assert asked == {("keydiff", "token")}
+
+    def test_a_scorer_of_the_user(self, ours, tmp_path, profile):
+        words = ["--kv-profile", profile, *QUICK, "--fields", '{"kv_scorer": "l2"}', "--out", str(tmp_path / "out")]
+        assert run("--url", ours.url, *words) == 0
+        assert {(body["kv_scorer"], "kv_granularity" in body) for body in ours.measured(0.375)} == {("l2", False)}
 
     def test_a_server_with_other_full_layers(self, capsys, ours, tmp_path, profile):
         words = ["--url", ours.url, "--kv-profile", profile, "--kv-memory", "0.25", "--out", str(tmp_path / "out")]

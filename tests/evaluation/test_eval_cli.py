@@ -225,21 +225,24 @@ def test_the_learned_scorer_needs_a_profile(capsys):
     assert "argument --scorers: learned needs the weights of a profile; give --kv-profile FILE." in line
 
 
-def with_profile(*words: str) -> tuple[Sequence[int], Sequence[float] | None, Sequence[str]]:
+def with_profile(*words: str) -> tuple[Sequence[int], Sequence[float] | None, list[str]]:
     options = cli._eval_parser().parse_args(["passkey", "model", "--kv-profile", *words])
     cli.take_profile(options)
-    return options.full_layers, options.ratios, options.scorers
+    return options.full_layers, options.ratios, [*options.scorers, *options.granularities]
 
 
 def test_a_profile_sets_what_is_not_given(capsys, tmp_path):
     path = str(tmp_path / "p.safetensors")
     memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.25, (2,), 0.166667, "learned"))
     write_profile(path, made_up_weights(10, 2, 32), memory=memory)
-    assert with_profile(path) == ((2, 7), [0.375], ["keydiff"])
-    assert with_profile(path, "--kv-memory", "0.25") == ((2,), [0.166667], ["learned"])
-    assert with_profile(path, "--full-layers", "0", "--scorers", "l2") == ((0,), [0.444444], ["l2"])
-    assert with_profile(path, "--ratios", "0.5,0.1") == ((2, 7), [0.5, 0.1], ["keydiff"])
-    assert with_profile(path, "--memory", "0.5,0.25") == ((2, 7), None, ["keydiff"])
+    assert with_profile(path) == ((2, 7), [0.375], ["keydiff", "token"])
+    assert with_profile(path, "--kv-memory", "0.25") == ((2,), [0.166667], ["learned", "neighbors"])
+    both = with_profile(path, "--kv-memory", "0.25", "--granularities", "token,block")
+    assert both == ((2,), [0.166667], ["learned", "token", "block"])
+    assert with_profile(path, "--kv-memory", "0.25", "--scorers", "learned")[2] == ["learned", "token"]
+    assert with_profile(path, "--full-layers", "0", "--scorers", "l2") == ((0,), [0.444444], ["l2", "token"])
+    assert with_profile(path, "--ratios", "0.5,0.1") == ((2, 7), [0.5, 0.1], ["keydiff", "token"])
+    assert with_profile(path, "--memory", "0.5,0.25") == ((2, 7), None, ["keydiff", "token"])
     line = refused(capsys, "passkey", "model", "--kv-profile", path, "--kv-memory", "0.1")
     assert "argument --kv-profile: memory must be more than 0.100, which the 1 full layers" in line
     assert "give its file too" in refused(capsys, "passkey", "model", "--kv-memory", "0.5")

@@ -79,7 +79,7 @@ class TestProfile:
         assert settings.defaults == CompressionParams(0.375, scorer="keydiff")
         quarter = self.settings(parser, "--kv-profile", profile, "--kv-memory", 0.25)
         assert quarter.full_layers == (2,)
-        assert quarter.defaults == CompressionParams(0.166667, scorer="learned")
+        assert quarter.defaults == CompressionParams(0.166667, scorer="learned", granularity="neighbors")
 
     def test_explicit_options_win(self, parser, profile):
         words = ["--kv-profile", profile, "--kv-memory", 0.4]
@@ -88,6 +88,11 @@ class TestProfile:
         assert layers.defaults.keep_ratio == pytest.approx(1 / 7, abs=1e-6), "so that the whole cache costs 0.4"
         ratio = self.settings(parser, *words, "--kv-default-keep-ratio", 1, "--kv-scorer", "l2")
         assert (ratio.full_layers, ratio.defaults) == ((2,), CompressionParams(1, scorer="l2"))
+        learned = "--kv-profile", profile, "--kv-memory", 0.25
+        token = self.settings(parser, *learned, "--kv-granularity", "token")
+        assert (token.defaults.scorer, token.defaults.granularity) == ("learned", "token")
+        other = self.settings(parser, *learned, "--kv-scorer", "keydiff")
+        assert (other.defaults.scorer, other.defaults.granularity) == ("keydiff", "token"), "they go together"
         both = self.settings(parser, *words[:2], "--kv-full-layers=", "--kv-default-keep-ratio=0.1")
         assert (both.full_layers, both.defaults, both.profile) == ((), CompressionParams(0.1), str(profile))
 

@@ -127,7 +127,9 @@ def _take_profile(options: argparse.Namespace, server: Any) -> None:
                 f"the profile has {wanted} at this memory, but the server has {found}; start the server with the same "
                 "--kv-profile, --kv-memory and --kv-classes."
             )
-        options.fields = {"kv_scorer": setting.scorer} | options.fields
+        if "kv_scorer" not in options.fields:
+            ranking = {"kv_scorer": setting.scorer, "kv_granularity": setting.granularity}
+            options.fields = ranking | options.fields
     if options.ratios is None:
         options.ratios = [1.0, setting.keep_ratio] if setting else RATIOS
 
@@ -254,7 +256,7 @@ def _add_load(parser: OneLineParser) -> None:
     add = group.add_argument
     default = ",".join(f"{each:g}" for each in RATIOS)
     add("--ratios", type=list_of(ratio), metavar="R,R", help=f"keep ratios (default: {default})")
-    add_profile(add, "--ratios, after 1, and kv_scorer", classes="those of the server")
+    add_profile(add, "--ratios, after 1, kv_scorer and kv_granularity", classes="those of the server")
     add(
         "--budgets",
         type=list_of(positive),

@@ -173,7 +173,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def take_profile(options: argparse.Namespace) -> None:
-    """Sets full layers, full heads, ratios and scorers from the profile, if there is one and they are not given.
+    """Sets what is not given from the profile: full layers, full heads, ratios, scorers and granularities.
 
     Raises:
         RefusedError: Profile or memory is refused, or a scorer needs a profile and there is none.
@@ -190,8 +190,12 @@ def take_profile(options: argparse.Namespace) -> None:
         options.full_heads = setting.full_heads if setting else {}
     if not has_ratio:
         options.ratios = [setting.keep_ratio] if setting else RATIOS
+    defaults = setting or CompressionParams()
+    if options.granularities is None:
+        # That of the profile goes with its scorer.
+        options.granularities = [defaults.granularity if options.scorers is None else CompressionParams.granularity]
     if options.scorers is None:
-        options.scorers = [setting.scorer if setting else CompressionParams.scorer]
+        options.scorers = [defaults.scorer]
     if options.kv_profile is None and (without := [name for name in options.scorers if name in PROFILE_SCORERS]):
         raise RefusedError(f"argument --scorers: {without[0]} needs the weights of a profile; give --kv-profile FILE.")
 
@@ -259,7 +263,7 @@ def _eval_parser() -> argparse.ArgumentParser:
             help=f"layers that never compact (default: {DEFAULT_LAYERS})",
         )
         add_full_heads(add, "--full-heads")
-        add_profile(add, "--full-layers or --full-heads, --ratios and --scorers")
+        add_profile(add, "--full-layers or --full-heads, --ratios, --scorers and --granularities")
         amounts = options.add_mutually_exclusive_group()
         amounts.add_argument(
             "--ratios",
@@ -284,9 +288,8 @@ def _eval_parser() -> argparse.ArgumentParser:
         add(
             "--granularities",
             type=list_of(one_of(GRANULARITIES)),
-            default=CompressionParams.granularity,
             metavar="G,G",
-            help=f"any of {listed(GRANULARITIES)}",
+            help=f"any of {listed(GRANULARITIES)} (default: {CompressionParams.granularity})",
         )
         add(
             "--protect",

@@ -16,8 +16,9 @@ import torch
 from vllm_l2kv.kernels.reference import ranked
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
-from vllm_l2kv.profile import Shape
+from vllm_l2kv.profile import Shape, granularity_of
 from vllm_l2kv.scorers import Rows, Scorers
+from vllm_l2kv.token_groups import pool_scores
 from vllm_l2kv.tools.profile.calibration import Sample
 from vllm_l2kv.tools.profile.masked import Context, Losses, answer_losses, read
 from vllm_l2kv.tools.progress import Progress
@@ -134,7 +135,7 @@ def rank(model: Any, shape: Shape, scorers: Scorers, names: Iterable[str], case:
         of_scorer = torch.zeros(size, dtype=torch.int32, device=model.device)
         for i, layer in enumerate(shape.compressible):
             rows = Rows(context.keys[layer].to(model.device), context.values[layer].to(model.device), i)
-            scores = scorers[name].score(rows)
+            scores = pool_scores(scorers[name].score(rows), granularity_of(name))
             of_scorer[layer] = ranked(scores, *protect).argsort(-1).int()
         places[name] = of_scorer
     return Ranked(context, places)
