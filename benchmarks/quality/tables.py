@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = {name: ROOT / "docs" / f"{name}.md" for name in ("quality", "quality_tables")}
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M"}
 """Folders of results, and the names of their models."""
+NEIGHBORS = "smollm2_neighbors"
+"""Cells of methods with the granularity `neighbors` and without it, in the same engine."""
 LONG_ANSWERS = "long_answers"
 """Aggregates of the task `copy` under budgets."""
 SHOWN = {"perplexity": "loss above that of the whole cache in nats a token, lower is better"}
@@ -191,7 +193,9 @@ def _parts(page: str) -> Iterator[tuple[str, list[str]]]:
     """Yields the names of the marks of a page, and the text between them."""
     for name in MODELS:
         yield name, list((verdict if page == "quality" else tables)(read_cells(name)))
-    if page == "quality_tables":
+    if page == "quality":
+        yield NEIGHBORS, list(verdict(read_cells(NEIGHBORS)))
+    else:
         yield LONG_ANSWERS, list(long_answers(read_rows(RESULTS / LONG_ANSWERS / AGGREGATES)))
 
 

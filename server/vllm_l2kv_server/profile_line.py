@@ -7,7 +7,7 @@ from vllm_l2kv.settings import Settings
 
 
 def profile_line(settings: Settings) -> str | None:
-    """A line on what stays full, the default ratio and scorer, and their share of the memory; `None` without a profile.
+    """A line on what stays full, how requests are compressed by default, and in what memory; `None` without a profile.
 
     It begins with `MARK`, so a quiet screen shows it. Options of the user are in the settings, so the line has their
     values where they replace those of the profile.
@@ -22,9 +22,11 @@ def profile_line(settings: Settings) -> str | None:
         full.append(f"full layers {listed(map(str, settings.full_layers)) or 'none'}")
     if settings.full_heads:
         full.append(f"{counted(num_full - of_layers, 'full head')} of {shape.num_heads}")
-    ratio = settings.defaults.keep_ratio
+    ratio, ranked = settings.defaults.keep_ratio, f"scorer {settings.defaults.scorer}"
+    if settings.defaults.granularity != "token":
+        ranked += f" and granularity {settings.defaults.granularity}"
     memory = (num_full + (shape.num_heads - num_full) * ratio) / shape.num_heads
     return (
         f"{MARK} With profile {settings.profile}: {', '.join(full)}; by default a request keeps {ratio:.3g} of the "
-        f"others by scorer {settings.defaults.scorer}, in all {memory:.3g} of the whole cache.\n"
+        f"others by {ranked}, in all {memory:.3g} of the whole cache.\n"
     )

@@ -146,6 +146,8 @@ class TestProfile:
             "scorer keydiff, in all 0.5 of the whole cache.\n"
         )
         assert NOTICE.search(line), "a quiet screen shows it"
+        learned = profile_line(self.settings(parser, *words, "--kv-memory", 0.25))
+        assert "of the others by scorer learned and granularity neighbors, in all 0.25 of" in learned
         own = profile_line(self.settings(parser, *words, "--kv-full-layers=", "--kv-default-keep-ratio=0.1"))
         assert "full layers none; by default a request keeps 0.1 of the others by scorer l2, in all 0.1 of" in own
         heads = profile_line(self.settings(parser, *words, "--kv-full-heads", "1:0", "2:0,1", "--kv-memory", 0.6))
