@@ -95,8 +95,8 @@ def num_settings(cells: Sequence[Row]) -> str:
 
 def setting_of(cell: Row) -> tuple[Any, ...]:
     """What the engine and the request were told, whatever the method's name."""
-    by = cell["scorer"], cell.get("granularity", "token")
-    return tuple(cell["full_layers"]), cell.get("full_heads", ""), cell["keep_ratio"], by
+    full = tuple(cell["full_layers"]), cell.get("full_heads", "")
+    return *full, cell["keep_ratio"], cell["scorer"], cell.get("granularity", "token")
 
 
 def tables(cells: Sequence[Row]) -> Iterator[str]:

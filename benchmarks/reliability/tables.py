@@ -3,11 +3,12 @@
 python -m benchmarks.reliability.tables
 """
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.quality.tables import table
+from vllm_l2kv.tools.evaluation.rows import read_rows
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
@@ -67,14 +68,9 @@ def starts() -> str:
     )
 
 
-def read(name: str) -> list[dict[str, Any]]:
+def read(name: str) -> list[Any]:
     """Returns the rows of a file of results."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+    return read_rows(RESULTS / f"{name}.jsonl")
 
 
 if __name__ == "__main__":
