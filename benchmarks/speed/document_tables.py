@@ -26,7 +26,8 @@ the document and the requests' own tokens, without padding (scenario `document`)
 
 The second question to a document of {num_document_tokens:,} tokens, idle engine: median time to first token,
 milliseconds, in brackets the ratio to computing it anew (scenario `offload`, with the engine arguments that
-`benchmarks/speed/offload.py` names).""",
+`benchmarks/speed/offload.py` names). The question on the GPU is asked right after the first one, while the compressed
+document is copied to CPU memory; the table above has its time without copies.""",
     "findable": """### Documents that stay findable
 
 Documents of {num_document_tokens:,} tokens in {cache_gib:.0f} GiB: how many are found if all are asked about in turn,

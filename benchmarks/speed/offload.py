@@ -2,7 +2,7 @@
 
 Needs vLLM's connector for CPU memory, with more CPU memory than GPU cache, which should be small:
 
-    --engine-args '{"kv_cache_memory_bytes": 8589934592, "kv_transfer_config": {"kv_connector":
+    --engine-args '{"max_model_len": 49152, "kv_cache_memory_bytes": 8589934592, "kv_transfer_config": {"kv_connector":
     "SimpleCPUOffloadConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"lazy_offload": true,
     "cpu_bytes_to_use": 12884901888}}}'
 
@@ -19,7 +19,7 @@ from benchmarks.speed.engines import is_measured, random_tokens, scheduler_of
 
 NUM_BLOCKS_A_STEP = 128
 """Blocks taken in each step; the connector stores the blocks that come next."""
-NUM_STRANGER_TOKENS = 100_000
+NUM_STRANGER_TOKENS = 30_000
 
 
 def rows(llm: Any, about: dict[str, Any], only: list[str]) -> Iterator[dict[str, Any]]:

@@ -119,7 +119,7 @@ VERDICT = """- **A cache too small**: {memory} x stock's output tokens a second 
 SCORERS = """
 ## Scorers and blocks of tokens
 
-No scorer takes more than {most:.1f} x as long as `l2`, by token or by block of tokens. One prompt of the 8B shape, keep
+No scorer takes more than {most:.1f} x as long as `l2`, by token, neighbors or block. One prompt of the 8B shape, keep
 ratio {keep_ratio}: milliseconds on the device, in brackets the multiple of `l2` by tokens. Host: the longest of
 {repeats} times that it waited while the device had {busy_ms} ms of other work. Targets: at most 3 x `l2`, less than 2
 ms. All kernels compile in {warm_up_s:.0f} s, once on a machine.
