@@ -25,7 +25,7 @@ def found(
         named = {NOTHING_FULL: nothing_full, "recommended": layers, "recommended heads": heads}
         outcomes += [outcome(name, memory, exact if lost else whole) for name, exact in named.items()]
     judged = -(-num_questions // 2)
-    return Recommendation((0,), (), (), tuple(outcomes), 1, 1, {"facts": num_questions}, {"facts": judged})
+    return Recommendation((0,), (), (), tuple(outcomes), 1, (), {"facts": num_questions}, {"facts": judged})
 
 
 def test_nothing_to_say():
@@ -53,7 +53,7 @@ def test_few_questions(num_questions, said):
     line = warning(found(num_questions))
     assert line.startswith(said)
     assert "\n" not in line
-    assert "use --questions 32 and --samples 32 or more." in line
+    assert "use --questions 32 or more." in line
     assert "At memory" not in line
     assert warning(found(MIN_QUESTIONS)) is None
 
@@ -84,4 +84,4 @@ def test_a_setting_that_loses_next_to_nothing_is_not_doubted():
 
 def test_both_in_one_line():
     line = warning(found(1, layers=(0.0, 0.0)))
-    assert "--samples 32 or more. At memory 0.5 a setting" in line
+    assert "--questions 32 or more. At memory 0.5 a setting" in line

@@ -13,13 +13,16 @@ from vllm_l2kv.tools.profile import choices as choices_module
 from vllm_l2kv.tools.profile import recommend as module
 from vllm_l2kv.tools.profile.calibration import ASKED_KINDS, Question, Sample, asked_samples
 from vllm_l2kv.tools.profile.choices import Case, Choice, answerable, kinds_of, losses, rank
+from vllm_l2kv.tools.profile.make import Amounts
 from vllm_l2kv.tools.profile.masked import Losses, answer_losses
 from vllm_l2kv.tools.profile.recommend import (
     CONTROL,
     FEW_QUESTIONS,
     MEMORIES,
     NUM_BEST,
+    NUM_LAST,
     SCORERS,
+    SOME_QUESTIONS,
     Recommendation,
     choice_of,
     recommend,
@@ -39,7 +42,7 @@ def question(number: int) -> list[Case]:
     return [Case(kind, hidden, [number] * 1536, [1, 2], 1) for hidden in (True, False)]
 
 
-QUESTIONS, OTHERS = [question(i) for i in range(FEW_QUESTIONS + 12)], [question(100 + i) for i in range(8)]
+QUESTIONS, OTHERS = [question(i) for i in range(SOME_QUESTIONS + 32)], [question(100 + i) for i in range(8)]
 
 
 def loss(choice: Choice) -> float:
@@ -128,24 +131,43 @@ def test_every_setting_costs_its_memory(made_up):
         assert target.keep_ratio >= 68 / 1536
 
 
-def test_all_settings_are_tried_on_few_questions_and_the_best_on_all(made_up):
+def test_all_settings_are_tried_on_few_questions_and_the_best_on_more(made_up):
     found = made_up()
     assert made_up.asked.pop()[0] == 2 * len(OTHERS)
-    searches = made_up.asked[:2], made_up.asked[2:]
-    for (few, _), (every, _) in searches:
-        assert (few, every) == (2 * FEW_QUESTIONS, 2 * len(QUESTIONS))
-    num_tried = sum(tried for (_, tried), _ in searches)
-    num_finalists = sum(finalists for *_, (_, finalists) in searches)
-    assert found.num_finalists == num_finalists <= 4 * NUM_BEST * len(MEMORIES) * len(SCORERS)
-    assert num_tried > 2 * num_finalists
-    assert num_tried < found.num_tried < num_tried + num_finalists
+    of_layers, of_heads = made_up.asked[:3], made_up.asked[3:]
+    asked = FEW_QUESTIONS, SOME_QUESTIONS, len(QUESTIONS)
+    for of_units in (of_layers, of_heads):
+        assert tuple(num_cases for num_cases, _ in of_units) == tuple(2 * num for num in asked)
+    tried = [of_layer + of_head for (_, of_layer), (_, of_head) in zip(of_layers, of_heads, strict=True)]
+    assert found.rounds == tuple(zip(asked, tried, strict=True))
+    each = 2 * len(MEMORIES) * len(SCORERS)
+    assert tried[0] > 2 * tried[1]
+    assert tried[1] <= 2 * NUM_BEST * each
+    assert tried[2] <= NUM_LAST * each < tried[1]
+    assert tried[0] < found.num_tried < tried[0] + tried[1]
     assert found.searched == dict.fromkeys(ASKED_KINDS, len(QUESTIONS) / 4)
     assert found.judged == dict.fromkeys(ASKED_KINDS, len(OTHERS) / 4)
 
 
-def test_what_does_well_on_the_few_alone_is_not_chosen(made_up):
-    made_up.more = lambda case, choice: 9.0 * (choice.scorer == "learned" and case.context[0] >= FEW_QUESTIONS)
+@pytest.mark.parametrize("num", [4, FEW_QUESTIONS + 12, SOME_QUESTIONS])
+def test_with_fewer_questions_the_second_round_is_the_last(made_up, num):
+    found = made_up(questions=QUESTIONS[:num])
+    assert [each.questions for each in found.rounds] == [min(num, FEW_QUESTIONS), num]
+    assert [target.memory for target in of_layers(found)] == list(MEMORIES)
+
+
+@pytest.mark.parametrize("num", [FEW_QUESTIONS, SOME_QUESTIONS])
+def test_what_does_well_on_the_first_questions_alone_is_not_chosen(made_up, num):
+    made_up.more = lambda case, choice: 9.0 * (choice.scorer == "learned" and case.context[0] >= num)
     assert {target.scorer for target in made_up().targets} == {"keydiff_value"}
+
+
+def test_a_setting_that_is_best_on_the_first_questions_alone_is_not_chosen(made_up):
+    """The best settings fail in the third round, so the second best ones are chosen."""
+    lucky = {choice_of(SHAPE, target) for target in made_up().targets}
+    made_up.more = lambda case, choice: 9.0 * (choice in lucky and case.context[0] >= SOME_QUESTIONS)
+    for target in made_up().targets:
+        assert choice_of(SHAPE, target) not in lucky
 
 
 def test_answers_of_one_kind_that_fail_altogether_are_not_outweighed_by_little_losses(made_up):
@@ -206,6 +228,11 @@ def test_a_search_without_questions_is_refused(made_up):
     for questions, others in (([], OTHERS), (QUESTIONS, [])):
         with pytest.raises(ValueError, match="The search has no questions; raise --samples or --tokens"):
             made_up(questions=questions, others=others)
+
+
+def test_the_search_may_read_as_many_texts_as_its_questions_need():
+    amounts = Amounts(112, 1536, 384)
+    assert [amounts.texts_for(num) for num in (384, 192, 4)] == [768, 384, 112]
 
 
 def test_questions_are_balanced_and_no_more_texts_are_read_than_needed(monkeypatch):

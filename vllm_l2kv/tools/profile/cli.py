@@ -12,7 +12,7 @@ from vllm_l2kv.tools.engine_log import progress_beside_log
 from vllm_l2kv.tools.evaluation.texts import read_text
 from vllm_l2kv.tools.options import RefusedError, add_verbose, folder_of
 
-DEFAULTS = {"cpu": (12, 512, 4), "cuda": (112, 1536, 128)}
+DEFAULTS = {"cpu": (12, 512, 4), "cuda": (112, 1536, 384)}
 """Number of texts, tokens of a text, and number of questions. With these, a small model takes minutes on a CPU."""
 DRAWN = "drawn"
 """Value of `--images` for the bundled pictures."""
@@ -135,7 +135,8 @@ def _parser() -> OneLineParser:
         f"{DRAWN}: four bundled pictures",
     )
     helps = {
-        "samples": "number of texts to read, and at most as many for the search; fewer shorten the reading",
+        "samples": "number of texts to read; the search reads at most as many others, or two for each question if that "
+        "is more; fewer shorten the reading",
         "tokens": "tokens of a text; fewer shorten everything but the training",
         "questions": "number of questions for the search; half as many more judge its results; fewer shorten both, "
         "and the report warns if they are too few",

@@ -1,7 +1,7 @@
 """What a search could not measure, as one line of warning.
 
 The fewer questions, the less their share of exact answers says: Wilson's 95 % confidence interval is at most +-0.45 for
-one question, +-0.22 for 16 and +-0.12 for 64, as many as judge by default on a GPU.
+one question, +-0.22 for 16 and +-0.07 for 192, as many as judge by default on a GPU.
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,7 @@ def _doubts(found: Recommendation) -> Iterator[str]:
     if found.num_searched < MIN_QUESTIONS:
         yield (
             f"{counted(found.num_searched, 'question')} for the search and {found.num_judged} to judge are few: a "
-            f"share may be wrong by {uncertainty(found.num_judged):.2f}; use --questions {MIN_QUESTIONS} and --samples "
-            f"{MIN_QUESTIONS} or more."
+            f"share may be wrong by {uncertainty(found.num_judged):.2f}; use --questions {MIN_QUESTIONS} or more."
         )
     of_names = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
     whole = of_names[WHOLE, 1.0]

@@ -28,6 +28,8 @@ from vllm_l2kv.tools.progress import Progress
 MEASURED, SEARCHED, JUDGED = 0, 1, 2
 """Seeds of the texts for measuring, for the search of settings, and for judging them."""
 
+TEXTS_OF_A_QUESTION = 2
+"""Texts that may be read for each question of the search."""
 SPARE_TOKENS = 128
 """Room in the context in addition to two texts: the request for a repetition, or a question and its answer."""
 
@@ -36,7 +38,7 @@ class Amounts(NamedTuple):
     """Numbers of texts, tokens and questions.
 
     Attributes:
-        texts: Texts for measuring; the search uses at most as many others.
+        texts: Texts for measuring; search and judging read others, see `texts_for`.
         tokens: Tokens of each text; some texts of the search are longer.
         questions: Questions for the search; half as many more are used to judge its results.
     """
@@ -44,6 +46,10 @@ class Amounts(NamedTuple):
     texts: int
     tokens: int
     questions: int
+
+    def texts_for(self, num_questions: int) -> int:
+        """The most texts that are read to find this many questions: not all have one that the model answers."""
+        return max(self.texts, TEXTS_OF_A_QUESTION * num_questions)
 
 
 class Made(NamedTuple):
@@ -112,7 +118,7 @@ def make(
         answerable(
             loaded,
             shape,
-            asked_samples(tokenizer, amounts.tokens, amounts.texts, seed, own_texts),
+            asked_samples(tokenizer, amounts.tokens, amounts.texts_for(num), seed, own_texts),
             num,
             progress,
             purpose,
@@ -145,7 +151,7 @@ def make(
             "tensor_parallel_size": num_ranks,
             "search": {
                 "tried": found.num_tried,
-                "finalists": found.num_finalists,
+                "rounds": [of_round._asdict() for of_round in found.rounds],
                 "questions": found.searched,
                 "judged_by": found.judged,
                 "orders": found.orders,

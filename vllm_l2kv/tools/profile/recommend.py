@@ -5,7 +5,8 @@ the attention of answers to facts, by that of a repetition of the text, by the l
 greedy order by the cost of answers with one more full layer. Full heads come from the first three orders, and from
 their sum. Both are searched in the same way, as `units`. The cost of a candidate is the mean of `Losses.cost` over
 questions about texts that were not trained on, equally many of each kind, each asked hidden and seen. All candidates
-are tried on a few questions, the best ones on all. Questions about other texts then judge the chosen settings.
+are tried on a few questions, the best ones on more, the best of these on all: of many candidates, the best on few
+questions is the best by chance. Questions about other texts then judge the chosen settings.
 
 The mean decides, not the worst kind of text: with little memory some kinds fail under every candidate, and would decide
 alone. Only first ones of an order are tried, not all sets of layers: on SmolLM2, 300 more candidates with one layer
@@ -39,12 +40,16 @@ GREEDY_QUESTIONS = 24
 """Questions of the greedy order, whose contexts stay on the device."""
 FEW_QUESTIONS = 32
 """Questions on which all candidates are tried."""
+SOME_QUESTIONS = 96
+"""Questions on which the best of them are tried, if there are more."""
 SHORTLIST = 12
 """Layers that are tried in each greedy step: the first ones of the other orders."""
 NUM_COUNTS = 8
 """Numbers of full units that are tried for each order and memory."""
 NUM_BEST = 3
-"""Candidates for each memory and scorer that are tried on all questions, also with the first layers full."""
+"""Candidates for each memory and scorer that go on from the few questions, also with the first layers full."""
+NUM_LAST = 2
+"""Candidates for each memory and scorer that go on from some questions to all."""
 FIRST_LAYERS = 2
 """Number of layers that the paper leaves full."""
 NAMES = {
@@ -83,6 +88,18 @@ class Outcome(NamedTuple):
     exact_by_kind: dict[str, tuple[float, float]]
 
 
+class Round(NamedTuple):
+    """A round of the search.
+
+    Attributes:
+        questions: Number of questions, the same for every candidate.
+        settings: Number of candidates.
+    """
+
+    questions: int
+    settings: int
+
+
 @dataclass(frozen=True)
 class Recommendation:
     """The result of the search.
@@ -93,7 +110,7 @@ class Recommendation:
         orders: Names of the orders from which the targets come.
         outcomes: Results of the targets, and of the settings with which they are compared.
         num_tried: Number of candidates.
-        num_finalists: Number of candidates that were tried on all questions.
+        rounds: The rounds of the search; the last one had all questions.
         searched: Kinds of texts to their numbers of questions in the search.
         judged: Kinds of texts to their numbers of questions for the outcomes.
     """
@@ -103,7 +120,7 @@ class Recommendation:
     orders: tuple[str, ...]
     outcomes: tuple[Outcome, ...]
     num_tried: int
-    num_finalists: int
+    rounds: tuple[Round, ...]
     searched: dict[str, int]
     judged: dict[str, int]
 
@@ -140,14 +157,14 @@ class _Found(NamedTuple):
         chosen: The best candidate for each memory.
         of_scorers: The best candidate for each memory and scorer.
         num_tried: Number of candidates.
-        num_finalists: Number of candidates that were tried on all questions.
+        rounds: The rounds of the search.
     """
 
     classes: str
     chosen: list[_Candidate]
     of_scorers: list[_Candidate]
     num_tried: int
-    num_finalists: int
+    rounds: list[Round]
 
 
 def recommend(
@@ -197,7 +214,10 @@ def recommend(
         tuple(each.order for each in chosen),
         outcomes,
         sum(of_units.num_tried for of_units in found),
-        sum(of_units.num_finalists for of_units in found),
+        tuple(
+            Round(same[0].questions, sum(each.settings for each in same))
+            for same in zip(*(of_units.rounds for of_units in found), strict=True)
+        ),
         kinds_of(questions),
         kinds_of(others),
     )
@@ -257,25 +277,45 @@ def _search(
     lowest: float,
     progress: Progress,
 ) -> _Found:
-    """Tries all candidates on a few questions, then the best ones on all questions, also with the first layers full."""
+    """Tries all candidates on a few questions, the best ones on more, also with the first layers full.
+
+    If there are no more than `SOME_QUESTIONS`, the second round is the last.
+    """
+    rounds: list[Round] = []
+
+    def best(candidates: Sequence[_Candidate], num_questions: int, num: int) -> list[tuple[_Candidate, float]]:
+        """One round: the best `num` candidates for each memory and scorer on the first questions, with their costs."""
+        asked = cases[: 2 * num_questions]
+        rounds.append(Round(len(asked) // 2, len(candidates)))
+        progress.part(
+            f"trying {counted(len(candidates), 'setting')} of {units.classes} on {_asked(asked)}", len(asked), "answers"
+        )
+        costs = _costs(model, shape, scorers, asked, candidates, progress)
+        return [(candidates[i], costs[i]) for i in _best(candidates, costs, num)]
+
     tried = list(_candidates(units, scorers, lowest))
-    few = cases[: 2 * FEW_QUESTIONS]
-    progress.part(f"trying {len(tried)} settings of {units.classes} on {_asked(few)}", len(few), "answers")
-    best = [tried[i] for i in _best(tried, _costs(model, shape, scorers, few, tried, progress), NUM_BEST)]
+    left = [each for each, _ in best(tried, FEW_QUESTIONS, NUM_BEST)]
     first = shape.compressible[:FIRST_LAYERS]
-    with_first = [each for each in (_with_layers(units, each, first, lowest) for each in best) if each is not None]
-    finalists = [*best, *with_first]
-    progress.part(f"trying the best {len(finalists)} on {_asked(cases)}", len(cases), "answers")
-    costs = _costs(model, shape, scorers, cases, finalists, progress)
-    of_scorers = _best(finalists, costs, 1)
-    chosen = []
+    with_first = [each for each in (_with_layers(units, each, first, lowest) for each in left) if each is not None]
+    left += with_first
+    num_questions = len(cases) // 2
+    if num_questions > SOME_QUESTIONS:
+        left = [each for each, _ in best(left, SOME_QUESTIONS, NUM_LAST)]
+    last = best(left, num_questions, 1)
+    num_tried = len(tried) + len(with_first)
+    return _Found(units.classes, list(_chosen(last)), [each for each, _ in last], num_tried, rounds)
+
+
+def _chosen(of_scorers: Sequence[tuple[_Candidate, float]]) -> Iterator[_Candidate]:
+    """For each memory, the candidate with the fastest scorer among those of about the lowest cost.
+
+    Args:
+        of_scorers: The best candidates for each memory and scorer with their costs, fast scorers first.
+    """
     for memory in MEMORIES:
-        of_memory = [i for i in of_scorers if finalists[i].target.memory == memory]
-        least = min((costs[i] for i in of_memory), default=0.0)
-        # The fastest scorer among candidates of about the same cost.
-        chosen += [finalists[i] for i in of_memory if costs[i] <= least + SAME_COST][:1]
-    best_of_scorers = [finalists[i] for i in of_scorers]
-    return _Found(units.classes, chosen, best_of_scorers, len(tried) + len(with_first), len(finalists))
+        of_memory = [(each, cost) for each, cost in of_scorers if each.target.memory == memory]
+        least = min((cost for _, cost in of_memory), default=0.0)
+        yield from [each for each, cost in of_memory if cost <= least + SAME_COST][:1]
 
 
 def _asked(cases: Sequence[Case]) -> str:

@@ -15,7 +15,7 @@ from vllm_l2kv.tools.profile.doubts import warning
 from vllm_l2kv.tools.profile.make import Made
 from vllm_l2kv.tools.profile.norms import JUDGED, KEEP_RATIOS, NUM_PEAKS
 from vllm_l2kv.tools.profile.ranks import POOLED
-from vllm_l2kv.tools.profile.recommend import NAMES, NO_PROFILE, WHOLE, Outcome
+from vllm_l2kv.tools.profile.recommend import NAMES, NO_PROFILE, WHOLE, Outcome, Recommendation
 from vllm_l2kv.tools.progress import duration
 
 USED_MEMORY = 0.5
@@ -142,6 +142,12 @@ def _how_to_read(made: Made) -> Iterator[str]:
     yield "no profile: the same memory with the first layers full and l2 in the others."
 
 
+def _rounds(found: Recommendation) -> str:
+    """The rounds of the search, as a sentence."""
+    rounds = (f"{each.settings} on {counted(each.questions, 'question')}" for each in found.rounds)
+    return f"Settings were tried in rounds, the best ones again: {', '.join(rounds)}."
+
+
 def write_report(made: Made, folder: Path) -> Path:
     """Draws heat maps and writes the HTML file to an existing folder; returns its path."""
     profile, measured, found = made
@@ -153,10 +159,9 @@ def write_report(made: Made, folder: Path) -> Path:
         },
         {
             "title": "What was compared",
-            "note": f"{found.num_tried} settings were tried on a few questions, and the best {found.num_finalists} of "
-            f"them on {counted(found.num_searched, 'question')}; {counted(found.num_judged, 'other question')} served "
-            "to judge the results. Loss: nats per token of the answer; exact: share of exact answers. The loss varies "
-            "less by chance than the share.",
+            "note": f"{_rounds(found)} {counted(found.num_judged, 'other question')} served to judge the results. "
+            "Loss: nats per token of the answer; exact: share of exact answers. The loss varies less by chance than "
+            "the share.",
             "table": _outcomes(made),
         },
         {
