@@ -69,8 +69,9 @@ def engine_args(
         prompt_interval: Rows beyond its budget that a request may hold before the end of its prompt.
         answer_interval: Rows beyond its budget that a request may hold from the end of its prompt on.
         profile: File that `vllm-l2kv profile` wrote for this model; other models are refused. It sets full layers or
-            heads, `default_keep_ratio`, and `scorer` with its `granularity`, unless they are given here. If full layers
-            and the ratio are given, it only provides the weights of the scorer `learned`.
+            heads, `default_keep_ratio`, and `scorer` with its `granularity`, unless they are given here. For a `scorer`
+            that is given it sets what was best with that one. If full layers and the ratio are given, it only provides
+            the weights of the scorer `learned`.
         memory: Share of the whole cache, in (0, 1], full layers and heads included, for which the profile chooses its
             settings; `None` for 0.5.
         classes: What stays full by the profile: whole `layers` or single KV `heads`; `None` for those that the profile
@@ -101,7 +102,8 @@ def engine_args(
     layers = None if full_layers is None else tuple(full_layers)
     heads = None if full_heads is None else heads_by_layer(full_heads)
     ranks = {} if tensor_parallel_size is None else {"tensor_parallel_size": tensor_parallel_size}
-    setting = setting_of(profile, memory, layers, "keep_ratio" in params, heads, classes, tensor_parallel_size or 1)
+    asked = layers, "keep_ratio" in params, heads, classes, tensor_parallel_size or 1, params.get("scorer")
+    setting = setting_of(profile, memory, *asked)
     if setting is not None:
         layers, heads = setting.full_layers, setting.full_heads
         ranking = {} if "scorer" in params else {"scorer": setting.scorer, "granularity": setting.granularity}

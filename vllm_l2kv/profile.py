@@ -1,9 +1,9 @@
 """Profiles: which layers and heads a model needs for its answers, measured once and stored in one safetensors file.
 
 The file's metadata has one key, `vllm_l2kv`, with JSON: the model, its fingerprint, its layers in order of importance,
-and settings for several shares of memory, with whole layers full and with single KV heads full. Reading it needs no
-torch. The tensors are the measurements by layer and KV head, and the weights of the scorer `learned`. `vllm-l2kv
-profile` writes the file.
+and settings for several shares of memory and scorers, with whole layers full and with single KV heads full. Reading it
+needs no torch. The tensors are the measurements by layer and KV head, and the weights of the scorer `learned`.
+`vllm-l2kv profile` writes the file.
 """
 
 import hashlib
@@ -65,6 +65,8 @@ SAMPLED_BYTES = 1024
 """Bytes read at the start, the middle and the end of each tensor."""
 RECOMMENDED = {LAYERS: "recommended", HEADS: "recommended heads"}
 """Names of the outcomes of a profile's settings among `about["search"]["outcomes"]`."""
+BEST_WITH = {LAYERS: "best with", HEADS: "best heads with"}
+"""Names of the outcomes of the best settings with a scorer, which follows the name."""
 WORTH_HEADS = 0.02
 """Heads are taken by default only if they answer a larger share of the questions by more than this, since they slow
 down a decode step."""
@@ -120,7 +122,7 @@ class Rope:
 
 
 class Target(NamedTuple):
-    """The best setting for a share of memory.
+    """The best setting for a share of memory, with any scorer or with this one.
 
     Attributes:
         memory: Share of the whole cache (all layers of full attention together), in (0, 1].
@@ -166,7 +168,8 @@ class Profile:
         shape: Shape of the model's KV cache.
         rope: How the model's keys are rotated.
         layer_order: Indices of layers that may compress, the most important ones first.
-        memory: Settings in ascending order of memory; up to one of each of `CLASSES` for a memory.
+        memory: Settings in ascending order of memory. For each memory and each of `CLASSES` the recommended one comes
+            first, and may be followed by the best ones of other scorers; older files have recommended ones only.
         about: How the profile was made: texts, tokens, dtype, versions, seconds.
         path: The file; `None` if not written yet.
         tensors: Names of the file's tensors to their shapes.
@@ -214,6 +217,14 @@ class Profile:
         order = {classes: i for i, classes in enumerate(CLASSES)}
         listed = sorted(self.memory, key=lambda target: (target.memory, order[target.classes]))
         object.__setattr__(self, "memory", tuple(listed))
+
+    @property
+    def recommended(self) -> tuple[Target, ...]:
+        """The recommended one of each memory and each of `CLASSES`."""
+        first: dict[tuple[float, str], Target] = {}
+        for target in self.memory:
+            first.setdefault((target.memory, target.classes), target)
+        return tuple(first.values())
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -285,6 +296,7 @@ class Profile:
         full_heads: FullHeads | None = None,
         classes: str | None = None,
         num_ranks: int = 1,
+        scorer: str | None = None,
     ) -> Setting:
         """The setting with which the whole cache costs this share of memory.
 
@@ -298,6 +310,8 @@ class Profile:
             classes: Which settings of the profile to use: one of `CLASSES`; `None` for layers if full layers or heads
                 are given, else for those of `default_classes`.
             num_ranks: Tensor-parallel size of the engine.
+            scorer: Scorer whose best setting is used; the recommended setting if it is `None`, or if the profile has
+                none of it.
 
         Raises:
             ValueError: The memory is out of bounds or less than full layers and heads alone cost, or the profile has no
@@ -307,8 +321,8 @@ class Profile:
             raise ValueError(f"memory must be in (0, 1], got {memory}.")
         if classes is None:
             given = full_layers is not None or full_heads is not None
-            classes = LAYERS if given else self.default_classes(memory, num_ranks)
-        chosen = self._target_for(memory, classes)
+            classes = LAYERS if given else self.default_classes(memory, num_ranks, scorer)
+        chosen = self._target_for(memory, classes, scorer)
         if chosen is None:
             kind = "" if classes == LAYERS else " with full heads; make it again, or take layers (--kv-classes layers)"
             raise ValueError(f"{self.path or 'The profile'} has no settings{kind}.")
@@ -326,7 +340,7 @@ class Profile:
             )
         return Setting(layers, keep_ratio, chosen.scorer, heads)
 
-    def default_classes(self, memory: float, num_ranks: int) -> str:
+    def default_classes(self, memory: float, num_ranks: int, scorer: str | None = None) -> str:
         """Which settings a memory is spent by unless the user says: one of `CLASSES`.
 
         Heads, if the search judged them better by more than `WORTH_HEADS` and an engine can have them: they cost less
@@ -335,8 +349,9 @@ class Profile:
         Args:
             memory: See `setting`.
             num_ranks: See `setting`.
+            scorer: See `setting`.
         """
-        layers, heads = (self._target_for(memory, classes) for classes in CLASSES)
+        layers, heads = (self._target_for(memory, classes, scorer) for classes in CLASSES)
         if layers is None or heads is None:
             return LAYERS
         num_full = self.shape.num_full(heads.full_layers, heads.full_heads)
@@ -346,17 +361,25 @@ class Profile:
         better = round(self._answered(heads) - self._answered(layers), 4) > WORTH_HEADS
         return HEADS if possible and better else LAYERS
 
-    def _target_for(self, memory: float, classes: str) -> Target | None:
+    def _target_for(self, memory: float, classes: str, scorer: str | None) -> Target | None:
         """The setting of these classes for the next lower memory, or for the lowest one; `None` if there is none."""
         listed = [target for target in self.memory if target.classes == classes]
-        below = [target for target in listed if target.memory <= memory + 1e-9]
-        return below[-1] if below else next(iter(listed), None)
+        if not listed:
+            return None
+        nearest = max((each.memory for each in listed if each.memory <= memory + 1e-9), default=listed[0].memory)
+        recommended, *others = (target for target in listed if target.memory == nearest)
+        return next((target for target in others if target.scorer == scorer), recommended)
 
     def _answered(self, target: Target) -> float:
-        """Share of the judged questions that a setting answers exactly, seen and hidden; 0 if it was not judged."""
-        for outcome in self.about.get("search", {}).get("outcomes", ()):
-            if (outcome["name"], outcome["memory"]) == (RECOMMENDED[target.classes], target.memory):
-                return float(sum(outcome["exact"]) / len(outcome["exact"]))
+        """Share of the judged questions that a setting answers exactly, seen and hidden; 0 if it was not judged.
+
+        If only the recommended setting of these classes was judged, it is that one's.
+        """
+        outcomes = self.about.get("search", {}).get("outcomes", ())
+        exact = {each["name"]: each["exact"] for each in outcomes if each["memory"] == target.memory}
+        for name in (f"{BEST_WITH[target.classes]} {target.scorer}", RECOMMENDED[target.classes]):
+            if name in exact:
+                return float(sum(exact[name]) / len(exact[name]))
         return 0.0
 
     def weights(self) -> dict[str, "torch.Tensor"]:
@@ -399,6 +422,7 @@ def setting_of(
     full_heads: FullHeads | None = None,
     classes: str | None = None,
     num_ranks: int = 1,
+    scorer: str | None = None,
 ) -> Setting | None:
     """The setting of the file that `--kv-profile` names; used by every command.
 
@@ -410,6 +434,7 @@ def setting_of(
         full_heads: See `Profile.setting`.
         classes: See `Profile.setting`.
         num_ranks: See `Profile.setting`.
+        scorer: See `Profile.setting`.
 
     Returns:
         The setting; `None` if the profile sets nothing.
@@ -431,7 +456,7 @@ def setting_of(
         raise ValueError(f"cannot read the profile {path}: {error.strerror or error}.") from error
     if full_layers is None or not has_ratio:
         memory = DEFAULT_MEMORY if memory is None else memory
-        return profile.setting(memory, full_layers, full_heads, classes, num_ranks)
+        return profile.setting(memory, full_layers, full_heads, classes, num_ranks, scorer)
     if memory is not None:
         raise ValueError("memory (--kv-memory) follows from full layers and a keep ratio; leave one of the three out.")
     return None

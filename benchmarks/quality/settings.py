@@ -142,7 +142,8 @@ class Setting:
 def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]) -> list[Setting]:
     """Returns the whole cache, then every method at every memory; `equal` methods skip the trial's memories.
 
-    Methods with full heads are left out if the profile has none, as for a model with one KV head in each layer.
+    What stays full is the best for the method's scorer, and for the recommended one if that is `random`. Methods with
+    full heads are left out if the profile has none, as for a model with one KV head in each layer.
     """
     compressible = profile.shape.compressible
     equal_layers = tuple(layer for layer in EQUAL_LAYERS if layer in compressible)
@@ -160,7 +161,7 @@ def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]
                 ratio = ratio_for(memory, len(compressible), len(equal_layers))
             else:
                 classes = HEADS if source == PROFILE_HEADS else LAYERS
-                full_layers, ratio, _, full_heads = profile.setting(memory, classes=classes)
+                full_layers, ratio, _, full_heads = profile.setting(memory, classes=classes, scorer=scorer)
             words = heads_in_words(full_heads)
             found.append(Setting(method, memory, tuple(full_layers), ratio, scorer, words, granularity))
     return found

@@ -122,6 +122,19 @@ class TestProfile:
         assert run("--url", ours.url, *words) == 0
         assert {(body["kv_scorer"], "kv_granularity" in body) for body in ours.measured(0.375)} == {("l2", False)}
 
+    def test_a_server_with_a_scorer_of_its_own(self, capsys, ours, tmp_path):
+        """Its full layers are those that are best with its default scorer."""
+        path = tmp_path / "p.safetensors"
+        memory = (Target(0.5, (0, 1), 0.375, "keydiff"), Target(0.5, (4,), 0.444444, "l2"))
+        write_profile(path, made_up_weights(10, 2, 32), memory=memory)
+        words = ["--url", ours.url, "--kv-profile", str(path), *QUICK, "--out", str(tmp_path / "out")]
+        ours.full = {"full_layers": [4], "fields": [{"name": "kv_scorer", "default": "keydiff"}]}
+        assert "the profile has full layers 0, 1 at this memory, but" in refused(capsys, *words)
+        ours.full["fields"][0]["default"] = "l2"
+        assert run(*words) == 0
+        assert [row["keep_ratio"] for row in rows_of(tmp_path / "out")] == [1, 0.444444]
+        assert {body["kv_scorer"] for body in ours.measured(0.444444)} == {"l2"}
+
     def test_a_server_with_other_full_layers(self, capsys, ours, tmp_path, profile):
         words = ["--url", ours.url, "--kv-profile", profile, "--kv-memory", "0.25", "--out", str(tmp_path / "out")]
         assert refused(capsys, *words).endswith(

@@ -223,6 +223,9 @@ def test_settings_take_their_nominal_memory(quality):
         units = [(2048, "needle"), (2048, "chat"), (1024, "needle")]
         measured = [setting.is_measured(*unit) for unit in units]
         assert measured == [True, setting.memory != trial, setting.memory != trial]
+    others = replace(profile, memory=(*targets, Target(0.5, (4,), 0.375, "learned")))
+    for setting in quality.settings.settings(others, ["profile-l2", "profile-learned", "profile-random"], [0.5])[1:]:
+        assert setting.full_layers == ((4,) if setting.scorer == "learned" else (3,))
     layers = replace(profile, memory=targets[:1])
     without = quality.settings.settings(layers, quality.settings.METHODS, [0.75, 0.5, trial])
     assert without == [whole, *(setting for setting in found if not setting.method.startswith("heads"))]

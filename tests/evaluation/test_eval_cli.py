@@ -248,6 +248,16 @@ def test_a_profile_sets_what_is_not_given(capsys, tmp_path):
     assert "give its file too" in refused(capsys, "passkey", "model", "--kv-memory", "0.5")
 
 
+def test_a_single_scorer_takes_what_was_best_with_it(tmp_path):
+    """Several scorers share the recommended layers."""
+    path = str(tmp_path / "p.safetensors")
+    memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.5, (4,), 0.444444, "l2"))
+    write_profile(path, made_up_weights(10, 2, 32), memory=memory)
+    assert with_profile(path, "--scorers", "l2") == ((4,), [0.444444], ["l2", "token"])
+    assert with_profile(path, "--scorers", "l2,keydiff") == ((2, 7), [0.375], ["l2", "keydiff", "token"])
+    assert with_profile(path) == with_profile(path, "--scorers", "keydiff") == ((2, 7), [0.375], ["keydiff", "token"])
+
+
 def test_a_profile_sets_heads(capsys, tmp_path):
     memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.5, (), 0.411765, "l2", {2: (0, 1), 7: (1,)}))
     write_profile(tmp_path / "p", made_up_weights(10, 2, 32), memory=memory)

@@ -25,7 +25,7 @@ def found(
         named = {NOTHING_FULL: nothing_full, "recommended": layers, "recommended heads": heads}
         outcomes += [outcome(name, memory, exact if lost else whole) for name, exact in named.items()]
     judged = -(-num_questions // 2)
-    return Recommendation((0,), (), (), tuple(outcomes), 1, (), {"facts": num_questions}, {"facts": judged})
+    return Recommendation((0,), (), (), (), tuple(outcomes), 1, (), {"facts": num_questions}, {"facts": judged})
 
 
 def test_nothing_to_say():

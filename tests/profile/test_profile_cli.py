@@ -11,6 +11,7 @@ import torch
 from vllm_l2kv.cli import main
 from vllm_l2kv.profile import Profile, check_model
 from vllm_l2kv.scorers.learned import HIDDEN, num_features
+from vllm_l2kv.tools.profile.recommend import SCORERS
 
 FEW = ("--samples", "4", "--tokens", "160", "--questions", "3")
 
@@ -40,6 +41,8 @@ def test_a_profile_is_made(made, llama):
             num_full = profile.shape.num_full(full_layers, full_heads)
             assert (num_full + (8 - num_full) * keep_ratio) / 8 == pytest.approx(memory)
             assert bool(full_heads) == (classes == "heads")
+    by_scorer = {scorer: profile.setting(0.5, classes="layers", scorer=scorer).scorer for scorer in SCORERS}
+    assert by_scorer == {scorer: scorer for scorer in SCORERS}
     measures = profile.measures()
     assert measures["retrieval"].shape == measures["repetition"].shape == measures["head_loss"].shape == (4, 2)
     assert measures["loss"].shape == (4,)
@@ -53,6 +56,7 @@ def test_a_profile_is_made(made, llama):
     assert shown.rstrip().splitlines()[-3] == f"  vllm-l2kv serve {llama} --kv-profile {profile.path} --kv-memory 0.5"
     assert "Layers and heads were measured with 4 questions about facts; the model answers 0 exactly" in shown
     assert "Settings were searched with 3 other questions, and judged with 2 more." in shown
+    assert len(re.findall(r"(?m)^ *0\.\d+ +0\.\d{3} ", shown)) == len(profile.recommended) < len(profile.memory)
     assert "share of exact answers to 2 questions that the search did not use" in shown
     (doubts,) = [line for line in shown.splitlines() if line.startswith("Warning: ")]
     assert doubts.startswith("Warning: 3 questions for the search and 2 to judge are few: ")

@@ -1,5 +1,7 @@
 """The search for settings, on a made-up model with a known cost of every choice, and its parts on a tiny model."""
 
+from itertools import product
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -123,8 +125,21 @@ def test_the_heads_that_answers_need_stay_full(made_up):
     assert loss(choice_of(SHAPE, targets[-1])) < 1 < loss(choice_of(SHAPE, of_layers(found)[-1]))
 
 
+def test_every_scorer_has_a_setting(made_up):
+    """Those that are not recommended are the best with their scorer."""
+    found = made_up()
+    every = sorted((each.classes, each.memory, each.scorer) for each in (*found.targets, *found.others))
+    assert every == sorted(product(("heads", "layers"), MEMORIES, SCORERS))
+    by_name = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
+    for target in found.others:
+        assert target.scorer != "learned"
+        best = "best heads with" if target.classes == "heads" else "best with"
+        assert by_name[f"{best} {target.scorer}", target.memory][1:6] == target
+
+
 def test_every_setting_costs_its_memory(made_up):
-    for target in made_up().targets:
+    found = made_up()
+    for target in (*found.targets, *found.others):
         ratios = choice_of(SHAPE, target).keep_ratios
         assert sum(map(sum, ratios[:NUM_LAYERS])) / NUM_LAYERS / 2 == pytest.approx(target.memory, abs=1e-5)
         assert ratios[NUM_LAYERS] == (1, 1)

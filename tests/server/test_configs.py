@@ -49,7 +49,7 @@ def options_of(path: Path) -> dict[str, Any]:
     """Returns the options of a file, with the profile replaced by the options that it sets."""
     options = yaml.safe_load(path.read_text())
     profile, memory, classes = (options.pop(key, None) for key in ("kv-profile", "kv-memory", "kv-classes"))
-    setting = profile and setting_of(path.parent / profile, memory, classes=classes)
+    setting = profile and setting_of(path.parent / profile, memory, classes=classes, scorer=options.get("kv-scorer"))
     if setting:
         options = {
             "kv-full-layers": ",".join(map(str, setting.full_layers)),

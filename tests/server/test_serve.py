@@ -112,6 +112,18 @@ class TestProfile:
         (tmp_path / "c.yaml").write_text("kv-profile: p\nkv-classes: heads\n")
         assert self.settings(parser, "--config", tmp_path / "c.yaml") == heads
 
+    def test_a_scorer_takes_what_was_best_with_it(self, parser, tmp_path):
+        memory = (Target(0.5, (2, 7), 0.375, "learned"), Target(0.5, (4,), 0.444444, "l2"))
+        write_profile(tmp_path / "p", made_up_weights(10, 2, 32), memory=memory)
+        words = ["--kv-profile", tmp_path / "p"]
+        settings = self.settings(parser, *words, "--kv-scorer", "l2")
+        assert (settings.full_layers, settings.defaults) == ((4,), CompressionParams(0.444444))
+        offline = engine_args(profile=tmp_path / "p", metrics=True, scorer="l2")
+        assert Settings.from_config(offline["additional_config"]) == settings
+        for others in ((), ("--kv-scorer", "learned"), ("--kv-scorer", "l1")):
+            assert self.settings(parser, *words, *others).full_layers == (2, 7)
+        assert self.settings(parser, *words, "--kv-scorer", "l2", "--kv-full-layers", "0,1").full_layers == (0, 1)
+
     def test_the_better_judged_by_default(self, parser, tmp_path):
         layers, heads = Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.5, (), 0.411765, "l2", {2: (0, 1), 7: (1,)})
         about = judged([(layers, (0.6, 0.7)), (heads, (0.7, 0.7))])

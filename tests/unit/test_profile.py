@@ -45,6 +45,17 @@ HEADS_MADE = replace(
         Target(0.25, (), 0.166667, "l2", {7: (0,)}),
     ),
 )
+BY_SCORER = replace(
+    MADE,
+    memory=(
+        *TARGETS,
+        Target(0.5, (), 0.285714, "learned", {3: (0, 1), 9: (1,)}),
+        Target(0.5, (5, 7), 0.166667, "learned"),
+        Target(0.5, (), 0.375, "l2", {5: (0, 1)}),
+        Target(0.5, (9,), 0.375, "keydiff_value"),
+    ),
+)
+"""Settings of other scorers follow the recommended ones; at 0.25 there is none."""
 TENSORS = {
     "retrieval": torch.rand(10, 2),
     "learned.w1": torch.rand(10, 2, 6, 64).bfloat16(),
@@ -188,6 +199,58 @@ class TestSettings:
 
     def test_nothing_left_to_compress(self):
         assert ratio_for(0.5, 2, 2) == 0
+
+
+class TestScorers:
+    """Settings of other scorers than the recommended one."""
+
+    def test_the_best_setting_of_a_scorer(self):
+        assert BY_SCORER.setting(0.5, classes="layers", scorer="learned") == ((5, 7), 0.166667, "learned", {})
+        assert BY_SCORER.setting(0.5, classes="layers", scorer="keydiff_value").full_layers == (9,)
+        assert BY_SCORER.setting(0.5, classes="heads", scorer="l2").full_heads == {5: (0, 1)}
+        assert BY_SCORER.setting(0.6, classes="layers", scorer="learned") == ((5, 7), 0.333333, "learned", {})
+        assert BY_SCORER.setting(0.5, (1, 3), scorer="learned") == ((1, 3), 0.166667, "learned", {})
+
+    @pytest.mark.parametrize("scorer", [None, "l1", "random"])
+    def test_the_recommended_one_without_a_scorer_or_with_another(self, scorer):
+        for memory in (0.25, 0.4, 0.5, 0.9):
+            assert BY_SCORER.setting(memory, classes="layers", scorer=scorer) == MADE.setting(memory)
+        heads = BY_SCORER.setting(0.5, classes="heads", scorer=scorer)
+        assert heads == HEADS_MADE.setting(0.5, classes="heads")
+
+    def test_the_memory_matters_more(self):
+        """At 0.25 only `learned` has a setting, which has fewer full layers than that of l2 at 0.5."""
+        assert BY_SCORER.setting(0.4, classes="layers", scorer="l2") == MADE.setting(0.4)
+
+    def test_the_recommended_ones(self, path):
+        BY_SCORER.write(path, TENSORS)
+        read = Profile.read(path)
+        assert read.memory == BY_SCORER.memory
+        assert read.recommended == (TARGETS[1], TARGETS[0], BY_SCORER.memory[4])
+        assert setting_of(path, 0.5, classes="layers", scorer="learned").full_layers == (5, 7)
+
+    def test_older_files_have_recommended_ones_only(self, path):
+        """Whatever the scorer, they give what they gave."""
+        assert Profile.read(path).recommended == MADE.memory
+        for memory in (0.25, 0.5):
+            assert setting_of(path, memory, scorer="keydiff_value") == MADE.setting(memory)
+
+    def test_classes_are_judged_with_the_scorer(self):
+        outcomes = [
+            ("recommended", 0.7),
+            ("recommended heads", 0.8),
+            ("best with l2", 0.7),
+            ("best heads with l2", 0.6),
+        ]
+        rows = [{"name": name, "memory": 0.5, "exact": (share, share)} for name, share in outcomes]
+        profile = replace(BY_SCORER, about={"search": {"outcomes": rows}})
+        chosen = {scorer: profile.default_classes(0.5, 1, scorer) for scorer in (None, "l1", "l2", "learned")}
+        # What was not judged counts as the recommended setting.
+        assert chosen == {None: "heads", "l1": "heads", "l2": "layers", "learned": "heads"}
+        assert profile.setting(0.5, scorer="l2") == MADE.setting(0.5)
+        rows += [{"name": "best with learned", "memory": 0.5, "exact": (0.9, 0.9)}]
+        assert profile.setting(0.5, scorer="learned").full_layers == (5, 7)
+        assert profile.setting(0.5).full_heads
 
 
 class TestDefaultClasses:

@@ -112,14 +112,15 @@ def _take_profile(options: argparse.Namespace, server: Any) -> None:
 
     Args:
         options: Options of the command line; changed in place.
-        server: The `Server` under test, whose full layers and heads no request can change. Unless `--kv-classes` is
-            given, it has those of the classes that it took.
+        server: The `Server` under test, whose full layers and heads no request can change. It has those for its
+            default scorer and, unless `--kv-classes` is given, of the classes that it took.
 
     Raises:
         ValueError: Profile or memory is refused, or the server has other full layers or heads.
     """
     taken = options.kv_profile and (HEADS if server.full_heads else LAYERS)
-    setting = setting_of(options.kv_profile, options.kv_memory, classes=options.kv_classes or taken)
+    classes = options.kv_classes or taken
+    setting = setting_of(options.kv_profile, options.kv_memory, classes=classes, scorer=server.scorer)
     if setting is not None:
         wanted, found = (full_in_words(each.full_layers, each.full_heads) for each in (setting, server))
         if wanted != found:

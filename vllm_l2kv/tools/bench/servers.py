@@ -31,6 +31,8 @@ class Server:
     """Layers that never compact; empty for stock vLLM."""
     full_heads: FullHeads = field(default_factory=dict)
     """KV heads of other layers that never compact."""
+    scorer: str | None = None
+    """Scorer of requests that name none; `None` for stock vLLM."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -89,13 +91,15 @@ def connect(url: str, api_key: str | None, model: str | None, pid: int | None) -
         bound,
         get("/version")["version"],
         pid or process_of(url),
-        *_full(answer.json() if compresses else {}),
+        *_compression(answer.json() if compresses else {}),
     )
 
 
-def _full(compression: Mapping[str, Any]) -> tuple[tuple[int, ...], FullHeads]:
-    """Full layers and heads of a server; older servers do not report heads."""
-    return tuple(compression.get("full_layers", ())), heads_by_layer(compression.get("full_heads", {}))
+def _compression(info: Mapping[str, Any]) -> tuple[tuple[int, ...], FullHeads, str | None]:
+    """Full layers, full heads and the default scorer of a server; older servers do not report heads."""
+    defaults = {field["name"]: field["default"] for field in info.get("fields", ())}
+    full_heads = heads_by_layer(info.get("full_heads", {}))
+    return tuple(info.get("full_layers", ())), full_heads, defaults.get("kv_scorer")
 
 
 def _answer(send: Callable[[], httpx.Response]) -> Mapping[str, Any]:

@@ -175,13 +175,16 @@ def _measure(options: argparse.Namespace) -> None:
 def take_profile(options: argparse.Namespace) -> None:
     """Sets what is not given from the profile: full layers, full heads, ratios, scorers and granularities.
 
+    What stays full is the best for the scorer if one is given, since all scorers of a run share it.
+
     Raises:
         RefusedError: Profile or memory is refused, or a scorer needs a profile and there is none.
     """
     has_ratio = options.ratios is not None or options.memory is not None
     try:
         full = options.full_layers, has_ratio, options.full_heads
-        setting = setting_of(options.kv_profile, options.kv_memory, *full, options.kv_classes)
+        scorer = options.scorers[0] if options.scorers and len(options.scorers) == 1 else None
+        setting = setting_of(options.kv_profile, options.kv_memory, *full, options.kv_classes, scorer=scorer)
     except ValueError as error:
         raise RefusedError(f"argument --kv-profile: {error}") from error
     if options.full_layers is None:

@@ -137,7 +137,7 @@ def make(
         shape=shape,
         rope=rope,
         layer_order=found.layer_order,
-        memory=found.targets,
+        memory=(*found.targets, *found.others),
         about={
             "kinds": dict(Counter(text.kind for text in texts)),
             "own_texts": len(own_texts),

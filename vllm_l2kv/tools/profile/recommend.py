@@ -21,7 +21,7 @@ import torch
 
 from vllm_l2kv.cli_types import counted
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.profile import RECOMMENDED, Shape, Target, ratio_for
+from vllm_l2kv.profile import BEST_WITH, RECOMMENDED, Shape, Target, ratio_for
 from vllm_l2kv.scorers import Scorers
 from vllm_l2kv.settings import HEADS, LAYERS, FullHeads
 from vllm_l2kv.tools.profile.choices import Case, Choice, kinds_of, losses, losses_of_cases, rank
@@ -53,8 +53,8 @@ NUM_LAST = 2
 FIRST_LAYERS = 2
 """Number of layers that the paper leaves full."""
 NAMES = {
-    LAYERS: (RECOMMENDED[LAYERS], "recommended layers, random rows", "best with"),
-    HEADS: (RECOMMENDED[HEADS], "recommended heads, random rows", "best heads with"),
+    LAYERS: (RECOMMENDED[LAYERS], "recommended layers, random rows", BEST_WITH[LAYERS]),
+    HEADS: (RECOMMENDED[HEADS], "recommended heads, random rows", BEST_WITH[HEADS]),
 }
 """Names of outcomes: the recommended setting, the same with random rows, and the best setting with a scorer."""
 SAME_COST = 0.01
@@ -106,7 +106,8 @@ class Recommendation:
 
     Attributes:
         layer_order: All compressible layers, the most important ones first.
-        targets: A setting for each of `MEMORIES` and of `CLASSES`.
+        targets: The recommended setting for each of `MEMORIES` and of `CLASSES`.
+        others: The best settings of the other scorers.
         orders: Names of the orders from which the targets come.
         outcomes: Results of the targets, and of the settings with which they are compared.
         num_tried: Number of candidates.
@@ -117,6 +118,7 @@ class Recommendation:
 
     layer_order: tuple[int, ...]
     targets: tuple[Target, ...]
+    others: tuple[Target, ...]
     orders: tuple[str, ...]
     outcomes: tuple[Outcome, ...]
     num_tried: int
@@ -211,6 +213,7 @@ def recommend(
     return Recommendation(
         tuple(unit.layer for unit in (*greedy, *(unit for unit in layers.together if unit not in greedy))),
         tuple(each.target for each in chosen),
+        tuple(each.target for of_units in found for each in of_units.of_scorers if each not in of_units.chosen),
         tuple(each.order for each in chosen),
         outcomes,
         sum(of_units.num_tried for of_units in found),

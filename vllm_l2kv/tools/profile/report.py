@@ -57,7 +57,7 @@ def summary(made: Made, model: str) -> str:
     """
     profile, measured, found = made
     about, num_compressible = profile.about, len(profile.shape.compressible)
-    memories = [target.memory for target in profile.memory]
+    memories = [target.memory for target in profile.recommended]
     took = duration(sum(about["seconds"].values()))
     used = USED_MEMORY if USED_MEMORY in memories else memories[-1]
     command = [as_typed(), "serve", model, "--kv-profile", str(profile.path), "--kv-memory", f"{used:g}"]
@@ -94,7 +94,7 @@ def settings(made: Made) -> list[list[str]]:
     """A table as lines of cells, the first one a heading: memories, their settings, and shares of exact answers."""
     outcomes = {(each.name, each.memory): each for each in made.found.outcomes}
     lines = [["memory", "keep ratio", "scorer", "seen", "hidden", "no profile: seen", "hidden", "full"]]
-    for target in sorted(made.profile.memory, key=lambda target: -target.memory):
+    for target in sorted(made.profile.recommended, key=lambda target: -target.memory):
         exact = []
         for name in (NAMES[target.classes][0], NO_PROFILE):
             outcome = outcomes.get((name, target.memory))
@@ -388,11 +388,11 @@ def _layer_table(made: Made) -> list[list[str]]:
         ["layer", "retrieval, best head", "repetition, best head", "loss without it", "full at memory", "full heads"]
     ]
     for layer in profile.layer_order:
-        memories = [f"{target.memory:g}" for target in profile.memory if layer in target.full_layers]
+        memories = [f"{target.memory:g}" for target in profile.recommended if layer in target.full_layers]
         numbers = (measured.retrieval[layer].max(), measured.repetition[layer].max(), measured.loss[layer])
         heads = (
             f"{target.memory:g}: {','.join(map(str, target.full_heads[layer]))}"
-            for target in profile.memory
+            for target in profile.recommended
             if layer in target.full_heads
         )
         words = ", ".join(memories), "; ".join(heads)
