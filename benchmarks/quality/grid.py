@@ -30,7 +30,6 @@ from benchmarks.quality.settings import (
     NUM_SAMPLES,
     OPTIONS,
     SEED,
-    TRIAL_MEMORIES,
     Full,
     Setting,
     settings,
@@ -87,9 +86,8 @@ def measure(args: argparse.Namespace, prompts: dict[Unit, list[Case]], compared:
     (args.out / ROWS).mkdir(exist_ok=True)
     path = args.out / ROWS / f"{_name(full)}.jsonl"
     found = Counter(_prompt(row["task"], row) for row in (prepare_for_more(path) if path.exists() else []))
-    engine = None
+    engine, variants = None, list(dict.fromkeys(each.params for each in compared))
     for (length, task), cases in prompts.items():
-        variants = list(dict.fromkeys(each.params for each in compared if each.is_measured(length, task)))
         questions = QUESTIONS_OF.get(task, QUESTIONS)
         num_rows = sum(len(questions) if variant.compresses else 1 for variant in variants)
         missing = [case for case in cases if found[_prompt(task, case.about)] < num_rows]
@@ -113,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="engines that run side by side")
     parser.add_argument("--cache-gib", type=int, metavar="N", help="KV cache of each engine, on a GPU")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--memory", nargs="+", type=float, default=(*MEMORIES, *TRIAL_MEMORIES))
+    parser.add_argument("--memory", nargs="+", type=float, default=MEMORIES)
     parser.add_argument("--only", nargs="+", metavar="LENGTH/TASK", help="only these, such as 2048/needle")
     parser.add_argument("--few", action="store_true", help="one sample for each depth or subtask, to try it out")
     parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)

@@ -12,11 +12,6 @@ from vllm_l2kv.tools.evaluation.variants import BASELINE
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 """Shares of the whole cache, that is of all layers without a sliding window, with full layers."""
-TRIAL_MEMORIES = (0.533, 0.3)
-"""Memories of the trial that set the targets: ratios 0.5 and 0.25 in 28 of SmolLM2's 30 layers, the other two full.
-
-Profiles are measured at them too, in retrieval at the main length.
-"""
 EQUAL, PROFILE, PROFILE_HEADS = "equal counts", "profile", "profile, full heads"
 
 
@@ -102,7 +97,7 @@ class Setting:
 
     Attributes:
         method: One of `METHODS`, or `WHOLE`.
-        memory: One of `MEMORIES` or `TRIAL_MEMORIES`; 1 for `WHOLE`.
+        memory: One of `MEMORIES`; 1 for `WHOLE`.
         full_layers: Layers that never compact.
         keep_ratio: Ratio of the other layers and heads.
         scorer: Scorer of the other layers and heads.
@@ -130,17 +125,13 @@ class Setting:
             return BASELINE
         return CompressionParams(self.keep_ratio, scorer=self.scorer, granularity=self.granularity)
 
-    def is_measured(self, length: int, task: str) -> bool:
-        """Whether prompts of this length and task are asked with it."""
-        return self.memory not in TRIAL_MEMORIES or (length == MAIN_LENGTH and task in RETRIEVAL)
-
     def as_row(self) -> dict[str, Any]:
         """Returns the setting for a file of rows."""
         return asdict(self)
 
 
 def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]) -> list[Setting]:
-    """Returns the whole cache, then every method at every memory; `equal` methods skip the trial's memories.
+    """Returns the whole cache, then every method at every memory.
 
     What stays full is the best for the method's scorer, and for the recommended one if that is `random`. Methods with
     full heads are left out if the profile has none, as for a model with one KV head in each layer.
@@ -154,8 +145,6 @@ def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]
         if source == PROFILE_HEADS and not has_heads:
             continue
         for memory in memories:
-            if source == EQUAL and memory in TRIAL_MEMORIES:
-                continue
             if source == EQUAL:
                 full_layers, full_heads = equal_layers, NO_HEADS
                 ratio = ratio_for(memory, len(compressible), len(equal_layers))

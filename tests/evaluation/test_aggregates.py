@@ -209,25 +209,19 @@ def test_settings_take_their_nominal_memory(quality):
     shape = Shape(6, 1, 64, ("sliding_attention", *["full_attention"] * 5))
     targets = Target(0.5, (3,), 0.375, "l2"), Target(0.5, (), 0.375, "l2", {2: (0,)})
     profile = Profile("tiny", "0" * 96, shape, Rope(64, False), (3, 1, 2, 4, 5), targets)
-    trial = quality.settings.TRIAL_MEMORIES[0]
-    whole, *found = quality.settings.settings(profile, quality.settings.METHODS, [0.75, 0.5, trial])
+    whole, *found = quality.settings.settings(profile, quality.settings.METHODS, [0.75, 0.5])
     assert (whole.keep_ratio, whole.full_layers) == (1, (1,))
-    of_profiles = [name for name in quality.settings.METHODS if not name.startswith("equal")]
-    assert len(found) == 2 * len(quality.settings.METHODS) + len(of_profiles)
-    assert [setting.method for setting in found if setting.memory == trial] == of_profiles
+    assert len(found) == 2 * len(quality.settings.METHODS)
     for setting in found:
         full = {"equal": ((1,), ""), "profile": ((3,), ""), "heads": ((), "2:0")}
         assert setting.full == full[setting.method.partition("-")[0]]
         assert (1 + 4 * setting.keep_ratio) / 5 == pytest.approx(setting.memory, abs=1e-5)
         assert setting.params.scorer in setting.method
-        units = [(2048, "needle"), (2048, "chat"), (1024, "needle")]
-        measured = [setting.is_measured(*unit) for unit in units]
-        assert measured == [True, setting.memory != trial, setting.memory != trial]
     others = replace(profile, memory=(*targets, Target(0.5, (4,), 0.375, "learned")))
     for setting in quality.settings.settings(others, ["profile-l2", "profile-learned", "profile-random"], [0.5])[1:]:
         assert setting.full_layers == ((4,) if setting.scorer == "learned" else (3,))
     layers = replace(profile, memory=targets[:1])
-    without = quality.settings.settings(layers, quality.settings.METHODS, [0.75, 0.5, trial])
+    without = quality.settings.settings(layers, quality.settings.METHODS, [0.75, 0.5])
     assert without == [whole, *(setting for setting in found if not setting.method.startswith("heads"))]
 
 
