@@ -106,8 +106,7 @@ def engine_args(
     setting = setting_of(profile, memory, *asked)
     if setting is not None:
         layers, heads = setting.full_layers, setting.full_heads
-        ranking = {} if "scorer" in params else {"scorer": setting.scorer, "granularity": setting.granularity}
-        params = {"keep_ratio": setting.keep_ratio, **ranking} | params
+        params = {"keep_ratio": setting.keep_ratio, **setting.ranking(params.get("scorer"))} | params
     settings = Settings(
         full_layers=Settings.full_layers if layers is None else layers,
         full_heads=heads or {},

@@ -121,6 +121,16 @@ class Rope:
     slow_pairs: int = 0
 
 
+class Ranking(NamedTuple):
+    """How the rows of heads that are not full are ranked: values of `kv_scorer` and `kv_granularity`."""
+
+    scorer: str
+    granularity: str = CompressionParams.granularity
+
+    def __str__(self) -> str:
+        return self.scorer if self == Ranking(self.scorer) else f"{self.scorer} by {self.granularity}"
+
+
 class Target(NamedTuple):
     """The best setting for a share of memory, with any scorer or with this one.
 
@@ -130,6 +140,7 @@ class Target(NamedTuple):
         keep_ratio: Keep ratio of the others, at which the whole cache costs `memory`.
         scorer: Scorer of the others.
         full_heads: KV heads that never compress, by layer; empty if whole layers are full.
+        granularity: Granularity of the others.
     """
 
     memory: float
@@ -137,6 +148,12 @@ class Target(NamedTuple):
     keep_ratio: float
     scorer: str
     full_heads: FullHeads = {}  # noqa: RUF012 - nothing writes to it
+    granularity: str = CompressionParams.granularity
+
+    @property
+    def ranking(self) -> Ranking:
+        """How the others are ranked."""
+        return Ranking(self.scorer, self.granularity)
 
     @property
     def classes(self) -> str:
@@ -151,11 +168,15 @@ class Setting(NamedTuple):
     keep_ratio: float
     scorer: str
     full_heads: FullHeads = {}  # noqa: RUF012 - nothing writes to it
+    granularity: str = CompressionParams.granularity
 
-    @property
-    def granularity(self) -> str:
-        """See `granularity_of`."""
-        return granularity_of(self.scorer)
+    def ranking(self, scorer: str | None) -> dict[str, str]:
+        """Scorer and granularity of requests; empty if the user gave another scorer, with which this was not searched.
+
+        Args:
+            scorer: The scorer that the user gave; `None` for none.
+        """
+        return {"scorer": self.scorer, "granularity": self.granularity} if scorer in (None, self.scorer) else {}
 
 
 @dataclass(frozen=True)
@@ -338,7 +359,7 @@ class Profile:
             raise ValueError(
                 f"memory must be more than {num_full / num_heads:.3f}, which the {what}{whose} cost, got {memory}."
             )
-        return Setting(layers, keep_ratio, chosen.scorer, heads)
+        return Setting(layers, keep_ratio, chosen.scorer, heads, chosen.granularity)
 
     def default_classes(self, memory: float, num_ranks: int, scorer: str | None = None) -> str:
         """Which settings a memory is spent by unless the user says: one of `CLASSES`.
@@ -462,11 +483,6 @@ def setting_of(
     return None
 
 
-def granularity_of(scorer: str) -> str:
-    """The `kv_granularity` that goes with a scorer where a profile chooses: `learned` loses less with neighbors."""
-    return "neighbors" if scorer in PROFILE_SCORERS else CompressionParams.granularity
-
-
 def ratio_for(memory: float, num_heads: int, num_full: int) -> float:
     """The keep ratio at which the whole cache costs `memory`; 0 or less if full layers and heads alone cost more.
 
@@ -544,12 +560,14 @@ def local_folder(name: str, revision: str | None = None, cache: str | None = Non
 
 
 def _target(fields: Mapping[str, Any]) -> Target:
-    """Reads a `Target` from the metadata; older files have no full heads."""
+    """Reads a `Target` from the metadata; older files have no full heads, or no granularity."""
     changed = {
         "full_layers": tuple(fields["full_layers"]),
         "full_heads": heads_by_layer(fields.get("full_heads", {})),
     }
-    return Target(**{**fields, **changed})
+    # Older files were searched by token, or by neighbors with `learned`, which did at least as well.
+    older = {"granularity": "neighbors"} if fields["scorer"] in PROFILE_SCORERS else {}
+    return Target(**{**older, **fields, **changed})
 
 
 def _weights(folder: Path) -> Iterator[bytes]:

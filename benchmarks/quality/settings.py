@@ -150,7 +150,7 @@ def settings(profile: Profile, methods: Iterable[str], memories: Sequence[float]
                 ratio = ratio_for(memory, len(compressible), len(equal_layers))
             else:
                 classes = HEADS if source == PROFILE_HEADS else LAYERS
-                full_layers, ratio, _, full_heads = profile.setting(memory, classes=classes, scorer=scorer)
+                full_layers, ratio, _, full_heads, _ = profile.setting(memory, classes=classes, scorer=scorer)
             words = heads_in_words(full_heads)
             found.append(Setting(method, memory, tuple(full_layers), ratio, scorer, words, granularity))
     return found

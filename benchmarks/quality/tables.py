@@ -22,8 +22,10 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = {name: ROOT / "docs" / f"{name}.md" for name in ("quality", "quality_tables")}
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M"}
 """Folders of results, and the names of their models."""
-NEIGHBORS = "smollm2_neighbors"
+NEIGHBORS = "smollm2_neighbors", "gemma3_neighbors"
 """Cells of methods with the granularity `neighbors` and without it, in the same engine."""
+SECOND = "smollm2_second"
+"""Cells of another profile of SmolLM2, from a search in two rounds by 128 questions."""
 LONG_ANSWERS = "long_answers"
 """Aggregates of the task `copy` under budgets."""
 SHOWN = {"perplexity": "loss above that of the whole cache in nats a token, lower is better"}
@@ -194,8 +196,10 @@ def _parts(page: str) -> Iterator[tuple[str, list[str]]]:
     for name in MODELS:
         yield name, list((verdict if page == "quality" else tables)(read_cells(name)))
     if page == "quality":
-        yield NEIGHBORS, list(verdict(read_cells(NEIGHBORS)))
+        for name in NEIGHBORS:
+            yield name, list(verdict(read_cells(name)))
     else:
+        yield SECOND, list(verdict(read_cells(SECOND)))
         yield LONG_ANSWERS, list(long_answers(read_rows(RESULTS / LONG_ANSWERS / AGGREGATES)))
 
 

@@ -135,6 +135,15 @@ class TestProfile:
         assert [row["keep_ratio"] for row in rows_of(tmp_path / "out")] == [1, 0.444444]
         assert {body["kv_scorer"] for body in ours.measured(0.444444)} == {"l2"}
 
+    def test_a_granularity_goes_with_its_scorer(self, ours, tmp_path):
+        path = tmp_path / "p.safetensors"
+        target = Target(0.5, (0, 1), 0.375, "learned", {}, "neighbors")
+        write_profile(path, made_up_weights(10, 2, 32), memory=(target,))
+        words = ["--url", ours.url, "--kv-profile", str(path), *QUICK, "--out", str(tmp_path / "out")]
+        assert run(*words, "--fields", '{"kv_scorer": "learned"}') == 0
+        asked = {(body["kv_scorer"], body["kv_granularity"]) for body in ours.measured(0.375)}
+        assert asked == {("learned", "neighbors")}
+
     def test_a_server_with_other_full_layers(self, capsys, ours, tmp_path, profile):
         words = ["--url", ours.url, "--kv-profile", profile, "--kv-memory", "0.25", "--out", str(tmp_path / "out")]
         assert refused(capsys, *words).endswith(

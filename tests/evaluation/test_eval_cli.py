@@ -233,13 +233,14 @@ def with_profile(*words: str) -> tuple[Sequence[int], Sequence[float] | None, li
 
 def test_a_profile_sets_what_is_not_given(capsys, tmp_path):
     path = str(tmp_path / "p.safetensors")
-    memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.25, (2,), 0.166667, "learned"))
+    memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.25, (2,), 0.166667, "learned", {}, "neighbors"))
     write_profile(path, made_up_weights(10, 2, 32), memory=memory)
     assert with_profile(path) == ((2, 7), [0.375], ["keydiff", "token"])
     assert with_profile(path, "--kv-memory", "0.25") == ((2,), [0.166667], ["learned", "neighbors"])
     both = with_profile(path, "--kv-memory", "0.25", "--granularities", "token,block")
     assert both == ((2,), [0.166667], ["learned", "token", "block"])
-    assert with_profile(path, "--kv-memory", "0.25", "--scorers", "learned")[2] == ["learned", "token"]
+    assert with_profile(path, "--kv-memory", "0.25", "--scorers", "learned")[2] == ["learned", "neighbors"]
+    assert with_profile(path, "--kv-memory", "0.25", "--scorers", "learned,l2")[2] == ["learned", "l2", "token"]
     assert with_profile(path, "--full-layers", "0", "--scorers", "l2") == ((0,), [0.444444], ["l2", "token"])
     assert with_profile(path, "--ratios", "0.5,0.1") == ((2, 7), [0.5, 0.1], ["keydiff", "token"])
     assert with_profile(path, "--memory", "0.5,0.25") == ((2, 7), None, ["keydiff", "token"])

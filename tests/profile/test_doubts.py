@@ -9,7 +9,7 @@ MANY = 2 * MIN_QUESTIONS
 
 
 def outcome(name: str, memory: float, exact: tuple[float, float]) -> Outcome:
-    return Outcome(name, memory, (), memory, "l2", {}, (0.0, 0.0), exact, {})
+    return Outcome(name, memory, (), memory, "l2", {}, "token", (0.0, 0.0), exact, {})
 
 
 def found(

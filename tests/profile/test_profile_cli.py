@@ -11,7 +11,7 @@ import torch
 from vllm_l2kv.cli import main
 from vllm_l2kv.profile import Profile, check_model
 from vllm_l2kv.scorers.learned import HIDDEN, num_features
-from vllm_l2kv.tools.profile.recommend import SCORERS
+from vllm_l2kv.tools.profile.recommend import RANKINGS
 
 FEW = ("--samples", "4", "--tokens", "160", "--questions", "3")
 
@@ -37,12 +37,12 @@ def test_a_profile_is_made(made, llama):
     assert sorted(profile.layer_order) == [0, 1, 2, 3]
     for memory in (0.75, 0.5):
         for classes in ("layers", "heads"):
-            full_layers, keep_ratio, _, full_heads = profile.setting(memory, classes=classes)
+            full_layers, keep_ratio, _, full_heads, _ = profile.setting(memory, classes=classes)
             num_full = profile.shape.num_full(full_layers, full_heads)
             assert (num_full + (8 - num_full) * keep_ratio) / 8 == pytest.approx(memory)
             assert bool(full_heads) == (classes == "heads")
-    by_scorer = {scorer: profile.setting(0.5, classes="layers", scorer=scorer).scorer for scorer in SCORERS}
-    assert by_scorer == {scorer: scorer for scorer in SCORERS}
+    by_scorer = {scorer: profile.setting(0.5, classes="layers", scorer=scorer).scorer for scorer, _ in RANKINGS}
+    assert by_scorer == {scorer: scorer for scorer, _ in RANKINGS}
     measures = profile.measures()
     assert measures["retrieval"].shape == measures["repetition"].shape == measures["head_loss"].shape == (4, 2)
     assert measures["loss"].shape == (4,)
@@ -87,7 +87,7 @@ def test_of_layers_without_keys_nothing_is_measured(tiny_model, tmp_path):
     assert profile.shape.compressible == (3, 6, 9)
     assert sorted(profile.layer_order) == [3, 6, 9]
     for classes in ("layers", "heads"):
-        full_layers, keep_ratio, _, full_heads = profile.setting(0.75, classes=classes)
+        full_layers, keep_ratio, _, full_heads, _ = profile.setting(0.75, classes=classes)
         num_full = profile.shape.num_full(full_layers, full_heads)
         assert (num_full + (6 - num_full) * keep_ratio) / 6 == pytest.approx(0.75)
         assert {*full_layers, *full_heads} <= {3, 6, 9}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from vllm_l2kv.kv_heads import MAX_WASTE, waste
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
-from vllm_l2kv.profile import Shape, Target, ratio_for
+from vllm_l2kv.profile import Ranking, Shape, Target, ratio_for
 from vllm_l2kv.scorers import Heads, bind
 from vllm_l2kv.tools.profile import choices as choices_module
 from vllm_l2kv.tools.profile import recommend as module
@@ -18,12 +18,11 @@ from vllm_l2kv.tools.profile.choices import Case, Choice, answerable, kinds_of, 
 from vllm_l2kv.tools.profile.make import Amounts
 from vllm_l2kv.tools.profile.masked import Losses, answer_losses
 from vllm_l2kv.tools.profile.recommend import (
-    CONTROL,
     FEW_QUESTIONS,
     MEMORIES,
     NUM_BEST,
     NUM_LAST,
-    SCORERS,
+    RANKINGS,
     SOME_QUESTIONS,
     Recommendation,
     choice_of,
@@ -31,6 +30,7 @@ from vllm_l2kv.tools.profile.recommend import (
 )
 from vllm_l2kv.tools.progress import Progress
 
+SCORERS = ("l2", "keydiff_value", "learned")
 NUM_LAYERS = 20
 NEEDED = {(4, 0): 3.0, (11, 1): 2.0, (17, 0): 1.0}
 """For layers and heads of the made-up model, the loss of an answer if they compress."""
@@ -50,7 +50,7 @@ QUESTIONS, OTHERS = [question(i) for i in range(SOME_QUESTIONS + 32)], [question
 def loss(choice: Choice) -> float:
     ratios = choice.keep_ratios
     lost = sum(loss for (layer, head), loss in NEEDED.items() if ratios[layer][head] < 1)
-    worse = {"l2": 0.5, "keydiff_value": 0.4, "learned": 0.3, CONTROL: 5.0}[choice.scorer]
+    worse = {"l2": 0.5, "keydiff_value": 0.4, "learned": 0.3, "random": 5.0}[choice.ranking.scorer]
     rest = [1 - ratio for of_layer in ratios[:NUM_LAYERS] for ratio in of_layer]
     return lost + worse * sum(rest) / len(rest)
 
@@ -72,7 +72,7 @@ def made_up(monkeypatch):
     monkeypatch.setattr(module, "losses", of_case)
     monkeypatch.setattr(module, "losses_of_cases", of_cases)
 
-    def search(scorers=(*SCORERS, CONTROL), questions=QUESTIONS, others=OTHERS, num_ranks=1):
+    def search(scorers=(*SCORERS, "random"), questions=QUESTIONS, others=OTHERS, num_ranks=1):
         measured = torch.zeros(SHAPE.num_layers)
         # A rough measurement: the right layers are among the first ones, but not in order.
         for place, layer in enumerate((17, 3, 11, 9, 4, 1)):
@@ -134,7 +134,7 @@ def test_every_scorer_has_a_setting(made_up):
     for target in found.others:
         assert target.scorer != "learned"
         best = "best heads with" if target.classes == "heads" else "best with"
-        assert by_name[f"{best} {target.scorer}", target.memory][1:6] == target
+        assert by_name[f"{best} {target.scorer}", target.memory][1:7] == target
 
 
 def test_every_setting_costs_its_memory(made_up):
@@ -155,7 +155,7 @@ def test_all_settings_are_tried_on_few_questions_and_the_best_on_more(made_up):
         assert tuple(num_cases for num_cases, _ in of_units) == tuple(2 * num for num in asked)
     tried = [of_layer + of_head for (_, of_layer), (_, of_head) in zip(of_layers, of_heads, strict=True)]
     assert found.rounds == tuple(zip(asked, tried, strict=True))
-    each = 2 * len(MEMORIES) * len(SCORERS)
+    each = 2 * len(MEMORIES) * len(RANKINGS)
     assert tried[0] > 2 * tried[1]
     assert tried[1] <= 2 * NUM_BEST * each
     assert tried[2] <= NUM_LAST * each < tried[1]
@@ -173,7 +173,7 @@ def test_with_fewer_questions_the_second_round_is_the_last(made_up, num):
 
 @pytest.mark.parametrize("num", [FEW_QUESTIONS, SOME_QUESTIONS])
 def test_what_does_well_on_the_first_questions_alone_is_not_chosen(made_up, num):
-    made_up.more = lambda case, choice: 9.0 * (choice.scorer == "learned" and case.context[0] >= num)
+    made_up.more = lambda case, choice: 9.0 * (choice.ranking.scorer == "learned" and case.context[0] >= num)
     assert {target.scorer for target in made_up().targets} == {"keydiff_value"}
 
 
@@ -188,7 +188,9 @@ def test_a_setting_that_is_best_on_the_first_questions_alone_is_not_chosen(made_
 def test_answers_of_one_kind_that_fail_altogether_are_not_outweighed_by_little_losses(made_up):
     """By the mean loss `learned` would be best, since it saves more nats than one kind loses."""
     made_up.more = lambda case, choice: (
-        1.2 * (case.kind == "facts_in_noise") if choice.scorer == "learned" else 0.4 * (choice.scorer != "random")
+        1.2 * (case.kind == "facts_in_noise")
+        if choice.ranking.scorer == "learned"
+        else 0.4 * (choice.ranking.scorer != "random")
     )
     found = made_up()
     assert found.targets[0].memory == 0.75
@@ -208,13 +210,21 @@ def test_outcomes_tell_hidden_from_seen(made_up):
     assert whole.exact_by_kind["table"] == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(("by_neighbors", "chosen"), [(-0.1, "neighbors"), (0.0, "token"), (0.1, "token")])
+def test_neighbors_are_chosen_where_they_lose_less(made_up, by_neighbors, chosen):
+    made_up.more = lambda case, choice: by_neighbors * (choice.ranking.granularity == "neighbors")
+    found = made_up()
+    assert {target.ranking for target in found.targets} == {("learned", chosen)}
+    assert {target.granularity for target in found.others} == {"token"}
+
+
 def test_a_scorer_that_takes_longer_has_to_be_better(made_up, monkeypatch):
     monkeypatch.setattr(module, "SAME_COST", 0.5)
     assert {target.scorer for target in made_up().targets} == {"l2"}
 
 
 def test_scorers_that_are_not_there_are_not_tried(made_up):
-    assert {target.scorer for target in made_up(("l2", CONTROL)).targets} == {"l2"}
+    assert {target.scorer for target in made_up(("l2", "random")).targets} == {"l2"}
 
 
 def test_outcomes_compare_with_random_rows_and_with_no_profile(made_up):
@@ -224,12 +234,12 @@ def test_outcomes_compare_with_random_rows_and_with_no_profile(made_up):
     by_name = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
     for target in of_heads(found):
         chosen = by_name["recommended heads", target.memory]
-        assert chosen[1:6] == target
+        assert chosen[1:7] == target
         assert by_name["recommended heads, random rows", target.memory].loss > chosen.loss
         assert by_name["best heads with learned", target.memory][1:] == chosen[1:]
     for target in of_layers(found):
         chosen = by_name["recommended", target.memory]
-        assert chosen[1:6] == target
+        assert chosen[1:7] == target
         assert chosen.loss == (pytest.approx(loss(choice_of(SHAPE, target)), abs=1e-4),) * 2
         assert {4, 11} <= set(by_name["best with l2", target.memory].full_layers)
         assert by_name["best with learned", target.memory][1:] == chosen[1:]
@@ -303,11 +313,11 @@ def test_what_heads_keep_is_what_the_scorer_ranks_first(tiny, tokenizer):
     assert seen.context + seen.after == hidden.context + hidden.after
     assert hidden.num_predicted == seen.num_predicted + 1
 
-    rows = rank(tiny, shape, scorers, ["l2"], hidden)
+    rows = rank(tiny, shape, scorers, [Ranking("l2")], hidden)
     norms = rows.context.keys[2].norm(dim=-1)
     norms[:, :4] = norms[:, -64:] = 0
     for head in range(2):
-        kept = set((rows.places["l2"][2, head] < 100).nonzero()[:, 0].tolist())
+        kept = set((rows.places[Ranking("l2")][2, head] < 100).nonzero()[:, 0].tolist())
         assert kept == set(norms[head].argsort(stable=True)[:100].tolist())
 
     targets = [Target(1.0, (), 1.0, "l2"), Target(0.5, (0, 1), 0.1, "l2")]
@@ -319,7 +329,7 @@ def test_what_heads_keep_is_what_the_scorer_ranks_first(tiny, tokenizer):
     assert abs(few - whole) > 1e-3
 
     keep = torch.ones(1, 4, 2, len(hidden.context), dtype=torch.bool)
-    few_rows = rows.places["l2"][2, 0] < num_keep(len(hidden.context), CompressionParams(0.1))
+    few_rows = rows.places[Ranking("l2")][2, 0] < num_keep(len(hidden.context), CompressionParams(0.1))
     keep[0, 2, 0] = few_rows
     all_but_one = Target(1.0, (0, 1), 0.1, "l2", {2: (1,), 3: (0, 1)})
     (one_head,) = losses(tiny, hidden, rows, [choice_of(shape, all_but_one)]).loss.tolist()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_l2kv.kv_heads import check_full, waste
-from vllm_l2kv.profile import Shape
+from vllm_l2kv.profile import Ranking, Shape
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.tools.profile.units import Unit, check_num_ranks, head_units, layer_units
 
@@ -27,11 +27,11 @@ def test_layers_are_units_of_all_their_heads():
     for name, order in units.orders:
         values = [of_layers[name][unit.layer].item() for unit in order]
         assert values == sorted(values, reverse=True)
-    target = units.target(0.5, units.together[:3], "l2")
+    target = units.target(0.5, units.together[:3], Ranking("l2"))
     assert target.full_layers == tuple(sorted(unit.layer for unit in units.together[:3]))
     assert (target.keep_ratio, target.full_heads) == (0.333333, {})
-    assert units.target(0.5, units.together[:6], "l2") is None
-    assert units.target(0.5, units.together[:3], "l2", lowest=0.34) is None
+    assert units.target(0.5, units.together[:6], Ranking("l2")) is None
+    assert units.target(0.5, units.together[:3], Ranking("l2"), lowest=0.34) is None
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -47,7 +47,7 @@ def test_heads_are_dealt_out_equally(num_ranks):
         sums = [values[name][unit.layer, list(unit.heads)].sum().item() for unit in order]
         assert sums == sorted(sums, reverse=True)
     for count in units.counts:
-        target = units.target(0.99, units.orders[0].units[:count], "l2")
+        target = units.target(0.99, units.orders[0].units[:count], Ranking("l2"))
         check_full(Settings((), target.full_heads), range(13), 8, num_ranks)
         num_full = SHAPE.num_full((), target.full_heads)
         assert num_full == count * num_ranks
@@ -60,7 +60,7 @@ def test_the_best_head_of_each_rank_goes_first():
     values = {"retrieval": torch.tensor([[0.1, 0.9, 0.3, 0.2], [0.5, 0.4, 0.8, 0.7]])}
     units = head_units(Shape(2, 4, 64, ("full_attention",) * 2), values, 2)
     assert units.together == (Unit(1, (0, 2)), Unit(0, (1, 2)), Unit(1, (1, 3)), Unit(0, (0, 3)))
-    assert units.target(0.75, units.together[:2], "l2").full_heads == {0: (1, 2), 1: (0, 2)}
+    assert units.target(0.75, units.together[:2], Ranking("l2")).full_heads == {0: (1, 2), 1: (0, 2)}
 
 
 def test_with_first_layers_so_many_are_full_as_fit():

@@ -66,7 +66,7 @@ class TestProfile:
     @pytest.fixture
     def profile(self, tmp_path) -> Path:
         """A profile of 10 layers: 2 full layers and a ratio of 0.375 take a half; 1 and a ratio of 1 / 6 a quarter."""
-        memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.25, (2,), 0.166667, "learned"))
+        memory = (Target(0.5, (2, 7), 0.375, "keydiff"), Target(0.25, (2,), 0.166667, "learned", {}, "neighbors"))
         write_profile(tmp_path / "p.safetensors", made_up_weights(10, 2, 32), memory=memory)
         return tmp_path / "p.safetensors"
 
@@ -91,6 +91,8 @@ class TestProfile:
         learned = "--kv-profile", profile, "--kv-memory", 0.25
         token = self.settings(parser, *learned, "--kv-granularity", "token")
         assert (token.defaults.scorer, token.defaults.granularity) == ("learned", "token")
+        same = self.settings(parser, *learned, "--kv-scorer", "learned")
+        assert (same.defaults.scorer, same.defaults.granularity) == ("learned", "neighbors")
         other = self.settings(parser, *learned, "--kv-scorer", "keydiff")
         assert (other.defaults.scorer, other.defaults.granularity) == ("keydiff", "token"), "they go together"
         both = self.settings(parser, *words[:2], "--kv-full-layers=", "--kv-default-keep-ratio=0.1")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from weights import judged
 
@@ -131,8 +132,8 @@ class TestSettings:
 
     def test_given_layers_replace_the_listed_ones(self):
         """Layer 2 has a window, so it costs nothing."""
-        assert MADE.setting(0.6, (1, 2)) == ((1, 2), 0.5, "l2", {})
-        assert MADE.setting(0.25, ()) == ((), 0.25, "learned", {})
+        assert MADE.setting(0.6, (1, 2)) == ((1, 2), 0.5, "l2", {}, "token")
+        assert MADE.setting(0.25, ()) == ((), 0.25, "learned", {}, "token")
         with pytest.raises(ValueError, match=r"memory must be more than 0\.600, which the 3 full layers cost, got 0.5"):
             MADE.setting(0.5, (1, 3, 5))
         with pytest.raises(ValueError, match="must not name every layer of full attention"):
@@ -161,14 +162,14 @@ class TestSettings:
 
     def test_heads_cost_their_share_of_the_whole_cache(self):
         """Three of ten heads; layer 2 has a window, and layers have two heads."""
-        assert HEADS_MADE.setting(0.5, classes="heads") == ((), 0.285714, "learned", {3: (0, 1), 9: (1,)})
+        assert HEADS_MADE.setting(0.5, classes="heads") == ((), 0.285714, "learned", {3: (0, 1), 9: (1,)}, "token")
         assert HEADS_MADE.setting(0.9, classes="heads").keep_ratio == pytest.approx((9 - 3) / 7, abs=1e-6)
         assert HEADS_MADE.setting(0.5) == MADE.setting(0.5)
         assert HEADS_MADE.setting(0.49, classes="heads").full_heads == {7: (0,)}
 
     def test_given_heads_are_full_beside_the_listed_layers(self):
         setting = MADE.setting(0.6, full_heads={5: (0,), 2: (0, 1)})
-        assert setting == ((1, 3), 0.2, "l2", {5: (0,), 2: (0, 1)})
+        assert setting == ((1, 3), 0.2, "l2", {5: (0,), 2: (0, 1)}, "token")
 
     def test_heads_that_are_not_there_or_cost_more(self):
         with pytest.raises(ValueError, match="has no settings with full heads; make it again"):
@@ -205,11 +206,11 @@ class TestScorers:
     """Settings of other scorers than the recommended one."""
 
     def test_the_best_setting_of_a_scorer(self):
-        assert BY_SCORER.setting(0.5, classes="layers", scorer="learned") == ((5, 7), 0.166667, "learned", {})
+        assert BY_SCORER.setting(0.5, classes="layers", scorer="learned") == ((5, 7), 0.166667, "learned", {}, "token")
         assert BY_SCORER.setting(0.5, classes="layers", scorer="keydiff_value").full_layers == (9,)
         assert BY_SCORER.setting(0.5, classes="heads", scorer="l2").full_heads == {5: (0, 1)}
-        assert BY_SCORER.setting(0.6, classes="layers", scorer="learned") == ((5, 7), 0.333333, "learned", {})
-        assert BY_SCORER.setting(0.5, (1, 3), scorer="learned") == ((1, 3), 0.166667, "learned", {})
+        assert BY_SCORER.setting(0.6, classes="layers", scorer="learned") == ((5, 7), 0.333333, "learned", {}, "token")
+        assert BY_SCORER.setting(0.5, (1, 3), scorer="learned") == ((1, 3), 0.166667, "learned", {}, "token")
 
     @pytest.mark.parametrize("scorer", [None, "l1", "random"])
     def test_the_recommended_one_without_a_scorer_or_with_another(self, scorer):
@@ -234,6 +235,24 @@ class TestScorers:
         assert Profile.read(path).recommended == MADE.memory
         for memory in (0.25, 0.5):
             assert setting_of(path, memory, scorer="keydiff_value") == MADE.setting(memory)
+
+    def test_a_granularity_is_kept(self, path):
+        replace(MADE, memory=(TARGETS[1]._replace(granularity="neighbors"),)).write(path, TENSORS)
+        assert setting_of(path, 0.25).granularity == "neighbors"
+
+    def test_older_files_rank_by_neighbors_with_learned_alone(self, path):
+        with safe_open(path, "pt") as file:
+            fields = json.loads(file.metadata()[METADATA_KEY])
+        for target in fields["memory"]:
+            del target["granularity"]
+        save_file(load_file(path), path, {METADATA_KEY: json.dumps(fields)})
+        assert [each.ranking for each in Profile.read(path).memory] == [("learned", "neighbors"), ("l2", "token")]
+
+    def test_a_granularity_goes_with_its_scorer(self):
+        setting = MADE.setting(0.25)._replace(granularity="neighbors")
+        ranking = {"scorer": "learned", "granularity": "neighbors"}
+        assert setting.ranking(None) == setting.ranking("learned") == ranking
+        assert setting.ranking("l2") == {}
 
     def test_classes_are_judged_with_the_scorer(self):
         outcomes = [
@@ -271,7 +290,7 @@ class TestDefaultClasses:
         chosen = {memory: profile.default_classes(memory, 1) for memory in (1, 0.5, 0.49, 0.25, 0.22)}
         assert chosen == {1: "layers", 0.5: "layers", 0.49: "heads", 0.25: "heads", 0.22: "heads"}
         assert profile.setting(0.5) == MADE.setting(0.5)
-        assert profile.setting(0.25) == ((), 0.166667, "l2", {7: (0,)})
+        assert profile.setting(0.25) == ((), 0.166667, "l2", {7: (0,)}, "token")
 
     @pytest.mark.parametrize(
         ("heads", "classes"),

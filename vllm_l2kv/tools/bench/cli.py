@@ -128,9 +128,8 @@ def _take_profile(options: argparse.Namespace, server: Any) -> None:
                 f"the profile has {wanted} at this memory, but the server has {found}; start the server with the same "
                 "--kv-profile, --kv-memory and --kv-classes."
             )
-        if "kv_scorer" not in options.fields:
-            ranking = {"kv_scorer": setting.scorer, "kv_granularity": setting.granularity}
-            options.fields = ranking | options.fields
+        ranking = setting.ranking(options.fields.get("kv_scorer"))
+        options.fields = {f"kv_{name}": value for name, value in ranking.items()} | options.fields
     if options.ratios is None:
         options.ratios = [1.0, setting.keep_ratio] if setting else RATIOS
 

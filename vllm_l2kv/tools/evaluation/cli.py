@@ -181,9 +181,10 @@ def take_profile(options: argparse.Namespace) -> None:
         RefusedError: Profile or memory is refused, or a scorer needs a profile and there is none.
     """
     has_ratio = options.ratios is not None or options.memory is not None
+    has_one = options.scorers is not None and len(options.scorers) == 1
     try:
         full = options.full_layers, has_ratio, options.full_heads
-        scorer = options.scorers[0] if options.scorers and len(options.scorers) == 1 else None
+        scorer = options.scorers[0] if has_one else None
         setting = setting_of(options.kv_profile, options.kv_memory, *full, options.kv_classes, scorer=scorer)
     except ValueError as error:
         raise RefusedError(f"argument --kv-profile: {error}") from error
@@ -193,12 +194,11 @@ def take_profile(options: argparse.Namespace) -> None:
         options.full_heads = setting.full_heads if setting else {}
     if not has_ratio:
         options.ratios = [setting.keep_ratio] if setting else RATIOS
-    defaults = setting or CompressionParams()
+    ranking = setting.ranking(scorer) if setting and (has_one or options.scorers is None) else {}
     if options.granularities is None:
-        # That of the profile goes with its scorer.
-        options.granularities = [defaults.granularity if options.scorers is None else CompressionParams.granularity]
+        options.granularities = [ranking.get("granularity", CompressionParams.granularity)]
     if options.scorers is None:
-        options.scorers = [defaults.scorer]
+        options.scorers = [ranking.get("scorer", CompressionParams.scorer)]
     if options.kv_profile is None and (without := [name for name in options.scorers if name in PROFILE_SCORERS]):
         raise RefusedError(f"argument --scorers: {without[0]} needs the weights of a profile; give --kv-profile FILE.")
 

@@ -16,7 +16,7 @@ import torch
 from vllm_l2kv.kernels.reference import ranked
 from vllm_l2kv.params import CompressionParams
 from vllm_l2kv.policy import num_keep
-from vllm_l2kv.profile import Shape, granularity_of
+from vllm_l2kv.profile import Ranking, Shape
 from vllm_l2kv.scorers import Rows, Scorers
 from vllm_l2kv.token_groups import pool_scores
 from vllm_l2kv.tools.profile.calibration import Sample
@@ -25,14 +25,14 @@ from vllm_l2kv.tools.progress import Progress
 
 
 class Choice(NamedTuple):
-    """How many rows each head keeps, and by which scorer.
+    """How many rows each head keeps, and which.
 
     Attributes:
-        scorer: Name of a scorer.
+        ranking: By what heads choose rows.
         keep_ratios: For each layer, the ratios of its heads; heads with ratio 1 are full.
     """
 
-    scorer: str
+    ranking: Ranking
     keep_ratios: tuple[tuple[float, ...], ...]
 
 
@@ -59,11 +59,11 @@ class Ranked(NamedTuple):
 
     Attributes:
         context: The rows.
-        places: Scorer to ranks, `[L, H, T]` int32 on the model's device; 0 for the row that a head keeps first.
+        places: Ranking to ranks, `[L, H, T]` int32 on the model's device; 0 for the row that a head keeps first.
     """
 
     context: Context
-    places: Mapping[str, torch.Tensor]
+    places: Mapping[Ranking, torch.Tensor]
 
 
 def answerable(
@@ -117,27 +117,27 @@ def kinds_of(questions: Iterable[Sequence[Case]]) -> dict[str, int]:
     return dict(Counter(cases[0].kind for cases in questions))
 
 
-def rank(model: Any, shape: Shape, scorers: Scorers, names: Iterable[str], case: Case) -> Ranked:
+def rank(model: Any, shape: Shape, scorers: Scorers, rankings: Iterable[Ranking], case: Case) -> Ranked:
     """Reads the context of a case and ranks its rows.
 
     Args:
         model: Model of `transformers`.
         shape: Shape of the model's KV cache.
         scorers: Scorers bound to all heads of the compressible layers.
-        names: Names of the scorers to use.
+        rankings: The rankings to use.
         case: The case whose context is read.
     """
     context = read(model, case.context)
     protect = CompressionParams.protect_first, CompressionParams.protect_last
     places = {}
-    for name in names:
+    for ranking in rankings:
         size = shape.num_layers, shape.num_kv_heads, context.num_tokens
-        of_scorer = torch.zeros(size, dtype=torch.int32, device=model.device)
+        of_layers = torch.zeros(size, dtype=torch.int32, device=model.device)
         for i, layer in enumerate(shape.compressible):
             rows = Rows(context.keys[layer].to(model.device), context.values[layer].to(model.device), i)
-            scores = pool_scores(scorers[name].score(rows), granularity_of(name))
-            of_scorer[layer] = ranked(scores, *protect).argsort(-1).int()
-        places[name] = of_scorer
+            scores = pool_scores(scorers[ranking.scorer].score(rows), ranking.granularity)
+            of_layers[layer] = ranked(scores, *protect).argsort(-1).int()
+        places[ranking] = of_layers
     return Ranked(context, places)
 
 
@@ -147,7 +147,7 @@ def losses(model: Any, case: Case, rows: Ranked, choices: Sequence[Choice]) -> L
     distinct, which = ratios.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     counts = [num_keep(rows.context.num_tokens, CompressionParams(ratio)) for ratio in distinct.tolist()]
     bounds = torch.tensor(counts)[which].to(model.device)
-    kept = [rows.places[choice.scorer] < bounds[i, :, :, None] for i, choice in enumerate(choices)]
+    kept = [rows.places[choice.ranking] < bounds[i, :, :, None] for i, choice in enumerate(choices)]
     return answer_losses(model, rows.context, case.after, case.num_predicted, torch.stack(kept))
 
 
@@ -155,9 +155,9 @@ def losses_of_cases(
     model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], choices: Sequence[Choice], progress: Progress
 ) -> Losses:
     """Losses of every case under every choice: `[N, C]`."""
-    names = sorted({choice.scorer for choice in choices})
+    rankings = sorted({choice.ranking for choice in choices})
     found = []
     for case in cases:
-        found.append(losses(model, case, rank(model, shape, scorers, names, case), choices))
+        found.append(losses(model, case, rank(model, shape, scorers, rankings, case), choices))
         progress.advance(1)
     return Losses(torch.stack([each.loss for each in found]), torch.stack([each.exact for each in found]))

@@ -13,7 +13,7 @@ alone. Only first ones of an order are tried, not all sets of layers: on SmolLM2
 exchanged gained on the questions of the search, and lost as much on others.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 
 from vllm_l2kv.cli_types import counted
 from vllm_l2kv.params import CompressionParams
-from vllm_l2kv.profile import BEST_WITH, RECOMMENDED, Shape, Target, ratio_for
+from vllm_l2kv.profile import BEST_WITH, RECOMMENDED, Ranking, Shape, Target, ratio_for
 from vllm_l2kv.scorers import Scorers
 from vllm_l2kv.settings import HEADS, LAYERS, FullHeads
 from vllm_l2kv.tools.profile.choices import Case, Choice, kinds_of, losses, losses_of_cases, rank
@@ -29,13 +29,13 @@ from vllm_l2kv.tools.profile.units import Order, Unit, Units, head_units, layer_
 from vllm_l2kv.tools.progress import Progress
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
-SCORERS = ("l2", "keydiff_value", "learned")
-"""Scorers that are tried, the fastest one first."""
-CONTROL = "random"
+RANKINGS = (Ranking("l2"), Ranking("keydiff_value"), Ranking("learned"), Ranking("learned", "neighbors"))
+"""Rankings that are tried, the fastest one first. Whether neighbors help `learned` depends on the model."""
+CONTROL = Ranking("random")
 WHOLE, NO_PROFILE, NOTHING_FULL = "whole cache", "no profile", "nothing full"
 """Names of outcomes with which the recommended settings are compared; see `Outcome`."""
-GREEDY_MEMORY, GREEDY_SCORER = 0.25, "learned"
-"""Memory and scorer of the greedy order: with few full layers, the choice of each matters most."""
+GREEDY_MEMORY = 0.25
+"""Memory of the greedy order: with few full layers, the choice of each matters most. Its ranking is the last one."""
 GREEDY_QUESTIONS = 24
 """Questions of the greedy order, whose contexts stay on the device."""
 FEW_QUESTIONS = 32
@@ -47,9 +47,9 @@ SHORTLIST = 12
 NUM_COUNTS = 8
 """Numbers of full units that are tried for each order and memory."""
 NUM_BEST = 3
-"""Candidates for each memory and scorer that go on from the few questions, also with the first layers full."""
+"""Candidates for each memory and ranking that go on from the few questions, also with the first layers full."""
 NUM_LAST = 2
-"""Candidates for each memory and scorer that go on from some questions to all."""
+"""Candidates for each memory and ranking that go on from some questions to all."""
 FIRST_LAYERS = 2
 """Number of layers that the paper leaves full."""
 NAMES = {
@@ -58,7 +58,7 @@ NAMES = {
 }
 """Names of outcomes: the recommended setting, the same with random rows, and the best setting with a scorer."""
 SAME_COST = 0.01
-"""A slower scorer is chosen only if its mean cost of an answer is lower by more than this."""
+"""A slower ranking is chosen only if its mean cost of an answer is lower by more than this."""
 
 
 class Outcome(NamedTuple):
@@ -72,6 +72,7 @@ class Outcome(NamedTuple):
         keep_ratio: See `Target`.
         scorer: See `Target`.
         full_heads: See `Target`.
+        granularity: See `Target`.
         loss: Loss of the answers in nats per token: question hidden, then seen.
         exact: Share of the questions that are answered exactly: question hidden, then seen.
         exact_by_kind: The same for each kind of text.
@@ -83,9 +84,15 @@ class Outcome(NamedTuple):
     keep_ratio: float
     scorer: str
     full_heads: FullHeads
+    granularity: str
     loss: tuple[float, float]
     exact: tuple[float, float]
     exact_by_kind: dict[str, tuple[float, float]]
+
+    @property
+    def ranking(self) -> Ranking:
+        """How rows are ranked."""
+        return Ranking(self.scorer, self.granularity)
 
 
 class Round(NamedTuple):
@@ -234,7 +241,7 @@ def choice_of(shape: Shape, target: Target) -> Choice:
         full = target.full_heads.get(layer, ()) if layer in compressible else range(shape.num_kv_heads)
         return tuple(1.0 if head in full else target.keep_ratio for head in range(shape.num_kv_heads))
 
-    return Choice(target.scorer, tuple(map(ratios, range(shape.num_layers))))
+    return Choice(target.ranking, tuple(map(ratios, range(shape.num_layers))))
 
 
 def _lowest_ratio(cases: Sequence[Case]) -> float:
@@ -256,13 +263,13 @@ def _greedy(
 
     Each step tries the first remaining layers of the sum of the other orders.
     """
-    scorer = GREEDY_SCORER if GREEDY_SCORER in scorers else SCORERS[0]
-    rows = [rank(model, shape, scorers, [scorer], case) for case in cases]
+    ranking = [each for each in RANKINGS if each.scorer in scorers][-1]
+    rows = [rank(model, shape, scorers, [ranking], case) for case in cases]
     chosen: tuple[Unit, ...] = ()
     progress.part("choosing layers", len(units.together), "layers at most")
     while True:
         others = [unit for unit in units.together if unit not in chosen][:SHORTLIST]
-        targets = [units.target(GREEDY_MEMORY, (*chosen, unit), scorer, lowest) for unit in others]
+        targets = [units.target(GREEDY_MEMORY, (*chosen, unit), ranking, lowest) for unit in others]
         choices = [choice_of(shape, target) for target in targets if target is not None]
         if not choices:
             return chosen
@@ -287,7 +294,7 @@ def _search(
     rounds: list[Round] = []
 
     def best(candidates: Sequence[_Candidate], num_questions: int, num: int) -> list[tuple[_Candidate, float]]:
-        """One round: the best `num` candidates for each memory and scorer on the first questions, with their costs."""
+        """One round: the best `num` candidates for each memory and ranking on the first questions, with their costs."""
         asked = cases[: 2 * num_questions]
         rounds.append(Round(len(asked) // 2, len(candidates)))
         progress.part(
@@ -306,19 +313,22 @@ def _search(
         left = [each for each, _ in best(left, SOME_QUESTIONS, NUM_LAST)]
     last = best(left, num_questions, 1)
     num_tried = len(tried) + len(with_first)
-    return _Found(units.classes, list(_chosen(last)), [each for each, _ in last], num_tried, rounds)
+    of_scorers = _fastest(last, lambda target: (target.memory, target.scorer))
+    return _Found(units.classes, _fastest(last, lambda target: target.memory), of_scorers, num_tried, rounds)
 
 
-def _chosen(of_scorers: Sequence[tuple[_Candidate, float]]) -> Iterator[_Candidate]:
-    """For each memory, the candidate with the fastest scorer among those of about the lowest cost.
+def _fastest(found: Sequence[tuple[_Candidate, float]], group: Callable[[Target], object]) -> list[_Candidate]:
+    """For each group of settings, the candidate with the fastest ranking among those of about the lowest cost.
 
     Args:
-        of_scorers: The best candidates for each memory and scorer with their costs, fast scorers first.
+        found: The best candidates for each memory and ranking with their costs, fast rankings first.
+        group: Tells to which group a setting belongs.
     """
-    for memory in MEMORIES:
-        of_memory = [(each, cost) for each, cost in of_scorers if each.target.memory == memory]
-        least = min((cost for _, cost in of_memory), default=0.0)
-        yield from [each for each, cost in of_memory if cost <= least + SAME_COST][:1]
+    groups: dict[object, list[tuple[_Candidate, float]]] = {}
+    for each in found:
+        groups.setdefault(group(each[0].target), []).append(each)
+    least = {key: min(cost for _, cost in of_group) for key, of_group in groups.items()}
+    return [next(e for e, cost in of_group if cost <= least[key] + SAME_COST) for key, of_group in groups.items()]
 
 
 def _asked(cases: Sequence[Case]) -> str:
@@ -327,15 +337,15 @@ def _asked(cases: Sequence[Case]) -> str:
 
 
 def _best(candidates: Sequence[_Candidate], costs: Sequence[float], num: int) -> list[int]:
-    """Indices of the best `num` candidates for each memory and scorer; for each memory, fast scorers come first."""
-    of_each: dict[tuple[float, str], list[int]] = {(m, name): [] for m in MEMORIES for name in SCORERS}
+    """Indices of the best `num` candidates for each memory and ranking; for each memory, fast rankings come first."""
+    of_each: dict[tuple[float, Ranking], list[int]] = {(m, ranking): [] for m in MEMORIES for ranking in RANKINGS}
     for i in sorted(range(len(candidates)), key=costs.__getitem__):
-        of_each[candidates[i].target.memory, candidates[i].target.scorer].append(i)
+        of_each[candidates[i].target.memory, candidates[i].target.ranking].append(i)
     return [i for found in of_each.values() for i in found[:num]]
 
 
 def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Candidate]:
-    """All candidates: for each memory, order and scorer, several numbers of full units."""
+    """All candidates: for each memory, order and ranking, several numbers of full units."""
     for memory in MEMORIES:
         counts = [count for count in units.counts if units.ratio(memory, count) >= lowest] or units.counts[:1]
         chosen = sorted({counts[round((len(counts) - 1) * i / (NUM_COUNTS - 1))] for i in range(NUM_COUNTS)})
@@ -345,8 +355,8 @@ def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Cand
                 if count <= len(order.units):
                     settings.setdefault(tuple(sorted(order.units[:count])), order.name)
         for full, name in settings.items():
-            for scorer in SCORERS:
-                target = units.target(memory, full, scorer) if scorer in scorers else None
+            for ranking in RANKINGS:
+                target = units.target(memory, full, ranking) if ranking.scorer in scorers else None
                 if target is not None:
                     yield _Candidate(target, full, name)
 
@@ -354,7 +364,7 @@ def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Cand
 def _with_layers(units: Units, candidate: _Candidate, layers: Sequence[int], lowest: float) -> _Candidate | None:
     """The candidate with some layers full too; `None` if they already are, or if they cost too much."""
     full = tuple(sorted(units.with_layers(candidate.full, layers)))
-    target = units.target(candidate.target.memory, full, candidate.target.scorer, lowest)
+    target = units.target(candidate.target.memory, full, candidate.target.ranking, lowest)
     if target is None or full == candidate.full:
         return None
     return _Candidate(target, full, f"{candidate.order}, first layers")
@@ -380,17 +390,18 @@ def _outcomes(
     model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: Sequence[_Found], progress: Progress
 ) -> tuple[Outcome, ...]:
     """Outcomes of the whole cache; of each target, also with random rows; without a profile; and with nothing full."""
-    named = [(WHOLE, Target(1.0, (), 1.0, SCORERS[0]))]
+    fastest = RANKINGS[0].scorer
+    named = [(WHOLE, Target(1.0, (), 1.0, fastest))]
     first = shape.compressible[:FIRST_LAYERS]
     for memory in MEMORIES:
         ratio = ratio_for(memory, len(shape.compressible), len(first))
         if ratio > 0:
-            named.append((NO_PROFILE, Target(memory, first, ratio, SCORERS[0])))
-        named.append((NOTHING_FULL, Target(memory, (), memory, SCORERS[0])))
+            named.append((NO_PROFILE, Target(memory, first, ratio, fastest)))
+        named.append((NOTHING_FULL, Target(memory, (), memory, fastest)))
     for each in found:
         recommended, control, best = NAMES[each.classes]
         named += [(recommended, candidate.target) for candidate in each.chosen]
-        named += [(control, candidate.target._replace(scorer=CONTROL)) for candidate in each.chosen]
+        named += [(control, candidate.target._replace(**CONTROL._asdict())) for candidate in each.chosen]
         named += [(f"{best} {candidate.target.scorer}", candidate.target) for candidate in each.of_scorers]
     progress.part(f"judging the results by {_asked(cases)}", len(cases), "answers")
     choices = [choice_of(shape, target) for _, target in named]

@@ -99,7 +99,7 @@ def settings(made: Made) -> list[list[str]]:
         for name in (NAMES[target.classes][0], NO_PROFILE):
             outcome = outcomes.get((name, target.memory))
             exact += [f"{share:.2f}" for share in reversed(outcome.exact)] if outcome else ["", ""]
-        lines.append([f"{target.memory:g}", f"{target.keep_ratio:.3f}", target.scorer, *exact, _full(target)])
+        lines.append([f"{target.memory:g}", f"{target.keep_ratio:.3f}", str(target.ranking), *exact, _full(target)])
     return lines
 
 
@@ -114,7 +114,8 @@ def _outcomes(made: Made) -> list[list[str]]:
     lines = [["setting", "memory", "scorer", "keep ratio", "loss seen", "hidden", "exact seen", "hidden", "full"]]
     for each in made.found.outcomes:
         numbers = [f"{number:.2f}" for pair in (each.loss, each.exact) for number in reversed(pair)]
-        lines.append([each.name, f"{each.memory:g}", each.scorer, f"{each.keep_ratio:.3f}", *numbers, _full(each)])
+        setting = f"{each.memory:g}", str(each.ranking), f"{each.keep_ratio:.3f}"
+        lines.append([each.name, *setting, *numbers, _full(each)])
     return lines
 
 
@@ -125,7 +126,7 @@ def _by_kind(made: Made) -> list[list[str]]:
     for each in made.found.outcomes:
         if each.name in (WHOLE, *(NAMES[classes][0] for classes in CLASSES)):
             shares = ("{1:.2f} / {0:.2f}".format(*each.exact_by_kind[kind]) for kind in asked)
-            lines.append([f"{each.memory:g}", HEADS if each.full_heads else LAYERS, each.scorer, *shares])
+            lines.append([f"{each.memory:g}", HEADS if each.full_heads else LAYERS, str(each.ranking), *shares])
     return lines
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_l2kv.kv_heads import MAX_WASTE, heads_of_rank, waste
-from vllm_l2kv.profile import Shape, Target, ratio_for
+from vllm_l2kv.profile import Ranking, Shape, Target, ratio_for
 from vllm_l2kv.settings import HEADS, LAYERS
 
 TOGETHER = "together"
@@ -60,13 +60,13 @@ class Units:
         """The keep ratio of the other units at which the whole cache costs `memory`."""
         return ratio_for(memory, len(self.together), num_full)
 
-    def target(self, memory: float, full: Collection[Unit], scorer: str, lowest: float = 0.0) -> Target | None:
+    def target(self, memory: float, full: Collection[Unit], ranking: Ranking, lowest: float = 0.0) -> Target | None:
         """The setting with these full units that costs `memory`.
 
         Args:
             memory: See `Target`.
             full: Units that are full.
-            scorer: Scorer of the others.
+            ranking: How the others are ranked.
             lowest: Lowest allowed keep ratio of the others.
 
         Returns:
@@ -76,11 +76,12 @@ class Units:
         if len(full) not in self.counts or ratio <= 0 or ratio < lowest:
             return None
         if self.classes == LAYERS:
-            return Target(memory, tuple(sorted(unit.layer for unit in full)), ratio, scorer)
+            layers = tuple(sorted(unit.layer for unit in full))
+            return Target(memory, layers, ratio, ranking.scorer, {}, ranking.granularity)
         heads: dict[int, tuple[int, ...]] = {}
         for layer, of_unit in sorted(full):
             heads[layer] = tuple(sorted((*heads.get(layer, ()), *of_unit)))
-        return Target(memory, (), ratio, scorer, heads)
+        return Target(memory, (), ratio, ranking.scorer, heads, ranking.granularity)
 
     def with_layers(self, full: Collection[Unit], layers: Collection[int]) -> tuple[Unit, ...]:
         """The same units and all units of some layers.
