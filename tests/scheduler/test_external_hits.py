@@ -5,6 +5,7 @@ alone. `tests/compat/test_prefill_decode_pair.py` has a pair of servers.
 """
 
 import pytest
+from bare_scheduler import plan
 from cpu_copies import pinned
 from test_shared_prefixes import DOCUMENT, WHOLE, fields
 from vllm.v1.outputs import KVConnectorOutput
@@ -13,7 +14,7 @@ from vllm_l2kv import refusals
 from vllm_l2kv.messages.orders import orders_of
 from vllm_l2kv.messages.usage import KeptWhole
 from vllm_l2kv.scheduler.integrity import check_nothing_left
-from vllm_l2kv.scheduler.transfers import DIVISION, Transfers
+from vllm_l2kv.scheduler.transfers import DIVISION, Transfers, division_of
 
 PROMPT = [*DOCUMENT, *range(700, 800)]
 RATIO = {"kv_keep_ratio": 0.5, "kv_protect_first": 0, "kv_protect_last": 0}
@@ -89,8 +90,8 @@ class TestPair:
     @pytest.fixture
     def pair(self, harness):
         scheduler = harness.scheduler
-        about = scheduler.connector.connector, scheduler._external_bound, scheduler.kv_cache_config
-        scheduler.connector = Transfers(*about)
+        about = scheduler._external_bound, scheduler.kv_cache_config, scheduler.vllm_config
+        scheduler.connector = Transfers(scheduler.connector.connector, *about)
         return harness
 
     @pytest.mark.parametrize("asked", [RATIO, BUDGET, fields()], ids=["ratio", "budget", "document"])
@@ -128,9 +129,31 @@ class TestPair:
 
     def test_other_full_layers_are_another_division(self, make_harness, monkeypatch):
         monkeypatch.setattr(refusals, "check_connector", lambda config: None)
+        schedulers = [make_harness(100, full).scheduler for full in ((0,), (1,), (), (0,))]
         divisions = [
-            Transfers(None, lambda _: 0, make_harness(100, full).scheduler.kv_cache_config)._division
-            for full in ((0,), (1,), (), (0,))
+            Transfers(None, lambda _: 0, scheduler.kv_cache_config, scheduler.vllm_config)._division
+            for scheduler in schedulers
         ]
         assert len(set(divisions)) == 3
         assert divisions[0] == divisions[-1]
+
+
+def test_the_division_names_layers_heads_sizes_and_ranks(llama):
+    """Blocks of one head of a layer look like those of another head."""
+    plans = [
+        plan(llama, 10, **asked)
+        for asked in (
+            {},
+            {"full_layers": (1,)},
+            {"num_layers": 6},
+            {"block_size": 32},
+            {"full_layers": (), "full_heads": ((1, (0,)),)},
+            {"full_layers": (), "full_heads": ((1, (1,)),)},
+        )
+    ]
+    divisions = [division_of(made.kv_cache_config, made.config) for made in plans]
+    plans[0].config.parallel_config.tensor_parallel_size = 2
+    divisions.append(division_of(plans[0].kv_cache_config, plans[0].config))
+    assert len(set(divisions)) == len(divisions)
+    again = plan(llama, 20)
+    assert division_of(again.kv_cache_config, again.config) == divisions[0]

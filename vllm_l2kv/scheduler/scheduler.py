@@ -109,7 +109,7 @@ class L2KVScheduler(AsyncScheduler):
                 "layers beside full attention (drop --kv-transfer-config)."
             )
         if self.vllm_config.kv_transfer_config.kv_connector == TRANSFERRING:
-            return Transfers(connector, self._external_bound, self.kv_cache_config)
+            return Transfers(connector, self._external_bound, self.kv_cache_config, self.vllm_config)
         if not isinstance(connector, SimpleCPUOffloadConnector):
             return ExternalHits(connector, self._external_bound)
         self._cpu_memory = CPUMemory(connector, self._external_bound, self._shared, self.kv_cache_manager.block_pool)
