@@ -102,6 +102,9 @@ def check_connector(config: VllmConfig) -> None:
         'eager CPU offloading (add "lazy_offload": true to kv_connector_extra_config)': (
             offloads and not extra.get("lazy_offload", False)
         ),
+        'blocks that pass through CPU memory (set "kv_buffer_device": "cuda")': (
+            devices == "GPUs" and transfer.kv_connector == TRANSFERRING and transfer.kv_buffer_device == "cpu"
+        ),
         'rows that the prefilling engine loads back (drop "bidirectional_kv_xfer")': bool(
             extra.get("bidirectional_kv_xfer")
         ),

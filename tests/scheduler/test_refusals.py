@@ -52,7 +52,8 @@ SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.bfl
 
 
 def transfer(connector="SimpleCPUOffloadConnector", **extra):
-    return SimpleNamespace(kv_connector=connector, kv_connector_extra_config={"lazy_offload": True, **extra})
+    extra = {"lazy_offload": True, **extra}
+    return SimpleNamespace(kv_connector=connector, kv_connector_extra_config=extra, kv_buffer_device="cpu")
 
 
 def config(**changes):
@@ -219,6 +220,16 @@ def test_prefill_decode_pairs(monkeypatch, on_cpu, extra, setting):
     about = config(kv_transfer_config=transfer("NixlConnector", **extra), use_v2_model_runner=not on_cpu)
     with pytest.raises(ValueError, match=setting) if setting else nullcontext():
         check_supported(about)
+
+
+def test_blocks_do_not_pass_through_cpu_memory_on_gpus(monkeypatch):
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setitem(refusals.CONNECTORS, "GPUs", ("NixlConnector",))
+    about = config(kv_transfer_config=transfer("NixlConnector"), use_v2_model_runner=True)
+    with pytest.raises(ValueError, match="through CPU memory"):
+        check_supported(about)
+    about.kv_transfer_config.kv_buffer_device = "cuda"
+    check_supported(about)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 6, 12])
