@@ -204,6 +204,21 @@ class TestPooled:
         assert quality.pooled.retrieval(cells[:2]) is None
 
 
+def test_results_over_http(quality):
+    """Losses are those of the pooled score, in which every task counts the same."""
+    from benchmarks.quality.over_http import Asked, results
+
+    scores = {"needle": [1.0, 1.0], "passkey": [1.0], "ruler": [0.5]}
+    whole = {task: [Asked(score, 1.0) for score in of_task] for task, of_task in scores.items()}
+    hidden = whole | {"needle": [Asked(0.4, 0.25), Asked(0.6, 0.35)]}
+    found = results({quality.settings.WHOLE: whole, "seen": whole, "hidden": hidden})
+    assert found["num_prompts"] == 4
+    assert found["scores"]["hidden"] == {"needle": 0.5, "passkey": 1.0, "ruler": 0.5}
+    assert found["seen"]["difference"][0] == 0
+    assert found["hidden"]["difference"][0] == pytest.approx(-0.5 / 3, abs=1e-3)
+    assert found["hidden"]["memory"] == pytest.approx((0.25 + 0.35 + 1 + 1) / 4)
+
+
 def test_settings_take_their_nominal_memory(quality):
     """Memory of the whole cache follows from full layers and the ratio of the others, with and without a profile."""
     shape = Shape(6, 1, 64, ("sliding_attention", *["full_attention"] * 5))
