@@ -14,13 +14,17 @@ from transformers import (
     DynamicCache,
     FalconH1Config,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
+    GPTNeoXConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
     JambaConfig,
     Lfm2Config,
+    Lfm2MoeConfig,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -28,6 +32,7 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
@@ -51,6 +56,24 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 SLIDING_WINDOW = 48
+SHORT_CONVOLUTIONS: dict[str, Any] = {
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "layer_types": ["conv", "full_attention"] * 3,
+    "num_hidden_layers": 6,
+    "conv_L_cache": 3,
+}
+"""Layers of LFM2, with experts or without."""
+GATED_DELTA_NETS: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"] * 3,
+    "num_hidden_layers": 6,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+"""Layers of Qwen3-Next and Qwen3.5."""
 
 
 def llama(**changes: Any) -> PretrainedConfig:
@@ -99,6 +122,26 @@ def glm4(**changes: Any) -> PretrainedConfig:
     return Glm4Config(**{**SHAPE, **changes})
 
 
+def glm4_moe(**changes: Any) -> PretrainedConfig:
+    """GLM-4.5: experts in all layers but the first, two of four and a shared one for each token; QK-norm and biases."""
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    }
+    return Glm4MoeConfig(**{**SHAPE, **experts, **changes})
+
+
+def gpt_neox(**changes: Any) -> PretrainedConfig:
+    """A KV head for each query head, of 32 elements of which a quarter is rotated; feed-forward beside attention."""
+    shape = {name: value for name, value in _without_head_dim().items() if name != "num_key_value_heads"}
+    return GPTNeoXConfig(**{**shape, "hidden_size": 128, "tie_word_embeddings": False, **changes})
+
+
 def gemma2(**changes: Any) -> PretrainedConfig:
     """Every other layer has a sliding window; scores are capped."""
     hybrid = {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 32, "tie_word_embeddings": False}
@@ -117,6 +160,20 @@ def gemma3(num_blocks: int = 2, **changes: Any) -> PretrainedConfig:
         "tie_word_embeddings": False,
     }
     return Gemma3TextConfig(**{**SHAPE, **hybrid, **changes})
+
+
+def gemma3n(**changes: Any) -> PretrainedConfig:
+    """The text part: every other layer has a window, and the last four of eight read the caches of layers 2 and 3."""
+    hybrid = {
+        "num_hidden_layers": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "num_kv_shared_layers": 4,
+        "sliding_window": SLIDING_WINDOW,
+        "vocab_size_per_layer_input": SHAPE["vocab_size"],
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 16,
+    }
+    return Gemma3nTextConfig(**{**SHAPE, **hybrid, **changes})
 
 
 def gpt_oss(**changes: Any) -> PretrainedConfig:
@@ -157,15 +214,7 @@ def lfm2(**changes: Any) -> PretrainedConfig:
 
     One head, since vLLM's CPU rotation is wrong for several heads if a model passes tensors of three dimensions.
     """
-    hybrid = {
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "layer_types": ["conv", "full_attention"] * 3,
-        "num_hidden_layers": 6,
-        "conv_L_cache": 3,
-        "block_auto_adjust_ff_dim": False,
-    }
-    shape = {**_without_head_dim(), **hybrid, **changes}
+    shape = {**_without_head_dim(), **SHORT_CONVOLUTIONS, "block_auto_adjust_ff_dim": False, **changes}
     # Names in files of this model that `transformers` does not read.
     others = {
         **dict.fromkeys(("conv_dim", "block_dim", "block_ff_dim"), shape["hidden_size"]),
@@ -173,6 +222,12 @@ def lfm2(**changes: Any) -> PretrainedConfig:
         "block_ffn_dim_multiplier": 1.0,
     }
     return Lfm2Config(**shape, **others)
+
+
+def lfm2_moe(**changes: Any) -> PretrainedConfig:
+    """The same with experts in all layers but the first two, two of four for each token, chosen with a learned bias."""
+    experts = {"num_dense_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return Lfm2MoeConfig(**{**_without_head_dim(), **SHORT_CONVOLUTIONS, **experts, **changes})
 
 
 def nemotron_h(**changes: Any) -> PretrainedConfig:
@@ -223,14 +278,7 @@ def granite_hybrid(**changes: Any) -> PretrainedConfig:
 
 def qwen3_next(**changes: Any) -> PretrainedConfig:
     """A gated delta net before each attention layer, and experts. vLLM runs it in bf16, on GPUs and some CPUs."""
-    hybrid = {
-        "layer_types": ["linear_attention", "full_attention"] * 3,
-        "num_hidden_layers": 6,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
+    experts = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
@@ -238,7 +286,12 @@ def qwen3_next(**changes: Any) -> PretrainedConfig:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
-    return Qwen3NextConfig(**{**SHAPE, **hybrid, **changes})
+    return Qwen3NextConfig(**{**SHAPE, **GATED_DELTA_NETS, **experts, **changes})
+
+
+def qwen3_5(**changes: Any) -> PretrainedConfig:
+    """The text part: a gated delta net before each attention layer, without experts."""
+    return Qwen3_5TextConfig(**{**SHAPE, **GATED_DELTA_NETS, **changes})
 
 
 def jamba(**changes: Any) -> PretrainedConfig:

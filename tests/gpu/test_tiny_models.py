@@ -1,4 +1,4 @@
-"""Models with layers that keep a state, a window or a chunk, on a GPU: bf16, CUDA graphs, async scheduling.
+"""Models with layers of several kinds, with experts and others, on a GPU: bf16, CUDA graphs, async scheduling.
 
 Tiny models with random weights, of architectures that vLLM's CPU kernels support and of others. Compared as in
 `test_engine`, by how much bf16 changes the reference.
@@ -14,7 +14,7 @@ import torch
 from agreement import cases_of, check_rules
 from engine import bare_rule
 from tiny import ChunkedReference, HybridReference, TokenwiseReference
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +61,16 @@ KINDS = {
     # Its reference is slow.
     "jamba": Kind((0, 1), (1,), UNTIED, reference=TokenwiseReference, lengths=LENGTHS[:2]),
     "gpt_oss": Kind((0, 1), (1,), {"initializer_range": 0.15, "num_experts_per_tok": 4}, stale=100.0),
+    "qwen3_5": Kind((0, 1), (1,), SMALL, arguments={"gdn_prefill_backend": "triton"}),
+    "lfm2_moe": Kind(
+        (),
+        (),
+        {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128, "num_experts_per_tok": 4},
+    ),
+    # Logits of these two hardly depend on the rule with smaller weights.
+    "glm4_moe": Kind((0, 1), (0, 1), {"initializer_range": 0.15, "num_experts_per_tok": 4}),
+    "gpt_neox": Kind((0,), (0,), {"initializer_range": 0.15}),
+    "gemma3n": Kind((0, 1), (1,), SMALL, stale=100.0),
     # vLLM captures attention by chunks in no graph.
     "llama4": Kind((0, 1), (1,), SMALL, 100.0, CUDAGraphMode.PIECEWISE, ChunkedReference),
 }
@@ -88,10 +98,14 @@ def engine(kind, model, start_small):
 
 
 @pytest.fixture(scope="module")
-def references(kind, model):
-    """The references in fp32 and in bf16."""
+def references(kind, model, engine):
+    """The references in fp32 and in bf16.
+
+    vLLM's backend for models that it takes from `transformers` changes their classes, which then need its settings.
+    """
     make = KINDS[kind].reference
-    return [make(model, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.bfloat16)]
+    with set_current_vllm_config(engine.worker.vllm_config):
+        return [make(model, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.bfloat16)]
 
 
 def test_decoding_runs_in_graphs(kind, engine):

@@ -94,10 +94,11 @@ def test_kv_heads_that_the_engine_refuses(folder_of):
     [
         (DeepseekV3Config(num_hidden_layers=2), "MLA"),
         (tiny.llama4(), "layers of type chunked_attention"),
+        (tiny.gemma3n(), "its config has num_kv_shared_layers"),
         (T5Config(num_layers=2), "encoder-decoder"),
         (LlamaConfig(num_hidden_layers=2, global_head_dim=512), "its config has global_head_dim"),
     ],
-    ids=["mla", "chunks", "t5", "uneven"],
+    ids=["mla", "chunks", "shared", "t5", "uneven"],
 )
 def test_models_that_are_refused(folder_of, config, message):
     with pytest.raises(ValueError, match=message):
