@@ -17,6 +17,7 @@ ROPES = {
     "phi3": Rope(24, False, 1),
     "glm": Rope(16, True, 1),
     "glm4": Rope(16, True, 1),
+    "glm4_moe": Rope(16, False, 1),
     # Sliding layers have faster pairs.
     "gemma3": Rope(32, False, 6),
 }
@@ -26,7 +27,9 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "glm", "glm4"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "glm", "glm4", "glm4_moe"]
+)
 def test_layouts_are_recognized(tiny_model, kind):
     shape, rope = layout(loaded(tiny_model(kind)))
     assert (shape.num_kv_heads, shape.head_size) == (2, 32)
@@ -38,9 +41,11 @@ def test_layouts_are_recognized(tiny_model, kind):
     ("kind", "with_keys", "rope"),
     [
         ("lfm2", (1, 3, 5), Rope(64, False, 13)),
+        ("lfm2_moe", (1, 3, 5), Rope(64, False, 13)),
         ("nemotron_h", (3, 6, 9), Rope(0, False)),  # positions only in recurrent layers
         ("granite_hybrid", (1, 3, 5), Rope(32, False, 2)),
         ("qwen3_next", (1, 3, 5), Rope(8, False)),
+        ("qwen3_5", (1, 3, 5), Rope(8, False)),
     ],
 )
 def test_layers_with_keys_are_recognized_among_others(tiny_model, kind, with_keys, rope):
@@ -49,6 +54,18 @@ def test_layers_with_keys_are_recognized_among_others(tiny_model, kind, with_key
     assert shape.compressible == with_keys
     assert shape.num_layers == model.config.num_hidden_layers
     assert found == rope
+
+
+def test_a_quarter_of_each_key_is_rotated(tiny_model):
+    """GPT-NeoX, with a KV head for each query head."""
+    shape, rope = layout(loaded(tiny_model("gpt_neox")))
+    assert (shape.num_layers, shape.num_kv_heads, shape.head_size) == (4, 4, 32)
+    assert rope == Rope(8, False)
+
+
+def test_gemma_3n_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="Gemma3nForCausalLM has layers that read another layer's cache"):
+        layout(loaded(tiny_model("gemma3n")))
 
 
 def test_a_model_that_forgets_its_states_is_refused(tiny_model):

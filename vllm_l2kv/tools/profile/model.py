@@ -146,7 +146,7 @@ def _rope(model: Any, keys: torch.Tensor) -> Rope:
 
     Tokens repeat every `NUM_TOKENS`. In the right layout, magnitudes of pairs are the same at every position.
     """
-    embedding = getattr(model.get_decoder(), "rotary_emb", None)
+    embedding = _rotation(model)
     first, later = keys[:, :NUM_TOKENS], keys[:, -NUM_TOKENS:]
     ropes = [Rope(0, False)]
     if embedding is not None:
@@ -165,6 +165,12 @@ def _rope(model: Any, keys: torch.Tensor) -> Rope:
     raise ValueError(f"{type(model).__name__} rotates its keys in an unknown way, so it cannot be profiled.")
 
 
+def _rotation(model: Any) -> Any:
+    """The module that makes the angles of keys; `None` if the model has none. LFM2 with experts has its own name."""
+    decoder = model.get_decoder()
+    return getattr(decoder, "rotary_emb", getattr(decoder, "pos_emb", None))
+
+
 def slow_frequencies(model: Any, num_pairs: int) -> torch.Tensor:
     """Frequencies of the slow pairs: the last pairs of a key, which rotate by less than `SLOW_ANGLE` over the context.
 
@@ -176,7 +182,7 @@ def slow_frequencies(model: Any, num_pairs: int) -> torch.Tensor:
         `[slow_pairs]` fp32 on the CPU, in radians per position, not increasing. Empty if frequencies of pairs increase,
         or if the model does not tell its frequencies or its context length.
     """
-    embedding, context = getattr(model.get_decoder(), "rotary_emb", None), longest_context(model)
+    embedding, context = _rotation(model), longest_context(model)
     of_all = getattr(embedding, "inv_freq", None)
     found = getattr(embedding, f"{FULL_ATTENTION}_inv_freq", of_all)
     if found is None or context is None or len(found) != num_pairs or (found.diff() > 0).any():
