@@ -157,6 +157,17 @@ def test_an_architecture(kind, named, full_layers, full_heads, tiny_model, run, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("named", "full_layers"), [((0, 1), (1,)), ((), ())])
+def test_short_convolutions_with_experts(named, full_layers, tiny_model, run, check_exact):
+    """LFM2 with experts, with a prefix cache."""
+    model = tiny_model("lfm2_moe")
+    with run(model, named) as engine:
+        engine.spoil()
+        assert engine.scheduler.cache_config.mamba_cache_mode == "align"
+        check_exact(engine, HybridReference(model), full_layers)
+
+
+@pytest.mark.slow
 def test_a_profile_sets_full_layers(tiny_model, run, tmp_path, text_ids):
     """The profile's settings name attention layers, and its memory counts their rows alone."""
     model, path = tiny_model("granite_hybrid"), tmp_path / "granite.safetensors"
