@@ -565,7 +565,7 @@ def _target(fields: Mapping[str, Any]) -> Target:
         "full_layers": tuple(fields["full_layers"]),
         "full_heads": heads_by_layer(fields.get("full_heads", {})),
     }
-    # Older files were searched by token, or by neighbors with `learned`, which did at least as well.
+    # Older files do not name it; with them `learned` has always gone with neighbors, and the others with tokens.
     older = {"granularity": "neighbors"} if fields["scorer"] in PROFILE_SCORERS else {}
     return Target(**{**older, **fields, **changed})
 

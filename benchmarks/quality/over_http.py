@@ -1,9 +1,9 @@
 """Asks the retrieval prompts of the grid over HTTP, as clients do, and writes their pooled loss.
 
-python -m benchmarks.quality.over_http MODEL PROMPTS URL FILE
+python -m benchmarks.quality.over_http PROMPTS URL FILE
 
-MODEL is the folder of the model at URL, PROMPTS the file of prompts that grid.py made for it, FILE a JSON file. The
-server decides how a request is compressed; the whole cache is asked for with `kv_keep_ratio: 1`.
+PROMPTS is the file that grid.py made for the model at URL, FILE a JSON file. The server decides how a request is
+compressed; the whole cache is asked for with `kv_keep_ratio: 1`.
 """
 
 import argparse
@@ -36,12 +36,12 @@ class Asked(NamedTuple):
 def main() -> None:
     """Asks every prompt three times, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
     parser.add_argument("prompts", type=Path)
     parser.add_argument("url")
     parser.add_argument("file", type=Path)
     args = parser.parse_args()
-    cases = {task: pickle.loads(args.prompts.read_bytes())[MAIN_LENGTH, task] for task in RETRIEVAL}
+    prompts = pickle.loads(args.prompts.read_bytes())
+    cases = {task: prompts[MAIN_LENGTH, task] for task in RETRIEVAL}
     with httpx.Client(base_url=args.url, timeout=TIMEOUT_S) as client:
         name = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         compression = client.get("/v1/kv_compression").raise_for_status().json()
@@ -51,7 +51,7 @@ def main() -> None:
             for how in (WHOLE, SEEN, HIDDEN)
         }
     defaults = {field["name"]: field["default"] for field in compression["fields"]}
-    about = {"model": Path(args.model).name, "vllm": version, "full_layers": compression["full_layers"]}
+    about = {"model": Path(name).name, "vllm": version, "full_layers": compression["full_layers"]}
     row = {**about, "full_heads": compression["full_heads"], "defaults": defaults, **results(found)}
     args.file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
 

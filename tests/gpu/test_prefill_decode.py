@@ -90,28 +90,24 @@ def full_layers(request):
 @pytest.fixture(scope="module")
 def pair(full_layers, demo_model, start_small):
     rule = bare_rule(full_layers=full_layers, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
-    transfer = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both", kv_buffer_device="cuda")
-    arguments = {**SIZES, **rule, "kv_transfer_config": transfer}
+    arguments = {**SIZES, **rule}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(refusals.CONNECTORS, "GPUs", ())  # restores them at the end
         take_pairs()
         monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(free_port()))
-        prefilling = Prefilling(free_port(), demo_model, arguments)
+        prefilling = Prefilling(free_port(), demo_model, {**arguments, "kv_transfer_config": pair_config()})
         try:
             ensure_kv_transfer_shutdown()
-            # Each engine has an id of its own.
-            decoding = start_small(demo_model, **{**arguments, "kv_transfer_config": own(transfer)})
+            decoding = start_small(demo_model, **arguments, kv_transfer_config=pair_config())
             yield Pair(prefilling, decoding)
             decoding.shutdown()
         finally:
             prefilling.stop()
 
 
-def own(transfer):
-    """The same settings for another engine."""
-    return KVTransferConfig(
-        kv_connector=transfer.kv_connector, kv_role=transfer.kv_role, kv_buffer_device=transfer.kv_buffer_device
-    )
+def pair_config():
+    """Settings for one engine, which has an id of its own."""
+    return KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both", kv_buffer_device="cuda")
 
 
 def is_loaded(prompt, rule) -> bool:

@@ -181,10 +181,10 @@ def take_profile(options: argparse.Namespace) -> None:
         RefusedError: Profile or memory is refused, or a scorer needs a profile and there is none.
     """
     has_ratio = options.ratios is not None or options.memory is not None
-    has_one = options.scorers is not None and len(options.scorers) == 1
+    has_several = options.scorers is not None and len(options.scorers) > 1
+    scorer = options.scorers[0] if options.scorers and not has_several else None
     try:
         full = options.full_layers, has_ratio, options.full_heads
-        scorer = options.scorers[0] if has_one else None
         setting = setting_of(options.kv_profile, options.kv_memory, *full, options.kv_classes, scorer=scorer)
     except ValueError as error:
         raise RefusedError(f"argument --kv-profile: {error}") from error
@@ -194,7 +194,7 @@ def take_profile(options: argparse.Namespace) -> None:
         options.full_heads = setting.full_heads if setting else {}
     if not has_ratio:
         options.ratios = [setting.keep_ratio] if setting else RATIOS
-    ranking = setting.ranking(scorer) if setting and (has_one or options.scorers is None) else {}
+    ranking = setting.ranking(scorer) if setting and not has_several else {}
     if options.granularities is None:
         options.granularities = [ranking.get("granularity", CompressionParams.granularity)]
     if options.scorers is None:
