@@ -6,6 +6,7 @@ Tiny models with random weights, of architectures that vLLM's CPU kernels suppor
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from agreement import cases_of, check_rules
 from engine import bare_rule
 from tiny import ChunkedReference, HybridReference, TokenwiseReference
-from vllm.config import CUDAGraphMode, set_current_vllm_config
+from vllm.config import CompilationMode, CUDAGraphMode, set_current_vllm_config
 
 pytestmark = pytest.mark.gpu
 
@@ -102,9 +103,12 @@ def references(kind, model, engine):
     """The references in fp32 and in bf16.
 
     vLLM's backend for models that it takes from `transformers` changes their classes, which then need its settings.
+    They would compile themselves, which the reference's attention does not allow.
     """
-    make = KINDS[kind].reference
-    with set_current_vllm_config(engine.worker.vllm_config):
+    make, config = KINDS[kind].reference, copy(engine.worker.vllm_config)
+    config.compilation_config = copy(config.compilation_config)
+    config.compilation_config.mode = CompilationMode.NONE
+    with set_current_vllm_config(config):
         return [make(model, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.bfloat16)]
 
 

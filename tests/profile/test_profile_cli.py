@@ -11,7 +11,7 @@ import torch
 from vllm_l2kv.cli import main
 from vllm_l2kv.profile import Profile, check_model
 from vllm_l2kv.scorers.learned import HIDDEN, num_features
-from vllm_l2kv.tools.profile.recommend import RANKINGS
+from vllm_l2kv.tools.profile.recommend import SCORERS
 
 FEW = ("--samples", "4", "--tokens", "160", "--questions", "3")
 
@@ -41,8 +41,8 @@ def test_a_profile_is_made(made, llama):
             num_full = profile.shape.num_full(full_layers, full_heads)
             assert (num_full + (8 - num_full) * keep_ratio) / 8 == pytest.approx(memory)
             assert bool(full_heads) == (classes == "heads")
-    by_scorer = {scorer: profile.setting(0.5, classes="layers", scorer=scorer).scorer for scorer, _ in RANKINGS}
-    assert by_scorer == {scorer: scorer for scorer, _ in RANKINGS}
+    by_scorer = {scorer: profile.setting(0.5, classes="layers", scorer=scorer).scorer for scorer in SCORERS}
+    assert by_scorer == {scorer: scorer for scorer in SCORERS}
     measures = profile.measures()
     assert measures["retrieval"].shape == measures["repetition"].shape == measures["head_loss"].shape == (4, 2)
     assert measures["loss"].shape == (4,)

@@ -14,15 +14,16 @@ from vllm_l2kv.scorers import Heads, bind
 from vllm_l2kv.tools.profile import choices as choices_module
 from vllm_l2kv.tools.profile import recommend as module
 from vllm_l2kv.tools.profile.calibration import ASKED_KINDS, Question, Sample, asked_samples
-from vllm_l2kv.tools.profile.choices import Case, Choice, answerable, kinds_of, losses, rank
+from vllm_l2kv.tools.profile.choices import Case, Choice, answerable, kinds_of, losses, losses_of_cases, rank
 from vllm_l2kv.tools.profile.make import Amounts
 from vllm_l2kv.tools.profile.masked import Losses, answer_losses
 from vllm_l2kv.tools.profile.recommend import (
     FEW_QUESTIONS,
+    GRANULARITIES,
     MEMORIES,
     NUM_BEST,
     NUM_LAST,
-    RANKINGS,
+    SCORERS,
     SOME_QUESTIONS,
     Recommendation,
     choice_of,
@@ -30,7 +31,6 @@ from vllm_l2kv.tools.profile.recommend import (
 )
 from vllm_l2kv.tools.progress import Progress
 
-SCORERS = ("l2", "keydiff_value", "learned")
 NUM_LAYERS = 20
 NEEDED = {(4, 0): 3.0, (11, 1): 2.0, (17, 0): 1.0}
 """For layers and heads of the made-up model, the loss of an answer if they compress."""
@@ -155,19 +155,19 @@ def test_all_settings_are_tried_on_few_questions_and_the_best_on_more(made_up):
         assert tuple(num_cases for num_cases, _ in of_units) == tuple(2 * num for num in asked)
     tried = [of_layer + of_head for (_, of_layer), (_, of_head) in zip(of_layers, of_heads, strict=True)]
     assert found.rounds == tuple(zip(asked, tried, strict=True))
-    each = 2 * len(MEMORIES) * len(RANKINGS)
-    assert tried[0] > 2 * tried[1]
-    assert tried[1] <= 2 * NUM_BEST * each
-    assert tried[2] <= NUM_LAST * each < tried[1]
+    each = 2 * len(MEMORIES) * len(SCORERS)
+    assert tried[0] > tried[1]
+    assert NUM_BEST * each < tried[1] <= 2 * NUM_BEST * each
+    assert tried[2] == NUM_LAST * each * len(GRANULARITIES) < tried[1]
     assert tried[0] < found.num_tried < tried[0] + tried[1]
     assert found.searched == dict.fromkeys(ASKED_KINDS, len(QUESTIONS) / 4)
     assert found.judged == dict.fromkeys(ASKED_KINDS, len(OTHERS) / 4)
 
 
-@pytest.mark.parametrize("num", [4, FEW_QUESTIONS + 12, SOME_QUESTIONS])
-def test_with_fewer_questions_the_second_round_is_the_last(made_up, num):
+@pytest.mark.parametrize("num", [4, FEW_QUESTIONS + 12, SOME_QUESTIONS + 1])
+def test_with_few_questions_later_rounds_ask_all_of_them(made_up, num):
     found = made_up(questions=QUESTIONS[:num])
-    assert [each.questions for each in found.rounds] == [min(num, FEW_QUESTIONS), num]
+    assert [each.questions for each in found.rounds] == [min(num, FEW_QUESTIONS), min(num, SOME_QUESTIONS), num]
     assert [target.memory for target in of_layers(found)] == list(MEMORIES)
 
 
@@ -215,7 +215,40 @@ def test_neighbors_are_chosen_where_they_lose_less(made_up, by_neighbors, chosen
     made_up.more = lambda case, choice: by_neighbors * (choice.ranking.granularity == "neighbors")
     found = made_up()
     assert {target.ranking for target in found.targets} == {("learned", chosen)}
-    assert {target.granularity for target in found.others} == {"token"}
+    assert {target.granularity for target in found.others} == {chosen}
+
+
+def test_a_scorer_has_one_granularity(made_up):
+    """The better one over all memories, layers and heads; for a single memory the difference is within chance."""
+
+    def at_a_quarter(choice):
+        full = [ratio for of_layer in choice.keep_ratios[:NUM_LAYERS] for ratio in of_layer]
+        return sum(full) / len(full) == pytest.approx(0.25, abs=1e-3)
+
+    made_up.more = lambda case, choice: (
+        {True: 0.1, False: -0.1}[at_a_quarter(choice)] * (choice.ranking.granularity == "neighbors")
+    )
+    found = made_up()
+    assert {target.granularity for target in (*found.targets, *found.others)} == {"neighbors"}
+
+
+def test_layers_and_heads_have_one_granularity(made_up):
+    def is_of_layers(choice):
+        return all(len(set(ratios)) == 1 for ratios in choice.keep_ratios)
+
+    made_up.more = lambda case, choice: (
+        {True: -0.1, False: 0.05}[is_of_layers(choice)] * (choice.ranking.granularity == "neighbors")
+    )
+    assert {target.granularity for target in made_up().targets} == {"neighbors"}
+
+
+def test_granularities_of_scorers_are_chosen_one_by_one(made_up):
+    made_up.more = lambda case, choice: (
+        {"l2": -0.1}.get(choice.ranking.scorer, 0.1) * (choice.ranking.granularity == "neighbors")
+    )
+    found = made_up()
+    of_each = {(target.scorer, target.granularity) for target in (*found.targets, *found.others)}
+    assert of_each == {("l2", "neighbors"), ("keydiff_value", "token"), ("learned", "token")}
 
 
 def test_a_scorer_that_takes_longer_has_to_be_better(made_up, monkeypatch):
@@ -296,6 +329,26 @@ def test_questions_are_balanced_and_no_more_texts_are_read_than_needed(monkeypat
     assert numbers["facts_in_noise"] == [(0, 1), (1, 1), (2, 1), (3, 1)]
     # A kind without further questions does not change the others.
     assert kinds_of(answerable(None, SHAPE, [reading("facts"), ()], 4, Progress())) == {"facts": 2}
+
+
+def test_a_context_of_several_cases_is_read_once(monkeypatch):
+    read = []
+
+    def ranked(model, shape, scorers, rankings, case):
+        read.append(case.context)
+        return tuple(case.context)
+
+    def answered(model, case, rows, choices):
+        assert rows == tuple(case.context)
+        return Losses(torch.tensor([float(case.after[0])]), torch.tensor([False]))
+
+    monkeypatch.setattr(choices_module, "rank", ranked)
+    monkeypatch.setattr(choices_module, "losses", answered)
+    cases = [Case("facts", True, context, [i, 0], 1) for i, context in enumerate(([1], [2, 3], [1], [4], [2, 3]))]
+    choice = choice_of(SHAPE, Target(0.5, (), 0.5, "l2"))
+    found = losses_of_cases(None, SHAPE, {}, cases, [choice], Progress())
+    assert found.loss[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert read == [[1], [2, 3], [4]]
 
 
 @pytest.fixture(scope="module")

@@ -154,10 +154,16 @@ def losses(model: Any, case: Case, rows: Ranked, choices: Sequence[Choice]) -> L
 def losses_of_cases(
     model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], choices: Sequence[Choice], progress: Progress
 ) -> Losses:
-    """Losses of every case under every choice: `[N, C]`."""
+    """Losses of every case under every choice: `[N, C]`. A context of several cases is read once."""
     rankings = sorted({choice.ranking for choice in choices})
-    found = []
-    for case in cases:
-        found.append(losses(model, case, rank(model, shape, scorers, rankings, case), choices))
-        progress.advance(1)
-    return Losses(torch.stack([each.loss for each in found]), torch.stack([each.exact for each in found]))
+    of_context: dict[tuple[int, ...], list[int]] = {}
+    for i, case in enumerate(cases):
+        of_context.setdefault(tuple(case.context), []).append(i)
+    found: dict[int, Losses] = {}
+    for same in of_context.values():
+        rows = rank(model, shape, scorers, rankings, cases[same[0]])
+        for i in same:
+            found[i] = losses(model, cases[i], rows, choices)
+            progress.advance(1)
+    of_cases = [found[i] for i in range(len(cases))]
+    return Losses(torch.stack([each.loss for each in of_cases]), torch.stack([each.exact for each in of_cases]))

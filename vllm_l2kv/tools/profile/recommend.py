@@ -6,15 +6,18 @@ greedy order by the cost of answers with one more full layer. Full heads come fr
 their sum. Both are searched in the same way, as `units`. The cost of a candidate is the mean of `Losses.cost` over
 questions about texts that were not trained on, equally many of each kind, each asked hidden and seen. All candidates
 are tried on a few questions, the best ones on more, the best of these on all: of many candidates, the best on few
-questions is the best by chance. Questions about other texts then judge the chosen settings.
+questions is the best by chance. The last round also tries every granularity. A scorer has one granularity for all
+memories, since for a single memory the difference is within chance. Questions about other texts then judge the chosen
+settings.
 
 The mean decides, not the worst kind of text: with little memory some kinds fail under every candidate, and would decide
 alone. Only first ones of an order are tried, not all sets of layers: on SmolLM2, 300 more candidates with one layer
 exchanged gained on the questions of the search, and lost as much on others.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +32,15 @@ from vllm_l2kv.tools.profile.units import Order, Unit, Units, head_units, layer_
 from vllm_l2kv.tools.progress import Progress
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
-RANKINGS = (Ranking("l2"), Ranking("keydiff_value"), Ranking("learned"), Ranking("learned", "neighbors"))
-"""Rankings that are tried, the fastest one first. Whether neighbors help `learned` depends on the model."""
+SCORERS = ("l2", "keydiff_value", "learned")
+"""Scorers that are tried, the fastest one first."""
+GRANULARITIES = ("token", "neighbors")
+"""Granularities that are tried in the last round; the first one in the others. They are equally fast."""
 CONTROL = Ranking("random")
 WHOLE, NO_PROFILE, NOTHING_FULL = "whole cache", "no profile", "nothing full"
 """Names of outcomes with which the recommended settings are compared; see `Outcome`."""
 GREEDY_MEMORY = 0.25
-"""Memory of the greedy order: with few full layers, the choice of each matters most. Its ranking is the last one."""
+"""Memory of the greedy order: with few full layers, the choice of each matters most. Its scorer is the last one."""
 GREEDY_QUESTIONS = 24
 """Questions of the greedy order, whose contexts stay on the device."""
 FEW_QUESTIONS = 32
@@ -46,10 +51,10 @@ SHORTLIST = 12
 """Layers that are tried in each greedy step: the first ones of the other orders."""
 NUM_COUNTS = 8
 """Numbers of full units that are tried for each order and memory."""
-NUM_BEST = 3
-"""Candidates for each memory and ranking that go on from the few questions, also with the first layers full."""
-NUM_LAST = 2
-"""Candidates for each memory and ranking that go on from some questions to all."""
+NUM_BEST = 5
+"""Candidates for each memory and scorer that go on from the few questions, also with the first layers full."""
+NUM_LAST = 3
+"""Candidates for each memory and scorer that go on from some questions to all."""
 FIRST_LAYERS = 2
 """Number of layers that the paper leaves full."""
 NAMES = {
@@ -58,7 +63,7 @@ NAMES = {
 }
 """Names of outcomes: the recommended setting, the same with random rows, and the best setting with a scorer."""
 SAME_COST = 0.01
-"""A slower ranking is chosen only if its mean cost of an answer is lower by more than this."""
+"""A slower scorer is chosen only if its mean cost of an answer is lower by more than this."""
 
 
 class Outcome(NamedTuple):
@@ -157,23 +162,39 @@ class _Candidate(NamedTuple):
     full: tuple[Unit, ...]
     order: str
 
+    def by(self, granularity: str) -> "_Candidate":
+        """The same with another granularity."""
+        return self._replace(target=self.target._replace(granularity=granularity))
 
-class _Found(NamedTuple):
+
+class _Searched(NamedTuple):
     """The result of searching among units of one of `CLASSES`.
 
     Attributes:
         classes: What the units are: one of `CLASSES`.
-        chosen: The best candidate for each memory.
-        of_scorers: The best candidate for each memory and scorer.
+        last: The candidates of the last round, and their costs.
         num_tried: Number of candidates.
         rounds: The rounds of the search.
     """
 
     classes: str
-    chosen: list[_Candidate]
-    of_scorers: list[_Candidate]
+    last: list[tuple[_Candidate, float]]
     num_tried: int
     rounds: list[Round]
+
+
+class _Chosen(NamedTuple):
+    """What was chosen of a search.
+
+    Attributes:
+        classes: One of `CLASSES`.
+        recommended: The candidate for each memory.
+        of_scorers: The best candidate for each memory and scorer.
+    """
+
+    classes: str
+    recommended: list[_Candidate]
+    of_scorers: list[_Candidate]
 
 
 def recommend(
@@ -213,20 +234,23 @@ def recommend(
     greedy = _greedy(model, shape, scorers, cases[: 2 * GREEDY_QUESTIONS], layers, lowest, progress)
     layers = replace(layers, orders=(*layers.orders, Order("greedy", greedy)))
     heads = head_units(shape, of_heads | {"head loss": measured["head_loss"]}, num_ranks)
-    searched = [units for units in (layers, heads) if units is not None]
-    found = [_search(model, shape, scorers, cases, units, lowest, progress) for units in searched]
+    searched = [
+        _search(model, shape, scorers, cases, units, lowest, progress) for units in (layers, heads) if units is not None
+    ]
+    better = _better([each for of_units in searched for each in of_units.last])
+    found = [_choose(of_units, better) for of_units in searched]
     outcomes = _outcomes(model, shape, scorers, [case for asked in others for case in asked], found, progress)
-    chosen = [each for of_units in found for each in of_units.chosen]
+    chosen = [each for of_units in found for each in of_units.recommended]
     return Recommendation(
         tuple(unit.layer for unit in (*greedy, *(unit for unit in layers.together if unit not in greedy))),
         tuple(each.target for each in chosen),
-        tuple(each.target for of_units in found for each in of_units.of_scorers if each not in of_units.chosen),
+        tuple(each.target for of_units in found for each in of_units.of_scorers if each not in of_units.recommended),
         tuple(each.order for each in chosen),
         outcomes,
-        sum(of_units.num_tried for of_units in found),
+        sum(of_units.num_tried for of_units in searched),
         tuple(
             Round(same[0].questions, sum(each.settings for each in same))
-            for same in zip(*(of_units.rounds for of_units in found), strict=True)
+            for same in zip(*(of_units.rounds for of_units in searched), strict=True)
         ),
         kinds_of(questions),
         kinds_of(others),
@@ -263,7 +287,7 @@ def _greedy(
 
     Each step tries the first remaining layers of the sum of the other orders.
     """
-    ranking = [each for each in RANKINGS if each.scorer in scorers][-1]
+    ranking = Ranking([scorer for scorer in SCORERS if scorer in scorers][-1])
     rows = [rank(model, shape, scorers, [ranking], case) for case in cases]
     chosen: tuple[Unit, ...] = ()
     progress.part("choosing layers", len(units.together), "layers at most")
@@ -286,49 +310,63 @@ def _search(
     units: Units,
     lowest: float,
     progress: Progress,
-) -> _Found:
-    """Tries all candidates on a few questions, the best ones on more, also with the first layers full.
-
-    If there are no more than `SOME_QUESTIONS`, the second round is the last.
-    """
+) -> _Searched:
+    """Three rounds: all candidates; the best, also with the first layers full; the best, by every granularity."""
     rounds: list[Round] = []
 
-    def best(candidates: Sequence[_Candidate], num_questions: int, num: int) -> list[tuple[_Candidate, float]]:
-        """One round: the best `num` candidates for each memory and ranking on the first questions, with their costs."""
+    def costs(candidates: Sequence[_Candidate], num_questions: int) -> list[tuple[_Candidate, float]]:
+        """One round: the candidates with their costs on the first questions."""
         asked = cases[: 2 * num_questions]
         rounds.append(Round(len(asked) // 2, len(candidates)))
         progress.part(
             f"trying {counted(len(candidates), 'setting')} of {units.classes} on {_asked(asked)}", len(asked), "answers"
         )
-        costs = _costs(model, shape, scorers, asked, candidates, progress)
-        return [(candidates[i], costs[i]) for i in _best(candidates, costs, num)]
+        return list(zip(candidates, _costs(model, shape, scorers, asked, candidates, progress), strict=True))
 
     tried = list(_candidates(units, scorers, lowest))
-    left = [each for each, _ in best(tried, FEW_QUESTIONS, NUM_BEST)]
+    left = _best(costs(tried, FEW_QUESTIONS), NUM_BEST)
     first = shape.compressible[:FIRST_LAYERS]
     with_first = [each for each in (_with_layers(units, each, first, lowest) for each in left) if each is not None]
-    left += with_first
-    num_questions = len(cases) // 2
-    if num_questions > SOME_QUESTIONS:
-        left = [each for each, _ in best(left, SOME_QUESTIONS, NUM_LAST)]
-    last = best(left, num_questions, 1)
-    num_tried = len(tried) + len(with_first)
-    of_scorers = _fastest(last, lambda target: (target.memory, target.scorer))
-    return _Found(units.classes, _fastest(last, lambda target: target.memory), of_scorers, num_tried, rounds)
+    left = _best(costs([*left, *with_first], SOME_QUESTIONS), NUM_LAST)
+    last = costs([each.by(name) for each in left for name in GRANULARITIES], len(cases))
+    return _Searched(units.classes, last, len(tried) + len(with_first), rounds)
 
 
-def _fastest(found: Sequence[tuple[_Candidate, float]], group: Callable[[Target], object]) -> list[_Candidate]:
-    """For each group of settings, the candidate with the fastest ranking among those of about the lowest cost.
+def _best(found: Sequence[tuple[_Candidate, float]], num: int) -> list[_Candidate]:
+    """The best `num` candidates for each memory and scorer."""
+    of_each: dict[tuple[float, str], list[_Candidate]] = {(m, scorer): [] for m in MEMORIES for scorer in SCORERS}
+    for candidate, _ in sorted(found, key=lambda each: each[1]):
+        of_each[candidate.target.memory, candidate.target.scorer].append(candidate)
+    return [candidate for of_one in of_each.values() for candidate in of_one[:num]]
 
-    Args:
-        found: The best candidates for each memory and ranking with their costs, fast rankings first.
-        group: Tells to which group a setting belongs.
+
+def _better(found: Sequence[tuple[_Candidate, float]]) -> set[Ranking]:
+    """Each scorer by the granularity with the lower mean cost, over all memories and classes."""
+    of_ranking: dict[Ranking, list[float]] = {}
+    for candidate, cost in found:
+        of_ranking.setdefault(candidate.target.ranking, []).append(cost)
+    scorers = {ranking.scorer for ranking in of_ranking}
+    by_each = [[Ranking(scorer, granularity) for granularity in GRANULARITIES] for scorer in scorers]
+    return {min(rankings, key=lambda ranking: mean(of_ranking[ranking])) for rankings in by_each}
+
+
+def _choose(searched: _Searched, better: set[Ranking]) -> _Chosen:
+    """Chooses among candidates with these rankings, which come in the order of memories, fast scorers first.
+
+    For each memory it recommends the candidate with the fastest scorer among those of about the lowest cost.
     """
-    groups: dict[object, list[tuple[_Candidate, float]]] = {}
-    for each in found:
-        groups.setdefault(group(each[0].target), []).append(each)
-    least = {key: min(cost for _, cost in of_group) for key, of_group in groups.items()}
-    return [next(e for e, cost in of_group if cost <= least[key] + SAME_COST) for key, of_group in groups.items()]
+    best: dict[float, dict[str, tuple[_Candidate, float]]] = {}
+    for candidate, cost in searched.last:
+        memory, scorer = candidate.target.memory, candidate.target.scorer
+        of_memory = best.setdefault(memory, {})
+        if candidate.target.ranking in better and (scorer not in of_memory or cost < of_memory[scorer][1]):
+            of_memory[scorer] = candidate, cost
+    recommended = []
+    for of_memory in best.values():
+        least = min(cost for _, cost in of_memory.values())
+        recommended.append(next(each for each, cost in of_memory.values() if cost <= least + SAME_COST))
+    of_scorers = [candidate for of_memory in best.values() for candidate, _ in of_memory.values()]
+    return _Chosen(searched.classes, recommended, of_scorers)
 
 
 def _asked(cases: Sequence[Case]) -> str:
@@ -336,16 +374,8 @@ def _asked(cases: Sequence[Case]) -> str:
     return counted(len(cases) // 2, "question")
 
 
-def _best(candidates: Sequence[_Candidate], costs: Sequence[float], num: int) -> list[int]:
-    """Indices of the best `num` candidates for each memory and ranking; for each memory, fast rankings come first."""
-    of_each: dict[tuple[float, Ranking], list[int]] = {(m, ranking): [] for m in MEMORIES for ranking in RANKINGS}
-    for i in sorted(range(len(candidates)), key=costs.__getitem__):
-        of_each[candidates[i].target.memory, candidates[i].target.ranking].append(i)
-    return [i for found in of_each.values() for i in found[:num]]
-
-
 def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Candidate]:
-    """All candidates: for each memory, order and ranking, several numbers of full units."""
+    """All candidates: for each memory, order and scorer, several numbers of full units."""
     for memory in MEMORIES:
         counts = [count for count in units.counts if units.ratio(memory, count) >= lowest] or units.counts[:1]
         chosen = sorted({counts[round((len(counts) - 1) * i / (NUM_COUNTS - 1))] for i in range(NUM_COUNTS)})
@@ -355,8 +385,8 @@ def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Cand
                 if count <= len(order.units):
                     settings.setdefault(tuple(sorted(order.units[:count])), order.name)
         for full, name in settings.items():
-            for ranking in RANKINGS:
-                target = units.target(memory, full, ranking) if ranking.scorer in scorers else None
+            for scorer in SCORERS:
+                target = units.target(memory, full, Ranking(scorer)) if scorer in scorers else None
                 if target is not None:
                     yield _Candidate(target, full, name)
 
@@ -387,10 +417,10 @@ def _costs(
 
 
 def _outcomes(
-    model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: Sequence[_Found], progress: Progress
+    model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: Sequence[_Chosen], progress: Progress
 ) -> tuple[Outcome, ...]:
     """Outcomes of the whole cache; of each target, also with random rows; without a profile; and with nothing full."""
-    fastest = RANKINGS[0].scorer
+    fastest = SCORERS[0]
     named = [(WHOLE, Target(1.0, (), 1.0, fastest))]
     first = shape.compressible[:FIRST_LAYERS]
     for memory in MEMORIES:
@@ -400,8 +430,8 @@ def _outcomes(
         named.append((NOTHING_FULL, Target(memory, (), memory, fastest)))
     for each in found:
         recommended, control, best = NAMES[each.classes]
-        named += [(recommended, candidate.target) for candidate in each.chosen]
-        named += [(control, candidate.target._replace(**CONTROL._asdict())) for candidate in each.chosen]
+        named += [(recommended, candidate.target) for candidate in each.recommended]
+        named += [(control, candidate.target._replace(**CONTROL._asdict())) for candidate in each.recommended]
         named += [(f"{best} {candidate.target.scorer}", candidate.target) for candidate in each.of_scorers]
     progress.part(f"judging the results by {_asked(cases)}", len(cases), "answers")
     choices = [choice_of(shape, target) for _, target in named]
