@@ -25,7 +25,7 @@ MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M"}
 NEIGHBORS = "smollm2_neighbors", "gemma3_neighbors"
 """Cells of methods with the granularity `neighbors` and without it, in the same engine."""
 SECOND = "smollm2_second"
-"""Cells of another profile of SmolLM2, from a search in two rounds by 128 questions."""
+"""Cells of another profile of SmolLM2, from a search by 384 questions; `about.json` is what the profile says of it."""
 LONG_ANSWERS = "long_answers"
 """Aggregates of the task `copy` under budgets."""
 SHOWN = {"perplexity": "loss above that of the whole cache in nats a token, lower is better"}

@@ -129,15 +129,14 @@ def rank(model: Any, shape: Shape, scorers: Scorers, rankings: Iterable[Ranking]
     """
     context = read(model, case.context)
     protect = CompressionParams.protect_first, CompressionParams.protect_last
-    places = {}
-    for ranking in rankings:
-        size = shape.num_layers, shape.num_kv_heads, context.num_tokens
-        of_layers = torch.zeros(size, dtype=torch.int32, device=model.device)
-        for i, layer in enumerate(shape.compressible):
-            rows = Rows(context.keys[layer].to(model.device), context.values[layer].to(model.device), i)
-            scores = pool_scores(scorers[ranking.scorer].score(rows), ranking.granularity)
-            of_layers[layer] = ranked(scores, *protect).argsort(-1).int()
-        places[ranking] = of_layers
+    size = shape.num_layers, shape.num_kv_heads, context.num_tokens
+    places = {ranking: torch.zeros(size, dtype=torch.int32, device=model.device) for ranking in rankings}
+    for i, layer in enumerate(shape.compressible):
+        rows = Rows(context.keys[layer].to(model.device), context.values[layer].to(model.device), i)
+        scores = {scorer: scorers[scorer].score(rows) for scorer in {ranking.scorer for ranking in places}}
+        for ranking, of_layers in places.items():
+            pooled = pool_scores(scores[ranking.scorer], ranking.granularity)
+            of_layers[layer] = ranked(pooled, *protect).argsort(-1).int()
     return Ranked(context, places)
 
 
