@@ -22,6 +22,8 @@ DRAFTERS = {
 OFFLOADING, TRANSFERRING = "SimpleCPUOffloadConnector", "NixlConnector"
 CONNECTORS = {"CPUs": (TRANSFERRING,), "GPUs": (OFFLOADING,)}
 """KV connectors that are tested with compaction, by device."""
+TRANSFERS = "vllm_l2kv.worker.transfers"
+"""Module of the `NixlConnector` that the worker puts in place of vLLM's, which may lose rows."""
 
 
 def check_supported(config: VllmConfig) -> None:
@@ -96,6 +98,8 @@ def check_connector(config: VllmConfig) -> None:
     refusals = {
         f"the KV connector {transfer.kv_connector} on {devices} (drop --kv-transfer-config and --kv-offloading-size"
         f"{_or_set('kv_connector', instead)})": transfer.kv_connector not in taken,
+        f"a KV connector of another module, which was not tested (drop kv_connector_module_path, got "
+        f"{transfer.kv_connector_module_path!r})": transfer.kv_connector_module_path not in (None, TRANSFERS),
         "CPU offloading without a prefix cache (drop --no-enable-prefix-caching, or --kv-transfer-config)": (
             offloads and not cache.enable_prefix_caching
         ),

@@ -51,9 +51,14 @@ from vllm_l2kv.worker.worker import check_attention, check_block_size
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.bfloat16}
 
 
-def transfer(connector="SimpleCPUOffloadConnector", **extra):
+def transfer(connector="SimpleCPUOffloadConnector", module=None, **extra):
     extra = {"lazy_offload": True, **extra}
-    return SimpleNamespace(kv_connector=connector, kv_connector_extra_config=extra, kv_buffer_device="cpu")
+    return SimpleNamespace(
+        kv_connector=connector,
+        kv_connector_module_path=module,
+        kv_connector_extra_config=extra,
+        kv_buffer_device="cpu",
+    )
 
 
 def config(**changes):
@@ -197,6 +202,7 @@ def test_unsupported_settings_are_named(changes, setting):
             "the KV connector MultiConnector on GPUs .*, or set kv_connector to SimpleCPUOffloadConnector",
         ),
         ({"parallel_config__pipeline_parallel_size": 2}, "KV connectors with pipeline parallelism"),
+        ({"kv_transfer_config": transfer(module="mine")}, "drop kv_connector_module_path, got 'mine'"),
     ],
 )
 def test_offloading_to_cpu_memory(monkeypatch, changes, setting):
@@ -213,6 +219,9 @@ def test_offloading_to_cpu_memory(monkeypatch, changes, setting):
         (True, {}, None),
         (False, {}, "the KV connector NixlConnector on GPUs"),
         (True, {"bidirectional_kv_xfer": True}, '"bidirectional_kv_xfer"'),
+        # The worker sets the first one, and the scheduler may check the same configuration later.
+        (True, {"module": "vllm_l2kv.worker.transfers"}, None),
+        (True, {"module": "mine"}, "drop kv_connector_module_path, got 'mine'"),
     ],
 )
 def test_prefill_decode_pairs(monkeypatch, on_cpu, extra, setting):

@@ -35,7 +35,7 @@ from vllm_l2kv.kv_heads import advice, classes_of, heads_of_rank
 from vllm_l2kv.log import logger_of
 from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, partly_filled, with_seconds
 from vllm_l2kv.profile import Profile
-from vllm_l2kv.refusals import TRANSFERRING, check_profile, check_supported
+from vllm_l2kv.refusals import TRANSFERRING, TRANSFERS, check_profile, check_supported
 from vllm_l2kv.scorers import Heads, Scorers, bind
 from vllm_l2kv.scorers.learned import weights_of
 from vllm_l2kv.seams import draft_layers
@@ -88,8 +88,8 @@ class CompactionWorker(WorkerBase):
         self._weights = None if profile is None else weights_of(Profile.read(profile))
         transfer = self.vllm_config.kv_transfer_config
         if transfer is not None and transfer.kv_connector == TRANSFERRING:
-            # vLLM looks for the connector's name there, whose own one may lose rows.
-            transfer.kv_connector_module_path = "vllm_l2kv.worker.transfers"
+            # vLLM looks for the connector's name there.
+            transfer.kv_connector_module_path = TRANSFERS
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Same contract as upstream, with specs of full and compressed heads. By now the model's files are downloaded.
