@@ -40,9 +40,9 @@ CONTROL = Ranking("random")
 WHOLE, NO_PROFILE, NOTHING_FULL = "whole cache", "no profile", "nothing full"
 """Names of outcomes with which the recommended settings are compared; see `Outcome`."""
 GREEDY_MEMORY = 0.25
-"""Memory of the greedy order: with few full layers, the choice of each matters most. Its scorer is the last one."""
+"""Memory of the greedy orders: with few full layers, the choice of each matters most."""
 GREEDY_QUESTIONS = 24
-"""Questions of the greedy order, whose contexts stay on the device."""
+"""Questions of the greedy orders, whose contexts stay on the device."""
 FEW_QUESTIONS = 32
 """Questions on which all candidates are tried."""
 SOME_QUESTIONS = 96
@@ -232,7 +232,7 @@ def recommend(
     best_heads = {name: values.amax(-1) for name, values in of_heads.items()}
     layers = layer_units(shape, best_heads | {"loss": measured["loss"]})
     greedy = _greedy(model, shape, scorers, cases[: 2 * GREEDY_QUESTIONS], layers, lowest, progress)
-    layers = replace(layers, orders=(*layers.orders, Order("greedy", greedy)))
+    layers = replace(layers, orders=(*layers.orders, *greedy))
     heads = head_units(shape, of_heads | {"head loss": measured["head_loss"]}, num_ranks)
     searched = [
         _search(model, shape, scorers, cases, units, lowest, progress) for units in (layers, heads) if units is not None
@@ -242,7 +242,7 @@ def recommend(
     outcomes = _outcomes(model, shape, scorers, [case for asked in others for case in asked], found, progress)
     chosen = [each for of_units in found for each in of_units.recommended]
     return Recommendation(
-        tuple(unit.layer for unit in (*greedy, *(unit for unit in layers.together if unit not in greedy))),
+        tuple(unit.layer for unit in dict.fromkeys((*greedy[-1].units, *layers.together))),
         tuple(each.target for each in chosen),
         tuple(each.target for of_units in found for each in of_units.of_scorers if each not in of_units.recommended),
         tuple(each.order for each in chosen),
@@ -282,24 +282,29 @@ def _greedy(
     units: Units,
     lowest: float,
     progress: Progress,
-) -> tuple[Unit, ...]:
-    """The greedy order of layers: each step adds the layer with the lowest cost of answers, until memory is used up.
+) -> list[Order]:
+    """A greedy order of layers for each scorer, the fastest one first.
 
-    Each step tries the first remaining layers of the sum of the other orders.
+    Each step adds the layer with the lowest cost of answers, until memory is used up. It tries the first remaining
+    layers of the sum of the other orders.
     """
-    ranking = Ranking([scorer for scorer in SCORERS if scorer in scorers][-1])
-    rows = [rank(model, shape, scorers, [ranking], case) for case in cases]
-    chosen: tuple[Unit, ...] = ()
-    progress.part("choosing layers", len(units.together), "layers at most")
-    while True:
-        others = [unit for unit in units.together if unit not in chosen][:SHORTLIST]
-        targets = [units.target(GREEDY_MEMORY, (*chosen, unit), ranking, lowest) for unit in others]
-        choices = [choice_of(shape, target) for target in targets if target is not None]
-        if not choices:
-            return chosen
-        of_cases = [losses(model, case, each, choices).cost for case, each in zip(cases, rows, strict=True)]
-        chosen = (*chosen, others[int(torch.stack(of_cases).mean(0).argmin())])
-        progress.advance(1)
+    rankings = [Ranking(scorer) for scorer in SCORERS if scorer in scorers]
+    rows = [rank(model, shape, scorers, rankings, case) for case in cases]
+
+    def order(ranking: Ranking) -> tuple[Unit, ...]:
+        chosen: tuple[Unit, ...] = ()
+        progress.part(f"choosing layers with {ranking}", len(units.together), "layers at most")
+        while True:
+            others = [unit for unit in units.together if unit not in chosen][:SHORTLIST]
+            targets = [units.target(GREEDY_MEMORY, (*chosen, unit), ranking, lowest) for unit in others]
+            choices = [choice_of(shape, target) for target in targets if target is not None]
+            if not choices:
+                return chosen
+            of_cases = [losses(model, case, each, choices).cost for case, each in zip(cases, rows, strict=True)]
+            chosen = (*chosen, others[int(torch.stack(of_cases).mean(0).argmin())])
+            progress.advance(1)
+
+    return [Order(f"greedy with {ranking}", order(ranking)) for ranking in rankings]
 
 
 def _search(
