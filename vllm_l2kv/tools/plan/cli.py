@@ -21,6 +21,7 @@ from vllm_l2kv.cli_types import (
     ratio,
     real,
 )
+from vllm_l2kv.params import OFFERED_SCORERS
 from vllm_l2kv.profile import setting_of
 from vllm_l2kv.settings import Settings
 from vllm_l2kv.tools.demo_model import DEMO_NAME, DemoModelError, model_folder
@@ -74,7 +75,9 @@ def take_profile(options: argparse.Namespace) -> None:
     """
     has_ratio = options.ratio is not None
     full = options.full_layers, has_ratio, options.full_heads
-    wanted = options.kv_classes, options.tensor_parallel_size
+    if options.kv_scorer is not None and options.kv_profile is None:
+        raise ValueError("a scorer (--kv-scorer) needs a profile; give its file too, or leave the scorer out.")
+    wanted = options.kv_classes, options.tensor_parallel_size, options.kv_scorer
     setting = setting_of(options.kv_profile, options.kv_memory, *full, *wanted)
     if options.full_layers is None:
         options.full_layers = setting.full_layers if setting else Settings.full_layers
@@ -118,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"keep ratios; 1 is always included (default: {','.join(map(str, RATIOS))})",
     )
     add_profile(add, "--full-layers or --full-heads, and --ratio,")
+    add("--kv-scorer", choices=OFFERED_SCORERS, help="the server's, if it is not the one that the profile recommends")
     add_budgets(parser)
     add("--document-tokens", type=positive, metavar="N", help="also show how many documents of N tokens stay cached")
     add("--gpu-gib", type=gib, metavar="G", help="memory of one GPU")
