@@ -129,14 +129,19 @@ def rank(model: Any, shape: Shape, scorers: Scorers, rankings: Iterable[Ranking]
     """
     context = read(model, case.context)
     protect = CompressionParams.protect_first, CompressionParams.protect_last
-    size = shape.num_layers, shape.num_kv_heads, context.num_tokens
-    places = {ranking: torch.zeros(size, dtype=torch.int32, device=model.device) for ranking in rankings}
+    of_rankings: dict[Ranking, list[torch.Tensor]] = {ranking: [] for ranking in rankings}
     for i, layer in enumerate(shape.compressible):
         rows = Rows(context.keys[layer].to(model.device), context.values[layer].to(model.device), i)
-        scores = {scorer: scorers[scorer].score(rows) for scorer in {ranking.scorer for ranking in places}}
-        for ranking, of_layers in places.items():
-            pooled = pool_scores(scores[ranking.scorer], ranking.granularity)
-            of_layers[layer] = ranked(pooled, *protect).argsort(-1).int()
+        scores = {scorer: scorers[scorer].score(rows) for scorer in {ranking.scorer for ranking in of_rankings}}
+        for ranking, of_layers in of_rankings.items():
+            of_layers.append(pool_scores(scores[ranking.scorer], ranking.granularity))
+    places = {}
+    for ranking, of_layers in of_rankings.items():
+        # All layers in one sort, since sorts of a few thousand numbers take as long as they take to launch.
+        order = ranked(torch.cat(of_layers), *protect).argsort(-1).int()
+        of_model = order.new_zeros(shape.num_layers, shape.num_kv_heads, context.num_tokens)
+        of_model[list(shape.compressible)] = order.view(-1, shape.num_kv_heads, context.num_tokens)
+        places[ranking] = of_model
     return Ranked(context, places)
 
 
