@@ -53,21 +53,19 @@ SMALL = {"initializer_range": 0.06}
 """Scale of the weights, since large ones amplify rounding to bf16's eight bits."""
 UNTIED = {**SMALL, "tie_word_embeddings": False}
 """Changes of models whose embeddings vLLM never ties."""
+SEVERAL_HEADS = {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
+"""Changes of LFM2, which has one head on CPUs."""
 KINDS = {
     # With every expert chosen, since rounding could decide a choice, and kernels that need no FlashInfer.
     "qwen3_next": Kind((0, 1), (1,), {**UNTIED, "num_experts_per_tok": 4}, arguments={"gdn_prefill_backend": "triton"}),
     "nemotron_h": Kind((0, 1), (3,), SMALL),
-    "lfm2": Kind((), (), {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}),
+    "lfm2": Kind((), (), SEVERAL_HEADS),
     "granite_hybrid": Kind((3,), (3,), SMALL),
     # Its reference is slow.
     "jamba": Kind((0, 1), (1,), UNTIED, reference=TokenwiseReference, lengths=LENGTHS[:2]),
     "gpt_oss": Kind((0, 1), (1,), {"initializer_range": 0.15, "num_experts_per_tok": 4}, stale=100.0),
     "qwen3_5": Kind((0, 1), (1,), SMALL, arguments={"gdn_prefill_backend": "triton"}),
-    "lfm2_moe": Kind(
-        (),
-        (),
-        {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128, "num_experts_per_tok": 4},
-    ),
+    "lfm2_moe": Kind((), (), {**SEVERAL_HEADS, "num_experts_per_tok": 4}),
     # Logits of these two hardly depend on the rule with smaller weights.
     "glm4_moe": Kind((0, 1), (0, 1), {"initializer_range": 0.15, "num_experts_per_tok": 4}),
     "gpt_neox": Kind((0,), (0,), {"initializer_range": 0.15}),

@@ -130,10 +130,7 @@ class TestPair:
     def test_other_full_layers_are_another_division(self, make_harness, monkeypatch):
         monkeypatch.setattr(refusals, "check_connector", lambda config: None)
         schedulers = [make_harness(100, full).scheduler for full in ((0,), (1,), (), (0,))]
-        divisions = [
-            Transfers(None, lambda _: 0, scheduler.kv_cache_config, scheduler.vllm_config)._division
-            for scheduler in schedulers
-        ]
+        divisions = [division_of(scheduler.kv_cache_config, scheduler.vllm_config) for scheduler in schedulers]
         assert len(set(divisions)) == 3
         assert divisions[0] == divisions[-1]
 

@@ -130,9 +130,10 @@ def rank(model: Any, shape: Shape, scorers: Scorers, rankings: Iterable[Ranking]
     context = read(model, case.context)
     protect = CompressionParams.protect_first, CompressionParams.protect_last
     of_rankings: dict[Ranking, list[torch.Tensor]] = {ranking: [] for ranking in rankings}
+    names = {ranking.scorer for ranking in of_rankings}
     for i, layer in enumerate(shape.compressible):
         rows = Rows(context.keys[layer].to(model.device), context.values[layer].to(model.device), i)
-        scores = {scorer: scorers[scorer].score(rows) for scorer in {ranking.scorer for ranking in of_rankings}}
+        scores = {name: scorers[name].score(rows) for name in names}
         for ranking, of_layers in of_rankings.items():
             of_layers.append(pool_scores(scores[ranking.scorer], ranking.granularity))
     places = {}
