@@ -19,7 +19,6 @@ from vllm_l2kv.tools.profile.make import Amounts
 from vllm_l2kv.tools.profile.masked import Losses, answer_losses
 from vllm_l2kv.tools.profile.recommend import (
     FEW_QUESTIONS,
-    GRANULARITIES,
     MEMORIES,
     NUM_BEST,
     NUM_LAST,
@@ -44,7 +43,9 @@ def question(number: int) -> list[Case]:
     return [Case(kind, hidden, [number] * 1536, [1, 2], 1) for hidden in (True, False)]
 
 
-QUESTIONS, OTHERS = [question(i) for i in range(SOME_QUESTIONS + 32)], [question(100 + i) for i in range(8)]
+NUM_QUESTIONS = SOME_QUESTIONS + 32
+QUESTIONS = [question(i) for i in range(NUM_QUESTIONS)]
+OTHERS = [question(NUM_QUESTIONS + i) for i in range(8)]
 
 
 def loss(choice: Choice) -> float:
@@ -158,7 +159,7 @@ def test_all_settings_are_tried_on_few_questions_and_the_best_on_more(made_up):
     each = 2 * len(MEMORIES) * len(SCORERS)
     assert tried[0] > tried[1]
     assert NUM_BEST * each < tried[1] <= 2 * NUM_BEST * each
-    assert tried[2] == NUM_LAST * each * len(GRANULARITIES) < tried[1]
+    assert tried[2] == NUM_LAST * each < tried[1]
     assert tried[0] < found.num_tried < tried[0] + tried[1]
     assert found.searched == dict.fromkeys(ASKED_KINDS, len(QUESTIONS) / 4)
     assert found.judged == dict.fromkeys(ASKED_KINDS, len(OTHERS) / 4)
@@ -210,45 +211,18 @@ def test_outcomes_tell_hidden_from_seen(made_up):
     assert whole.exact_by_kind["table"] == (0.0, 1.0)
 
 
-@pytest.mark.parametrize(("by_neighbors", "chosen"), [(-0.1, "neighbors"), (0.0, "token"), (0.1, "token")])
-def test_neighbors_are_chosen_where_they_lose_less(made_up, by_neighbors, chosen):
-    made_up.more = lambda case, choice: by_neighbors * (choice.ranking.granularity == "neighbors")
-    found = made_up()
-    assert {target.ranking for target in found.targets} == {("learned", chosen)}
-    assert {target.granularity for target in found.others} == {chosen}
+def test_settings_go_by_neighbors_in_the_search_and_in_the_profile(made_up):
+    searched = set()
 
+    def record(case, choice):
+        if case.context[0] < NUM_QUESTIONS:
+            searched.add(choice.ranking)
+        return 0.0
 
-def test_a_scorer_has_one_granularity(made_up):
-    """The better one over all memories, layers and heads; for a single memory the difference is within chance."""
-
-    def at_a_quarter(choice):
-        full = [ratio for of_layer in choice.keep_ratios[:NUM_LAYERS] for ratio in of_layer]
-        return sum(full) / len(full) == pytest.approx(0.25, abs=1e-3)
-
-    made_up.more = lambda case, choice: (
-        {True: 0.1, False: -0.1}[at_a_quarter(choice)] * (choice.ranking.granularity == "neighbors")
-    )
+    made_up.more = record
     found = made_up()
     assert {target.granularity for target in (*found.targets, *found.others)} == {"neighbors"}
-
-
-def test_layers_and_heads_have_one_granularity(made_up):
-    def is_of_layers(choice):
-        return all(len(set(ratios)) == 1 for ratios in choice.keep_ratios)
-
-    made_up.more = lambda case, choice: (
-        {True: -0.1, False: 0.05}[is_of_layers(choice)] * (choice.ranking.granularity == "neighbors")
-    )
-    assert {target.granularity for target in made_up().targets} == {"neighbors"}
-
-
-def test_granularities_of_scorers_are_chosen_one_by_one(made_up):
-    made_up.more = lambda case, choice: (
-        {"l2": -0.1}.get(choice.ranking.scorer, 0.1) * (choice.ranking.granularity == "neighbors")
-    )
-    found = made_up()
-    of_each = {(target.scorer, target.granularity) for target in (*found.targets, *found.others)}
-    assert of_each == {("l2", "neighbors"), ("keydiff_value", "token"), ("learned", "token")}
+    assert searched == {Ranking(scorer, "neighbors") for scorer in SCORERS}
 
 
 def test_a_scorer_that_takes_longer_has_to_be_better(made_up, monkeypatch):

@@ -6,9 +6,11 @@ greedy order by the cost of answers with one more full layer. Full heads come fr
 their sum. Both are searched in the same way, as `units`. The cost of a candidate is the mean of `Losses.cost` over
 questions about texts that were not trained on, equally many of each kind, each asked hidden and seen. All candidates
 are tried on a few questions, the best ones on more, the best of these on all: of many candidates, the best on few
-questions is the best by chance. The last round also tries every granularity. A scorer has one granularity for all
-memories, since for a single memory the difference is within chance. Questions about other texts then judge the chosen
-settings.
+questions is the best by chance. Questions about other texts then judge the chosen settings.
+
+All candidates go by the granularity `neighbors`, since one lost token loses a value. A choice between it and `token` by
+these questions did not hold for others: they chose `token` for `learned`, with which SmolLM2 lost more than twice as
+much in other tasks at 0.25 (docs/quality.md).
 
 The mean decides, not the worst kind of text: with little memory some kinds fail under every candidate, and would decide
 alone. Only first ones of an order are tried, not all sets of layers: on SmolLM2, 300 more candidates with one layer
@@ -17,7 +19,6 @@ exchanged gained on the questions of the search, and lost as much on others.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,8 @@ from vllm_l2kv.tools.progress import Progress
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 SCORERS = ("l2", "keydiff_value", "learned")
 """Scorers that are tried, the fastest one first."""
-GRANULARITIES = ("token", "neighbors")
-"""Granularities that are tried in the last round; the first one in the others. They are equally fast."""
+GRANULARITY = "neighbors"
+"""Granularity of all candidates."""
 CONTROL = Ranking("random")
 WHOLE, NO_PROFILE, NOTHING_FULL = "whole cache", "no profile", "nothing full"
 """Names of outcomes with which the recommended settings are compared; see `Outcome`."""
@@ -162,39 +163,23 @@ class _Candidate(NamedTuple):
     full: tuple[Unit, ...]
     order: str
 
-    def by(self, granularity: str) -> "_Candidate":
-        """The same with another granularity."""
-        return self._replace(target=self.target._replace(granularity=granularity))
 
-
-class _Searched(NamedTuple):
+class _Found(NamedTuple):
     """The result of searching among units of one of `CLASSES`.
 
     Attributes:
         classes: What the units are: one of `CLASSES`.
-        last: The candidates of the last round, and their costs.
+        recommended: The candidate for each memory.
+        of_scorers: The best candidate for each memory and scorer.
         num_tried: Number of candidates.
         rounds: The rounds of the search.
     """
 
     classes: str
-    last: list[tuple[_Candidate, float]]
-    num_tried: int
-    rounds: list[Round]
-
-
-class _Chosen(NamedTuple):
-    """What was chosen of a search.
-
-    Attributes:
-        classes: One of `CLASSES`.
-        recommended: The candidate for each memory.
-        of_scorers: The best candidate for each memory and scorer.
-    """
-
-    classes: str
     recommended: list[_Candidate]
     of_scorers: list[_Candidate]
+    num_tried: int
+    rounds: list[Round]
 
 
 def recommend(
@@ -234,11 +219,9 @@ def recommend(
     greedy = _greedy(model, shape, scorers, cases[: 2 * GREEDY_QUESTIONS], layers, lowest, progress)
     layers = replace(layers, orders=(*layers.orders, *greedy))
     heads = head_units(shape, of_heads | {"head loss": measured["head_loss"]}, num_ranks)
-    searched = [
+    found = [
         _search(model, shape, scorers, cases, units, lowest, progress) for units in (layers, heads) if units is not None
     ]
-    better = _better([each for of_units in searched for each in of_units.last])
-    found = [_choose(of_units, better) for of_units in searched]
     outcomes = _outcomes(model, shape, scorers, [case for asked in others for case in asked], found, progress)
     chosen = [each for of_units in found for each in of_units.recommended]
     return Recommendation(
@@ -247,10 +230,10 @@ def recommend(
         tuple(each.target for of_units in found for each in of_units.of_scorers if each not in of_units.recommended),
         tuple(each.order for each in chosen),
         outcomes,
-        sum(of_units.num_tried for of_units in searched),
+        sum(of_units.num_tried for of_units in found),
         tuple(
             Round(same[0].questions, sum(each.settings for each in same))
-            for same in zip(*(of_units.rounds for of_units in searched), strict=True)
+            for same in zip(*(of_units.rounds for of_units in found), strict=True)
         ),
         kinds_of(questions),
         kinds_of(others),
@@ -288,7 +271,7 @@ def _greedy(
     Each step adds the layer with the lowest cost of answers, until memory is used up. It tries the first remaining
     layers of the sum of the other orders.
     """
-    rankings = [Ranking(scorer) for scorer in SCORERS if scorer in scorers]
+    rankings = _rankings(scorers)
     rows = [rank(model, shape, scorers, rankings, case) for case in cases]
 
     def order(ranking: Ranking) -> tuple[Unit, ...]:
@@ -315,8 +298,8 @@ def _search(
     units: Units,
     lowest: float,
     progress: Progress,
-) -> _Searched:
-    """Three rounds: all candidates; the best, also with the first layers full; the best, by every granularity."""
+) -> _Found:
+    """Three rounds: all candidates; the best of them, also with the first layers full; the best of these."""
     rounds: list[Round] = []
 
     def costs(candidates: Sequence[_Candidate], num_questions: int) -> list[tuple[_Candidate, float]]:
@@ -333,8 +316,8 @@ def _search(
     first = shape.compressible[:FIRST_LAYERS]
     with_first = [each for each in (_with_layers(units, each, first, lowest) for each in left) if each is not None]
     left = _best(costs([*left, *with_first], SOME_QUESTIONS), NUM_LAST)
-    last = costs([each.by(name) for each in left for name in GRANULARITIES], len(cases))
-    return _Searched(units.classes, last, len(tried) + len(with_first), rounds)
+    recommended, of_scorers = _choose(costs(left, len(cases)))
+    return _Found(units.classes, recommended, of_scorers, len(tried) + len(with_first), rounds)
 
 
 def _best(found: Sequence[tuple[_Candidate, float]], num: int) -> list[_Candidate]:
@@ -345,33 +328,29 @@ def _best(found: Sequence[tuple[_Candidate, float]], num: int) -> list[_Candidat
     return [candidate for of_one in of_each.values() for candidate in of_one[:num]]
 
 
-def _better(found: Sequence[tuple[_Candidate, float]]) -> set[Ranking]:
-    """Each scorer by the granularity with the lower mean cost, over all memories and classes."""
-    of_ranking: dict[Ranking, list[float]] = {}
-    for candidate, cost in found:
-        of_ranking.setdefault(candidate.target.ranking, []).append(cost)
-    scorers = {ranking.scorer for ranking in of_ranking}
-    by_each = [[Ranking(scorer, granularity) for granularity in GRANULARITIES] for scorer in scorers]
-    return {min(rankings, key=lambda ranking: mean(of_ranking[ranking])) for rankings in by_each}
+def _choose(found: Sequence[tuple[_Candidate, float]]) -> tuple[list[_Candidate], list[_Candidate]]:
+    """Chooses among candidates that come in the order of memories, fast scorers first.
 
-
-def _choose(searched: _Searched, better: set[Ranking]) -> _Chosen:
-    """Chooses among candidates with these rankings, which come in the order of memories, fast scorers first.
-
-    For each memory it recommends the candidate with the fastest scorer among those of about the lowest cost.
+    Returns:
+        The candidate for each memory: that with the fastest scorer among those of about the lowest cost; and the best
+        for each memory and scorer.
     """
     best: dict[float, dict[str, tuple[_Candidate, float]]] = {}
-    for candidate, cost in searched.last:
+    for candidate, cost in found:
         memory, scorer = candidate.target.memory, candidate.target.scorer
         of_memory = best.setdefault(memory, {})
-        if candidate.target.ranking in better and (scorer not in of_memory or cost < of_memory[scorer][1]):
+        if scorer not in of_memory or cost < of_memory[scorer][1]:
             of_memory[scorer] = candidate, cost
     recommended = []
     for of_memory in best.values():
         least = min(cost for _, cost in of_memory.values())
         recommended.append(next(each for each, cost in of_memory.values() if cost <= least + SAME_COST))
-    of_scorers = [candidate for of_memory in best.values() for candidate, _ in of_memory.values()]
-    return _Chosen(searched.classes, recommended, of_scorers)
+    return recommended, [candidate for of_memory in best.values() for candidate, _ in of_memory.values()]
+
+
+def _rankings(scorers: Scorers) -> list[Ranking]:
+    """The rankings of candidates, by these scorers, the fastest one first."""
+    return [Ranking(scorer, GRANULARITY) for scorer in SCORERS if scorer in scorers]
 
 
 def _asked(cases: Sequence[Case]) -> str:
@@ -390,8 +369,8 @@ def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Cand
                 if count <= len(order.units):
                     settings.setdefault(tuple(sorted(order.units[:count])), order.name)
         for full, name in settings.items():
-            for scorer in SCORERS:
-                target = units.target(memory, full, Ranking(scorer)) if scorer in scorers else None
+            for ranking in _rankings(scorers):
+                target = units.target(memory, full, ranking)
                 if target is not None:
                     yield _Candidate(target, full, name)
 
@@ -422,7 +401,7 @@ def _costs(
 
 
 def _outcomes(
-    model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: Sequence[_Chosen], progress: Progress
+    model: Any, shape: Shape, scorers: Scorers, cases: Sequence[Case], found: Sequence[_Found], progress: Progress
 ) -> tuple[Outcome, ...]:
     """Outcomes of the whole cache; of each target, also with random rows; without a profile; and with nothing full."""
     fastest = SCORERS[0]
