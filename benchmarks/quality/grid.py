@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, prompts: dict[Unit, list[Case]], compared:
             continue
         engine = engine or _engine(args, full, max(length for length, _ in prompts))
         begun = time.monotonic()
-        options = _options(task, length, questions=questions)
+        options = _options(task, length, args.seed, questions=questions)
         write_rows(engine, options, missing, variants, path)
         seconds = time.monotonic() - begun
         _say(f"{_name(full)}: {length} {task}, {len(missing)} prompts x {num_rows}, {seconds:.0f} s")
@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--memory", nargs="+", type=float, default=MEMORIES)
     parser.add_argument("--only", nargs="+", metavar="LENGTH/TASK", help="only these, such as 2048/needle")
+    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="seed of the prompts; a folder keeps its own")
     parser.add_argument("--few", action="store_true", help="one sample for each depth or subtask, to try it out")
     parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)
     return parser
@@ -143,7 +144,7 @@ def _prompts(args: argparse.Namespace) -> dict[Unit, list[Case]]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     made = {}
     for (length, task), num_samples in _units(args):
-        options = _options(task, length - ANSWER_TOKENS.get(task, 0), samples=num_samples)
+        options = _options(task, length - ANSWER_TOKENS.get(task, 0), args.seed, samples=num_samples)
         # In rows of all tasks the length includes the answer.
         made[length, task] = [
             replace(case, about={**case.about, "length": length}) for case in cases_of(options, tokenizer)
@@ -152,9 +153,9 @@ def _prompts(args: argparse.Namespace) -> dict[Unit, list[Case]]:
     return made
 
 
-def _options(task: str, length: int, **more: Any) -> argparse.Namespace:
+def _options(task: str, length: int, seed: int, **more: Any) -> argparse.Namespace:
     """Returns options as the command line of `vllm-l2kv eval` gives them."""
-    return argparse.Namespace(task=task, lengths=[length], seed=SEED, **OPTIONS[task], **more)
+    return argparse.Namespace(task=task, lengths=[length], seed=seed, **OPTIONS[task], **more)
 
 
 def _engine(args: argparse.Namespace, full: Full, max_model_len: int) -> Any:
