@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--memory", nargs="+", type=float, default=MEMORIES)
     parser.add_argument("--only", nargs="+", metavar="LENGTH/TASK", help="only these, such as 2048/needle")
-    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="seed of the prompts; a folder keeps its own")
+    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="seed of new prompts")
     parser.add_argument("--few", action="store_true", help="one sample for each depth or subtask, to try it out")
     parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)
     return parser

@@ -167,6 +167,18 @@ def test_one_broken_score_makes_its_neighbors_the_last():
     assert select(pool_scores(scores, "neighbors"), 3).tolist() == [[0, 1, 5]]
 
 
+def test_scores_of_another_shape_are_refused():
+    class OfElements:
+        def score(self, rows):
+            return rows.keys
+
+    move = GroupMove(0, (0, 1), (0,))
+    params = CompressionParams(scorer="mine:Own")
+    order = CompactionOrder(req_id="r", num_rows=20, num_keep=9, num_evicted=11, params=params, moves=(move,))
+    with pytest.raises(ValueError, match=r"scorer mine:Own must return a score for .* \[3, 20\], got \[3, 20, 8\]"):
+        compact_layer(random_rows(2, 16), 0, OfElements(), order, move)
+
+
 def test_equal_blocks_are_kept_in_the_order_of_their_positions():
     scores = torch.ones(2, 40)
     scores[:, 16:32:2] = 0

@@ -1,9 +1,13 @@
 """The warning about a search that could not measure much."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from vllm_l2kv.tools.profile.doubts import MIN_QUESTIONS, uncertainty, warning
+from vllm_l2kv.tools.profile.make import Made
 from vllm_l2kv.tools.profile.recommend import NOTHING_FULL, WHOLE, Outcome, Recommendation
+from vllm_l2kv.tools.profile.report import how_to_use
 
 MANY = 2 * MIN_QUESTIONS
 
@@ -26,6 +30,16 @@ def found(
         outcomes += [outcome(name, memory, exact if lost else whole) for name, exact in named.items()]
     judged = -(-num_questions // 2)
     return Recommendation((0,), (), (), (), tuple(outcomes), 1, (), {"facts": num_questions}, {"facts": judged})
+
+
+def profile(*memories: float) -> SimpleNamespace:
+    """A profile of these memories, of which a server takes heads."""
+    return SimpleNamespace(
+        path="p",
+        about={"tensor_parallel_size": 1},
+        recommended=[SimpleNamespace(memory=memory) for memory in memories],
+        default_classes=lambda memory, num_ranks: "heads",
+    )
 
 
 def test_nothing_to_say():
@@ -54,7 +68,7 @@ def test_few_questions(num_questions, said):
     assert line.startswith(said)
     assert "\n" not in line
     assert "use --questions 32 or more." in line
-    assert "At memory" not in line
+    assert "at memory" not in line
     assert warning(found(MIN_QUESTIONS)) is None
 
 
@@ -66,16 +80,31 @@ def test_uncertainty_is_half_of_wilsons_interval():
 def test_a_model_that_answers_nothing():
     line = warning(found(whole=(0.05, 0.125), layers=(0.0, 0.0)))
     assert line.startswith("Warning: The model answers only 0.09 of the questions with its whole cache, so")
-    assert "At memory" not in line
+    assert "at memory" not in line
     assert warning(found(whole=(0.6, 0.6), nothing_full=(0.1, 0.1))) is None
 
 
 @pytest.mark.parametrize("of", ["layers", "heads"])
 def test_settings_that_are_no_better_than_nothing_full(of):
     line = warning(found(**{of: (0.25, 0.25)}))
-    assert line.startswith("Warning: At memory 0.5 a setting answers fewer questions than the whole cache, and no more")
+    assert line.startswith(f"Warning: Full {of} at memory 0.5 answer fewer questions than the whole cache, and no more")
     # Seen and hidden count together.
     assert warning(found(**{of: (0.5, 0.25)})) is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "memory"),
+    [({}, 0.5), ({"heads": (0.0, 0.0)}, 0.75), ({"layers": (0.0, 0.0)}, 0.5)],
+    ids=["nothing", "what is served", "what is not served"],
+)
+def test_the_advised_command_has_a_memory_that_is_of_use(lost, memory):
+    *_, command = how_to_use(Made(profile(0.75, 0.5, 0.25), None, found(**lost)), "MODEL")
+    assert command.split()[-5:] == ["MODEL", "--kv-profile", "p", "--kv-memory", f"{memory:g}"]
+
+
+def test_no_command_is_advised_where_no_memory_is_of_use():
+    lines = list(how_to_use(Made(profile(0.5), None, found(heads=(0.0, 0.0))), "MODEL"))
+    assert lines == ["No memory from 0.5 up is good enough to serve with."]
 
 
 def test_a_setting_that_loses_next_to_nothing_is_not_doubted():
@@ -84,4 +113,4 @@ def test_a_setting_that_loses_next_to_nothing_is_not_doubted():
 
 def test_both_in_one_line():
     line = warning(found(1, layers=(0.0, 0.0)))
-    assert "--questions 32 or more. At memory 0.5 a setting" in line
+    assert "--questions 32 or more. Full layers at memory 0.5 answer" in line

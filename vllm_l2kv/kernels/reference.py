@@ -106,7 +106,13 @@ def compact_layer(rows: LayerRows, layer: int, scorer: Scorer, order: Compaction
     source, destination = (torch.tensor(blocks, device=rows.keys.device) for blocks in (move.source, move.destination))
     params = order.params
     keys, values = read(rows.keys, source, order.num_rows), read(rows.values, source, order.num_rows)
-    scores = pool_scores(scorer.score(rows.seen(keys, values, layer)), params.granularity)
+    scores = scorer.score(rows.seen(keys, values, layer))
+    if scores.shape != keys.shape[:2]:
+        raise ValueError(
+            f"scorer {params.scorer} must return a score for each head and row, {list(keys.shape[:2])}, got "
+            f"{list(scores.shape)}."
+        )
+    scores = pool_scores(scores, params.granularity)
     kept = select(scores, order.num_keep, params.protect_first, params.protect_last)
     _write(rows.keys, destination, _take(keys, kept))
     _write(rows.values, destination, _take(values, kept))

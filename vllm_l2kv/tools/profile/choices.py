@@ -87,8 +87,8 @@ def answerable(
         progress: Counts questions.
         purpose: What the questions are for, as words of the progress.
     """
-    progress.part(f"finding questions {purpose} that the model answers", num, "found")
     share = -(-num // len(samples))
+    progress.part(f"finding questions {purpose} that the model answers", share * len(samples), "found")
     of_kinds = [_answerable(model, shape, of_kind, share, progress) for of_kind in samples]
     return [cases for turn in zip_longest(*of_kinds) for cases in turn if cases is not None][:num]
 
@@ -96,6 +96,7 @@ def answerable(
 def _answerable(model: Any, shape: Shape, samples: Iterable[Sample], num: int, progress: Progress) -> list[list[Case]]:
     """See `answerable`; for texts of one kind."""
     found: list[tuple[bool, float, list[Case]]] = []
+    num_right = 0
     for sample in samples:
         context = read(model, sample.token_ids)
         keep = torch.ones(1, shape.num_layers, shape.num_kv_heads, context.num_tokens, dtype=torch.bool)
@@ -104,8 +105,9 @@ def _answerable(model: Any, shape: Shape, samples: Iterable[Sample], num: int, p
             seen = Case(sample.kind, False, sample.token_ids + question, answer, len(answer) - 1)
             losses = answer_losses(model, context, hidden.after, len(answer), keep)
             found.append((not losses.exact.item(), losses.loss.item(), [hidden, seen]))
-            progress.advance(int(losses.exact.item()))
-        if sum(not wrong for wrong, _, _ in found) >= num:
+            num_right += int(losses.exact.item())
+            progress.advance(int(losses.exact.item() and num_right <= num))
+        if num_right >= num:
             break
     right = [cases for wrong, _, cases in found if not wrong]
     wrong = [cases for wrong, _, cases in sorted(found, key=lambda each: each[:2]) if wrong]

@@ -23,6 +23,23 @@ def warning(found: Recommendation) -> str | None:
     return f"Warning: {' '.join(doubts)}" if doubts else None
 
 
+def weak_memories(found: Recommendation, classes: str) -> list[float]:
+    """Memories, largest first, at which the setting of one of `CLASSES` is of no use.
+
+    It answers fewer questions than the whole cache, and no more than `l2` in every layer.
+    """
+    of_names = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
+    whole = _share(of_names[WHOLE, 1.0])
+    weak = {
+        outcome.memory
+        for outcome in found.outcomes
+        if outcome.name == NAMES[classes][0]
+        and _share(outcome) <= _share(of_names[NOTHING_FULL, outcome.memory])
+        and whole - _share(outcome) > uncertainty(found.num_judged)
+    }
+    return sorted(weak, reverse=True)
+
+
 def uncertainty(num_questions: int) -> float:
     """Largest half width of Wilson's 95 % confidence interval of a share of this many questions."""
     half = 0.5  # the share whose interval is widest
@@ -35,27 +52,20 @@ def _doubts(found: Recommendation) -> Iterator[str]:
             f"{counted(found.num_searched, 'question')} for the search and {found.num_judged} to judge are few: a "
             f"share may be wrong by {uncertainty(found.num_judged):.2f}; use --questions {MIN_QUESTIONS} or more."
         )
-    of_names = {(outcome.name, outcome.memory): outcome for outcome in found.outcomes}
-    whole = of_names[WHOLE, 1.0]
+    (whole,) = (outcome for outcome in found.outcomes if outcome.name == WHOLE)
     if _share(whole) <= NEARLY_NONE:
         yield (
             f"The model answers only {_share(whole):.2f} of the questions with its whole cache, so the settings could "
             "not be compared; use lower --tokens, or a model that answers questions."
         )
         return
-    memories = {
-        outcome.memory
-        for outcome in found.outcomes
-        if outcome.name in {NAMES[classes][0] for classes in CLASSES}
-        and _share(outcome) <= _share(of_names[NOTHING_FULL, outcome.memory])
-        and _share(whole) - _share(outcome) > uncertainty(found.num_judged)
-    }
-    if memories:
-        named = listed(f"{memory:g}" for memory in sorted(memories, reverse=True))
-        yield (
-            f"At memory {named} a setting answers fewer questions than the whole cache, and no more than one with "
-            "nothing full; use more memory, or a profile made with more --questions."
-        )
+    for classes in CLASSES:
+        if memories := weak_memories(found, classes):
+            named = listed(f"{memory:g}" for memory in memories)
+            yield (
+                f"Full {classes} at memory {named} answer fewer questions than the whole cache, and no more than l2 "
+                "with nothing full; use more memory, or a profile made with more --questions."
+            )
 
 
 def _share(outcome: Outcome) -> float:

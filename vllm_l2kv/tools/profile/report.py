@@ -9,17 +9,15 @@ import torch
 
 from vllm_l2kv.cli_types import aligned, as_typed, counted, heads_in_words
 from vllm_l2kv.profile import WORTH_HEADS, Profile, Target
-from vllm_l2kv.settings import CLASSES, HEADS, LAYERS
+from vllm_l2kv.settings import CLASSES, DEFAULT_MEMORY, HEADS, LAYERS
 from vllm_l2kv.tools.html_report import embedded, write_html
-from vllm_l2kv.tools.profile.doubts import warning
+from vllm_l2kv.tools.profile.doubts import warning, weak_memories
 from vllm_l2kv.tools.profile.make import Made
 from vllm_l2kv.tools.profile.norms import JUDGED, KEEP_RATIOS, NUM_PEAKS
 from vllm_l2kv.tools.profile.ranks import POOLED
 from vllm_l2kv.tools.profile.recommend import NAMES, NO_PROFILE, WHOLE, Outcome, Recommendation
 from vllm_l2kv.tools.progress import duration
 
-USED_MEMORY = 0.5
-"""Memory in the command at the end of a summary."""
 NUM_NAMED = 8
 """Number of layers that a summary names."""
 PEAKED = 0.5
@@ -57,10 +55,7 @@ def summary(made: Made, model: str) -> str:
     """
     profile, measured, found = made
     about, num_compressible = profile.about, len(profile.shape.compressible)
-    memories = [target.memory for target in profile.recommended]
     took = duration(sum(about["seconds"].values()))
-    used = USED_MEMORY if USED_MEMORY in memories else memories[-1]
-    command = [as_typed(), "serve", model, "--kv-profile", str(profile.path), "--kv-memory", f"{used:g}"]
     doubts = warning(found)
     lines = [
         f"{profile.model}: {num_compressible} of {profile.shape.num_layers} layers may compress, "
@@ -78,10 +73,26 @@ def summary(made: Made, model: str) -> str:
         f"Profile: {profile.path} ({took}"
         + (f", {about['peak_gib']} GiB of GPU memory)" if about["peak_gib"] else ")"),
         *([doubts] if doubts else []),
-        "Use it with:",
-        f"  {shlex.join(command)}",
+        *how_to_use(made, model),
     ]
     return "\n".join(lines)
+
+
+def how_to_use(made: Made, model: str) -> Iterator[str]:
+    """A command that serves with the default memory, or with the next higher one of use, see `weak_memories`."""
+    profile, num_ranks = made.profile, made.profile.about["tensor_parallel_size"]
+    good = {
+        memory
+        for memory in (target.memory for target in profile.recommended)
+        if memory >= DEFAULT_MEMORY
+        and memory not in weak_memories(made.found, profile.default_classes(memory, num_ranks))
+    }
+    if not good:
+        yield f"No memory from {DEFAULT_MEMORY:g} up is good enough to serve with."
+        return
+    command = ["serve", model, "--kv-profile", str(profile.path), "--kv-memory", f"{min(good):g}"]
+    yield "Use it with:"
+    yield f"  {shlex.join([as_typed(), *command])}"
 
 
 def _beside_layers(lines: list[list[str]]) -> Iterator[str]:
