@@ -48,7 +48,7 @@ def test_base_images_are_pinned(dockerfile):
 def test_the_gpu_image_is_of_the_vllm_that_we_support(root):
     (version,) = [rest for name, rest in instructions(root / "docker" / "Dockerfile") if name == "ARG"]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    (vllm,) = map(Requirement, project["optional-dependencies"]["cuda"])
+    (vllm,) = (each for each in map(Requirement, project["optional-dependencies"]["cuda"]) if each.name == "vllm")
     assert version.removeprefix("VLLM_VERSION=") in vllm.specifier
 
 

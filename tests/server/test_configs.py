@@ -65,11 +65,14 @@ class TestEach:
         options = options_of(path)
         args = parse(parser, ["--config", str(path)])
         ours = args.additional_config["l2kv"]
-        assert ours.pop("full_layers") == [int(layer) for layer in options.pop("kv-full-layers").split(",")]
+        # Where they are left out, so that a profile can set them, they are the defaults.
+        full_layers = options.pop("kv-full-layers", "0,1")
+        options.setdefault("kv-scorer", "l2")
+        assert ours.pop("full_layers") == [int(layer) for layer in full_layers.split(",")]
         keys = {field.option.removeprefix("--"): field.name for field in FIELDS_WITH_DEFAULTS}
         keys |= {option: attribute for option, (attribute, _) in INTERVALS.items()}
         given = {keys[option]: value for option, value in options.items() if option in keys}
-        assert {"kv_protect_first", "kv_protect_last", "kv_scorer"} <= given.keys()
+        assert {"kv_protect_first", "kv_protect_last"} <= given.keys()
         assert given.items() <= ours.items()
 
     def test_it_is_valid_by_the_schema(self, schema, path):
