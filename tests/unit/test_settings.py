@@ -67,7 +67,7 @@ def test_scorers_that_an_engine_has(scorer):
         ({"profile": ""}, "profile must be the path of a file"),
         ({"evaluation_scorers": True}, "evaluation_scorers must be a list of names, got True"),
         ({"evaluation_scorers": "lagkv"}, "evaluation_scorers must be a list of names, got 'lagkv'"),
-        ({"evaluation_scorers": ["l2"]}, "must hold lagkv, l2_pagerank or MODULE:CLASS, got 'l2'"),
+        ({"evaluation_scorers": ["l2"]}, f"must hold {', '.join(EVALUATION_SCORERS)} or MODULE:CLASS, got 'l2'"),
         ({"evaluation_scorers": ["a/b.py:C"]}, "or MODULE:CLASS, got 'a/b.py:C'"),
         ({"kv_scorer": "lagkv"}, "only `vllm-l2kv eval` and offline"),
         ({"kv_scorer": OWN}, "only `vllm-l2kv eval` and offline"),
