@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_l2kv.messages.usage import KeptWhole, RequestUsage, attach_usage, take_usage, why_whole
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import PREFIX_MESSAGES, PREFIX_TOKENS, CompressionParams
 
 DOCS = Path(__file__).parents[2] / "docs" / "request_fields.md"
 
@@ -32,6 +32,11 @@ DOCS = Path(__file__).parents[2] / "docs" / "request_fields.md"
 )
 def test_the_reason(num_prompt_tokens, params, reason):
     assert why_whole(num_prompt_tokens, params) is reason
+
+
+def test_the_reason_of_a_whole_document_names_both_fields():
+    """A client gives one of them, and the engine core does not know which."""
+    assert all(field.name in KeptWhole.WHOLE_DOCUMENT for field in (PREFIX_MESSAGES, PREFIX_TOKENS))
 
 
 def test_usage_is_attached_to_an_output_and_taken_out():

@@ -28,7 +28,8 @@ class KeptWhole(StrEnum):
     FIRST_TOKEN = "The prompt is compressed after the first token of the answer; raise max_tokens to get more tokens."
     BUDGET = "The request stayed below kv_max_tokens plus the server's interval; lower kv_max_tokens to evict sooner."
     WHOLE_DOCUMENT = (
-        "kv_keep_ratio is 1, which keeps the whole document of kv_prefix_tokens; lower it to evict some of it."
+        "kv_keep_ratio is 1, which keeps the whole document of kv_prefix_messages or kv_prefix_tokens; lower it to "
+        "evict some of it."
     )
     DECODED_ELSEWHERE = "Another engine decodes the answer, and compresses there."
     SESSION = "Streaming input is not compressed; give the whole prompt at once."
