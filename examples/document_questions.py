@@ -22,7 +22,10 @@ FIELDS = {"kv_keep_ratio": 0.25, "kv_prefix_messages": 1}
 
 
 def ask(client: OpenAI, model: str, document: str, question: str, max_tokens: int) -> None:
-    """Streams one answer, then prints the cached tokens of the document and the time to first token."""
+    """Streams one answer, then prints the time to first token and how much of the prompt was found.
+
+    `cached_tokens` are prompt tokens found in any cache, `found_tokens` those of them that were found compressed.
+    """
     sent, first, words, usage = time.monotonic(), None, [], None
     stream = client.chat.completions.create(
         model=model,
