@@ -8,17 +8,20 @@ SECTION = """
 ## Speculative decoding
 
 Decode steps with {num_drafts} drafts each; `of stock` is the ratio to stock vLLM without drafts. `model`: the model
-drafts for itself, on its whole cache, which makes nothing fast and shows what a draft model costs. `n-grams`: of the
-request's own tokens. With made-up weights the share of accepted drafts means nothing. The median of {num_runs} runs,
-and the slowest and fastest: steps of a small model take as long as the host needs to launch them. {about}
+drafts for itself, on its whole cache, which makes nothing fast and shows what a draft model costs. {ngrams}{dummy}The
+median of {num_runs} runs, and the slowest and fastest: steps of a small model take as long as the host needs to launch
+them. {about}
 
 {table}
 
 Rows: `h100_drafts.jsonl`, by
 
-    python -m benchmarks.speed.drafts --model MODEL --text FILE --out h100_drafts.jsonl
-    python -m benchmarks.speed.drafts --model FOLDER_WITH_CONFIG_JSON --dummy --out h100_drafts.jsonl
+    python -m benchmarks.speed.drafts --model MODEL --text FILE --out h100_drafts.jsonl{dummy_command}
 """
+NGRAMS = "`n-grams`: of the request's own tokens. "
+DUMMY = "With made-up weights the share of accepted drafts means nothing. "
+DUMMY_COMMAND = """
+    python -m benchmarks.speed.drafts --model FOLDER_WITH_CONFIG_JSON --dummy --out h100_drafts.jsonl"""
 DRAFTERS = {"": "none", "model": "model", "ngrams": "n-grams"}
 """Endings of variants' names, and their names in the table."""
 
@@ -32,8 +35,16 @@ def drafts_section(rows: list[Row]) -> str:
     if not rows:
         return ""
     num_runs = len(rows[0]["tokens_per_s_of_runs"])
-    about = {"num_drafts": rows[0]["num_drafts"], "num_runs": num_runs, "about": provenance(rows)}
-    return SECTION.format(**about, table=drafts_table(rows))
+    is_dummy = any(row["dummy"] for row in rows)
+    return SECTION.format(
+        num_drafts=rows[0]["num_drafts"],
+        num_runs=num_runs,
+        about=provenance(rows),
+        ngrams=NGRAMS if any(row["variant"].endswith("_ngrams") for row in rows) else "",
+        dummy=DUMMY if is_dummy else "",
+        dummy_command=DUMMY_COMMAND if is_dummy else "",
+        table=drafts_table(rows),
+    )
 
 
 def drafts_table(rows: list[Row]) -> str:
