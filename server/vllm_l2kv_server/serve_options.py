@@ -48,7 +48,7 @@ def own_options() -> argparse.ArgumentParser:
         help=f"layers that never compact; an empty string means none (default: {DEFAULT_LAYERS}, the paper's)",
     )
     add_full_heads(group.add_argument, "--kv-full-heads")
-    add_profile(group.add_argument, "what stays full, the default ratio and the default scorer")
+    add_profile(group.add_argument, "what stays full, and the default ratio, scorer and granularity")
     for field in FIELDS_WITH_DEFAULTS:
         what = field.description[0].lower() + field.description[1:].rstrip(".")
         group.add_argument(
@@ -107,7 +107,7 @@ def config_schema() -> str:
         },
         "kv-profile": {
             "description": "A " + PROFILE + ", relative to the folder of the config file. It sets those of "
-            "kv-full-layers or kv-full-heads, kv-default-keep-ratio and kv-scorer that are not given.",
+            "kv-full-layers or kv-full-heads, kv-default-keep-ratio, kv-scorer and kv-granularity that are not given.",
             "type": "string",
         },
         "kv-memory": {
