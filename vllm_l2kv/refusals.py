@@ -184,16 +184,19 @@ def check_seed(seed: int | None, points: CompactionPoints) -> None:
         points: The request's compactions.
 
     Raises:
-        ParamError: The prompt is split; the message names the longest prompt that is not.
+        ParamError: The prompt is split, by a document or a budget.
     """
     first = points.after(None)
     if seed is None or first is None or first.position >= points.num_prompt_tokens or not current_platform.is_cpu():
         return
-    raise ParamError(
-        "seed",
-        f"seed works on CPUs only with prompts of at most {first.position} tokens (kv_max_tokens plus "
-        f"--kv-prompt-interval), got {points.num_prompt_tokens}; leave seed out, or raise kv_max_tokens.",
-    )
+    if first.position == points.params.prefix_tokens:
+        why = ", but not with documents (kv_prefix_tokens, kv_prefix_messages); leave seed or the document's field out."
+    else:
+        why = (
+            f" only with prompts of at most {first.position} tokens (kv_max_tokens plus --kv-prompt-interval), got "
+            f"{points.num_prompt_tokens}; leave seed out, or raise kv_max_tokens."
+        )
+    raise ParamError("seed", f"seed works on CPUs{why}")
 
 
 def reads_images_as_a_whole(config: VllmConfig) -> bool:

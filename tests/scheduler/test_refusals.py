@@ -574,3 +574,6 @@ def test_a_seed_on_a_cpu_for_a_prompt_in_chunks(monkeypatch, seed, on_cpu, num_p
     with pytest.raises(ParamError, match=r"at most 300 tokens .* got 301; leave seed out") as error:
         check_seed(seed, points)
     assert error.value.param == "seed"
+    document = CompactionPoints(num_prompt_tokens, CompressionParams(0.5, prefix_tokens=200), Intervals(200, 10))
+    with pytest.raises(ParamError, match=r"^seed works on CPUs, but not with documents .* the document's field"):
+        check_seed(seed, document)
