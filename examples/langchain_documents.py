@@ -14,9 +14,9 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 
 QUESTIONS = (
-    "Who was the first keeper of the lighthouse?",
-    "What was the lid of the coal bunker used for?",
-    "When was the light made automatic?",
+    "Who built the lighthouse?",
+    "In which year was the lighthouse built?",
+    "What is the lighthouse called?",
 )
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         api_key=os.environ.get("OPENAI_API_KEY", "none"),
         temperature=0,
         max_tokens=40,
-        extra_body={"kv_keep_ratio": 0.25, "kv_prefix_messages": 1},
+        extra_body={"kv_keep_ratio": 0.5, "kv_scorer": "keydiff_value", "kv_prefix_messages": 1},
     )
     # The document is the first message, and that message holds nothing else.
     prompt = ChatPromptTemplate([("system", "{document}"), ("user", "{question}")])

@@ -11,9 +11,9 @@ from vllm import LLM, SamplingParams
 import vllm_l2kv
 
 QUESTIONS = (
-    "Who was the first keeper of the lighthouse?",
-    "What was the lid of the coal bunker used for?",
-    "When was the light made automatic?",
+    "Who built the lighthouse?",
+    "In which year was the lighthouse built?",
+    "What is the lighthouse called?",
 )
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     document = {"role": "system", "content": Path(__file__).with_name("lighthouse.txt").read_text()}
     # The document's length in tokens, as the chat template writes it at the start of each prompt.
     num_tokens = len(llm.get_tokenizer().apply_chat_template([document], return_dict=False))
-    extra_args = vllm_l2kv.compression(0.25, prefix_tokens=num_tokens)
+    extra_args = vllm_l2kv.compression(0.5, scorer="keydiff_value", prefix_tokens=num_tokens)
     params = SamplingParams(max_tokens=40, temperature=0, extra_args=extra_args)
     prompts = [[document, {"role": "user", "content": question}] for question in QUESTIONS]
     # One request computes the document, the others wait for it.

@@ -102,13 +102,13 @@ def num_document_tokens(tokenizer, text: str) -> int:
     return len(tokenizer.apply_chat_template([{"role": "system", "content": text}], return_dict=False))
 
 
-def check_one_computed_the_document(numbers: list[dict[str, int]], num_tokens: int) -> None:
-    """Checks that one request computed the document and all others found it; examples keep a quarter."""
+def check_one_computed_the_document(numbers: list[dict[str, int]], num_tokens: int, keep_ratio: float = 0.5) -> None:
+    """Checks that one request computed the document and all others found it."""
     assert sorted(found["found_tokens"] for found in numbers) == [0] + [num_tokens] * (len(numbers) - 1)
     for found in numbers:
-        params = {"keep_ratio": 0.25, "prefix_tokens": num_tokens, "found": found["found_tokens"]}
+        params = {"keep_ratio": keep_ratio, "prefix_tokens": num_tokens, "found": found["found_tokens"]}
         assert found == expected(found, **params)
-        assert found["evicted_tokens"] > num_tokens // 2
+        assert found["evicted_tokens"] > num_tokens // 3
 
 
 @pytest.mark.parametrize("example", DOCUMENTS)
@@ -125,7 +125,7 @@ def test_a_document_by_curl(server, tokenizer):
     numbers = printed_usage(run(["bash", str(EXAMPLES / "documents.sh"), server.url]))
     assert len(numbers) == 2
     document = "The keeper climbed the one hundred and sixty-eight steps at sunset. " * 60
-    check_one_computed_the_document(numbers, num_document_tokens(tokenizer, document))
+    check_one_computed_the_document(numbers, num_document_tokens(tokenizer, document), keep_ratio=0.25)
 
 
 def test_an_agent_begins_a_turn_at_the_last_compaction(server, tmp_path):
