@@ -24,6 +24,8 @@ MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M"}
 """Folders of results, and the names of their models."""
 NEIGHBORS = "smollm2_neighbors", "gemma3_neighbors"
 """Cells of methods with the granularity `neighbors` and without it, in the same engine."""
+OTHER_PROMPTS = "smollm2_other_prompts"
+"""Cells of `learned` with that granularity and without it, by prompts of another seed."""
 SECOND = "smollm2_second"
 """Cells of another profile of SmolLM2, from a search by 384 questions; `about.json` is what the profile says of it."""
 LONG_ANSWERS = "long_answers"
@@ -199,7 +201,8 @@ def _parts(page: str) -> Iterator[tuple[str, list[str]]]:
         for name in NEIGHBORS:
             yield name, list(verdict(read_cells(name)))
     else:
-        yield SECOND, list(verdict(read_cells(SECOND)))
+        for name in (OTHER_PROMPTS, SECOND):
+            yield name, list(verdict(read_cells(name)))
         yield LONG_ANSWERS, list(long_answers(read_rows(RESULTS / LONG_ANSWERS / AGGREGATES)))
 
 
