@@ -46,7 +46,10 @@ def test_the_schema_has_our_options(schema):
 
 
 def options_of(path: Path) -> dict[str, Any]:
-    """Returns the options of a file, with the profile replaced by the options that it sets."""
+    """Returns the options of a file, with the profile replaced by the options that it sets.
+
+    Full layers and scorer have their defaults where a file leaves them out, so that a profile can set them.
+    """
     options = yaml.safe_load(path.read_text())
     profile, memory, classes = (options.pop(key, None) for key in ("kv-profile", "kv-memory", "kv-classes"))
     setting = profile and setting_of(path.parent / profile, memory, classes=classes, scorer=options.get("kv-scorer"))
@@ -56,7 +59,7 @@ def options_of(path: Path) -> dict[str, Any]:
             "kv-default-keep-ratio": setting.keep_ratio,
             "kv-scorer": setting.scorer,
         } | options
-    return options
+    return {"kv-full-layers": "0,1", "kv-scorer": "l2"} | options
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -65,14 +68,11 @@ class TestEach:
         options = options_of(path)
         args = parse(parser, ["--config", str(path)])
         ours = args.additional_config["l2kv"]
-        # Where they are left out, so that a profile can set them, they are the defaults.
-        full_layers = options.pop("kv-full-layers", "0,1")
-        options.setdefault("kv-scorer", "l2")
-        assert ours.pop("full_layers") == [int(layer) for layer in full_layers.split(",")]
+        assert ours.pop("full_layers") == [int(layer) for layer in options.pop("kv-full-layers").split(",")]
         keys = {field.option.removeprefix("--"): field.name for field in FIELDS_WITH_DEFAULTS}
         keys |= {option: attribute for option, (attribute, _) in INTERVALS.items()}
         given = {keys[option]: value for option, value in options.items() if option in keys}
-        assert {"kv_protect_first", "kv_protect_last"} <= given.keys()
+        assert {"kv_protect_first", "kv_protect_last", "kv_scorer"} <= given.keys()
         assert given.items() <= ours.items()
 
     def test_it_is_valid_by_the_schema(self, schema, path):
