@@ -190,13 +190,16 @@ def check_seed(seed: int | None, points: CompactionPoints) -> None:
     if seed is None or first is None or first.position >= points.num_prompt_tokens or not current_platform.is_cpu():
         return
     if first.position == points.params.prefix_tokens:
-        why = ", but not with documents (kv_prefix_tokens, kv_prefix_messages); leave seed or the document's field out."
-    else:
-        why = (
-            f" only with prompts of at most {first.position} tokens (kv_max_tokens plus --kv-prompt-interval), got "
-            f"{points.num_prompt_tokens}; leave seed out, or raise kv_max_tokens."
+        message = (
+            "seed works on CPUs, but not with documents (kv_prefix_tokens, kv_prefix_messages); leave seed or the "
+            "document's field out."
         )
-    raise ParamError("seed", f"seed works on CPUs{why}")
+    else:
+        message = (
+            f"seed works on CPUs only with prompts of at most {first.position} tokens (kv_max_tokens plus "
+            f"--kv-prompt-interval), got {points.num_prompt_tokens}; leave seed out, or raise kv_max_tokens."
+        )
+    raise ParamError("seed", message)
 
 
 def reads_images_as_a_whole(config: VllmConfig) -> bool:

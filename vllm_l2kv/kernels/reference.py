@@ -102,6 +102,9 @@ def compact_layer(rows: LayerRows, layer: int, scorer: Scorer, order: Compaction
         scorer: The scorer that the order's params name.
         order: The order to carry out.
         move: The blocks of the layer's group; `destination` has room for `num_keep` rows.
+
+    Raises:
+        ValueError: The scorer, one of the user's own, returned scores of another shape than `[num_kv_heads, num_rows]`.
     """
     source, destination = (torch.tensor(blocks, device=rows.keys.device) for blocks in (move.source, move.destination))
     params = order.params

@@ -63,8 +63,6 @@ def ensure_demo_model(cache: Path | None = None, fetch: Callable[[Path], None] |
         DemoModelError: It cannot be downloaded or written, or a cached folder lacks files.
     """
     folder = (cache or default_cache()) / FOLDER
-    if folder.exists():
-        return _checked(folder)
 
     def gather(scratch: Path) -> Path:
         gathered = scratch / "model"

@@ -104,9 +104,10 @@ def _answerable(model: Any, shape: Shape, samples: Iterable[Sample], num: int, p
             hidden = Case(sample.kind, True, sample.token_ids, question + answer, len(answer))
             seen = Case(sample.kind, False, sample.token_ids + question, answer, len(answer) - 1)
             losses = answer_losses(model, context, hidden.after, len(answer), keep)
-            found.append((not losses.exact.item(), losses.loss.item(), [hidden, seen]))
-            num_right += int(losses.exact.item())
-            progress.advance(int(losses.exact.item() and num_right <= num))
+            is_right = bool(losses.exact.item())
+            found.append((not is_right, losses.loss.item(), [hidden, seen]))
+            num_right += is_right
+            progress.advance(int(is_right and num_right <= num))
         if num_right >= num:
             break
     right = [cases for wrong, _, cases in found if not wrong]

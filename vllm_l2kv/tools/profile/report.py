@@ -82,10 +82,10 @@ def how_to_use(made: Made, model: str) -> Iterator[str]:
     """A command that serves with the default memory, or with the next higher one of use, see `weak_memories`."""
     profile, num_ranks = made.profile, made.profile.about["tensor_parallel_size"]
     good = {
-        memory
-        for memory in (target.memory for target in profile.recommended)
-        if memory >= DEFAULT_MEMORY
-        and memory not in weak_memories(made.found, profile.default_classes(memory, num_ranks))
+        target.memory
+        for target in profile.recommended
+        if target.memory >= DEFAULT_MEMORY
+        and target.memory not in weak_memories(made.found, profile.default_classes(target.memory, num_ranks))
     }
     if not good:
         yield f"No memory from {DEFAULT_MEMORY:g} up is good enough to serve with."
