@@ -18,6 +18,7 @@ from vllm_l2kv.tools.profile.choices import Case, Choice, answerable, kinds_of, 
 from vllm_l2kv.tools.profile.make import Amounts
 from vllm_l2kv.tools.profile.masked import Losses, answer_losses
 from vllm_l2kv.tools.profile.recommend import (
+    CHOOSERS,
     FEW_QUESTIONS,
     MEMORIES,
     NUM_BEST,
@@ -73,7 +74,7 @@ def made_up(monkeypatch):
     monkeypatch.setattr(module, "losses", of_case)
     monkeypatch.setattr(module, "losses_of_cases", of_cases)
 
-    def search(scorers=(*SCORERS, "random"), questions=QUESTIONS, others=OTHERS, num_ranks=1):
+    def search(questions=QUESTIONS, others=OTHERS, num_ranks=1):
         measured = torch.zeros(SHAPE.num_layers)
         # A rough measurement: the right layers are among the first ones, but not in order.
         for place, layer in enumerate((17, 3, 11, 9, 4, 1)):
@@ -83,7 +84,8 @@ def made_up(monkeypatch):
         for (layer, head), lost in NEEDED.items():
             head_loss[layer, head] = lost
         ranks = {"retrieval": heads, "repetition": heads, "loss": measured, "head_loss": head_loss}
-        return recommend(None, SHAPE, dict.fromkeys(scorers), questions, others, ranks, num_ranks, Progress())
+        scorers = dict.fromkeys((*SCORERS, "random"))
+        return recommend(None, SHAPE, scorers, questions, others, ranks, num_ranks, Progress())
 
     search.more = lambda case, choice: 0.0
     search.asked = []
@@ -150,17 +152,18 @@ def test_every_setting_costs_its_memory(made_up):
 def test_all_settings_are_tried_on_few_questions_and_the_best_on_more(made_up):
     found = made_up()
     assert made_up.asked.pop()[0] == 2 * len(OTHERS)
-    of_layers, of_heads = made_up.asked[:3], made_up.asked[3:]
-    asked = FEW_QUESTIONS, SOME_QUESTIONS, len(QUESTIONS)
+    of_layers, of_heads = made_up.asked[:4], made_up.asked[4:]
+    asked = FEW_QUESTIONS, SOME_QUESTIONS, len(QUESTIONS), len(QUESTIONS)
     for of_units in (of_layers, of_heads):
         assert tuple(num_cases for num_cases, _ in of_units) == tuple(2 * num for num in asked)
     tried = [of_layer + of_head for (_, of_layer), (_, of_head) in zip(of_layers, of_heads, strict=True)]
     assert found.rounds == tuple(zip(asked, tried, strict=True))
-    each = 2 * len(MEMORIES) * len(SCORERS)
+    each = 2 * len(MEMORIES) * len(CHOOSERS)
     assert tried[0] > tried[1]
     assert NUM_BEST * each < tried[1] <= 2 * NUM_BEST * each
     assert tried[2] == NUM_LAST * each < tried[1]
-    assert tried[0] < found.num_tried < tried[0] + tried[1]
+    assert 2 * len(MEMORIES) <= tried[3] <= each
+    assert tried[0] < found.num_tried < tried[0] + tried[1] + tried[3]
     assert found.searched == dict.fromkeys(ASKED_KINDS, len(QUESTIONS) / 4)
     assert found.judged == dict.fromkeys(ASKED_KINDS, len(OTHERS) / 4)
 
@@ -168,7 +171,7 @@ def test_all_settings_are_tried_on_few_questions_and_the_best_on_more(made_up):
 @pytest.mark.parametrize("num", [4, FEW_QUESTIONS + 12, SOME_QUESTIONS + 1])
 def test_with_few_questions_later_rounds_ask_all_of_them(made_up, num):
     found = made_up(questions=QUESTIONS[:num])
-    assert [each.questions for each in found.rounds] == [min(num, FEW_QUESTIONS), min(num, SOME_QUESTIONS), num]
+    assert [each.questions for each in found.rounds] == [min(num, FEW_QUESTIONS), min(num, SOME_QUESTIONS), num, num]
     assert [target.memory for target in of_layers(found)] == list(MEMORIES)
 
 
@@ -230,8 +233,18 @@ def test_a_scorer_that_takes_longer_has_to_be_better(made_up, monkeypatch):
     assert {target.scorer for target in made_up().targets} == {"l2"}
 
 
-def test_scorers_that_are_not_there_are_not_tried(made_up):
-    assert {target.scorer for target in made_up(("l2", "random")).targets} == {"l2"}
+def test_a_scorer_with_trained_weights_does_not_choose_what_stays_full(made_up):
+    """It answers these questions with nothing full, but is tried only with what the other scorers left full."""
+    made_up.more = lambda case, choice: (
+        -9.0 * (choice.ranking.scorer == "learned" and 1.0 not in sum(choice.keep_ratios[:NUM_LAYERS], ()))
+    )
+    found = made_up()
+    every = (*found.targets, *found.others)
+    of_learned = [each for each in every if each.scorer == "learned"]
+    chosen = [(each.memory, each.full_layers, each.full_heads) for each in every if each.scorer in CHOOSERS]
+    assert len(of_learned) == 2 * len(MEMORIES)
+    for each in of_learned:
+        assert (each.memory, each.full_layers, each.full_heads) in chosen
 
 
 def test_outcomes_compare_with_random_rows_and_with_no_profile(made_up):

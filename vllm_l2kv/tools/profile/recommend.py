@@ -8,6 +8,11 @@ questions about texts that were not trained on, equally many of each kind, each 
 are tried on a few questions, the best ones on more, the best of these on all: of many candidates, the best on few
 questions is the best by chance. Questions about other texts then judge the chosen settings.
 
+What stays full is chosen with scorers that no text has trained. `learned` is tried with their choices only, since it
+was trained on the kinds of text that the search asks about. It keeps answers there better than elsewhere, so a search
+with it leaves less full: on SmolLM2 at 0.25 such a choice lost more than twice as much in other tasks
+(docs/quality.md).
+
 All candidates go by the granularity `neighbors`, since one lost token loses a value. A choice between it and `token` by
 these questions did not hold for others: they chose `token` for `learned`, with which SmolLM2 lost more than twice as
 much in other tasks at 0.25 (docs/quality.md).
@@ -17,6 +22,7 @@ alone. Only first ones of an order are tried, not all sets of layers: on SmolLM2
 exchanged gained on the questions of the search, and lost as much on others.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -33,7 +39,10 @@ from vllm_l2kv.tools.profile.units import Order, Unit, Units, head_units, layer_
 from vllm_l2kv.tools.progress import Progress
 
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
-SCORERS = ("l2", "keydiff_value", "learned")
+CHOOSERS = ("l2", "keydiff_value")
+"""Scorers with which full layers and heads are chosen, the fastest one first."""
+LEARNED = "learned"
+SCORERS = (*CHOOSERS, LEARNED)
 """Scorers that are tried, the fastest one first."""
 GRANULARITY = "neighbors"
 """Granularity of all candidates."""
@@ -157,11 +166,13 @@ class _Candidate(NamedTuple):
         target: The setting.
         full: Units that are full.
         order: Name of the order from which these units come.
+        cost: Mean cost of answers in the last round with this candidate.
     """
 
     target: Target
     full: tuple[Unit, ...]
     order: str
+    cost: float = math.inf
 
 
 class _Found(NamedTuple):
@@ -266,12 +277,12 @@ def _greedy(
     lowest: float,
     progress: Progress,
 ) -> list[Order]:
-    """A greedy order of layers for each scorer, the fastest one first.
+    """A greedy order of layers for each of `CHOOSERS`, the fastest one first.
 
     Each step adds the layer with the lowest cost of answers, until memory is used up. It tries the first remaining
     layers of the sum of the other orders.
     """
-    rankings = _rankings(scorers)
+    rankings = [Ranking(scorer, GRANULARITY) for scorer in CHOOSERS]
     rows = [rank(model, shape, scorers, rankings, case) for case in cases]
 
     def order(ranking: Ranking) -> tuple[Unit, ...]:
@@ -299,58 +310,54 @@ def _search(
     lowest: float,
     progress: Progress,
 ) -> _Found:
-    """Three rounds: all candidates; the best of them, also with the first layers full; the best of these."""
+    """Four rounds: all candidates; the best of them, also with the first layers full; the best of these; `learned`."""
     rounds: list[Round] = []
 
-    def costs(candidates: Sequence[_Candidate], num_questions: int) -> list[tuple[_Candidate, float]]:
-        """One round: the candidates with their costs on the first questions."""
+    def best(candidates: Sequence[_Candidate], num_questions: int, num: int) -> list[_Candidate]:
+        """One round: the best `num` candidates for each memory and scorer on the first questions."""
         asked = cases[: 2 * num_questions]
         rounds.append(Round(len(asked) // 2, len(candidates)))
         progress.part(
             f"trying {counted(len(candidates), 'setting')} of {units.classes} on {_asked(asked)}", len(asked), "answers"
         )
-        return list(zip(candidates, _costs(model, shape, scorers, asked, candidates, progress), strict=True))
+        costs = _costs(model, shape, scorers, asked, candidates, progress)
+        return _best([each._replace(cost=cost) for each, cost in zip(candidates, costs, strict=True)], num)
 
-    tried = list(_candidates(units, scorers, lowest))
-    left = _best(costs(tried, FEW_QUESTIONS), NUM_BEST)
+    tried = list(_candidates(units, lowest))
+    left = best(tried, FEW_QUESTIONS, NUM_BEST)
     first = shape.compressible[:FIRST_LAYERS]
     with_first = [each for each in (_with_layers(units, each, first, lowest) for each in left) if each is not None]
-    left = _best(costs([*left, *with_first], SOME_QUESTIONS), NUM_LAST)
-    recommended, of_scorers = _choose(costs(left, len(cases)))
-    return _Found(units.classes, recommended, of_scorers, len(tried) + len(with_first), rounds)
+    left = best([*left, *with_first], SOME_QUESTIONS, NUM_LAST)
+    chosen = best(left, len(cases), 1)
+    learned = _with_learned(chosen)
+    chosen += best(learned, len(cases), 1)
+    num_tried = len(tried) + len(with_first) + len(learned)
+    return _Found(units.classes, _recommended(chosen), chosen, num_tried, rounds)
 
 
-def _best(found: Sequence[tuple[_Candidate, float]], num: int) -> list[_Candidate]:
+def _best(found: Sequence[_Candidate], num: int) -> list[_Candidate]:
     """The best `num` candidates for each memory and scorer."""
-    of_each: dict[tuple[float, str], list[_Candidate]] = {(m, scorer): [] for m in MEMORIES for scorer in SCORERS}
-    for candidate, _ in sorted(found, key=lambda each: each[1]):
-        of_each[candidate.target.memory, candidate.target.scorer].append(candidate)
+    of_each: dict[tuple[float, str], list[_Candidate]] = {}
+    for candidate in sorted(found, key=lambda each: each.cost):
+        of_each.setdefault((candidate.target.memory, candidate.target.scorer), []).append(candidate)
     return [candidate for of_one in of_each.values() for candidate in of_one[:num]]
 
 
-def _choose(found: Sequence[tuple[_Candidate, float]]) -> tuple[list[_Candidate], list[_Candidate]]:
-    """Chooses among candidates that come in the order of memories, fast scorers first.
+def _with_learned(chosen: Sequence[_Candidate]) -> list[_Candidate]:
+    """The same full units with the scorer `learned`, each once for a memory."""
+    distinct = {(each.target.memory, each.full): each for each in chosen}
+    return [each._replace(target=each.target._replace(scorer=LEARNED)) for each in distinct.values()]
 
-    Returns:
-        The candidate for each memory: that with the fastest scorer among those of about the lowest cost; and the best
-        for each memory and scorer.
-    """
-    best: dict[float, dict[str, tuple[_Candidate, float]]] = {}
-    for candidate, cost in found:
-        memory, scorer = candidate.target.memory, candidate.target.scorer
-        of_memory = best.setdefault(memory, {})
-        if scorer not in of_memory or cost < of_memory[scorer][1]:
-            of_memory[scorer] = candidate, cost
+
+def _recommended(chosen: Sequence[_Candidate]) -> list[_Candidate]:
+    """For each memory the candidate with the fastest scorer among those of about the lowest cost."""
     recommended = []
-    for of_memory in best.values():
-        least = min(cost for _, cost in of_memory.values())
-        recommended.append(next(each for each, cost in of_memory.values() if cost <= least + SAME_COST))
-    return recommended, [candidate for of_memory in best.values() for candidate, _ in of_memory.values()]
-
-
-def _rankings(scorers: Scorers) -> list[Ranking]:
-    """The rankings of candidates, by these scorers, the fastest one first."""
-    return [Ranking(scorer, GRANULARITY) for scorer in SCORERS if scorer in scorers]
+    for memory in MEMORIES:
+        of_memory = [each for each in chosen if each.target.memory == memory]
+        enough = min((each.cost for each in of_memory), default=0.0) + SAME_COST
+        good = [each for each in of_memory if each.cost <= enough]
+        recommended += sorted(good, key=lambda each: SCORERS.index(each.target.scorer))[:1]
+    return recommended
 
 
 def _asked(cases: Sequence[Case]) -> str:
@@ -358,8 +365,8 @@ def _asked(cases: Sequence[Case]) -> str:
     return counted(len(cases) // 2, "question")
 
 
-def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Candidate]:
-    """All candidates: for each memory, order and scorer, several numbers of full units."""
+def _candidates(units: Units, lowest: float) -> Iterator[_Candidate]:
+    """All candidates: for each memory, order and one of `CHOOSERS`, several numbers of full units."""
     for memory in MEMORIES:
         counts = [count for count in units.counts if units.ratio(memory, count) >= lowest] or units.counts[:1]
         chosen = sorted({counts[round((len(counts) - 1) * i / (NUM_COUNTS - 1))] for i in range(NUM_COUNTS)})
@@ -369,8 +376,8 @@ def _candidates(units: Units, scorers: Scorers, lowest: float) -> Iterator[_Cand
                 if count <= len(order.units):
                     settings.setdefault(tuple(sorted(order.units[:count])), order.name)
         for full, name in settings.items():
-            for ranking in _rankings(scorers):
-                target = units.target(memory, full, ranking)
+            for scorer in CHOOSERS:
+                target = units.target(memory, full, Ranking(scorer, GRANULARITY))
                 if target is not None:
                     yield _Candidate(target, full, name)
 
