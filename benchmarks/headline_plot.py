@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 REQUESTS = ROOT / "benchmarks" / "speed" / "results" / "h100_memory_bound.jsonl"
 PLOT = ROOT / "docs" / "img" / "memory_and_quality.svg"
 METHODS = {
-    "heads-l2": "KV heads full that a profile names",
-    "profile-l2": "layers full that a profile names",
+    "heads-l2-neighbors": "KV heads full that a profile names",
+    "profile-l2-neighbors": "layers full that a profile names",
     "equal-l2": "layers 0 and 1 full (no profile)",
 }
 COLORS = dict(zip(METHODS, ("C2", "C0", "C1"), strict=True))

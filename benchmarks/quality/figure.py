@@ -55,7 +55,11 @@ def draw(axes: Axes, cells: Sequence[Row], question: str) -> None:
         return
     at = pooled(whole)
     axes.axhline(at.value, color="black", linewidth=0.8, linestyle=":", label=WHOLE)
+    measured = {cell["method"] for cell in cells}
     for method, (source, scorer, granularity) in METHODS.items():
+        # One line for a method: by neighbors, if both were measured.
+        if f"{method}-neighbors" in measured:
+            continue
         chosen = [cell for cell in cells if (cell["method"], cell["question"]) == (method, question)]
         if not chosen:
             continue

@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = {name: ROOT / "docs" / f"{name}.md" for name in ("quality", "quality_tables")}
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M"}
 """Folders of results, and the names of their models."""
-NEIGHBORS = "smollm2_neighbors", "gemma3_neighbors"
+NEIGHBORS = "gemma3_neighbors"
 """Cells of methods with the granularity `neighbors` and without it, in the same engine."""
 OTHER_PROMPTS = "smollm2_other_prompts"
-"""Cells of `learned` with that granularity and without it, by prompts of another seed."""
-SECOND = "smollm2_second"
-"""Cells of another profile of SmolLM2, from a search by 384 questions; `about.json` is what the profile says of it."""
+"""Cells by prompts of another seed."""
+WITH_LEARNED = "smollm2_chosen_with_learned", "smollm2_chosen_with_learned_other_prompts"
+"""Cells of a profile from a search that chose full layers and heads with `learned` too."""
 LONG_ANSWERS = "long_answers"
 """Aggregates of the task `copy` under budgets."""
 SHOWN = {"perplexity": "loss above that of the whole cache in nats a token, lower is better"}
@@ -198,10 +198,9 @@ def _parts(page: str) -> Iterator[tuple[str, list[str]]]:
     for name in MODELS:
         yield name, list((verdict if page == "quality" else tables)(read_cells(name)))
     if page == "quality":
-        for name in NEIGHBORS:
-            yield name, list(verdict(read_cells(name)))
+        yield NEIGHBORS, list(verdict(read_cells(NEIGHBORS)))
     else:
-        for name in (OTHER_PROMPTS, SECOND):
+        for name in (OTHER_PROMPTS, *WITH_LEARNED):
             yield name, list(verdict(read_cells(name)))
         yield LONG_ANSWERS, list(long_answers(read_rows(RESULTS / LONG_ANSWERS / AGGREGATES)))
 
