@@ -15,6 +15,7 @@ from vllm_l2kv_server.serve import make_parser, parse
 from vllm_l2kv_server.serve_options import INTERVALS, own_options
 
 from vllm_l2kv.cli import main
+from vllm_l2kv.cli_types import heads_in_words
 from vllm_l2kv.params import FIELDS_WITH_DEFAULTS, OFFERED_SCORERS, PROFILE_SCORERS
 from vllm_l2kv.profile import setting_of
 
@@ -56,8 +57,10 @@ def options_of(path: Path) -> dict[str, Any]:
     if setting:
         options = {
             "kv-full-layers": ",".join(map(str, setting.full_layers)),
+            "kv-full-heads": heads_in_words(setting.full_heads),
             "kv-default-keep-ratio": setting.keep_ratio,
             "kv-scorer": setting.scorer,
+            "kv-granularity": setting.granularity,
         } | options
     return {"kv-full-layers": "0,1", "kv-scorer": "l2"} | options
 
@@ -69,7 +72,10 @@ class TestEach:
         args = parse(parser, ["--config", str(path)])
         ours = args.additional_config["l2kv"]
         layers = options.pop("kv-full-layers").split(",")
-        assert ours.pop("full_layers") == [int(layer) for layer in layers if layer]  # none beside full heads
+        # With full heads there are no full layers.
+        assert ours.pop("full_layers") == [int(layer) for layer in layers if layer]
+        heads = {int(layer): tuple(of) for layer, of in ours.pop("full_heads").items()}
+        assert heads_in_words(heads) == options.pop("kv-full-heads", "")
         keys = {field.option.removeprefix("--"): field.name for field in FIELDS_WITH_DEFAULTS}
         keys |= {option: attribute for option, (attribute, _) in INTERVALS.items()}
         given = {keys[option]: value for option, value in options.items() if option in keys}
@@ -90,12 +96,14 @@ class TestEach:
         if options["kv-scorer"] in PROFILE_SCORERS:
             options["kv-scorer"] = "l2"
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
-        # With as many layers as the real model has, since the files name layers.
+        # With as many layers and KV heads as the real demo model has, since the files name them.
         num_layers = 30 if "demo" in path.stem else 4
         model = (
             tiny_model("gemma3", num_blocks=6)
             if "gemma" in path.stem
-            else tiny_model("llama", num_hidden_layers=num_layers)
+            else tiny_model(
+                "llama", hidden_size=192, num_hidden_layers=num_layers, num_attention_heads=6, num_key_value_heads=3
+            )
         )
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would override the option
         words = ["--dtype=float32", "--enforce-eager", "--kv-cache-dtype=auto", "--kv-cache-memory-bytes=64M"]
