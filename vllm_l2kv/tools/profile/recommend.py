@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_l2kv.cli_types import counted
-from vllm_l2kv.params import CompressionParams
+from vllm_l2kv.params import PROFILE_SCORERS, CompressionParams
 from vllm_l2kv.profile import BEST_WITH, RECOMMENDED, Ranking, Shape, Target, ratio_for
 from vllm_l2kv.scorers import Scorers
 from vllm_l2kv.settings import HEADS, LAYERS, FullHeads
@@ -41,11 +41,12 @@ from vllm_l2kv.tools.progress import Progress
 MEMORIES = (0.75, 0.5, 0.35, 0.25, 0.15)
 CHOOSERS = ("l2", "keydiff_value")
 """Scorers with which full layers and heads are chosen, the fastest one first."""
-LEARNED = "learned"
-SCORERS = (*CHOOSERS, LEARNED)
+SCORERS = (*CHOOSERS, *PROFILE_SCORERS)
 """Scorers that are tried, the fastest one first."""
 GRANULARITY = "neighbors"
 """Granularity of all candidates."""
+CHOOSING = tuple(Ranking(scorer, GRANULARITY) for scorer in CHOOSERS)
+"""How rows are ranked while full layers and heads are chosen."""
 CONTROL = Ranking("random")
 WHOLE, NO_PROFILE, NOTHING_FULL = "whole cache", "no profile", "nothing full"
 """Names of outcomes with which the recommended settings are compared; see `Outcome`."""
@@ -282,8 +283,7 @@ def _greedy(
     Each step adds the layer with the lowest cost of answers, until memory is used up. It tries the first remaining
     layers of the sum of the other orders.
     """
-    rankings = [Ranking(scorer, GRANULARITY) for scorer in CHOOSERS]
-    rows = [rank(model, shape, scorers, rankings, case) for case in cases]
+    rows = [rank(model, shape, scorers, CHOOSING, case) for case in cases]
 
     def order(ranking: Ranking) -> tuple[Unit, ...]:
         chosen: tuple[Unit, ...] = ()
@@ -298,7 +298,7 @@ def _greedy(
             chosen = (*chosen, others[int(torch.stack(of_cases).mean(0).argmin())])
             progress.advance(1)
 
-    return [Order(f"greedy with {ranking}", order(ranking)) for ranking in rankings]
+    return [Order(f"greedy with {ranking}", order(ranking)) for ranking in CHOOSING]
 
 
 def _search(
@@ -321,7 +321,7 @@ def _search(
             f"trying {counted(len(candidates), 'setting')} of {units.classes} on {_asked(asked)}", len(asked), "answers"
         )
         costs = _costs(model, shape, scorers, asked, candidates, progress)
-        return _best([each._replace(cost=cost) for each, cost in zip(candidates, costs, strict=True)], num)
+        return _best_of_each([each._replace(cost=cost) for each, cost in zip(candidates, costs, strict=True)], num)
 
     tried = list(_candidates(units, lowest))
     left = best(tried, FEW_QUESTIONS, NUM_BEST)
@@ -329,13 +329,13 @@ def _search(
     with_first = [each for each in (_with_layers(units, each, first, lowest) for each in left) if each is not None]
     left = best([*left, *with_first], SOME_QUESTIONS, NUM_LAST)
     chosen = best(left, len(cases), 1)
-    learned = _with_learned(chosen)
-    chosen += best(learned, len(cases), 1)
-    num_tried = len(tried) + len(with_first) + len(learned)
+    trained = _with_trained_scorers(chosen)
+    chosen += best(trained, len(cases), 1)
+    num_tried = len(tried) + len(with_first) + len(trained)
     return _Found(units.classes, _recommended(chosen), chosen, num_tried, rounds)
 
 
-def _best(found: Sequence[_Candidate], num: int) -> list[_Candidate]:
+def _best_of_each(found: Sequence[_Candidate], num: int) -> list[_Candidate]:
     """The best `num` candidates for each memory and scorer."""
     of_each: dict[tuple[float, str], list[_Candidate]] = {}
     for candidate in sorted(found, key=lambda each: each.cost):
@@ -343,10 +343,14 @@ def _best(found: Sequence[_Candidate], num: int) -> list[_Candidate]:
     return [candidate for of_one in of_each.values() for candidate in of_one[:num]]
 
 
-def _with_learned(chosen: Sequence[_Candidate]) -> list[_Candidate]:
-    """The same full units with the scorer `learned`, each once for a memory."""
+def _with_trained_scorers(chosen: Sequence[_Candidate]) -> list[_Candidate]:
+    """The same full units with the scorers that were trained, each once for a memory."""
     distinct = {(each.target.memory, each.full): each for each in chosen}
-    return [each._replace(target=each.target._replace(scorer=LEARNED)) for each in distinct.values()]
+    return [
+        each._replace(target=each.target._replace(scorer=scorer))
+        for each in distinct.values()
+        for scorer in PROFILE_SCORERS
+    ]
 
 
 def _recommended(chosen: Sequence[_Candidate]) -> list[_Candidate]:
@@ -376,8 +380,8 @@ def _candidates(units: Units, lowest: float) -> Iterator[_Candidate]:
                 if count <= len(order.units):
                     settings.setdefault(tuple(sorted(order.units[:count])), order.name)
         for full, name in settings.items():
-            for scorer in CHOOSERS:
-                target = units.target(memory, full, Ranking(scorer, GRANULARITY))
+            for ranking in CHOOSING:
+                target = units.target(memory, full, ranking)
                 if target is not None:
                     yield _Candidate(target, full, name)
 
