@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from classified import classify_layers
@@ -22,6 +24,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_l2kv import kv_cache_spec
+from vllm_l2kv.kv_cache_spec import with_zeroed_blocks
 from vllm_l2kv.params import FIELDS
 from vllm_l2kv.plugin import register
 from vllm_l2kv.seams import get_kv_cache_config_from_groups, get_kv_cache_groups
@@ -66,11 +70,12 @@ def plan(
 ) -> Plan:
     """Plans a scheduler with `num_blocks` free blocks; that of stock vLLM if `full_layers` is `None`.
 
-    With `cpu_blocks`, vLLM's connector offloads to that many blocks in CPU memory; `kv_connector` names another one.
-    Layers have two KV heads; `full_heads` are the items of `Settings.full_heads`, hashable so that plans can be cached.
-    `specs` are the layers of a particular model, in place of `num_layers` equal ones; Mamba states enter the prefix
-    cache, if there is one. `drafter` are items of vLLM's speculative configuration. Other arguments are those of
-    `vllm_l2kv.engine_args` and of vLLM's `EngineArgs`.
+    New blocks are zeroed, as on GPUs. With `cpu_blocks`, vLLM's connector offloads to that many blocks in CPU
+    memory; `kv_connector` names another one. Layers have two KV heads; `full_heads` are the items of
+    `Settings.full_heads`, hashable so that plans can be cached. `specs` are the layers of a particular model, in
+    place of `num_layers` equal ones; Mamba states enter the prefix cache, if there is one. `drafter` are items of
+    vLLM's speculative configuration. Other arguments are those of `vllm_l2kv.engine_args` and of vLLM's
+    `EngineArgs`.
     """
     register()
     init_none_hash(sha256)
@@ -104,6 +109,9 @@ def plan(
     )
     worker_config = get_kv_cache_config_from_groups(config, groups, bytes_per_block * (num_blocks + 1))
     kv_cache_config = generate_scheduler_kv_cache_config([worker_config])
+    if is_ours:
+        with patch.object(kv_cache_spec, "current_platform", SimpleNamespace(is_cpu=lambda: False)):
+            kv_cache_config = with_zeroed_blocks(kv_cache_config)
     if cpu_blocks:
         extra = config.kv_transfer_config.kv_connector_extra_config
         extra["cpu_bytes_to_use"] = cpu_blocks * bytes_per_block

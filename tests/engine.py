@@ -91,10 +91,10 @@ class Engine:
     def shutdown(self) -> None:
         self.core.shutdown()
 
-    def spoil(self, value: float = math.nan) -> None:
-        """Fills the empty cache, by default with NaN, which states may leave in a block."""
+    def spoil(self) -> None:
+        """Fills the empty cache with NaN, all but the null block, which nothing writes."""
         for cache in self.caches:
-            cache.fill_(value)
+            cache[1:] = math.nan
 
     def free_memory(self) -> None:
         """Takes away weights and cache, which references from elsewhere may keep for long; not of ranks."""

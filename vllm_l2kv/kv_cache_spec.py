@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
@@ -441,6 +442,29 @@ def with_own_layers(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
     own = {name for group in kv_cache_config.kv_cache_groups for name in group.layer_names}
     places = [place for place in kv_cache_config.kv_cache_tensors if own.issuperset(place.layers)]
     return replace(kv_cache_config, kv_cache_tensors=places)
+
+
+@dataclass
+class ZeroingCacheConfig(KVCacheConfig):
+    """vLLM's plan, with blocks zeroed when they are handed out."""
+
+    @property
+    def needs_kv_cache_zeroing(self) -> bool:
+        """Same contract as upstream: always."""
+        return True
+
+
+def with_zeroed_blocks(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
+    """The same plan, by which vLLM zeroes new blocks on GPUs; for the scheduler and the worker alike.
+
+    Where a block holds a multiple of FlashAttention 3's tile, it loads whole tiles of a prompt (`get_pagedkv_tma`), and
+    multiplies values after the prompt's end by zero. If an earlier request left NaN there, the result is NaN. Blocks of
+    stock vLLM hold 16 tokens, which no tile divides; those of full layers hold many more. A compaction zeroes what it
+    leaves empty.
+    """
+    if current_platform.is_cpu():
+        return kv_cache_config
+    return ZeroingCacheConfig(**{field.name: getattr(kv_cache_config, field.name) for field in fields(kv_cache_config)})
 
 
 def with_borrowed_specs(kv_cache_config: KVCacheConfig, lenders: Mapping[str, str]) -> KVCacheConfig:

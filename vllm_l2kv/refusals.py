@@ -20,7 +20,7 @@ DRAFTERS = {
 }
 """Methods of speculative decoding that are tested with compaction, by device."""
 OFFLOADING, TRANSFERRING = "SimpleCPUOffloadConnector", "NixlConnector"
-CONNECTORS = {"CPUs": (TRANSFERRING,), "GPUs": (OFFLOADING,)}
+CONNECTORS = {"CPUs": (TRANSFERRING,), "GPUs": (OFFLOADING, TRANSFERRING)}
 """KV connectors that are tested with compaction, by device."""
 TRANSFERS = "vllm_l2kv.worker.transfers"
 """Module of the `NixlConnector` that the worker puts in place of vLLM's, which may lose rows."""

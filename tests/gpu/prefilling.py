@@ -18,12 +18,12 @@ class Answer(NamedTuple):
 
 
 class Prefilling:
-    """Starts the engine; `model` and `arguments` are those of `engine.Engine`, `port` is that of its handshakes."""
+    """Starts the engine on a GPU; `model` and `arguments` are those of `engine.Engine`, `port` is for handshakes."""
 
-    def __init__(self, port: int, model: Any, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, gpu: int, port: int, model: Any, arguments: Mapping[str, Any]) -> None:
         spawn = get_context("spawn")
         self._connection, other = spawn.Pipe()
-        self._process = spawn.Process(target=serve, args=(other, port, model, arguments))
+        self._process = spawn.Process(target=serve, args=(other, gpu, port, model, arguments))
         self._process.start()
         other.close()
         self._receive()
@@ -43,13 +43,13 @@ class Prefilling:
         return self._connection.recv()
 
 
-def serve(connection: Any, port: int, model: Any, arguments: Mapping[str, Any]) -> None:
+def serve(connection: Any, gpu: int, port: int, model: Any, arguments: Mapping[str, Any]) -> None:
     """Answers until the other end closes."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
     from agreement import steps_of
     from engine import Engine
 
-    take_pairs()
     engine = Engine(model, **arguments)
     connection.send("ready")
     while True:
@@ -66,10 +66,3 @@ def serve(connection: Any, port: int, model: Any, arguments: Mapping[str, Any]) 
             answers.append(Answer(steps_of(output), usage, transfer))
         connection.send(answers)
     engine.shutdown()
-
-
-def take_pairs() -> None:
-    """Lifts the refusal in this process, until `test_prefill_decode.py` has passed on a GPU."""
-    from vllm_l2kv import refusals
-
-    refusals.CONNECTORS["GPUs"] = ("NixlConnector",)

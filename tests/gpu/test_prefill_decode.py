@@ -1,30 +1,24 @@
-"""A prefill/decode pair on one GPU: an engine in another process computes prompts, this one loads and compacts them.
+"""A prefill/decode pair on GPUs: an engine in another process computes prompts, this one loads and compacts them.
 
-Needs the package nixl for this CUDA (`nixl_cu13`). Run it alone: a process has one KV connector.
+The other process uses the last GPU, this one the first, which may be the same. Needs the package nixl for this CUDA
+(`nixl_cu13`). Run it alone: a process has one KV connector.
 
-What may fail on a GPU, and is not checked without one:
-
-- UCX copies between the processes by CUDA IPC, which some virtual machines lack; then loads fail and loaded tokens are
-  missing. `UCX_LOG_LEVEL=info` names the transports; `UCX_TLS=cuda_copy,cuda_ipc,sm,self,tcp` leaves out network cards.
-- CUDA IPC cannot share memory of `--enable-sleep-mode` or of PyTorch's expandable segments.
-- The device is to wait before loads overwrite blocks that a compaction has freed (`CompactionWorker.execute_model`).
-- Blocks are padded here, and hold 64 and 896 tokens; on CPUs they are neither. Regions are checked on CPUs by
-  `tests/worker/test_transferred_blocks.py`.
+UCX copies between the processes by CUDA IPC, which some virtual machines lack; then loads fail and loaded tokens are
+missing. `UCX_LOG_LEVEL=info` names the transports; `UCX_TLS=cuda_copy,cuda_ipc,sm,self,tcp` leaves out network cards.
 """
 
 import copy
 from types import SimpleNamespace
 
 import pytest
+import torch
 from agreement import agreement, cases_of, check_rules, rms, steps_of
 from engine import bare_rule, keep
 from http_server import free_port
-from prefilling import REMOTE, Prefilling, take_pairs
+from prefilling import REMOTE, Prefilling
 from usages import numbers_of
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
-
-from vllm_l2kv import refusals
 
 pytest.importorskip("nixl")
 pytestmark = pytest.mark.gpu
@@ -92,13 +86,12 @@ def pair(full_layers, demo_model, start_small):
     rule = bare_rule(full_layers=full_layers, prompt_interval=INTERVALS[0], answer_interval=INTERVALS[1])
     arguments = {**SIZES, **rule}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(refusals.CONNECTORS, "GPUs", ())  # restores them at the end
-        take_pairs()
         monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(free_port()))
-        prefilling = Prefilling(free_port(), demo_model, {**arguments, "kv_transfer_config": pair_config()})
+        connected = {**arguments, "kv_transfer_config": pair_config()}
+        prefilling = Prefilling(torch.cuda.device_count() - 1, free_port(), demo_model, connected)
         try:
             ensure_kv_transfer_shutdown()
-            decoding = start_small(demo_model, **arguments, kv_transfer_config=pair_config())
+            decoding = start_small(demo_model, **{**connected, "kv_transfer_config": pair_config()})
             yield Pair(prefilling, decoding)
             decoding.shutdown()
         finally:

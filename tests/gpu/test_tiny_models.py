@@ -4,7 +4,6 @@ Tiny models with random weights, of architectures that vLLM's CPU kernels suppor
 `test_engine`, by how much bf16 changes the reference.
 """
 
-import math
 from collections.abc import Mapping
 from copy import copy
 from types import MappingProxyType
@@ -34,16 +33,12 @@ LENGTHS = (33, 449, 1000, 1700)
 class Kind(NamedTuple):
     """The full layers of the setting, those of the model, and the model's differences from tests on CPUs.
 
-    `stale` is in every row before it is written. Recurrent states may leave NaN, so with them vLLM clears new blocks.
-    Elsewhere FlashAttention 3 may multiply values before a window or after the end of a sequence by zero
-    (github.com/Dao-AILab/flash-attention/issues/2374), so there it is as finite as the rows of other requests.
     `arguments` are the engine's.
     """
 
     named: tuple[int, ...]
     full_layers: tuple[int, ...]
     changes: dict[str, Any]
-    stale: float = math.nan
     graphs: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE
     reference: type[HybridReference] = HybridReference
     lengths: tuple[int, ...] = LENGTHS
@@ -64,15 +59,15 @@ KINDS = {
     "granite_hybrid": Kind((3,), (3,), SMALL),
     # Its reference is slow.
     "jamba": Kind((0, 1), (1,), UNTIED, reference=TokenwiseReference, lengths=LENGTHS[:2]),
-    "gpt_oss": Kind((0, 1), (1,), {"initializer_range": 0.15, "num_experts_per_tok": 4}, stale=100.0),
+    "gpt_oss": Kind((0, 1), (1,), {"initializer_range": 0.15, "num_experts_per_tok": 4}),
     "qwen3_5": Kind((0, 1), (1,), SMALL, arguments={"gdn_prefill_backend": "triton"}),
     "lfm2_moe": Kind((), (), {**SEVERAL_HEADS, "num_experts_per_tok": 4}),
     # Logits of these two hardly depend on the rule with smaller weights.
-    "glm4_moe": Kind((0, 1), (0, 1), {"initializer_range": 0.15, "num_experts_per_tok": 4}, stale=100.0),
+    "glm4_moe": Kind((0, 1), (0, 1), {"initializer_range": 0.15, "num_experts_per_tok": 4}),
     "gpt_neox": Kind((0,), (0,), {"initializer_range": 0.15}),
-    "gemma3n": Kind((0, 1), (1,), SMALL, stale=100.0),
+    "gemma3n": Kind((0, 1), (1,), SMALL),
     # vLLM captures attention by chunks in no graph.
-    "llama4": Kind((0, 1), (1,), SMALL, 100.0, CUDAGraphMode.PIECEWISE, ChunkedReference),
+    "llama4": Kind((0, 1), (1,), SMALL, CUDAGraphMode.PIECEWISE, ChunkedReference),
 }
 
 
@@ -92,7 +87,7 @@ def engine(kind, model, start_small):
     sizes = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "kv_cache_memory_bytes": 1 << 28}
     sizes |= {"max_num_seqs": 32, "max_num_batched_tokens": 2048}
     engine = start_small(model, **sizes, **rule, **KINDS[kind].arguments)
-    engine.spoil(KINDS[kind].stale)
+    engine.spoil()
     yield engine
     engine.shutdown()
 

@@ -20,13 +20,18 @@ class Copies:
     """Carries out the copies of a step's metadata some steps later, as a GPU's copy streams do.
 
     Args:
-    memory: Maps blocks of the GPU and offsets in them to their contents.
-    lag: Steps until a copy is complete.
-    is_early: Whether it reads and writes when it is ordered, or else when it is complete. Both must give equal results.
+        lag: Steps until a copy is complete.
+        is_early: Whether it reads and writes when it is ordered, or else when it is complete. Both must give equal
+            results.
+
+    Attributes:
+        memory: Maps blocks of the GPU and offsets in them to their contents.
+        loaded: Blocks of the GPU that were loaded.
     """
 
-    def __init__(self, memory: dict | None = None, lag: int = 0, is_early: bool = False) -> None:
-        self.memory = {} if memory is None else memory
+    def __init__(self, lag: int = 0, is_early: bool = False) -> None:
+        self.memory: dict[tuple[int, int], object] = {}
+        self.loaded: set[int] = set()
         self.cpu_memory: dict[tuple[int, int], object] = {}
         self.lag = lag
         self.is_early = is_early
@@ -73,6 +78,8 @@ class Copies:
         offsets = range(1 + max((offset for _, offset in here), default=-1))
         for source, target in zip(*blocks, strict=True):
             there.update({(target, offset): here.get((source, offset)) for offset in offsets})
+        if not copy.is_store:
+            self.loaded.update(copy.gpu_blocks)
 
 
 def pinned(scheduler) -> list[int]:

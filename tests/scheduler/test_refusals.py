@@ -51,13 +51,13 @@ from vllm_l2kv.worker.worker import check_attention, check_block_size
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.bfloat16}
 
 
-def transfer(connector="SimpleCPUOffloadConnector", module=None, **extra):
+def transfer(connector="SimpleCPUOffloadConnector", module=None, buffer="cpu", **extra):
     extra = {"lazy_offload": True, **extra}
     return SimpleNamespace(
         kv_connector=connector,
         kv_connector_module_path=module,
         kv_connector_extra_config=extra,
-        kv_buffer_device="cpu",
+        kv_buffer_device=buffer,
     )
 
 
@@ -217,7 +217,8 @@ def test_offloading_to_cpu_memory(monkeypatch, changes, setting):
     ("on_cpu", "extra", "setting"),
     [
         (True, {}, None),
-        (False, {}, "the KV connector NixlConnector on GPUs"),
+        (False, {}, 'through CPU memory .set "kv_buffer_device": "cuda"'),
+        (False, {"buffer": "cuda"}, None),
         (True, {"bidirectional_kv_xfer": True}, '"bidirectional_kv_xfer"'),
         # The worker sets the first one, and the scheduler may check the same configuration later.
         (True, {"module": "vllm_l2kv.worker.transfers"}, None),
@@ -229,16 +230,6 @@ def test_prefill_decode_pairs(monkeypatch, on_cpu, extra, setting):
     about = config(kv_transfer_config=transfer("NixlConnector", **extra), use_v2_model_runner=not on_cpu)
     with pytest.raises(ValueError, match=setting) if setting else nullcontext():
         check_supported(about)
-
-
-def test_blocks_do_not_pass_through_cpu_memory_on_gpus(monkeypatch):
-    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
-    monkeypatch.setitem(refusals.CONNECTORS, "GPUs", ("NixlConnector",))
-    about = config(kv_transfer_config=transfer("NixlConnector"), use_v2_model_runner=True)
-    with pytest.raises(ValueError, match="through CPU memory"):
-        check_supported(about)
-    about.kv_transfer_config.kv_buffer_device = "cuda"
-    check_supported(about)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 6, 12])

@@ -167,7 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.worker = RunnerV2Model(*groups, steps["depth"]) if runner_v2 else WorkerModel(*groups)
         self.harness.execute = self.worker.execute
-        self.copies.memory = self.worker._memory
+        self.copies.memory, self.copies.loaded = self.worker._memory, self.worker.copied
         if self.is_offloading:
             self.harness.transfer = self.copies.transfer
 

@@ -198,6 +198,7 @@ class WorkerModel:
         self._compactions = itertools.count()
         self.begun: dict[str, int] = {}  # for requests of the last step, their computed tokens before it
         self.drafts: Counter[str] = Counter()  # accepted and rejected
+        self.copied: set[int] = set()  # blocks that may hold rows of whom they were copied from, after those found
         self._hits: Mapping[str, int] = {}  # for requests of the step that begin on compacted rows, their evicted slots
 
     def execute(self, output) -> list[list[int]]:
@@ -270,18 +271,22 @@ class WorkerModel:
         rows = [state.rows[move.group_id][slot]._replace(copy=copy) for slot in kept]
         slots = [(block, offset) for block in move.destination for offset in range(size)]
         self._memory.update(itertools.zip_longest(slots, rows))
+        self.copied.difference_update(move.destination)
         state.tables[move.group_id] = list(move.destination)
         state.rows[move.group_id] = rows
 
     def _zero(self, blocks: Iterable[int]) -> None:
         offsets = range(max(self._block_sizes))
-        self._memory.update(((block, offset), None) for block in blocks for offset in offsets)
+        for block in blocks:
+            self._memory.update(((block, offset), None) for offset in offsets)
+            self.copied.discard(block)
 
     def _copy(self, copies) -> None:
         offsets = range(max(self._block_sizes))
         rows = [[self._memory.get((copy.src_block_id, offset)) for offset in offsets] for copy in copies]
         for copy, copied in zip(copies, rows, strict=True):
             self._memory.update(((copy.dst_block_id, offset), row) for offset, row in enumerate(copied))
+            self.copied.add(copy.dst_block_id)
 
     def _update(self, output) -> None:
         for new in output.scheduled_new_reqs:
@@ -370,6 +375,7 @@ class WorkerModel:
         state = self._states[req_id]
         for group in range(len(state.tables)):
             self._check_rows(req_id, group)
+            self._check_rest(req_id, group)
         if state.num_computed < state.num_known:
             return []
         end = state.num_computed
@@ -391,6 +397,16 @@ class WorkerModel:
         for slot, row in enumerate(rows[first:], first):
             found = self._memory.get(self._where(req_id, group, slot))
             assert found == row, f"{req_id} reads {found} in slot {slot} instead of {row}"
+
+    def _check_rest(self, req_id: str, group: int) -> None:
+        """Checks that slots after the last row are empty, which attention on GPUs may multiply by zero."""
+        num_rows, size = len(self._states[req_id].rows[group]), self._block_sizes[group]
+        if group in self._recurrent or num_rows % size == 0:
+            return
+        for slot in range(num_rows, -(-num_rows // size) * size):
+            where = self._where(req_id, group, slot)
+            found = self._memory.get(where)
+            assert found is None or where[0] in self.copied, f"{req_id} has {found} after its last row"
 
     def _where(self, req_id: str, group: int, slot: int) -> tuple[int, int]:
         table, size = self._states[req_id].tables[group], self._block_sizes[group]

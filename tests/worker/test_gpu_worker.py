@@ -76,21 +76,15 @@ class Later(AsyncModelRunnerOutput):
         return None
 
 
-@pytest.mark.parametrize("needs_zeroing", [True, False])
-def test_a_step_compacts_and_updates_the_runner_before_vllm_prepares_it(worker, monkeypatch, needs_zeroing):
+def test_a_step_compacts_and_updates_the_runner_before_vllm_prepares_it(worker, monkeypatch):
     done = []
     worker._compactors = [SimpleNamespace(compact=lambda orders: done.append(("compact", len(orders))))]
-    worker._runner = SimpleNamespace(
-        begin_step=lambda step: done.append((sorted(step.gone), len(step.orders))),
-        zero=lambda block_ids: done.append(("zero", block_ids)),
-    )
+    worker._runner = SimpleNamespace(begin_step=lambda step: done.append((sorted(step.gone), len(step.orders))))
     worker._clock = FakeClock()
-    worker._needs_zeroing = needs_zeroing
     monkeypatch.setattr(Worker, "execute_model", lambda _, output: done.append("vLLM"))
     assert worker.execute_model(step_output(["b"], ["a"], [order("r", 4)])) is None
     assert worker.execute_model(step_output()) is None
-    zeroed = [("zero", [1])] if needs_zeroing else []  # the new block that is filled partially
-    assert done == [*zeroed, ("compact", 1), (["a", "b"], 1), "vLLM", ([], 0), "vLLM"]
+    assert done == [("compact", 1), (["a", "b"], 1), "vLLM", ([], 0), "vLLM"]
 
 
 class FakeClock:

@@ -5,7 +5,7 @@ worker reports how long compactions took. A request that begins on rows that ano
 only its number of evicted tokens.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +54,6 @@ class CompactionOrder:
         """The move of one group."""
         (move,) = (move for move in self.moves if move.group_id == group_id)
         return move
-
-
-def partly_filled(orders: Iterable[CompactionOrder]) -> list[int]:
-    """Ids of the fresh blocks that compactions may fill only in part: the last block of each destination."""
-    moves = (move for order in orders for move in order.moves)
-    return [move.destination[-1] for move in moves if move.destination[-1] not in move.source]
 
 
 def attach_orders(scheduler_output: Any, orders: tuple[CompactionOrder, ...]) -> None:

@@ -16,7 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_l2kv.capacity import DoesNotFitError
 from vllm_l2kv.field_kinds import ParamError
-from vllm_l2kv.kv_cache_spec import capacity_of
+from vllm_l2kv.kv_cache_spec import capacity_of, with_zeroed_blocks
 from vllm_l2kv.log import logger_of
 from vllm_l2kv.messages.orders import CompactionOrder, attach_compacted_hits, attach_orders, seconds_of
 from vllm_l2kv.messages.stats import attach_stats
@@ -59,8 +59,8 @@ class L2KVScheduler(AsyncScheduler):
     It subclasses `AsyncScheduler`, since a subclass of `Scheduler` would silently lose async scheduling.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, with_zeroed_blocks(kv_cache_config), *args, **kwargs)
         check_supported(self.vllm_config)
         self.settings = Settings.from_config(self.vllm_config.additional_config)
         find_prefixes_inside_blocks(self.kv_cache_manager.coordinator)

@@ -35,7 +35,7 @@ logger = logger_of(__name__)
 class L2KVGPUWorker(CompactionWorker, Worker):
     """vLLM's GPU worker, extended to compact with Triton kernels."""
 
-    attention_backends = ("FLASH_ATTN", "TRITON_ATTN")
+    attention_backends = ("FLASH_ATTN", "TRITON_ATTN", "TRITON_FLASH_ATTN")
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Same contract as `CompactionWorker`; also computes how much memory the kernels need."""

@@ -41,11 +41,5 @@ class Runner(Protocol):
     def counts(self) -> Counts:
         """The counts that kernels read, or a copy of them."""
 
-    def zero(self, block_ids: Sequence[int]) -> None:
-        """Sets blocks of attention layers to zero on the device, if vLLM does so with blocks that it allocates.
-
-        vLLM does so if the pool also holds recurrent states, whose bytes may be NaN when read as keys or values.
-        """
-
     def begin_step(self, step: Step) -> None:
         """Updates the state that the step's kernels will read; called once per step, before vLLM prepares the step."""

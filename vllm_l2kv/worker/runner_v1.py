@@ -30,10 +30,10 @@ class RunnerV1:
         for group_id in group_ids:
             tables[group_id] = CompressedBlockTable(tables[group_id], self._of_batch)
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
-        runner._zero_block_ids = self.zero
+        runner._zero_block_ids = self._zero
 
-    def zero(self, block_ids: Sequence[int]) -> None:
-        """Same contract as `Runner`; vLLM's own method skips groups of packed layouts."""
+    def _zero(self, block_ids: Sequence[int]) -> None:
+        """Zeroes blocks of attention layers that vLLM hands out; its own method skips groups of packed layouts."""
         layers = self._runner.compilation_config.static_forward_context
         for group in self._runner.kv_cache_config.kv_cache_groups:
             for name, spec in group_layer_specs(group).items():

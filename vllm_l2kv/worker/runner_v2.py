@@ -37,10 +37,6 @@ class RunnerV2:
         runner.block_tables = self._tables
         make_groups_physical(runner.attn_groups, group_ids, self._make_physical)
 
-    def zero(self, block_ids: Sequence[int]) -> None:
-        """Same contract as `Runner`."""
-        self._runner.kv_block_zeroer.zero_block_ids(list(block_ids))
-
     def begin_step(self, step: Step) -> None:
         """Forgets requests and stages the block tables of compacted ones, which vLLM copies together with its own.
 

@@ -30,10 +30,11 @@ from vllm_l2kv.kv_cache_spec import (
     mixed,
     with_borrowed_specs,
     with_own_layers,
+    with_zeroed_blocks,
 )
 from vllm_l2kv.kv_heads import advice, classes_of, heads_of_rank
 from vllm_l2kv.log import logger_of
-from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, partly_filled, with_seconds
+from vllm_l2kv.messages.orders import compacted_hits_of, orders_of, with_seconds
 from vllm_l2kv.profile import Profile
 from vllm_l2kv.refusals import TRANSFERRING, TRANSFERS, check_profile, check_supported
 from vllm_l2kv.scorers import Heads, Scorers, bind
@@ -125,7 +126,7 @@ class CompactionWorker(WorkerBase):
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Same contract as upstream; also splits mixed layers, makes compactors and adapts the runner."""
-        kv_cache_config = with_own_layers(kv_cache_config)
+        kv_cache_config = with_zeroed_blocks(with_own_layers(kv_cache_config))
         # Not earlier: to measure memory, vLLM captures graphs on caches of whole layers.
         for name in mixed([name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]):
             heads = self._heads(name)
@@ -141,7 +142,6 @@ class CompactionWorker(WorkerBase):
             if isinstance(group_spec(group), CompressedLayerSpec)
         }
         self._compressed_group_ids = tuple(layers)
-        self._needs_zeroing = kv_cache_config.needs_kv_cache_zeroing
         self._compactors = self._make_compactors(alike(layers))
         self._clock = self._make_clock()
         self._runner = self._adapt_runner(self._compressed_group_ids)
@@ -155,8 +155,6 @@ class CompactionWorker(WorkerBase):
         orders = orders_of(scheduler_output)
         if orders:
             with self._clock.measure():
-                if self._needs_zeroing:
-                    self._runner.zero(partly_filled(orders))
                 for compactor in self._compactors:
                     compactor.compact(orders)
             if scheduler_output.kv_connector_metadata is not None:
