@@ -1,7 +1,7 @@
 """A prefill/decode pair on GPUs: an engine in another process computes prompts, this one loads and compacts them.
 
-The other process uses the last GPU, this one the first, which may be the same. Needs the package nixl for this CUDA
-(`nixl_cu13`). Run it alone: a process has one KV connector.
+The other process uses the last GPU, this one the first, which may be the same. Needs the package nixl. Run it alone: a
+process has one KV connector.
 
 UCX copies between the processes by CUDA IPC, which some virtual machines lack; then loads fail and loaded tokens are
 missing. `UCX_LOG_LEVEL=info` names the transports; `UCX_TLS=cuda_copy,cuda_ipc,sm,self,tcp` leaves out network cards.
