@@ -181,7 +181,9 @@ def check_split(name: str, layers: Mapping[str, Any]) -> None:
         "its quantized keys or values have a separate scale for each head": any(
             getattr(layer, scale).numel() > 1 for scale in ("_q_scale", "_k_scale", "_v_scale")
         ),
-        "vLLM has several implementations for it (--attention-backend TRITON_ATTN has one)": len(layer.impl.get_impl_variants()) > 1,
+        "vLLM has several implementations for it (--attention-backend TRITON_ATTN has one)": (
+            len(layer.impl.get_impl_variants()) > 1
+        ),
     }
     for reason, holds in reasons.items():
         if holds:
