@@ -1,5 +1,6 @@
 """A real scheduler without an engine: vLLM's config and block pool, with made-up shapes of attention layers."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,7 +94,8 @@ def plan(
     rule = {name: arguments.pop(name) for name in OUR_ARGUMENTS & arguments.keys()}
     full = {"full_layers": full_layers, "full_heads": dict(full_heads)}
     ours = bare_rule(**full, metrics=True, **rule) if is_ours else {}
-    config = EngineArgs(model=str(model), **{**ours, "block_size": block_size, **arguments}).create_engine_config()
+    with patch.dict(os.environ):  # for `NixlConnector` vLLM names another layout of states there
+        config = EngineArgs(model=str(model), **{**ours, "block_size": block_size, **arguments}).create_engine_config()
     config.scheduler_config.async_scheduling = is_async
     config.cache_config.kv_cache_layout = "BLHNC" if is_ours else "LBNHC"
     spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=8, dtype=torch.float32)
