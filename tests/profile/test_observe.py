@@ -26,12 +26,12 @@ def test_what_is_seen_is_what_the_model_does(model, monkeypatch):
     assert model.config._attn_implementation == "eager"
     assert [each.layer for each in seen] == list(range(len(theirs.attentions)))
     for each, attention, layer in zip(seen, theirs.attentions, cache.layers, strict=True):
-        assert torch.allclose(each.keys, layer.keys[0], atol=1e-5)
-        assert torch.allclose(each.values, layer.values[0], atol=1e-5)
+        assert torch.allclose(each.keys, layer.keys[0], atol=1e-4)
+        assert torch.allclose(each.values, layer.values[0], atol=1e-4)
         whole = torch.cat(list(each.attention(0)), 2)
-        assert torch.allclose(whole.flatten(0, 1), attention[0], atol=1e-5)
+        assert torch.allclose(whole.flatten(0, 1), attention[0], atol=1e-4)
         short = torch.cat(list(each.until(50).attention(45)), 2)
-        assert torch.allclose(short.flatten(0, 1), attention[0, :, 45:50, :50], atol=1e-5)
+        assert torch.allclose(short.flatten(0, 1), attention[0, :, 45:50, :50], atol=1e-4)
 
 
 def test_another_layout_is_refused(llama):
